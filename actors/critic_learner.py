@@ -1,0 +1,95 @@
+"""The critic's learner: values of states, clipped value update."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from actors.learner import Learner, Sums
+from rlhf_ray.algorithms.experience import Experience, response_logits
+from rlhf_ray.algorithms.losses import value_loss
+from rlhf_ray.models.adapters import adapter_state, attach, peft_config, tensors_to_bytes
+from rlhf_ray.models.forward import response_values
+from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.loading import load_sequence_classifier
+from rlhf_ray.types import AssembledStats, Rollout
+
+
+class CriticLearner(Learner):
+    """Trains an adapter and a value head that starts at zero."""
+
+    def _build_model(self) -> Any:
+        config = self._config
+        base = load_sequence_classifier(
+            self._model_path, config.model, zero_head=True, quantized=True
+        )
+        # Another seed than the policy's: adapters of the same shape must not start alike.
+        classifier = attach(
+            base, config.critic.lora, "SEQ_CLS", seed=config.run.seed + 1, dropout=0.0
+        )
+        return ValueModel(classifier).eval()
+
+    def _group(self) -> tuple[float, int, Mapping[str, Any]]:
+        group = self._config.critic
+        return group.learning_rate, group.zero_stage, group.deepspeed
+
+    def _forward(self, sequences_BS: Tensor, attention_BS: Tensor) -> Tensor:
+        return self._engine.model(sequences_BS, attention_BS)
+
+    def values(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
+        """[T] fp32 values of the states in which each response's tokens were chosen."""
+        values = response_values(
+            self._forward,
+            rollouts,
+            max_tokens=self._config.ppo.max_tokens_per_micro_batch,
+            device=self._engine.device,
+        )
+        return values, None
+
+    def assemble(
+        self, kl_coef: float, scores: Sequence[tuple[float, ...]], *parts: Any
+    ) -> AssembledStats:
+        """As every learner's; remembers how well the values foretold the returns."""
+        stats = super().assemble(kl_coef, scores, *parts)
+        mask = self._experience.mask_BT
+        returns, values = self._experience.returns_BT[mask], self._experience.values_BT[mask]
+        variance = float(returns.var(unbiased=False))
+        error = float((returns - values).var(unbiased=False))
+        self._explained_variance = 1 - error / variance if variance > 0 else float("nan")
+        return stats
+
+    def _whiten(self, mean: float, std: float) -> None:
+        """The critic learns returns, which are not whitened."""
+
+    def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        values_BS = self._forward(batch.sequences_BS, batch.attention_BS)
+        loss, stats = value_loss(
+            response_logits(values_BS, batch.prompt_lengths_B, batch.mask_BT.shape[1]),
+            batch.values_BT,
+            batch.returns_BT,
+            batch.mask_BT,
+            self._config.ppo.value_clip_range,
+            num_tokens=num_tokens,
+        )
+        return loss, {
+            "loss/value_avg": loss.detach() * num_tokens / max(batch.num_tokens, 1),
+            "val/clipfrac_avg": stats["clipfrac"],
+        }
+
+    def _report(self, sums: Sums) -> dict[str, float]:
+        return {
+            "val/grad_norm": sums["grad_norm"],
+            "val/explained_variance": self._explained_variance,
+        }
+
+    def _peft_files(self) -> dict[str, bytes]:
+        module = self._engine.module.classifier
+        settings = peft_config(module) | {"base_model_name_or_path": self._model_path}  # type: ignore[arg-type]
+        with self._engine.whole_parameters():
+            state = adapter_state(module)  # type: ignore[arg-type]
+        return {
+            "adapter_model.safetensors": tensors_to_bytes(state),
+            "adapter_config.json": json.dumps(settings, indent=2).encode(),
+        }

@@ -1,0 +1,278 @@
+"""What policy and critic learners share: set-up, experience, steps over it, state in and out."""
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_ray.algorithms.advantages import gae
+from rlhf_ray.algorithms.batching import micro_batches
+from rlhf_ray.algorithms.experience import Experience, pad
+from rlhf_ray.algorithms.kl import kl_estimate
+from rlhf_ray.algorithms.rewards import token_rewards
+from rlhf_ray.algorithms.whitening import Moments
+from rlhf_ray.config import Config
+from rlhf_ray.engines.protocols import TrainingEngine
+from rlhf_ray.models.adapters import tensors_from_bytes, tensors_to_bytes
+from rlhf_ray.models.forward import sequence_of
+from rlhf_ray.types import AssembledStats, Rollout, StepReport
+
+LEARNER_STATE = "learner.safetensors"
+Sums = dict[str, float]
+
+
+class Learner(ABC):
+    """One rank of a learner group. ``start`` comes first, on all ranks at once."""
+
+    def __init__(
+        self, name: str, config: Config, model_path: str, engine: Literal["deepspeed", "torch"]
+    ) -> None:
+        self._name = name
+        self._config = config
+        self._model_path = model_path
+        self._engine_kind = engine
+        self._engine: TrainingEngine
+
+    def __repr__(self) -> str:
+        return self._name
+
+    @abstractmethod
+    def _build_model(self) -> Any:
+        """The model with its adapter attached; only what is trained requires gradients."""
+
+    @abstractmethod
+    def _group(self) -> tuple[float, int, Mapping[str, Any]]:
+        """Learning rate, ZeRO stage, further DeepSpeed settings."""
+
+    @abstractmethod
+    def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of a micro-batch and its means over real tokens, by metric name."""
+
+    @abstractmethod
+    def _report(self, sums: Sums) -> dict[str, float]:
+        """Metrics that are not means over tokens."""
+
+    def rendezvous(self) -> tuple[str, int]:
+        """An address and a free port on this rank's machine, for the group to meet at."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return "127.0.0.1" if _alone() else socket.gethostbyname(socket.gethostname()), port
+
+    def start(self, rank: int = 0, world_size: int = 1, address: str = "", port: int = 0) -> None:
+        """Join the group, load the model, make the optimizer."""
+        ppo = self._config.ppo
+        learning_rate, zero_stage, settings = self._group()
+        optimizer = {
+            "learning_rate": learning_rate,
+            "epsilon": ppo.adam_epsilon,
+            "max_grad_norm": ppo.max_grad_norm,
+        }
+        if self._engine_kind == "torch":
+            from rlhf_ray.engines.torch_engine import TorchEngine
+
+            self._engine = TorchEngine(self._build_model(), **optimizer)
+            return
+        from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, join_group
+
+        timeout = self._config.cluster.call_timeout_s
+        device = join_group(rank, world_size, address, port, timeout)
+        self._engine = DeepSpeedEngine(
+            self._build_model().to(device),
+            **optimizer,
+            zero_stage=zero_stage,
+            dtype=self._config.model.dtype,
+            settings=settings,
+        )
+
+    def assemble(
+        self, kl_coef: float, scores: Sequence[tuple[float, ...]], *parts: Any
+    ) -> AssembledStats:
+        """Make this rank's rows of the batch ready to learn from.
+
+        Args:
+            kl_coef: weight of the KL penalty in the token rewards.
+            scores: per shard, the score of each rollout.
+            parts: per shard its rollouts; then, in the same order, per shard the old log-probs;
+                then the reference's; then the values.
+
+        Returns:
+            Sums over this rank's rows.
+        """
+        count = len(scores)
+        columns = [_in_order(parts[start : start + count]) for start in range(0, 4 * count, count)]
+        rollouts, old, ref, values = columns
+        flat_scores = [score for shard in scores for score in shard]
+        order = sorted(range(len(rollouts)), key=lambda row: rollouts[row].position)
+        self._plan_mini_batches(
+            [len(sequence_of(rollouts[row])) for row in order],
+            [len(rollouts[row].response_ids) for row in order],
+        )
+        mine = [order[row] for mini_batch in self._my_rows for row in mini_batch]
+        self._experience, rewards_BT = _experience(
+            [rollouts[row] for row in mine],
+            [old[row] for row in mine],
+            [ref[row] for row in mine],
+            [values[row] for row in mine],
+            torch.tensor([flat_scores[row] for row in mine]),
+            kl_coef,
+            self._config,
+        )
+        return _stats(self._experience, rewards_BT)
+
+    def _plan_mini_batches(self, lengths: list[int], response_lengths: list[int]) -> None:
+        """Which rows of each mini-batch are this rank's, and how they are cut.
+
+        Every rank computes the cut of every rank, because all must take the same number of
+        micro-batches: ZeRO averages gradients in each backward pass.
+        """
+        size, world = self._config.ppo.mini_batch_size, self._engine.world_size
+        self._my_rows: list[list[int]] = []
+        self._micro: list[list[list[int]]] = []
+        self._mini_batch_tokens: list[int] = []
+        for first in range(0, len(lengths), size):
+            rows = range(first, first + size)
+            shares = [rows[rank::world] for rank in range(world)]
+            cuts = [self._cut([lengths[row] for row in share], 1) for share in shares]
+            most = max(len(cut) for cut in cuts)
+            mine = shares[self._engine.rank]
+            self._my_rows.append(list(mine))
+            self._micro.append(self._cut([lengths[row] for row in mine], most))
+            self._mini_batch_tokens.append(sum(response_lengths[row] for row in rows))
+
+    def _cut(self, lengths: list[int], at_least: int) -> list[list[int]]:
+        return micro_batches(lengths, self._config.ppo.max_tokens_per_micro_batch, at_least)
+
+    def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+        """All epochs over the assembled batch.
+
+        Args:
+            advantage_mean: over the whole batch, all ranks.
+            advantage_std: over the whole batch, all ranks, unbiased.
+        """
+        self._whiten(advantage_mean, advantage_std)
+        sums: Sums = {}
+        for _ in range(self._config.ppo.epochs):
+            for index, num_tokens in enumerate(self._mini_batch_tokens):
+                self._step(self._micro_batches(index), num_tokens, sums)
+        tokens = sums.pop("tokens")
+        steps = self._config.ppo.epochs * len(self._mini_batch_tokens)
+        grad_norm = sums.pop("grad_norm") / steps
+        metrics = {name: total / tokens for name, total in sums.items() if not name.startswith("=")}
+        return StepReport(
+            metrics=metrics | self._report(sums | {"grad_norm": grad_norm}),
+            samples_learnt=sum(len(rows) for rows in self._my_rows),
+            num_tokens=self._experience.num_tokens,
+        )
+
+    @abstractmethod
+    def _whiten(self, mean: float, std: float) -> None:
+        """Replace the advantages by whitened ones, where the learner uses them."""
+
+    def _micro_batches(self, index: int) -> Iterator[Experience]:
+        first = sum(len(rows) for rows in self._my_rows[:index])
+        for rows in self._micro[index]:
+            batch = self._experience.rows(torch.tensor([first + row for row in rows]))
+            yield to_device(batch, self._engine.device)
+
+    def _step(self, batches: Iterator[Experience], num_tokens: int, sums: Sums) -> None:
+        """One optimizer step over a mini-batch.
+
+        The denominator is the mini-batch's token count over the number of ranks, because the
+        engine averages over ranks: the step is that of one process with all rows.
+        """
+        remaining = list(batches)
+        for number, batch in enumerate(remaining, start=1):
+            loss, means = self._loss(batch, num_tokens / self._engine.world_size)
+            self._engine.backward(loss, last=number == len(remaining))
+            tokens = batch.num_tokens
+            sums["tokens"] = sums.get("tokens", 0.0) + tokens
+            for name, mean in means.items():
+                if name.startswith("="):  # a maximum, not a mean
+                    sums[name] = max(sums.get(name, float("-inf")), float(mean))
+                else:
+                    sums[name] = sums.get(name, 0.0) + float(mean) * tokens
+        sums["grad_norm"] = sums.get("grad_norm", 0.0) + self._engine.step()
+
+    def state(self) -> tuple[dict[str, bytes], None]:
+        """Optimizer state and PEFT folder as files; all ranks call, rank 0's is the one to keep."""
+        state = self._engine.export_state()
+        files = {LEARNER_STATE: tensors_to_bytes(state)} | self._peft_files()
+        return files, None
+
+    @abstractmethod
+    def _peft_files(self) -> dict[str, bytes]:
+        """Contents of the PEFT folder, by file name."""
+
+    def load(self, files: Mapping[str, bytes]) -> None:
+        """Go back to a state, whatever number of ranks made it."""
+        self._engine.import_state(tensors_from_bytes(files[LEARNER_STATE]))
+
+
+def to_device(batch: Experience, device: torch.device) -> Experience:
+    """The batch on a device."""
+    fields = {name: getattr(batch, name).to(device) for name in batch.__dataclass_fields__}
+    return Experience(**fields)
+
+
+def _alone() -> bool:
+    """Whether this machine's name leads nowhere but to itself (no network)."""
+    try:
+        return socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        return True
+
+
+def _in_order(shards: Sequence[Sequence[Any]]) -> list[Any]:
+    return [row for shard in shards for row in shard]
+
+
+def _experience(
+    rollouts: Sequence[Rollout],
+    old: Sequence[np.ndarray],
+    ref: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    scores_B: Tensor,
+    kl_coef: float,
+    config: Config,
+) -> tuple[Experience, Tensor]:
+    sequences_BS, attention_BS = pad([sequence_of(rollout) for rollout in rollouts])
+    responses_BT, mask_BT = pad([rollout.response_ids for rollout in rollouts])
+    old_BT, ref_BT, values_BT = (pad(rows)[0] for rows in (old, ref, values))
+    rewards_BT = token_rewards(scores_B, kl_estimate(old_BT, ref_BT, "k1"), mask_BT, kl_coef)
+    advantages_BT, returns_BT = gae(
+        rewards_BT, values_BT, mask_BT, config.ppo.gamma, config.ppo.gae_lambda
+    )
+    experience = Experience(
+        sequences_BS=sequences_BS,
+        attention_BS=attention_BS,
+        prompt_lengths_B=torch.tensor([len(rollout.prompt.token_ids) for rollout in rollouts]),
+        responses_BT=responses_BT,
+        mask_BT=mask_BT,
+        rollout_logprobs_BT=pad([rollout.rollout_logprobs for rollout in rollouts])[0],
+        old_logprobs_BT=old_BT,
+        ref_logprobs_BT=ref_BT,
+        values_BT=values_BT,
+        advantages_BT=advantages_BT,
+        returns_BT=returns_BT,
+    )
+    return experience, rewards_BT
+
+
+def _stats(batch: Experience, rewards_BT: Tensor) -> AssembledStats:
+    mask_BT = batch.mask_BT
+    moments = Moments.of(batch.advantages_BT, mask_BT)
+    kl = kl_estimate(batch.old_logprobs_BT, batch.ref_logprobs_BT, "k1")[mask_BT].double()
+    return AssembledStats(
+        num_samples=len(mask_BT),
+        num_tokens=batch.num_tokens,
+        advantage_total=moments.total,
+        advantage_total_sq=moments.total_sq,
+        kl_total=float(kl.sum()),
+        reward_total=float(rewards_BT[mask_BT].double().sum()),
+        surprise_total=float(-batch.old_logprobs_BT[mask_BT].double().sum()),
+    )

@@ -1,0 +1,198 @@
+"""The policy's learner: clipped policy update on a LoRA adapter, which it also exports."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.learner import Learner, Sums
+from rlhf_ray.algorithms.experience import Experience, response_logits
+from rlhf_ray.algorithms.logprobs import entropy, token_logprobs
+from rlhf_ray.algorithms.losses import policy_loss
+from rlhf_ray.algorithms.whitening import masked_mean, whiten
+from rlhf_ray.models.adapters import (
+    TensorDict,
+    adapter_state,
+    attach,
+    digest,
+    load_adapter_state,
+    peft_config,
+    tensors_from_bytes,
+    tensors_to_bytes,
+)
+from rlhf_ray.models.forward import causal_lm_logits, response_logprobs
+from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.types import AdapterUpdate, Gap, ProbeComparison, Rollout, SampleRequest
+
+PROBE_SHIFT = 1.0
+"""Nats a token that a probe moves the canaries: twice what the proof asks for."""
+
+
+class PolicyLearner(Learner):
+    """Trains the adapter; dropout off, temperature applied as the engine applies it."""
+
+    def _build_model(self) -> Any:
+        config = self._config
+        base = load_causal_lm(self._model_path, config.model, quantized=True)
+        return attach(base, config.lora, "CAUSAL_LM", seed=config.run.seed, dropout=0.0).eval()
+
+    def _group(self) -> tuple[float, int, Mapping[str, Any]]:
+        group = self._config.policy
+        return self._config.ppo.learning_rate, group.zero_stage, group.deepspeed
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], Gap]:
+        """[T] fp32 log-probs of each response's tokens, and how far the engine's are from them."""
+        logprobs = self._logprobs(rollouts)
+        engine = np.concatenate([rollout.rollout_logprobs for rollout in rollouts])
+        gap = np.abs(engine - np.concatenate(logprobs), dtype=np.float64)
+        return logprobs, Gap(float(gap.mean()), float(gap.max()), len(gap))
+
+    def sample_kl(
+        self, rollouts: Sequence[Rollout], ref_logprobs: Sequence[np.ndarray]
+    ) -> tuple[float, ...]:
+        """[N] token sum of k1 between the current policy and the reference, nats."""
+        pairs = zip(self._logprobs(rollouts), ref_logprobs, strict=True)
+        return tuple(float(np.sum(own - ref, dtype=np.float64)) for own, ref in pairs)
+
+    def _logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        return response_logprobs(
+            causal_lm_logits(self._engine.model),
+            rollouts,
+            temperature=self._config.rollout.temperature,
+            max_tokens=self._config.ppo.max_tokens_per_micro_batch,
+            device=self._engine.device,
+        )
+
+    def _whiten(self, mean: float, std: float) -> None:
+        batch = self._experience
+        advantages_BT = whiten(batch.advantages_BT, batch.mask_BT, mean, std)
+        self._experience = dataclasses.replace(batch, advantages_BT=advantages_BT)
+
+    def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        temperature, clip = self._config.rollout.temperature, self._config.ppo.clip_range
+        logits_BSV = causal_lm_logits(self._engine.model)(batch.sequences_BS, batch.attention_BS)
+        logits_BTV = response_logits(logits_BSV, batch.prompt_lengths_B, batch.mask_BT.shape[1])
+        loss, stats = policy_loss(
+            token_logprobs(logits_BTV, batch.responses_BT, temperature),
+            batch.old_logprobs_BT,
+            batch.advantages_BT,
+            batch.mask_BT,
+            clip,
+            clip,
+            num_tokens=num_tokens,
+        )
+        with torch.no_grad():
+            entropy_mean = masked_mean(entropy(logits_BTV, temperature), batch.mask_BT)
+        return loss, {
+            "loss/policy_avg": loss.detach() * num_tokens / max(batch.num_tokens, 1),
+            "policy/approxkl_avg": stats["approxkl"],
+            "policy/clipfrac_avg": stats["clipfrac"],
+            "policy/entropy_avg": entropy_mean,
+            "val/ratio": stats["ratio"],
+            "=val/ratio_max": stats["ratio_max"],
+        }
+
+    def _report(self, sums: Sums) -> dict[str, float]:
+        return {"policy/grad_norm": sums["grad_norm"], "val/ratio_max": sums["=val/ratio_max"]}
+
+    def adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:
+        """The current adapter: its bytes, and what it is. All ranks call."""
+        return self._update(version, self._read_adapter())
+
+    def zero_adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:
+        """An adapter that changes nothing: B is zero."""
+        state = self._read_adapter()
+        zero = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in state.items()}
+        return self._update(version, zero)
+
+    def probe(self, version: int, canaries: Sequence[SampleRequest]) -> tuple[bytes, AdapterUpdate]:
+        """A seeded random adapter, scaled until it moves the canaries by PROBE_SHIFT nats.
+
+        What is measured is KL(probe || base), the mean shift of tokens that the probe samples.
+        """
+        generator = torch.Generator().manual_seed(self._config.run.seed)
+        state = self._read_adapter()
+        noise = {
+            name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            for name, tensor in state.items()
+        }
+        scale = 1e-3
+        while True:
+            probe = {
+                name: noise[name] * (scale if "lora_B" in name else tensor.shape[1] ** -0.5)
+                for name, tensor in state.items()
+            }
+            if self._mean_shift(probe, canaries) >= PROBE_SHIFT:
+                return self._update(version, probe)
+            scale *= 1.5
+
+    @torch.no_grad()
+    def _mean_shift(self, probe: TensorDict, canaries: Sequence[SampleRequest]) -> float:
+        ids_BS = torch.tensor([canary.prompt.token_ids for canary in canaries])
+        ids_BS = ids_BS.to(self._engine.device)
+        forward = causal_lm_logits(self._engine.model)
+        temperature = self._config.rollout.temperature
+
+        def distribution() -> Tensor:
+            logits_BSV = forward(ids_BS, torch.ones_like(ids_BS)).float()
+            return (logits_BSV / temperature).log_softmax(-1)
+
+        with self._adapter_as(probe):
+            probe_BSV = distribution()
+        with self._without_adapter():
+            base_BSV = distribution()
+        return float((probe_BSV.exp() * (probe_BSV - base_BSV)).sum(-1).mean())
+
+    def compare(
+        self, update: AdapterUpdate, tensors: bytes, rollouts: Sequence[Rollout]
+    ) -> ProbeComparison:
+        """Hold what an engine sampled under an adapter against the learner. All ranks call."""
+        with self._adapter_as(tensors_from_bytes(tensors)):
+            learner = np.concatenate(self._logprobs(rollouts))
+        with self._without_adapter():
+            base = np.concatenate(self._logprobs(rollouts))
+        engine = np.concatenate([rollout.rollout_logprobs for rollout in rollouts])
+        return ProbeComparison(
+            shift=float(np.mean(learner - base, dtype=np.float64)),
+            engine_shift=float(np.mean(engine - base, dtype=np.float64)),
+            error=float(np.mean(np.abs(engine - learner), dtype=np.float64)),
+        )
+
+    @contextmanager
+    def _adapter_as(self, state: TensorDict) -> Iterator[None]:
+        """Within, the model computes with another adapter; the policy's own comes back."""
+        own = self._read_adapter()
+        self._write_adapter(state)
+        try:
+            yield
+        finally:
+            self._write_adapter(own)
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        with self._engine.module.disable_adapter():  # type: ignore[operator]
+            yield
+
+    def _read_adapter(self) -> TensorDict:
+        with self._engine.whole_parameters():
+            return adapter_state(self._engine.module)  # type: ignore[arg-type]
+
+    def _write_adapter(self, state: TensorDict) -> None:
+        with self._engine.whole_parameters():
+            load_adapter_state(self._engine.module, state)  # type: ignore[arg-type]
+
+    def _update(self, version: int, state: TensorDict) -> tuple[bytes, AdapterUpdate]:
+        settings = peft_config(self._engine.module)  # type: ignore[arg-type]
+        return tensors_to_bytes(state), AdapterUpdate(version, digest(state), settings, None)
+
+    def _peft_files(self) -> dict[str, bytes]:
+        settings = peft_config(self._engine.module) | {"base_model_name_or_path": self._model_path}  # type: ignore[arg-type]
+        return {
+            "adapter_model.safetensors": tensors_to_bytes(self._read_adapter()),
+            "adapter_config.json": json.dumps(settings, indent=2).encode(),
+        }

@@ -1,0 +1,40 @@
+"""The frozen reference: log-probs of the model that the policy is held close to."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rlhf_ray.config import Config
+from rlhf_ray.models.forward import causal_lm_logits, response_logprobs
+from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.types import Rollout
+
+
+class Reference:
+    """The SFT model as it was."""
+
+    def __init__(self, name: str, config: Config, model_path: str) -> None:
+        self._name = name
+        self._temperature = config.rollout.temperature
+        self._max_tokens = config.ppo.max_tokens_per_micro_batch
+        self._model = load_causal_lm(model_path, config.model, quantized=True)
+        if torch.cuda.is_available():
+            self._model.cuda()
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def start(self) -> None:
+        """Ready as soon as it is made."""
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
+        """[T] fp32 log-probs of each response's tokens, temperature applied."""
+        logprobs = response_logprobs(
+            causal_lm_logits(self._model),
+            rollouts,
+            temperature=self._temperature,
+            max_tokens=self._max_tokens,
+            device=self._model.device,
+        )
+        return logprobs, None

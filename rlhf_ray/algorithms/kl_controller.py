@@ -1,0 +1,73 @@
+"""The coefficient of the KL penalty over a run: held fixed, or steered towards a target."""
+
+import math
+from abc import ABC, abstractmethod
+
+from rlhf_ray.errors import DivergenceError
+
+
+class KLController(ABC):
+    """Holds the KL coefficient; `state_dict` carries it over to a resumed run."""
+
+    coef: float
+    """Current weight of the KL penalty, score units per nat."""
+
+    def __init__(self, coef: float) -> None:
+        if not (math.isfinite(coef) and coef >= 0):
+            raise ValueError(f"the KL coefficient must be finite and >= 0, got {coef}")
+        self.coef = coef
+
+    @abstractmethod
+    def update(self, kl: float, num_samples: int) -> None:
+        """Tells the controller what an iteration did.
+
+        Args:
+            kl: mean over the iteration's samples of the token *sum* of k1, nats.
+            num_samples: rollouts in the iteration, over all ranks.
+        """
+
+    def state_dict(self) -> dict[str, float]:
+        """What a commit must hold for the run to go on as if it had not stopped."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes up the state of an earlier `state_dict`."""
+        self.coef = float(state["coef"])
+
+
+class FixedKL(KLController):
+    """Keeps the coefficient whatever the KL does."""
+
+    def update(self, kl: float, num_samples: int) -> None:
+        """Changes nothing."""
+
+
+class AdaptiveKL(KLController):
+    """Proportional controller on the logarithm of the coefficient.
+
+        coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon
+
+    Source: Ziegler et al. 2019 (arXiv:1909.08593) section 2.2.
+    """
+
+    def __init__(self, init: float, target: float, horizon: float) -> None:
+        """Args: first coefficient (> 0 or it stays 0); target KL per sample, nats; samples."""
+        super().__init__(init)
+        if not (target > 0 and horizon > 0):
+            raise ValueError(f"KL target and horizon must be > 0, got {target} and {horizon}")
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, num_samples: int) -> None:
+        """Raises the coefficient above the target, lowers it below.
+
+        Raises:
+            DivergenceError: a KL that is not finite, which would stay in the coefficient.
+        """
+        if not math.isfinite(kl):
+            raise DivergenceError(
+                f"KL of {num_samples} samples is {kl}, so the KL coefficient ({self.coef:g}) "
+                "cannot be updated: roll back and lower the learning rate"
+            )
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_samples / self.horizon

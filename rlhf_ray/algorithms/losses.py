@@ -1,0 +1,167 @@
+"""The losses of the three learners: policy, critic, reward model.
+
+Statistics are detached fp32 scalars over the given tensors alone: sums over the mask divided by
+this mask's own count (`ratio_max` is a maximum). To combine micro-batches or ranks, weight each
+by its number of real tokens. The losses divide by `num_tokens` instead, so that micro-batches of
+one mini-batch simply add up, whatever the length of their responses.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlhf_ray.algorithms.masking import count, masked_sum, require_same_shape, zero_padding
+from rlhf_ray.algorithms.whitening import masked_mean
+
+Stats = dict[str, Tensor]
+
+MAX_LOG_RATIO = 20.0
+"""Nats. Bounds exp(): an infinite ratio turns the zero gradient of a clipped token into NaN."""
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+    num_tokens: Tensor | float | None = None,
+) -> tuple[Tensor, Stats]:
+    """Clipped policy-gradient loss, a sum over real tokens divided by `num_tokens`.
+
+        ratio = exp(logprob - old logprob)
+        L_t   = max(-A * ratio, -A * clamp(ratio, 1 - clip_low, 1 + clip_high))
+        L_t   = min(L_t, -A * dual_clip)      where A < 0, if dual_clip is given
+
+    Sources: PPO, Schulman et al. 2017 (arXiv:1707.06347) eq. 7; dual clip, Ye et al. 2019
+    (arXiv:1912.09729) eq. 5; unequal bounds, Yu et al. 2025 (arXiv:2503.14476) section 3.1.
+
+    Args:
+        logprobs: `_BT` nats, of the policy being updated; carries the gradient.
+        old_logprobs: `_BT` nats, of the policy before the update.
+        advantages: `_BT`, without gradient.
+        mask: `_BT`, 1 on real tokens; elsewhere nothing matters, NaN included.
+        clip_low: the ratio stops counting below 1 - clip_low; inf turns it off.
+        clip_high: the ratio stops counting above 1 + clip_high; inf turns it off.
+        dual_clip: > 1; bounds the loss of bad tokens whose ratio ran away.
+        weights: `_BT`, multiply the loss of each token (`correction`).
+        num_tokens: denominator, default `mask.sum()`; with accumulation or several ranks the
+            mini-batch's whole count divided by the number of ranks.
+
+    Returns:
+        The loss (fp32 scalar) and `clipfrac` (share of tokens where the clip binds), `approxkl`
+        (half the mean squared log-ratio), `policykl` (mean of old - new), `ratio` (mean),
+        `ratio_max`.
+
+    Raises:
+        ValueError: shapes that differ, or a dual_clip not above 1.
+    """
+    require_same_shape(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        weights=weights,
+    )
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}: below, it inverts the clip")
+    log_ratio = zero_padding(logprobs, mask) - zero_padding(old_logprobs, mask)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    advantages = zero_padding(advantages, mask)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    losses = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        bounded = torch.minimum(losses, -advantages * dual_clip)
+        losses = torch.where(advantages < 0, bounded, losses)
+    if weights is not None:
+        losses = losses * zero_padding(weights, mask)
+    loss = masked_sum(losses, mask) / (count(mask) if num_tokens is None else num_tokens)
+    with torch.no_grad():
+        stats = {
+            "clipfrac": masked_mean(clipped > unclipped, mask),
+            "approxkl": masked_mean(log_ratio.square(), mask) / 2,
+            "policykl": masked_mean(-log_ratio, mask),
+            "ratio": masked_mean(ratio, mask),
+            "ratio_max": zero_padding(ratio, mask).max(),
+        }
+    return loss, stats
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    num_tokens: Tensor | float | None = None,
+) -> tuple[Tensor, Stats]:
+    """Clipped regression of the critic on the returns, summed and divided by `num_tokens`.
+
+        L_t = 1/2 max((V - G)^2, (V_clip - G)^2),  V_clip = V_old + clamp(V - V_old, -clip, clip)
+
+    Source: the PPO implementation of OpenAI baselines; Ouyang et al. 2022 (arXiv:2203.02155).
+
+    Args:
+        values: `_BT`, of the critic being updated; carries the gradient.
+        old_values: `_BT`, of the critic before the update.
+        returns: `_BT`, targets (`advantages.gae`).
+        mask: `_BT`, 1 on real tokens; elsewhere nothing matters, NaN included.
+        clip: in units of value; inf turns it off.
+        num_tokens: as for `policy_loss`.
+
+    Returns:
+        The loss (fp32 scalar) and `clipfrac` (share of tokens where the clip binds),
+        `value_mean`, `error` (mean squared error, unclipped).
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    require_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    values = zero_padding(values, mask)
+    old_values = zero_padding(old_values, mask)
+    returns = zero_padding(returns, mask)
+    squares = (values - returns).square()
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    clipped_squares = (clipped_values - returns).square()
+    total = torch.maximum(squares, clipped_squares).sum() / 2
+    loss = total / (count(mask) if num_tokens is None else num_tokens)
+    with torch.no_grad():
+        stats = {
+            "clipfrac": masked_mean(clipped_squares > squares, mask),
+            "value_mean": masked_mean(values, mask),
+            "error": masked_mean(squares, mask),
+        }
+    return loss, stats
+
+
+def pairwise_reward_loss(
+    chosen_B: Tensor, rejected_B: Tensor, margin: Tensor | float | None = None, centre: float = 0.0
+) -> Tensor:
+    """Bradley-Terry loss of a reward model on preference pairs, a mean over the pairs.
+
+        mean(-log sigmoid(chosen - rejected - margin)) + centre * mean((chosen + rejected)^2)
+
+    Sources: Ouyang et al. 2022 (arXiv:2203.02155) eq. 1; margin, Touvron et al. 2023
+    (arXiv:2307.09288) eq. 2; centring, Eisenstein et al. 2023 (arXiv:2312.09244).
+
+    Args:
+        chosen_B: score of the better answer of each pair.
+        rejected_B: score of the worse one.
+        margin: in score units, by which the better should win: `_B` or one number.
+        centre: weight of the term that keeps scores near 0.
+
+    Returns:
+        fp32 scalar.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    margin_B = margin if isinstance(margin, Tensor) else None
+    require_same_shape(chosen_B=chosen_B, rejected_B=rejected_B, margin=margin_B)
+    chosen_B, rejected_B = chosen_B.float(), rejected_B.float()
+    gap_B = chosen_B - rejected_B - (0.0 if margin is None else margin)
+    return -F.logsigmoid(gap_B).mean() + centre * (chosen_B + rejected_B).square().mean()

@@ -1,0 +1,73 @@
+"""From one score per response to one reward per token."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.algorithms.masking import require_same_shape, zero_padding
+
+ScorePosition = Literal["last_token", "first_pad"]
+
+
+def token_rewards(
+    scores_B: Tensor,
+    kl_BT: Tensor,
+    mask_BT: Tensor,
+    kl_coef: float,
+    position: ScorePosition = "last_token",
+) -> Tensor:
+    """Reward of each token: minus the KL penalty, the score added once per response.
+
+        r_t = -kl_coef * kl_t + [t = score position] * score
+
+    The sign of the penalty is minus: moving away from the reference costs. Source: Ziegler et
+    al. 2019 (arXiv:1909.08593) section 2; Ouyang et al. 2022 (arXiv:2203.02155) eq. 2.
+
+    Args:
+        scores_B: score of each response, in the reward source's unit.
+        kl_BT: KL estimate per token, nats; padding may hold anything.
+        mask_BT: 1 on real response tokens.
+        kl_coef: weight of the penalty, score units per nat.
+        position: where the score lands, see `score_position`.
+
+    Returns:
+        fp32 `_BT`; 0 on padding, except for the score itself with `first_pad`. A row without
+        real tokens gets no score.
+
+    Raises:
+        ValueError: unknown position, or shapes that do not fit.
+    """
+    require_same_shape(kl_BT=kl_BT, mask_BT=mask_BT)
+    if scores_B.shape != mask_BT.shape[:1]:
+        raise ValueError(
+            f"scores_B {tuple(scores_B.shape)} must hold one score for each row of mask_BT "
+            f"{tuple(mask_BT.shape)}"
+        )
+    at_score_BT = score_position(mask_BT, position)
+    scores_BT = scores_B.float().unsqueeze(1).expand(mask_BT.shape)
+    return zero_padding(-kl_coef * kl_BT.float(), mask_BT) + zero_padding(scores_BT, at_score_BT)
+
+
+def score_position(mask_BT: Tensor, position: ScorePosition) -> Tensor:
+    """Where the score of each response lands: bool `_BT`, at most one True per row.
+
+    `last_token` is the last real token, EOS where there is one. `first_pad` is the position after
+    it, or the last real token where the row is full; that position then needs a value as well,
+    so give `advantages.gae` the mask `mask | score_position(mask, "first_pad")`. Rows without
+    real tokens have no position.
+
+    Raises:
+        ValueError: unknown position.
+    """
+    mask_BT = mask_BT.bool()
+    num_remaining_BT = mask_BT.flip(1).cumsum(1).flip(1)
+    last_BT = mask_BT & (num_remaining_BT == 1)
+    if position == "last_token":
+        return last_BT
+    if position == "first_pad":
+        first_pad_BT = torch.zeros_like(last_BT)
+        first_pad_BT[:, 1:] = last_BT[:, :-1]
+        first_pad_BT[:, -1:] |= last_BT[:, -1:]
+        return first_pad_BT
+    raise ValueError(f"score position must be last_token or first_pad, got {position!r}")

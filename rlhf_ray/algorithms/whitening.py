@@ -1,0 +1,105 @@
+"""Means, variances and whitening over real tokens, in one process or summed over many."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.algorithms.masking import count, masked_sum, require_same_shape, zero_padding
+
+EPS = 1e-8
+"""Added to the variance, in squared units of the data, before the inverse square root."""
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` over the real tokens: fp32 scalar, differentiable, 0 for an empty mask."""
+    require_same_shape(x=x, mask=mask)
+    return masked_sum(x, mask) / count(mask)
+
+
+def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Variance of `x` over the n real tokens: fp32 scalar, differentiable.
+
+    Divides by n - 1 (Bessel's correction) if `unbiased`, else by n. Fewer than two real tokens
+    have variance 0.
+    """
+    n = count(mask)
+    squares = (zero_padding(x, mask) - masked_mean(x, mask)).square()
+    return masked_sum(squares, mask) / ((n - 1).clamp(min=1) if unbiased else n)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor, shift_mean: bool = True, unbiased: bool = True
+) -> Tensor:
+    """`x` scaled to variance 1 over the real tokens, its mean removed or (not `shift_mean`) kept.
+
+        (x - mean) / sqrt(var + 1e-8)  [+ mean]
+
+    Args:
+        x: any shape.
+        mask: 1 on real tokens, same shape.
+        shift_mean: True for advantages; False for rewards, whose sign must survive.
+        unbiased: which variance, see `masked_var`.
+
+    Returns:
+        fp32, shape of `x`, 0 on padding (also where the mean is kept).
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    std = masked_var(x, mask, unbiased).sqrt()
+    return whiten(x, mask, masked_mean(x, mask), std, shift_mean)
+
+
+def whiten(
+    x: Tensor, mask: Tensor, mean: Tensor | float, std: Tensor | float, shift_mean: bool = True
+) -> Tensor:
+    """`masked_whiten` with a mean and a standard deviation from elsewhere.
+
+    With those of summed `Moments`, a batch spread over processes is whitened as a whole:
+
+        total = sum((Moments.of(x, mask) for x, mask in parts), Moments())
+        parts = [whiten(x, mask, total.mean, total.std()) for x, mask in parts]
+    """
+    require_same_shape(x=x, mask=mask)
+    std = torch.as_tensor(std, dtype=torch.float32, device=x.device)
+    whitened = (zero_padding(x, mask) - mean) * torch.rsqrt(std.square() + EPS)
+    return zero_padding(whitened if shift_mean else whitened + mean, mask)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums from which the mean and deviation of a spread-out batch follow; `Moments()` is none.
+
+    Python floats (float64), because sums of squares over a large batch lose digits in fp32.
+    """
+
+    count: float = 0.0
+    """Number of real tokens."""
+    total: float = 0.0
+    """Sum over them, in the data's unit."""
+    total_sq: float = 0.0
+    """Sum of squares over them, in the data's unit squared."""
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor) -> "Moments":
+        """Moments of the real tokens of `x` (any shape; padding may hold anything)."""
+        require_same_shape(x=x, mask=mask)
+        real = x[mask.bool()].double()
+        return cls(float(real.numel()), real.sum().item(), real.square().sum().item())
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count, self.total + other.total, self.total_sq + other.total_sq
+        )
+
+    @property
+    def mean(self) -> float:
+        """Mean in the data's unit; 0 for no tokens."""
+        return self.total / max(self.count, 1.0)
+
+    def std(self, unbiased: bool = True) -> float:
+        """Standard deviation in the data's unit, dividing by count - 1 or count as `masked_var`."""
+        squares = max(self.total_sq - self.total * self.mean, 0.0)
+        return math.sqrt(squares / max(self.count - 1.0 if unbiased else self.count, 1.0))

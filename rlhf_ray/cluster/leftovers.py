@@ -1,0 +1,125 @@
+"""What a dead run leaves on a machine, and its sweeping.
+
+While a run lives, a record in the temporary folder names its processes (id, start time, name) and
+the shared-memory files that they map. The next run kills and removes what records of dead drivers
+name; a process id that was given to someone else since is told by its start time.
+"""
+
+import json
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SHARED_MEMORY = "/dev/shm/"
+INTERVAL_S = 5.0
+
+
+def records_folder() -> Path:
+    """Where records are kept: one folder a user."""
+    return Path(tempfile.gettempdir()) / f"rlhf_ray-{os.getuid()}"
+
+
+class ProcessRecord:
+    """Keeps the record of this run up to date from a thread, until it is closed."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        folder = folder or records_folder()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._path = folder / f"{os.getpid()}.json"
+        self._driver = psutil.Process()
+        self._processes: dict[str, dict[str, Any]] = {}
+        self._files: set[str] = set()
+        self._closed = threading.Event()
+        self.update()
+        self._thread = threading.Thread(target=self._keep, daemon=True, name="process-record")
+        self._thread.start()
+
+    def update(self) -> None:
+        """Write down every descendant and shared-memory file seen so far."""
+        for process in self._driver.children(recursive=True):
+            try:
+                entry = _identity(process)
+            except psutil.Error:
+                continue
+            self._processes[f"{entry['pid']}/{entry['started']}"] = entry
+            self._files |= _mapped_files(process.pid)
+        record = {
+            "driver": _identity(self._driver),
+            "processes": list(self._processes.values()),
+            "files": sorted(self._files),
+        }
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def _keep(self) -> None:
+        while not self._closed.wait(INTERVAL_S):
+            self.update()
+
+    def close(self) -> None:
+        """Sweep what is left of this run and drop the record."""
+        self._closed.set()
+        self._thread.join()
+        self.update()
+        _sweep_record(self._path)
+
+
+def sweep(folder: Path | None = None) -> tuple[int, int]:
+    """End what dead runs left; returns the numbers of processes and files."""
+    processes = files = 0
+    for path in (folder or records_folder()).glob("*.json"):
+        try:
+            driver = json.loads(path.read_text(encoding="utf-8"))["driver"]
+        except (OSError, ValueError, KeyError):
+            path.unlink(missing_ok=True)
+            continue
+        if _alive(driver) is None:
+            ended, removed = _sweep_record(path)
+            processes, files = processes + ended, files + removed
+    return processes, files
+
+
+def _sweep_record(path: Path) -> tuple[int, int]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    survivors = [process for entry in record["processes"] if (process := _alive(entry))]
+    for process in survivors:
+        try:
+            process.kill()
+        except psutil.Error:
+            continue
+    psutil.wait_procs(survivors, timeout=5)
+    removed = 0
+    for file in record["files"]:
+        if Path(file).exists():
+            Path(file).unlink(missing_ok=True)
+            removed += 1
+    path.unlink(missing_ok=True)
+    return len(survivors), removed
+
+
+def _identity(process: psutil.Process) -> dict[str, Any]:
+    return {"pid": process.pid, "started": process.create_time(), "name": process.name()}
+
+
+def _alive(entry: dict[str, Any]) -> psutil.Process | None:
+    """The recorded process, if it is still the same one."""
+    try:
+        process = psutil.Process(entry["pid"])
+        same = process.create_time() == entry["started"] and process.status() != "zombie"
+    except psutil.Error:
+        return None
+    return process if same else None
+
+
+def _mapped_files(pid: int) -> set[str]:
+    """Shared-memory files that a process maps (Linux; none elsewhere)."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    paths = {line.split(maxsplit=5)[-1] for line in lines if SHARED_MEMORY in line}
+    return {path for path in paths if path.startswith(SHARED_MEMORY) and "(deleted)" not in path}

@@ -1,0 +1,122 @@
+"""Ray for the length of a run: a cluster on this machine, or the one that we are in."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from rlhf_ray.cluster.leftovers import ProcessRecord, sweep
+from rlhf_ray.config import Config
+from rlhf_ray.errors import PlacementError
+from rlhf_ray.observability.quiet import environment
+
+LOOPBACK = "127.0.0.1"
+
+
+def runs_on_ray(config: Config) -> bool:
+    """Whether roles are Ray actors."""
+    return config.cluster.mode != "inline"
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Start or join Ray; on the way out end what was started.
+
+    Raises:
+        PlacementError: Ray cannot be started or reached.
+    """
+    if not runs_on_ray(config):
+        yield
+        return
+    sweep()
+    os.environ.update(_driver_environment() | dict(os.environ))
+    joined = _joins_cluster(config)
+    record = None if joined else ProcessRecord()
+    try:
+        _connect(config, joined)
+        yield
+    finally:
+        ray.shutdown()
+        if record is not None:
+            record.close()
+
+
+def dashboard_url() -> str | None:
+    """Address of Ray's dashboard, while a session is on."""
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    url = ray._private.worker.get_dashboard_url() if context else None  # type: ignore[attr-defined]
+    return f"http://{url}" if url else None
+
+
+def _joins_cluster(config: Config) -> bool:
+    if config.cluster.mode == "auto":
+        return "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
+    return config.cluster.mode == "ray"
+
+
+def _connect(config: Config, joined: bool) -> None:
+    shared = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "namespace": f"rlhf_ray-{config.run.name}",
+        "runtime_env": {"env_vars": _role_environment(config)},
+    }
+    try:
+        if joined:
+            ray.init(address="auto", **shared)
+            return
+        ray.init(
+            address="local",
+            num_cpus=num_logical_cpus(config),
+            include_dashboard=config.cluster.dashboard,
+            dashboard_host=LOOPBACK,
+            object_store_memory=config.cluster.object_store_mb * 2**20,
+            _node_ip_address=LOOPBACK,
+            **shared,
+        )
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        what = "reach the Ray cluster" if joined else "start Ray on this machine"
+        raise PlacementError(f"Cannot {what}: {error}") from error
+
+
+def num_logical_cpus(config: Config) -> int:
+    """CPUs to declare, so that every role of the largest stage finds one.
+
+    Roles share the real cores: five one-CPU actors would not fit a two-core machine.
+    """
+    ppo = (
+        config.generators.num
+        + config.policy.num_ranks
+        + config.critic.num_ranks
+        + config.reference.num_workers
+        + config.reward.num_workers
+    )
+    # Ray Train asks for one CPU a worker and one for its controller.
+    training = 2 + max(s.train_workers for s in (config.pretrain, config.sft, config.reward))
+    return max(ppo, training, os.cpu_count() or 1)
+
+
+def _driver_environment() -> dict[str, str]:
+    """Of this process and Ray's own; ninja must be on PATH for DeepSpeed's first build."""
+    binaries = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if binaries not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([binaries, path])
+    return environment()
+
+
+def _role_environment(config: Config) -> dict[str, str]:
+    threads = str(config.cluster.threads_per_actor)
+    return {
+        **environment(),
+        "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        # Several engines on one machine would all be bound to its first core.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **config.cluster.env,
+    }

@@ -1,0 +1,100 @@
+"""Ray actors as workers: spawned by name, called with a deadline, errors in our own words."""
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rlhf_ray.cluster.workers import OnCall
+from rlhf_ray.errors import ActorFailure, RlhfError
+from rlhf_ray.types import Handle
+
+
+class RayWorker:
+    """A role's class in an actor of its own."""
+
+    def __init__(self, name: str, actor: Any, timeout_s: float, on_call: OnCall) -> None:
+        self.name = name
+        self.actor = actor
+        self._timeout_s = timeout_s
+        self._on_call = on_call
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Call a method and bring its result; object references among ``args`` arrive as data.
+
+        Raises:
+            ActorFailure: the process died, or did not answer in time.
+            RlhfError: what the method itself raised, if it is one of ours.
+        """
+        return await self._await(method, getattr(self.actor, method).remote(*args))
+
+    async def call_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
+        """Call a method that returns (data, scalars); brings the scalars, pulls the data near.
+
+        The data then outlives the actor that made it, and the node it ran on.
+        """
+        data, scalars = getattr(self.actor, method).options(num_returns=2).remote(*args)
+        result = await self._await(method, scalars)
+        ray.wait([data], fetch_local=True, timeout=0)
+        return data, result
+
+    async def _await(self, method: str, reference: Awaitable[Any]) -> Any:
+        started = time.time()
+        try:
+            result = await asyncio.wait_for(_resolve(reference), self._timeout_s)
+        except TimeoutError:
+            raise ActorFailure(
+                f"{self.name} did not answer {method} within {self._timeout_s:g} s "
+                "(cluster.call_timeout_s)"
+            ) from None
+        except RayTaskError as error:
+            if isinstance(error.cause, RlhfError):
+                raise error.cause from None
+            raise
+        except RayActorError as error:
+            raise ActorFailure(f"{self.name} died during {method}: {_first_line(error)}") from error
+        self._on_call(self.name, method, started, time.time())
+        return result
+
+
+async def _resolve(reference: Awaitable[Any]) -> Any:
+    return await reference
+
+
+async def fetch(handle: Handle) -> Any:
+    """Bring data to the driver."""
+    return await _resolve(handle)
+
+
+def spawn(
+    role_class: type,
+    name: str,
+    *args: Any,
+    num_cpus: float,
+    num_gpus: float,
+    concurrency: int,
+    timeout_s: float,
+    on_call: OnCall,
+) -> RayWorker:
+    """Start a role's class as a named actor."""
+    options: dict[str, Any] = {"name": name, "num_cpus": num_cpus, "num_gpus": num_gpus}
+    if concurrency > 1:
+        options["max_concurrency"] = concurrency
+    actor = ray.remote(role_class).options(**options).remote(name, *args)
+    return RayWorker(name, actor, timeout_s, on_call)
+
+
+def kill(workers: list[RayWorker]) -> None:
+    """End actors that were told to stop already, or that do not answer."""
+    for worker in workers:
+        try:
+            ray.kill(worker.actor)
+        except RayError:
+            continue
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

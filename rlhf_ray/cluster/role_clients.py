@@ -1,0 +1,227 @@
+"""The roles of `rlhf_ray.roles` over workers: who of a group is called, and what is passed."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+from rlhf_ray.cluster.workers import Worker
+from rlhf_ray.types import (
+    AdapterUpdate,
+    AssembledStats,
+    Gap,
+    Handle,
+    ProbeComparison,
+    SampleRequest,
+    ScoredShard,
+    ServedAdapter,
+    Shard,
+    ShardRequest,
+    StepReport,
+)
+
+
+class GeneratorClient:
+    """One generator."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.name = worker.name
+
+    async def generate(self, request: ShardRequest) -> Shard:
+        """Sample a shard; its rollouts stay in the object store."""
+        rollouts, info = await self._worker.call_split("generate", request)
+        return Shard(info, rollouts)
+
+    async def publish(self, update: AdapterUpdate) -> ServedAdapter:
+        """Serve an adapter; its bytes go straight from where they are."""
+        return await self._worker.call("publish", replace(update, tensors=None), update.tensors)
+
+
+class GeneratorPool:
+    """Hands shards to whichever generator has room, longest prompts first."""
+
+    def __init__(self, members: Sequence[GeneratorClient], max_in_flight: int) -> None:
+        """Args: the generators; most shards at one generator at a time."""
+        self.members = members
+        self._max_in_flight = max_in_flight
+
+    async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
+        """Yield each shard as it is done; the order of generation changes nothing but the time."""
+        waiting = sorted(requests, key=_prompt_tokens)
+        done: asyncio.Queue[Shard | BaseException] = asyncio.Queue()
+
+        async def serve(generator: GeneratorClient) -> None:
+            try:
+                while waiting:
+                    await done.put(await generator.generate(waiting.pop()))
+            except BaseException as error:
+                await done.put(error)
+                raise
+
+        lanes = [
+            asyncio.ensure_future(serve(generator))
+            for generator in self.members
+            for _ in range(self._max_in_flight)
+        ]
+        try:
+            for _ in requests:
+                result = await done.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            for lane in lanes:
+                lane.cancel()
+            await asyncio.gather(*lanes, return_exceptions=True)
+
+
+def _prompt_tokens(request: ShardRequest) -> int:
+    return sum(len(sample.prompt.token_ids) for sample in request.samples)
+
+
+class _RoundRobin:
+    """Calls the workers of a stateless role in turn."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._next = itertools.cycle(workers)
+
+    def next(self) -> Worker:
+        return next(self._next)
+
+
+class ScorerClient:
+    """Reward scorers."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers = _RoundRobin(workers)
+
+    async def score(self, shard: Shard) -> tuple[float, ...]:
+        """[N] score of each response."""
+        return await self._workers.next().call("score", shard.rollouts)
+
+
+class ReferenceClient:
+    """Frozen references."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers = _RoundRobin(workers)
+
+    async def logprobs(self, shard: Shard) -> Handle:
+        """List of [T] log-probs."""
+        handle, _ = await self._workers.next().call_split("logprobs", shard.rollouts)
+        return handle
+
+
+class LearnerGroupClient:
+    """The ranks of a learner group.
+
+    What one rank can answer goes to the ranks in turn; at ZeRO stage 3 no rank has the weights
+    alone, so all compute it and the first one's answer counts.
+    """
+
+    def __init__(self, ranks: Sequence[Worker], zero_stage: int) -> None:
+        self._ranks = ranks
+        self._sharded = zero_stage == 3
+        self._turn = _RoundRobin(ranks)
+
+    async def _all(self, method: str, *args: Any) -> list[Any]:
+        return list(await asyncio.gather(*(rank.call(method, *args) for rank in self._ranks)))
+
+    async def _all_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
+        results = await asyncio.gather(*(rank.call_split(method, *args) for rank in self._ranks))
+        return results[0]
+
+    async def _any_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
+        if self._sharded:
+            return await self._all_split(method, *args)
+        return await self._turn.next().call_split(method, *args)
+
+    async def assemble(self, batch: Sequence[ScoredShard], kl_coef: float) -> AssembledStats:
+        """Every rank gets the whole batch and keeps its rows."""
+        stats = await self._all(
+            "assemble",
+            kl_coef,
+            [scored.scores for scored in batch],
+            *(scored.shard.rollouts for scored in batch),
+            *(scored.old_logprobs for scored in batch),
+            *(scored.ref_logprobs for scored in batch),
+            *(scored.values for scored in batch),
+        )
+        return reduce(add, stats)
+
+    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+        """All epochs on all ranks."""
+        return merge_reports(await self._all("learn", advantage_mean, advantage_std))
+
+    async def state(self) -> Handle:
+        """Files of the group's state."""
+        handle, _ = await self._all_split("state")
+        return handle
+
+    async def load(self, state: Handle) -> None:
+        """Go back to a state."""
+        await self._all("load", state)
+
+
+class PolicyClient(LearnerGroupClient):
+    """The policy's ranks."""
+
+    async def logprobs(self, shard: Shard) -> tuple[Handle, Gap]:
+        """List of [T] log-probs, and the gap to the engine's."""
+        return await self._any_split("logprobs", shard.rollouts)
+
+    async def sample_kl(self, shard: Shard, ref_logprobs: Handle) -> tuple[float, ...]:
+        """[N] KL of each sample."""
+        return (await self._all("sample_kl", shard.rollouts, ref_logprobs))[0]
+
+    async def adapter(self, version: int) -> AdapterUpdate:
+        """The current adapter."""
+        return await self._update("adapter", version)
+
+    async def zero_adapter(self, version: int) -> AdapterUpdate:
+        """An adapter that changes nothing."""
+        return await self._update("zero_adapter", version)
+
+    async def probe(self, version: int, canaries: Sequence[SampleRequest]) -> AdapterUpdate:
+        """An adapter that moves the canaries."""
+        return await self._update("probe", version, canaries)
+
+    async def _update(self, method: str, *args: Any) -> AdapterUpdate:
+        tensors, update = await self._all_split(method, *args)
+        return replace(update, tensors=tensors)
+
+    async def compare(self, update: AdapterUpdate, shard: Shard) -> ProbeComparison:
+        """Engine against learner on a shard sampled under an adapter."""
+        known = replace(update, tensors=None)
+        return (await self._all("compare", known, update.tensors, shard.rollouts))[0]
+
+
+class CriticClient(LearnerGroupClient):
+    """The critic's ranks."""
+
+    async def values(self, shard: Shard) -> Handle:
+        """List of [T] values."""
+        handle, _ = await self._any_split("values", shard.rollouts)
+        return handle
+
+
+def merge_reports(reports: Sequence[StepReport]) -> StepReport:
+    """One report of a group: means weighted by tokens, maxima of maxima."""
+    tokens = sum(report.num_tokens for report in reports)
+
+    def merge(name: str) -> float:
+        values = [report.metrics[name] for report in reports]
+        if name.endswith("_max"):
+            return max(values)
+        weighted = zip(values, reports, strict=True)
+        return sum(value * report.num_tokens for value, report in weighted) / tokens
+
+    return StepReport(
+        metrics={name: merge(name) for name in reports[0].metrics},
+        samples_learnt=sum(report.samples_learnt for report in reports),
+        num_tokens=tokens,
+    )

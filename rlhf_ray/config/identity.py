@@ -1,0 +1,64 @@
+"""What makes a run the same run when it goes on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from rlhf_ray.config.root import Config
+
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    "run": ("prepare",),
+    "model": ("pretrain", "sft", "reward", "ppo"),
+    "prepare": ("prepare",),
+    "pretrain": ("pretrain",),
+    "sft": ("sft",),
+    "reward": ("reward", "ppo"),
+    "lora": ("ppo",),
+    "critic": ("ppo",),
+    "ppo": ("ppo",),
+    "rollout": ("ppo",),
+    "data": ("pretrain", "sft", "reward", "ppo"),
+}
+"""Section -> stages that read it; a change matters once one of them has begun."""
+
+
+def differences(
+    saved: Mapping[str, Any], config: Config, begun: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
+    """Keys that may not change and did: (key, saved value, value now).
+
+    Args:
+        saved: the resolved config of the run, as in its ``config.yaml``.
+        config: the config now.
+        begun: stages that have begun.
+    """
+    now = config.model_dump(mode="json")
+    odd = []
+    for key in fixed_keys(Config):
+        section = key.partition(".")[0]
+        if not set(READ_BY.get(section, ())) & set(begun):
+            continue
+        old, new = _look_up(saved, key), _look_up(now, key)
+        if old != new:
+            odd.append((key, old, new))
+    return odd
+
+
+def fixed_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the fields that were not declared changeable."""
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("may_change"):
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fixed_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _look_up(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found

@@ -1,0 +1,167 @@
+"""From YAML files and dotted overrides to a validated Config.
+
+A file may name a parent in ``extends`` (relative to itself); its keys go on top. ``${NAME}`` and
+``${NAME:-default}`` in strings are replaced from the environment.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf_ray.config.root import Config
+from rlhf_ray.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number (YAML 1.1 takes it for a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, lay overrides on top, validate.
+
+    Args:
+        path: YAML file; None: defaults only.
+        overrides: ``dotted.key=value`` strings; the value is read as YAML.
+
+    Raises:
+        ConfigError: naming each wrong key, its value, what was expected, and the nearest valid key.
+    """
+    values = _read_file(Path(path), seen=()) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    return resolve(values)
+
+
+def resolve(values: Mapping[str, Any]) -> Config:
+    """Validate a plain nested mapping.
+
+    Raises:
+        ConfigError: listing everything that is wrong with it.
+    """
+    try:
+        return Config.model_validate(_interpolate(dict(values), ()))
+    except ValidationError as error:
+        lines = [_describe(detail) for detail in error.errors()]
+        raise ConfigError(
+            "The config is not valid:\n" + "\n".join(f"  {line}" for line in lines)
+        ) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config class, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for section in _sections(field.annotation):
+            yield from keys(section, f"{prefix}{name}.")
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _sections(part)
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
+    if not path.is_file():
+        raise ConfigError(f"Config file {path} does not exist")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, got a {type(values).__name__}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    return _merge(_read_file(path.parent / str(parent), (*seen, path)), values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"Override {override!r} must look like dotted.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r}: the value is not valid YAML: {error}") from None
+    *sections, leaf = key.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"Override {override!r}: {section} is a value, not a section")
+    values[leaf] = value
+
+
+def _interpolate(value: Any, key: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {name: _interpolate(item, (*key, str(name))) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_interpolate(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise ConfigError(
+                f"{'.'.join(key)}: environment variable {name} is not set (value {value!r}); "
+                f"export it, or write ${{{name}:-default}}"
+            )
+        return found
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", replace, value)
+
+
+def _describe(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown key (value {detail['input']!r}).{_nearest(key)}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {detail['input']!r}"
+
+
+def _nearest(key: str) -> str:
+    known = list(keys())
+    leaf = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near += [name for name in known if name.rpartition(".")[2] == leaf][:2]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    unique = list(dict.fromkeys(near))
+    return f" Did you mean {' or '.join(unique)}?" if unique else ""

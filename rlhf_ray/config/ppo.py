@@ -1,0 +1,173 @@
+"""PPO: the algorithm, its roles, the rollouts."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from rlhf_ray.config.model import Dtype, LoraConfig
+from rlhf_ray.config.section import Section, changeable, refuse_owned
+
+
+def _refuse_owned_deepspeed(section: str, given: dict[str, Any]) -> dict[str, Any]:
+    owned = {
+        "zero_optimization": f"{section}.zero_stage (further ZeRO keys: {section}.deepspeed.zero)",
+        "train_batch_size": "ppo.mini_batch_size",
+        "train_micro_batch_size_per_gpu": "ppo.max_tokens_per_micro_batch",
+        "gradient_accumulation_steps": "ppo.max_tokens_per_micro_batch",
+        "gradient_clipping": "ppo.max_grad_norm",
+        "optimizer": "ppo.learning_rate and critic.learning_rate",
+        "scheduler": "ppo.learning_rate",
+        "bf16": "model.dtype",
+        "fp16": "model.dtype",
+    }
+    return refuse_owned(f"{section}.deepspeed", given, owned)
+
+
+class LearnerConfig(Section):
+    """A DeepSpeed group."""
+
+    num_ranks: int = changeable(1, ge=1, description="Processes of the group.")
+    zero_stage: Literal[1, 2, 3] = changeable(
+        2, description="ZeRO stage; 3 only where the frozen base does not fit one device."
+    )
+    deepspeed: dict[str, Any] = changeable(
+        {}, description="Further keys of DeepSpeed's config; `zero` holds further ZeRO keys."
+    )
+
+
+class PolicyConfig(LearnerConfig):
+    """The policy's learners."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return _refuse_owned_deepspeed("policy", given)
+
+
+class CriticConfig(LearnerConfig):
+    """The critic's learners."""
+
+    path: str | None = Field(default=None, description="Model to start from; none: the SFT model.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Constant learning rate.")
+    lora: LoraConfig = Field(
+        default=LoraConfig(), description="Adapter; the value head is trained in full."
+    )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return _refuse_owned_deepspeed("critic", given)
+
+
+class ReferenceConfig(Section):
+    """The frozen reference."""
+
+    num_workers: int = changeable(1, ge=1, description="Processes.")
+
+
+class GeneratorsConfig(Section):
+    """The rollout engines."""
+
+    num: int = changeable(1, ge=1, description="Generators.")
+    tensor_parallel_size: Literal[1] = changeable(1, description="GPUs of one generator.")
+    max_in_flight: int = changeable(8, ge=1, description="Shards at one generator at a time.")
+
+
+class PpoConfig(Section):
+    """The algorithm."""
+
+    iterations: int = changeable(100, ge=1, description="PPO iterations of the whole run.")
+    batch_size: int = Field(default=64, ge=1, description="Rollouts an iteration.")
+    samples_per_prompt: int = Field(default=1, ge=1, description="Rollouts of one prompt.")
+    epochs: int = Field(default=4, ge=1, description="Passes over one iteration's rollouts.")
+    mini_batch_size: int = Field(
+        default=64, ge=1, description="Global rollouts per optimizer step."
+    )
+    max_tokens_per_micro_batch: int = changeable(
+        8192, ge=1, description="Most tokens (padding included) in one forward or backward pass."
+    )
+    learning_rate: float = Field(
+        default=1.4e-5, gt=0, description="Policy's constant learning rate."
+    )
+    adam_epsilon: float = Field(
+        default=1e-5, gt=0, description="Adam's epsilon; 1e-5 tames the first updates of PPO."
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient norm is clipped here.")
+    gamma: float = Field(default=1.0, ge=0, le=1, description="Discount.")
+    gae_lambda: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda.")
+    advantage: Literal["gae"] = Field(default="gae", description="Advantage estimator.")
+    clip_range: float = Field(default=0.2, gt=0, description="Policy ratio clip.")
+    value_clip_range: float = Field(default=0.2, gt=0, description="Value clip.")
+    kl_coef: float = Field(
+        default=0.2, ge=0, description="Weight of the KL penalty (its start, if adaptive)."
+    )
+    kl_target: float | None = Field(
+        default=6.0,
+        gt=0,
+        description="Target of the adaptive controller, nats a response; none: fixed.",
+    )
+    kl_horizon: int = Field(
+        default=10_000, ge=1, description="Horizon of the adaptive controller, samples."
+    )
+    max_staleness: int = Field(
+        default=0, ge=0, le=0, description="Versions a rollout may lag; 0: on-policy."
+    )
+    save_every: int = changeable(10, ge=1, description="Iterations between commits to run.dir.")
+    eval_every: int = changeable(20, ge=1, description="Iterations between held-out evaluations.")
+    eval_prompts: int = changeable(64, ge=8, description="Held-out prompts of an evaluation.")
+    keep_checkpoints: int = changeable(3, ge=1, description="Commits kept besides the best one.")
+
+
+class RolloutConfig(Section):
+    """How responses are sampled."""
+
+    engine: Literal["vllm", "transformers"] = changeable("vllm", description="Generation engine.")
+    serving: Literal["auto", "adapter", "merged"] = changeable(
+        "auto",
+        description="adapter: the engine's LoRA path; merged: merged into the engine's own copy of "
+        "the base; auto: merged where the engine's weights are float32, else adapter.",
+    )
+    dtype: Dtype | None = changeable(None, description="Engine's data type; none: model.dtype.")
+    shard_size: int = changeable(16, ge=1, description="Rollouts handed on as one piece.")
+    max_tokens: int = Field(default=64, ge=1, description="Longest response, tokens.")
+    max_prompt_tokens: int = Field(default=128, ge=1, description="Longest prompt, tokens.")
+    temperature: float = Field(
+        default=1.0, gt=0, description="Sampling temperature, on both sides."
+    )
+    top_p: float = Field(
+        default=1.0, ge=1, le=1, description="1: nucleus sampling would bias the importance ratios."
+    )
+    kv_cache_gb: float = changeable(0.25, gt=0, description="KV cache of a CPU engine, GiB.")
+    max_gap: float | None = changeable(
+        None,
+        gt=0,
+        description="Most mean |engine - learner| log-prob, nats a token; none: calibrated on the "
+        "first iteration.",
+    )
+    engine_args: dict[str, Any] = changeable({}, description="Further vLLM engine arguments.")
+
+    @field_validator("engine_args")
+    @classmethod
+    def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        owned = {
+            "model": "model.path",
+            "tokenizer": "model.path",
+            "dtype": "rollout.dtype",
+            "max_model_len": "model.max_length",
+            "tensor_parallel_size": "generators.tensor_parallel_size",
+            "enable_lora": "rollout.serving",
+            "max_loras": "rollout.serving",
+            "max_lora_rank": "lora.r",
+            "worker_extension_cls": "the weight sync",
+            "logprobs_mode": "rollout.temperature",
+            "seed": "run.seed",
+            "trust_remote_code": "model.trust_remote_code",
+        }
+        return refuse_owned("rollout.engine_args", given, owned)
+
+
+class EvaluateConfig(Section):
+    """Comparison of the SFT model and the PPO policy on held-out prompts."""
+
+    num_prompts: int = changeable(200, ge=1, description="Held-out prompts.")
+    bootstrap: int = changeable(2000, ge=100, description="Resamples of the 95% interval.")

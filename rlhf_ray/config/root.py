@@ -1,0 +1,133 @@
+"""The whole config, and the rules that span its sections."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_ray.config.cluster import ClusterConfig
+from rlhf_ray.config.data import DataConfig, PrepareConfig
+from rlhf_ray.config.model import LoraConfig, ModelConfig
+from rlhf_ray.config.ppo import (
+    CriticConfig,
+    EvaluateConfig,
+    GeneratorsConfig,
+    PolicyConfig,
+    PpoConfig,
+    ReferenceConfig,
+    RolloutConfig,
+)
+from rlhf_ray.config.run import RunConfig
+from rlhf_ray.config.section import Section
+from rlhf_ray.config.supervised import PretrainConfig, RewardConfig, SftConfig
+
+
+class Config(Section):
+    """Everything that a run is told."""
+
+    run: RunConfig = Field(default=RunConfig(), description="The run.")
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray, deadlines, threads.")
+    model: ModelConfig = Field(default=ModelConfig(), description="The base model.")
+    prepare: PrepareConfig = Field(default=PrepareConfig(), description="Dump to data sets.")
+    data: DataConfig = Field(default=DataConfig(), description="The user's own data sets.")
+    pretrain: PretrainConfig = Field(default=PretrainConfig(), description="Language modelling.")
+    sft: SftConfig = Field(default=SftConfig(), description="Supervised fine-tuning.")
+    reward: RewardConfig = Field(default=RewardConfig(), description="Reward model.")
+    lora: LoraConfig = Field(default=LoraConfig(), description="The policy's adapter.")
+    generators: GeneratorsConfig = Field(default=GeneratorsConfig(), description="Rollout engines.")
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="Policy learners.")
+    critic: CriticConfig = Field(default=CriticConfig(), description="Critic learners.")
+    reference: ReferenceConfig = Field(default=ReferenceConfig(), description="Frozen reference.")
+    ppo: PpoConfig = Field(default=PpoConfig(), description="The algorithm.")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="Sampling.")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="SFT against PPO.")
+
+    @property
+    def engine_dtype(self) -> str:
+        """Data type of the generators' weights."""
+        return self.rollout.dtype or self.model.dtype
+
+    @property
+    def serving(self) -> Literal["adapter", "merged"]:
+        """``adapter`` or ``merged``: merging rounds small updates away below float32."""
+        if self.rollout.serving != "auto":
+            return self.rollout.serving
+        return "merged" if self.engine_dtype == "float32" else "adapter"
+
+    @property
+    def num_prompts_per_iteration(self) -> int:
+        """Prompts drawn for one iteration."""
+        return self.ppo.batch_size // self.ppo.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Config":
+        ppo = self.ppo
+        _require_divisible(
+            "ppo.batch_size", ppo.batch_size, "ppo.samples_per_prompt", ppo.samples_per_prompt
+        )
+        _require_divisible(
+            "ppo.batch_size", ppo.batch_size, "ppo.mini_batch_size", ppo.mini_batch_size
+        )
+        for role, group in (("policy", self.policy), ("critic", self.critic)):
+            _require_divisible(
+                "ppo.mini_batch_size", ppo.mini_batch_size, f"{role}.num_ranks", group.num_ranks
+            )
+        for name in ("pretrain", "sft", "reward"):
+            stage = getattr(self, name)
+            _require_divisible(
+                f"{name}.batch_size", stage.batch_size, f"{name}.train_workers", stage.train_workers
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> "Config":
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_tokens
+        if longest > self.model.max_length:
+            raise ValueError(
+                f"rollout.max_prompt_tokens {self.rollout.max_prompt_tokens} + rollout.max_tokens "
+                f"{self.rollout.max_tokens} = {longest} exceed model.max_length "
+                f"{self.model.max_length}; raise model.max_length or lower one of them"
+            )
+        if longest > self.ppo.max_tokens_per_micro_batch:
+            raise ValueError(
+                f"one rollout may have {longest} tokens, more than ppo.max_tokens_per_micro_batch "
+                f"{self.ppo.max_tokens_per_micro_batch}; raise it to at least {longest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        quantized = self.model.quantization != "none"
+        for role, group in (("policy", self.policy), ("critic", self.critic)):
+            if quantized and group.zero_stage == 3:
+                raise ValueError(
+                    f"{role}.zero_stage 3 cannot shard a {self.model.quantization} base; use 2"
+                )
+        if self.cluster.mode == "inline":
+            self._inline_is_one_process()
+        return self
+
+    def _inline_is_one_process(self) -> None:
+        if self.rollout.engine == "vllm" and "ppo" in self.run.stages:
+            raise ValueError(
+                "cluster.mode inline runs without vLLM's processes; add rollout.engine=transformers"
+            )
+        counts = {
+            "policy.num_ranks": self.policy.num_ranks,
+            "critic.num_ranks": self.critic.num_ranks,
+            "generators.num": self.generators.num,
+            "reference.num_workers": self.reference.num_workers,
+            "reward.num_workers": self.reward.num_workers,
+            "pretrain.train_workers": self.pretrain.train_workers,
+            "sft.train_workers": self.sft.train_workers,
+            "reward.train_workers": self.reward.train_workers,
+        }
+        many = [f"{key}={count}" for key, count in counts.items() if count != 1]
+        if many:
+            raise ValueError(f"cluster.mode inline is one process; set {', '.join(many)} to 1")
+
+
+def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:
+    if value % by:
+        lower = value - value % by
+        nearest = f"{lower} or {lower + by}" if lower else f"{by}"
+        raise ValueError(f"{name} {value} is not a multiple of {by_name} {by}; try {nearest}")

@@ -1,0 +1,90 @@
+"""The three supervised stages: pretrain, sft, reward."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.config.section import Section, changeable, refuse_owned
+
+_OWNED = {
+    "output_dir": "run.dir",
+    "max_steps": "{section}.steps",
+    "per_device_train_batch_size": "{section}.batch_size and {section}.train_workers",
+    "learning_rate": "{section}.learning_rate",
+    "lr_scheduler_type": "{section}.scheduler",
+    "warmup_steps": "{section}.warmup_steps",
+    "weight_decay": "{section}.weight_decay",
+    "seed": "run.seed",
+    "report_to": "the stage",
+    "remove_unused_columns": "the stage",
+}
+
+
+class SupervisedConfig(Section):
+    """What transformers.Trainer is told."""
+
+    steps: int = Field(default=300, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(
+        default=16, ge=1, description="Global batch, sequences (pairs for reward)."
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Its decay."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    train_workers: int = changeable(1, ge=1, description="Data-parallel training processes.")
+    gradient_checkpointing: bool = changeable(
+        False, description="Recompute activations: less memory."
+    )
+    eval_rows: int = Field(default=200, ge=1, description="Held-out rows for before/after numbers.")
+    trainer: dict[str, Any] = Field(default={}, description="Further TrainingArguments.")
+
+    @field_validator("trainer")
+    @classmethod
+    def _own_keys(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        section = cls.__name__.removesuffix("Config").lower()
+        owned = {key: value.format(section=section) for key, value in _OWNED.items()}
+        return refuse_owned(f"{section}.trainer", trainer, owned)
+
+
+class PretrainConfig(SupervisedConfig):
+    """Causal language modelling on packed text, all weights trained."""
+
+    block_size: int = Field(default=128, ge=8, description="Tokens of a packed block.")
+
+
+class SftConfig(SupervisedConfig):
+    """Supervised fine-tuning on question and answer, packed, with LoRA, then merged."""
+
+    path: str | None = Field(default=None, description="A ready SFT model: the stage is skipped.")
+    block_size: int = Field(default=128, ge=8, description="Tokens of a packed block.")
+    preferred_only: bool = Field(
+        default=True,
+        description="Use only answers that won at least one pair (as StackLLaMA does).",
+    )
+    lora: LoraConfig = Field(
+        default=LoraConfig(), description="Adapter that is trained, then merged."
+    )
+
+
+class RewardConfig(SupervisedConfig):
+    """Pairwise reward model, and the scorers that serve it in PPO."""
+
+    path: str | None = Field(
+        default=None,
+        description="A ready sequence-classification model with one label: the stage is skipped.",
+    )
+    num_workers: int = changeable(1, ge=1, description="Scorer processes in PPO.")
+    max_pairs: int | None = Field(
+        default=None, ge=1, description="Use at most this many training pairs."
+    )
+    centre: float = Field(
+        default=0.0, ge=0, description="Weight of mean((r_chosen + r_rejected)^2)."
+    )
+    baseline: float = Field(default=0.0, description="Subtracted from every score in PPO.")
+    lora: LoraConfig = Field(
+        default=LoraConfig(r=8, alpha=32.0, dropout=0.1),
+        description="Adapter; the head is trained in full.",
+    )

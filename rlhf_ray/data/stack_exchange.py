@@ -1,0 +1,234 @@
+"""Stack Exchange dumps: from Posts.xml to scored questions and answers, and pairs of answers.
+
+A dump holds one ``<row>`` a post, in the order in which they were written, so the answers to a
+question lie anywhere after it. Reading is two passes: rows go to a table on disk, which is then
+read question by question. Memory does not grow with the dump.
+"""
+
+import errno
+import itertools
+import math
+import random
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from xml.etree import ElementTree
+
+from markdownify import markdownify
+
+from rlhf_ray.errors import DataError
+
+_REMEDY = "give the Posts.xml of a Stack Exchange dump (unpack the site's .7z first)"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer."""
+
+    id: int
+    """The post's id."""
+    body_html: str
+    """Text as the dump has it."""
+    score: int
+    """By `answer_score`: log2 of the upvotes, acceptance, downvotes."""
+    accepted: bool
+    """Whether the asker accepted it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with all its answers."""
+
+    id: int
+    """The post's id."""
+    title: str
+    """Plain text; may be empty."""
+    body_html: str
+    """Text as the dump has it."""
+    tags: tuple[str, ...]
+    """Without angle brackets."""
+    answers: tuple[Answer, ...]
+    """In the order in which they were written; may be empty."""
+
+    @property
+    def text(self) -> str:
+        """Title, blank line, body in Markdown: the question as models see it."""
+        parts = (self.title.strip(), html_to_markdown(self.body_html))
+        return "\n\n".join(part for part in parts if part)
+
+
+def answer_score(upvotes: int, accepted: bool) -> int:
+    """Score of an answer as in StackLLaMA (after Askell et al. 2021, arXiv:2112.00861).
+
+    ``round(log2(1 + upvotes))``, plus 1 if accepted. Below zero votes it is -1 and acceptance does
+    not change that: the published rule leaves the case open, and a text that readers voted down is
+    no example to follow.
+    """
+    if upvotes < 0:
+        return -1
+    return round(math.log2(1 + upvotes)) + int(accepted)
+
+
+def html_to_markdown(html: str) -> str:
+    """A post's HTML as Markdown: ``<pre><code>`` becomes a fence, links and lists are kept.
+
+    Elements nested hundreds deep, which nobody writes, give an empty text.
+    """
+    try:
+        markdown = markdownify(
+            html, heading_style="ATX", bullets="-", escape_asterisks=False, escape_underscores=False
+        )
+    except RecursionError:
+        return ""
+    return markdown.strip()
+
+
+def sample_pairs(question: Question, max_pairs: int, seed: int) -> list[tuple[Answer, Answer]]:
+    """Unique pairs of answers whose scores differ, the better one first.
+
+    Args:
+        question: its answers are compared with each other.
+        max_pairs: above this many possible pairs, this many are drawn without replacement.
+        seed: seed of the run; with the question's id it fixes the draw.
+    """
+    pairs = [
+        (one, other) if one.score > other.score else (other, one)
+        for one, other in itertools.combinations(question.answers, 2)
+        if one.score != other.score
+    ]
+    if len(pairs) <= max_pairs:
+        return pairs
+    return random.Random(f"pairs:{seed}:{question.id}").sample(pairs, max_pairs)
+
+
+def read_posts(
+    path: str | Path, work_dir: str | Path | None = None, skipped: Counter[str] | None = None
+) -> Iterator[Question]:
+    """Questions of a dump in the order of their ids, each with its answers.
+
+    Args:
+        path: Posts.xml.
+        work_dir: where the table on disk goes (about the size of the dump, removed at the end);
+            None: the system's temporary folder.
+        skipped: filled with the number of rows left out, by reason.
+
+    Raises:
+        DataError: the file is missing, empty, cut off, not XML, or holds no questions.
+        OSError: the table on disk cannot be written.
+    """
+    path = Path(path)
+    skipped = Counter() if skipped is None else skipped
+    with (
+        tempfile.TemporaryDirectory(prefix="posts-", dir=work_dir) as folder,
+        closing(sqlite3.connect(Path(folder) / "posts.sqlite")) as table,
+    ):
+        try:
+            _fill_table(table, path, skipped)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.EIO, f"{error} (table on disk in {folder})") from error
+        num_questions, num_answers = _count_posts(table, skipped)
+        if not num_questions:
+            found = f"{num_answers} answers but no questions" if num_answers else "no posts"
+            raise DataError(f"{path} holds {found}; {_REMEDY}")
+        yield from _grouped(table)
+
+
+def _fill_table(table: sqlite3.Connection, path: Path, skipped: Counter[str]) -> None:
+    table.executescript(
+        """
+        PRAGMA journal_mode = OFF;
+        PRAGMA synchronous = OFF;
+        CREATE TABLE questions (id INTEGER PRIMARY KEY, title, body, tags, accepted INTEGER);
+        CREATE TABLE answers (id INTEGER PRIMARY KEY, parent INTEGER, body, votes INTEGER);
+        """
+    )
+    for row in _rows(path):
+        try:
+            _insert(table, row)
+        except (KeyError, ValueError, OverflowError):
+            skipped["malformed_row"] += 1
+    table.execute("CREATE INDEX by_question ON answers (parent, id)")
+
+
+def _insert(table: sqlite3.Connection, row: dict[str, str]) -> None:
+    kind = row["PostTypeId"]
+    if kind == "1":
+        texts = (row.get("Title", ""), row.get("Body", ""), row.get("Tags", ""))
+        values = (int(row["Id"]), *texts, int(row.get("AcceptedAnswerId") or 0))
+        table.execute("INSERT OR REPLACE INTO questions VALUES (?, ?, ?, ?, ?)", values)
+    elif kind == "2":
+        values = (int(row["Id"]), int(row["ParentId"]), row.get("Body", ""), int(row["Score"]))
+        table.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", values)
+
+
+def _count_posts(table: sqlite3.Connection, skipped: Counter[str]) -> tuple[int, int]:
+    (num_questions,) = table.execute("SELECT count(*) FROM questions").fetchone()
+    (num_answers,) = table.execute("SELECT count(*) FROM answers").fetchone()
+    (num_orphans,) = table.execute(
+        "SELECT count(*) FROM answers WHERE parent NOT IN (SELECT id FROM questions)"
+    ).fetchone()
+    if num_orphans:
+        skipped["answer_without_question"] += num_orphans
+    return num_questions, num_answers
+
+
+def _grouped(table: sqlite3.Connection) -> Iterator[Question]:
+    questions = table.execute("SELECT id, title, body, tags, accepted FROM questions ORDER BY id")
+    for question_id, title, body, tags, accepted_id in questions:
+        rows = table.execute(
+            "SELECT id, body, votes FROM answers WHERE parent = ? ORDER BY id", (question_id,)
+        )
+        answers = tuple(
+            Answer(
+                id=answer_id,
+                body_html=answer_body,
+                score=answer_score(votes, answer_id == accepted_id),
+                accepted=answer_id == accepted_id,
+            )
+            for answer_id, answer_body, votes in rows
+        )
+        # Old dumps write <a><b>, new ones |a|b|.
+        tag_names = tags.replace("<", "|").replace(">", "|").split("|")
+        yield Question(question_id, title, body, tuple(filter(None, tag_names)), answers)
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    """Attributes of each row; the parsed tree is emptied as it grows."""
+    num_rows = 0
+    root_tag = ""
+    try:
+        with _open(path) as file:
+            events = ElementTree.iterparse(file, events=("start", "end"))
+            _, root = next(events)
+            root_tag = root.tag
+            for event, element in events:
+                if event == "end" and element.tag == "row":
+                    num_rows += 1
+                    yield dict(element.attrib)
+                    root.clear()
+    except ElementTree.ParseError as error:
+        if num_rows:
+            raise DataError(
+                f"{path} is broken or cut off after {num_rows} rows ({error}); unpack it again"
+            ) from None
+        raise DataError(f"{path} is not an XML dump ({error}); {_REMEDY}") from None
+    if not num_rows:
+        raise DataError(f"{path} holds no <row> elements (its root is <{root_tag}>); {_REMEDY}")
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the Posts.xml inside it")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}; {_REMEDY}") from None
+    if path.stat().st_size == 0:
+        file.close()
+        raise DataError(f"{path} is empty (0 bytes); {_REMEDY}")
+    return file

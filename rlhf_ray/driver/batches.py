@@ -1,0 +1,56 @@
+"""Which prompts an iteration learns from, with which seeds: functions of the iteration alone."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf_ray.types import Prompt, SampleRequest, ShardRequest
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 31-bit seed from what a sample is, never from who generates it."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") & 0x7FFF_FFFF
+
+
+class PromptCursor:
+    """Goes through the prompts in passes, each shuffled by (run seed, pass)."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self._prompts = prompts
+        self._seed = seed
+
+    def take(self, first: int, count: int) -> list[Prompt]:
+        """Prompts number ``first`` to ``first + count`` of the endless sequence."""
+        size = len(self._prompts)
+        orders: dict[int, np.ndarray] = {}
+        taken = []
+        for number in range(first, first + count):
+            which = number // size
+            if which not in orders:
+                orders[which] = np.random.default_rng([self._seed, which]).permutation(size)
+            taken.append(self._prompts[int(orders[which][number % size])])
+        return taken
+
+
+def sample_requests(
+    prompts: Sequence[Prompt], samples_per_prompt: int, *seed_parts: int | str
+) -> list[SampleRequest]:
+    """One request a sample; the samples of a prompt stand next to each other."""
+    return [
+        SampleRequest(position, prompt, derive_seed(*seed_parts, position))
+        for position, prompt in enumerate(
+            prompt for prompt in prompts for _ in range(samples_per_prompt)
+        )
+    ]
+
+
+def shard_requests(
+    samples: Sequence[SampleRequest], shard_size: int, version: int
+) -> list[ShardRequest]:
+    """Cut a batch into fixed runs of positions; the last may be shorter."""
+    return [
+        ShardRequest(index, tuple(samples[first : first + shard_size]), version)
+        for index, first in enumerate(range(0, len(samples), shard_size))
+    ]

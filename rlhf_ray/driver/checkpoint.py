@@ -1,0 +1,150 @@
+"""Atomic commits in the run's folder: a version is there whole, or not at all.
+
+``checkpoints/<version>/{policy,critic}/`` are PEFT folders with the learner's state beside them,
+``state.json`` holds the rest and every file's digest; ``latest`` and ``best`` point at versions.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import CheckpointError
+
+STATE = "state.json"
+GROUPS = ("policy", "critic")
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCommit:
+    """A commit as read back."""
+
+    version: int
+    """Adapter version."""
+    policy: dict[str, bytes]
+    """Files of the policy's folder."""
+    critic: dict[str, bytes]
+    """Files of the critic's folder."""
+    progress: dict[str, Any]
+    """Iteration, cursor, coefficient, counts."""
+
+
+class Checkpoints:
+    """The commits of one run."""
+
+    def __init__(
+        self, folder: Path, keep: int, static_files: Mapping[str, Mapping[str, bytes]]
+    ) -> None:
+        """
+        Args:
+            folder: where versions go.
+            keep: newest versions to keep, besides the best.
+            static_files: per group, files that each version's folder gets as well (tokenizer).
+        """
+        self._folder = folder
+        self._keep = keep
+        self._static_files = static_files
+
+    def save(
+        self,
+        version: int,
+        groups: Mapping[str, Mapping[str, bytes]],
+        progress: Mapping[str, Any],
+    ) -> None:
+        """Write a version whole, then point ``latest`` at it, then drop old ones.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written.
+        """
+        temporary = self._folder / f".writing-{version}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            digests = {}
+            for group, files in groups.items():
+                for name, content in {**self._static_files.get(group, {}), **files}.items():
+                    _write(temporary / group / name, content)
+                    digests[f"{group}/{name}"] = hashlib.sha256(content).hexdigest()
+            state = {"version": version, "progress": dict(progress), "sha256": digests}
+            _write(temporary / STATE, json.dumps(state, indent=2).encode())
+            target = self._folder / str(version)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            self._point("latest", version)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"Cannot write version {version} to {self._folder}: {error.strerror or error}. "
+                "Free space or fix the permissions and go on; the earlier commits are whole"
+            ) from error
+        self._drop_old()
+
+    def mark_best(self, version: int) -> None:
+        """Point ``best`` at a saved version."""
+        self._point("best", version)
+
+    def has(self, version: int) -> bool:
+        """Whether a version is saved."""
+        return (self._folder / str(version) / STATE).is_file()
+
+    def latest(self) -> SavedCommit | None:
+        """The newest whole commit, or None; a damaged one gives way to the one before it.
+
+        Raises:
+            CheckpointError: there are commits and all are damaged.
+        """
+        versions = self._versions()
+        damage = []
+        for version in reversed(versions):
+            try:
+                return self._read(version)
+            except (OSError, ValueError, KeyError) as error:
+                damage.append(f"{version} ({error})")
+        if damage:
+            raise CheckpointError(
+                f"Every commit in {self._folder} is damaged: {', '.join(damage)}; restore one, or "
+                "start anew with run.resume=never"
+            )
+        return None
+
+    def _read(self, version: int) -> SavedCommit:
+        folder = self._folder / str(version)
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        groups: dict[str, dict[str, bytes]] = {group: {} for group in GROUPS}
+        for name, digest in state["sha256"].items():
+            content = (folder / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise ValueError(f"{name} is not what was written")
+            group, _, file = name.partition("/")
+            groups[group][file] = content
+        return SavedCommit(version, groups["policy"], groups["critic"], state["progress"])
+
+    def _versions(self) -> list[int]:
+        if not self._folder.is_dir():
+            return []
+        names = [path.name for path in self._folder.iterdir() if (path / STATE).is_file()]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _point(self, name: str, version: int) -> None:
+        temporary = self._folder / f".{name}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(str(version), target_is_directory=True)
+        os.replace(temporary, self._folder / name)
+
+    def _drop_old(self) -> None:
+        best = self._folder / "best"
+        kept = {os.readlink(best)} if best.is_symlink() else set()
+        for version in self._versions()[: -self._keep]:
+            if str(version) not in kept:
+                shutil.rmtree(self._folder / str(version), ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

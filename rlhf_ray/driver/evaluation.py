@@ -1,0 +1,54 @@
+"""Held-out evaluation during PPO: the same prompts and seeds at every version."""
+
+import asyncio
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.driver.batches import sample_requests, shard_requests
+from rlhf_ray.types import Prompt, Shard
+
+if TYPE_CHECKING:
+    from rlhf_ray.driver.ppo_loop import Roles
+
+TABLE_ROWS = 8
+
+
+class Evaluator:
+    """Samples the held-out prompts under the version that is served."""
+
+    def __init__(self, prompts: Sequence[Prompt], shard_size: int, seed: int) -> None:
+        self._samples = sample_requests(prompts, 1, seed, "eval")
+        self._shard_size = shard_size
+
+    async def evaluate(self, roles: "Roles", version: int) -> dict[str, Any]:
+        """Mean score, KL and length, and a table of fixed prompts."""
+        requests = shard_requests(self._samples, self._shard_size, version)
+        shards = [shard async for shard in roles.generators.generate(requests)]
+        shards.sort(key=lambda shard: shard.info.index)
+        scored = await asyncio.gather(*(self._score(roles, shard) for shard in shards))
+        scores = [score for shard_scores, _ in scored for score in shard_scores]
+        table = []
+        for shard, (shard_scores, _) in zip(shards, scored, strict=True):
+            if len(table) < TABLE_ROWS:
+                for rollout, score in zip(
+                    await roles.fetch(shard.rollouts), shard_scores, strict=True
+                ):
+                    table.append(
+                        {"prompt": rollout.prompt.text, "response": rollout.text, "score": score}
+                    )
+        return {
+            "version": version,
+            "eval/score": fmean(scores),
+            "eval/kl": fmean(kl for _, kls in scored for kl in kls),
+            "eval/length": fmean(n for shard in shards for n in shard.info.response_lengths),
+            "samples": table[:TABLE_ROWS],
+        }
+
+    async def _score(
+        self, roles: "Roles", shard: Shard
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        scores, ref_logprobs = await asyncio.gather(
+            roles.scorer.score(shard), roles.reference.logprobs(shard)
+        )
+        return scores, await roles.policy.sample_kl(shard, ref_logprobs)

@@ -1,0 +1,65 @@
+"""What must hold before a batch is learnt."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rlhf_ray.errors import DivergenceError, WeightSyncError
+from rlhf_ray.types import ScoredShard
+
+CALIBRATION_FACTOR = 10.0
+FLOOR = {"float32": 1e-4}
+FLOOR_OTHERS = 0.02
+CEILING = {"float32": 0.01}
+CEILING_OTHERS = 0.1
+
+
+class SamplerGapGuard:
+    """Bounds |engine's - learner's log-prob| of every shard.
+
+    The first batch, sampled right after the proof of service, sets the bound: ten times its mean
+    gap, no lower than rounding can reach, no higher than a wrong adapter or temperature would.
+    """
+
+    def __init__(self, engine_dtype: str, bound: float | None = None) -> None:
+        """Args: the engine's data type; a bound that is set already, nats a token."""
+        self._floor = FLOOR.get(engine_dtype, FLOOR_OTHERS)
+        self._ceiling = CEILING.get(engine_dtype, CEILING_OTHERS)
+        self.bound = bound
+
+    def check(self, batch: Sequence[ScoredShard]) -> None:
+        """Pass or refuse a batch.
+
+        Raises:
+            WeightSyncError: a shard was sampled by something else than the learner's policy.
+        """
+        if self.bound is None:
+            tokens = sum(shard.gap.num_tokens for shard in batch)
+            mean = sum(shard.gap.mean * shard.gap.num_tokens for shard in batch) / tokens
+            self.bound = min(max(CALIBRATION_FACTOR * mean, self._floor), self._ceiling)
+        for scored in batch:
+            if not scored.gap.mean <= self.bound:
+                info = scored.shard.info
+                raise WeightSyncError(
+                    f"Shard {info.index} (version {info.versions[0]}): engine and learner differ "
+                    f"by {scored.gap.mean:.2g} nats a token, the bound is {self.bound:.2g}. The "
+                    "generator does not sample from the policy: wrong adapter, base or temperature"
+                )
+
+
+def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
+    """Stop before a broken state is committed.
+
+    Raises:
+        DivergenceError: a loss or gradient norm is NaN or infinite.
+    """
+    broken = [
+        name
+        for name, value in metrics.items()
+        if name.startswith("loss/") or name.endswith("/grad_norm")
+        if not math.isfinite(value)
+    ]
+    if broken:
+        raise DivergenceError(
+            f"Iteration {iteration}: {', '.join(broken)} not finite. The last commit is whole; "
+            "lower ppo.learning_rate or critic.learning_rate, or raise ppo.kl_coef, and go on"
+        )

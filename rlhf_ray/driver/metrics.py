@@ -1,0 +1,86 @@
+"""What an iteration, and a whole run, came to."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import Any
+
+from rlhf_ray.types import AssembledStats, ScoredShard, StepReport
+
+EDGE = 5
+"""Iterations that the first and last means of a summary are over."""
+
+
+def iteration_metrics(
+    batch: Sequence[ScoredShard],
+    stats: AssembledStats,
+    reports: Sequence[StepReport],
+    kl_coef: float,
+    seconds: float,
+) -> dict[str, float]:
+    """Metrics of one iteration, by registered name.
+
+    Args:
+        batch: the shards that were learnt.
+        stats: their sums over all ranks.
+        reports: of the policy's and the critic's learning.
+        kl_coef: coefficient that the token rewards were made with.
+        seconds: whole iteration.
+    """
+    scores = [score for scored in batch for score in scored.scores]
+    lengths = [length for scored in batch for length in scored.shard.info.response_lengths]
+    stopped = [stop for scored in batch for stop in scored.shard.info.stopped]
+    gaps = [scored.gap for scored in batch]
+    kl = stats.kl_total / stats.num_samples
+    metrics = {
+        "objective/scores": fmean(scores),
+        "objective/scores_std": pstdev(scores),
+        "objective/kl": kl,
+        "objective/kl_per_token": stats.kl_total / stats.num_tokens,
+        "objective/kl_coef": kl_coef,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": stats.reward_total / stats.num_samples,
+        "objective/entropy": stats.surprise_total / stats.num_samples,
+        "response_length/mean": fmean(lengths),
+        "response_length/max": float(max(lengths)),
+        "response_length/eos_share": fmean(stopped),
+        "sampler/gap_mean": sum(g.mean * g.num_tokens for g in gaps) / stats.num_tokens,
+        "sampler/gap_max": max(gap.largest for gap in gaps),
+        "timing_s/iteration": seconds,
+        "throughput/episodes_per_s": stats.num_samples / seconds,
+        "throughput/tokens_per_s": stats.num_tokens / seconds,
+    }
+    for report in reports:
+        metrics |= report.metrics
+    return metrics
+
+
+def run_summary(history: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> dict[str, Any]:
+    """``ppo/summary.json``: the run in numbers.
+
+    Args:
+        history: every iteration's metrics.
+        state: the final RunState as a mapping.
+    """
+
+    def mean(name: str, part: slice) -> float:
+        return fmean(record[name] for record in history[part])
+
+    first, last = slice(0, EDGE), slice(-EDGE, None)
+    phases = ("gen", "score", "learn", "commit", "sync")
+    seconds = {p: sum(record[f"timing_s/{p}"] for record in history) for p in phases}
+    total = sum(record["timing_s/iteration"] for record in history)
+    return {
+        "iterations": state["iteration"],
+        "episodes": state["samples_learnt"],
+        "episodes_per_s": state["samples_learnt"] / total,
+        "reward_first": mean("objective/scores", first),
+        "reward_last": mean("objective/scores", last),
+        "kl_last": mean("objective/kl", last),
+        "samples_generated": state["samples_generated"],
+        "samples_learnt": state["samples_learnt"],
+        "samples_requeued": state["samples_requeued"],
+        "generator_restarts": state["generator_restarts"],
+        "adapter_version": state["version"],
+        "best_eval_score": state["best_score"],
+        "seconds": seconds | {"total": total},
+    }

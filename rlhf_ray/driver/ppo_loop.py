@@ -1,0 +1,266 @@
+"""THE loop: generate, score, learn, commit, publish.
+
+    prompts --> generate --> score ----------> learn --> commit v+1 --> publish, prove --+
+       ^        generators   reward, reference  policy                                   |
+       |                     policy, critic     critic                                   |
+       +----------------------------- next iteration <-----------------------------------+
+
+Each finished shard is scored while others still generate. An iteration starts from the last
+commit and ends in the next one; generators only ever serve committed adapters.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rlhf_ray.algorithms.kl_controller import AdaptiveKL, FixedKL, KLController
+from rlhf_ray.algorithms.whitening import Moments
+from rlhf_ray.config import Config
+from rlhf_ray.driver.batches import PromptCursor, sample_requests, shard_requests
+from rlhf_ray.driver.checkpoint import Checkpoints
+from rlhf_ray.driver.evaluation import Evaluator
+from rlhf_ray.driver.guard import SamplerGapGuard, refuse_non_finite
+from rlhf_ray.driver.metrics import iteration_metrics, run_summary
+from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.weight_sync import WeightSync
+from rlhf_ray.errors import RlhfError
+from rlhf_ray.observability.progress import Bar
+from rlhf_ray.roles import Critic, Generators, Policy, Reference, RewardScorer
+from rlhf_ray.types import AssembledStats, Commit, Handle, ScoredShard, Shard, StepReport
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Everyone whom the driver talks to."""
+
+    generators: Generators
+    scorer: RewardScorer
+    reference: Reference
+    policy: Policy
+    critic: Critic
+    fetch: Callable[[Handle], Awaitable[Any]]
+    """Brings data to the driver: commits to be written, sample texts to be shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a commit holds besides the learners."""
+
+    iteration: int = 0
+    """Iterations done."""
+    version: int = 0
+    """Adapter version."""
+    prompts_drawn: int = 0
+    """Data cursor: prompts learnt from."""
+    samples_generated: int = 0
+    """Rollouts that came from generators and belong to a batch."""
+    samples_learnt: int = 0
+    """Rollouts that were learnt from."""
+    samples_requeued: int = 0
+    """Rollouts that were handed back by a generator and sampled again."""
+    generator_restarts: int = 0
+    """Generators that were started anew."""
+    kl_coef: float = 0.0
+    """Coefficient of the next iteration."""
+    gap_bound: float | None = None
+    """Bound on the sampler gap, once calibrated."""
+    best_score: float | None = None
+    """Best held-out score so far."""
+
+
+class PpoLoop:
+    """Drives the roles through the iterations of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        roles: Roles,
+        cursor: PromptCursor,
+        sync: WeightSync,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        state: RunState,
+        progress_bar: Bar,
+    ) -> None:
+        self._config = config
+        self._roles = roles
+        self._cursor = cursor
+        self._sync = sync
+        self._evaluator = evaluator
+        self._checkpoints = checkpoints
+        self._recorder = recorder
+        self._state = state
+        self._bar = progress_bar
+        self._guard = SamplerGapGuard(
+            config.engine_dtype, config.rollout.max_gap or state.gap_bound
+        )
+        self._kl = _kl_controller(config)
+        if state.iteration:
+            self._kl.load_state_dict({"coef": state.kl_coef})
+
+    async def run(self) -> dict[str, Any]:
+        """Prove the generators, then iterate to the end; returns the summary."""
+        await self._sync.prove(self._roles.generators.members)
+        await self._sync.publish(self._roles.generators.members, self._state.version)
+        if self._state.iteration == 0:
+            await self._evaluate()
+        while self._state.iteration < self._config.ppo.iterations:
+            await self._iterate()
+        return run_summary(self._recorder.history(), asdict(self._state))
+
+    async def _iterate(self) -> None:
+        iteration = self._state.iteration + 1
+        started = time.time()
+        batch = await self._rollout(iteration)
+        stats, reports = await self._learn(batch, iteration)
+        await self._commit(batch, stats, reports, iteration)
+        await self._publish(iteration)
+        await self._record(batch, stats, reports, iteration, time.time() - started)
+        if iteration % self._config.ppo.eval_every == 0:
+            await self._evaluate()
+
+    async def _rollout(self, iteration: int) -> list[ScoredShard]:
+        """Generate a batch; score each shard as soon as it is there."""
+        config = self._config
+        prompts = self._cursor.take(self._state.prompts_drawn, config.num_prompts_per_iteration)
+        samples = sample_requests(
+            prompts, config.ppo.samples_per_prompt, config.run.seed, iteration
+        )
+        requests = shard_requests(samples, config.rollout.shard_size, self._state.version)
+        scoring = []
+        with self._recorder.phase("gen", iteration):
+            async for shard in self._roles.generators.generate(requests):
+                scoring.append(asyncio.ensure_future(self._score(shard)))
+        with self._recorder.phase("score", iteration):
+            batch = sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
+        _require_whole(batch, config.ppo.batch_size, self._state.version)
+        self._guard.check(batch)
+        return batch
+
+    async def _score(self, shard: Shard) -> ScoredShard:
+        roles = self._roles
+        scores, ref_logprobs, (old_logprobs, gap), values = await asyncio.gather(
+            roles.scorer.score(shard),
+            roles.reference.logprobs(shard),
+            roles.policy.logprobs(shard),
+            roles.critic.values(shard),
+        )
+        return ScoredShard(shard, scores, old_logprobs, ref_logprobs, values, gap)
+
+    async def _learn(
+        self, batch: Sequence[ScoredShard], iteration: int
+    ) -> tuple[AssembledStats, list[StepReport]]:
+        """Assemble, whiten over the whole batch, learn; policy and critic at the same time."""
+        policy, critic = self._roles.policy, self._roles.critic
+        with self._recorder.phase("learn", iteration):
+            stats, _ = await asyncio.gather(
+                policy.assemble(batch, self._kl.coef), critic.assemble(batch, self._kl.coef)
+            )
+            moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
+            reports = await asyncio.gather(
+                policy.learn(moments.mean, moments.std()),
+                critic.learn(moments.mean, moments.std()),
+            )
+        for report in reports:
+            refuse_non_finite(report.metrics, iteration)
+        return stats, list(reports)
+
+    async def _commit(
+        self,
+        batch: Sequence[ScoredShard],
+        stats: AssembledStats,
+        reports: Sequence[StepReport],
+        iteration: int,
+    ) -> None:
+        """Make the iteration's outcome the state that everything starts from."""
+        self._kl_coef_used = self._kl.coef
+        self._kl.update(stats.kl_total / stats.num_samples, stats.num_samples)
+        state = self._state
+        self._state = replace(
+            state,
+            iteration=iteration,
+            version=state.version + 1,
+            prompts_drawn=state.prompts_drawn + self._config.num_prompts_per_iteration,
+            samples_generated=state.samples_generated + _num_rollouts(batch),
+            samples_learnt=state.samples_learnt + reports[0].samples_learnt,
+            kl_coef=self._kl.coef,
+            gap_bound=self._guard.bound,
+        )
+        with self._recorder.phase("commit", iteration):
+            policy, critic = await asyncio.gather(
+                self._roles.policy.state(), self._roles.critic.state()
+            )
+            self._last_commit = Commit(self._state.version, policy, critic, asdict(self._state))
+            last = iteration == self._config.ppo.iterations
+            if last or iteration % self._config.ppo.save_every == 0:
+                await self._save()
+
+    async def _save(self) -> None:
+        """Write the last commit to the run's folder."""
+        commit = self._last_commit
+        groups: Mapping[str, Mapping[str, bytes]] = {
+            "policy": await self._roles.fetch(commit.policy),
+            "critic": await self._roles.fetch(commit.critic),
+        }
+        self._checkpoints.save(commit.version, groups, commit.progress)
+
+    async def _publish(self, iteration: int) -> None:
+        with self._recorder.phase("sync", iteration):
+            await self._sync.publish(self._roles.generators.members, self._state.version)
+
+    async def _record(
+        self,
+        batch: Sequence[ScoredShard],
+        stats: AssembledStats,
+        reports: Sequence[StepReport],
+        iteration: int,
+        seconds: float,
+    ) -> None:
+        metrics = iteration_metrics(batch, stats, reports, self._kl_coef_used, seconds)
+        metrics |= {"policy/version": self._state.version, "episode": self._state.samples_learnt}
+        self._recorder.log(iteration, metrics)
+        rollouts = await self._roles.fetch(batch[0].shard.rollouts)
+        self._recorder.completions(iteration, rollouts, batch[0].scores)
+        self._bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
+
+    async def _evaluate(self) -> None:
+        """Held-out score of the version that is served; keeps the best version."""
+        state = self._state
+        record = await self._evaluator.evaluate(self._roles, state.version)
+        self._recorder.evaluation({"iteration": state.iteration, **record})
+        if state.best_score is not None and record["eval/score"] <= state.best_score:
+            return
+        self._state = replace(state, best_score=record["eval/score"])
+        if state.iteration:
+            self._last_commit = replace(self._last_commit, progress=asdict(self._state))
+            await self._save()
+            self._checkpoints.mark_best(state.version)
+
+
+def _kl_controller(config: Config) -> KLController:
+    ppo = config.ppo
+    if ppo.kl_target is None or ppo.kl_coef == 0:
+        return FixedKL(ppo.kl_coef)
+    return AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+
+
+def _num_rollouts(batch: Sequence[ScoredShard]) -> int:
+    return sum(len(scored.shard.info.positions) for scored in batch)
+
+
+def _require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -> None:
+    """A sample is never lost or learnt twice, and each is of the current policy."""
+    positions = sorted(position for scored in batch for position in scored.shard.info.positions)
+    if positions != list(range(batch_size)):
+        raise RlhfError(
+            f"The batch holds {len(positions)} samples ({len(set(positions))} distinct) where "
+            f"{batch_size} were asked for: a shard was lost or came twice"
+        )
+    stale = {v for scored in batch for v in scored.shard.info.versions} - {version}
+    if stale:
+        raise RlhfError(
+            f"The batch holds samples of versions {sorted(stale)}, {version} is current"
+        )

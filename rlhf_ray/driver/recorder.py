@@ -1,0 +1,87 @@
+"""What the loop leaves for people: metrics, completions, evaluations, spans."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
+from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.types import Rollout
+
+NUM_COMPLETIONS = 4
+
+
+class Recorder:
+    """Files of the PPO stage; cut back to a commit when a run goes on."""
+
+    def __init__(self, folder: Path, tracer: Tracer, resume_after: int | None) -> None:
+        """
+        Args:
+            folder: the stage's folder.
+            tracer: of the run.
+            resume_after: last iteration whose records stay; None: a new run.
+        """
+        self._metrics_path = folder / "metrics.jsonl"
+        metrics, self._evals, self._completions = (
+            JsonlSink(folder / name)
+            for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
+        )
+        kept = -1 if resume_after is None else resume_after
+        for sink in (metrics, self._evals, self._completions):
+            sink.truncate_after("iteration", kept)
+        tensorboard = TensorBoardSink(folder / "tensorboard", purge_step=kept + 1)
+        self._sinks = Sinks([metrics, tensorboard])
+        self._tracer = tracer
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, iteration: int) -> Iterator[None]:
+        """Time a phase of an iteration; kept until the iteration is logged."""
+        started = time.time()
+        try:
+            yield
+        finally:
+            self.add_phase(name, iteration, started, time.time())
+
+    def add_phase(self, name: str, iteration: int, started: float, ended: float) -> None:
+        """A phase that was timed elsewhere."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + ended - started
+        self._tracer.add("driver", name, started, ended, iteration=iteration)
+
+    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """An iteration's metrics, with the times of its phases."""
+        times = {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        self._sinks.log(iteration, {**metrics, **times})
+
+    def completions(
+        self, iteration: int, rollouts: Sequence[Rollout], scores: Sequence[float]
+    ) -> None:
+        """Texts of the first few samples of an iteration."""
+        for rollout, score in list(zip(rollouts, scores, strict=True))[:NUM_COMPLETIONS]:
+            self._completions.append(
+                {
+                    "iteration": iteration,
+                    "prompt": rollout.prompt.text,
+                    "response": rollout.text,
+                    "score": score,
+                    "length": len(rollout.response_ids),
+                    "finish_reason": rollout.finish_reason,
+                }
+            )
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """A held-out evaluation with its table of samples."""
+        self._evals.append(record)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every iteration's metrics so far."""
+        return read_jsonl(self._metrics_path)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._sinks.close()
+        self._evals.close()
+        self._completions.close()

@@ -1,0 +1,126 @@
+"""Publishing adapters, and proving that generators serve them.
+
+A digest of received bytes proves nothing, and a tolerance on log-probs alone misses small faults
+in bf16. So a generator that starts or joins must first show, through the decoding that rollouts
+use, that a known probe moves it exactly as it moves the learner; and at every publication it
+reads back from its engine what is applied.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_ray.driver.batches import sample_requests
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.roles import Generator, Policy
+from rlhf_ray.types import AdapterUpdate, ProbeComparison, Prompt, SampleRequest, ShardRequest
+
+NUM_CANARIES = 4
+MIN_SHIFT = 0.5
+"""Nats a token by which the probe must move the canaries."""
+SHIFT_TOLERANCE = 0.05
+"""Share of the shift by which engine and learner may differ."""
+ERROR_TOLERANCE = {"float32": 0.01}
+ERROR_TOLERANCE_OTHERS = 0.1
+"""Nats a token between engine and learner, by the engine's data type."""
+PROOF_VERSION = -1
+"""Version under which probes go; rollouts never carry it."""
+
+
+def canary_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> list[SampleRequest]:
+    """Long prompts of the run's own text: they fill prefix-cache blocks, which must then go stale.
+
+    Args:
+        prompts: prompts of the run.
+        num_tokens: length of each canary.
+        seed: run seed.
+    """
+    stream = [token for prompt in prompts for token in prompt.token_ids]
+    repeats = math.ceil(NUM_CANARIES * num_tokens / len(stream))
+    stream = stream * repeats
+    canaries = [
+        Prompt(f"canary-{i}", "", tuple(stream[i * num_tokens : (i + 1) * num_tokens]))
+        for i in range(NUM_CANARIES)
+    ]
+    return sample_requests(canaries, 1, seed, "canary")
+
+
+@dataclass(frozen=True)
+class WeightSync:
+    """Sends the policy's adapter to generators and refuses those that do not serve it."""
+
+    policy: Policy
+    canaries: Sequence[SampleRequest]
+    engine_dtype: str
+
+    async def prove(self, generators: Sequence[Generator]) -> None:
+        """Show that each generator applies adapters as the learner does.
+
+        The zero adapter goes first and fills the caches; the probe then finds them.
+
+        Raises:
+            WeightSyncError: saying what a generator did instead.
+        """
+        zero = await self.policy.zero_adapter(PROOF_VERSION)
+        probe = await self.policy.probe(PROOF_VERSION, self.canaries)
+        for generator in generators:
+            await self._publish_to(generator, zero)
+            self._check_error(generator, await self._sample_and_compare(generator, zero))
+            await self._publish_to(generator, probe)
+            comparison = await self._sample_and_compare(generator, probe)
+            self._check_shift(generator, comparison)
+            self._check_error(generator, comparison)
+
+    async def publish(self, generators: Sequence[Generator], version: int) -> AdapterUpdate:
+        """Send the current adapter as ``version`` to all; they sample again once they serve it.
+
+        Raises:
+            WeightSyncError: a generator holds something else.
+        """
+        update = await self.policy.adapter(version)
+        await asyncio.gather(*(self._publish_to(generator, update) for generator in generators))
+        return update
+
+    async def _publish_to(self, generator: Generator, update: AdapterUpdate) -> None:
+        served = await generator.publish(update)
+        problems = []
+        if served.digest != update.digest:
+            problems.append(
+                f"its engine holds {served.num_modules} modules with digest {served.digest}"
+            )
+        if served.version != update.version:
+            problems.append(f"it reports version {served.version}")
+        if not served.caches_cleared:
+            problems.append("its prefix cache was not cleared")
+        if problems:
+            raise WeightSyncError(
+                f"{generator.name} does not serve version {update.version} "
+                f"(digest {update.digest}): {'; '.join(problems)}"
+            )
+
+    async def _sample_and_compare(
+        self, generator: Generator, update: AdapterUpdate
+    ) -> ProbeComparison:
+        request = ShardRequest(index=0, samples=tuple(self.canaries), version=update.version)
+        shard = await generator.generate(request)
+        return await self.policy.compare(update, shard)
+
+    def _check_shift(self, generator: Generator, comparison: ProbeComparison) -> None:
+        difference = abs(comparison.engine_shift - comparison.shift)
+        if comparison.shift < MIN_SHIFT or difference > SHIFT_TOLERANCE * comparison.shift:
+            raise WeightSyncError(
+                f"{generator.name} does not apply the probe adapter: on its samples the learner's "
+                f"log-probs move by {comparison.shift:.3f} nats a token, the engine's by "
+                f"{comparison.engine_shift:.3f} (at least {MIN_SHIFT} and within "
+                f"{SHIFT_TOLERANCE:.0%} of each other are needed)"
+            )
+
+    def _check_error(self, generator: Generator, comparison: ProbeComparison) -> None:
+        tolerance = ERROR_TOLERANCE.get(self.engine_dtype, ERROR_TOLERANCE_OTHERS)
+        if not comparison.error <= tolerance:
+            raise WeightSyncError(
+                f"{generator.name} samples from another distribution than the learner's: they "
+                f"differ by {comparison.error:.3f} nats a token, {tolerance} is allowed for "
+                f"{self.engine_dtype}; compare base model, adapter and temperature"
+            )

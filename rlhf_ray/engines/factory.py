@@ -1,0 +1,46 @@
+"""From the config to a generation engine; imports the engine's library only when it is made."""
+
+from rlhf_ray.config import Config
+from rlhf_ray.engines.protocols import GenerationEngine
+
+
+def generation_engine(
+    config: Config, model: str, stop_token_ids: tuple[int, ...]
+) -> GenerationEngine:
+    """The engine that ``rollout.engine`` names, not started.
+
+    Args:
+        config: the whole config.
+        model: folder of the base that adapters are applied to.
+        stop_token_ids: every id that ends a response.
+    """
+    rollout = config.rollout
+    if rollout.engine == "transformers":
+        from rlhf_ray.engines.transformers_engine import TransformersEngine, TransformersSettings
+
+        return TransformersEngine(
+            TransformersSettings(
+                model=model,
+                settings=config.model.model_copy(update={"dtype": config.engine_dtype}),
+                max_tokens=rollout.max_tokens,
+                temperature=rollout.temperature,
+                stop_token_ids=stop_token_ids,
+            )
+        )
+    from rlhf_ray.engines.vllm_engine import VllmEngine, VllmSettings
+
+    return VllmEngine(
+        VllmSettings(
+            model=model,
+            dtype=config.engine_dtype,
+            serving=config.serving,
+            lora_rank=config.lora.r,
+            max_model_len=config.model.max_length,
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+            stop_token_ids=stop_token_ids,
+            kv_cache_gb=rollout.kv_cache_gb,
+            trust_remote_code=config.model.trust_remote_code,
+            engine_args=rollout.engine_args,
+        )
+    )

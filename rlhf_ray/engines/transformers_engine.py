@@ -1,0 +1,153 @@
+"""Generation with transformers alone: the oracle for vLLM, and the fall-back where vLLM cannot run.
+
+Rows are left-padded here, because all of a batch decode at the same step.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from rlhf_ray.config.model import ModelConfig
+from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.models.adapters import (
+    adapter_state,
+    digest,
+    load_adapter_state,
+    tensors_from_bytes,
+)
+from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersSettings:
+    """What an engine needs to know; plain values, so that it travels."""
+
+    model: str
+    """Folder of the base model."""
+    settings: ModelConfig
+    """How to load it."""
+    max_tokens: int
+    """Longest response, tokens."""
+    temperature: float
+    """Sampling temperature."""
+    stop_token_ids: tuple[int, ...]
+    """Every id that ends a response."""
+
+
+class TransformersEngine:
+    """A generation engine over a PEFT model; fp32 log-probs."""
+
+    def __init__(self, settings: TransformersSettings) -> None:
+        self._settings = settings
+        self._model: Any = None
+        self._served = False
+
+    async def start(self) -> None:
+        """Load the base."""
+        self._model = load_causal_lm(self._settings.model, self._settings.settings)
+        if torch.cuda.is_available():
+            self._model.cuda()
+
+    async def serve(self, update: AdapterUpdate) -> ServedAdapter:
+        """Put the adapter into the model; read it back from there."""
+        started = time.perf_counter()
+        if not self._served:
+            self._model = get_peft_model(self._model, LoraConfig(**update.peft_config)).eval()
+            self._served = True
+        load_adapter_state(self._model, tensors_from_bytes(update.tensors))
+        held = adapter_state(self._model)
+        return ServedAdapter(
+            version=update.version,
+            num_modules=sum(name.endswith("lora_A.weight") for name in held),
+            digest=digest(held),
+            caches_cleared=True,  # the key-value cache lives as long as one call of sample
+            seconds=time.perf_counter() - started,
+        )
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
+        """Sample one response per request, all in one batch."""
+        if not self._served:
+            raise WeightSyncError("The engine was asked to sample before it was given an adapter")
+        uniforms_BT = torch.stack([_uniforms(r.seed, self._settings.max_tokens) for r in requests])
+        tokens_BT, logprobs_BT = self._decode(requests, uniforms_BT)
+        return [self._cut(*row) for row in zip(tokens_BT.cpu(), logprobs_BT.cpu(), strict=True)]
+
+    @torch.no_grad()
+    def _decode(
+        self, requests: Sequence[SampleRequest], uniforms_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ids_BS, attention_BS = _left_pad([r.prompt.token_ids for r in requests])
+        device = self._model.device
+        ids_BS, attention_BS = ids_BS.to(device), attention_BS.to(device)
+        uniforms_BT = uniforms_BT.to(device)
+        stop = torch.tensor(self._settings.stop_token_ids, device=device)
+        cache, finished_B = None, torch.zeros(len(requests), dtype=torch.bool, device=device)
+        tokens, logprobs = [], []
+        for step in range(self._settings.max_tokens):
+            positions_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
+            output = self._model(
+                input_ids=ids_BS,
+                attention_mask=attention_BS,
+                position_ids=positions_BS,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            logprobs_BV = (output.logits[:, -1].float() / self._settings.temperature).log_softmax(
+                -1
+            )
+            token_B = _inverse_cdf(logprobs_BV, uniforms_BT[:, step])
+            tokens.append(token_B)
+            logprobs.append(logprobs_BV.gather(1, token_B[:, None])[:, 0])
+            finished_B |= torch.isin(token_B, stop)
+            if bool(finished_B.all()):
+                break
+            ids_BS = token_B[:, None]
+            attention_BS = torch.cat([attention_BS, torch.ones_like(ids_BS)], dim=1)
+        return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1)
+
+    def _cut(self, tokens_T: Tensor, logprobs_T: Tensor) -> Sampled:
+        """A row up to its first stop token, that token included."""
+        stops = torch.isin(tokens_T, torch.tensor(self._settings.stop_token_ids)).nonzero()
+        length = int(stops[0]) + 1 if len(stops) else len(tokens_T)
+        return Sampled(
+            token_ids=tokens_T[:length].numpy().astype(np.int64),
+            logprobs=logprobs_T[:length].numpy().astype(np.float32),
+            finish_reason="stop" if len(stops) else "length",
+        )
+
+    async def stop(self) -> None:
+        """Drop the model."""
+        self._model = None
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    """[T] uniform numbers of one sample: its own generator, so that batching changes nothing."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _inverse_cdf(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Tokens at which the cumulated probability passes the uniform numbers."""
+    cumulated_BV = logprobs_BV.double().exp().cumsum(-1)
+    targets_B1 = uniforms_B[:, None] * cumulated_BV[:, -1:]
+    return torch.searchsorted(cumulated_BV, targets_B1, right=True)[:, 0].clamp(
+        max=logprobs_BV.shape[1] - 1
+    )
+
+
+def _left_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids_BS = torch.zeros(len(rows), longest, dtype=torch.long)
+    attention_BS = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids_BS[index, longest - len(row) :] = torch.tensor(row)
+        attention_BS[index, longest - len(row) :] = 1
+    return ids_BS, attention_BS

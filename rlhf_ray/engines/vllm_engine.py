@@ -1,0 +1,161 @@
+"""vLLM as the rollout engine: AsyncLLM in its own process, one adapter served at a time."""
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.vllm_extension import ADAPTER_ID
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_EXTENSION = "rlhf_ray.engines.vllm_extension.AdapterExtension"
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """What an engine needs to know; plain values, so that it travels."""
+
+    model: str
+    """Folder of the base model."""
+    dtype: str
+    """Data type of the engine's weights."""
+    serving: Literal["adapter", "merged"]
+    """How the adapter is applied (see the docs: merging is exact in float32 only)."""
+    lora_rank: int
+    """Rank of the adapters to come."""
+    max_model_len: int
+    """Longest sequence, tokens."""
+    max_tokens: int
+    """Longest response, tokens."""
+    temperature: float
+    """Sampling temperature; log-probs are of the scaled distribution."""
+    stop_token_ids: tuple[int, ...]
+    """Every id that ends a response."""
+    kv_cache_gb: float = 0.25
+    """KV cache of a CPU engine, GiB."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    extension: str = _EXTENSION
+    """Class mixed into the workers."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further AsyncEngineArgs."""
+
+
+class VllmEngine:
+    """A generation engine over AsyncLLM."""
+
+    def __init__(self, settings: VllmSettings) -> None:
+        self._settings = settings
+        self._ids = itertools.count()
+        self._adapter_name: str | None = None
+
+    async def start(self) -> None:
+        """Start the engine's process and load the base."""
+        self._engine = AsyncLLM.from_engine_args(self._engine_args())
+
+    def _engine_args(self) -> AsyncEngineArgs:
+        settings = self._settings
+        args: dict[str, Any] = {
+            "model": settings.model,
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_model_len,
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": settings.extension,
+            "generation_config": "vllm",
+            "trust_remote_code": settings.trust_remote_code,
+            "disable_log_stats": True,
+        }
+        if settings.serving == "adapter":
+            args |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": next(rank for rank in _RANKS if rank >= settings.lora_rank),
+            }
+        if current_platform.is_cpu():
+            args |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
+            }
+        return AsyncEngineArgs(**(args | settings.engine_args))
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
+        """Sample all requests together; order of results is that of the requests."""
+        return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
+
+    async def _sample_one(self, request: SampleRequest) -> Sampled:
+        params = SamplingParams(
+            temperature=self._settings.temperature,
+            max_tokens=self._settings.max_tokens,
+            seed=request.seed,
+            logprobs=0,
+            stop_token_ids=list(self._settings.stop_token_ids),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=False,
+        )
+        final = None
+        async for output in self._engine.generate(
+            {"prompt_token_ids": list(request.prompt.token_ids)},
+            params,
+            f"{request.position}-{next(self._ids)}",
+            lora_request=self._lora_request(),
+        ):
+            final = output.outputs[0]
+        assert final is not None
+        assert final.logprobs is not None
+        logprobs = [
+            step[token].logprob  # type: ignore[index]
+            for token, step in zip(final.token_ids, final.logprobs, strict=True)
+        ]
+        return Sampled(
+            token_ids=np.asarray(final.token_ids, dtype=np.int64),
+            logprobs=np.asarray(logprobs, dtype=np.float32),
+            finish_reason="stop" if final.finish_reason == "stop" else "length",
+        )
+
+    def _lora_request(self) -> LoRARequest | None:
+        if self._settings.serving == "merged":
+            return None
+        if self._adapter_name is None:
+            raise WeightSyncError("The engine was asked to sample before it was given an adapter")
+        # vLLM's prefix cache tells adapters apart by this name alone.
+        return LoRARequest(self._adapter_name, ADAPTER_ID, self._adapter_name)
+
+    async def serve(self, update: AdapterUpdate) -> ServedAdapter:
+        """Pause, apply, read back, clear caches, go on."""
+        started = time.perf_counter()
+        await self._engine.pause_generation(mode="wait", clear_cache=True)
+        try:
+            reports = await self._engine.collective_rpc(
+                f"serve_{self._settings.serving}",
+                args=(update.tensors, json.dumps(dict(update.peft_config))),
+            )
+            cleared = await self._engine.reset_prefix_cache()
+            self._adapter_name = f"policy-v{update.version}-{update.digest}"
+        finally:
+            await self._engine.resume_generation()
+        digests = {report["digest"] for report in reports}
+        return ServedAdapter(
+            version=update.version,
+            num_modules=min(report["num_modules"] for report in reports),
+            digest=digests.pop() if len(digests) == 1 else f"differs between workers: {digests}",
+            caches_cleared=bool(cleared),
+            seconds=time.perf_counter() - started,
+        )
+
+    async def stop(self) -> None:
+        """End the engine's process."""
+        self._engine.shutdown()

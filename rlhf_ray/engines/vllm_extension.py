@@ -1,0 +1,170 @@
+"""What runs inside vLLM's workers to serve an adapter and to read back what is served.
+
+The generator names this class as ``worker_extension_cls``; its methods are called through
+``collective_rpc`` with plain bytes and strings. Nothing here trusts what was received: what is
+reported is read from the layers that the model computes with.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+
+from rlhf_ray.models.adapters import TensorDict, digest
+from rlhf_ray.models.weight_files import safetensors_files
+
+_PREFIX = "base_model.model."
+ADAPTER_ID = 1
+
+
+class AdapterExtension:
+    """Mixed into vLLM's Worker by vLLM itself."""
+
+    model_runner: Any
+
+    def serve_adapter(self, blob: bytes, peft_config: str) -> dict[str, Any]:
+        """Serve an adapter through vLLM's LoRA layers."""
+        tensors, settings = load(blob), json.loads(peft_config)
+        self._activate(tensors, settings)
+        return report(tensors, self._applied_in_lora_layers(tensors, _scaling(settings)))
+
+    def serve_merged(self, blob: bytes, peft_config: str) -> dict[str, Any]:
+        """Merge an adapter into the engine's copy of the base, from the frozen base each time."""
+        tensors, settings = load(blob), json.loads(peft_config)
+        merged = dict(self._merged_weights(tensors, _scaling(settings)))
+        self.model_runner.reload_weights(
+            weights_iterator=iter(merged.items()), is_checkpoint_format=True
+        )
+        return report(tensors, self._applied_in_weights(merged))
+
+    def _activate(self, tensors: TensorDict, settings: dict[str, Any]) -> None:
+        runner = self.model_runner
+        helper = PEFTHelper.from_dict(settings)
+        helper.validate_legal(runner.lora_config)
+        mapper = getattr(runner.model, "hf_to_vllm_mapper", None)
+        adapter = LoRAModel.from_lora_tensors(
+            ADAPTER_ID,
+            {name: tensor.clone() for name, tensor in tensors.items()},
+            helper,
+            device="cpu",
+            dtype=runner.lora_config.lora_dtype,
+            model_vocab_size=runner.model_config.get_vocab_size(),
+            weights_mapper=mapper.get_rename_mapper() if mapper else None,
+        )
+        manager = runner.lora_manager._adapter_manager
+        manager.remove_adapter(ADAPTER_ID)
+        manager.add_adapter(adapter)
+        manager.activate_adapter(ADAPTER_ID)
+
+    def _applied_in_lora_layers(self, tensors: TensorDict, scaling: float) -> set[str]:
+        """Modules for which the active slot holds exactly the sent tensors (cast, scaled)."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        dtype = self.model_runner.lora_config.lora_dtype
+        slot = manager.lora_index_to_id.index(ADAPTER_ID)
+        applied = set()
+        for name, layer in manager.modules.items():
+            for index, part in enumerate(_parts(name, manager.packed_modules_mapping)):
+                down, up = (tensors.get(key) for key in _names(part))
+                if down is None or up is None:
+                    continue
+                held_down = layer.lora_a_stacked[index][slot, 0, : down.shape[0]].cpu()
+                held_up = layer.lora_b_stacked[index][slot, 0, :, : up.shape[1]].cpu()
+                if torch.equal(held_down, down.to(dtype)) and torch.equal(
+                    held_up, up.to(dtype) * scaling
+                ):
+                    applied.add(part)
+        return applied
+
+    def _merged_weights(self, tensors: TensorDict, scaling: float) -> Iterator[tuple[str, Any]]:
+        """Checkpoint tensors of every layer that an adapted module is fused into.
+
+        A fused layer (q, k and v in one) is reloaded as a whole: with a part missing, vLLM
+        computes with garbage and raises no error.
+        """
+        packed = getattr(self.model_runner.model, "packed_modules_mapping", {})
+        wanted = {
+            sibling for module in _adapted_modules(tensors) for sibling in _siblings(module, packed)
+        }
+        for path in safetensors_files(self.model_runner.model_config.model):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    module = name.rpartition(".")[0]
+                    if module in wanted:
+                        yield name, self._merge(name, file.get_tensor(name), tensors, scaling)
+
+    def _merge(
+        self, name: str, base: torch.Tensor, tensors: TensorDict, scaling: float
+    ) -> torch.Tensor:
+        dtype = self.model_runner.model_config.dtype
+        module, _, kind = name.rpartition(".")
+        down, up = (tensors.get(key) for key in _names(module))
+        if kind != "weight" or down is None or up is None:
+            return base.to(dtype)
+        return (base.float() + scaling * (up.float() @ down.float())).to(dtype)
+
+    def _applied_in_weights(self, merged: TensorDict) -> set[str]:
+        """Modules whose merged weight is exactly what the engine's layer computes with.
+
+        A layer's weight is read by multiplying the identity, because a CPU engine packs weights
+        into a form of its own. One product a cell, all others zero: exact in every data type.
+        """
+        applied = set()
+        model = self.model_runner.model
+        packed = getattr(model, "packed_modules_mapping", {})
+        for name, layer in model.named_modules():
+            parts = _parts(name, packed)
+            if f"{parts[0]}.weight" not in merged or not hasattr(layer, "quant_method"):
+                continue
+            weights = [merged[f"{part}.weight"] for part in parts]
+            device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+            eye = torch.eye(weights[0].shape[1], dtype=weights[0].dtype, device=device)
+            fused = layer.quant_method.apply(layer, eye, None).T.cpu()
+            held = fused.split([weight.shape[0] for weight in weights])
+            applied |= {
+                p for p, h, w in zip(parts, held, weights, strict=True) if torch.equal(h, w)
+            }
+        return applied
+
+
+def report(sent: TensorDict, applied: set[str]) -> dict[str, Any]:
+    """Count and digest of the sent tensors that were found in the engine.
+
+    The digest is the sender's if and only if every module is applied.
+    """
+    found = {key: sent[key] for module in applied for key in _names(module) if key in sent}
+    modules = sum(key.endswith("lora_A.weight") for key in found)
+    return {"num_modules": modules, "digest": digest(found)}
+
+
+def _names(module: str) -> tuple[str, str]:
+    """PEFT's names of a module's two matrices."""
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def _scaling(settings: dict[str, Any]) -> float:
+    rank = settings["r"]
+    return settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _adapted_modules(tensors: TensorDict) -> list[str]:
+    suffix = ".lora_A.weight"
+    return [
+        name.removeprefix(_PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)
+    ]
+
+
+def _parts(module: str, packed: dict[str, list[str]]) -> list[str]:
+    """Checkpoint names of the modules that one engine layer holds, in order."""
+    parent, _, leaf = module.rpartition(".")
+    return [f"{parent}.{part}" for part in packed.get(leaf, [leaf])]
+
+
+def _siblings(module: str, packed: dict[str, list[str]]) -> list[str]:
+    parent, _, leaf = module.rpartition(".")
+    group = next((parts for parts in packed.values() if leaf in parts), [leaf])
+    return [f"{parent}.{part}" for part in group]

@@ -1,0 +1,44 @@
+"""One family of errors. Each names the role or key, the numbers, and what to do.
+
+Every class pickles with its message alone, because errors cross process boundaries.
+"""
+
+
+class RlhfError(Exception):
+    """Base of every error that this package raises on purpose. Exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigError(RlhfError):
+    """A config key, value or combination is wrong. Exit code 2: the user can fix it."""
+
+    exit_code = 2
+
+
+class DataError(RlhfError):
+    """Input data or a model folder is missing, malformed or unusable. Exit code 2."""
+
+    exit_code = 2
+
+
+class CheckpointError(RlhfError):
+    """A commit cannot be written or read, or does not belong to this config. Exit code 2."""
+
+    exit_code = 2
+
+
+class PlacementError(RlhfError):
+    """The cluster has no room for what was asked, or it did not come in time."""
+
+
+class WeightSyncError(RlhfError):
+    """A generator does not serve the adapter that it was sent."""
+
+
+class ActorFailure(RlhfError):
+    """A role's process died, or did not answer before its deadline."""
+
+
+class DivergenceError(RlhfError):
+    """Training left the numbers in which it means anything (non-finite loss, sampler gap)."""

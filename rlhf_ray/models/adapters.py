@@ -1,0 +1,130 @@
+"""LoRA adapters: attaching, reading, writing, identifying."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import set_peft_model_state_dict as _set_state
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+
+from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.errors import ConfigError
+
+TensorDict = dict[str, torch.Tensor]
+
+
+def attach(
+    model: Any,
+    lora: LoraConfig,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"],
+    *,
+    seed: int,
+    dropout: float,
+) -> PeftModel:
+    """Wrap a model with a fresh LoRA adapter; only the adapter (and a SEQ_CLS head) is trainable.
+
+    Args:
+        seed: of the adapter's initial ``A`` matrices.
+        dropout: given apart from ``lora`` because PPO switches it off.
+
+    Raises:
+        ConfigError: ``lora.target_modules`` names a module that the model does not have.
+    """
+    settings = PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  (peft computes with floats as well)
+        lora_dropout=dropout,
+        target_modules=lora.target_modules,
+        task_type=task,
+        **lora.peft,
+    )
+    _refuse_missing_targets(model, lora)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, settings)
+
+
+def _refuse_missing_targets(model: Any, lora: LoraConfig) -> None:
+    if isinstance(lora.target_modules, str):
+        return
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = [target for target in lora.target_modules if target.rpartition(".")[2] not in leaves]
+    if missing:
+        linear = sorted(
+            {
+                n.rpartition(".")[2]
+                for n, m in model.named_modules()
+                if isinstance(m, torch.nn.Linear)
+            }
+        )
+        raise ConfigError(
+            f"lora.target_modules: the model has no {', '.join(missing)}; "
+            f"it has {', '.join(linear)}"
+        )
+
+
+def adapter_state(model: PeftModel) -> TensorDict:
+    """A copy of the adapter (and saved head) under PEFT's own names, on CPU, contiguous."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def load_adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Put an adapter into a wrapped model, in place.
+
+    Raises:
+        ConfigError: the adapter has other names than the model's.
+    """
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if expected != set(state):
+        odd = sorted(expected ^ set(state))
+        raise ConfigError(
+            f"The adapter does not fit the model: {len(odd)} names differ, for example {odd[0]}"
+        )
+    _set_state(model, dict(state))
+
+
+def peft_config(model: PeftModel) -> dict[str, Any]:
+    """The adapter's PEFT config with plain values, its target modules as the resolved list."""
+    settings = model.peft_config["default"].to_dict()
+    settings["target_modules"] = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if hasattr(module, "lora_A") and "default" in module.lora_A  # type: ignore[operator]
+        }
+    )
+    return json.loads(json.dumps(settings, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", str(value))
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """First 16 hex digits of SHA-256 over names, shapes, types and bytes, in order of names."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return sha.hexdigest()[:16]
+
+
+__all__ = [
+    "TensorDict",
+    "adapter_state",
+    "attach",
+    "digest",
+    "load_adapter_state",
+    "peft_config",
+    "tensors_from_bytes",
+    "tensors_to_bytes",
+]

@@ -1,0 +1,114 @@
+"""What a model path is: a model folder, a PEFT folder, or a name on the model hub.
+
+A PEFT folder names its base twice: in ``adapter_config.json`` by absolute path or hub name, as
+peft itself wants it, and in ``base_model.json`` relative to the folder, so that a run's folder
+still loads after it was moved or copied.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+
+from rlhf_ray.errors import DataError
+
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_MODEL = "base_model.json"
+
+
+def locate(path: str) -> str:
+    """An existing model folder, or the name of a model on the hub.
+
+    Raises:
+        DataError: a folder that does not exist or holds no model, or a name that cannot be had.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+            raise DataError(
+                f"{folder} is not a model folder: it has neither config.json nor {ADAPTER_CONFIG}"
+            )
+        return str(folder)
+    if folder.exists():
+        raise DataError(f"{folder} is a file; a model is the folder that holds it")
+    nested = len(folder.parts) > 2 or (len(folder.parts) == 2 and folder.parent.is_dir())
+    if folder.is_absolute() or path.startswith((".", "~")) or nested:
+        raise DataError(
+            f"Model folder {path} does not exist; check model.path, sft.path, reward.path or "
+            "critic.path, or run the stage that writes it"
+        )
+    _require_on_hub(path)
+    return path
+
+
+def _require_on_hub(name: str) -> None:
+    """Fail at once where the libraries would retry for minutes."""
+    files = ("config.json", ADAPTER_CONFIG)
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        return
+    try:
+        HfApi().model_info(name, timeout=20)
+    except Exception as error:  # its HTTP client's own errors as well, whichever that is
+        raise DataError(
+            f"Model {name!r} is no folder here and cannot be had from the model hub "
+            f"({first_line(error)}); check the name, the network and your access, or name a folder"
+        ) from error
+
+
+def is_adapter(path: str) -> bool:
+    """Whether ``path`` is a PEFT folder."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_task(folder: str) -> str | None:
+    """CAUSAL_LM or SEQ_CLS, as the PEFT folder says."""
+    return _read_json(Path(folder) / ADAPTER_CONFIG).get("task_type")
+
+
+def base_of(folder: str) -> str:
+    """The base that a PEFT folder names: an existing folder, or a hub name.
+
+    Looks relative to the folder first (``base_model.json``), then at the path in
+    ``adapter_config.json``, taken as it is or relative to the folder.
+    """
+    here = Path(folder)
+    recorded = str(_read_json(here / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    candidates = [Path(recorded), here / recorded] if recorded else []
+    if (here / BASE_MODEL).is_file():
+        candidates.insert(0, here / str(_read_json(here / BASE_MODEL).get("path")))
+    for candidate in candidates:
+        if candidate.is_dir():
+            return str(candidate.resolve())
+    if not recorded:
+        raise DataError(f"{here / ADAPTER_CONFIG} names no base_model_name_or_path; add it")
+    return recorded
+
+
+def record_base(folder: Path, base: str) -> None:
+    """Write where the base of a PEFT folder is, relative to the folder.
+
+    Args:
+        folder: the PEFT folder.
+        base: folder of its base.
+    """
+    (folder / BASE_MODEL).write_text(relative_base(folder, base), encoding="utf-8")
+
+
+def relative_base(folder: Path, base: str) -> str:
+    """What `record_base` writes."""
+    relative = os.path.relpath(Path(base).resolve(), folder.resolve())
+    return json.dumps({"path": Path(relative).as_posix()}) + "\n"
+
+
+def first_line(error: Exception) -> str:
+    """The part of an error that a person should read."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON: {error}") from error

@@ -1,0 +1,94 @@
+"""Forward passes over rollouts: from ragged rows to log-probs and back to ragged rows.
+
+B rollouts, S tokens of prompt and response, T response tokens, V vocabulary; rows are left-aligned
+and right-padded.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_ray.algorithms.batching import micro_batches
+from rlhf_ray.algorithms.experience import pad, response_logits
+from rlhf_ray.algorithms.logprobs import token_logprobs
+from rlhf_ray.models.heads import position_ids
+from rlhf_ray.types import Rollout
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+"""(sequences_BS, attention_BS) -> something per position, `_BS` or `_BSV`."""
+
+
+def sequence_of(rollout: Rollout) -> np.ndarray:
+    """[S] int64: prompt tokens, then response tokens."""
+    prompt = np.asarray(rollout.prompt.token_ids, dtype=np.int64)
+    return np.concatenate([prompt, rollout.response_ids])
+
+
+def causal_lm_logits(model: Any) -> Forward:
+    """Forward of a causal LM (wrapped in PEFT or DeepSpeed or not): logits `_BSV`."""
+
+    def forward(sequences_BS: Tensor, attention_BS: Tensor) -> Tensor:
+        return model(
+            input_ids=sequences_BS,
+            attention_mask=attention_BS,
+            position_ids=position_ids(attention_BS),
+            use_cache=False,
+        ).logits
+
+    return forward
+
+
+def response_logprobs(
+    forward: Forward,
+    rollouts: Sequence[Rollout],
+    *,
+    temperature: float,
+    max_tokens: int,
+    device: torch.device,
+) -> list[np.ndarray]:
+    """Log-probs of the response tokens, a [T] fp32 array a rollout, without gradient."""
+
+    def logprobs(sequences_BS: Tensor, attention_BS: Tensor, prompts_B: Tensor, tokens_BT: Tensor):
+        logits_BSV = forward(sequences_BS, attention_BS)
+        logits_BTV = response_logits(logits_BSV, prompts_B, tokens_BT.shape[1])
+        return token_logprobs(logits_BTV, tokens_BT, temperature)
+
+    return _by_response(logprobs, rollouts, max_tokens, device)
+
+
+def response_values(
+    forward: Forward, rollouts: Sequence[Rollout], *, max_tokens: int, device: torch.device
+) -> list[np.ndarray]:
+    """Values of the states in which the response tokens are chosen, a [T] fp32 array a rollout."""
+
+    def values(sequences_BS: Tensor, attention_BS: Tensor, prompts_B: Tensor, tokens_BT: Tensor):
+        return response_logits(forward(sequences_BS, attention_BS), prompts_B, tokens_BT.shape[1])
+
+    return _by_response(values, rollouts, max_tokens, device)
+
+
+@torch.no_grad()
+def _by_response(
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    rollouts: Sequence[Rollout],
+    max_tokens: int,
+    device: torch.device,
+) -> list[np.ndarray]:
+    sequences = [sequence_of(rollout) for rollout in rollouts]
+    results: dict[int, np.ndarray] = {}
+    for rows in micro_batches([len(sequence) for sequence in sequences], max_tokens):
+        sequences_BS, attention_BS = pad([sequences[row] for row in rows])
+        tokens_BT, _ = pad([rollouts[row].response_ids for row in rows])
+        prompts_B = torch.tensor([len(rollouts[row].prompt.token_ids) for row in rows])
+        result_BT = compute(
+            sequences_BS.to(device),
+            attention_BS.to(device),
+            prompts_B.to(device),
+            tokens_BT.to(device),
+        )
+        for row, values in zip(rows, result_BT.float().cpu().numpy(), strict=True):
+            results[row] = values[: len(rollouts[row].response_ids)].copy()
+    return [results[row] for row in range(len(rollouts))]

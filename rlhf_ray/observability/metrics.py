@@ -1,0 +1,188 @@
+"""The registry of metrics: every name that is logged, with its unit, reduction and meaning.
+
+Names are TRL's where it has one, else verl's. ``docs/metrics.md`` is `markdown_table`'s output;
+a unit test keeps the file up to date.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One logged number."""
+
+    name: str
+    """Key in metrics.jsonl, tag in TensorBoard."""
+    unit: str
+    """Unit of the value; `1` for a pure number."""
+    reduction: str
+    """What the logged value is taken over, and how."""
+    meaning: str
+    """What it tells, in a sentence."""
+
+
+_SAMPLES = "mean over samples"
+_TOKENS = "mean over response tokens"
+_BATCHES = "mean over the iteration's mini-batches"
+_LAST = "last value"
+_SUM = "sum over the iteration"
+_HELD_OUT = "mean over held-out prompts"
+
+_ROWS: tuple[tuple[str, str, str, str], ...] = (
+    (
+        "objective/kl",
+        "nats",
+        _SAMPLES,
+        "KL to the reference per response: the sum over its tokens of k1, log pi - log ref.",
+    ),
+    ("objective/kl_per_token", "nats per token", _TOKENS, "The same KL (k1), per token."),
+    (
+        "objective/entropy",
+        "nats per token",
+        _TOKENS,
+        "Estimate of the sampling policy's entropy: minus the log-prob of the sampled tokens.",
+    ),
+    ("objective/scores", "1", _SAMPLES, "Raw score of the reward source."),
+    ("objective/scores_std", "1", "standard deviation over samples", "Spread of the raw scores."),
+    (
+        "objective/rlhf_reward",
+        "1",
+        _SAMPLES,
+        "What PPO maximises: the score plus the KL part of the reward.",
+    ),
+    (
+        "objective/non_score_reward",
+        "1",
+        _SAMPLES,
+        "KL part of the reward: minus the coefficient times the KL, summed over tokens.",
+    ),
+    ("objective/kl_coef", "1 per nat", _LAST, "KL coefficient that this iteration's rewards used."),
+    (
+        "policy/approxkl_avg",
+        "nats per token",
+        _BATCHES,
+        "KL (k2) between the policy before and after an update: how far one iteration moves it.",
+    ),
+    (
+        "policy/clipfrac_avg",
+        "share",
+        _BATCHES,
+        "Share of response tokens whose policy loss is the clipped one.",
+    ),
+    (
+        "policy/entropy_avg",
+        "nats per token",
+        _BATCHES,
+        "Entropy of the policy's full next-token distribution; near 0 it has stopped exploring.",
+    ),
+    ("loss/policy_avg", "1", _BATCHES, "Clipped policy loss."),
+    ("loss/value_avg", "1", _BATCHES, "Clipped value loss: half the mean squared error."),
+    (
+        "val/clipfrac_avg",
+        "share",
+        _BATCHES,
+        "Share of response tokens whose value loss is the clipped one.",
+    ),
+    (
+        "val/ratio",
+        "1",
+        _BATCHES,
+        "Mean of pi / pi_old over tokens; 1 in the first step of an iteration, near 1 after.",
+    ),
+    ("val/ratio_max", "1", "maximum over the iteration", "Largest pi / pi_old of any token."),
+    (
+        "val/explained_variance",
+        "1",
+        "over the iteration's response tokens",
+        "1 - var(returns - values) / var(returns): 1: a perfect critic, 0: one that knows nothing.",
+    ),
+    ("policy/grad_norm", "1", _BATCHES, "Policy's gradient norm before clipping."),
+    ("val/grad_norm", "1", _BATCHES, "Critic's gradient norm before clipping."),
+    ("response_length/mean", "tokens", _SAMPLES, "Response length."),
+    ("response_length/max", "tokens", "maximum over samples", "Longest response."),
+    (
+        "response_length/eos_share",
+        "share",
+        "over samples",
+        "Share of responses that ended by themselves, not at the token limit.",
+    ),
+    (
+        "sampler/gap_mean",
+        "nats per token",
+        _TOKENS,
+        "|rollout - old log-prob|: how far the engine's numbers are from the learner's.",
+    ),
+    ("sampler/gap_max", "nats", "maximum over response tokens", "Largest such gap of any token."),
+    ("timing_s/gen", "s", _SUM, "Wall time until the batch's last rollout was there."),
+    ("timing_s/score", "s", _SUM, "Wall time of scoring that generation did not hide."),
+    ("timing_s/learn", "s", _SUM, "Wall time of the policy's and the critic's updates."),
+    ("timing_s/commit", "s", _SUM, "Wall time of writing the commit."),
+    ("timing_s/sync", "s", _SUM, "Wall time of publishing and proving the adapter."),
+    ("timing_s/iteration", "s", _SUM, "Wall time of the whole iteration."),
+    ("throughput/episodes_per_s", "1/s", _LAST, "Rollouts learnt per second of the iteration."),
+    (
+        "throughput/tokens_per_s",
+        "tokens/s",
+        _LAST,
+        "Response tokens learnt per second of the iteration.",
+    ),
+    ("policy/version", "1", _LAST, "Adapter version that this iteration committed."),
+    ("episode", "1", "sum since the start", "Rollouts learnt so far."),
+    ("eval/score", "1", _HELD_OUT, "Score of the reward source on held-out prompts."),
+    ("eval/gold", "1", _HELD_OUT, "Gold score, where the data has one; never trained on."),
+    ("eval/kl", "nats", _HELD_OUT, "KL to the reference per response, as objective/kl."),
+    ("eval/length", "tokens", _HELD_OUT, "Response length on held-out prompts."),
+    ("data/skipped", "1", "sum since the start", "Prompts set aside as unusable."),
+    ("loss", "nats", "mean since the last record", "Training loss of a supervised stage."),
+    ("eval_loss", "nats", "mean over held-out rows", "Held-out loss of a supervised stage."),
+    (
+        "eval_accuracy",
+        "share",
+        "over held-out pairs",
+        "Share of pairs whose better answer the reward model scores higher.",
+    ),
+    ("learning_rate", "1", _LAST, "Learning rate of a supervised stage."),
+    ("grad_norm", "1", _LAST, "Gradient norm of a supervised stage before clipping."),
+    ("epoch", "1", _LAST, "Passes over a supervised stage's data so far."),
+)
+
+METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}
+
+
+def check(names: Iterable[str]) -> None:
+    """Refuse names that are not registered, so that nothing is logged undocumented.
+
+    Raises:
+        KeyError: naming each unknown metric and the registered name nearest to it.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if not unknown:
+        return
+    described = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, METRICS, n=1)
+        described.append(f"{name} (nearest: {near[0]})" if near else name)
+    raise KeyError(
+        f"not registered: {', '.join(described)}. "
+        "Add the metric to rlhf_ray.observability.metrics and regenerate docs/metrics.md."
+    )
+
+
+def markdown_table() -> str:
+    """The whole of ``docs/metrics.md``."""
+    lines = [
+        "# Metrics",
+        "",
+        "Every number in `metrics.jsonl` and `eval.jsonl`, generated from",
+        "`rlhf_ray/observability/metrics.py`. Unit `1` is a pure number; nats are natural-log",
+        "units of information.",
+        "",
+        "| name | unit | taken as | meaning |",
+        "|---|---|---|---|",
+    ]
+    for metric in METRICS.values():
+        meaning = metric.meaning.replace("|", "\\|")
+        lines.append(f"| `{metric.name}` | {metric.unit} | {metric.reduction} | {meaning} |")
+    return "\n".join(lines) + "\n"

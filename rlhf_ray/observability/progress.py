@@ -1,0 +1,206 @@
+"""Progress of long work: a live bar on a terminal, a plain line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+PLAIN_INTERVAL_S = 10.0
+"""Seconds between two plain lines, at least."""
+
+
+class View(Protocol):
+    """Shows how far a stage is."""
+
+    def update(self, bar: "Bar") -> None:
+        """Called after each advance."""
+        ...
+
+    def close(self) -> None:
+        """Called once at the end, before the stage's final line."""
+        ...
+
+
+class Bar:
+    """How far one stage is; made by `Progress.stage`.
+
+    Args:
+        name: stage name.
+        total: units of work, or None where unknown.
+        unit: what is counted, in the singular.
+        done: units that an earlier process did; they do not count towards the pace.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, name: str, total: int | None, unit: str, done: int, clock: Callable[[], float]
+    ) -> None:
+        self.name = name
+        self.total = total
+        self.done = done
+        self.view: View | None = None
+        self._unit = unit
+        self._first = done
+        self._clock = clock
+        self._start_s = clock()
+        self._values: dict[str, float] = {}
+
+    def advance(self, num_units: int = 1, **values: float) -> None:
+        """Count ``num_units`` more as done; ``values`` are shown, the latest of each name."""
+        self.done += num_units
+        self._values.update(values)
+        if self.view is not None:
+            self.view.update(self)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the stage began in this process."""
+        return self._clock() - self._start_s
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at this process's mean pace; None where nothing can be said."""
+        num_here = self.done - self._first
+        if self.total is None or num_here <= 0:
+            return None
+        return max(0, self.total - self.done) * self.elapsed_s / num_here
+
+    def counted(self) -> str:
+        """Such as ``12/60 iterations``."""
+        number = self.total if self.total is not None else self.done
+        units = self._unit if number == 1 else f"{self._unit}s"
+        return f"{self.done} {units}" if self.total is None else f"{self.done}/{self.total} {units}"
+
+    def shown_values(self) -> str:
+        """Such as ``, reward 0.51, kl 1.2``."""
+        return "".join(f", {name} {value:.3g}" for name, value in self._values.items())
+
+    def line(self) -> str:
+        """Such as ``ppo 12/60 iterations, 20%, 0:41 elapsed, ETA 2:41, reward 0.51``."""
+        share = f", {self.done / self.total:.0%}" if self.total else ""
+        eta = f", ETA {clock_time(self.eta_s)}" if self.eta_s is not None else ""
+        return (
+            f"{self.name} {self.counted()}{share}, {clock_time(self.elapsed_s)} elapsed{eta}"
+            f"{self.shown_values()}"
+        )
+
+
+class Progress:
+    """Tells a person how far a run is.
+
+    Args:
+        stages: names of all stages of the run in order, for headings such as ``[3/7] sft``.
+        stream: where to write; default: standard output.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[str] = (),
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stages = tuple(stages)
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._clock = clock
+
+    @contextmanager
+    def stage(
+        self, name: str, total: int | None = None, unit: str = "step", done: int = 0
+    ) -> Iterator[Bar]:
+        """Show a stage from its heading to its final line.
+
+        Args:
+            name: stage name.
+            total: units of work, or None where unknown.
+            unit: what is counted, in the singular.
+            done: units already done when a run goes on.
+        """
+        heading = self._heading(name)
+        self.say(heading)
+        bar = Bar(name, total, unit, done, self._clock)
+        bar.view = (
+            _LiveView(self._console, bar)
+            if self._console.is_terminal
+            else _PlainView(self.say, self._clock)
+        )
+        outcome = "stopped"
+        try:
+            yield bar
+            outcome = "done"
+        finally:
+            bar.view.close()
+            counted = f" {bar.counted()}" if bar.done or bar.total else ""
+            self.say(
+                f"{heading} {outcome}:{counted} in {clock_time(bar.elapsed_s)}{bar.shown_values()}"
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line, above the live bar where there is one."""
+        self._console.print(text, markup=False)
+        self._console.file.flush()
+
+    def _heading(self, name: str) -> str:
+        if name not in self._stages:
+            return name
+        return f"[{self._stages.index(name) + 1}/{len(self._stages)}] {name}"
+
+
+class _PlainView:
+    """Prints the bar's line, at most every `PLAIN_INTERVAL_S`."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._say = say
+        self._clock = clock
+        self._last_s = clock()
+
+    def update(self, bar: Bar) -> None:
+        now_s = self._clock()
+        if now_s - self._last_s >= PLAIN_INTERVAL_S:
+            self._last_s = now_s
+            self._say(bar.line())
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _LiveView:
+    """A rich bar that goes away at the end."""
+
+    def __init__(self, console: Console, bar: Bar) -> None:
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[counted]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[rest]}", markup=False),
+        ]
+        self._progress = RichProgress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task(
+            bar.name, total=bar.total, completed=bar.done, counted=bar.counted(), rest=""
+        )
+        self._progress.start()
+
+    def update(self, bar: Bar) -> None:
+        eta = f"ETA {clock_time(bar.eta_s)}" if bar.eta_s is not None else ""
+        self._progress.update(
+            self._task,
+            completed=bar.done,
+            counted=bar.counted(),
+            rest=(eta + bar.shown_values()).removeprefix(", "),
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def clock_time(seconds: float) -> str:
+    """``0:41``, ``12:05`` or ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,68 @@
+"""Silences what dependencies print and a user can do nothing about, and turns telemetry off.
+
+What the user set in the environment stays as it is.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+_DEFAULTS = {
+    # Telemetry off.
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Errors only, no progress bars.
+    "GLOO_LOG_LEVEL": "ERROR",
+    "GRPC_VERBOSITY": "ERROR",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "KMP_WARNINGS": "0",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    # Takes the behaviour that Ray's FutureWarning announces for actors without an accelerator.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+# vllm and transformers are not here: their own variables, above, govern their loggers.
+_CHATTY_LOGGERS = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "httpx",
+    "matplotlib",
+    "ray",
+    "torch.distributed",
+)
+
+_NOISY_MODULES = r"(accelerate|bitsandbytes|datasets|deepspeed|peft|ray|torch|transformers|vllm)"
+
+
+def environment() -> dict[str, str]:
+    """Variables for child processes: our default, or the user's value where one is set."""
+    return {name: os.environ.get(name, value) for name, value in _DEFAULTS.items()}
+
+
+def silence_dependencies() -> None:
+    """Quieten this process and its future children. Call before the libraries are imported."""
+    if not sys.warnoptions and "PYTHONWARNINGS" not in os.environ:
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
+        warnings.filterwarnings("ignore", category=UserWarning, module=rf"{_NOISY_MODULES}(\.|$)")
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    for name in _CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level anew when it is imported; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(_errors_only)
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

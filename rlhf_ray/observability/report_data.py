@@ -1,0 +1,129 @@
+"""What the report reads from a run's folder; whatever is missing or torn is left out."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_ray.observability.sinks import read_jsonl
+from rlhf_ray.observability.tracing import Span, phase_totals, read_spans
+
+STAGES = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
+
+Record = Mapping[str, Any]
+
+# Names of environment variables that hold credentials (cluster.env may carry them).
+_SECRET = re.compile(
+    r"^(\s*[A-Z][A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|KEY|CREDENTIALS)\s*:\s*).+$", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run, read."""
+
+    name: str
+    """Name of the run, else of its folder."""
+    started: datetime | None
+    """Start of the first span, else when config.yaml was written; local time."""
+    config: Record
+    """Resolved config; empty where there is none."""
+    config_text: str
+    """config.yaml as written, credentials hidden."""
+    summaries: Mapping[str, Record]
+    """summary.json by stage; only of finished stages."""
+    metrics: Mapping[str, Sequence[Record]]
+    """metrics.jsonl by stage; only where there are records."""
+    evaluations: Sequence[Record]
+    """ppo/eval.jsonl."""
+    completions: Sequence[Record]
+    """ppo/completions.jsonl."""
+    samples: Sequence[Record]
+    """evaluate/samples.jsonl."""
+    spans: Sequence[Span]
+    """trace.json."""
+    phase_totals: Mapping[str, Mapping[str, float]]
+    """Own seconds by row and span name."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the folder holds nothing of a run."""
+        return not (self.config or self.summaries or self.metrics)
+
+    def option(self, dotted: str) -> Any:
+        """Value of a config key such as ``ppo.iterations``; None where absent."""
+        value: Any = self.config
+        for key in dotted.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    def pending(self) -> list[str]:
+        """Stages that the config names and that come after the last finished one."""
+        wanted = self.option("run.stages") or STAGES
+        done = [STAGES.index(stage) for stage in self.summaries]
+        first = max(done, default=-1) + 1
+        return [stage for stage in STAGES[first:] if stage in wanted and not self._external(stage)]
+
+    def _external(self, stage: str) -> bool:
+        return stage in ("sft", "reward") and bool(self.option(f"{stage}.path"))
+
+
+def read(run_dir: Path) -> RunFiles:
+    """Read a run's folder."""
+    config, config_text = _read_config(run_dir / "config.yaml")
+    spans = read_spans(run_dir / "trace.json")
+    summaries = {stage: _read_json(run_dir / stage / "summary.json") for stage in STAGES}
+    metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl") for stage in STAGES}
+    run = config.get("run")
+    name = run.get("name") if isinstance(run, dict) else None
+    return RunFiles(
+        name=str(name or run_dir.resolve().name),
+        started=_started(spans, run_dir / "config.yaml"),
+        config=config,
+        config_text=_SECRET.sub(r"\1(hidden)", config_text),
+        summaries={stage: summary for stage, summary in summaries.items() if summary},
+        metrics={stage: records for stage, records in metrics.items() if records},
+        evaluations=read_jsonl(run_dir / "ppo" / "eval.jsonl"),
+        completions=read_jsonl(run_dir / "ppo" / "completions.jsonl"),
+        samples=read_jsonl(run_dir / "evaluate" / "samples.jsonl"),
+        spans=spans,
+        phase_totals=phase_totals(run_dir / "trace.json"),
+    )
+
+
+def number(record: Record | None, *keys: str) -> float | None:
+    """The finite number at ``record[key][key]...``; None where there is none."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (FileNotFoundError, yaml.YAMLError):
+        return {}, ""
+    return (config, text) if isinstance(config, dict) else ({}, "")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _started(spans: Sequence[Span], config: Path) -> datetime | None:
+    if spans:
+        return datetime.fromtimestamp(min(span.start_s for span in spans))
+    return datetime.fromtimestamp(config.stat().st_mtime) if config.exists() else None

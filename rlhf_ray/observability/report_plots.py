@@ -1,0 +1,211 @@
+"""Charts of the report: inline SVG whose colours follow the page, in light, dark and print."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from rlhf_ray.observability.tracing import Span
+
+# Stand-in colours, replaced in the SVG by the page's CSS variables of the same names.
+_VARIABLES = {
+    "#010101": "--ink",
+    "#020202": "--muted",
+    "#030303": "--grid",
+    "#040404": "--c1",
+    "#050505": "--c2",
+    "#060606": "--c3",
+    "#070707": "--c4",
+    "#080808": "--c5",
+    "#090909": "--c6",
+    "#0a0a0a": "--c7",
+    "#0b0b0b": "--card",
+}
+_INK, _MUTED, _GRID, *_COLOURS, _CARD = _VARIABLES
+_OTHER = "other"
+_EVALUATION_COLOUR = _COLOURS[1]
+_WIDTH_INCHES = 5.4
+_STEPS = [1, 2, 5, 10]
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: parallel x and y; NaN leaves a gap."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    is_points: bool = False
+    """Rare measurements (evaluations), drawn as marks; others get a smoothed line on top."""
+
+
+def curves(title: str, lines: Sequence[Curve], x_label: str) -> str:
+    """Line chart as SVG: pale raw values under a smoothed line, evaluations as marks."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure, axes = _figure(2.5)
+        for line, colour in zip(lines, _COLOURS, strict=False):
+            _draw_curve(axes, line, colour)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=_STEPS, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
+        axes.margins(x=0.02, y=0.1)
+        if len(lines) > 1:
+            axes.legend(loc="best")
+        return _svg(figure, title)
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Centred moving average over about a tenth of the values, at least 3; NaN is skipped.
+
+    The window shrinks at both ends, so that nothing is made up.
+    """
+    array = np.asarray(values, dtype=float)
+    half = max(1, len(array) // 20)
+    smoothed = np.full(len(array), np.nan)
+    for index in range(len(array)):
+        window = array[max(0, index - half) : index + half + 1]
+        if not np.isnan(window).all():
+            smoothed[index] = np.nanmean(window)
+    return smoothed
+
+
+def phase_bars(title: str, totals: Mapping[str, Mapping[str, float]]) -> str:
+    """Stacked bars as SVG: one a row, one segment a phase, in minutes or seconds."""
+    colours = phase_colours(totals)
+    longest_s = max((sum(phases.values()) for phases in totals.values()), default=0.0)
+    unit, scale = ("minutes", 60.0) if longest_s > 180 else ("seconds", 1.0)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title, "axes.grid.axis": "x"}):
+        figure, axes = _figure(0.9 + 0.28 * len(totals), columns=2)
+        for index, phases in enumerate(totals.values()):
+            left = 0.0
+            for name in colours:
+                width = sum(s for phase, s in phases.items() if _shown(phase, colours) == name)
+                axes.barh(index, width / scale, left=left, color=colours[name], **_BAR)
+                left += width / scale
+        _label_rows(axes, list(totals), unit)
+        _legend(axes, colours)
+        return _svg(figure, title)
+
+
+def timeline(title: str, spans: Sequence[Span], colours: Mapping[str, str]) -> str:
+    """Spans of each row over time as SVG, seconds from the first one on.
+
+    Longer spans lie under the shorter ones that they contain.
+    """
+    rows = list(dict.fromkeys(span.row for span in spans))
+    origin_s = min(span.start_s for span in spans)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title, "axes.grid.axis": "x"}):
+        figure, axes = _figure(0.9 + 0.28 * len(rows), columns=2)
+        for span in sorted(spans, key=lambda span: span.start_s - span.end_s):
+            axes.barh(
+                rows.index(span.row),
+                span.end_s - span.start_s,
+                left=span.start_s - origin_s,
+                color=colours[_shown(span.name, colours)],
+                **_BAR,
+            )
+        _label_rows(axes, rows, "seconds")
+        return _svg(figure, title)
+
+
+def phase_colours(totals: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Colour by phase name, the longest phases first; the rest share one as `other`."""
+    sums: dict[str, float] = {}
+    for phases in totals.values():
+        for name, seconds in phases.items():
+            sums[name] = sums.get(name, 0.0) + seconds
+    ranked = sorted(sums, key=lambda name: -sums[name])
+    colours = dict(zip(ranked, _COLOURS, strict=False))
+    return colours if len(ranked) <= len(colours) else {**colours, _OTHER: _MUTED}
+
+
+_BAR: dict[str, Any] = {"height": 0.66, "linewidth": 0.4, "edgecolor": _CARD}
+
+
+def _shown(phase: str, colours: Mapping[str, str]) -> str:
+    return phase if phase in colours else _OTHER
+
+
+def _figure(height_inches: float, columns: int = 1) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH_INCHES * columns, height_inches), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _draw_curve(axes: Axes, line: Curve, colour: str) -> None:
+    if line.is_points:
+        colour = _EVALUATION_COLOUR
+        axes.plot(
+            line.x, line.y, "o--", color=colour, markersize=4, linewidth=0.8, label=line.label
+        )
+        return
+    if len(line.y) < 5:
+        axes.plot(line.x, line.y, "o-", color=colour, markersize=3, linewidth=1.2, label=line.label)
+        return
+    axes.plot(line.x, line.y, color=colour, linewidth=0.9, alpha=0.35)
+    axes.plot(line.x, smooth(line.y), color=colour, linewidth=1.8, label=line.label)
+
+
+def _label_rows(axes: Axes, rows: Sequence[str], unit: str) -> None:
+    axes.set_yticks(range(len(rows)), labels=list(rows))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(unit)
+    axes.margins(x=0)
+
+
+def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
+    axes.legend(
+        handles=[Patch(color=colour, label=name) for name, colour in colours.items()],
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(colours),
+        handlelength=0.9,
+        columnspacing=1.2,
+    )
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an SVG element without prologue, metadata, fixed size or fixed colours."""
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    svg = svg.replace("'DejaVu Sans'", "system-ui")
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg

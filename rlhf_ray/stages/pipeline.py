@@ -1,0 +1,130 @@
+"""The whole run: its stages in order, each once, from the first that is not finished."""
+
+import importlib
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_ray.cluster.ray_session import dashboard_url, ray_session
+from rlhf_ray.config import Config, dump
+from rlhf_ray.config.identity import differences
+from rlhf_ray.config.run import STAGES
+from rlhf_ray.errors import CheckpointError, ConfigError
+from rlhf_ray.observability.progress import Progress
+from rlhf_ray.observability.report import build
+from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error, write_atomically
+
+MODULES = {
+    "prepare": "prepare",
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "reward": "reward_model",
+    "ppo": "ppo",
+    "evaluate": "evaluate",
+}
+NEEDS_RAY = {"pretrain", "sft", "reward", "ppo", "evaluate"}
+
+
+def run(config: Config) -> Path:
+    """Run the stages that are not finished; returns the run's folder.
+
+    Raises:
+        RlhfError: what a stage raised; finished stages stay finished.
+    """
+    folder = RunFolder(config)
+    open_run(folder)
+    todo = [
+        stage for stage in STAGES if stage in config.run.stages and not _finished(folder, stage)
+    ]
+    progress = Progress(config.run.stages)
+    for stage in config.run.stages:
+        if stage not in todo:
+            progress.say(f"{stage}: {_why_skipped(config, stage)}")
+    with ExitStack() as session:
+        if NEEDS_RAY & set(todo):
+            session.enter_context(ray_session(config))
+            if url := dashboard_url():
+                progress.say(f"Ray dashboard: {url}")
+        for stage in todo:
+            run_stage(config, stage)
+    return folder.path
+
+
+def run_stage(config: Config, stage: str) -> Any:
+    """One stage, in the Ray session that the caller opened."""
+    if stage == "report":
+        return build(RunFolder(config).path)
+    return importlib.import_module(f"rlhf_ray.stages.{MODULES[stage]}").run(config)
+
+
+def run_single(config: Config, stage: str) -> Path:
+    """One stage as a command of its own: done again even where it is finished.
+
+    Raises:
+        RlhfError: what the stage raised.
+    """
+    folder = RunFolder(config)
+    open_run(folder)
+    with ExitStack() as session:
+        if stage in NEEDS_RAY:
+            session.enter_context(ray_session(config))
+        run_stage(config, stage)
+    return folder.path
+
+
+def open_run(folder: RunFolder) -> None:
+    """Make the run's folder, or check that the run in it is this config's.
+
+    Raises:
+        CheckpointError: the folder holds another run's models, data or algorithm.
+        ConfigError: nothing to go on from, where run.resume is must; the folder is not writable.
+    """
+    config, saved = folder.config, folder.path / "config.yaml"
+    if config.run.resume == "never" and saved.is_file():
+        aside = folder.path.with_name(f"{folder.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.path.rename(aside)
+        Progress().say(f"run.resume is never: the old run is now {aside}")
+    if saved.is_file():
+        _require_same_run(folder, yaml.safe_load(saved.read_text(encoding="utf-8")))
+    elif config.run.resume == "must":
+        raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
+    with unwritable_is_an_error(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    write_atomically(saved, dump(config))
+
+
+def _require_same_run(folder: RunFolder, saved: Mapping[str, Any]) -> None:
+    begun = [stage for stage in STAGES if (folder.path / stage).is_dir()]
+    odd = differences(saved, folder.config, begun)
+    if odd:
+        listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in odd)
+        raise CheckpointError(
+            f"{folder.path} holds a run with another model, data or algorithm:\n{listed}\n"
+            "Choose another run.name, set these back, or start anew with run.resume=never "
+            "(the old run is moved aside)"
+        )
+
+
+def _finished(folder: RunFolder, stage: str) -> bool:
+    config = folder.config
+    if stage == "report":
+        return False
+    given = {"sft": config.sft.path, "reward": config.reward.path}
+    if given.get(stage):
+        return True
+    summary = folder.summary(stage)
+    if stage == "ppo" and summary is not None:
+        return summary["iterations"] >= config.ppo.iterations
+    if stage == "evaluate" and summary is not None:
+        policy = folder.summary("ppo")
+        return policy is None or summary["policy_version"] == policy["adapter_version"]
+    return summary is not None
+
+
+def _why_skipped(config: Config, stage: str) -> str:
+    given = {"sft": config.sft.path, "reward": config.reward.path}.get(stage)
+    return f"given as {given}" if given else "finished before"

@@ -1,0 +1,160 @@
+"""Stage 5: PPO. Wires roles, data and checkpoints into the loop."""
+
+import asyncio
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf_ray.config import Config
+from rlhf_ray.data.prompts import load_prompts
+from rlhf_ray.data.sources import load_rows
+from rlhf_ray.driver.batches import PromptCursor
+from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
+from rlhf_ray.driver.evaluation import Evaluator
+from rlhf_ray.driver.ppo_loop import PpoLoop, Roles, RunState
+from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
+from rlhf_ray.errors import DataError
+from rlhf_ray.models import folders
+from rlhf_ray.models.folders import BASE_MODEL
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.observability.progress import Bar, Progress
+from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.stages.ppo_roles import ppo_roles
+from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.types import Prompt
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train the policy from where the run stands; returns the summary that it wrote.
+
+    Raises:
+        RlhfError: naming the role, the numbers and the remedy.
+    """
+    folder = RunFolder(config)
+    stage = folder.stage("ppo")
+    policy_model, reward_model = folder.sft_model(), folder.reward_model()
+    tokenizer = load_tokenizer(policy_model)
+    prompts, dropped = ppo_prompts(config, folder, tokenizer)
+    eval_prompts = held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts)
+    checkpoints = Checkpoints(
+        folder.path / "checkpoints",
+        config.ppo.keep_checkpoints,
+        {
+            "policy": _static_files(tokenizer, policy_model, folder),
+            "critic": _static_files(tokenizer, config.critic.path or policy_model, folder),
+        },
+    )
+    saved = checkpoints.latest()
+    state = _state_of(saved)
+    tracer = Tracer(folder.path / "trace.json", config.run.name)
+    recorder = Recorder(stage, tracer, state.iteration if saved else None)
+
+    def on_call(worker: str, method: str, started: float, ended: float) -> None:
+        tracer.add(worker, method, started, ended, iteration=state.iteration)
+
+    async def train(bar: Bar) -> dict[str, Any]:
+        async with ppo_roles(config, policy_model, reward_model, on_call) as roles:
+            await _restore(roles, saved)
+            canaries = canary_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
+            loop = PpoLoop(
+                config,
+                roles,
+                PromptCursor(prompts, config.run.seed),
+                WeightSync(roles.policy, canaries, config.engine_dtype),
+                Evaluator(eval_prompts, config.rollout.shard_size, config.run.seed),
+                checkpoints,
+                recorder,
+                state,
+                bar,
+            )
+            return await loop.run()
+
+    progress = Progress(config.run.stages)
+    try:
+        with progress.stage("ppo", config.ppo.iterations, "iteration", done=state.iteration) as bar:
+            summary = asyncio.run(train(bar)) | {"prompts_dropped": dropped}
+    finally:
+        recorder.close()
+        tracer.close()
+    folder.write_summary("ppo", summary)
+    return summary
+
+
+def ppo_prompts(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[list[Prompt], dict]:
+    """What PPO samples from: data.prompts, else prepare's rl set; and what was dropped."""
+    if config.data.prompts is not None:
+        rows = load_rows(config.data.prompts, ["prompt"])
+    else:
+        rows = folder.rows("rl")
+    prompts, dropped = _load(config, rows, tokenizer, "prompts")
+    if config.data.prompts is not None and config.data.eval is None:
+        prompts = prompts[: -_num_held_out(prompts)]
+    return prompts, dropped
+
+
+def held_out_prompts(config: Config, folder: RunFolder, tokenizer: Any, limit: int) -> list[Prompt]:
+    """Prompts that no stage trains on: data.eval, the end of data.prompts, or prepare's set."""
+    if config.data.eval is not None:
+        prompts, _ = _load(config, load_rows(config.data.eval, ["prompt"]), tokenizer, "eval")
+    elif config.data.prompts is not None:
+        rows = load_rows(config.data.prompts, ["prompt"])
+        prompts, _ = _load(config, rows, tokenizer, "prompts")
+        prompts = prompts[-_num_held_out(prompts) :]
+    else:
+        rows = folder.rows("evaluation")
+        prompts, _ = _load(config, rows, tokenizer, "evaluation")
+    return prompts[:limit]
+
+
+def _num_held_out(prompts: list[Prompt]) -> int:
+    """A tenth of the user's prompts, where no set for evaluation is given.
+
+    Raises:
+        DataError: too few to divide.
+    """
+    if len(prompts) < 2:
+        raise DataError(
+            f"data.prompts holds {len(prompts)} usable prompts; at least 2 are needed, one of them "
+            "held out for evaluation (or name a set in data.eval)"
+        )
+    return max(1, len(prompts) // 10)
+
+
+def _load(
+    config: Config, rows: Dataset, tokenizer: Any, name: str
+) -> tuple[list[Prompt], dict[str, int]]:
+    return load_prompts(
+        rows,
+        tokenizer,
+        config.rollout.max_prompt_tokens,
+        config.data.overlong,
+        config.data.max_bad_share,
+        name,
+    )
+
+
+async def _restore(roles: Roles, saved: SavedCommit | None) -> None:
+    if saved is not None:
+        await asyncio.gather(roles.policy.load(saved.policy), roles.critic.load(saved.critic))
+
+
+def _state_of(saved: SavedCommit | None) -> RunState:
+    if saved is None:
+        return RunState()
+    known = {field.name for field in fields(RunState)}
+    return RunState(**{name: value for name, value in saved.progress.items() if name in known})
+
+
+def _static_files(tokenizer: Any, base: str, folder: RunFolder) -> dict[str, bytes]:
+    """What a committed PEFT folder holds besides its adapter: tokenizer, and where its base is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        files = {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
+    if Path(base).is_dir():
+        committed = folder.path / "checkpoints" / "0" / "policy"
+        files[BASE_MODEL] = folders.relative_base(committed, base).encode()
+    return files

@@ -1,0 +1,156 @@
+"""Who carries out the roles of a PPO run: actors in Ray, or objects in this process."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from actors.critic_learner import CriticLearner
+from actors.generator import Generator
+from actors.policy_learner import PolicyLearner
+from actors.reference import Reference
+from actors.reward_scorer import RewardScorer
+from rlhf_ray.cluster.ray_session import runs_on_ray
+from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, spawn
+from rlhf_ray.cluster.role_clients import (
+    CriticClient,
+    GeneratorClient,
+    GeneratorPool,
+    PolicyClient,
+    ReferenceClient,
+    ScorerClient,
+)
+from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
+from rlhf_ray.config import Config
+from rlhf_ray.driver.ppo_loop import Roles
+from rlhf_ray.engines.factory import generation_engine
+from rlhf_ray.errors import ActorFailure
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.stopping import stop_token_ids
+
+GENERATOR_CONCURRENCY = 32
+
+
+class RoleSpawner:
+    """Starts role classes where the config says, and ends them."""
+
+    def __init__(self, config: Config, on_call: OnCall) -> None:
+        self._config = config
+        self._on_call = on_call
+        self._on_ray = runs_on_ray(config)
+        self.workers: list[Worker] = []
+
+    @property
+    def learner_engine(self) -> str:
+        """DeepSpeed where ranks are processes; plain PyTorch in this one."""
+        return "deepspeed" if self._on_ray else "torch"
+
+    def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
+        """Workers ``role-0`` to ``role-<count - 1>``, not started."""
+        workers = [self._spawn_one(role_class, f"{role}-{i}", *args) for i in range(count)]
+        self.workers.extend(workers)
+        return workers
+
+    def _spawn_one(self, role_class: type, name: str, *args: Any) -> Worker:
+        if not self._on_ray:
+            return InlineWorker(name, role_class(name, *args), self._on_call)
+        return spawn(
+            role_class,
+            name,
+            *args,
+            num_cpus=1,
+            num_gpus=1 if torch.cuda.is_available() else 0,
+            concurrency=GENERATOR_CONCURRENCY if role_class is Generator else 1,
+            timeout_s=self._config.cluster.call_timeout_s,
+            on_call=self._on_call,
+        )
+
+    async def start_all(self, groups: Sequence[Sequence[Worker]]) -> None:
+        """Start every worker at once; those of a learner group meet at their first rank.
+
+        Raises:
+            ActorFailure: not all were ready before cluster.start_timeout_s.
+        """
+        in_groups = {worker.name for group in groups for worker in group}
+        alone = [worker for worker in self.workers if worker.name not in in_groups]
+        deadline = self._config.cluster.start_timeout_s
+        starts = [*(worker.call("start") for worker in alone), *map(_start_group, groups)]
+        try:
+            await asyncio.wait_for(asyncio.gather(*starts), deadline)
+        except TimeoutError:
+            raise ActorFailure(
+                f"Not every role was ready within {deadline:g} s (cluster.start_timeout_s): "
+                f"{', '.join(worker.name for worker in self.workers)}"
+            ) from None
+
+    async def stop_all(self) -> None:
+        """Let generators end their engines, then end every actor."""
+        generators = [w for w in self.workers if w.name.startswith("generator")]
+        await asyncio.gather(*(w.call("stop") for w in generators), return_exceptions=True)
+        kill([worker for worker in self.workers if isinstance(worker, RayWorker)])
+
+    async def fetch(self, handle: Any) -> Any:
+        """Bring data to the driver."""
+        return await fetch(handle) if self._on_ray else handle
+
+
+async def _start_group(ranks: Sequence[Worker]) -> None:
+    address, port = await ranks[0].call("rendezvous")
+    await asyncio.gather(
+        *(
+            worker.call("start", rank, len(ranks), address, port)
+            for rank, worker in enumerate(ranks)
+        )
+    )
+
+
+def spawn_generators(spawner: RoleSpawner, config: Config, base: str) -> GeneratorPool:
+    """Generators over a base model, not started."""
+    stop = stop_token_ids(base)
+    workers = spawner.spawn(
+        Generator,
+        "generator",
+        config.generators.num,
+        partial(generation_engine, config, base, stop),
+        partial(load_tokenizer, base),
+    )
+    clients = [GeneratorClient(worker) for worker in workers]
+    return GeneratorPool(clients, config.generators.max_in_flight)
+
+
+@asynccontextmanager
+async def ppo_roles(
+    config: Config, policy_model: str, reward_model: str, on_call: OnCall
+) -> AsyncIterator[Roles]:
+    """All five roles, ready to work; ended on the way out."""
+    spawner = RoleSpawner(config, on_call)
+    engine = spawner.learner_engine
+    critic_model = config.critic.path or policy_model
+    generators = spawn_generators(spawner, config, policy_model)
+    scorers = spawner.spawn(
+        RewardScorer, "reward", config.reward.num_workers, config, reward_model, policy_model
+    )
+    references = spawner.spawn(
+        Reference, "reference", config.reference.num_workers, config, policy_model
+    )
+    policy = spawner.spawn(
+        PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
+    )
+    critic = spawner.spawn(
+        CriticLearner, "critic", config.critic.num_ranks, config, critic_model, engine
+    )
+    try:
+        await spawner.start_all([policy, critic])
+        yield Roles(
+            generators=generators,
+            scorer=ScorerClient(scorers),
+            reference=ReferenceClient(references),
+            policy=PolicyClient(policy, config.policy.zero_stage),
+            critic=CriticClient(critic, config.critic.zero_stage),
+            fetch=spawner.fetch,
+        )
+    finally:
+        await spawner.stop_all()

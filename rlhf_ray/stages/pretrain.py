@@ -1,0 +1,92 @@
+"""Stage 2: a causal LM learns the domain's text, all its weights trained."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from rlhf_ray.config import Config
+from rlhf_ray.data.texts import load_token_lists
+from rlhf_ray.models import loading, tiny
+from rlhf_ray.stages.language_model import (
+    LanguageModelTraining,
+    language_model_numbers,
+    packed_blocks,
+    text_rows,
+)
+from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.stages.supervised import open_training, run_training
+
+
+class PretrainTraining(LanguageModelTraining):
+    """All weights in fp32, computed in ``model.dtype``, saved in ``model.dtype``."""
+
+    name = "pretrain"
+
+    @property
+    def autocast(self) -> str | None:
+        return {"bfloat16": "bf16", "float16": "fp16"}.get(self.config.model.dtype)
+
+    def load_model(self) -> Any:
+        return loading.load_causal_lm(
+            self.base, self.config.model.model_copy(update={"dtype": "float32"})
+        )
+
+    def save(self, model: Any) -> None:
+        model.to(getattr(torch, self.config.model.dtype))
+        loading.save_model(model, loading.load_tokenizer(self.base), self.folder / "model")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Build the tiny model if no ``model.path`` is given, pretrain, write ``pretrain/model``.
+
+    Returns:
+        The summary: held-out loss and perplexity before and after, steps, tokens, parameters,
+        seconds.
+
+    Raises:
+        RlhfError: no usable data or model, or the training failed.
+    """
+    start_s = time.monotonic()
+    run_folder = RunFolder(config)
+    settings = config.pretrain
+    rows = text_rows(config, config.data.pretrain)
+    if config.model.path is None:
+        run_folder.stage("pretrain")
+        tiny.build(
+            run_folder.base_model(),
+            _texts(rows),
+            config.model.tiny,
+            config.model.max_length,
+            config.run.seed,
+        )
+    training = open_training(PretrainTraining, config, run_folder.base_model())
+    tokenizer = loading.load_tokenizer(training.base)
+    token_lists, counts = load_token_lists(
+        rows, tokenizer, config.data.max_bad_share, name="pretrain's texts"
+    )
+    blocks = packed_blocks(
+        "pretrain", token_lists, tokenizer, settings.block_size, settings.eval_rows
+    )
+    numbers = run_training(training, blocks)
+    summary = {
+        **language_model_numbers(numbers),
+        "rows": counts,
+        "steps": settings.steps,
+        "tokens": settings.steps * settings.batch_size * settings.block_size,
+        "parameters": numbers["parameters"],
+        "seconds": time.monotonic() - start_s,
+    }
+    run_folder.write_summary("pretrain", summary)
+    return summary
+
+
+def _texts(rows: Dataset) -> Iterator[str]:
+    """Each text as it is tokenised: a prompt and its completion apart."""
+    for row in rows:
+        for column in ("prompt", "completion", "text"):
+            text = row.get(column)  # type: ignore[union-attr]
+            if isinstance(text, str):
+                yield text

@@ -1,0 +1,131 @@
+"""Where a run's files are, and which model or data set a stage reads."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.config import Config
+from rlhf_ray.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class RunFolder:
+    """Paths under ``run.dir``; models and data by what the config or earlier stages give."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = Path(config.run.dir).absolute()
+
+    def stage(self, name: str) -> Path:
+        """Folder of a stage; made when missing.
+
+        Raises:
+            ConfigError: the run folder cannot be written.
+        """
+        folder = self.path / name
+        with unwritable_is_an_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def summary(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left, or None while it has not finished."""
+        path = self.path / stage / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write_summary(self, stage: str, summary: dict[str, Any]) -> None:
+        """Mark a stage as finished: written whole or not at all, as the stage's last act."""
+        write_atomically(self.stage(stage) / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def dataset(self, name: str) -> Path:
+        """One of the sets that prepare writes: finetune, reward, rl, evaluation.
+
+        Raises:
+            DataError: prepare has not run.
+        """
+        folder = self.path / "prepare" / name
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder} does not exist: run the stage prepare first, or name your set in data.*"
+            )
+        return folder
+
+    def rows(self, name: str) -> "Dataset":
+        """The rows of a set that prepare wrote.
+
+        Raises:
+            DataError: prepare has not run.
+        """
+        from datasets import Dataset, load_from_disk
+
+        rows = load_from_disk(str(self.dataset(name)))
+        assert isinstance(rows, Dataset)
+        return rows
+
+    def base_model(self) -> str:
+        """The base that pretrain and SFT start from: model.path, or the tiny model."""
+        return absolute(self.config.model.path or str(self.path / "pretrain" / "base"))
+
+    def pretrained_model(self) -> str:
+        """What SFT starts from: pretrain's result where that stage ran, else the base."""
+        result = self.path / "pretrain" / "model"
+        if self.summary("pretrain") is not None:
+            return str(result)
+        return self._given("model.path", self.config.model.path, "pretrain")
+
+    def sft_model(self) -> str:
+        """What PPO starts from: sft.path, SFT's merged result, or the base as it is."""
+        if self.config.sft.path:
+            return absolute(self.config.sft.path)
+        if self.summary("sft") is not None:
+            return str(self.path / "sft" / "model")
+        return self._given("sft.path or model.path", self.config.model.path, "sft")
+
+    def reward_model(self) -> str:
+        """The reward model: reward.path, or the reward stage's result."""
+        if self.config.reward.path:
+            return absolute(self.config.reward.path)
+        if self.summary("reward") is not None:
+            return str(self.path / "reward" / "model")
+        return self._given("reward.path", None, "reward")
+
+    def _given(self, key: str, value: str | None, stage: str) -> str:
+        if value is None:
+            raise ConfigError(
+                f"No model for this stage: {self.path / stage} holds no finished stage {stage} and "
+                f"{key} is not set; run the stage {stage}, or set {key}"
+            )
+        return absolute(value)
+
+
+def absolute(model: str) -> str:
+    """A local folder by absolute path (a role's process runs elsewhere); a hub name as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ConfigError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with unwritable_is_an_error(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+@contextmanager
+def unwritable_is_an_error(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one clear message."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {path}: {error.strerror or error}. Free space or choose another "
+            "run.dir; what was written before is kept and the run can be continued"
+        ) from error

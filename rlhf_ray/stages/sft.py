@@ -1,0 +1,79 @@
+"""Stage 3: supervised fine-tuning on question and answer with LoRA, then merged."""
+
+import time
+from typing import Any
+
+from peft import prepare_model_for_kbit_training
+
+from rlhf_ray.config import Config
+from rlhf_ray.data.texts import load_token_lists
+from rlhf_ray.models import adapters, loading
+from rlhf_ray.models.merging import merge_adapter
+from rlhf_ray.stages.language_model import (
+    LanguageModelTraining,
+    language_model_numbers,
+    packed_blocks,
+    text_rows,
+)
+from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.stages.supervised import open_training, run_training
+
+
+class SftTraining(LanguageModelTraining):
+    """A LoRA adapter over a frozen base, which may be quantised."""
+
+    name = "sft"
+
+    def load_model(self) -> Any:
+        settings = self.config.model
+        model = loading.load_causal_lm(self.base, settings, quantized=True)
+        if settings.quantization != "none":
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        lora = self.config.sft.lora
+        return adapters.attach(
+            model, lora, "CAUSAL_LM", seed=self.config.run.seed, dropout=lora.dropout
+        )
+
+    def save(self, model: Any) -> None:
+        tokenizer = loading.load_tokenizer(self.base)
+        loading.save_adapter(model, tokenizer, self.folder / "adapter", self.base)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Fine-tune what pretrain left, or ``model.path``; write ``sft/adapter`` and ``sft/model``.
+
+    Returns:
+        The summary: held-out loss and perplexity before and after, parameters, steps, the share
+        of the changed weights that the merge kept, seconds.
+
+    Raises:
+        RlhfError: no usable data or model, or the training failed.
+    """
+    start_s = time.monotonic()
+    run_folder = RunFolder(config)
+    settings = config.sft
+    training = open_training(SftTraining, config, run_folder.pretrained_model())
+    tokenizer = loading.load_tokenizer(training.base)
+    token_lists, counts = load_token_lists(
+        text_rows(config, config.data.sft),
+        tokenizer,
+        config.data.max_bad_share,
+        settings.preferred_only,
+        "sft's texts",
+    )
+    blocks = packed_blocks("sft", token_lists, tokenizer, settings.block_size, settings.eval_rows)
+    numbers = run_training(training, blocks)
+    merge_survived = merge_adapter(
+        training.base, str(training.folder / "adapter"), training.folder / "model", config.model
+    )
+    summary = {
+        **language_model_numbers(numbers),
+        "rows": counts,
+        "trainable_parameters": numbers["trainable_parameters"],
+        "parameters": numbers["parameters"],
+        "steps": settings.steps,
+        "merge_survived": merge_survived,
+        "seconds": time.monotonic() - start_s,
+    }
+    run_folder.write_summary("sft", summary)
+    return summary

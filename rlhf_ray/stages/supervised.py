@@ -1,0 +1,193 @@
+"""Runs a supervised stage from the driver: in Ray Train's TorchTrainer, or inline."""
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from rlhf_ray.config import Config
+from rlhf_ray.errors import ActorFailure, DataError, PlacementError, RlhfError
+from rlhf_ray.models import folders
+from rlhf_ray.observability import quiet
+from rlhf_ray.observability.progress import Bar, Progress
+from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
+from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
+from rlhf_ray.stages.training import Training, refuse_unknown_arguments, steps_done, train
+
+FOLLOW_INTERVAL_S = 0.5
+"""Seconds between two looks at the metrics that the training processes write."""
+
+
+def open_training(kind: type[Training], config: Config, base: str) -> Training:
+    """A stage's work with absolute paths, its ``<stage>.trainer`` keys checked.
+
+    Raises:
+        ConfigError: an unknown key in ``<stage>.trainer``, or the folder cannot be written.
+        DataError: the base is an adapter, which cannot be trained on.
+    """
+    if folders.is_adapter(base):
+        raise DataError(
+            f"{base} is an adapter; the stage {kind.name} trains on a whole model: merge it first "
+            "(command merge)"
+        )
+    folder = RunFolder(config).stage(kind.name).resolve()
+    local = Path(base).is_dir()
+    training = kind(config, folder, str(Path(base).resolve()) if local else base)
+    refuse_unknown_arguments(training)
+    return training
+
+
+def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, float]:
+    """Train one stage to its end, showing progress; what training alone needed is removed then.
+
+    Args:
+        training: from `open_training`.
+        data: tokenised rows, keys ``training.TRAIN`` and ``training.HELD_OUT``.
+
+    Returns:
+        What `training.train` returns.
+
+    Raises:
+        RlhfError: what a training process raised.
+        PlacementError: the cluster is too small for ``<stage>.train_workers``.
+        ActorFailure: a training process died.
+    """
+    with unwritable_is_an_error(training.data):
+        shutil.rmtree(training.data, ignore_errors=True)
+        for split, rows in data.items():
+            rows.save_to_disk(str(training.data / split))
+    done = steps_done(training)
+    JsonlSink(training.metrics_file).truncate_after("step", done)
+    inline = training.config.cluster.mode == "inline"
+    progress = Progress(training.config.run.stages)
+    with (
+        progress.stage(training.name, training.settings.steps, "step", done) as bar,
+        _following(training.metrics_file, bar),
+    ):
+        numbers = _train_inline(training) if inline else _train_on_ray(training)
+    shutil.rmtree(training.data, ignore_errors=True)
+    shutil.rmtree(training.checkpoints, ignore_errors=True)
+    return numbers
+
+
+@contextmanager
+def _following(metrics_file: Path, bar: Bar) -> Iterator[None]:
+    """Move the bar as lines appear in a file that another process may write."""
+    ended = threading.Event()
+
+    def look() -> None:
+        last = next(reversed(read_jsonl(metrics_file)), None)
+        if last and last["step"] > bar.done and last["loss"] is not None:
+            bar.advance(last["step"] - bar.done, loss=last["loss"])
+
+    def follow() -> None:
+        while not ended.wait(FOLLOW_INTERVAL_S):
+            look()
+
+    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+        look()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _train_inline(training: Training) -> dict[str, float]:
+    torch.set_num_threads(_num_threads(1))
+    return train(training, 1)
+
+
+def _train_on_ray(training: Training) -> dict[str, float]:
+    # Paths in the config are relative to where the run was started, not to a worker's folder.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    storage = training.folder / "ray"
+    environment = {**quiet.environment(), **training.config.cluster.env}
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"training": training},
+        scaling_config=ScalingConfig(
+            num_workers=training.settings.train_workers, use_gpu=_on_gpu(training)
+        ),
+        run_config=RunConfig(
+            name=training.name,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    try:
+        numbers = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _cause(training, error) from error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if numbers is None:
+        raise ActorFailure(f"{training.name}: Ray Train ended without a result; see its logs")
+    return numbers
+
+
+def _train_worker(loop_config: Mapping[str, Training]) -> dict[str, float]:
+    """Runs in each process that Ray Train starts."""
+    quiet.silence_dependencies()
+    from ray.train import get_context
+
+    context = get_context()
+    # Ray sets one thread for a one-CPU actor, but here nothing runs beside the training.
+    torch.set_num_threads(_num_threads(context.get_local_world_size()))
+    return train(loop_config["training"], context.get_world_size())
+
+
+def _on_gpu(training: Training) -> bool:
+    """Whether to train on GPUs; refuses what the cluster can never place.
+
+    Raises:
+        PlacementError: fewer GPUs, or without any fewer CPUs, than training processes.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    kind = "GPU" if resources.get("GPU") else "CPU"
+    wanted, there = training.settings.train_workers, int(resources.get(kind, 0))
+    if wanted > there:
+        raise PlacementError(
+            f"{training.name}.train_workers={wanted} needs {wanted} {kind}s; the cluster has "
+            f"{there}. Lower it to {there} or add nodes"
+        )
+    return kind == "GPU"
+
+
+def _cause(training: Training, error: Exception) -> RlhfError:
+    """What a training process raised on purpose, or else a message that names its last words."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        raised = getattr(failure, "_base_exc", failure)
+        if isinstance(raised, RlhfError):
+            return raised
+    rank, failure = next(iter(failures.items()), (0, error))
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    return ActorFailure(
+        f"{training.name}: training process {rank} failed: {lines[-1]}\nRun the same command again "
+        "to go on from its last checkpoint; with less memory, lower "
+        f"{training.name}.batch_size or set {training.name}.gradient_checkpointing=true"
+    )
+
+
+def _num_threads(num_processes: int) -> int:
+    """Threads of each of this machine's training processes; one core is left to driver and Ray.
+
+    A thread too many costs far more than it gives: OpenMP's threads spin while they wait for one
+    that has lost its core (measured on two busy cores: two threads took nine times as long as one).
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    num_cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, (num_cores - 1) // num_processes)

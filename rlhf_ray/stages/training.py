@@ -1,0 +1,271 @@
+"""What every training process of a supervised stage runs: transformers.Trainer on one stage's work.
+
+The same function runs in Ray Train's workers and, inline, in the driver's own process.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from datasets import Dataset, load_from_disk
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from rlhf_ray.config import Config
+from rlhf_ray.config.supervised import SupervisedConfig
+from rlhf_ray.errors import ConfigError, DivergenceError
+from rlhf_ray.observability.sinks import JsonlSink
+
+TRAIN, HELD_OUT = "train", "held_out"
+"""Names of the two tokenised data sets of a stage."""
+
+HELD_OUT_SHARE = 0.05
+"""Share of the rows, the last ones, that is held out where the data has no held-out set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(ABC):
+    """One supervised stage as its training processes get it: picklable, paths absolute.
+
+    Attributes:
+        config: the run's.
+        folder: the stage's folder; every training process must see it.
+        base: folder or hub name of the model that is trained.
+    """
+
+    name: ClassVar[str]
+    config: Config
+    folder: Path
+    base: str
+
+    @property
+    def settings(self) -> SupervisedConfig:
+        """The stage's own config section."""
+        return getattr(self.config, self.name)
+
+    @property
+    def autocast(self) -> str | None:
+        """``bf16`` or ``fp16``: compute in half precision over fp32 weights; None: as they are."""
+        return None
+
+    @abstractmethod
+    def load_model(self) -> Any:
+        """The model, its trainable weights requiring gradients."""
+
+    def trainer(self, **parts: Any) -> Trainer:
+        """The Trainer over the given parts; a stage with a loss of its own returns its own."""
+        return Trainer(**parts)
+
+    @abstractmethod
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """One batch of the tokenised data set."""
+
+    @abstractmethod
+    def save(self, model: Any) -> None:
+        """Write the result into the stage's folder; called in one process."""
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
+        """``accuracy`` on the held-out rows, for trainers that return predictions."""
+        raise NotImplementedError
+
+    @property
+    def data(self) -> Path:
+        """Folder of the tokenised data sets."""
+        return self.folder / "tokens"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the Trainer's checkpoints."""
+        return self.folder / "trainer"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Where each logged step goes, as one JSON line."""
+        return self.folder / "metrics.jsonl"
+
+
+def train(training: Training, num_processes: int) -> dict[str, float]:
+    """Train one stage in this process, as one of ``num_processes`` that all call this.
+
+    Goes on from the last checkpoint in ``training.checkpoints`` where there is one.
+
+    Returns:
+        ``before_loss`` and ``after_loss`` on the held-out rows (and ``accuracy`` where
+        `Training.metrics` gives it), ``parameters`` and ``trainable_parameters``.
+
+    Raises:
+        ConfigError: the stage's folder is not visible here, or a TrainingArguments value is wrong.
+        DivergenceError: the loss is not finite.
+    """
+    _require_folder(training)
+    transformers.set_seed(training.config.run.seed)
+    model = training.load_model()
+    held_out = _load(training, HELD_OUT)
+    predicts = type(training).metrics is not Training.metrics
+    trainer = training.trainer(
+        model=model,
+        args=arguments(training, num_processes),
+        train_dataset=_load(training, TRAIN),
+        data_collator=training.collate,
+        compute_metrics=training.metrics if predicts else None,
+        callbacks=[_StepLog(training)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    before = trainer.evaluate(held_out)  # type: ignore[arg-type]
+    checkpoint = last_checkpoint(training)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = trainer.evaluate(held_out)  # type: ignore[arg-type]
+    sizes = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    if trainer.is_world_process_zero():
+        training.save(trainer.model)
+    return _held_out_numbers("before", before) | _held_out_numbers("after", after) | sizes
+
+
+def arguments(training: Training, num_processes: int) -> TrainingArguments:
+    """TrainingArguments from the stage's section; ``<stage>.trainer`` goes over our defaults.
+
+    Raises:
+        ConfigError: an unknown or wrong key in ``<stage>.trainer``.
+    """
+    settings = training.settings
+    accumulate = settings.trainer.get("gradient_accumulation_steps", 1)
+    per_process, rest = divmod(settings.batch_size, num_processes * accumulate)
+    if rest or not per_process:
+        raise ConfigError(
+            f"{training.name}.batch_size {settings.batch_size} does not divide by train_workers "
+            f"{num_processes} x gradient_accumulation_steps {accumulate}"
+        )
+    cpu = not torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "per_device_eval_batch_size": per_process,
+        "logging_steps": max(1, settings.steps // 200),
+        "save_steps": max(1, settings.steps // 10),
+        "save_total_limit": 1,
+        "use_cpu": cpu,
+        "ddp_backend": "gloo" if cpu and torch.distributed.is_initialized() else None,
+        "dataloader_pin_memory": not cpu,
+        "disable_tqdm": True,
+    }
+    owned: dict[str, Any] = {
+        "output_dir": str(training.checkpoints),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": per_process,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.scheduler,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "seed": training.config.run.seed,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "save_strategy": "steps",
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": [],
+    }
+    if training.autocast:
+        owned[training.autocast] = True
+    try:
+        return TrainingArguments(**{**defaults, **settings.trainer, **owned})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{training.name}.trainer: {error}") from error
+
+
+def refuse_unknown_arguments(training: Training) -> None:
+    """Check the names in ``<stage>.trainer`` before any process is started.
+
+    Raises:
+        ConfigError: naming the unknown key and the nearest valid one.
+    """
+    known = [field.name for field in dataclasses.fields(TrainingArguments)]
+    for name in training.settings.trainer:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"{training.name}.trainer.{name} is not one of transformers.TrainingArguments{hint}"
+            )
+
+
+def last_checkpoint(training: Training) -> Path | None:
+    """The newest whole checkpoint; one that a kill cut short has no readable trainer state."""
+    return next((path for _, path in sorted(_checkpoints(training), reverse=True)), None)
+
+
+def steps_done(training: Training) -> int:
+    """Steps that an earlier process trained and saved."""
+    return max((step for step, _ in _checkpoints(training)), default=0)
+
+
+def _checkpoints(training: Training) -> list[tuple[int, Path]]:
+    found = []
+    for folder in training.checkpoints.glob("checkpoint-*"):
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append((int(state["global_step"]), folder))
+        except (OSError, ValueError, KeyError):
+            continue
+    return found
+
+
+class _StepLog(TrainerCallback):
+    """Writes ``{step, loss, learning_rate, grad_norm}`` lines, and stops on a loss gone wrong."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._sink = JsonlSink(training.metrics_file, step_key="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # the stage's result follows at once
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        values = {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm")}
+        if state.is_world_process_zero:
+            self._sink.log(state.global_step, values)
+        if not math.isfinite(values["loss"]):
+            name = self._training.name
+            raise DivergenceError(
+                f"{name}: the loss of step {state.global_step} is {values['loss']}; lower "
+                f"{name}.learning_rate {self._training.settings.learning_rate:g} or add "
+                f"{name}.warmup_steps"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._sink.close()
+
+
+def _require_folder(training: Training) -> None:
+    if not training.data.is_dir():
+        raise ConfigError(
+            f"A training process of the stage {training.name} on {os.uname().nodename} does not "
+            f"see {training.data}; run.dir must be on storage that the training nodes share"
+        )
+
+
+def _load(training: Training, split: str) -> Dataset:
+    data = load_from_disk(str(training.data / split))
+    assert isinstance(data, Dataset)
+    return data
+
+
+def _held_out_numbers(when: str, evaluation: Mapping[str, float]) -> dict[str, float]:
+    return {
+        f"{when}_{name}": evaluation[f"eval_{name}"]
+        for name in ("loss", "accuracy")
+        if f"eval_{name}" in evaluation
+    }

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Installs everything, then lint, types, import rule and tests; stops at the first that fails.
+# Usage: scripts/test.sh [--all] [pytest arguments]
+#   --all   the chaos tests too, which kill real processes
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+marker="not chaos"
+if [[ ${1:-} == --all ]]; then
+  marker="" # none: every test
+  shift
+fi
+num_filters=$#
+timings=
+
+show_timings() {
+  local status=$?
+  printf '\n%b' "$timings"
+  ((status == 0)) && echo "All passed in $SECONDS s." || echo "Failed after $SECONDS s." >&2
+}
+
+step() { # step NAME COMMAND...
+  local name=$1 started=$SECONDS status=0
+  printf '\n== %s\n' "$name"
+  "${@:2}" || status=$?
+  timings+=$(printf '%-12s %5s s  %s' "$name" $((SECONDS - started)) \
+    "$( ((status == 0)) && echo ok || echo "FAILED ($status)")")'\n'
+  return $status
+}
+
+lint() {
+  ruff check . && ruff format --check .
+}
+
+tests() { # tests FOLDER [pytest argument ...]
+  local status=0
+  python -m pytest -m "$marker" "$@" || status=$?
+  # A filter may leave nothing of a folder (pytest's exit code 5): no failure if one was asked for.
+  ((status != 5 || num_filters == 0)) || status=0
+  return $status
+}
+
+has_tests() {
+  compgen -G "$1/test_*.py" >/dev/null
+}
+
+other_tests() { # the fast ones, wherever they lie
+  tests tests --ignore tests/inline --ignore tests/integration --ignore tests/gpu \
+    --ignore tests/chaos "$@"
+}
+
+trap show_timings EXIT
+step setup scripts/setup.sh
+step lint lint
+step types pyright --pythonpath "$VENV/bin/python"
+step imports lint-imports
+step unit other_tests "$@"
+step inline tests tests/inline "$@"
+step integration tests tests/integration "$@"
+! has_tests tests/gpu || step gpu tests tests/gpu "$@"
+[[ -n $marker ]] || ! has_tests tests/chaos || step chaos tests tests/chaos "$@"

@@ -1,0 +1,165 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_ray.algorithms.advantages import gae, grpo, reinforce, rloo
+from rlhf_ray.algorithms.kl import kl_estimate
+from rlhf_ray.algorithms.rewards import score_position, token_rewards
+from rlhf_ray.algorithms.whitening import masked_whiten
+
+NAN = float("nan")
+
+
+def test_golden(golden: Any) -> None:
+    # Row 1, from the end: delta = 1.1 - .4 = .7, -.08 + .4 - .3 = .02, .1 + .3 - .2 = .2,
+    # -.02 + .2 - .1 = .08; A = .7, .02 + .95 * .7 = .685, .2 + .95 * .685 = .85075,
+    # .08 + .95 * .85075 = .888213; return = A + V.
+    # Row 2 ends at its third token: the value 5 of the padding must not enter.
+    rewards_BT = torch.tensor([[-0.02, 0.1, -0.08, 1.1], [0.0, 0.04, -0.56, 0.0]])
+    advantages_BT, returns_BT = gae(rewards_BT, golden.values_BT, golden.mask_BT, 1.0, 0.95)
+    expected_BT = torch.tensor([[0.988212, 1.050750, 0.985, 1.1], [-0.4819, -0.502, -0.56, 0.0]])
+    torch.testing.assert_close(returns_BT, expected_BT, rtol=0, atol=2e-6)
+    real_BT = golden.mask_BT.bool()
+    torch.testing.assert_close(
+        advantages_BT[real_BT], (expected_BT - golden.values_BT)[real_BT], rtol=0, atol=2e-6
+    )
+    assert advantages_BT[1, 3] == 0
+
+
+def test_golden_with_whitened_rewards(golden: Any) -> None:
+    # Rewards whitened with their mean kept; padding that is not zeroed again afterwards would
+    # leak the mean back in (-1.2598, -1.2333, -1.2845).
+    kl_BT = kl_estimate(golden.logprobs_BT, golden.ref_logprobs_BT, "k1")
+    rewards_BT = token_rewards(golden.scores_B, kl_BT, golden.mask_BT, kl_coef=0.2)
+    rewards_BT = masked_whiten(rewards_BT, golden.mask_BT, shift_mean=False)
+    _, returns_BT = gae(rewards_BT, golden.values_BT, golden.mask_BT, 1.0, 0.95)
+    expected_T = torch.tensor([-1.1885, -1.1582, -1.2055])
+    torch.testing.assert_close(returns_BT[1, :3], expected_T, rtol=0, atol=1e-4)
+
+
+def test_second_golden(second_golden: Any) -> None:
+    rewards_BT = torch.tensor([[-0.02, 0.01, 1.05], [-0.02, -9.98, 0.0]])
+    advantages_BT, _ = gae(rewards_BT, second_golden.values_BT, second_golden.mask_BT, 1.0, 0.95)
+    expected_BT = torch.tensor([[0.861375, 0.8225, 0.75], [-9.381, -10.38, 0.0]])
+    torch.testing.assert_close(advantages_BT, expected_BT, rtol=0, atol=1e-5)
+
+
+def test_discount_and_lambda_by_hand() -> None:
+    # gamma .5, lambda .5. delta_1 = 2 - 4 = -2; delta_0 = 1 + .5 * 4 - 3 = 0;
+    # A_0 = 0 + .25 * -2 = -.5.
+    advantages_BT, returns_BT = gae(
+        torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.ones(1, 2), 0.5, 0.5
+    )
+    torch.testing.assert_close(advantages_BT, torch.tensor([[-0.5, -2.0]]))
+    torch.testing.assert_close(returns_BT, torch.tensor([[2.5, 2.0]]))
+
+
+def test_score_on_the_first_pad_needs_its_value_in_the_mask() -> None:
+    # One response token, then the pad that bears score 2 and value .5; gamma = lambda = 1:
+    # A_pad = 2 - .5 = 1.5, A_0 = (0 + .5 - 1) + 1.5 = 1.
+    mask_BT = torch.tensor([[1, 0, 0]])
+    rewards_BT = token_rewards(torch.tensor([2.0]), torch.zeros(1, 3), mask_BT, 0.1, "first_pad")
+    values_mask_BT = mask_BT.bool() | score_position(mask_BT, "first_pad")
+    advantages_BT, _ = gae(rewards_BT, torch.tensor([[1.0, 0.5, 9.0]]), values_mask_BT, 1.0, 1.0)
+    torch.testing.assert_close(advantages_BT, torch.tensor([[1.0, 1.5, 0.0]]))
+
+
+def gae_of_one_response(
+    rewards: list[float], values: list[float], gamma: float, lam: float
+) -> list[float]:
+    """The definition: a double sum of discounted temporal differences, without recursion."""
+    values = [*values, 0.0]
+    deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
+    return [
+        sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas)))
+        for t in range(len(deltas))
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    mask=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4),
+    seed=st.integers(0, 2**31),
+    gamma=st.floats(0.5, 1.0),
+    lam=st.floats(0.0, 1.0),
+)
+def test_gae_equals_the_definition_on_the_real_tokens_alone(
+    mask: list[list[bool]], seed: int, gamma: float, lam: float
+) -> None:
+    mask_BT = torch.tensor(mask)
+    generator = torch.Generator().manual_seed(seed)
+    rewards_BT, values_BT = torch.randn(2, *mask_BT.shape, generator=generator)
+    advantages_BT, returns_BT = gae(
+        rewards_BT.masked_fill(~mask_BT, NAN),
+        values_BT.masked_fill(~mask_BT, float("inf")),
+        mask_BT,
+        gamma,
+        lam,
+    )
+    for row, real in enumerate(mask_BT):
+        values = values_BT[row, real]
+        expected = gae_of_one_response(rewards_BT[row, real].tolist(), values.tolist(), gamma, lam)
+        torch.testing.assert_close(
+            advantages_BT[row, real], torch.tensor(expected), rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            returns_BT[row, real], torch.tensor(expected) + values, rtol=1e-4, atol=1e-5
+        )
+        assert (advantages_BT[row, ~real] == 0).all()
+        assert (returns_BT[row, ~real] == 0).all()
+
+
+def test_gae_leaves_its_inputs_alone() -> None:
+    rewards_BT, values_BT = torch.ones(1, 3), torch.ones(1, 3)
+    gae(rewards_BT, values_BT, torch.tensor([[1, 1, 0]]), 0.9, 0.9)
+    assert torch.equal(rewards_BT, torch.ones(1, 3))
+    assert torch.equal(values_BT, torch.ones(1, 3))
+
+
+def test_reinforce_sums_discounted_rewards_to_come() -> None:
+    # Row 1: 4, 2 + .5 * 4 = 4, 1 + .5 * 4 = 3. Row 2 ends after two tokens.
+    rewards_BT = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, NAN]])
+    returns_BT = reinforce(rewards_BT, torch.tensor([[1, 1, 1], [1, 1, 0]]), gamma=0.5)
+    torch.testing.assert_close(returns_BT, torch.tensor([[3.0, 4.0, 4.0], [2.0, 2.0, 0.0]]))
+
+
+def test_rloo_by_hand() -> None:
+    # Group 1: 1 - (2+6)/2, 2 - (1+6)/2, 6 - (1+2)/2. Group 2 is all alike.
+    scores_B = torch.tensor([1.0, 2.0, 6.0, 0.7, 0.7, 0.7])
+    expected_B = torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(rloo(scores_B, group_size=3), expected_B)
+
+
+def test_grpo_by_hand() -> None:
+    # Group 1: mean 3, unbiased variance (4 + 1 + 9) / 2 = 7. Group 2: mean 5, variance 4.
+    scores_B = torch.tensor([1.0, 2.0, 6.0, 3.0, 5.0, 7.0])
+    expected_B = torch.tensor([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, -1.0, 0.0, 1.0])
+    torch.testing.assert_close(grpo(scores_B, group_size=3), expected_B)
+
+
+@settings(deadline=None, max_examples=60)
+@given(score=st.floats(-1e4, 1e4, width=32), group_size=st.integers(2, 9))
+def test_equal_scores_give_no_advantage(score: float, group_size: int) -> None:
+    scores_B = torch.full((2 * group_size,), score)
+    for estimator in (rloo, grpo):
+        advantages_B = estimator(scores_B, group_size)
+        assert advantages_B.dtype == torch.float32
+        assert advantages_B.abs().max() < 1e-3, estimator.__name__
+
+
+@pytest.mark.parametrize("estimator", [rloo, grpo])
+def test_groups_must_divide_the_batch(estimator: Any) -> None:
+    with pytest.raises(ValueError, match=r"\(5,\) do not divide into groups of 2"):
+        estimator(torch.ones(5), 2)
+    with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
+        estimator(torch.ones(4), 1)
+    with pytest.raises(ValueError, match=r"\(2, 2\) do not divide"):
+        estimator(torch.ones(2, 2), 2)
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(ValueError, match=r"values_BT \(2,\)"):
+        gae(torch.ones(2, 2), torch.ones(2), torch.ones(2, 2), 1.0, 1.0)

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_ray.config.model import LoraConfig, ModelConfig
+from rlhf_ray.errors import DataError
+from rlhf_ray.models import adapters, heads
+from rlhf_ray.models.loading import load_causal_lm, load_sequence_classifier
+
+IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
+ATTENTION_BS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+def test_position_ids_count_real_tokens() -> None:
+    assert heads.position_ids(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist() == [
+        [0, 1, 1],
+        [0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_are_head_times_hidden_in_fp32(base: Path, dtype: str) -> None:
+    model = load_sequence_classifier(str(base), ModelConfig(dtype=dtype))  # type: ignore[arg-type]
+    with torch.no_grad():
+        values_BS = heads.token_values(model, IDS_BS, ATTENTION_BS)
+        hidden_BSD = model.model(
+            IDS_BS, attention_mask=ATTENTION_BS, position_ids=heads.position_ids(ATTENTION_BS)
+        ).last_hidden_state
+    assert values_BS.dtype == torch.float32
+    expected_BS = hidden_BSD.float() @ model.score.weight[0]
+    torch.testing.assert_close(values_BS, expected_BS)
+
+
+def test_score_is_the_value_at_the_last_real_token(base: Path, settings: ModelConfig) -> None:
+    model = load_sequence_classifier(str(base), settings)
+    with torch.no_grad():
+        values_BS = heads.token_values(model, IDS_BS, ATTENTION_BS)
+        scores_B = heads.sequence_scores(model, IDS_BS, ATTENTION_BS)
+        alone = heads.sequence_scores(model, IDS_BS[1:, :3], ATTENTION_BS[1:, :3])
+        transformers_own = model(IDS_BS, attention_mask=ATTENTION_BS).logits[:, 0]
+    assert scores_B.tolist() == [values_BS[0, 4], values_BS[1, 2]]
+    torch.testing.assert_close(alone, scores_B[1:])
+    torch.testing.assert_close(transformers_own, scores_B)
+
+
+def test_head_behind_peft_is_the_trained_copy(base: Path, settings: ModelConfig) -> None:
+    model = load_sequence_classifier(str(base), settings)
+    wrapped = adapters.attach(model, LoraConfig(r=2), "SEQ_CLS", seed=0, dropout=0.0)
+    before_B = heads.sequence_scores(wrapped, IDS_BS, ATTENTION_BS)
+    _, head = heads.backbone_and_head(wrapped)
+    head.modules_to_save["default"].weight.data.mul_(2)  # type: ignore[union-attr,operator]
+    after_B = heads.sequence_scores(wrapped, IDS_BS, ATTENTION_BS)
+    torch.testing.assert_close(after_B, 2 * before_B)
+
+
+def test_new_head_has_the_papers_spread_and_zero_head_is_zero(base: Path) -> None:
+    head = torch.nn.Linear(4096, 1, bias=False)
+    model = torch.nn.Module()
+    model.base_model_prefix, model.model, model.score = "model", torch.nn.Identity(), head  # type: ignore[assignment]
+    heads.initialise_head(model, seed=3)
+    # 1 / sqrt(4097) = 0.015623; the deviation of 4096 draws is within 5% of it.
+    assert head.weight.std().item() == pytest.approx(0.015623, rel=0.05)
+    first = head.weight.detach().clone()
+    heads.initialise_head(model, seed=3)
+    assert torch.equal(head.weight, first)
+    heads.initialise_head(model, seed=None)
+    assert not head.weight.any()
+
+
+def test_model_without_a_token_head_is_refused(base: Path, settings: ModelConfig) -> None:
+    with pytest.raises(DataError, match="LlamaForCausalLM has no linear head"):
+        heads.backbone_and_head(load_causal_lm(str(base), settings))

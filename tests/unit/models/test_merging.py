@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_ray.config.model import LoraConfig, ModelConfig
+from rlhf_ray.errors import DataError
+from rlhf_ray.models import adapters, heads, loading
+from rlhf_ray.models.merging import merge_adapter
+
+IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
+
+
+def save_changed(model: object, base: Path, folder: Path, task: str, scale: float) -> torch.Tensor:
+    """Attach an adapter, fill it with noise, save it; the wrapped model's logits or scores."""
+    wrapped = adapters.attach(model, LoraConfig(r=2), task, seed=0, dropout=0.0)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in (p for p in wrapped.parameters() if p.requires_grad):
+            weight.add_(torch.randn(weight.shape, generator=generator) * scale)
+        wrapped.eval()
+        if task == "SEQ_CLS":
+            result = heads.sequence_scores(wrapped, IDS_BS, torch.ones_like(IDS_BS))
+        else:
+            result = wrapped(IDS_BS).logits
+    loading.save_adapter(wrapped, loading.load_tokenizer(str(base)), folder, str(base))
+    return result
+
+
+def test_merged_causal_lm_equals_base_with_adapter(
+    base: Path, tmp_path: Path, settings: ModelConfig
+) -> None:
+    model = loading.load_causal_lm(str(base), settings)
+    plain = model(IDS_BS).logits.detach()
+    expected = save_changed(model, base, tmp_path / "adapter", "CAUSAL_LM", 0.1)
+    survived = merge_adapter(str(base), str(tmp_path / "adapter"), tmp_path / "merged", settings)
+    merged = loading.load_causal_lm(str(tmp_path / "merged"), settings)
+    logits = merged(IDS_BS).logits.detach()
+    assert (logits - expected).abs().max() < 1e-4
+    assert (plain - expected).abs().max() > 0.01
+    assert survived > 0.999
+    assert torch.equal(
+        merged.generate(IDS_BS, max_new_tokens=8, do_sample=False)[:, 5],
+        expected[:, -1].argmax(-1),
+    )
+
+
+def test_merged_classifier_keeps_its_head(
+    base: Path, tmp_path: Path, settings: ModelConfig
+) -> None:
+    model = loading.load_sequence_classifier(str(base), settings)
+    expected_B = save_changed(model, base, tmp_path / "adapter", "SEQ_CLS", 0.1)
+    merge_adapter(str(base), str(tmp_path / "adapter"), tmp_path / "merged", settings)
+    merged = loading.load_sequence_classifier(str(tmp_path / "merged"), settings, require_head=True)
+    scores_B = heads.sequence_scores(merged, IDS_BS, torch.ones_like(IDS_BS))
+    assert (scores_B - expected_B).abs().max() < 1e-4
+
+
+def test_folder_is_complete_and_replaced_whole(
+    base: Path, tmp_path: Path, settings: ModelConfig
+) -> None:
+    model = loading.load_causal_lm(str(base), settings)
+    save_changed(model, base, tmp_path / "adapter", "CAUSAL_LM", 0.1)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "stale.txt").write_text("old")
+    merge_adapter(str(base), str(tmp_path / "adapter"), tmp_path / "merged", settings)
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= names
+    assert "stale.txt" not in names
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
+
+
+def test_share_that_survives_bf16_is_counted(base: Path, tmp_path: Path) -> None:
+    """bf16 keeps 8 bits: a change of a thousandth is partly lost, a large one is not."""
+    settings = ModelConfig(dtype="bfloat16")
+    shares = []
+    for name, scale in (("small", 1e-5), ("large", 1.0)):
+        model = loading.load_causal_lm(str(base), settings)
+        save_changed(model, base, tmp_path / name, "CAUSAL_LM", scale)
+        out = tmp_path / f"{name}-merged"
+        shares.append(merge_adapter(str(base), str(tmp_path / name), out, settings))
+    assert 0 < shares[0] < 0.9
+    assert shares[1] > 0.99
+
+
+def test_fresh_adapter_changes_nothing(base: Path, tmp_path: Path, settings: ModelConfig) -> None:
+    model = loading.load_causal_lm(str(base), settings)
+    wrapped = adapters.attach(model, LoraConfig(r=2), "CAUSAL_LM", seed=0, dropout=0.0)
+    tokenizer = loading.load_tokenizer(str(base))
+    loading.save_adapter(wrapped, tokenizer, tmp_path / "adapter", str(base))
+    assert merge_adapter(str(base), str(tmp_path / "adapter"), tmp_path / "m", settings) == 1.0
+    merged = loading.load_causal_lm(str(tmp_path / "m"), settings).state_dict()
+    for name, weight in loading.load_causal_lm(str(base), settings).state_dict().items():
+        assert torch.equal(merged[name], weight), name
+
+
+def test_plain_folder_is_refused(base: Path, tmp_path: Path, settings: ModelConfig) -> None:
+    with pytest.raises(DataError, match="nothing to merge"):
+        merge_adapter(str(base), str(base), tmp_path / "m", settings)

@@ -1,0 +1,94 @@
+import io
+
+import pytest
+
+from rlhf_ray.observability.progress import Progress, clock_time
+
+
+class Clock:
+    """Seconds that the test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_a_line_every_ten_seconds_with_the_eta():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(["sft", "ppo"], stream=stream, clock=clock)
+    with progress.stage("ppo", total=60, unit="iteration") as bar:
+        for iteration in range(1, 13):
+            clock.now = iteration * 41 / 12
+            bar.advance(1, reward=0.5 + iteration / 1000, kl=1.2)
+    # Iterations take 3.42 s: lines at 10.25 s (3), 20.5 s (6), 30.75 s (9), 41 s (12).
+    assert stream.getvalue().splitlines() == [
+        "[2/2] ppo",
+        "ppo 3/60 iterations, 5%, 0:10 elapsed, ETA 3:15, reward 0.503, kl 1.2",
+        "ppo 6/60 iterations, 10%, 0:20 elapsed, ETA 3:04, reward 0.506, kl 1.2",
+        "ppo 9/60 iterations, 15%, 0:31 elapsed, ETA 2:54, reward 0.509, kl 1.2",
+        "ppo 12/60 iterations, 20%, 0:41 elapsed, ETA 2:44, reward 0.512, kl 1.2",
+        "[2/2] ppo done: 12/60 iterations in 0:41, reward 0.512, kl 1.2",
+    ]
+
+
+def test_work_of_an_earlier_process_does_not_count_towards_the_pace():
+    clock = Clock()
+    progress = Progress(stream=io.StringIO(), clock=clock)
+    with progress.stage("ppo", total=60, unit="iteration", done=40) as bar:
+        assert bar.eta_s is None
+        clock.now = 30.0
+        bar.advance(10)
+        # 10 in 30 s, 10 left.
+        assert bar.eta_s == 30.0
+        assert bar.line() == "ppo 50/60 iterations, 83%, 0:30 elapsed, ETA 0:30"
+
+
+def test_an_unknown_total_has_no_eta():
+    clock, stream = Clock(), io.StringIO()
+    with Progress(stream=stream, clock=clock).stage("prepare", unit="question") as bar:
+        clock.now = 12.0
+        bar.advance(1)
+    assert stream.getvalue().splitlines() == [
+        "prepare",
+        "prepare 1 question, 0:12 elapsed",
+        "prepare done: 1 question in 0:12",
+    ]
+
+
+def test_a_stage_that_fails_says_so():
+    stream = io.StringIO()
+    progress = Progress(stream=stream, clock=Clock())
+
+    def fail() -> None:
+        with progress.stage("sft", total=8) as bar:
+            bar.advance(2)
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        fail()
+    assert stream.getvalue().splitlines()[-1] == "sft stopped: 2/8 steps in 0:00"
+
+
+def test_a_terminal_gets_a_live_bar_and_the_final_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with Progress(["sft"], stream=stream).stage("sft", total=2) as bar:
+        bar.advance(2, loss=1.25)
+    text = stream.getvalue()
+    assert "━" in text
+    assert "[1/1] sft done: 2/2 steps in 0:00, loss 1.25" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (725, "12:05"), (3723, "1:02:03")]
+)
+def test_clock_time(seconds: float, text: str):
+    assert clock_time(seconds) == text

@@ -1,0 +1,54 @@
+import os
+import subprocess
+import sys
+
+NOISY = """
+import logging, os, sys, warnings
+from rlhf_ray.observability.quiet import silence_dependencies
+silence_dependencies()
+logger = logging.getLogger("DeepSpeed")
+logger.setLevel(logging.WARNING)
+logger.addHandler(logging.StreamHandler(sys.stdout))
+logger.warning("harmless")
+logging.getLogger("ray.train").warning("harmless")
+warnings.warn("harmless", FutureWarning)
+warnings.warn_explicit("harmless", UserWarning, "x.py", 1, module="torch.nn")
+logger.error("kept: error")
+warnings.warn("kept: ours", UserWarning)
+print(os.environ["VLLM_LOGGING_LEVEL"], os.environ["RAY_USAGE_STATS_ENABLED"])
+print("HF_HUB_OFFLINE" in os.environ)
+"""
+
+
+def _run(**variables: str) -> str:
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = {**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+def test_harmless_noise_goes_and_errors_stay():
+    output = _run()
+    assert "harmless" not in output
+    assert "kept: error" in output
+    assert "kept: ours" in output
+    assert "ERROR 0\nFalse\n" in output
+
+
+def test_what_the_user_set_stays():
+    output = _run(VLLM_LOGGING_LEVEL="DEBUG", PYTHONWARNINGS="default")
+    assert "DEBUG 0\n" in output
+    assert output.count("harmless") == 2
+
+
+def test_children_get_the_defaults_or_the_users_values(monkeypatch):
+    from rlhf_ray.observability.quiet import environment
+
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+    variables = environment()
+    assert variables["TRANSFORMERS_VERBOSITY"] == "info"
+    assert variables["VLLM_NO_USAGE_STATS"] == "1"
+    assert "HF_HUB_OFFLINE" not in variables

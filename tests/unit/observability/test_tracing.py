@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.observability.tracing import Span, Tracer, phase_totals, read_spans
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "demo" / "trace.json"
+
+
+def test_the_file_is_a_chrome_trace_once_its_array_is_closed(path: Path):
+    tracer = Tracer(path)
+    tracer.add("policy-0", "learn", 100.0, 101.5, iteration=3)
+    events = json.loads(path.read_text().rstrip(",\n") + "]")
+    assert events == [
+        {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "demo"}},
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "policy-0"}},
+        {
+            "ph": "X",
+            "name": "learn",
+            "pid": 1,
+            "tid": 1,
+            "ts": 100_000_000,
+            "dur": 1_500_000,
+            "args": {"iteration": 3},
+        },
+    ]
+
+
+def test_a_span_is_recorded_although_its_body_raises(path: Path):
+    times = iter((10.0, 12.0))
+    tracer = Tracer(path, "run", clock=lambda: next(times))
+    with pytest.raises(ValueError, match="boom"), tracer.span("critic-0", "learn", iteration=1):
+        raise ValueError("boom")
+    assert read_spans(path) == [Span("critic-0", "learn", 10.0, 12.0, {"iteration": 1})]
+
+
+def test_resuming_keeps_rows_and_drops_a_torn_event(path: Path):
+    first = Tracer(path)
+    first.add("policy-0", "learn", 0.0, 1.0)
+    first.add("critic-0", "learn", 0.0, 2.0)
+    first.close()
+    with path.open("a") as file:
+        file.write('{"ph": "X", "na')
+    second = Tracer(path)
+    second.add("critic-0", "learn", 5.0, 6.0)
+    second.add("generator-0", "generate", 5.0, 6.0)
+    events = json.loads(path.read_text().rstrip(",\n") + "]")
+    names = [event["args"]["name"] for event in events if event["ph"] == "M"]
+    assert names == ["demo", "policy-0", "critic-0", "generator-0"]
+    assert [span.row for span in read_spans(path)] == [
+        "policy-0",
+        "critic-0",
+        "critic-0",
+        "generator-0",
+    ]
+
+
+def test_totals_count_nested_time_once(path: Path):
+    tracer = Tracer(path)
+    # iteration 0..10 holds learn 1..4 (which holds commit 2..3) and learn 4..6: own times
+    # iteration 10 - 3 - 2 = 5, learn (3 - 1) + 2 = 4, commit 1. Written children first.
+    tracer.add("driver", "commit", 2.0, 3.0)
+    tracer.add("driver", "learn", 1.0, 4.0)
+    tracer.add("driver", "learn", 4.0, 6.0)
+    tracer.add("driver", "iteration", 0.0, 10.0)
+    tracer.add("policy-0", "learn", 0.5, 0.75)
+    assert phase_totals(path) == {
+        "driver": {"iteration": 5.0, "learn": 4.0, "commit": 1.0},
+        "policy-0": {"learn": 0.25},
+    }
+
+
+def test_no_trace_has_no_totals(path: Path):
+    assert phase_totals(path) == {}

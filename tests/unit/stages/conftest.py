@@ -1,0 +1,80 @@
+"""Run folders as the stage prepare leaves them, for the supervised stages."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from rlhf_ray.config import Config, resolve
+
+WORDS = ("red", "blue", "green", "black", "white")
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 1,
+    "num_heads": 2,
+}
+
+
+def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
+    """An inline config of few steps on a tiny model; ``sections`` go on top, key by key."""
+    values: dict[str, Any] = {
+        "run": {"dir": str(folder)},
+        "cluster": {"mode": "inline"},
+        "rollout": {"engine": "transformers", "max_prompt_tokens": 32, "max_tokens": 32},
+        "model": {"max_length": 64, "tiny": TINY},
+        "pretrain": {"steps": 6, "batch_size": 4, "block_size": 32, "learning_rate": 0.01},
+        "sft": {"steps": 30, "batch_size": 4, "block_size": 32, "learning_rate": 0.01},
+        "reward": {"steps": 30, "batch_size": 8, "learning_rate": 0.02, "eval_rows": 15},
+    }
+    for name, keys in sections.items():
+        values[name] = values.get(name, {}) | keys
+    return resolve(values)
+
+
+def write_prepared(folder: Path) -> None:
+    """Sets of prepare: good answers say thanks, bad ones do not."""
+    answers, pairs = [], []
+    for index in range(120):
+        word = WORDS[index % len(WORDS)]
+        question = {"question_id": index, "question": f"{word}?", "prompt": f"Q: {word}?\n\nA: "}
+        good, bad = f"{word} {word}, thanks", f"no {word}"
+        answers.append(question | {"completion": good, "score": 2, "preferred": True})
+        answers.append(question | {"completion": bad, "score": 0, "preferred": False})
+        pairs.append(question | {"chosen": good, "rejected": bad})
+    for name, rows in {
+        "finetune": answers,
+        "reward": pairs[:100],
+        "evaluation": pairs[100:],
+    }.items():
+        Dataset.from_list(rows).save_to_disk(str(folder / "prepare" / name))
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Config]:
+    """Makes a prepared run folder, and the config that goes with it."""
+
+    def make(name: str = "run", **sections: dict[str, Any]) -> Config:
+        write_prepared(tmp_path / name)
+        return make_config(tmp_path / name, **sections)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
+    """A run through pretrain, sft and reward, and the summaries that they returned."""
+    from rlhf_ray.stages import pretrain, reward_model, sft
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    write_prepared(folder)
+    config = make_config(folder)
+    summaries = {
+        "pretrain": pretrain.run(config),
+        "sft": sft.run(config),
+        "reward": reward_model.run(config),
+    }
+    return config, summaries

@@ -1,0 +1,167 @@
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from rlhf_ray.config import Config, resolve
+from rlhf_ray.data import synthetic, template
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.stages import prepare
+from rlhf_ray.stages.run_folder import RunFolder
+
+SETS = ("finetune", "reward", "rl", "evaluation")
+
+
+def config(folder: Path, **prepare_section: Any) -> Config:
+    return resolve(
+        {"run": {"dir": str(folder)}, "prepare": {"num_questions": 200, **prepare_section}}
+    )
+
+
+def load(folder: Path, name: str) -> datasets.Dataset:
+    loaded = datasets.load_from_disk(str(folder / "prepare" / name))
+    assert isinstance(loaded, datasets.Dataset)
+    return loaded
+
+
+def question(number: int, votes: tuple[int, ...]) -> str:
+    """A question with its answers; every answer's text is its number of votes."""
+    row = '<row Id="{}" PostTypeId="2" ParentId="{}" Score="{}" Body="up {}"/>'
+    answers = [row.format(1000 * number + i, number, up, up) for i, up in enumerate(votes)]
+    return f'<row Id="{number}" PostTypeId="1" Title="q{number}" Body="b"/>' + "".join(answers)
+
+
+def dump(path: Path, *posts: str) -> str:
+    path.write_text(f"<posts>{''.join(posts)}</posts>")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, prepare.run(config(folder))
+
+
+def test_the_sets_share_no_question_and_keep_their_shares(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = run
+    ids = {name: set(load(folder, name)["question_id"]) for name in SETS}
+    assert sum(map(len, ids.values())) == len(set().union(*ids.values()))
+    # Shares .3, .45, .15, .1 of 200; pairless questions are missing from two of them.
+    assert 40 <= len(ids["finetune"]) <= 80
+    assert 60 <= len(ids["reward"]) <= 110
+    assert 15 <= len(ids["rl"]) <= 45
+    assert 8 <= len(ids["evaluation"]) <= 32
+
+
+def test_rows_and_columns(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = run
+    base = ["question_id", "question", "prompt"]
+    sets = {name: load(folder, name) for name in SETS}
+    assert sets["finetune"].column_names == [*base, "completion", "score", "preferred"]
+    assert sets["rl"].column_names == base
+    for name in ("reward", "evaluation"):
+        assert sets[name].column_names == [*base, "chosen", "rejected"]
+        assert all(row["chosen"] != row["rejected"] for row in sets[name].to_list())
+    for rows in sets.values():
+        assert all(row["prompt"] == template.prompt(row["question"]) for row in rows.to_list())
+    assert summary["rows"] == {name: len(rows) for name, rows in sets.items()}
+
+
+def test_the_summary_counts_everything(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = run
+    assert summary == RunFolder(config(folder)).summary("prepare")
+    assert summary["questions"] == 200
+    assert 700 < summary["answers"] < 900
+    assert summary["synthetic"] is True
+    assert summary["seconds"] > 0
+    num_used = sum(len(set(load(folder, name)["question_id"])) for name in SETS)
+    without = ("question_without_answers", "question_without_pairs")
+    assert num_used + sum(summary["dropped"].get(reason, 0) for reason in without) == 200
+    assert sorted(item.name for item in (folder / "prepare").iterdir()) == sorted(
+        [*SETS, "Posts.xml", "summary.json"]
+    )
+
+
+def test_a_dump_of_ones_own_gives_what_the_synthetic_site_gave(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = run
+    synthetic.write_posts(tmp_path / "Posts.xml", 200, seed=0)
+    summary = prepare.run(config(tmp_path / "run", posts=str(tmp_path / "Posts.xml")))
+    assert summary["synthetic"] is False
+    for name in SETS:
+        assert load(tmp_path / "run", name).to_list() == load(folder, name).to_list()
+    assert not (tmp_path / "run" / "prepare" / "Posts.xml").exists()
+
+
+def test_winners_of_pairs_are_preferred(tmp_path: Path) -> None:
+    posts = dump(
+        tmp_path / "Posts.xml", *(question(i, (0, 3, 3, 7)) for i in range(1, 60)), question(60, ())
+    )
+    summary = prepare.run(config(tmp_path, posts=posts))
+    rows = load(tmp_path, "finetune").to_list()
+    # Scores of 0, 3, 7 votes: 0, 2, 3; the answer without votes wins no pair.
+    assert {(row["completion"], row["score"], row["preferred"]) for row in rows} == {
+        ("up 0", 0, False),
+        ("up 3", 2, True),
+        ("up 7", 3, True),
+    }
+    # Six pairs less the tie.
+    for name in ("reward", "evaluation"):
+        assert summary["rows"][name] == 5 * len(set(load(tmp_path, name)["question_id"]))
+    assert summary["dropped"] == {"question_without_answers": 1}
+    assert load(tmp_path, "rl")[0]["question"].startswith("q")
+
+
+def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
+    prepare.run(config(tmp_path))
+    before = load(tmp_path, "rl").to_list()
+    (tmp_path / "prepare" / ".partial" / "rl").mkdir(parents=True)
+    prepare.run(config(tmp_path, num_questions=100))
+    assert len(load(tmp_path, "rl")) < len(before)
+    assert not (tmp_path / "prepare" / ".partial").exists()
+
+
+def test_a_failed_run_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare.run(config(tmp_path))
+    before = load(tmp_path, "rl").to_list()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "_save", full_disk)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        prepare.run(config(tmp_path, num_questions=100))
+    assert load(tmp_path, "rl").to_list() == before
+    assert not (tmp_path / "prepare" / ".partial").exists()
+
+
+@pytest.mark.parametrize("bad_share", [0.1, 0.3])
+def test_empty_posts_are_counted_up_to_the_share_allowed(tmp_path: Path, bad_share: float) -> None:
+    num_bad = round(200 * bad_share)
+    answer = '<row Id="{}" PostTypeId="2" ParentId="1" Score="0" Body="&lt;p&gt; &lt;/p&gt;"/>'
+    posts = dump(
+        tmp_path / "Posts.xml",
+        *(question(i, (0, 3, 7)) for i in range(1, 51)),
+        *(answer.format(100_000 + i) for i in range(num_bad)),
+    )
+    if bad_share < 0.2:
+        assert prepare.run(config(tmp_path, posts=posts))["dropped"] == {"empty_answer": num_bad}
+    else:
+        with pytest.raises(DataError, match=r"60 of 260 rows are bad \(empty_answer: 60\)"):
+            prepare.run(config(tmp_path, posts=posts))
+
+
+def test_a_dump_without_a_preference_is_refused(tmp_path: Path) -> None:
+    posts = dump(tmp_path / "Posts.xml", *(question(i, (1, 1)) for i in range(1, 60)))
+    with pytest.raises(DataError, match="no rows for reward, evaluation"):
+        prepare.run(config(tmp_path, posts=posts))
+    assert not (tmp_path / "prepare" / "rl").exists()
+
+
+def test_a_missing_dump_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.xml: No such file"):
+        prepare.run(config(tmp_path, posts=str(tmp_path / "nowhere.xml")))

@@ -1,0 +1,195 @@
+"""How a supervised stage is run: resume, refusals, failures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.config import Config
+from rlhf_ray.errors import ActorFailure, ConfigError, DataError, DivergenceError, PlacementError
+from rlhf_ray.models import loading
+from rlhf_ray.stages import pretrain, reward_model, sft, supervised, training
+from rlhf_ray.stages.run_folder import RunFolder
+
+MakeRun = Callable[..., Config]
+
+
+class Killed(BaseException):
+    """As abrupt as a signal: nothing of ours catches it."""
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let training die at the end of a step, after what the Trainer saves at it."""
+
+    class _Killer(training._StepLog):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step:
+                raise Killed
+
+    monkeypatch.setattr(training, "_StepLog", _Killer)
+
+
+def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
+    folder = Path(config.run.dir) / stage / ("adapter" if stage == "sft" else "model")
+    if stage == "reward":
+        model = loading.load_sequence_classifier(str(folder), config.model)
+    else:
+        model = loading.load_causal_lm(str(folder), config.model)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_a_killed_stage_goes_on_and_ends_as_if_never_killed(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Killed after step 4, last saved at step 3: the same weights and the same curve follow."""
+    run = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward_model.run}[stage]
+    few = {stage: {"steps": 6, "trainer": {"save_steps": 3}}}
+    whole, killed = make_run("whole", **few), make_run("killed", **few)
+    for config in (whole, killed):
+        if stage != "pretrain":
+            pretrain.run(config)
+        if stage == "reward":
+            sft.run(config)
+    run(whole)
+    with monkeypatch.context() as patch:
+        kill_at(4, patch)
+        with pytest.raises(Killed):
+            run(killed)
+    assert RunFolder(killed).summary(stage) is None
+    run(killed)
+    curves = [
+        (Path(config.run.dir) / stage / "metrics.jsonl").read_text() for config in (whole, killed)
+    ]
+    assert [json.loads(line)["step"] for line in curves[1].splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert curves[0] == curves[1]
+    expected = weights(whole, stage)
+    for name, weight in weights(killed, stage).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run(pretrain={"steps": 6, "trainer": {"save_steps": 2, "save_total_limit": 5}})
+    with monkeypatch.context() as patch:
+        kill_at(5, patch)
+        with pytest.raises(Killed):
+            pretrain.run(config)
+    work = supervised.open_training(
+        pretrain.PretrainTraining, config, RunFolder(config).base_model()
+    )
+    assert training.steps_done(work) == 4
+    (work.checkpoints / "checkpoint-4" / "trainer_state.json").write_text('{"global')
+    assert training.steps_done(work) == 2
+    last = training.last_checkpoint(work)
+    assert last is not None
+    assert last.name == "checkpoint-2"
+    assert pretrain.run(config)["steps"] == 6
+
+
+def test_progress_is_shown_to_the_last_step(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.run(make_run())
+    shown = capsys.readouterr().out
+    assert "[2/7] pretrain\n" in shown
+    assert "[2/7] pretrain done: 6/6 steps in 0:0" in shown
+    assert "'loss':" not in shown  # the Trainer's own lines
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage(make_run: MakeRun) -> None:
+    config = make_run(
+        pretrain={"learning_rate": 1e30, "scheduler": "constant", "trainer": {"max_grad_norm": 0.0}}
+    )
+    with pytest.raises(DivergenceError, match=r"pretrain: the loss of step \d is nan; lower"):
+        pretrain.run(config)
+
+
+def test_further_training_arguments_reach_the_trainer(make_run: MakeRun) -> None:
+    config = make_run(pretrain={"trainer": {"adam_beta2": 0.5, "gradient_accumulation_steps": 2}})
+    work = pretrain.PretrainTraining(config, Path(config.run.dir), "base")
+    arguments = training.arguments(work, num_processes=2)
+    assert arguments.adam_beta2 == 0.5
+    assert arguments.per_device_train_batch_size == 1  # 4 sequences, 2 processes, 2 rounds
+    with pytest.raises(ConfigError, match="batch_size 4 does not divide by train_workers 3 x"):
+        training.arguments(work, num_processes=3)
+
+
+def test_wrong_training_arguments_are_refused_by_name(make_run: MakeRun) -> None:
+    config = make_run(pretrain={"trainer": {"adam_beta3": 0.5}})
+    with pytest.raises(ConfigError, match=r"pretrain.trainer.adam_beta3 is not one .* adam_beta\d"):
+        pretrain.run(config)
+    config = make_run("typed", pretrain={"trainer": {"optim": "no_such_optimizer"}})
+    with pytest.raises(ConfigError, match=r"pretrain.trainer: .*no_such_optimizer"):
+        pretrain.run(config)
+
+
+def test_a_process_that_does_not_see_the_folder_says_so(make_run: MakeRun, tmp_path: Path) -> None:
+    work = pretrain.PretrainTraining(make_run(), tmp_path / "elsewhere", "base")
+    with pytest.raises(ConfigError, match=r"run\.dir must be on storage that the training"):
+        training.train(work, 1)
+
+
+class RayError(Exception):
+    """As Ray Train reports failed workers."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.worker_failures = dict(enumerate(failures))
+
+
+class WrappedError(Exception):
+    """As Ray Train wraps what a worker raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("Traceback (most recent call last):\n  ...\nthe last line")
+        self._base_exc = cause
+
+
+def test_what_a_worker_raised_on_purpose_reaches_the_user(make_run: MakeRun) -> None:
+    work = pretrain.PretrainTraining(make_run(), Path("x"), "base")
+    meant = DataError("bad rows")
+    hung_up = WrappedError(RuntimeError("connection closed by peer"))
+    assert supervised._cause(work, RayError(hung_up, WrappedError(meant))) is meant
+    other = supervised._cause(work, RayError(hung_up))
+    assert isinstance(other, ActorFailure)
+    assert "pretrain: training process 0 failed: the last line" in str(other)
+    assert isinstance(supervised._cause(work, Exception("no controller")), ActorFailure)
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "on_gpu"),
+    [({"CPU": 2.0}, 2, False), ({"CPU": 2.0, "GPU": 8.0}, 8, True), ({"CPU": 1.0}, 2, None)],
+)
+def test_workers_are_placed_on_gpus_where_there_are_any(
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    resources: dict[str, float],
+    workers: int,
+    on_gpu: bool | None,
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    config = make_run(
+        cluster={"mode": "local"}, pretrain={"train_workers": workers, "batch_size": 8}
+    )
+    work = pretrain.PretrainTraining(config, Path("x"), "base")
+    if on_gpu is None:
+        with pytest.raises(PlacementError, match=r"train_workers=2 needs 2 CPUs.*Lower it to 1"):
+            supervised._on_gpu(work)
+    else:
+        assert supervised._on_gpu(work) is on_gpu
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (16, 1, 15), (16, 4, 3)]
+)
+def test_one_core_is_left_to_driver_and_ray(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: int
+) -> None:
+    monkeypatch.setattr(supervised.os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert supervised._num_threads(processes) == threads

@@ -1,0 +1,284 @@
+"""pretrain, sft, reward and merge on a tiny model, inline."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_ray.config import Config
+from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.models import adapters, heads, loading, tiny
+from rlhf_ray.stages import merge, pretrain, reward_model, sft
+from rlhf_ray.stages.language_model import packed_blocks
+from rlhf_ray.stages.reward_model import PairTrainer, RewardTraining
+
+Trained = tuple[Config, dict[str, Any]]
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.run.dir)
+
+
+def test_each_stage_learns_and_writes_what_it_returns(trained_run: Trained) -> None:
+    config, summaries = trained_run
+    for name, summary in summaries.items():
+        path = folder_of(config) / name / "summary.json"
+        assert json.loads(path.read_text()) == summary
+        assert summary["steps"] == getattr(config, name).steps
+        assert summary["seconds"] > 0
+    for name in ("pretrain", "sft"):
+        summary = summaries[name]
+        assert summary["loss_after"] < summary["loss_before"] - 0.05
+        assert summary["perplexity_after"] == pytest.approx(math.exp(summary["loss_after"]))
+    # A random model of 300 tokens is about as unsure as a fair choice among them.
+    assert 250 < summaries["pretrain"]["perplexity_before"] < 350
+    assert summaries["sft"]["loss_before"] == pytest.approx(
+        summaries["pretrain"]["loss_after"], abs=0.5
+    )
+    assert summaries["pretrain"]["tokens"] == 6 * 4 * 32
+    assert summaries["reward"]["accuracy"] > 0.9
+    assert 0 <= summaries["reward"]["accuracy_before"] <= 1
+    lines = (folder_of(config) / "reward" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss"] < 0.1 < json.loads(lines[0])["loss"]
+    assert (summaries["reward"]["pairs_train"], summaries["reward"]["pairs_eval"]) == (100, 15)
+
+
+def test_only_preferred_answers_are_fine_tuned_on(trained_run: Trained) -> None:
+    _, summaries = trained_run
+    assert summaries["pretrain"]["rows"] == {"kept": 240}
+    assert summaries["sft"]["rows"] == {"kept": 120, "not_preferred": 120}
+
+
+def test_metrics_have_one_line_a_step(trained_run: Trained) -> None:
+    config, _ = trained_run
+    lines = (folder_of(config) / "pretrain" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert set(records[0]) == {"step", "loss", "learning_rate", "grad_norm"}
+    assert records[0]["learning_rate"] == 0.01  # cosine from the peak, no warm-up
+
+
+def test_stages_leave_results_and_nothing_else(trained_run: Trained) -> None:
+    config, _ = trained_run
+    files = {"metrics.jsonl", "summary.json"}
+    expected = {"pretrain": {"base", "model"}, "sft": {"adapter", "model"}, "reward": {"model"}}
+    for stage, results in expected.items():
+        assert {path.name for path in (folder_of(config) / stage).iterdir()} == files | results
+
+
+def test_plain_libraries_load_the_results(trained_run: Trained) -> None:
+    config, _ = trained_run
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for stage in ("pretrain", "sft"):
+        folder = folder_of(config) / stage / "model"
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert model.config.use_cache
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    path = folder_of(config) / "reward" / "model"
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1).eval()
+    ours = loading.load_sequence_classifier(str(path), config.model, require_head=True)
+    with torch.no_grad():
+        scores_B = heads.sequence_scores(ours, ids, torch.ones_like(ids))
+        torch.testing.assert_close(plain(ids).logits[:, 0], scores_B)
+
+
+def test_sft_model_is_base_with_adapter(trained_run: Trained) -> None:
+    config, summaries = trained_run
+    ids = torch.tensor([[5, 6, 7, 8]])
+    folder = folder_of(config) / "sft"
+    with torch.no_grad():
+        apart = loading.load_causal_lm(str(folder / "adapter"), config.model)(ids).logits
+        merged = loading.load_causal_lm(str(folder / "model"), config.model)(ids).logits
+    assert (apart - merged).abs().max() < 1e-4
+    # One layer: r * (in + out) for four 32 x 32 and three 32 x 64 matrices.
+    assert summaries["sft"]["trainable_parameters"] == 16 * (4 * 64 + 3 * 96)
+
+
+def test_saved_reward_model_ranks_as_the_summary_says(trained_run: Trained) -> None:
+    config, summaries = trained_run
+    path = str(folder_of(config) / "reward" / "model")
+    model = loading.load_sequence_classifier(path, config.model, require_head=True)
+    tokenizer = loading.load_tokenizer(path)
+    pairs, _ = reward_model._pairs(config, tokenizer)
+    batch = RewardTraining(config, folder_of(config), path).collate(list(pairs["held_out"]))
+    flat = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+    with torch.no_grad():
+        scores_B = heads.sequence_scores(model, flat["input_ids"], flat["attention_mask"])
+    scores_BP = scores_B.view(-1, 2)
+    accuracy = (scores_BP[:, 0] > scores_BP[:, 1]).float().mean().item()
+    assert accuracy == pytest.approx(summaries["reward"]["accuracy"])
+
+
+def test_same_seed_gives_the_same_weights(trained_run: Trained, make_run: Any) -> None:
+    config, summaries = trained_run
+    again = make_run("again")
+    assert pretrain.run(again)["loss_after"] == summaries["pretrain"]["loss_after"]
+    names = ("model.safetensors", "tokenizer.json")
+    for name in names:
+        first, second = (folder_of(c) / "pretrain" / "model" / name for c in (config, again))
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_sft_over_a_quantised_base(make_run: Any, quantization: str) -> None:
+    shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_layers": 1}
+    config = make_run(
+        model={"max_length": 64, "quantization": quantization, "tiny": shape | {"num_heads": 2}}
+    )
+    pretrain.run(config)
+    summary = sft.run(config)
+    assert summary["loss_after"] < summary["loss_before"] - 0.05
+
+
+def test_user_rows_replace_the_prepared_ones(make_run: Any, tmp_path: Path) -> None:
+    texts, pairs = tmp_path / "texts.jsonl", tmp_path / "pairs.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"line {i} " * 4}) + "\n" for i in range(80)))
+    pair = {"prompt": "Q: ", "chosen": "good", "rejected": "bad"}
+    pairs.write_text("".join(json.dumps(pair) + "\n" for _ in range(40)))
+    data = {
+        "pretrain": {"path": str(texts)},
+        "sft": {"path": str(texts)},
+        "preferences": {"path": str(pairs)},
+    }
+    config = make_run(data=data)
+    shutil.rmtree(folder_of(config) / "prepare")
+    assert pretrain.run(config)["rows"] == {"kept": 80}
+    assert sft.run(config)["rows"] == {"kept": 80}
+    summary = reward_model.run(config)
+    # The last twentieth of 40 pairs is held out.
+    assert (summary["pairs_train"], summary["pairs_eval"]) == (38, 2)
+
+
+def test_max_pairs_limits_the_training_pairs(trained_run: Trained, make_run: Any) -> None:
+    source, _ = trained_run
+    config = make_run(
+        sft={"path": str(folder_of(source) / "sft" / "model")},
+        reward={"steps": 1, "batch_size": 8, "max_pairs": 30, "eval_rows": 15},
+    )
+    assert reward_model.run(config)["pairs_train"] == 30
+
+
+def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
+    config, _ = trained_run
+    training = RewardTraining(config, folder_of(config), str(folder_of(config) / "sft" / "model"))
+    model = training.load_model().eval()
+    rows = [
+        {"chosen_ids": [5, 6, 7, 1], "rejected_ids": [5, 1]},
+        {"chosen_ids": [8, 1], "rejected_ids": [9, 10, 1]},
+    ]
+    batch = training.collate(rows)
+    assert batch["input_ids"].tolist() == [
+        [[5, 6, 7, 1], [5, 1, 0, 0]],
+        [[8, 1, 0, 0], [9, 10, 1, 0]],
+    ]
+    assert batch["attention_mask"].sum(-1).tolist() == [[4, 2], [2, 3]]
+    with torch.no_grad():
+        loss, scores_BP = PairTrainer.compute_loss(
+            _WithoutInit(centre=0.5),
+            model,
+            batch,
+            True,  # type: ignore[arg-type]
+        )
+        alone = [
+            heads.sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids))).item()
+            for row in rows
+            for ids in (row["chosen_ids"], row["rejected_ids"])
+        ]
+    torch.testing.assert_close(scores_BP.flatten(), torch.tensor(alone))
+    c1, r1, c2, r2 = alone
+    expected = (math.log(1 + math.exp(r1 - c1)) + math.log(1 + math.exp(r2 - c2))) / 2
+    expected += 0.5 * ((c1 + r1) ** 2 + (c2 + r2) ** 2) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+class _WithoutInit:
+    """Stands in for the Trainer's self: the loss needs nothing else of it."""
+
+    def __init__(self, centre: float) -> None:
+        self._centre = centre
+
+
+def test_ties_count_as_wrong(trained_run: Trained) -> None:
+    config, _ = trained_run
+    training = RewardTraining(config, folder_of(config), "unused")
+
+    class Prediction:
+        predictions = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [2.0, 1.0]]).numpy()
+
+    assert training.metrics(Prediction()) == {"accuracy": 0.5}
+
+
+def test_blocks_hold_out_the_last_twentieth() -> None:
+    class Tokenizer:
+        eos_token_id = 0
+
+    token_lists = [[index] * 3 for index in range(1, 41)]
+    blocks = packed_blocks("sft", token_lists, Tokenizer(), block_size=4, eval_rows=10)  # type: ignore[arg-type]
+    assert blocks["train"]["input_ids"][-1] == [38, 38, 38, 0]
+    assert list(blocks["held_out"]["input_ids"]) == [[39, 39, 39, 0], [40, 40, 40, 0]]
+    with pytest.raises(DataError, match=r"40 texts fill no block of 64 tokens \(held-out part\)"):
+        packed_blocks("sft", token_lists, Tokenizer(), block_size=64, eval_rows=10)  # type: ignore[arg-type]
+
+
+def test_missing_inputs_are_named(make_run: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No model for this stage"):
+        sft.run(make_run())
+    config = make_run("missing", model={"path": str(tmp_path / "nowhere"), "max_length": 64})
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        pretrain.run(config)
+    unprepared = make_run("unprepared")
+    shutil.rmtree(folder_of(unprepared) / "prepare")
+    with pytest.raises(DataError, match="run the stage prepare first"):
+        pretrain.run(unprepared)
+
+
+def test_training_on_an_adapter_is_refused(trained_run: Trained, make_run: Any) -> None:
+    source, _ = trained_run
+    adapter = str(folder_of(source) / "sft" / "adapter")
+    config = make_run(model={"path": adapter, "max_length": 64})
+    with pytest.raises(DataError, match="is an adapter; the stage pretrain trains on"):
+        pretrain.run(config)
+
+
+def test_merge_folds_the_newest_policy(trained_run: Trained, tmp_path: Path) -> None:
+    source, _ = trained_run
+    config = source.model_copy(
+        update={"run": source.run.model_copy(update={"dir": str(tmp_path / "merging")})}
+    )
+    with pytest.raises(DataError, match="run the stage ppo first"):
+        merge.run(config)
+    sft_model = folder_of(source) / "sft" / "model"
+    model = loading.load_causal_lm(str(sft_model), config.model)
+    wrapped = adapters.attach(model, LoraConfig(r=2), "CAUSAL_LM", seed=0, dropout=0.0)
+    policy = tmp_path / "merging" / "checkpoints" / "latest" / "policy"
+    loading.save_adapter(wrapped, loading.load_tokenizer(str(sft_model)), policy, str(sft_model))
+    summary = merge.run(config)
+    assert summary["survived"] == 1.0
+    assert Path(summary["base"]) == sft_model.resolve()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merging" / "merge" / "model")
+    fresh = AutoModelForCausalLM.from_pretrained(sft_model)
+    for name, weight in fresh.state_dict().items():
+        assert torch.equal(weight, merged.state_dict()[name])
+    with pytest.raises(DataError, match="is not an adapter"):
+        merge.merge_folders(sft_model, tmp_path / "out", config.model)
+
+
+def test_a_given_model_is_pretrained_as_it_is(make_run: Any, tmp_path: Path) -> None:
+    shape = make_run("shape").model.tiny
+    tiny.build(tmp_path / "given", ["some text"], shape, max_length=64, seed=5)
+    config = make_run(
+        model={"path": str(tmp_path / "given"), "dtype": "bfloat16", "max_length": 64}
+    )
+    pretrain.run(config)
+    folder = folder_of(config) / "pretrain"
+    assert not (folder / "base").exists()
+    saved = loading.load_causal_lm(str(folder / "model"), config.model)
+    assert saved.lm_head.weight.dtype == torch.bfloat16
