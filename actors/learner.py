@@ -56,12 +56,11 @@ class Learner(ABC):
     def _report(self, sums: Sums) -> dict[str, float]:
         """Metrics that are not means over tokens."""
 
-    def rendezvous(self) -> tuple[str, int]:
-        """An address and a free port on this rank's machine, for the group to meet at."""
+    def free_port(self) -> int:
+        """A port on this rank's machine, for the group to meet at."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        return "127.0.0.1" if _alone() else socket.gethostbyname(socket.gethostname()), port
+            return probe.getsockname()[1]
 
     def start(self, rank: int = 0, world_size: int = 1, address: str = "", port: int = 0) -> None:
         """Join the group, load the model, make the optimizer."""
@@ -217,14 +216,6 @@ def to_device(batch: Experience, device: torch.device) -> Experience:
     """The batch on a device."""
     fields = {name: getattr(batch, name).to(device) for name in batch.__dataclass_fields__}
     return Experience(**fields)
-
-
-def _alone() -> bool:
-    """Whether this machine's name leads nowhere but to itself (no network)."""
-    try:
-        return socket.gethostbyname(socket.gethostname()).startswith("127.")
-    except OSError:
-        return True
 
 
 def _in_order(shards: Sequence[Sequence[Any]]) -> list[Any]:

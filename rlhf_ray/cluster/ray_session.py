@@ -10,11 +10,13 @@ from pathlib import Path
 import ray
 
 from rlhf_ray.cluster.leftovers import ProcessRecord, sweep
+from rlhf_ray.cluster.workers import LOOPBACK
 from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.observability.quiet import environment
 
-LOOPBACK = "127.0.0.1"
+NODE_ADDRESS = "127.0.0.2"
+"""Loopback as well: Ray would replace 127.0.0.1 by the address of the machine in its network."""
 
 
 def runs_on_ray(config: Config) -> bool:
@@ -63,7 +65,7 @@ def _connect(config: Config, joined: bool) -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": False,
         "namespace": f"rlhf_ray-{config.run.name}",
-        "runtime_env": {"env_vars": _role_environment(config)},
+        "runtime_env": {"env_vars": _role_environment(config, joined)},
     }
     try:
         if joined:
@@ -75,7 +77,7 @@ def _connect(config: Config, joined: bool) -> None:
             include_dashboard=config.cluster.dashboard,
             dashboard_host=LOOPBACK,
             object_store_memory=config.cluster.object_store_mb * 2**20,
-            _node_ip_address=LOOPBACK,
+            _node_ip_address=NODE_ADDRESS,
             **shared,
         )
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
@@ -109,9 +111,11 @@ def _driver_environment() -> dict[str, str]:
     return environment()
 
 
-def _role_environment(config: Config) -> dict[str, str]:
+def _role_environment(config: Config, joined: bool) -> dict[str, str]:
     threads = str(config.cluster.threads_per_actor)
+    local = {} if joined else {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo"}
     return {
+        **local,
         **environment(),
         "PATH": os.environ["PATH"],
         "OMP_NUM_THREADS": threads,

@@ -22,6 +22,11 @@ class RayWorker:
         self._timeout_s = timeout_s
         self._on_call = on_call
 
+    async def address(self) -> str:
+        """The address of its node in the cluster."""
+        node_address = self.actor.__ray_call__.remote(_node_address)
+        return await self._await("address", node_address)
+
     async def call(self, method: str, *args: Any) -> Any:
         """Call a method and bring its result; object references among ``args`` arrive as data.
 
@@ -58,6 +63,10 @@ class RayWorker:
             raise ActorFailure(f"{self.name} died during {method}: {_first_line(error)}") from error
         self._on_call(self.name, method, started, time.time())
         return result
+
+
+def _node_address(_actor: Any) -> str:
+    return ray.util.get_node_ip_address()
 
 
 async def _resolve(reference: Awaitable[Any]) -> Any:

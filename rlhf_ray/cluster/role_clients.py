@@ -64,8 +64,8 @@ class GeneratorPool:
 
         lanes = [
             asyncio.ensure_future(serve(generator))
-            for generator in self.members
             for _ in range(self._max_in_flight)
+            for generator in self.members  # one shard each before anyone gets a second
         ]
         try:
             for _ in requests:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from rlhf_ray.types import Handle
 
+LOOPBACK = "127.0.0.1"
+
 OnCall = Callable[[str, str, float, float], None]
 """(worker, method, start, end in Unix seconds), after each call."""
 
@@ -19,6 +21,10 @@ class Worker(Protocol):
     """A process of a role."""
 
     name: str
+
+    async def address(self) -> str:
+        """Where the machine of this process is reached by others of its group."""
+        ...
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call a method and bring its result. Handles among ``args`` arrive as data."""
@@ -36,6 +42,10 @@ class InlineWorker:
         self.name = name
         self._instance = instance
         self._on_call = on_call
+
+    async def address(self) -> str:
+        """This machine, by loopback."""
+        return LOOPBACK
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call the method here and now."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from rlhf_ray.config.root import Config
 
 READ_BY: Mapping[str, tuple[str, ...]] = {
-    "run": ("prepare",),
+    "run": ("prepare", "pretrain", "sft", "reward", "ppo"),
     "model": ("pretrain", "sft", "reward", "ppo"),
     "prepare": ("prepare",),
     "pretrain": ("pretrain",),

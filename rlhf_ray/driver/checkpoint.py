@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,30 +62,46 @@ class Checkpoints:
             CheckpointError: the disk is full or the folder cannot be written.
         """
         temporary = self._folder / f".writing-{version}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            digests = {}
-            for group, files in groups.items():
-                for name, content in {**self._static_files.get(group, {}), **files}.items():
-                    _write(temporary / group / name, content)
-                    digests[f"{group}/{name}"] = hashlib.sha256(content).hexdigest()
-            state = {"version": version, "progress": dict(progress), "sha256": digests}
-            _write(temporary / STATE, json.dumps(state, indent=2).encode())
-            target = self._folder / str(version)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
+        with self._unwritable_is_an_error(version):
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                digests = {}
+                for group, files in groups.items():
+                    for name, content in {**self._static_files.get(group, {}), **files}.items():
+                        _write(temporary / group / name, content)
+                        digests[f"{group}/{name}"] = hashlib.sha256(content).hexdigest()
+                state = {"version": version, "progress": dict(progress), "sha256": digests}
+                _write(temporary / STATE, _json(state))
+                target = self._folder / str(version)
+                shutil.rmtree(target, ignore_errors=True)  # only ever a damaged one
+                os.replace(temporary, target)
+            except OSError:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             self._point("latest", version)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"Cannot write version {version} to {self._folder}: {error.strerror or error}. "
-                "Free space or fix the permissions and go on; the earlier commits are whole"
-            ) from error
         self._drop_old()
 
+    def set_progress(self, version: int, progress: Mapping[str, Any]) -> None:
+        """Replace the plain values of a saved version; its files stay as they are.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written.
+        """
+        path = self._folder / str(version) / STATE
+        temporary = path.with_name(f".{STATE}")
+        with self._unwritable_is_an_error(version):
+            state = json.loads(path.read_text(encoding="utf-8"))
+            _write(temporary, _json(state | {"progress": dict(progress)}))
+            os.replace(temporary, path)
+
     def mark_best(self, version: int) -> None:
-        """Point ``best`` at a saved version."""
-        self._point("best", version)
+        """Point ``best`` at a saved version.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        with self._unwritable_is_an_error(version):
+            self._point("best", version)
 
     def has(self, version: int) -> bool:
         """Whether a version is saved."""
@@ -128,6 +145,16 @@ class Checkpoints:
         names = [path.name for path in self._folder.iterdir() if (path / STATE).is_file()]
         return sorted(int(name) for name in names if name.isdigit())
 
+    @contextmanager
+    def _unwritable_is_an_error(self, version: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write version {version} to {self._folder}: {error.strerror or error}. "
+                "Free space or fix the permissions and go on; the earlier commits are whole"
+            ) from error
+
     def _point(self, name: str, version: int) -> None:
         temporary = self._folder / f".{name}"
         temporary.unlink(missing_ok=True)
@@ -140,6 +167,10 @@ class Checkpoints:
         for version in self._versions()[: -self._keep]:
             if str(version) not in kept:
                 shutil.rmtree(self._folder / str(version), ignore_errors=True)
+
+
+def _json(state: Mapping[str, Any]) -> bytes:
+    return json.dumps(state, indent=2).encode()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -39,7 +39,7 @@ def iteration_metrics(
         "objective/kl_coef": kl_coef,
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": stats.reward_total / stats.num_samples,
-        "objective/entropy": stats.surprise_total / stats.num_samples,
+        "objective/entropy": stats.surprise_total / stats.num_tokens,
         "response_length/mean": fmean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/eos_share": fmean(stopped),

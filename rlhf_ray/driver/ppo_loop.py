@@ -105,7 +105,7 @@ class PpoLoop:
         """Prove the generators, then iterate to the end; returns the summary."""
         await self._sync.prove(self._roles.generators.members)
         await self._sync.publish(self._roles.generators.members, self._state.version)
-        if self._state.iteration == 0:
+        if self._evaluation_is_due():
             await self._evaluate()
         while self._state.iteration < self._config.ppo.iterations:
             await self._iterate()
@@ -119,7 +119,7 @@ class PpoLoop:
         await self._commit(batch, stats, reports, iteration)
         await self._publish(iteration)
         await self._record(batch, stats, reports, iteration, time.time() - started)
-        if iteration % self._config.ppo.eval_every == 0:
+        if self._evaluation_is_due():
             await self._evaluate()
 
     async def _rollout(self, iteration: int) -> list[ScoredShard]:
@@ -166,6 +166,7 @@ class PpoLoop:
             )
         for report in reports:
             refuse_non_finite(report.metrics, iteration)
+            _require_all_learnt(report, _num_rollouts(batch))
         return stats, list(reports)
 
     async def _commit(
@@ -226,18 +227,32 @@ class PpoLoop:
         self._recorder.completions(iteration, rollouts, batch[0].scores)
         self._bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
 
+    def _evaluation_is_due(self) -> bool:
+        """Also where a run goes on from a commit that it did not live to evaluate."""
+        iteration = self._state.iteration
+        due = iteration % self._config.ppo.eval_every == 0
+        return due and not self._recorder.has_evaluation(iteration)
+
     async def _evaluate(self) -> None:
         """Held-out score of the version that is served; keeps the best version."""
         state = self._state
         record = await self._evaluator.evaluate(self._roles, state.version)
+        if state.best_score is None or record["eval/score"] > state.best_score:
+            self._state = replace(state, best_score=record["eval/score"])
+            if state.iteration:
+                await self._keep_best()
         self._recorder.evaluation({"iteration": state.iteration, **record})
-        if state.best_score is not None and record["eval/score"] <= state.best_score:
-            return
-        self._state = replace(state, best_score=record["eval/score"])
-        if state.iteration:
-            self._last_commit = replace(self._last_commit, progress=asdict(self._state))
+
+    async def _keep_best(self) -> None:
+        """Save the current version if it is not saved, and point at it.
+
+        The score is written last: a run killed before that evaluates, and points, once more.
+        """
+        version = self._state.version
+        if not self._checkpoints.has(version):
             await self._save()
-            self._checkpoints.mark_best(state.version)
+        self._checkpoints.mark_best(version)
+        self._checkpoints.set_progress(version, asdict(self._state))
 
 
 def _kl_controller(config: Config) -> KLController:
@@ -249,6 +264,14 @@ def _kl_controller(config: Config) -> KLController:
 
 def _num_rollouts(batch: Sequence[ScoredShard]) -> int:
     return sum(len(scored.shard.info.positions) for scored in batch)
+
+
+def _require_all_learnt(report: StepReport, num_rollouts: int) -> None:
+    if report.samples_learnt != num_rollouts:
+        raise RlhfError(
+            f"A learner group learnt {report.samples_learnt} of the {num_rollouts} samples that "
+            "were generated: its ranks did not share the batch out once"
+        )
 
 
 def _require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -> None:

@@ -23,7 +23,7 @@ class Recorder:
             tracer: of the run.
             resume_after: last iteration whose records stay; None: a new run.
         """
-        self._metrics_path = folder / "metrics.jsonl"
+        self._metrics_path, self._evals_path = folder / "metrics.jsonl", folder / "eval.jsonl"
         metrics, self._evals, self._completions = (
             JsonlSink(folder / name)
             for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
@@ -34,21 +34,24 @@ class Recorder:
         tensorboard = TensorBoardSink(folder / "tensorboard", purge_step=kept + 1)
         self._sinks = Sinks([metrics, tensorboard])
         self._tracer = tracer
+        self._iteration = max(kept, 0)
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str, iteration: int) -> Iterator[None]:
         """Time a phase of an iteration; kept until the iteration is logged."""
+        self._iteration = iteration
         started = time.time()
         try:
             yield
         finally:
-            self.add_phase(name, iteration, started, time.time())
+            ended = time.time()
+            self._seconds[name] = self._seconds.get(name, 0.0) + ended - started
+            self.span("driver", name, started, ended)
 
-    def add_phase(self, name: str, iteration: int, started: float, ended: float) -> None:
-        """A phase that was timed elsewhere."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + ended - started
-        self._tracer.add("driver", name, started, ended, iteration=iteration)
+    def span(self, row: str, name: str, started: float, ended: float) -> None:
+        """Work of an actor or of the driver, in Unix seconds."""
+        self._tracer.add(row, name, started, ended, iteration=self._iteration)
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """An iteration's metrics, with the times of its phases."""
@@ -75,6 +78,10 @@ class Recorder:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """A held-out evaluation with its table of samples."""
         self._evals.append(record)
+
+    def has_evaluation(self, iteration: int) -> bool:
+        """Whether the version of an iteration was evaluated."""
+        return any(record["iteration"] == iteration for record in read_jsonl(self._evals_path))
 
     def history(self) -> list[dict[str, Any]]:
         """Every iteration's metrics so far."""

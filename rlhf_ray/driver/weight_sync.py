@@ -65,9 +65,9 @@ class WeightSync:
         zero = await self.policy.zero_adapter(PROOF_VERSION)
         probe = await self.policy.probe(PROOF_VERSION, self.canaries)
         for generator in generators:
-            await self._publish_to(generator, zero)
+            await publish_to(generator, zero)
             self._check_error(generator, await self._sample_and_compare(generator, zero))
-            await self._publish_to(generator, probe)
+            await publish_to(generator, probe)
             comparison = await self._sample_and_compare(generator, probe)
             self._check_shift(generator, comparison)
             self._check_error(generator, comparison)
@@ -79,25 +79,8 @@ class WeightSync:
             WeightSyncError: a generator holds something else.
         """
         update = await self.policy.adapter(version)
-        await asyncio.gather(*(self._publish_to(generator, update) for generator in generators))
+        await asyncio.gather(*(publish_to(generator, update) for generator in generators))
         return update
-
-    async def _publish_to(self, generator: Generator, update: AdapterUpdate) -> None:
-        served = await generator.publish(update)
-        problems = []
-        if served.digest != update.digest:
-            problems.append(
-                f"its engine holds {served.num_modules} modules with digest {served.digest}"
-            )
-        if served.version != update.version:
-            problems.append(f"it reports version {served.version}")
-        if not served.caches_cleared:
-            problems.append("its prefix cache was not cleared")
-        if problems:
-            raise WeightSyncError(
-                f"{generator.name} does not serve version {update.version} "
-                f"(digest {update.digest}): {'; '.join(problems)}"
-            )
 
     async def _sample_and_compare(
         self, generator: Generator, update: AdapterUpdate
@@ -124,3 +107,26 @@ class WeightSync:
                 f"differ by {comparison.error:.3f} nats a token, {tolerance} is allowed for "
                 f"{self.engine_dtype}; compare base model, adapter and temperature"
             )
+
+
+async def publish_to(generator: Generator, update: AdapterUpdate) -> None:
+    """Send an adapter to one generator, and check what its engine then holds.
+
+    Raises:
+        WeightSyncError: it holds something else, or kept its caches.
+    """
+    served = await generator.publish(update)
+    problems = []
+    if served.digest != update.digest:
+        problems.append(
+            f"its engine holds {served.num_modules} modules with digest {served.digest}"
+        )
+    if served.version != update.version:
+        problems.append(f"it reports version {served.version}")
+    if not served.caches_cleared:
+        problems.append("its prefix cache was not cleared")
+    if problems:
+        raise WeightSyncError(
+            f"{generator.name} does not serve version {update.version} "
+            f"(digest {update.digest}): {'; '.join(problems)}"
+        )

@@ -88,6 +88,8 @@ class VllmEngine:
         if current_platform.is_cpu():
             args |= {
                 "enforce_eager": True,
+                # A prompt cut in two rewinds the request's generator, which a CPU one cannot.
+                "enable_chunked_prefill": False,
                 "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
             }
         return AsyncEngineArgs(**(args | settings.engine_args))

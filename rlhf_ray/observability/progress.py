@@ -47,11 +47,14 @@ class Bar:
         self._unit = unit
         self._first = done
         self._clock = clock
-        self._start_s = clock()
+        self._start_s = self._pace_start_s = clock()
         self._values: dict[str, float] = {}
 
     def advance(self, num_units: int = 1, **values: float) -> None:
         """Count ``num_units`` more as done; ``values`` are shown, the latest of each name."""
+        if self._pace_start_s == self._start_s:
+            # Starting up is no part of the pace: it is counted from the first units on.
+            self._first, self._pace_start_s = self.done + num_units, self._clock()
         self.done += num_units
         self._values.update(values)
         if self.view is not None:
@@ -64,11 +67,12 @@ class Bar:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds left at this process's mean pace; None where nothing can be said."""
+        """Seconds left at the mean pace since the first units; None where nothing can be said."""
         num_here = self.done - self._first
         if self.total is None or num_here <= 0:
             return None
-        return max(0, self.total - self.done) * self.elapsed_s / num_here
+        pace_s = (self._clock() - self._pace_start_s) / num_here
+        return max(0, self.total - self.done) * pace_s
 
     def counted(self) -> str:
         """Such as ``12/60 iterations``."""

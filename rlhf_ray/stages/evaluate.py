@@ -16,6 +16,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.data.synthetic import gold_score
 from rlhf_ray.driver.batches import sample_requests, shard_requests
 from rlhf_ray.driver.checkpoint import Checkpoints
+from rlhf_ray.driver.weight_sync import publish_to
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.adapters import digest, tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.models.loading import load_tokenizer
@@ -122,7 +123,7 @@ async def _sample_one(
         json.loads(files["adapter_config.json"]),
         tensors,
     )
-    await asyncio.gather(*(generator.publish(update) for generator in generators.members))
+    await asyncio.gather(*(publish_to(generator, update) for generator in generators.members))
     requests = shard_requests(
         sample_requests(prompts, 1, config.run.seed, "evaluate"), config.rollout.shard_size, version
     )

@@ -16,7 +16,12 @@ from rlhf_ray.config.run import STAGES
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.report import build
-from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error, write_atomically
+from rlhf_ray.stages.run_folder import (
+    RunFolder,
+    full_disk_is_an_error,
+    unwritable_is_an_error,
+    write_atomically,
+)
 
 MODULES = {
     "prepare": "prepare",
@@ -37,28 +42,30 @@ def run(config: Config) -> Path:
     """
     folder = RunFolder(config)
     open_run(folder)
-    todo = [
-        stage for stage in STAGES if stage in config.run.stages and not _finished(folder, stage)
-    ]
     progress = Progress(config.run.stages)
-    for stage in config.run.stages:
-        if stage not in todo:
-            progress.say(f"{stage}: {_why_skipped(config, stage)}")
     with ExitStack() as session:
-        if NEEDS_RAY & set(todo):
-            session.enter_context(ray_session(config))
-            if url := dashboard_url():
-                progress.say(f"Ray dashboard: {url}")
-        for stage in todo:
+        on_ray = False
+        for stage in (stage for stage in STAGES if stage in config.run.stages):
+            # Asked only now: whether evaluate is up to date depends on what ppo has just done.
+            if _finished(folder, stage):
+                progress.say(f"{stage}: {_why_skipped(config, stage)}")
+                continue
+            if stage in NEEDS_RAY and not on_ray:
+                session.enter_context(ray_session(config))
+                on_ray = True
+                if url := dashboard_url():
+                    progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
             run_stage(config, stage)
     return folder.path
 
 
 def run_stage(config: Config, stage: str) -> Any:
     """One stage, in the Ray session that the caller opened."""
-    if stage == "report":
-        return build(RunFolder(config).path)
-    return importlib.import_module(f"rlhf_ray.stages.{MODULES[stage]}").run(config)
+    folder = RunFolder(config).path
+    with full_disk_is_an_error(folder):
+        if stage == "report":
+            return build(folder)
+        return importlib.import_module(f"rlhf_ray.stages.{MODULES[stage]}").run(config)
 
 
 def run_single(config: Config, stage: str) -> Path:
@@ -89,7 +96,7 @@ def open_run(folder: RunFolder) -> None:
         folder.path.rename(aside)
         Progress().say(f"run.resume is never: the old run is now {aside}")
     if saved.is_file():
-        _require_same_run(folder, yaml.safe_load(saved.read_text(encoding="utf-8")))
+        _require_same_run(folder, _read_saved(saved))
     elif config.run.resume == "must":
         raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
     with unwritable_is_an_error(folder.path):
@@ -97,8 +104,18 @@ def open_run(folder: RunFolder) -> None:
     write_atomically(saved, dump(config))
 
 
+def _read_saved(path: Path) -> Mapping[str, Any]:
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; restore or remove it") from error
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path} holds no config; restore or remove it")
+    return saved
+
+
 def _require_same_run(folder: RunFolder, saved: Mapping[str, Any]) -> None:
-    begun = [stage for stage in STAGES if (folder.path / stage).is_dir()]
+    begun = [stage for stage in STAGES if folder.has_begun(stage)]
     odd = differences(saved, folder.config, begun)
     if odd:
         listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in odd)

@@ -53,12 +53,12 @@ def run(config: Config) -> dict[str, Any]:
     tracer = Tracer(folder.path / "trace.json", config.run.name)
     recorder = Recorder(stage, tracer, state.iteration if saved else None)
 
-    def on_call(worker: str, method: str, started: float, ended: float) -> None:
-        tracer.add(worker, method, started, ended, iteration=state.iteration)
+    progress = Progress(config.run.stages)
 
     async def train(bar: Bar) -> dict[str, Any]:
-        async with ppo_roles(config, policy_model, reward_model, on_call) as roles:
+        async with ppo_roles(config, policy_model, reward_model, recorder.span) as roles:
             await _restore(roles, saved)
+            progress.say("ppo: every role is ready; proving that generators serve what is sent")
             canaries = canary_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
             loop = PpoLoop(
                 config,
@@ -73,7 +73,6 @@ def run(config: Config) -> dict[str, Any]:
             )
             return await loop.run()
 
-    progress = Progress(config.run.stages)
     try:
         with progress.stage("ppo", config.ppo.iterations, "iteration", done=state.iteration) as bar:
             summary = asyncio.run(train(bar)) | {"prompts_dropped": dropped}

@@ -98,7 +98,7 @@ class RoleSpawner:
 
 
 async def _start_group(ranks: Sequence[Worker]) -> None:
-    address, port = await ranks[0].call("rendezvous")
+    address, port = await ranks[0].address(), await ranks[0].call("free_port")
     await asyncio.gather(
         *(
             worker.call("start", rank, len(ranks), address, port)

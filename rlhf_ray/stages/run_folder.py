@@ -1,17 +1,25 @@
 """Where a run's files are, and which model or data set a stage reads."""
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.config import Config
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import ConfigError, DataError, RlhfError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+CHECKPOINTS = "trainer/checkpoint-*"
+"""Where the supervised stages keep what an unfinished training goes on from."""
+
+LEAST_FREE_BYTES = 2**20
+"""Less free space than this counts as a full disk."""
 
 
 class RunFolder:
@@ -40,6 +48,13 @@ class RunFolder:
     def write_summary(self, stage: str, summary: dict[str, Any]) -> None:
         """Mark a stage as finished: written whole or not at all, as the stage's last act."""
         write_atomically(self.stage(stage) / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def has_begun(self, stage: str) -> bool:
+        """Whether a stage left something that a run which goes on would build on."""
+        parts = [(self.path / stage).glob(name) for name in ("summary.json", CHECKPOINTS)]
+        if stage == "ppo":
+            parts.append((self.path / "checkpoints").glob("*/state.json"))
+        return any(True for part in parts for _ in part)
 
     def dataset(self, name: str) -> Path:
         """One of the sets that prepare writes: finetune, reward, rl, evaluation.
@@ -129,3 +144,26 @@ def unwritable_is_an_error(path: Path) -> Iterator[None]:
             f"Cannot write {path}: {error.strerror or error}. Free space or choose another "
             "run.dir; what was written before is kept and the run can be continued"
         ) from error
+
+
+@contextmanager
+def full_disk_is_an_error(folder: Path) -> Iterator[None]:
+    """Turn whatever a library makes of a full disk into one clear message.
+
+    Some tell it by an OSError, some by a RuntimeError without a reason, some in another process.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = isinstance(error, RlhfError) and error.exit_code == 2
+        if told or not (_says_full(error) or shutil.disk_usage(folder).free < LEAST_FREE_BYTES):
+            raise
+        raise ConfigError(
+            f"The disk is full ({folder}): {type(error).__name__}: {error}. Free space or choose "
+            "another run.dir; what was written before is kept and the run can be continued"
+        ) from error
+
+
+def _says_full(error: BaseException) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or os.strerror(errno.ENOSPC) in str(error)

@@ -58,6 +58,7 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, f
         ActorFailure: a training process died.
     """
     with unwritable_is_an_error(training.data):
+        (training.folder / "summary.json").unlink(missing_ok=True)
         shutil.rmtree(training.data, ignore_errors=True)
         for split, rows in data.items():
             rows.save_to_disk(str(training.data / split))
@@ -94,6 +95,7 @@ def _following(metrics_file: Path, bar: Bar) -> Iterator[None]:
     try:
         yield
         look()
+        bar.advance((bar.total or bar.done) - bar.done)
     finally:
         ended.set()
         thread.join()
@@ -111,7 +113,6 @@ def _train_on_ray(training: Training) -> dict[str, float]:
     from ray.train.torch import TorchTrainer
 
     storage = training.folder / "ray"
-    environment = {**quiet.environment(), **training.config.cluster.env}
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"training": training},
@@ -122,7 +123,6 @@ def _train_on_ray(training: Training) -> dict[str, float]:
             name=training.name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": environment},
         ),
     )
     try:

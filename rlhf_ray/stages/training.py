@@ -107,21 +107,21 @@ def train(training: Training, num_processes: int) -> dict[str, float]:
     _require_folder(training)
     transformers.set_seed(training.config.run.seed)
     model = training.load_model()
-    held_out = _load(training, HELD_OUT)
     predicts = type(training).metrics is not Training.metrics
     trainer = training.trainer(
         model=model,
         args=arguments(training, num_processes),
         train_dataset=_load(training, TRAIN),
+        eval_dataset=_load(training, HELD_OUT),
         data_collator=training.collate,
         compute_metrics=training.metrics if predicts else None,
         callbacks=[_StepLog(training)],
     )
     trainer.remove_callback(PrinterCallback)
-    before = trainer.evaluate(held_out)  # type: ignore[arg-type]
     checkpoint = last_checkpoint(training)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = trainer.evaluate(held_out)  # type: ignore[arg-type]
+    before = next(log for log in trainer.state.log_history if "eval_loss" in log)
+    after = trainer.evaluate()
     sizes = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -168,6 +168,9 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "save_strategy": "steps",
+        # Not a call of evaluate() before train(): after that, in several processes, train() would
+        # leave the model without DistributedDataParallel, and each process would train alone.
+        "eval_on_start": True,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "label_names": ["labels"],

@@ -39,16 +39,18 @@ def test_a_log_gets_a_line_every_ten_seconds_with_the_eta():
     ]
 
 
-def test_work_of_an_earlier_process_does_not_count_towards_the_pace():
+def test_earlier_work_and_the_start_do_not_count_towards_the_pace():
     clock = Clock()
     progress = Progress(stream=io.StringIO(), clock=clock)
     with progress.stage("ppo", total=60, unit="iteration", done=40) as bar:
-        assert bar.eta_s is None
-        clock.now = 30.0
-        bar.advance(10)
-        # 10 in 30 s, 10 left.
-        assert bar.eta_s == 30.0
-        assert bar.line() == "ppo 50/60 iterations, 83%, 0:30 elapsed, ETA 0:30"
+        clock.now = 100.0
+        bar.advance(1)
+        assert bar.eta_s is None  # starting up took 99 s or so, and says nothing of the pace
+        clock.now = 118.0
+        bar.advance(9)
+        # 9 in 18 s, 10 left.
+        assert bar.eta_s == 20.0
+        assert bar.line() == "ppo 50/60 iterations, 83%, 1:58 elapsed, ETA 0:20"
 
 
 def test_an_unknown_total_has_no_eta():

@@ -54,13 +54,14 @@ def test_a_killed_stage_goes_on_and_ends_as_if_never_killed(
             pretrain.run(config)
         if stage == "reward":
             sft.run(config)
-    run(whole)
+    expected_summary = run(whole)
     with monkeypatch.context() as patch:
         kill_at(4, patch)
         with pytest.raises(Killed):
             run(killed)
     assert RunFolder(killed).summary(stage) is None
-    run(killed)
+    summary = run(killed)
+    assert summary | {"seconds": 0} == expected_summary | {"seconds": 0}
     curves = [
         (Path(config.run.dir) / stage / "metrics.jsonl").read_text() for config in (whole, killed)
     ]
