@@ -30,7 +30,9 @@ from rlhf_ray.models.loading import load_causal_lm
 from rlhf_ray.types import AdapterUpdate, Gap, ProbeComparison, Rollout, SampleRequest
 
 PROBE_SHIFT = 1.0
-"""Nats a token that a probe moves the canaries: twice what the proof asks for."""
+"""Nats a token that a probe moves the canaries, where the base can be moved so far."""
+PROBE_SCALES = [1e-3 * 1.5**step for step in range(18)]
+"""Deviations of a probe's B that are tried; at the last, about 1, a probe drowns its base."""
 
 
 class PolicyLearner(Learner):
@@ -113,7 +115,9 @@ class PolicyLearner(Learner):
     def probe(self, version: int, canaries: Sequence[SampleRequest]) -> tuple[bytes, AdapterUpdate]:
         """A seeded random adapter, scaled until it moves the canaries by PROBE_SHIFT nats.
 
-        What is measured is KL(probe || base), the mean shift of tokens that the probe samples.
+        What is measured is KL(probe || base), the mean shift of tokens that the probe samples. The
+        logits of a base that knows nothing lie within a narrow band whatever its layers put out:
+        there the probe is the smallest that moves it half as far as any does.
         """
         generator = torch.Generator().manual_seed(self._config.run.seed)
         state = self._read_adapter()
@@ -121,15 +125,20 @@ class PolicyLearner(Learner):
             name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
             for name, tensor in state.items()
         }
-        scale = 1e-3
-        while True:
-            probe = {
+
+        def scaled(scale: float) -> TensorDict:
+            return {
                 name: noise[name] * (scale if "lora_B" in name else tensor.shape[1] ** -0.5)
                 for name, tensor in state.items()
             }
-            if self._mean_shift(probe, canaries) >= PROBE_SHIFT:
-                return self._update(version, probe)
-            scale *= 1.5
+
+        shifts: dict[float, float] = {}
+        for scale in PROBE_SCALES:
+            shifts[scale] = self._mean_shift(scaled(scale), canaries)
+            if shifts[scale] >= PROBE_SHIFT:
+                return self._update(version, scaled(scale))
+        half = max(shifts.values()) / 2
+        return self._update(version, scaled(next(s for s in PROBE_SCALES if shifts[s] >= half)))
 
     @torch.no_grad()
     def _mean_shift(self, probe: TensorDict, canaries: Sequence[SampleRequest]) -> float:
@@ -157,11 +166,7 @@ class PolicyLearner(Learner):
         with self._without_adapter():
             base = np.concatenate(self._logprobs(rollouts))
         engine = np.concatenate([rollout.rollout_logprobs for rollout in rollouts])
-        return ProbeComparison(
-            shift=float(np.mean(learner - base, dtype=np.float64)),
-            engine_shift=float(np.mean(engine - base, dtype=np.float64)),
-            error=float(np.mean(np.abs(engine - learner), dtype=np.float64)),
-        )
+        return compare_shifts(engine, learner, base)
 
     @contextmanager
     def _adapter_as(self, state: TensorDict) -> Iterator[None]:
@@ -196,3 +201,21 @@ class PolicyLearner(Learner):
             "adapter_model.safetensors": tensors_to_bytes(self._read_adapter()),
             "adapter_config.json": json.dumps(settings, indent=2).encode(),
         }
+
+
+def compare_shifts(engine: np.ndarray, learner: np.ndarray, base: np.ndarray) -> ProbeComparison:
+    """How far an engine goes along with the learner when an adapter moves it.
+
+    Args:
+        engine: [N] engine's log-probs of sampled tokens, nats.
+        learner: [N] learner's, with the adapter.
+        base: [N] learner's, without it.
+    """
+    expected = np.subtract(learner, base, dtype=np.float64)
+    found = np.subtract(engine, base, dtype=np.float64)
+    shift = float(np.sqrt(np.mean(expected**2)))
+    return ProbeComparison(
+        shift=shift,
+        engine_shift=float(np.mean(found * expected)) / shift if shift else 0.0,
+        error=float(np.mean(np.abs(found - expected))),
+    )

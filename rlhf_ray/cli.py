@@ -24,7 +24,7 @@ ConfigPath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys on top, e.g. run.seed=1."),
+    typer.Argument(metavar="KEY=VALUE", help="Dotted keys on top, e.g. run.seed=1."),
 ]
 
 

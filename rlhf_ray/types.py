@@ -208,9 +208,10 @@ class ProbeComparison:
     """A shard sampled under a known adapter, compared with the learner; nats a token."""
 
     shift: float
-    """Mean of the learner's log-prob with the adapter minus without it."""
+    """Root mean square of what the adapter adds to the learner's log-prob of each token."""
     engine_shift: float
-    """Mean of the engine's log-prob minus the learner's without the adapter."""
+    """What it adds to the engine's, projected on that: equal where the engine goes along, 0 where
+    it stays at the base or moves elsewhere. Unlike a mean, it hides no change behind its sign."""
     error: float
     """Mean |engine's - learner's log-prob with the adapter|."""
 

@@ -85,7 +85,9 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
     if not path.is_file():
-        raise ConfigError(f"Config file {path} does not exist")
+        raise ConfigError(
+            f"Config file {path} does not exist; name a YAML file or the folder of a run"
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

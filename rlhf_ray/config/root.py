@@ -47,6 +47,12 @@ class Config(Section):
         return self.rollout.dtype or self.model.dtype
 
     @property
+    def engine_is_exact(self) -> bool:
+        """Whether engine and learner compute with the same fp32 weights, rounding apart."""
+        dtypes = {self.engine_dtype, self.model.dtype}
+        return dtypes == {"float32"} and self.model.quantization == "none"
+
+    @property
     def serving(self) -> Literal["adapter", "merged"]:
         """``adapter`` or ``merged``: merging rounds small updates away below float32."""
         if self.rollout.serving != "auto":

@@ -16,7 +16,16 @@ _OWNED = {
     "warmup_steps": "{section}.warmup_steps",
     "weight_decay": "{section}.weight_decay",
     "seed": "run.seed",
+    "num_train_epochs": "{section}.steps",
+    "gradient_checkpointing": "{section}.gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "{section}.gradient_checkpointing",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
     "report_to": "the stage",
+    "save_strategy": "the stage",
+    "eval_on_start": "the stage",
+    "label_names": "the stage",
+    "logging_nan_inf_filter": "the stage",
     "remove_unused_columns": "the stage",
 }
 

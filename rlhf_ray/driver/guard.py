@@ -7,10 +7,10 @@ from rlhf_ray.errors import DivergenceError, WeightSyncError
 from rlhf_ray.types import ScoredShard
 
 CALIBRATION_FACTOR = 10.0
-FLOOR = {"float32": 1e-4}
-FLOOR_OTHERS = 0.02
-CEILING = {"float32": 0.01}
-CEILING_OTHERS = 0.1
+FLOOR, CEILING = 1e-4, 0.01
+"""Nats a token between which the bound lies, where engine and learner hold the same fp32 weights."""
+ROUNDED_FLOOR, ROUNDED_CEILING = 0.02, 0.1
+"""The same where one of them rounds or quantises its weights."""
 
 
 class SamplerGapGuard:
@@ -20,10 +20,10 @@ class SamplerGapGuard:
     gap, no lower than rounding can reach, no higher than a wrong adapter or temperature would.
     """
 
-    def __init__(self, engine_dtype: str, bound: float | None = None) -> None:
-        """Args: the engine's data type; a bound that is set already, nats a token."""
-        self._floor = FLOOR.get(engine_dtype, FLOOR_OTHERS)
-        self._ceiling = CEILING.get(engine_dtype, CEILING_OTHERS)
+    def __init__(self, engine_is_exact: bool, bound: float | None = None) -> None:
+        """Args: `Config.engine_is_exact`; a bound that is set already, nats a token."""
+        self._floor = FLOOR if engine_is_exact else ROUNDED_FLOOR
+        self._ceiling = CEILING if engine_is_exact else ROUNDED_CEILING
         self.bound = bound
 
     def check(self, batch: Sequence[ScoredShard]) -> None:

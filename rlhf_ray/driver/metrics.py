@@ -66,8 +66,8 @@ def run_summary(history: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) 
         return fmean(record[name] for record in history[part])
 
     first, last = slice(0, EDGE), slice(-EDGE, None)
-    phases = ("gen", "score", "learn", "commit", "sync")
-    seconds = {p: sum(record[f"timing_s/{p}"] for record in history) for p in phases}
+    phases = ("gen", "score", "learn", "commit", "sync", "save")
+    seconds = {p: sum(record.get(f"timing_s/{p}", 0.0) for record in history) for p in phases}
     total = sum(record["timing_s/iteration"] for record in history)
     return {
         "iterations": state["iteration"],

@@ -6,7 +6,8 @@
        +----------------------------- next iteration <-----------------------------------+
 
 Each finished shard is scored while others still generate. An iteration starts from the last
-commit and ends in the next one; generators only ever serve committed adapters.
+commit and ends in the next one, which the driver holds; generators only ever serve committed
+adapters. Every `ppo.save_every` iterations the commit is written to the run's folder as well.
 """
 
 import asyncio
@@ -95,7 +96,7 @@ class PpoLoop:
         self._state = state
         self._bar = progress_bar
         self._guard = SamplerGapGuard(
-            config.engine_dtype, config.rollout.max_gap or state.gap_bound
+            config.engine_is_exact, config.rollout.max_gap or state.gap_bound
         )
         self._kl = _kl_controller(config)
         if state.iteration:
@@ -119,6 +120,8 @@ class PpoLoop:
         await self._commit(batch, stats, reports, iteration)
         await self._publish(iteration)
         await self._record(batch, stats, reports, iteration, time.time() - started)
+        if iteration == self._config.ppo.iterations or iteration % self._config.ppo.save_every == 0:
+            await self._save()
         if self._evaluation_is_due():
             await self._evaluate()
 
@@ -195,18 +198,20 @@ class PpoLoop:
                 self._roles.policy.state(), self._roles.critic.state()
             )
             self._last_commit = Commit(self._state.version, policy, critic, asdict(self._state))
-            last = iteration == self._config.ppo.iterations
-            if last or iteration % self._config.ppo.save_every == 0:
-                await self._save()
 
     async def _save(self) -> None:
-        """Write the last commit to the run's folder."""
+        """Write the last commit to the run's folder, as the last act of its iteration.
+
+        What is recorded of later iterations is cut off when the run goes on, so the records of
+        this one must be there before.
+        """
         commit = self._last_commit
-        groups: Mapping[str, Mapping[str, bytes]] = {
-            "policy": await self._roles.fetch(commit.policy),
-            "critic": await self._roles.fetch(commit.critic),
-        }
-        self._checkpoints.save(commit.version, groups, commit.progress)
+        with self._recorder.phase("save", self._state.iteration):
+            groups: Mapping[str, Mapping[str, bytes]] = {
+                "policy": await self._roles.fetch(commit.policy),
+                "critic": await self._roles.fetch(commit.critic),
+            }
+            self._checkpoints.save(commit.version, groups, commit.progress)
 
     async def _publish(self, iteration: int) -> None:
         with self._recorder.phase("sync", iteration):

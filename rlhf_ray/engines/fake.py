@@ -103,9 +103,7 @@ class FakeEngine:
         call = self.calls["sample"]
         await asyncio.sleep(self._delay_s)
         if call == self._fail_on_call:
-            raise ActorFailure(
-                f"The fake engine fails on call {call}, as it was told"
-            )
+            raise ActorFailure(f"The fake engine fails on call {call}, as it was told")
         if self.held is None:
             raise WeightSyncError("The engine was asked to sample before it was given an adapter")
         if not requests:

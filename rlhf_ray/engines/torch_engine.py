@@ -57,6 +57,7 @@ class TorchEngine:
 
     def import_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put back what export_state gave."""
+        self._optimizer.state.clear()  # the state of a beginning has no moments to replace them
         load_adam_state(
             self._trainable,
             state,

@@ -64,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
                 config,
                 roles,
                 PromptCursor(prompts, config.run.seed),
-                WeightSync(roles.policy, canaries, config.engine_dtype),
+                WeightSync(roles.policy, canaries, config.engine_is_exact),
                 Evaluator(eval_prompts, config.rollout.shard_size, config.run.seed),
                 checkpoints,
                 recorder,

@@ -2,11 +2,12 @@
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 
 from rlhf_ray.algorithms.losses import pairwise_reward_loss
 from rlhf_ray.config import Config
@@ -91,10 +92,9 @@ class RewardTraining(Training):
             "position_ids": positions,
         }
 
-    def metrics(self, prediction: Any) -> dict[str, float]:
-        """Share of the pairs whose chosen answer scores higher; a tie counts as wrong."""
-        scores_BP = prediction.predictions
-        return {"accuracy": float((scores_BP[:, CHOSEN] > scores_BP[:, REJECTED]).mean())}
+    @property
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        return pair_accuracy
 
     def save(self, model: Any) -> None:
         tokenizer = loading.load_tokenizer(self.base)
@@ -103,6 +103,12 @@ class RewardTraining(Training):
     @functools.cached_property
     def _pad_id(self) -> int:
         return int(loading.load_tokenizer(self.base).pad_token_id)  # type: ignore[arg-type]
+
+
+def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the pairs whose chosen answer scores higher; a tie counts as wrong."""
+    scores_BP: Any = prediction.predictions
+    return {"accuracy": float((scores_BP[:, CHOSEN] > scores_BP[:, REJECTED]).mean())}
 
 
 def run(config: Config) -> dict[str, Any]:

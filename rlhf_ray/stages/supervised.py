@@ -94,11 +94,12 @@ def _following(metrics_file: Path, bar: Bar) -> Iterator[None]:
     thread.start()
     try:
         yield
-        look()
-        bar.advance((bar.total or bar.done) - bar.done)
     finally:
         ended.set()
         thread.join()
+        look()
+    if bar.total is not None and bar.total > bar.done:
+        bar.advance(bar.total - bar.done)  # not every step is logged
 
 
 def _train_inline(training: Training) -> dict[str, float]:

@@ -7,16 +7,22 @@ import dataclasses
 import difflib
 import json
 import math
-import os
+import platform
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from datasets import Dataset, load_from_disk
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import SupervisedConfig
@@ -71,9 +77,10 @@ class Training(ABC):
     def save(self, model: Any) -> None:
         """Write the result into the stage's folder; called in one process."""
 
-    def metrics(self, prediction: Any) -> dict[str, float]:
-        """``accuracy`` on the held-out rows, for trainers that return predictions."""
-        raise NotImplementedError
+    @property
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
+        """Computes ``accuracy`` on the held-out rows; None: their loss alone counts."""
+        return None
 
     @property
     def data(self) -> Path:
@@ -107,14 +114,13 @@ def train(training: Training, num_processes: int) -> dict[str, float]:
     _require_folder(training)
     transformers.set_seed(training.config.run.seed)
     model = training.load_model()
-    predicts = type(training).metrics is not Training.metrics
     trainer = training.trainer(
         model=model,
         args=arguments(training, num_processes),
         train_dataset=_load(training, TRAIN),
         eval_dataset=_load(training, HELD_OUT),
         data_collator=training.collate,
-        compute_metrics=training.metrics if predicts else None,
+        compute_metrics=training.metrics,
         callbacks=[_StepLog(training)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -255,7 +261,7 @@ class _StepLog(TrainerCallback):
 def _require_folder(training: Training) -> None:
     if not training.data.is_dir():
         raise ConfigError(
-            f"A training process of the stage {training.name} on {os.uname().nodename} does not "
+            f"A training process of the stage {training.name} on {platform.node()} does not "
             f"see {training.data}; run.dir must be on storage that the training nodes share"
         )
 

@@ -11,7 +11,15 @@ import torch
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, ConfigError, DataError, DivergenceError, PlacementError
 from rlhf_ray.models import loading
-from rlhf_ray.stages import pretrain, reward_model, sft, supervised, training
+from rlhf_ray.stages import (
+    pipeline,
+    pretrain,
+    reward_model,
+    run_folder,
+    sft,
+    supervised,
+    training,
+)
 from rlhf_ray.stages.run_folder import RunFolder
 
 MakeRun = Callable[..., Config]
@@ -127,6 +135,28 @@ def test_wrong_training_arguments_are_refused_by_name(make_run: MakeRun) -> None
     config = make_run("typed", pretrain={"trainer": {"optim": "no_such_optimizer"}})
     with pytest.raises(ConfigError, match=r"pretrain.trainer: .*no_such_optimizer"):
         pretrain.run(config)
+
+
+def test_a_full_disk_is_told_whatever_the_library_raised(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    usage = type("Usage", (), {"free": 0})
+    monkeypatch.setattr(supervised, "train", fail)
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+        pipeline.run_stage(make_run(), "pretrain")
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match=r"The disk is full .*PytorchStreamWriter.* Free space"):
+        pipeline.run_stage(make_run("full"), "pretrain")
+
+
+def test_progress_ends_at_the_last_step_though_few_are_logged(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.run(make_run(pretrain={"trainer": {"logging_steps": 4}}))
+    assert "pretrain done: 6/6 steps" in capsys.readouterr().out
 
 
 def test_a_process_that_does_not_see_the_folder_says_so(make_run: MakeRun, tmp_path: Path) -> None:

@@ -1,0 +1,379 @@
+"""Roles in a few lines of numpy over the fake engine's one-distribution model; faults on request.
+
+The policy is what the fake engine samples from: one distribution over the vocabulary, moved by one
+LoRA module. Its score rises with the share of even tokens, so that it has something to learn.
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.generator import Generator
+from actors.policy_learner import compare_shifts
+from rlhf_ray.cluster.role_clients import GeneratorClient, GeneratorPool
+from rlhf_ray.cluster.workers import InlineWorker
+from rlhf_ray.config import Config, resolve
+from rlhf_ray.driver.batches import PromptCursor
+from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
+from rlhf_ray.driver.evaluation import Evaluator
+from rlhf_ray.driver.ppo_loop import PpoLoop, Roles, RunState
+from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
+from rlhf_ray.engines.fake import VOCAB_SIZE, FakeEngine, adapted_logits
+from rlhf_ray.models.adapters import digest, tensors_from_bytes, tensors_to_bytes
+from rlhf_ray.observability.progress import Bar
+from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.types import (
+    AdapterUpdate,
+    AssembledStats,
+    Gap,
+    ProbeComparison,
+    Prompt,
+    Rollout,
+    SampleRequest,
+    ScoredShard,
+    ServedAdapter,
+    Shard,
+    ShardRequest,
+    StepReport,
+)
+
+MODULE = "base_model.model.head"
+PROMPTS = [Prompt(f"p{i}", f"prompt {i}", (i + 1, i + 2, i + 3)) for i in range(10)]
+Events = list[tuple[str, Any]]
+"""What happened, in order: (what, detail)."""
+
+
+class Tokenizer:
+    """Decodes a token to its number."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def adapter(b_V: np.ndarray) -> dict[str, torch.Tensor]:
+    """The LoRA module that adds ``b_V`` to the logits."""
+    return {
+        f"{MODULE}.lora_A.weight": torch.ones(1, 1),
+        f"{MODULE}.lora_B.weight": torch.tensor(b_V[:, None], dtype=torch.float32),
+    }
+
+
+def logprobs_of(tensors: dict[str, torch.Tensor], temperature: float = 1.0) -> np.ndarray:
+    """[V] log-probs of every next token."""
+    logits_V = adapted_logits(tensors) / temperature
+    return logits_V - np.log(np.exp(logits_V).sum())
+
+
+@dataclass
+class FakeScorer:
+    """Twice the share of even tokens."""
+
+    events: Events = field(default_factory=list)
+
+    async def score(self, shard: Shard) -> tuple[float, ...]:
+        self.events.append(("score", shard.info.index))
+        return tuple(2.0 * float(np.mean(r.response_ids % 2 == 0)) for r in shard.rollouts)
+
+
+class FakeReference:
+    """The distribution without an adapter."""
+
+    async def logprobs(self, shard: Shard) -> list[np.ndarray]:
+        logprobs_V = logprobs_of({})
+        return [logprobs_V[r.response_ids].astype(np.float32) for r in shard.rollouts]
+
+
+@dataclass
+class FakePolicy:
+    """Vanilla policy gradient with momentum on the adapter's B.
+
+    Faults: ``gap`` is added to every log-prob that is compared with the engine's from iteration
+    ``fault_at`` on, ``loss`` is what iteration ``fault_at`` reports, ``lose`` is the number of
+    samples that it does not learn.
+    """
+
+    events: Events = field(default_factory=list)
+    temperature: float = 1.0
+    fault_at: int = 0
+    gap: float = 0.0
+    loss: float = 0.0
+    lose: int = 0
+    b_V: np.ndarray = field(default_factory=lambda: np.zeros(VOCAB_SIZE))
+    momentum_V: np.ndarray = field(default_factory=lambda: np.zeros(VOCAB_SIZE))
+    learnt: int = 0
+    """Iterations learnt."""
+
+    def _faulty(self) -> bool:
+        return bool(self.fault_at) and self.learnt + 1 >= self.fault_at
+
+    def _logprobs_V(self) -> np.ndarray:
+        return logprobs_of(adapter(self.b_V), self.temperature)
+
+    async def logprobs(self, shard: Shard) -> tuple[list[np.ndarray], Gap]:
+        own = [self._logprobs_V()[r.response_ids].astype(np.float32) for r in shard.rollouts]
+        engine = [r.rollout_logprobs for r in shard.rollouts]
+        gaps = np.abs(np.concatenate(own) - np.concatenate(engine), dtype=np.float64)
+        gaps += self.gap if self._faulty() else 0.0
+        return own, Gap(float(gaps.mean()), float(gaps.max()), len(gaps))
+
+    async def sample_kl(self, shard: Shard, ref_logprobs: Any) -> tuple[float, ...]:
+        own, _ = await self.logprobs(shard)
+        return tuple(float((o - r).sum()) for o, r in zip(own, ref_logprobs, strict=True))
+
+    async def assemble(self, batch: Sequence[ScoredShard], kl_coef: float) -> AssembledStats:
+        self.events.append(("assemble", kl_coef))
+        self._rollouts, kls = _by_position(batch)
+        scores = np.array([score for scored in batch for score in scored.scores])
+        lengths = np.array([len(r.response_ids) for r in self._rollouts])
+        rewards = scores - kl_coef * kls
+        self._advantages = rewards
+        return AssembledStats(
+            num_samples=len(rewards),
+            num_tokens=int(lengths.sum()),
+            advantage_total=float((rewards * lengths).sum()),
+            advantage_total_sq=float((rewards**2 * lengths).sum()),
+            kl_total=float(kls.sum()),
+            reward_total=float(rewards.sum()),
+            surprise_total=float(
+                -sum(lp.sum(dtype=np.float64) for scored in batch for lp in scored.old_logprobs)
+            ),
+        )
+
+    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+        self.events.append(("learn", [r.position for r in self._rollouts]))
+        probs_V = np.exp(self._logprobs_V())
+        gradient_V = np.zeros(VOCAB_SIZE)
+        for rollout, advantage in zip(self._rollouts, self._advantages, strict=True):
+            counts_V = np.bincount(rollout.response_ids, minlength=VOCAB_SIZE)
+            whitened = (advantage - advantage_mean) / advantage_std
+            gradient_V += whitened * (counts_V - len(rollout.response_ids) * probs_V)
+        self.momentum_V = 0.5 * self.momentum_V + gradient_V
+        faulty = self._faulty()
+        self.b_V = np.float32(self.b_V + 0.01 * self.momentum_V).astype(np.float64)
+        self.learnt += 1
+        metrics = {
+            "loss/policy_avg": self.loss if faulty else -1.0,
+            "policy/grad_norm": float(np.linalg.norm(gradient_V)),
+        }
+        samples = len(self._rollouts) - (self.lose if faulty else 0)
+        return StepReport(metrics, samples, sum(len(r.response_ids) for r in self._rollouts))
+
+    async def state(self) -> dict[str, bytes]:
+        self.events.append(("commit", self.learnt))
+        return {
+            "learner": np.stack([self.b_V, self.momentum_V]).tobytes(),
+            "learnt": str(self.learnt).encode(),
+            "adapter_model.safetensors": tensors_to_bytes(adapter(self.b_V)),
+            "adapter_config.json": json.dumps({"r": 1}).encode(),
+        }
+
+    async def load(self, state: dict[str, bytes]) -> None:
+        self.b_V, self.momentum_V = np.frombuffer(state["learner"]).reshape(2, -1).copy()
+        self.learnt = int(state["learnt"])
+
+    def _update(self, version: int, b_V: np.ndarray) -> AdapterUpdate:
+        tensors = adapter(b_V)
+        return AdapterUpdate(version, digest(tensors), {"r": 1}, tensors_to_bytes(tensors))
+
+    async def adapter(self, version: int) -> AdapterUpdate:
+        return self._update(version, self.b_V)
+
+    async def zero_adapter(self, version: int) -> AdapterUpdate:
+        return self._update(version, np.zeros(VOCAB_SIZE))
+
+    async def probe(self, version: int, canaries: Sequence[SampleRequest]) -> AdapterUpdate:
+        # 2.5 N(0, 1) on 32 logits is a KL of a nat and more.
+        return self._update(version, 2.5 * np.random.default_rng(0).standard_normal(VOCAB_SIZE))
+
+    async def compare(self, update: AdapterUpdate, shard: Shard) -> ProbeComparison:
+        tokens = np.concatenate([r.response_ids for r in shard.rollouts])
+        engine = np.concatenate([r.rollout_logprobs for r in shard.rollouts])
+        with_it = logprobs_of(tensors_from_bytes(update.tensors), self.temperature)[tokens]
+        base = logprobs_of({}, self.temperature)[tokens]
+        return compare_shifts(engine, with_it, base)
+
+
+@dataclass
+class FakeCritic:
+    """Knows one value, and moves it half-way to the mean score."""
+
+    events: Events = field(default_factory=list)
+    value: float = 0.0
+
+    async def values(self, shard: Shard) -> list[np.ndarray]:
+        return [np.full(len(r.response_ids), self.value, np.float32) for r in shard.rollouts]
+
+    async def assemble(self, batch: Sequence[ScoredShard], kl_coef: float) -> AssembledStats:
+        self._scores = [score for scored in batch for score in scored.scores]
+        return AssembledStats(len(self._scores), 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+        loss = 0.5 * float(np.mean((np.array(self._scores) - self.value) ** 2))
+        self.value += 0.5 * (float(np.mean(self._scores)) - self.value)
+        return StepReport({"loss/value_avg": loss, "val/grad_norm": loss}, len(self._scores), 1)
+
+    async def state(self) -> dict[str, bytes]:
+        return {"value": np.float64(self.value).tobytes()}
+
+    async def load(self, state: dict[str, bytes]) -> None:
+        self.value = float(np.frombuffer(state["value"])[0])
+
+
+@dataclass
+class SpyGenerator(GeneratorClient):
+    """A generator that tells what it was asked for."""
+
+    def __init__(self, worker: InlineWorker, events: Events) -> None:
+        super().__init__(worker)
+        self._events = events
+
+    async def generate(self, request: ShardRequest) -> Shard:
+        self._events.append(("generate", (request.version, request.index)))
+        shard = await super().generate(request)
+        self._events.append(("generated", (request.version, request.index)))
+        return shard
+
+    async def publish(self, update: AdapterUpdate) -> ServedAdapter:
+        self._events.append(("publish", update.version))
+        return await super().publish(update)
+
+
+def make_config(folder: Path, **ppo: Any) -> Config:
+    """A run of six iterations of eight rollouts, two of a prompt, in shards of three."""
+    values = {
+        "run": {"dir": str(folder)},
+        "cluster": {"mode": "inline"},
+        "rollout": {
+            "engine": "transformers",
+            "shard_size": 3,
+            "max_prompt_tokens": 8,
+            "max_tokens": 8,
+        },
+        "ppo": {
+            "iterations": 6,
+            "batch_size": 8,
+            "mini_batch_size": 8,
+            "samples_per_prompt": 2,
+            "save_every": 2,
+            "eval_every": 3,
+            "eval_prompts": 8,
+            "kl_target": 0.5,
+            "kl_horizon": 80,
+            **ppo,
+        },
+    }
+    return resolve(values)
+
+
+class Harness:
+    """A real PpoLoop over fakes, in a folder; made anew, it goes on from the folder's commit."""
+
+    def __init__(
+        self,
+        config: Config,
+        engines: Sequence[FakeEngine] = (),
+        policy: FakePolicy | None = None,
+        pool: type[GeneratorPool] = GeneratorPool,
+    ) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir)
+        self.events: Events = []
+        self.engines = list(engines) or [FakeEngine()]
+        self.policy = policy or FakePolicy()
+        self.critic = FakeCritic(self.events)
+        self.policy.events = self.events
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", config.ppo.keep_checkpoints, {"policy": {}}
+        )
+        self._pool = pool
+
+    def run(self) -> dict[str, Any]:
+        return asyncio.run(self._run())
+
+    async def _run(self) -> dict[str, Any]:
+        config, saved = self.config, self.checkpoints.latest()
+        state = RunState(**saved.progress) if saved else RunState()
+        tracer = Tracer(self.folder / "trace.json")
+        recorder = Recorder(self.folder / "ppo", tracer, state.iteration if saved else None)
+        await self._restore(saved)
+        self.loop = PpoLoop(
+            config,
+            await self._roles(),
+            PromptCursor(PROMPTS[:8], config.run.seed),
+            WeightSync(self.policy, canary_requests(PROMPTS, 8, 0), config.engine_is_exact),
+            Evaluator(PROMPTS[8:], config.rollout.shard_size, config.run.seed),
+            self.checkpoints,
+            recorder,
+            state,
+            Bar("ppo", config.ppo.iterations, "iteration", 0, lambda: 0.0),
+        )
+        try:
+            return await self.loop.run()
+        finally:
+            recorder.close()
+            tracer.close()
+
+    async def _restore(self, saved: SavedCommit | None) -> None:
+        if saved:
+            await self.policy.load(saved.policy)
+            await self.critic.load(saved.critic)
+
+    async def _roles(self) -> Roles:
+        members = []
+        for number, engine in enumerate(self.engines):
+            name = f"generator-{number}"
+            generator = Generator(name, lambda engine=engine: engine, Tokenizer)
+            await generator.start()
+            worker = InlineWorker(name, generator, lambda *_: None)
+            members.append(SpyGenerator(worker, self.events))
+        return Roles(
+            generators=self._pool(members, max_in_flight=2),
+            scorer=FakeScorer(self.events),
+            reference=FakeReference(),
+            policy=self.policy,
+            critic=self.critic,
+            fetch=_fetch,
+        )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every iteration's metrics without the times, which never repeat."""
+        return [
+            {k: v for k, v in record.items() if not k.startswith(("timing_s/", "throughput/"))}
+            for record in self.records("metrics")
+        ]
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Lines of a JSON lines file of the stage."""
+        path = self.folder / "ppo" / f"{name}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def saved(self) -> list[int]:
+        """Versions in the folder."""
+        return sorted(int(p.name) for p in (self.folder / "checkpoints").glob("[0-9]*"))
+
+
+def stale(shard: Shard, version: int) -> Shard:
+    """The shard, as if another version had sampled its first rollout."""
+    return replace(shard, info=replace(shard.info, versions=(version, *shard.info.versions[1:])))
+
+
+async def _fetch(handle: Any) -> Any:
+    return handle
+
+
+def _by_position(batch: Sequence[ScoredShard]) -> tuple[list[Rollout], np.ndarray]:
+    rollouts = [rollout for scored in batch for rollout in scored.shard.rollouts]
+    kls = [
+        (old - ref).sum(dtype=np.float64)
+        for scored in batch
+        for old, ref in zip(scored.old_logprobs, scored.ref_logprobs, strict=True)
+    ]
+    return rollouts, np.array(kls)

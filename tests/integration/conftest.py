@@ -1,0 +1,251 @@
+"""Small models, and the command line as a user runs it, with all that it leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rlhf_ray.config.model import TinyModelConfig
+from rlhf_ray.models import tiny
+from rlhf_ray.models.loading import load_tokenizer, save_model
+
+TEXTS = [
+    f"Question {number}: why does the {noun} {verb}? Answer: because {reason}."
+    for number, (noun, verb, reason) in enumerate(
+        (noun, verb, reason)
+        for noun in ("kettle", "grinder", "filter", "pump")
+        for verb in ("leak", "whistle", "stop", "hum")
+        for reason in ("it is worn", "water is hard", "it is new", "steam must leave")
+    )
+]
+SHARED_MEMORY = Path("/dev/shm")
+MARK = "RLHF_RAY_TEST_MARK"
+
+
+class BuildLlama(Protocol):
+    """Writes a small Llama; its logits are not flat, so that temperature and samples matter."""
+
+    def __call__(self, folder: Path, *, max_length: int = 512) -> str: ...
+
+
+@pytest.fixture(scope="session")
+def build_llama() -> BuildLlama:
+    def build(folder: Path, *, max_length: int = 512) -> str:
+        shape = TinyModelConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2)
+        tiny.build(folder, TEXTS, shape, max_length, seed=0)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 2:
+                    deviation = 0.25 if name.startswith("lm_head") else 0.1
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+        save_model(model, load_tokenizer(str(folder)), folder)
+        return str(folder)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory, build_llama: BuildLlama) -> str:
+    """Folder of a small Llama with its tokenizer."""
+    return build_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, llama: str) -> str:
+    """Folder of a Llama sequence-classification model with one label."""
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(2)
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
+    save_model(model, load_tokenizer(llama), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small random Qwen2.5: fused biases, one key head, tied embeddings, two eos."""
+    folder = tmp_path_factory.mktemp("qwen")
+    tokenizer = _qwen_tokenizer()
+    ids = tokenizer.get_vocab()
+    torch.manual_seed(3)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
+            initializer_range=0.1,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
+    )
+    save_model(model, tokenizer, folder)
+    return str(folder)
+
+
+def _qwen_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(reversed(TEXTS), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON Lines file with a prompt a row."""
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    rows = [json.dumps({"prompt": text.partition(" Answer")[0]}) for text in TEXTS]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+class CommandLine:
+    """`rlhf-ray` in processes of their own, marked so that every descendant is known by its mark.
+
+    The temporary folder is its own as well, so that no other run on the machine sweeps what these
+    leave, and none of theirs is swept.
+    """
+
+    def __init__(self, scratch: Path, temporary: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        self._scratch = scratch
+        self._files_before = set(SHARED_MEMORY.glob("*"))
+        self._environment = {**os.environ, MARK: self.mark, "TMPDIR": str(temporary)}
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command; its output goes to a file."""
+        log = self._scratch / f"output-{len(self._started)}.txt"
+        command = [str(Path(sys.executable).with_name("rlhf-ray")), *arguments]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                cwd=self._scratch,
+            )
+        self._started.append(process)
+        return process
+
+    def run(self, *arguments: str, timeout_s: float = 240.0) -> str:
+        """Run a command to its end; returns its output; fails where it fails."""
+        process = self.start(*arguments)
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            pytest.fail(f"rlhf-ray {arguments[0]} took over {timeout_s} s:\n{self.output()}")
+        assert code == 0, f"rlhf-ray {arguments[0]} ended with {code}:\n{self.output()}"
+        return self.output()
+
+    def output(self) -> str:
+        """What the last command has printed."""
+        log = self._scratch / f"output-{len(self._started) - 1}.txt"
+        return log.read_text(encoding="utf-8", errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything alive that these commands started."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        """Told by the mark in its environment.
+
+        Read as it stands: a process that changes its title zeroes the start of that block, where
+        psutil stops reading.
+        """
+        try:
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+            ours = f"{MARK}={self.mark}".encode() in environment.split(b"\0")
+            return ours and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.Error, OSError):
+            return False
+
+    def shared_memory_files(self) -> list[Path]:
+        """Files that are new in shared memory and that no living process maps."""
+        new = set(SHARED_MEMORY.glob("*")) - self._files_before
+        return sorted(new - _mapped_files()) if new else []
+
+    def wait_until_nothing_left(self, timeout_s: float = 10.0) -> None:
+        """Fail where processes or shared-memory files outlive the commands."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if not self.processes() and not self.shared_memory_files():
+                return
+            time.sleep(0.2)
+        processes = [" ".join(process.cmdline()) for process in self.processes()]
+        pytest.fail(f"left behind: {processes}, {self.shared_memory_files()}")
+
+    def end(self) -> None:
+        """Whatever a failed test left."""
+        for process in self.processes():
+            process.kill()
+        for process in self._started:
+            process.wait(10)
+        for file in self.shared_memory_files():
+            file.unlink(missing_ok=True)
+
+
+def _mapped_files() -> set[Path]:
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            lines = Path(f"/proc/{process.pid}/maps").read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        found |= {Path(line.split(maxsplit=5)[-1]) for line in lines if str(SHARED_MEMORY) in line}
+    return found
+
+
+@pytest.fixture
+def command_line(tmp_path: Path) -> Iterator[CommandLine]:
+    """The command line; fails the test where a run leaves something behind."""
+    with tempfile.TemporaryDirectory(prefix="rlhf-", dir="/tmp") as temporary:
+        line = CommandLine(tmp_path, Path(temporary))
+        try:
+            yield line
+        finally:
+            line.end()
+
+
+@pytest.fixture(scope="session")
+def read_json() -> Callable[[Path], Any]:
+    return lambda path: json.loads(path.read_text(encoding="utf-8"))

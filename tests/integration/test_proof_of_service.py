@@ -1,0 +1,288 @@
+"""A generator that does not serve what it was sent is found out, whatever it claims.
+
+One vLLM engine for each data type and way of serving; faults are planted in it one after the other.
+The learner is a PolicyLearner in this process, with the same base and data type.
+"""
+
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+from actors.generator import Generator
+from actors.policy_learner import PolicyLearner
+from rlhf_ray.cluster.role_clients import GeneratorClient, PolicyClient
+from rlhf_ray.cluster.workers import InlineWorker
+from rlhf_ray.config import Config, resolve
+from rlhf_ray.driver.guard import SamplerGapGuard
+from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
+from rlhf_ray.engines.vllm_engine import VllmEngine, VllmSettings
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.types import AdapterUpdate, Gap, Prompt, ScoredShard, ServedAdapter, ShardRequest
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
+
+TEMPERATURE = 0.7
+CANARY_TOKENS = 260
+"""Over two blocks of the prefix cache, which holds 128 tokens a block on CPU."""
+
+
+class FaultyEngine(VllmEngine):
+    """vLLM with faults on this side of its process, until ``fault`` is None again."""
+
+    fault: str | None = None
+
+    async def plant(self, fault: str | None, *, lies: bool = False) -> None:
+        """Switch a fault on, or all of them off with None."""
+        self.fault = fault
+        temperature = 1.0 if fault == "wrong temperature" else TEMPERATURE
+        self._settings = dataclasses.replace(self._settings, temperature=temperature)
+        await self._engine.collective_rpc("plant", args=(fault, lies))
+
+    async def serve(self, update: AdapterUpdate) -> ServedAdapter:
+        """As the honest engine, but for caches that are kept."""
+        if self.fault not in ("caches kept", "caches kept and it says so"):
+            return await super().serve(update)
+        honest = self._engine
+        self._engine = _KeepsCaches(honest, claims_cleared=self.fault == "caches kept")  # type: ignore[assignment]
+        try:
+            return await super().serve(update)
+        finally:
+            self._engine = honest
+            self._adapter_name = "policy"
+
+
+class _KeepsCaches:
+    """AsyncLLM whose prefix cache outlives a change of adapter."""
+
+    def __init__(self, engine: Any, claims_cleared: bool) -> None:
+        self._engine = engine
+        self._claims_cleared = claims_cleared
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+        await self._engine.pause_generation(mode=mode, clear_cache=False)
+
+    async def reset_prefix_cache(self) -> bool:
+        return self._claims_cleared
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An engine, the learner that it is held against, and the driver's checks between them."""
+
+    config: Config
+    engine: FaultyEngine
+    generator: GeneratorClient
+    learner: PolicyLearner
+    policy: PolicyClient
+    sync: WeightSync
+
+    async def sample(self, version: int) -> Any:
+        """A shard of the canaries under the version that is served."""
+        request = ShardRequest(index=0, samples=tuple(self.sync.canaries), version=version)
+        return await self.generator.generate(request)
+
+    async def gap(self, version: int) -> Gap:
+        """Difference between engine and learner on a shard of the canaries."""
+        _, gap = await self.policy.logprobs(await self.sample(version))
+        return gap
+
+
+COMBINATIONS = [
+    pytest.param((dtype, serving), id=f"{dtype}-{serving}")
+    for dtype in ("float32", "bfloat16")
+    for serving in ("adapter", "merged")
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The learner shares two cores with the engine: threads that wait for each other would spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=COMBINATIONS)
+async def running(request: pytest.FixtureRequest, llama: str) -> AsyncIterator[Setup]:
+    dtype, serving = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.syspath_prepend(str(Path(__file__).parent))
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        patch.setenv("VLLM_NO_USAGE_STATS", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        config = make_config(dtype, serving)
+        engine = FaultyEngine(engine_settings(config, llama))
+        generator = Generator("generator-0", lambda: engine, lambda: load_tokenizer(llama))
+        await generator.start()
+    try:
+        yield make_setup(config, llama, engine, generator)
+    finally:
+        await generator.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def setup(running: Setup) -> AsyncIterator[Setup]:
+    """The engine without faults; whatever a test plants goes again."""
+    yield running
+    await running.engine.plant(None)
+
+
+def make_config(dtype: str, serving: str, **lora: Any) -> Config:
+    return resolve(
+        {
+            "model": {"dtype": dtype, "max_length": 320},
+            "lora": {"r": 8, **lora},
+            "rollout": {
+                "max_prompt_tokens": CANARY_TOKENS,
+                "max_tokens": 32,
+                "temperature": TEMPERATURE,
+                "serving": serving,
+            },
+        }
+    )
+
+
+def engine_settings(config: Config, model: str) -> VllmSettings:
+    return VllmSettings(
+        model=model,
+        dtype=config.engine_dtype,
+        serving=config.serving,
+        lora_rank=config.lora.r,
+        max_model_len=config.model.max_length,
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.rollout.temperature,
+        stop_token_ids=stop_token_ids(model),
+        extension="faulty_extension.FaultyExtension",
+    )
+
+
+def make_setup(config: Config, model: str, engine: FaultyEngine, generator: Generator) -> Setup:
+    def on_call(*_: Any) -> None:
+        pass
+
+    learner = PolicyLearner("policy-0", config, model, "torch")
+    learner.start()
+    policy = PolicyClient([InlineWorker("policy-0", learner, on_call)], zero_stage=2)
+    tokenizer = load_tokenizer(model)
+    text = "Why does the kettle leak? Because it is worn. How does the pump hum?"
+    prompts = [Prompt("0", text, tuple(tokenizer(text)["input_ids"]))]
+    canaries = canary_requests(prompts, CANARY_TOKENS, seed=0)
+    return Setup(
+        config,
+        engine,
+        GeneratorClient(InlineWorker("generator-0", generator, on_call)),
+        learner,
+        policy,
+        WeightSync(policy, canaries, config.engine_is_exact),
+    )
+
+
+def move(learner: PolicyLearner, seed: int) -> None:
+    """Give the policy a random adapter that changes what it says a good deal."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in learner._engine.module.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
+
+
+def scored(shard: Any, gap: Gap) -> ScoredShard:
+    return ScoredShard(shard, (), None, None, None, gap)
+
+
+async def test_an_honest_generator_passes(setup: Setup) -> None:
+    await setup.sync.prove([setup.generator])
+    move(setup.learner, seed=1)
+    update = await setup.sync.publish([setup.generator], version=1)
+    comparison = await setup.policy.compare(update, await setup.sample(version=1))
+    exact = setup.config.engine_is_exact
+    assert abs(comparison.shift) > 0.1, "the adapter must change something"
+    assert comparison.error < (1e-4 if exact else 0.1)
+    assert comparison.engine_shift == pytest.approx(comparison.shift, abs=1e-4 if exact else 0.05)
+    guard = SamplerGapGuard(setup.config.engine_is_exact)
+    shard = await setup.sample(version=1)
+    _, gap = await setup.policy.logprobs(shard)
+    guard.check([scored(shard, gap)])
+
+
+@pytest.mark.parametrize("fault", ["ignored", "stale", "half"])
+async def test_an_adapter_that_is_not_applied_is_seen_in_the_engine(
+    setup: Setup, fault: str
+) -> None:
+    move(setup.learner, seed=2)
+    await setup.sync.publish([setup.generator], version=1)
+    await setup.engine.plant(fault)
+    move(setup.learner, seed=3)
+    with pytest.raises(WeightSyncError, match=r"its engine holds \d+ modules with digest"):
+        await setup.sync.publish([setup.generator], version=2)
+
+
+@pytest.mark.parametrize("fault", ["ignored", "stale", "half"])
+async def test_an_adapter_that_is_not_applied_fails_the_probe(setup: Setup, fault: str) -> None:
+    await setup.engine.plant(fault, lies=True)
+    with pytest.raises(WeightSyncError, match="does not apply the probe|another distribution"):
+        await setup.sync.prove([setup.generator])
+
+
+async def test_a_stale_adapter_is_not_learnt_from(setup: Setup) -> None:
+    guard = SamplerGapGuard(setup.config.engine_is_exact)
+    move(setup.learner, seed=4)
+    await setup.sync.publish([setup.generator], version=1)
+    shard = await setup.sample(version=1)
+    _, gap = await setup.policy.logprobs(shard)
+    guard.check([scored(shard, gap)])
+    await setup.engine.plant("stale", lies=True)
+    move(setup.learner, seed=5)
+    await setup.sync.publish([setup.generator], version=2)
+    shard = await setup.sample(version=2)
+    _, gap = await setup.policy.logprobs(shard)
+    with pytest.raises(WeightSyncError, match="does not sample from the policy"):
+        guard.check([scored(shard, gap)])
+
+
+async def test_a_prefix_cache_that_hides_the_adapter_fails_the_probe(setup: Setup) -> None:
+    await setup.engine.plant("caches kept")
+    with pytest.raises(WeightSyncError, match="does not apply the probe|another distribution"):
+        await setup.sync.prove([setup.generator])
+
+
+async def test_a_prefix_cache_that_was_not_cleared_is_refused(setup: Setup) -> None:
+    await setup.engine.plant("caches kept and it says so")
+    with pytest.raises(WeightSyncError, match="its prefix cache was not cleared"):
+        await setup.sync.publish([setup.generator], version=1)
+
+
+@pytest.mark.parametrize("fault", ["wrong temperature", "raw logprobs"])
+async def test_another_distribution_fails_the_proof(setup: Setup, fault: str) -> None:
+    await setup.engine.plant(fault)
+    with pytest.raises(WeightSyncError, match="samples from another distribution"):
+        await setup.sync.prove([setup.generator])
+
+
+async def test_an_adapter_of_two_modules_is_served_right(setup: Setup, llama: str) -> None:
+    config = make_config(
+        setup.config.engine_dtype, setup.config.serving, target_modules=["q_proj", "v_proj"]
+    )
+    generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
+    narrow = make_setup(config, llama, setup.engine, generator)
+    zero = await setup.policy.zero_adapter(0)
+    await setup.generator.publish(zero)  # the other modules go back to the base
+    await narrow.sync.prove([narrow.generator])
+    move(narrow.learner, seed=6)
+    await narrow.sync.publish([narrow.generator], version=1)
+    gap = await narrow.gap(version=1)
+    assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.05)

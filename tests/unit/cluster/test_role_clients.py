@@ -1,0 +1,276 @@
+"""Who of a group is called, and what is passed, over workers that write it down."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from rlhf_ray.cluster.role_clients import (
+    CriticClient,
+    GeneratorClient,
+    GeneratorPool,
+    PolicyClient,
+    ReferenceClient,
+    ScorerClient,
+    merge_reports,
+)
+from rlhf_ray.cluster.workers import InlineWorker
+from rlhf_ray.errors import ActorFailure
+from rlhf_ray.types import (
+    AdapterUpdate,
+    AssembledStats,
+    Gap,
+    Prompt,
+    SampleRequest,
+    ScoredShard,
+    Shard,
+    ShardInfo,
+    ShardRequest,
+    StepReport,
+)
+
+GAP = Gap(0.0, 0.0, 1)
+
+
+class FakeWorker:
+    """Answers every call with what it was told to, and remembers the calls."""
+
+    def __init__(self, name: str, **answers: Any) -> None:
+        self.name = name
+        self.calls: list[tuple[Any, ...]] = []
+        self._answers = answers
+
+    async def address(self) -> str:
+        return "127.0.0.1"
+
+    async def call(self, method: str, *args: Any) -> Any:
+        self.calls.append((method, *args))
+        return self._answers[method]
+
+    async def call_split(self, method: str, *args: Any) -> tuple[Any, Any]:
+        return await self.call(method, *args)
+
+
+class FakeGenerator(GeneratorClient):
+    """Takes a while for a shard; fails on the shards that it was told to."""
+
+    def __init__(self, name: str, seconds: float, fails_on: frozenset[int] = frozenset()) -> None:
+        self.name = name
+        self.started: list[int] = []
+        self.ended: list[int] = []
+        self.most_at_once = 0
+        self._seconds = seconds
+        self._fails_on = fails_on
+
+    async def generate(self, request: ShardRequest) -> Shard:
+        self.started.append(request.index)
+        self.most_at_once = max(self.most_at_once, len(self.started) - len(self.ended))
+        await asyncio.sleep(self._seconds)
+        if request.index in self._fails_on:
+            raise ActorFailure(f"{self.name} died on shard {request.index}")
+        self.ended.append(request.index)
+        info = ShardInfo(request.index, (request.index,), (1,), (True,), (request.version,))
+        return Shard(info, self.name)
+
+
+def requests(*prompt_lengths: int) -> list[ShardRequest]:
+    """One shard a prompt."""
+    return [
+        ShardRequest(i, (SampleRequest(i, Prompt(str(i), "", (1,) * length), 0),), 0)
+        for i, length in enumerate(prompt_lengths)
+    ]
+
+
+async def collect(pool: GeneratorPool, shards: list[ShardRequest]) -> list[int]:
+    return [shard.info.index async for shard in pool.generate(shards)]
+
+
+class TestGeneratorPool:
+    def test_every_shard_comes_once_from_generators_of_unequal_speed(self) -> None:
+        fast, slow = FakeGenerator("fast", 0.01), FakeGenerator("slow", 0.15)
+        done = asyncio.run(collect(GeneratorPool([slow, fast], 1), requests(*[3] * 8)))
+        assert sorted(done) == list(range(8))
+        assert sorted(fast.ended + slow.ended) == list(range(8))
+        assert len(slow.ended) == 1, "the slow one must not hold up more than it has begun"
+
+    def test_shards_are_yielded_as_they_are_done(self) -> None:
+        fast, slow = FakeGenerator("fast", 0.01), FakeGenerator("slow", 0.15)
+
+        async def first() -> tuple[int, float]:
+            started = time.perf_counter()
+            async for shard in GeneratorPool([slow, fast], 1).generate(requests(3, 3)):
+                return shard.rollouts, time.perf_counter() - started
+            raise AssertionError
+
+        name, seconds = asyncio.run(first())
+        assert name == "fast"
+        assert seconds < 0.1
+
+    def test_longest_prompts_go_first(self) -> None:
+        generator = FakeGenerator("one", 0.0)
+        asyncio.run(collect(GeneratorPool([generator], 1), requests(2, 9, 5)))
+        assert generator.started == [1, 2, 0]
+
+    def test_everyone_gets_a_shard_before_anyone_gets_a_second(self) -> None:
+        generators = [FakeGenerator(str(i), 0.01) for i in range(3)]
+        asyncio.run(collect(GeneratorPool(generators, 8), requests(1, 1, 1)))
+        assert [len(generator.ended) for generator in generators] == [1, 1, 1]
+
+    @pytest.mark.parametrize("max_in_flight", [1, 3])
+    def test_no_generator_gets_more_than_its_share_at_a_time(self, max_in_flight: int) -> None:
+        generator = FakeGenerator("one", 0.002)
+        asyncio.run(collect(GeneratorPool([generator], max_in_flight), requests(*[1] * 7)))
+        assert generator.most_at_once == max_in_flight
+
+    def test_an_error_in_one_lane_surfaces_and_ends_the_others(self) -> None:
+        broken = FakeGenerator("broken", 0.01, frozenset(range(4)))
+        slow = FakeGenerator("slow", 5.0)
+        started = time.perf_counter()
+        with pytest.raises(ActorFailure, match="broken died on shard"):
+            asyncio.run(collect(GeneratorPool([broken, slow], 1), requests(1, 1, 1, 1)))
+        assert time.perf_counter() - started < 2
+        assert len(slow.started) == 1
+        assert slow.ended == []
+
+    def test_no_request_is_no_shard(self) -> None:
+        assert asyncio.run(collect(GeneratorPool([FakeGenerator("one", 0)], 2), [])) == []
+
+
+def test_a_generator_gets_the_bytes_beside_the_description() -> None:
+    worker = FakeWorker("generator-0", publish="served")
+    update = AdapterUpdate(3, "abc", {"r": 1}, "handle")
+    assert asyncio.run(GeneratorClient(worker).publish(update)) == "served"
+    ((method, described, tensors),) = worker.calls
+    assert (method, tensors) == ("publish", "handle")
+    assert described == AdapterUpdate(3, "abc", {"r": 1}, None)
+
+
+SHARD = Shard(ShardInfo(0, (0,), (1,), (True,), (0,)), "rollouts")
+
+
+def test_stateless_roles_are_called_in_turn() -> None:
+    scorers = [FakeWorker("reward-0", score=(1.0,)), FakeWorker("reward-1", score=(2.0,))]
+    references = [FakeWorker("reference-0", logprobs=("a", None))]
+
+    async def ask() -> list[Any]:
+        scorer, reference = ScorerClient(scorers), ReferenceClient(references)
+        scores = [await scorer.score(SHARD) for _ in range(3)]
+        return [*scores, await reference.logprobs(SHARD)]
+
+    assert asyncio.run(ask()) == [(1.0,), (2.0,), (1.0,), "a"]
+    assert scorers[0].calls == [("score", "rollouts")] * 2
+
+
+def ranks(**answers: Any) -> list[FakeWorker]:
+    return [FakeWorker(f"policy-{rank}", **answers) for rank in range(2)]
+
+
+def test_what_one_rank_can_answer_goes_to_the_ranks_in_turn() -> None:
+    workers = ranks(logprobs=("handle", GAP))
+
+    async def ask() -> None:
+        client = PolicyClient(workers, zero_stage=2)
+        for _ in range(4):
+            assert await client.logprobs(SHARD) == ("handle", GAP)
+
+    asyncio.run(ask())
+    assert [len(worker.calls) for worker in workers] == [2, 2]
+
+
+def test_where_weights_are_sharded_every_rank_computes() -> None:
+    workers = ranks(logprobs=("handle", GAP))
+    assert asyncio.run(PolicyClient(workers, zero_stage=3).logprobs(SHARD)) == ("handle", GAP)
+    assert [len(worker.calls) for worker in workers] == [1, 1]
+    critics = ranks(values=("values", None))
+    assert asyncio.run(CriticClient(critics, zero_stage=3).values(SHARD)) == "values"
+    assert [len(worker.calls) for worker in critics] == [1, 1]
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_what_changes_or_reads_the_group_goes_to_every_rank(zero_stage: int) -> None:
+    update = AdapterUpdate(1, "d", {}, None)
+    report = StepReport({}, 1, 1)
+    workers = ranks(
+        learn=report,
+        state=("files", None),
+        load=None,
+        adapter=("bytes", update),
+        zero_adapter=("bytes", update),
+        probe=("bytes", update),
+        compare="comparison",
+        sample_kl=(0.5,),
+    )
+    client = PolicyClient(workers, zero_stage)
+
+    async def ask() -> None:
+        await client.learn(0.0, 1.0)
+        assert await client.state() == "files"
+        await client.load("files")
+        for sent in (client.adapter(1), client.zero_adapter(1), client.probe(1, [])):
+            assert await sent == AdapterUpdate(1, "d", {}, "bytes")
+        assert await client.compare(AdapterUpdate(1, "d", {}, "bytes"), SHARD) == "comparison"
+        assert await client.sample_kl(SHARD, "ref") == (0.5,)
+
+    asyncio.run(ask())
+    assert workers[0].calls == workers[1].calls
+    assert len(workers[0].calls) == 8
+    assert ("compare", update, "bytes", "rollouts") in workers[0].calls
+
+
+def test_a_batch_is_passed_by_column_and_sums_are_added() -> None:
+    stats = AssembledStats(1, 10, 0.5, 1.5, 2.0, 3.0, 4.0)
+    workers = ranks(assemble=stats)
+    batch = [
+        ScoredShard(
+            Shard(SHARD.info, f"rollouts{i}"), (float(i),), f"old{i}", f"ref{i}", f"v{i}", GAP
+        )
+        for i in range(2)
+    ]
+    total = asyncio.run(PolicyClient(workers, 2).assemble(batch, 0.2))
+    assert total == AssembledStats(2, 20, 1.0, 3.0, 4.0, 6.0, 8.0)
+    columns = ["rollouts0", "rollouts1", "old0", "old1", "ref0", "ref1", "v0", "v1"]
+    assert workers[1].calls == [("assemble", 0.2, [(0.0,), (1.0,)], *columns)]
+
+
+def test_reports_are_merged_by_tokens_and_maxima_by_maximum() -> None:
+    merged = merge_reports(
+        [
+            StepReport({"loss/policy_avg": 1.0, "val/ratio_max": 1.5}, 3, 10),
+            StepReport({"loss/policy_avg": 4.0, "val/ratio_max": 1.2}, 5, 30),
+        ]
+    )
+    assert merged.metrics == {"loss/policy_avg": 3.25, "val/ratio_max": 1.5}  # (10 + 120) / 40
+    assert (merged.samples_learnt, merged.num_tokens) == (8, 40)
+
+
+class _Role:
+    def twice(self, number: int) -> int:
+        return 2 * number
+
+    async def later(self, number: int) -> int:
+        await asyncio.sleep(0)
+        return 3 * number
+
+    def split(self) -> tuple[list[int], str]:
+        return [1, 2], "scalars"
+
+
+def test_an_inline_worker_calls_plain_and_async_methods_and_tells() -> None:
+    told: list[tuple[Any, ...]] = []
+    worker = InlineWorker("role-0", _Role(), lambda *call: told.append(call))
+
+    async def ask() -> list[Any]:
+        return [
+            await worker.call("twice", 2),
+            await worker.call("later", 2),
+            await worker.call_split("split"),
+        ]
+
+    assert asyncio.run(ask()) == [4, 6, ([1, 2], "scalars")]
+    assert [(name, method) for name, method, _, _ in told] == [
+        ("role-0", "twice"),
+        ("role-0", "later"),
+        ("role-0", "split"),
+    ]
+    assert all(started <= ended for _, _, started, ended in told)

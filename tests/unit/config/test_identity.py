@@ -1,0 +1,85 @@
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import Config, load
+from rlhf_ray.config.identity import READ_BY, differences, fixed_keys
+from rlhf_ray.config.run import STAGES
+
+ALL = STAGES[:-1]
+
+
+def changed(*overrides: str, begun: tuple[str, ...] = ALL) -> list[tuple[str, Any, Any]]:
+    """What overrides change in a run of the defaults."""
+    return differences(Config().model_dump(mode="json"), load(None, overrides), begun)
+
+
+def test_the_same_config_is_the_same_run() -> None:
+    assert changed() == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "ppo.iterations=7",
+        "ppo.save_every=1",
+        "generators.num=4",
+        "policy.num_ranks=2",
+        "policy.zero_stage=3",
+        "cluster.mode=ray",
+        "cluster.call_timeout_s=5",
+        "rollout.engine=transformers",
+        "rollout.shard_size=4",
+        "ppo.max_tokens_per_micro_batch=4096",
+        "run.stages=[ppo]",
+        "run.name=elsewhere",
+        "evaluate.num_prompts=5",
+        "model.attn_implementation=eager",
+    ],
+)
+def test_how_far_and_where_may_change(override: str) -> None:
+    assert changed(override) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "old", "new"),
+    [
+        ("ppo.gamma=0.5", 1.0, 0.5),
+        ("ppo.batch_size=128", 64, 128),
+        ("lora.r=8", 16, 8),
+        ("critic.lora.alpha=8", 32.0, 8.0),
+        ("model.path=x", None, "x"),
+        ("model.tiny.hidden_size=64", 128, 64),
+        ("run.seed=3", 0, 3),
+        ("rollout.temperature=0.7", 1.0, 0.7),
+        ("sft.steps=5", 300, 5),
+        ("prepare.posts=p.xml", None, "p.xml"),
+    ],
+)
+def test_model_data_and_algorithm_may_not(override: str, old: Any, new: Any) -> None:
+    assert changed(override) == [(override.partition("=")[0], old, new)]
+
+
+def test_a_users_set_may_not_be_swapped() -> None:
+    ((key, old, new),) = changed("data.prompts.path=p.jsonl")
+    assert (key, old, new["path"]) == ("data.prompts", None, "p.jsonl")
+
+
+def test_a_change_matters_once_a_stage_that_reads_it_has_begun() -> None:
+    assert changed("ppo.gamma=0.5", begun=("prepare", "sft")) == []
+    assert changed("sft.steps=5", begun=("prepare", "pretrain")) == []
+    assert changed("sft.steps=5", begun=("prepare", "sft")) != []
+    assert changed("reward.baseline=1", begun=("reward",)) != []
+    assert changed("model.path=x", begun=()) == []
+
+
+def test_a_key_that_the_saved_config_lacks_counts_as_changed() -> None:
+    saved = Config().model_dump(mode="json")
+    del saved["ppo"]["gamma"]
+    assert differences(saved, Config(), ALL) == [("ppo.gamma", None, 1.0)]
+
+
+def test_every_section_with_fixed_keys_is_read_by_a_stage() -> None:
+    sections = {key.partition(".")[0] for key in fixed_keys(Config)}
+    assert sections == set(READ_BY)
+    assert {stage for stages in READ_BY.values() for stage in stages} <= set(STAGES)

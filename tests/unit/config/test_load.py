@@ -1,0 +1,234 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_ray.config import Config, dump, load, resolve
+from rlhf_ray.config.load import keys
+from rlhf_ray.errors import ConfigError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(*overrides: str) -> str:
+    """The message of the error that overrides on the defaults end in."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, overrides)
+    return str(caught.value)
+
+
+def test_defaults_are_valid() -> None:
+    config = load(None)
+    assert config == Config()
+    assert config.run.dir == "runs/run"
+    assert load(None, ["run.name=mine"]).run.dir == "runs/mine"
+    assert load(None, ["run.name=mine", "run.dir=/data/x"]).run.dir == "/data/x"
+
+
+def test_a_file_lies_over_its_parent_and_overrides_over_both(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base" / "grand.yaml", "ppo: {gamma: 0.9, epochs: 2}\nrun: {seed: 1}\n")
+    write(tmp_path / "base" / "parent.yaml", "extends: grand.yaml\nppo: {epochs: 3}\n")
+    child = write(
+        tmp_path / "child.yaml", "extends: base/parent.yaml\nppo: {gamma: 0.8}\nlora: {r: 4}\n"
+    )
+    config = load(child, ["lora.r=8", "data.prompts.path=p.jsonl"])
+    assert (config.ppo.gamma, config.ppo.epochs, config.run.seed) == (0.8, 3, 1)
+    assert config.lora.r == 8
+    assert config.data.prompts is not None
+    assert config.data.prompts.path == "p.jsonl"
+
+
+def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml extends itself through .*b\.yaml"):
+        load(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ppo: [", "is not valid YAML"),
+        ("- 1\n- 2\n", "must hold keys and values, got a list"),
+        ("extends: absent.yaml\n", r"absent\.yaml does not exist"),
+    ],
+)
+def test_files_that_are_no_config_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path / "c.yaml", text))
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "c.yaml", "# nothing yet\n")) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("2.5E-4", 2.5e-4),
+        ("+1e+1", 10.0),
+        ("1", 1.0),
+        ("0.5", 0.5),
+        ("3_0e-2", 0.3),
+    ],
+)
+def test_numbers_may_be_written_as_people_write_them(
+    text: str, value: float, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "c.yaml", f"ppo: {{learning_rate: {text}}}\n")
+    assert load(path).ppo.learning_rate == value
+    assert load(None, [f"ppo.learning_rate={text}"]).ppo.learning_rate == value
+
+
+def test_overrides_are_yaml() -> None:
+    config = load(
+        None,
+        ["run.stages=[ppo, report]", "ppo.kl_target=null", "lora.peft={init_lora_weights: true}"],
+    )
+    assert config.run.stages == ["ppo", "report"]
+    assert config.ppo.kl_target is None
+    assert config.lora.peft == {"init_lora_weights": True}
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS", "/models")
+    monkeypatch.delenv("ABSENT", raising=False)
+    config = load(
+        None,
+        [
+            "model.path=${MODELS}/small",
+            "run.name=${ABSENT:-fallback}",
+            "cluster.env={A: '${ABSENT:-}x'}",
+        ],
+    )
+    assert config.model.path == "/models/small"
+    assert config.run.name == "fallback"
+    assert config.cluster.env == {"A": "x"}
+    assert "model.path: environment variable ABSENT is not set" in refused("model.path=${ABSENT}")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        # An unknown key: the key, its value, the nearest one that exists.
+        ("ppo.iteration=5", ["ppo.iteration", "value 5", "Did you mean ppo.iterations?"]),
+        ("learning_rate=1", ["learning_rate", "unknown key", "learning_rate"]),
+        ("ppo.temperature=1", ["unknown key", "rollout.temperature"]),
+        ("modle.path=x", ["modle", "unknown key"]),
+        ("generators.nums=2", ["Did you mean generators.num"]),
+        # A wrong type or range: what was expected, what it got.
+        ("ppo.batch_size=-8", ["ppo.batch_size", "greater than or equal to 1", "got -8"]),
+        ("ppo.batch_size='8'", ["ppo.batch_size", "valid integer", "got '8'"]),
+        ("ppo.batch_size=true", ["ppo.batch_size", "valid integer", "got True"]),
+        ("ppo.batch_size=8.5", ["ppo.batch_size", "valid integer", "got 8.5"]),
+        ("ppo.gamma=1.5", ["ppo.gamma", "less than or equal to 1", "got 1.5"]),
+        ("ppo.learning_rate=abc", ["ppo.learning_rate", "valid number", "got 'abc'"]),
+        ("ppo.learning_rate=.nan", ["ppo.learning_rate", "greater than 0", "got nan"]),
+        ("ppo.advantage=rloo", ["ppo.advantage", "'gae'", "got 'rloo'"]),
+        ("ppo.max_staleness=1", ["ppo.max_staleness", "less than or equal to 0"]),
+        ("rollout.top_p=0.9", ["rollout.top_p", "greater than or equal to 1"]),
+        ("rollout.engine=fake", ["rollout.engine", "'vllm' or 'transformers'", "got 'fake'"]),
+        ("cluster.mode=slurm", ["cluster.mode", "'inline'", "got 'slurm'"]),
+        ("policy.zero_stage=4", ["policy.zero_stage", "1, 2 or 3", "got 4"]),
+        ("run.stages=[ppo, sleep]", ["run.stages", "'prepare'", "got 'sleep'"]),
+        ("run.stages=[ppo, ppo]", ["run.stages names ppo more than once"]),
+        ("run.stages=[]", ["run.stages", "at least 1 item"]),
+        ("ppo=5", ["ppo", "got 5"]),
+        ("lora.target_modules=[]", ["names no module"]),
+        ("lora.target_modules=q_proj", ["must be all-linear or a list of module names"]),
+        ("model.tiny.num_heads=3", ["3 heads do not cut hidden_size 128"]),
+        ("prepare.rl=0.3", ["must add up to 1, got 1.15"]),
+        # Combinations.
+        ("ppo.samples_per_prompt=3", ["ppo.batch_size 64", "samples_per_prompt 3", "63 or 66"]),
+        ("ppo.mini_batch_size=48", ["ppo.batch_size 64", "ppo.mini_batch_size 48", "48 or 96"]),
+        ("policy.num_ranks=3", ["ppo.mini_batch_size 64", "policy.num_ranks 3", "63 or 66"]),
+        ("critic.num_ranks=5", ["ppo.mini_batch_size 64", "critic.num_ranks 5", "60 or 65"]),
+        ("sft.train_workers=3", ["sft.batch_size 16", "sft.train_workers 3", "15 or 18"]),
+        ("rollout.max_tokens=200", ["128 + rollout.max_tokens 200 = 328", "model.max_length 256"]),
+        ("ppo.max_tokens_per_micro_batch=100", ["may have 192 tokens", "at least 192"]),
+        ("cluster.mode=inline", ["add rollout.engine=transformers"]),
+        # Keys of a library that the config sets itself, with the key that sets them.
+        ("model.kwargs={dtype: x}", ["model.kwargs", "'dtype' (set by model.dtype)"]),
+        ("lora.peft={r: 4}", ["lora.peft", "'r' (set by lora.r)"]),
+        ("lora.peft={use_dora: true}", ["the generators' engine cannot serve it"]),
+        ("sft.trainer={max_steps: 4}", ["sft.trainer", "'max_steps' (set by sft.steps)"]),
+        ("reward.trainer={seed: 4}", ["reward.trainer", "'seed' (set by run.seed)"]),
+        ("policy.deepspeed={bf16: {}}", ["policy.deepspeed", "'bf16' (set by model.dtype)"]),
+        (
+            "critic.deepspeed={zero_optimization: {}}",
+            ["set by critic.zero_stage", "critic.deepspeed.zero"],
+        ),
+        ("rollout.engine_args={seed: 1}", ["rollout.engine_args", "'seed' (set by run.seed)"]),
+        # Overrides that are none.
+        ("ppo.gamma", ["must look like dotted.key=value"]),
+        ("=5", ["must look like dotted.key=value"]),
+        ("ppo.gamma=[", ["the value is not valid YAML"]),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(override: str, parts: list[str]) -> None:
+    message = refused(override)
+    for part in parts:
+        assert part in message
+
+
+def test_further_combinations_are_refused() -> None:
+    inline = ["cluster.mode=inline", "rollout.engine=transformers"]
+    message = refused(*inline, "policy.num_ranks=2", "generators.num=3")
+    assert "set policy.num_ranks=2, generators.num=3 to 1" in message
+    message = refused("model.quantization=nf4", "critic.zero_stage=3")
+    assert "critic.zero_stage 3 cannot shard a nf4 base" in message
+    assert load(None, [*inline]).serving == "merged"
+
+
+def test_a_key_below_a_value_is_refused() -> None:
+    message = refused("run.name=a", "run.name.first=b")
+    assert "name is a value, not a section" in message
+
+
+def test_every_mistake_is_listed_at_once() -> None:
+    message = refused("ppo.batch_size=-1", "ppo.gama=0.9", "lora.r=0")
+    assert len(message.splitlines()) == 4
+    for part in ("ppo.batch_size", "ppo.gamma", "lora.r"):
+        assert part in message
+
+
+def test_dump_and_resolve_are_inverse() -> None:
+    config = load(None, ["ppo.learning_rate=1e-5", "run.name=x", "data.sft.path=s.jsonl"])
+    assert resolve(yaml.safe_load(dump(config))) == config
+
+
+def test_every_key_is_listed() -> None:
+    listed = set(keys())
+    assert {"ppo", "ppo.iterations", "sft.lora.r", "data.prompts.columns", "critic.lora"} <= listed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "serving"),
+    [
+        ([], "merged"),
+        (["model.dtype=bfloat16"], "adapter"),
+        (["model.dtype=bfloat16", "rollout.dtype=float32"], "merged"),
+        (["rollout.serving=adapter"], "adapter"),
+        (["model.dtype=bfloat16", "rollout.serving=merged"], "merged"),
+    ],
+)
+def test_serving_follows_the_engines_type(overrides: list[str], serving: str) -> None:
+    assert load(None, overrides).serving == serving
+
+
+SHIPPED = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    config = load(path)
+    assert resolve(yaml.safe_load(dump(config))) == config
+
+
+def test_configs_are_shipped() -> None:
+    assert SHIPPED

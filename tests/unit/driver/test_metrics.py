@@ -1,0 +1,112 @@
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from rlhf_ray.driver.metrics import iteration_metrics, run_summary
+from rlhf_ray.driver.ppo_loop import RunState
+from rlhf_ray.observability.metrics import check
+from rlhf_ray.types import AssembledStats, Gap, ScoredShard, Shard, ShardInfo, StepReport
+
+
+def shard(
+    index: int, scores: tuple[float, ...], lengths: tuple[int, ...], gap: float
+) -> ScoredShard:
+    stopped = tuple(length < 8 for length in lengths)
+    info = ShardInfo(index, tuple(range(len(scores))), lengths, stopped, (0,) * len(scores))
+    return ScoredShard(Shard(info, None), scores, None, None, None, Gap(gap, 2 * gap, sum(lengths)))
+
+
+def test_an_iteration_in_numbers() -> None:
+    batch = [shard(0, (1.0, 3.0), (2, 8), 0.01), shard(1, (5.0,), (5,), 0.04)]
+    stats = AssembledStats(
+        num_samples=3,
+        num_tokens=15,
+        advantage_total=0.0,
+        advantage_total_sq=1.0,
+        kl_total=6.0,
+        reward_total=7.8,
+        surprise_total=30.0,
+    )
+    reports = [
+        StepReport({"loss/policy_avg": -0.5}, 3, 15),
+        StepReport({"loss/value_avg": 0.25}, 3, 15),
+    ]
+    metrics = iteration_metrics(batch, stats, reports, kl_coef=0.2, seconds=5.0)
+    check(metrics)  # every name is registered
+    assert metrics == pytest.approx(
+        {
+            "objective/scores": 3.0,
+            "objective/scores_std": (8 / 3) ** 0.5,  # of the batch, not of a sample of it
+            "objective/kl": 2.0,  # 6 nats over 3 samples
+            "objective/kl_per_token": 0.4,
+            "objective/kl_coef": 0.2,
+            "objective/non_score_reward": -0.4,
+            "objective/rlhf_reward": 2.6,  # mean score minus .2 times 2 nats
+            "objective/entropy": 2.0,  # nats a token
+            "response_length/mean": 5.0,
+            "response_length/max": 8.0,
+            "response_length/eos_share": 2 / 3,
+            "sampler/gap_mean": 0.02,  # (10 * .01 + 5 * .04) / 15
+            "sampler/gap_max": 0.08,
+            "timing_s/iteration": 5.0,
+            "throughput/episodes_per_s": 0.6,
+            "throughput/tokens_per_s": 3.0,
+            "loss/policy_avg": -0.5,
+            "loss/value_avg": 0.25,
+        }
+    )
+
+
+def record(number: int) -> dict[str, Any]:
+    phases = {f"timing_s/{name}": 0.5 for name in ("gen", "score", "learn", "commit", "sync")}
+    if number == 4:  # the only one after a commit that was written to disk
+        phases["timing_s/save"] = 0.25
+    return {
+        "iteration": number,
+        "objective/scores": float(number),
+        "objective/kl": 2.0 * number,
+        "timing_s/iteration": 4.0,
+        **phases,
+    }
+
+
+def test_a_run_in_numbers() -> None:
+    state = RunState(
+        iteration=7,
+        version=7,
+        samples_generated=56,
+        samples_learnt=56,
+        samples_requeued=3,
+        generator_restarts=1,
+        best_score=6.5,
+    )
+    summary = run_summary([record(number) for number in range(1, 8)], asdict(state))
+    assert summary == {
+        "iterations": 7,
+        "episodes": 56,
+        "episodes_per_s": 2.0,  # 56 in 7 times 4 seconds
+        "reward_first": 3.0,  # of 1 to 5
+        "reward_last": 5.0,  # of 3 to 7
+        "kl_last": 10.0,
+        "samples_generated": 56,
+        "samples_learnt": 56,
+        "samples_requeued": 3,
+        "generator_restarts": 1,
+        "adapter_version": 7,
+        "best_eval_score": 6.5,
+        "seconds": {
+            "gen": 3.5,
+            "score": 3.5,
+            "learn": 3.5,
+            "commit": 3.5,
+            "sync": 3.5,
+            "save": 0.25,
+            "total": 28.0,
+        },
+    }
+
+
+def test_a_run_of_one_iteration_has_the_same_first_and_last() -> None:
+    summary = run_summary([record(1)], asdict(RunState(iteration=1, version=1)))
+    assert summary["reward_first"] == summary["reward_last"] == 1.0

@@ -1,0 +1,164 @@
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.config.model import LoraConfig, ModelConfig
+from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.transformers_engine import TransformersEngine, TransformersSettings
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.models.adapters import (
+    TensorDict,
+    adapter_state,
+    attach,
+    digest,
+    peft_config,
+    tensors_to_bytes,
+)
+from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest
+
+NUM_TOKENS = 10
+STOP = (7, 11)
+REQUESTS = [
+    SampleRequest(i, Prompt(str(i), "", tuple(range(20 + i, 24 + 3 * i))), seed=100 + i)
+    for i in range(6)
+]
+
+
+class Served:
+    """An engine with a random adapter of deviation ``scale``, and the same model beside it."""
+
+    def __init__(self, base: str, *, temperature: float = 1.0, stop: tuple[int, ...] = STOP):
+        self.temperature = temperature
+        settings = TransformersSettings(base, ModelConfig(), NUM_TOKENS, temperature, stop)
+        self.engine = TransformersEngine(settings)
+        self.model = attach(
+            load_causal_lm(base, ModelConfig()), LoraConfig(r=4), "CAUSAL_LM", seed=0, dropout=0.0
+        ).eval()
+        asyncio.run(self.engine.start())
+
+    def state(self, scale: float, seed: int = 0) -> TensorDict:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.randn(tensor.shape, generator=generator) * scale
+            for name, tensor in adapter_state(self.model).items()
+        }
+
+    def serve(self, state: TensorDict, version: int = 1):
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                key = name.replace(".default", "")
+                if key in state:
+                    parameter.copy_(state[key])
+        update = AdapterUpdate(
+            version, digest(state), peft_config(self.model), tensors_to_bytes(state)
+        )
+        return asyncio.run(self.engine.serve(update))
+
+    def sample(self, requests: list[SampleRequest]) -> list[Sampled]:
+        return asyncio.run(self.engine.sample(requests))
+
+    @torch.no_grad()
+    def logprobs(self, prompt: tuple[int, ...], tokens: np.ndarray) -> np.ndarray:
+        """[T] of a plain forward over one unpadded row."""
+        ids = torch.tensor([[*prompt, *tokens.tolist()]])
+        logits = self.model(ids).logits[0, len(prompt) - 1 : -1] / self.temperature
+        return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+
+
+@pytest.fixture(scope="module")
+def served(base: str) -> Served:
+    """Serves an adapter that matters."""
+    served = Served(base)
+    served.serve(served.state(0.3))
+    return served
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_a_plain_forward(base: str, temperature: float) -> None:
+    served = Served(base, temperature=temperature)
+    served.serve(served.state(0.3))
+    for request, result in zip(REQUESTS, served.sample(REQUESTS), strict=True):
+        expected = served.logprobs(request.prompt.token_ids, result.token_ids)
+        np.testing.assert_allclose(result.logprobs, expected, atol=1e-5)
+        assert result.logprobs.dtype == np.float32
+        assert result.token_ids.dtype == np.int64
+
+
+def test_seeds_reproduce_and_batches_change_nothing(served: Served) -> None:
+    together = served.sample(REQUESTS)
+    reversed_ = served.sample(REQUESTS[::-1])[::-1]
+    alone = [served.sample([request])[0] for request in REQUESTS]
+    for one, other, single in zip(together, reversed_, alone, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist() == single.token_ids.tolist()
+        np.testing.assert_allclose(one.logprobs, single.logprobs, atol=1e-5)
+    assert len({tuple(result.token_ids) for result in together}) > 1
+
+
+def test_another_seed_gives_another_response(served: Served) -> None:
+    prompt = REQUESTS[0].prompt
+    results = served.sample([SampleRequest(i, prompt, seed=i) for i in range(8)])
+    assert len({tuple(result.token_ids) for result in results}) == 8
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says(base: str) -> None:
+    served = Served(base, temperature=0.1)
+    served.serve(served.state(0.8))
+    prompt = REQUESTS[0].prompt
+    results = served.sample([SampleRequest(i, prompt, seed=i) for i in range(1500)])
+    firsts = np.array([result.token_ids[0] for result in results])
+    with torch.no_grad():
+        logits_V = served.model(torch.tensor([prompt.token_ids])).logits[0, -1] / 0.1
+    probs_V = logits_V.softmax(-1).numpy()
+    for token in np.argsort(-probs_V)[:3]:
+        p = probs_V[token]
+        assert p > 0.01, "the test needs tokens that are drawn often"
+        # Four standard deviations of a share of 1500.
+        assert np.mean(firsts == token) == pytest.approx(p, abs=4 * (p * (1 - p) / 1500) ** 0.5)
+
+
+def test_stop_tokens_end_a_response_and_belong_to_it(base: str) -> None:
+    """Every token of half the vocabulary is a stop token: most responses end soon."""
+    stop = tuple(range(0, 300, 2))
+    served = Served(base, stop=stop)
+    served.serve(served.state(0.3))
+    results = served.sample([SampleRequest(i, REQUESTS[0].prompt, seed=i) for i in range(64)])
+    for result in results:
+        stops = [token in stop for token in result.token_ids]
+        assert not any(stops[:-1])
+        assert result.finish_reason == ("stop" if stops[-1] else "length")
+        assert stops[-1] or len(stops) == NUM_TOKENS
+        assert len(result.logprobs) == len(stops)
+    assert {len(result.token_ids) for result in results} > {1, 2, 3}
+
+
+def test_the_adapter_is_read_back_from_the_model(base: str) -> None:
+    served = Served(base)
+    state = served.state(0.3)
+    told = served.serve(state, version=4)
+    assert (told.version, told.digest, told.num_modules) == (4, digest(state), 7)
+    assert told.caches_cleared
+    other = served.state(0.3, seed=1)
+    first = served.sample(REQUESTS)
+    assert served.serve(other, version=5).digest == digest(other) != digest(state)
+    second = served.sample(REQUESTS)
+    assert any(
+        a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_a_zero_adapter_is_the_base(base: str) -> None:
+    served = Served(base)
+    zero = {name: tensor * 0 for name, tensor in served.state(1.0).items()}
+    served.serve(zero)
+    (result,) = served.sample(REQUESTS[:1])
+    with torch.no_grad(), served.model.disable_adapter():
+        expected = served.logprobs(REQUESTS[0].prompt.token_ids, result.token_ids)
+    np.testing.assert_allclose(result.logprobs, expected, atol=1e-5)
+
+
+def test_sampling_before_an_adapter_is_refused(base: str) -> None:
+    with pytest.raises(WeightSyncError, match="before it was given an adapter"):
+        Served(base).sample(REQUESTS)

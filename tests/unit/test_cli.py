@@ -1,0 +1,93 @@
+"""The command line: what it loads, what it prints, its exit codes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf_ray import cli
+from rlhf_ray.errors import ConfigError
+
+HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "deepspeed", "matplotlib")
+
+
+def python(code: str) -> str:
+    """Output of a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['rlhf-ray', '--help']\n"
+        "from rlhf_ray.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"print('LOADED', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    started = time.perf_counter()
+    out = python(code)
+    assert time.perf_counter() - started < 3.0  # under a second on an idle machine
+    assert "LOADED []" in out
+    for command in ("run", "prepare", "pretrain", "sft", "reward", "ppo", "evaluate", "merge"):
+        assert f" {command} " in out
+    for command in ("plan", "report", "doctor", "schema"):
+        assert f" {command} " in out
+
+
+def test_a_config_is_read_without_anything_heavy() -> None:
+    code = (
+        "import sys; from rlhf_ray.config import load; load(None, ['ppo.gamma=0.5'])\n"
+        "import rlhf_ray.errors, rlhf_ray.types, rlhf_ray.roles\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert python(code).strip() == "[]"
+
+
+def test_plan_prints_what_the_config_comes_to(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("generators: {num: 3}\nppo: {iterations: 5}\n")
+    result = CliRunner().invoke(cli.app, ["plan", str(path), "ppo.gamma=0.5"])
+    assert result.exit_code == 0, result.output
+    assert "gamma: 0.5" in result.output
+    assert "generator          3  vllm, merged serving" in result.output
+    assert "5 iterations of 64 rollouts (320 in all), 4 optimizer steps each" in result.output
+
+
+def test_schema_is_json_and_describes_every_key() -> None:
+    result = CliRunner().invoke(cli.app, ["schema"])
+    schema = json.loads(result.output)
+    assert "ppo" in schema["properties"]
+    for definition in schema["$defs"].values():
+        for name, entry in definition.get("properties", {}).items():
+            assert entry.get("description"), f"{name} has no description"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is no run: it has no config\.yaml"):
+        cli.read_config(tmp_path, None)
+
+
+def test_a_run_folder_is_read_as_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("ppo: {gamma: 0.5}\n")
+    assert cli.read_config(tmp_path, ["ppo.epochs=2"]).ppo.gamma == 0.5
+
+
+def test_errors_are_one_message_and_their_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("ppo: {gama: 0.5}\n")
+    monkeypatch.setattr(sys, "argv", ["rlhf-ray", "plan", str(path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Error: ")
+    assert "ppo.gama: unknown key (value 0.5). Did you mean ppo.gamma" in err
+    assert "Traceback" not in err
