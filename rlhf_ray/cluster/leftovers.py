@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,10 @@ def sweep(folder: Path | None = None) -> tuple[int, int]:
 def _sweep_record(path: Path) -> tuple[int, int]:
     record = json.loads(path.read_text(encoding="utf-8"))
     survivors = [process for entry in record["processes"] if (process := _alive(entry))]
-    for process in survivors:
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
+    trackers = [process for process in survivors if _is_resource_tracker(process)]
+    _kill(set(survivors) - set(trackers))
     psutil.wait_procs(survivors, timeout=5)
+    _kill(trackers)
     removed = 0
     for file in record["files"]:
         if Path(file).exists():
@@ -99,6 +98,23 @@ def _sweep_record(path: Path) -> tuple[int, int]:
             removed += 1
     path.unlink(missing_ok=True)
     return len(survivors), removed
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.Error:
+            continue
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    """Whether it is multiprocessing's: once those that it serves are dead it removes their
+    semaphores, which it alone knows by name, and ends."""
+    try:
+        return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _identity(process: psutil.Process) -> dict[str, Any]:

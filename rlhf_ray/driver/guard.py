@@ -8,7 +8,7 @@ from rlhf_ray.types import ScoredShard
 
 CALIBRATION_FACTOR = 10.0
 FLOOR, CEILING = 1e-4, 0.01
-"""Nats a token between which the bound lies, where engine and learner hold the same fp32 weights."""
+"""Nats a token between which the bound lies where engine and learner hold equal fp32 weights."""
 ROUNDED_FLOOR, ROUNDED_CEILING = 0.02, 0.1
 """The same where one of them rounds or quantises its weights."""
 

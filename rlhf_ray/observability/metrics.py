@@ -123,7 +123,7 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "timing_s/save",
         "s",
         _SUM,
-        "Wall time of writing the commit of an earlier iteration to the run's folder; only after one.",
+        "Wall time of writing the commit of the iteration before to the run's folder.",
     ),
     ("timing_s/sync", "s", _SUM, "Wall time of publishing and proving the adapter."),
     ("timing_s/iteration", "s", _SUM, "Wall time of the whole iteration."),

@@ -4,48 +4,30 @@ The policy is what the fake engine samples from: one distribution over the vocab
 LoRA module. Its score rises with the share of even tokens, so that it has something to learn.
 """
 
-import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from actors.generator import Generator
 from actors.policy_learner import compare_shifts
-from rlhf_ray.cluster.role_clients import GeneratorClient, GeneratorPool
-from rlhf_ray.cluster.workers import InlineWorker
-from rlhf_ray.config import Config, resolve
-from rlhf_ray.driver.batches import PromptCursor
-from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
-from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.ppo_loop import PpoLoop, Roles, RunState
-from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
-from rlhf_ray.engines.fake import VOCAB_SIZE, FakeEngine, adapted_logits
+from rlhf_ray.engines.fake import VOCAB_SIZE, adapted_logits
 from rlhf_ray.models.adapters import digest, tensors_from_bytes, tensors_to_bytes
-from rlhf_ray.observability.progress import Bar
-from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
     Gap,
     ProbeComparison,
-    Prompt,
     Rollout,
     SampleRequest,
     ScoredShard,
-    ServedAdapter,
     Shard,
-    ShardRequest,
     StepReport,
 )
 
 MODULE = "base_model.model.head"
-PROMPTS = [Prompt(f"p{i}", f"prompt {i}", (i + 1, i + 2, i + 3)) for i in range(10)]
 Events = list[tuple[str, Any]]
 """What happened, in order: (what, detail)."""
 
@@ -113,11 +95,11 @@ class FakePolicy:
     def _faulty(self) -> bool:
         return bool(self.fault_at) and self.learnt + 1 >= self.fault_at
 
-    def _logprobs_V(self) -> np.ndarray:
+    def _log_distribution(self) -> np.ndarray:
         return logprobs_of(adapter(self.b_V), self.temperature)
 
     async def logprobs(self, shard: Shard) -> tuple[list[np.ndarray], Gap]:
-        own = [self._logprobs_V()[r.response_ids].astype(np.float32) for r in shard.rollouts]
+        own = [self._log_distribution()[r.response_ids].astype(np.float32) for r in shard.rollouts]
         engine = [r.rollout_logprobs for r in shard.rollouts]
         gaps = np.abs(np.concatenate(own) - np.concatenate(engine), dtype=np.float64)
         gaps += self.gap if self._faulty() else 0.0
@@ -148,7 +130,7 @@ class FakePolicy:
 
     async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
         self.events.append(("learn", [r.position for r in self._rollouts]))
-        probs_V = np.exp(self._logprobs_V())
+        probs_V = np.exp(self._log_distribution())
         gradient_V = np.zeros(VOCAB_SIZE)
         for rollout, advantage in zip(self._rollouts, self._advantages, strict=True):
             counts_V = np.bincount(rollout.response_ids, minlength=VOCAB_SIZE)
@@ -224,149 +206,6 @@ class FakeCritic:
 
     async def load(self, state: dict[str, bytes]) -> None:
         self.value = float(np.frombuffer(state["value"])[0])
-
-
-@dataclass
-class SpyGenerator(GeneratorClient):
-    """A generator that tells what it was asked for."""
-
-    def __init__(self, worker: InlineWorker, events: Events) -> None:
-        super().__init__(worker)
-        self._events = events
-
-    async def generate(self, request: ShardRequest) -> Shard:
-        self._events.append(("generate", (request.version, request.index)))
-        shard = await super().generate(request)
-        self._events.append(("generated", (request.version, request.index)))
-        return shard
-
-    async def publish(self, update: AdapterUpdate) -> ServedAdapter:
-        self._events.append(("publish", update.version))
-        return await super().publish(update)
-
-
-def make_config(folder: Path, **ppo: Any) -> Config:
-    """A run of six iterations of eight rollouts, two of a prompt, in shards of three."""
-    values = {
-        "run": {"dir": str(folder)},
-        "cluster": {"mode": "inline"},
-        "rollout": {
-            "engine": "transformers",
-            "shard_size": 3,
-            "max_prompt_tokens": 8,
-            "max_tokens": 8,
-        },
-        "ppo": {
-            "iterations": 6,
-            "batch_size": 8,
-            "mini_batch_size": 8,
-            "samples_per_prompt": 2,
-            "save_every": 2,
-            "eval_every": 3,
-            "eval_prompts": 8,
-            "kl_target": 0.5,
-            "kl_horizon": 80,
-            **ppo,
-        },
-    }
-    return resolve(values)
-
-
-class Harness:
-    """A real PpoLoop over fakes, in a folder; made anew, it goes on from the folder's commit."""
-
-    def __init__(
-        self,
-        config: Config,
-        engines: Sequence[FakeEngine] = (),
-        policy: FakePolicy | None = None,
-        pool: type[GeneratorPool] = GeneratorPool,
-    ) -> None:
-        self.config = config
-        self.folder = Path(config.run.dir)
-        self.events: Events = []
-        self.engines = list(engines) or [FakeEngine()]
-        self.policy = policy or FakePolicy()
-        self.critic = FakeCritic(self.events)
-        self.policy.events = self.events
-        self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", config.ppo.keep_checkpoints, {"policy": {}}
-        )
-        self._pool = pool
-
-    def run(self) -> dict[str, Any]:
-        return asyncio.run(self._run())
-
-    async def _run(self) -> dict[str, Any]:
-        config, saved = self.config, self.checkpoints.latest()
-        state = RunState(**saved.progress) if saved else RunState()
-        tracer = Tracer(self.folder / "trace.json")
-        recorder = Recorder(self.folder / "ppo", tracer, state.iteration if saved else None)
-        await self._restore(saved)
-        self.loop = PpoLoop(
-            config,
-            await self._roles(),
-            PromptCursor(PROMPTS[:8], config.run.seed),
-            WeightSync(self.policy, canary_requests(PROMPTS, 8, 0), config.engine_is_exact),
-            Evaluator(PROMPTS[8:], config.rollout.shard_size, config.run.seed),
-            self.checkpoints,
-            recorder,
-            state,
-            Bar("ppo", config.ppo.iterations, "iteration", 0, lambda: 0.0),
-        )
-        try:
-            return await self.loop.run()
-        finally:
-            recorder.close()
-            tracer.close()
-
-    async def _restore(self, saved: SavedCommit | None) -> None:
-        if saved:
-            await self.policy.load(saved.policy)
-            await self.critic.load(saved.critic)
-
-    async def _roles(self) -> Roles:
-        members = []
-        for number, engine in enumerate(self.engines):
-            name = f"generator-{number}"
-            generator = Generator(name, lambda engine=engine: engine, Tokenizer)
-            await generator.start()
-            worker = InlineWorker(name, generator, lambda *_: None)
-            members.append(SpyGenerator(worker, self.events))
-        return Roles(
-            generators=self._pool(members, max_in_flight=2),
-            scorer=FakeScorer(self.events),
-            reference=FakeReference(),
-            policy=self.policy,
-            critic=self.critic,
-            fetch=_fetch,
-        )
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Every iteration's metrics without the times, which never repeat."""
-        return [
-            {k: v for k, v in record.items() if not k.startswith(("timing_s/", "throughput/"))}
-            for record in self.records("metrics")
-        ]
-
-    def records(self, name: str) -> list[dict[str, Any]]:
-        """Lines of a JSON lines file of the stage."""
-        path = self.folder / "ppo" / f"{name}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def saved(self) -> list[int]:
-        """Versions in the folder."""
-        return sorted(int(p.name) for p in (self.folder / "checkpoints").glob("[0-9]*"))
-
-
-def stale(shard: Shard, version: int) -> Shard:
-    """The shard, as if another version had sampled its first rollout."""
-    return replace(shard, info=replace(shard.info, versions=(version, *shard.info.versions[1:])))
-
-
-async def _fetch(handle: Any) -> Any:
-    return handle
 
 
 def _by_position(batch: Sequence[ScoredShard]) -> tuple[list[Rollout], np.ndarray]:

@@ -2,14 +2,13 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,7 +165,7 @@ class CommandLine:
         self._started.append(process)
         return process
 
-    def run(self, *arguments: str, timeout_s: float = 240.0) -> str:
+    def run(self, *arguments: str, timeout_s: float = 400.0) -> str:
         """Run a command to its end; returns its output; fails where it fails."""
         process = self.start(*arguments)
         try:

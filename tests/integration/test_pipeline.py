@@ -9,7 +9,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import CommandLine
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
 SMALL_RUN = """
 cluster:

@@ -1,7 +1,5 @@
 """One tiny base model for all tests of this folder."""
 
-from pathlib import Path
-
 import pytest
 
 from rlhf_ray.config.model import TinyModelConfig

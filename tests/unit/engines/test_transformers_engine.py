@@ -113,7 +113,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(base: str) -> None:
         logits_V = served.model(torch.tensor([prompt.token_ids])).logits[0, -1] / 0.1
     probs_V = logits_V.softmax(-1).numpy()
     for token in np.argsort(-probs_V)[:3]:
-        p = probs_V[token]
+        p = float(probs_V[token])
         assert p > 0.01, "the test needs tokens that are drawn often"
         # Four standard deviations of a share of 1500.
         assert np.mean(firsts == token) == pytest.approx(p, abs=4 * (p * (1 - p) / 1500) ** 0.5)

@@ -1,0 +1,175 @@
+"""A real PpoLoop over fake roles, in a folder."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fakes import Events, FakeCritic, FakePolicy, FakeReference, FakeScorer, Tokenizer
+
+from actors.generator import Generator
+from rlhf_ray.cluster.role_clients import GeneratorClient, GeneratorPool
+from rlhf_ray.cluster.workers import InlineWorker
+from rlhf_ray.config import Config, resolve
+from rlhf_ray.driver.batches import PromptCursor
+from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
+from rlhf_ray.driver.evaluation import Evaluator
+from rlhf_ray.driver.ppo_loop import PpoLoop, Roles, RunState
+from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
+from rlhf_ray.engines.fake import FakeEngine
+from rlhf_ray.observability.progress import Bar
+from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.types import (
+    AdapterUpdate,
+    Prompt,
+    ServedAdapter,
+    Shard,
+    ShardRequest,
+)
+
+PROMPTS = [Prompt(f"p{i}", f"prompt {i}", (i + 1, i + 2, i + 3)) for i in range(10)]
+
+
+class SpyGenerator(GeneratorClient):
+    """A generator that tells what it was asked for."""
+
+    def __init__(self, worker: InlineWorker, events: Events) -> None:
+        super().__init__(worker)
+        self._events = events
+
+    async def generate(self, request: ShardRequest) -> Shard:
+        self._events.append(("generate", (request.version, request.index)))
+        shard = await super().generate(request)
+        self._events.append(("generated", (request.version, request.index)))
+        return shard
+
+    async def publish(self, update: AdapterUpdate) -> ServedAdapter:
+        self._events.append(("publish", update.version))
+        return await super().publish(update)
+
+
+def make_config(folder: Path, **ppo: Any) -> Config:
+    """A run of six iterations of eight rollouts, two of a prompt, in shards of three."""
+    values = {
+        "run": {"dir": str(folder)},
+        "cluster": {"mode": "inline"},
+        "rollout": {
+            "engine": "transformers",
+            "shard_size": 3,
+            "max_prompt_tokens": 8,
+            "max_tokens": 8,
+        },
+        "ppo": {
+            "iterations": 6,
+            "batch_size": 8,
+            "mini_batch_size": 8,
+            "samples_per_prompt": 2,
+            "save_every": 2,
+            "eval_every": 3,
+            "eval_prompts": 8,
+            "kl_target": 0.5,
+            "kl_horizon": 80,
+            **ppo,
+        },
+    }
+    return resolve(values)
+
+
+class Harness:
+    """A real PpoLoop over fakes, in a folder; made anew, it goes on from the folder's commit."""
+
+    def __init__(
+        self,
+        config: Config,
+        engines: Sequence[FakeEngine] = (),
+        policy: FakePolicy | None = None,
+        pool: type[GeneratorPool] = GeneratorPool,
+    ) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir)
+        self.events: Events = []
+        self.engines = list(engines) or [FakeEngine()]
+        self.policy = policy or FakePolicy()
+        self.critic = FakeCritic(self.events)
+        self.policy.events = self.events
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", config.ppo.keep_checkpoints, {"policy": {}}
+        )
+        self._pool = pool
+
+    def run(self) -> dict[str, Any]:
+        return asyncio.run(self._run())
+
+    async def _run(self) -> dict[str, Any]:
+        config, saved = self.config, self.checkpoints.latest()
+        state = RunState(**saved.progress) if saved else RunState()
+        tracer = Tracer(self.folder / "trace.json")
+        recorder = Recorder(self.folder / "ppo", tracer, state.iteration if saved else None)
+        await self._restore(saved)
+        self.loop = PpoLoop(
+            config,
+            await self._roles(),
+            PromptCursor(PROMPTS[:8], config.run.seed),
+            WeightSync(self.policy, canary_requests(PROMPTS, 8, 0), config.engine_is_exact),
+            Evaluator(PROMPTS[8:], config.rollout.shard_size, config.run.seed),
+            self.checkpoints,
+            recorder,
+            state,
+            Bar("ppo", config.ppo.iterations, "iteration", 0, lambda: 0.0),
+        )
+        try:
+            return await self.loop.run()
+        finally:
+            recorder.close()
+            tracer.close()
+
+    async def _restore(self, saved: SavedCommit | None) -> None:
+        if saved:
+            await self.policy.load(saved.policy)
+            await self.critic.load(saved.critic)
+
+    async def _roles(self) -> Roles:
+        members = []
+        for number, engine in enumerate(self.engines):
+            name = f"generator-{number}"
+            generator = Generator(name, lambda engine=engine: engine, Tokenizer)
+            await generator.start()
+            worker = InlineWorker(name, generator, lambda *_: None)
+            members.append(SpyGenerator(worker, self.events))
+        return Roles(
+            generators=self._pool(members, max_in_flight=2),
+            scorer=FakeScorer(self.events),
+            reference=FakeReference(),
+            policy=self.policy,
+            critic=self.critic,
+            fetch=_fetch,
+        )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every iteration's metrics without the times, which never repeat."""
+        return [
+            {k: v for k, v in record.items() if not k.startswith(("timing_s/", "throughput/"))}
+            for record in self.records("metrics")
+        ]
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Lines of a JSON lines file of the stage."""
+        path = self.folder / "ppo" / f"{name}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def saved(self) -> list[int]:
+        """Versions in the folder."""
+        return sorted(int(p.name) for p in (self.folder / "checkpoints").glob("[0-9]*"))
+
+
+def stale(shard: Shard, version: int) -> Shard:
+    """The shard, as if another version had sampled its first rollout."""
+    return replace(shard, info=replace(shard.info, versions=(version, *shard.info.versions[1:])))
+
+
+async def _fetch(handle: Any) -> Any:
+    return handle

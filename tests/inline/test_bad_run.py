@@ -1,0 +1,222 @@
+"""Runs that cannot go on, full disks and bad rows, through the real command line."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from command_line import ANSWER, CONFIG, QUESTION, Refused, command, contents, copy_of, dump_of
+
+from rlhf_ray.config import load
+from rlhf_ray.stages import run_folder
+from rlhf_ray.stages.pipeline import open_run
+from rlhf_ray.stages.run_folder import RunFolder
+
+
+class TestRunFolder:
+    def test_below_a_file(self, refused: Refused, config_file: Path) -> None:
+        refused(
+            *("run", config_file, f"run.dir={config_file}/run"),
+            says=r"Cannot write .*/run: Not a directory\. Free space or choose another run\.dir",
+        )
+        assert config_file.read_text(encoding="utf-8") == CONFIG
+
+    def test_without_a_run_to_go_on_from(
+        self, refused: Refused, config_file: Path, tmp_path: Path
+    ) -> None:
+        refused(
+            *("run", config_file, f"run.dir={tmp_path}/r", "run.resume=must"),
+            says=r"run\.resume is must, and .*/r holds no run; check run\.dir",
+        )
+        assert not (tmp_path / "r").exists()
+
+    @pytest.mark.parametrize(
+        ("override", "says"),
+        [
+            ("model.tiny.hidden_size=64", r"model\.tiny\.hidden_size: 32 there, 64 now"),
+            ("model.path=/other/model", r"model\.path: None there, '/other/model' now"),
+            ("prepare.posts=/other/Posts.xml", r"prepare\.posts: None there, '/other/Posts"),
+            ("data.prompts={path: p.jsonl}", r"data\.prompts: None there, \{'path': 'p\.jsonl'"),
+            ("lora.r=4", r"lora\.r: 16 there, 4 now"),
+            ("lora.target_modules=[q_proj]", r"lora\.target_modules: 'all-linear' there, \['q_"),
+            ("ppo.gamma=0.9", r"ppo\.gamma: 1\.0 there, 0\.9 now"),
+            ("ppo.batch_size=16", r"ppo\.batch_size: 8 there, 16 now"),
+            ("run.seed=1", r"run\.seed: 0 there, 1 now"),
+        ],
+    )
+    def test_of_another_run(
+        self, refused: Refused, config_file: Path, whole_run: Path, override: str, says: str
+    ) -> None:
+        before = contents(whole_run)
+        message = refused("run", config_file, f"run.dir={whole_run}", override, says=says)
+        assert "Choose another run.name, set these back, or start anew with run.res" in message
+        assert contents(whole_run) == before
+
+    def test_goes_on_with_another_placement(self, config_file: Path, whole_run: Path) -> None:
+        """Checked without running: two ranks and two generators need Ray."""
+        changed = [
+            "ppo.iterations=9",
+            "cluster.mode=local",
+            "rollout.engine=vllm",
+            "generators.num=2",
+            "policy.num_ranks=2",
+            "critic.num_ranks=2",
+            "reference.num_workers=2",
+            "ppo.save_every=3",
+        ]
+        before = contents(whole_run)
+        config = load(config_file, [f"run.dir={whole_run}", *changed])
+        open_run(RunFolder(config))
+        after = contents(whole_run)
+        assert {name for name in after if after[name] != before.get(name)} == {"config.yaml"}
+        open_run(RunFolder(load(config_file, [f"run.dir={whole_run}"])))
+        assert contents(whole_run) == before
+
+    def test_with_a_broken_config(
+        self, refused: Refused, config_file: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "config.yaml").write_text("run: {", encoding="utf-8")
+        arguments = ("prepare", config_file, f"run.dir={tmp_path}/r")
+        refused(*arguments, says=r"r/config\.yaml cannot be read: (.|\n)*restore or remove it")
+
+
+class TestFullDisk:
+    def full(self, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def test_at_the_start(
+        self,
+        refused: Refused,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(run_folder.os, "replace", self.full)
+        refused(
+            *("run", config_file, f"run.dir={tmp_path}/r"),
+            says=r"Cannot write .*config\.yaml: No space left on device\. Free space",
+        )
+
+    def test_while_data_is_written(
+        self,
+        refused: Refused,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        arguments = ("prepare", config_file, f"run.dir={tmp_path}/r")
+        assert command(*arguments) == 0
+        before = contents(tmp_path / "r")
+        with monkeypatch.context() as patched:
+            patched.setattr(datasets.Dataset, "save_to_disk", self.full)
+            refused(*arguments, says=r"Cannot write .*/prepare: No space left on device\. Free")
+        assert contents(tmp_path / "r") == before
+
+    def test_while_a_commit_is_written(
+        self,
+        refused: Refused,
+        config_file: Path,
+        whole_run: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        folder = copy_of(whole_run, tmp_path)
+        before = contents(folder / "checkpoints")
+        arguments = (config_file, f"run.dir={folder}", "ppo.iterations=2")
+        with monkeypatch.context() as patched:
+            patched.setattr("rlhf_ray.driver.checkpoint._write", self.full)
+            refused("ppo", *arguments, says=r"Cannot write version 2 to .*: No space left")
+        assert contents(folder / "checkpoints") == before
+        assert command("ppo", *arguments) == 0
+        summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
+        assert summary["iterations"] == summary["adapter_version"] == 2
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            RuntimeError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            ),
+        ],
+    )
+    def test_in_a_library_that_trains(
+        self,
+        refused: Refused,
+        config_file: Path,
+        whole_run: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception,
+    ) -> None:
+        folder = copy_of(whole_run, tmp_path)
+        before = contents(folder / "sft" / "model")
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("transformers.Trainer.save_model", fail)
+        refused(
+            *("reward", config_file, f"run.dir={folder}"),
+            says=r"The disk is full \(.*\): .*No space left on device.* Free space or choose",
+        )
+        assert contents(folder / "sft" / "model") == before
+
+
+class TestBadRows:
+    def prompts(self, folder: Path, num_empty: int, num_long: int) -> Path:
+        """Twenty rows, some of them bad."""
+        texts = [""] * num_empty + ["word " * 60] * num_long
+        texts += [f"Question: {i}?\n\nAnswer: " for i in range(20 - len(texts))]
+        path = folder / "prompts.jsonl"
+        rows = (json.dumps({"prompt": text}) + "\n" for text in texts)
+        path.write_text("".join(rows), encoding="utf-8")
+        return path
+
+    def arguments(self, config_file: Path, whole_run: Path, folder: Path) -> tuple[object, ...]:
+        return (
+            config_file,
+            f"run.dir={folder}/r",
+            f"sft.path={whole_run}/sft/model",
+            f"reward.path={whole_run}/reward/model",
+            f"data.prompts.path={folder}/prompts.jsonl",
+            "data.overlong=drop",
+            "run.stages=[ppo,evaluate]",
+        )
+
+    def test_are_counted(self, config_file: Path, whole_run: Path, tmp_path: Path) -> None:
+        self.prompts(tmp_path, num_empty=1, num_long=3)
+        assert command("run", *self.arguments(config_file, whole_run, tmp_path)) == 0
+        summary = json.loads((tmp_path / "r/ppo/summary.json").read_text(encoding="utf-8"))
+        assert summary["prompts_dropped"] == {"kept": 16, "empty": 1, "overlong": 3}
+
+    def test_over_a_fifth_are_too_many(
+        self, refused: Refused, config_file: Path, whole_run: Path, tmp_path: Path
+    ) -> None:
+        self.prompts(tmp_path, num_empty=2, num_long=3)
+        refused(
+            *("run", *self.arguments(config_file, whole_run, tmp_path)),
+            says=r"prompts: 5 of 20 rows are bad \(empty: 2, overlong: 3\), more than the 20% that "
+            r"data\.max_bad_share allows; clean the data, or raise that share, or raise the length "
+            r"limit, or set data\.overlong to truncate",
+        )
+
+    def test_of_a_dump_are_counted_and_limited(
+        self, refused: Refused, config_file: Path, tmp_path: Path
+    ) -> None:
+        rows = []
+        for i in range(0, 1500, 3):
+            rows += [QUESTION.format(i), ANSWER.format(i + 1, i, 5), ANSWER.format(i + 2, i, 0)]
+            rows[-1] = rows[-1].replace("So", "No")
+        empty = [ANSWER.format(9000 + i, 0, 1).replace("So", "") for i in range(300)]
+        posts = dump_of(tmp_path, *rows, *empty)
+        arguments = ("prepare", config_file, f"prepare.posts={posts}", f"run.dir={tmp_path}/r")
+        assert command(*arguments) == 0
+        summary = json.loads((tmp_path / "r/prepare/summary.json").read_text(encoding="utf-8"))
+        assert summary["dropped"] == {"empty_answer": 300}
+        dump_of(tmp_path, *rows, *empty, *(row.replace('"9', '"8') for row in empty))
+        refused(*arguments, says=r"600 of 2100 rows are bad \(empty_answer: 600\), more than")

@@ -1,0 +1,66 @@
+"""DeepSpeed ranks in real processes: the same steps as plain PyTorch, at any number of ranks.
+
+Each case learns three steps at one number of ranks, moves the state to the other number, learns
+three more, and is held against `TorchEngine`, which takes all six steps in one process.
+"""
+
+import multiprocessing
+import socket
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_ranks import OPTIMIZER, STEPS, build, rank_main, take_steps
+
+from rlhf_ray.engines.torch_engine import TorchEngine
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+
+def learn(world_size: int, zero_stage: int, state: Any, first: int) -> tuple[list[float], Any]:
+    """Run a group of ranks in processes; gradient norms and state of rank 0."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        context.Process(
+            target=rank_main, args=(rank, world_size, port, zero_stage, state, first, queue)
+        )
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        return queue.get(timeout=200)
+    finally:
+        for rank in ranks:
+            rank.join(timeout=30)
+            rank.kill()
+
+
+@pytest.fixture(scope="module")
+def oracle() -> tuple[list[float], dict[str, torch.Tensor]]:
+    engine = TorchEngine(build(), **OPTIMIZER)
+    norms = take_steps(engine, 0) + take_steps(engine, STEPS)
+    return norms, engine.export_state()
+
+
+@pytest.mark.parametrize(("ranks", "then_ranks", "zero_stage"), [(2, 1, 2), (1, 2, 3)])
+def test_steps_and_state_do_not_depend_on_ranks_or_sharding(
+    oracle: tuple[list[float], dict[str, torch.Tensor]],
+    ranks: int,
+    then_ranks: int,
+    zero_stage: int,
+) -> None:
+    expected_norms, expected = oracle
+    first_norms, state = learn(ranks, zero_stage, None, 0)
+    then_norms, state = learn(then_ranks, zero_stage, state, STEPS)
+    assert first_norms + then_norms == pytest.approx(expected_norms, rel=1e-4)
+    assert set(state) == set(expected)
+    assert int(state["num_steps"]) == 2 * STEPS
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            torch.from_numpy(state[name]), value, rtol=1e-4, atol=2e-5, msg=name
+        )

@@ -1,0 +1,91 @@
+"""The rules of the layout that a tool can check; the import rule stands in pyproject.toml."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("rlhf_ray", "actors")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+MAX_LINES = 350
+MAX_FUNCTION_LINES = 50
+"""Without the docstring."""
+
+
+def test_imports_go_one_way() -> None:
+    """Every contract of pyproject.toml, by import-linter."""
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Contracts: 6 kept, 0 broken." in done.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_files_and_functions_fit_a_readers_head(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    for function in functions(ast.parse(text)):
+        length = num_lines(function)
+        assert length <= MAX_FUNCTION_LINES, f"{function.name} has {length} lines"
+
+
+def test_no_module_is_called_utils() -> None:
+    assert not [name for name in NAMES if Path(name).stem in ("utils", "util", "helpers", "misc")]
+
+
+def test_actors_leave_ray_alone() -> None:
+    """They are plain Python; Ray wraps them where they are spawned."""
+    for path in (ROOT / "actors").glob("*.py"):
+        assert "ray" not in set(imports(path)), path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_what_is_public_is_described(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bare = [
+        node.name
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+        and ast.get_docstring(node) is None
+    ]
+    assert not bare, f"no docstring: {', '.join(bare)}"
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function of a module, methods included."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, signature included, docstring not."""
+
+    def lines(node: ast.stmt) -> int:
+        return (node.end_lineno or node.lineno) - node.lineno + 1
+
+    described = ast.get_docstring(function) is not None
+    return lines(function) - (lines(function.body[0]) if described else 0)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """First names of the modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
