@@ -2,11 +2,13 @@
 
 import asyncio
 import tempfile
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.prompts import load_prompts
@@ -149,9 +151,11 @@ def _state_of(saved: SavedCommit | None) -> RunState:
 
 
 def _static_files(tokenizer: Any, base: str, folder: RunFolder) -> dict[str, bytes]:
-    """What a committed PEFT folder holds besides its adapter: tokenizer, and where its base is."""
+    """What a committed PEFT folder holds besides its adapter: all that generating needs."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
+        with suppress(OSError):  # a base without one generates by transformers' defaults
+            GenerationConfig.from_pretrained(base).save_pretrained(scratch)
         files = {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
     if Path(base).is_dir():
         committed = folder.path / "checkpoints" / "0" / "policy"
