@@ -64,6 +64,8 @@ class AdapterExtension:
     def _applied_in_lora_layers(self, tensors: TensorDict, scaling: float) -> set[str]:
         """Modules for which the active slot holds exactly the sent tensors (cast, scaled)."""
         manager = self.model_runner.lora_manager._adapter_manager
+        if ADAPTER_ID not in manager.lora_index_to_id:
+            return set()
         dtype = self.model_runner.lora_config.lora_dtype
         slot = manager.lora_index_to_id.index(ADAPTER_ID)
         applied = set()

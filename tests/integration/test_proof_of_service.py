@@ -204,6 +204,14 @@ def scored(shard: Any, gap: Gap) -> ScoredShard:
     return ScoredShard(shard, (), None, None, None, gap)
 
 
+async def test_an_engine_that_never_applied_any_adapter_is_seen(setup: Setup) -> None:
+    """Comes first: nothing was served before."""
+    await setup.engine.plant("ignored")
+    move(setup.learner, seed=0)
+    with pytest.raises(WeightSyncError, match="its engine holds 0 modules"):
+        await setup.sync.publish([setup.generator], version=1)
+
+
 async def test_an_honest_generator_passes(setup: Setup) -> None:
     await setup.sync.prove([setup.generator])
     move(setup.learner, seed=1)
