@@ -66,6 +66,7 @@ for _stage, _help in {
     "pretrain": "Train a causal language model on packed text.",
     "sft": "Fine-tune on questions and answers, with LoRA, then merge.",
     "reward": "Train the pairwise reward model.",
+    "dpo": "Train the policy on pairs directly, without a reward model.",
     "ppo": "Train the policy by PPO; goes on from its last commit.",
     "evaluate": "Compare SFT and PPO on held-out questions.",
 }.items():

@@ -1,10 +1,12 @@
-"""The losses of the three learners: policy, critic, reward model.
+"""The losses of policy, critic and reward model, and of learning from pairs directly (DPO).
 
 Statistics are detached fp32 scalars over the given tensors alone: sums over the mask divided by
 this mask's own count (`ratio_max` is a maximum). To combine micro-batches or ranks, weight each
 by its number of real tokens. The losses divide by `num_tokens` instead, so that micro-batches of
 one mini-batch simply add up, whatever the length of their responses.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -165,3 +167,43 @@ def pairwise_reward_loss(
     chosen_B, rejected_B = chosen_B.float(), rejected_B.float()
     gap_B = chosen_B - rejected_B - (0.0 if margin is None else margin)
     return -F.logsigmoid(gap_B).mean() + centre * (chosen_B + rejected_B).square().mean()
+
+
+def dpo_loss(
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    beta: float,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Direct preference optimisation, a mean over the pairs.
+
+        h = chosen - rejected
+        sigmoid: -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)
+        ipo:     (h - 1 / (2 beta))^2
+
+    Sources: sigmoid, Rafailov et al. 2023 (arXiv:2305.18290) eq. 7; smoothed by eps for labels
+    that are wrong with that probability, Mitchell 2023 (cDPO); ipo, Azar et al. 2023
+    (arXiv:2310.12036) eq. 17.
+
+    Args:
+        chosen_B: log-ratio of policy to reference of the better answer, nats.
+        rejected_B: of the worse one.
+        beta: how close the policy stays to the reference, per nat.
+        kind: which loss.
+        label_smoothing: eps, in [0, 0.5); of the sigmoid loss alone.
+
+    Returns:
+        fp32 scalar.
+
+    Raises:
+        ValueError: shapes that differ, or an unknown kind.
+    """
+    require_same_shape(chosen_B=chosen_B, rejected_B=rejected_B)
+    gap_B = chosen_B.float() - rejected_B.float()
+    if kind == "ipo":
+        return (gap_B - 1 / (2 * beta)).square().mean()
+    if kind != "sigmoid":
+        raise ValueError(f"kind must be sigmoid or ipo, got {kind!r}")
+    right_B, wrong_B = F.logsigmoid(beta * gap_B), F.logsigmoid(-beta * gap_B)
+    return -((1 - label_smoothing) * right_B + label_smoothing * wrong_B).mean()

@@ -8,17 +8,18 @@ from pydantic import BaseModel
 from rlhf_ray.config.root import Config
 
 READ_BY: Mapping[str, tuple[str, ...]] = {
-    "run": ("prepare", "pretrain", "sft", "reward", "ppo"),
-    "model": ("pretrain", "sft", "reward", "ppo"),
+    "run": ("prepare", "pretrain", "sft", "reward", "dpo", "ppo"),
+    "model": ("pretrain", "sft", "reward", "dpo", "ppo"),
     "prepare": ("prepare",),
     "pretrain": ("pretrain",),
     "sft": ("sft",),
     "reward": ("reward", "ppo"),
+    "dpo": ("dpo",),
     "lora": ("ppo",),
     "critic": ("ppo",),
     "ppo": ("ppo",),
     "rollout": ("ppo",),
-    "data": ("pretrain", "sft", "reward", "ppo"),
+    "data": ("pretrain", "sft", "reward", "dpo", "ppo"),
 }
 """Section -> stages that read it; a change matters once one of them has begun."""
 

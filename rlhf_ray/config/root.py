@@ -18,7 +18,7 @@ from rlhf_ray.config.ppo import (
 )
 from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section
-from rlhf_ray.config.supervised import PretrainConfig, RewardConfig, SftConfig
+from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
 
 
 class Config(Section):
@@ -32,6 +32,7 @@ class Config(Section):
     pretrain: PretrainConfig = Field(default=PretrainConfig(), description="Language modelling.")
     sft: SftConfig = Field(default=SftConfig(), description="Supervised fine-tuning.")
     reward: RewardConfig = Field(default=RewardConfig(), description="Reward model.")
+    dpo: DpoConfig = Field(default=DpoConfig(), description="Direct preference optimisation.")
     lora: LoraConfig = Field(default=LoraConfig(), description="The policy's adapter.")
     generators: GeneratorsConfig = Field(default=GeneratorsConfig(), description="Rollout engines.")
     policy: PolicyConfig = Field(default=PolicyConfig(), description="Policy learners.")
@@ -77,7 +78,7 @@ class Config(Section):
             _require_divisible(
                 "ppo.mini_batch_size", ppo.mini_batch_size, f"{role}.num_ranks", group.num_ranks
             )
-        for name in ("pretrain", "sft", "reward"):
+        for name in ("pretrain", "sft", "reward", "dpo"):
             stage = getattr(self, name)
             _require_divisible(
                 f"{name}.batch_size", stage.batch_size, f"{name}.train_workers", stage.train_workers
@@ -126,6 +127,7 @@ class Config(Section):
             "pretrain.train_workers": self.pretrain.train_workers,
             "sft.train_workers": self.sft.train_workers,
             "reward.train_workers": self.reward.train_workers,
+            "dpo.train_workers": self.dpo.train_workers,
         }
         many = [f"{key}={count}" for key, count in counts.items() if count != 1]
         if many:

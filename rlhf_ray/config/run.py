@@ -6,16 +6,21 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.section import Section, changeable
 
-StageName = Literal["prepare", "pretrain", "sft", "reward", "ppo", "evaluate", "report"]
+StageName = Literal["prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = (
     "prepare",
     "pretrain",
     "sft",
     "reward",
+    "dpo",
     "ppo",
     "evaluate",
     "report",
 )
+
+
+DEFAULT_STAGES: tuple[StageName, ...] = tuple(stage for stage in STAGES if stage != "dpo")
+"""dpo is another way from pairs to a policy than reward and ppo: only where it is asked for."""
 
 
 class RunConfig(Section):
@@ -25,7 +30,9 @@ class RunConfig(Section):
     dir: str = changeable("", description="Folder of the run; default runs/<run.name>.")
     seed: int = Field(default=0, ge=0, description="Every random state derives from it.")
     stages: list[StageName] = changeable(
-        list(STAGES), min_length=1, description="Stages to run, in pipeline order; default all."
+        list(DEFAULT_STAGES),
+        min_length=1,
+        description="Stages to run, in pipeline order; default all but dpo.",
     )
     resume: Literal["auto", "never", "must"] = changeable(
         "auto",

@@ -1,8 +1,8 @@
-"""The three supervised stages: pretrain, sft, reward."""
+"""The supervised stages: pretrain, sft, reward, dpo."""
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.config.section import Section, changeable, refuse_owned
@@ -78,7 +78,15 @@ class SftConfig(SupervisedConfig):
     )
 
 
-class RewardConfig(SupervisedConfig):
+class PairsConfig(SupervisedConfig):
+    """Training on pairs of answers of which one was preferred."""
+
+    max_pairs: int | None = Field(
+        default=None, ge=1, description="Use at most this many training pairs."
+    )
+
+
+class RewardConfig(PairsConfig):
     """Pairwise reward model, and the scorers that serve it in PPO."""
 
     path: str | None = Field(
@@ -86,9 +94,6 @@ class RewardConfig(SupervisedConfig):
         description="A ready sequence-classification model with one label: the stage is skipped.",
     )
     num_workers: int = changeable(1, ge=1, description="Scorer processes in PPO.")
-    max_pairs: int | None = Field(
-        default=None, ge=1, description="Use at most this many training pairs."
-    )
     centre: float = Field(
         default=0.0, ge=0, description="Weight of mean((r_chosen + r_rejected)^2)."
     )
@@ -97,3 +102,29 @@ class RewardConfig(SupervisedConfig):
         default=LoraConfig(r=8, alpha=32.0, dropout=0.1),
         description="Adapter; the head is trained in full.",
     )
+
+
+class DpoConfig(PairsConfig):
+    """Direct preference optimisation of the SFT model: an alternative to reward model and PPO."""
+
+    learning_rate: float = Field(default=5e-5, gt=0, description="Peak learning rate.")
+    beta: float = Field(
+        default=0.1, gt=0, description="How close the policy stays to the SFT model, per nat."
+    )
+    loss: Literal["sigmoid", "ipo"] = Field(default="sigmoid", description="Kind of loss.")
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="Probability that a pair is labelled the wrong way round (sigmoid only).",
+    )
+    lora: LoraConfig = Field(default=LoraConfig(dropout=0.0), description="Adapter.")
+
+    @model_validator(mode="after")
+    def _smoothing_of_sigmoid(self) -> "DpoConfig":
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"dpo.label_smoothing {self.label_smoothing} belongs to dpo.loss sigmoid; set it "
+                "to 0 for ipo"
+            )
+        return self

@@ -39,8 +39,8 @@ def load_pairs(
         name: the data set, for messages.
 
     Returns:
-        Columns ``chosen_ids`` and ``rejected_ids``, and counts: ``kept``, and dropped rows by
-        reason.
+        Columns ``chosen_ids``, ``rejected_ids`` and ``num_prompt_tokens``, and counts: ``kept``,
+        and dropped rows by reason.
 
     Raises:
         DataError: too many bad pairs, nothing left, an over-long one with ``overlong="error"``,
@@ -50,6 +50,7 @@ def load_pairs(
     eos = eos_id(tokenizer)
     chosen_ids: list[list[int]] = []
     rejected_ids: list[list[int]] = []
+    prompt_lengths: list[int] = []
     for index, prompt, *completions in _encoded(rows, tokenizer, tally):
         longest = len(prompt) + max(map(len, completions)) + 1
         if longest > max_length:
@@ -65,9 +66,14 @@ def load_pairs(
             continue
         chosen_ids.append(chosen)
         rejected_ids.append(rejected)
+        prompt_lengths.append(len(prompt))
         tally.keep()
     counts = tally.finish()
-    columns = {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+    columns = {
+        "chosen_ids": chosen_ids,
+        "rejected_ids": rejected_ids,
+        "num_prompt_tokens": prompt_lengths,
+    }
     return datasets.Dataset.from_dict(columns), counts
 
 

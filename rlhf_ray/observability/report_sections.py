@@ -74,6 +74,7 @@ _SUPERVISED = (
     ("pretrain", "Pretraining", ("perplexity",), ("steps", "tokens", "parameters")),
     ("sft", "Supervised fine-tuning", ("loss", "perplexity"), ("steps", "trainable_parameters")),
     ("reward", "Reward model", ("accuracy",), ("pairs_train", "pairs_eval")),
+    ("dpo", "Direct preference optimisation", ("loss",), ("pairs_train", "pairs_eval")),
 )
 
 

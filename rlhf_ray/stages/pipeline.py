@@ -28,10 +28,11 @@ MODULES = {
     "pretrain": "pretrain",
     "sft": "sft",
     "reward": "reward_model",
+    "dpo": "dpo",
     "ppo": "ppo",
     "evaluate": "evaluate",
 }
-NEEDS_RAY = {"pretrain", "sft", "reward", "ppo", "evaluate"}
+NEEDS_RAY = {"pretrain", "sft", "reward", "dpo", "ppo", "evaluate"}
 
 
 def run(config: Config) -> Path:

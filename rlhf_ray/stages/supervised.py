@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
@@ -19,11 +20,13 @@ from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
 from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
 from rlhf_ray.stages.training import Training, refuse_unknown_arguments, steps_done, train
 
+T = TypeVar("T", bound=Training)
+
 FOLLOW_INTERVAL_S = 0.5
 """Seconds between two looks at the metrics that the training processes write."""
 
 
-def open_training(kind: type[Training], config: Config, base: str) -> Training:
+def open_training(kind: type[T], config: Config, base: str) -> T:
     """A stage's work with absolute paths, its ``<stage>.trainer`` keys checked.
 
     Raises:

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.config.run import STAGES
+from rlhf_ray.config.run import DEFAULT_STAGES
 from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.models.adapters import adapter_state, digest, tensors_from_bytes
@@ -81,7 +81,7 @@ def test_the_run_folder_holds_what_was_promised(finished: Config) -> None:
     assert (folder / "checkpoints" / "latest").resolve().name == "2"
     spans = (folder / "trace.json").read_text().rstrip().rstrip(",") + "]"
     assert {"gen", "learn", "publish"} <= {span["name"] for span in json.loads(spans)}
-    for stage in STAGES[:-1]:
+    for stage in DEFAULT_STAGES[:-1]:
         assert summary(finished, stage)
     for stage in ("pretrain", "sft", "reward", "ppo"):
         lines = (folder / stage / "metrics.jsonl").read_text().splitlines()
@@ -146,7 +146,7 @@ def test_a_second_run_skips_what_is_finished(
     changed = {name for name, time in _times(folder).items() if before.get(name) != time}
     assert changed == {"config.yaml", "report.html"}
     out = capsys.readouterr().out
-    for stage in STAGES[:-1]:
+    for stage in DEFAULT_STAGES[:-1]:
         assert f"{stage}: finished before" in out
 
 

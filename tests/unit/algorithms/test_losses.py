@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.advantages import gae
 from rlhf_ray.algorithms.logprobs import token_logprobs
-from rlhf_ray.algorithms.losses import pairwise_reward_loss, policy_loss, value_loss
+from rlhf_ray.algorithms.losses import dpo_loss, pairwise_reward_loss, policy_loss, value_loss
 from rlhf_ray.algorithms.rewards import token_rewards
 
 NAN, INF = float("nan"), float("inf")
@@ -296,6 +296,19 @@ def test_pairwise_loss_is_finite_where_a_naive_sigmoid_is_not() -> None:
     assert loss.item() == pytest.approx(400)
     assert chosen_B.grad is not None
     assert chosen_B.grad.item() == pytest.approx(-1)
+
+
+def test_dpo_by_hand() -> None:
+    chosen_B, rejected_B = torch.tensor([2.0, -1.0]), torch.tensor([0.0, 1.0])
+    # Gaps 2 and -2 times .5: -log sigmoid of 1 and -1.
+    assert dpo_loss(chosen_B, rejected_B, 0.5).item() == pytest.approx(0.813262, abs=1e-6)
+    # .9 * .313262 + .1 * 1.313262 of the first pair alone.
+    smoothed = dpo_loss(chosen_B[:1], rejected_B[:1], 0.5, label_smoothing=0.1)
+    assert smoothed.item() == pytest.approx(0.413262, abs=1e-6)
+    # Aim 1 / (2 * .5) = 1: ((2 - 1)^2 + (-2 - 1)^2) / 2.
+    assert dpo_loss(chosen_B, rejected_B, 0.5, "ipo").item() == pytest.approx(5)
+    with pytest.raises(ValueError, match="sigmoid or ipo, got 'hinge'"):
+        dpo_loss(chosen_B, rejected_B, 0.5, "hinge")  # type: ignore[arg-type]
 
 
 def test_shapes_must_agree() -> None:

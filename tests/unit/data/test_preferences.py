@@ -18,6 +18,7 @@ def test_each_side_is_prompt_completion_eos(tokenizer: PreTrainedTokenizerFast) 
     assert pairs[0] == {
         "chosen_ids": [*prompt, *chosen, EOS],
         "rejected_ids": [*prompt, *rejected, EOS],
+        "num_prompt_tokens": len(prompt),
     }
     assert counts == {"kept": 1}
     # Joined text would merge the space with the A: the prompt would be no prefix.

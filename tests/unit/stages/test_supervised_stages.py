@@ -17,7 +17,8 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import adapters, heads, loading, tiny
 from rlhf_ray.stages import merge, pretrain, reward_model, sft
 from rlhf_ray.stages.language_model import packed_blocks
-from rlhf_ray.stages.reward_model import PairTrainer, RewardTraining, pair_accuracy
+from rlhf_ray.stages.pairs import load_training_pairs, pair_accuracy
+from rlhf_ray.stages.reward_model import RewardTrainer, RewardTraining
 
 Trained = tuple[Config, dict[str, Any]]
 
@@ -106,9 +107,10 @@ def test_saved_reward_model_ranks_as_the_summary_says(trained_run: Trained) -> N
     config, summaries = trained_run
     path = str(folder_of(config) / "reward" / "model")
     model = loading.load_sequence_classifier(path, config.model, require_head=True)
-    tokenizer = loading.load_tokenizer(path)
-    pairs, _ = reward_model._pairs(config, tokenizer)
-    batch = RewardTraining(config, folder_of(config), path).collate(list(pairs["held_out"]))
+    training = RewardTraining(config, folder_of(config), path)
+    pairs, _ = load_training_pairs(training)
+    batch = training.collate(list(pairs["held_out"]))
+    del batch["prompt_lengths"]
     flat = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
     with torch.no_grad():
         scores_B = heads.sequence_scores(model, flat["input_ids"], flat["attention_mask"])
@@ -171,8 +173,8 @@ def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
     training = RewardTraining(config, folder_of(config), str(folder_of(config) / "sft" / "model"))
     model = training.load_model().eval()
     rows = [
-        {"chosen_ids": [5, 6, 7, 1], "rejected_ids": [5, 1]},
-        {"chosen_ids": [8, 1], "rejected_ids": [9, 10, 1]},
+        {"chosen_ids": [5, 6, 7, 1], "rejected_ids": [5, 1], "num_prompt_tokens": 1},
+        {"chosen_ids": [8, 1], "rejected_ids": [9, 10, 1], "num_prompt_tokens": 0},
     ]
     batch = training.collate(rows)
     assert batch["input_ids"].tolist() == [
@@ -181,7 +183,7 @@ def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
     ]
     assert batch["attention_mask"].sum(-1).tolist() == [[4, 2], [2, 3]]
     with torch.no_grad():
-        loss, scores_BP = PairTrainer.compute_loss(
+        loss, scores_BP = RewardTrainer.compute_loss(
             _WithoutInit(centre=0.5),
             model,
             batch,

@@ -1,0 +1,128 @@
+"""Stage dpo: the policy learns from pairs directly, without a reward model and without sampling."""
+
+import time
+from typing import Any
+
+import torch
+from peft import prepare_model_for_kbit_training
+from torch import Tensor
+from transformers import Trainer
+
+from rlhf_ray.algorithms.logprobs import token_logprobs
+from rlhf_ray.algorithms.losses import dpo_loss
+from rlhf_ray.config import Config
+from rlhf_ray.config.supervised import DpoConfig
+from rlhf_ray.models import adapters, loading
+from rlhf_ray.stages.pairs import (
+    CHOSEN,
+    REJECTED,
+    PairTrainer,
+    PairTraining,
+    load_training_pairs,
+)
+from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.stages.supervised import open_training, run_training
+from rlhf_ray.stages.training import HELD_OUT, TRAIN
+
+
+class DpoTrainer(PairTrainer):
+    """Implicit rewards of both answers: beta times the log-ratio of policy and reference.
+
+    The reference is the policy's own base with the adapter off.
+    """
+
+    def __init__(self, settings: DpoConfig, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._settings = settings
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        logprobs_BP = completion_logprobs(model, inputs)
+        wrapped: Any = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), wrapped.disable_adapter():
+            ref_BP = completion_logprobs(wrapped, inputs)
+        log_ratios_BP = logprobs_BP - ref_BP
+        settings = self._settings
+        loss = dpo_loss(
+            log_ratios_BP[:, CHOSEN],
+            log_ratios_BP[:, REJECTED],
+            settings.beta,
+            settings.loss,
+            settings.label_smoothing,
+        )
+        return (loss, settings.beta * log_ratios_BP) if return_outputs else loss
+
+
+def completion_logprobs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Summed log-prob of each completion given its prompt, `_BP`, nats.
+
+    Args:
+        model: causal LM.
+        inputs: a batch of `PairTraining.collate`.
+    """
+    ids_BPS, attention_BPS = inputs["input_ids"], inputs["attention_mask"]
+    pairs, sides, length = ids_BPS.shape
+    logits_NSV = model(
+        input_ids=ids_BPS.flatten(0, 1),
+        attention_mask=attention_BPS.flatten(0, 1),
+        position_ids=inputs["position_ids"].flatten(0, 1),
+        use_cache=False,
+    ).logits
+    logprobs_NS = token_logprobs(logits_NSV[:, :-1], ids_BPS.flatten(0, 1)[:, 1:])
+    places_S = torch.arange(1, length, device=ids_BPS.device)
+    of_completion_BPS = (places_S >= inputs["prompt_lengths"][:, None, None]) & (
+        attention_BPS[..., 1:] == 1
+    )
+    return (logprobs_NS.view(pairs, sides, length - 1) * of_completion_BPS).sum(-1)
+
+
+class DpoTraining(PairTraining):
+    """A LoRA adapter over the SFT model, which may be quantised."""
+
+    name = "dpo"
+
+    def load_model(self) -> Any:
+        model = loading.load_causal_lm(self.base, self.config.model, quantized=True)
+        if self.config.model.quantization != "none":
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        lora = self.config.dpo.lora
+        return adapters.attach(
+            model, lora, "CAUSAL_LM", seed=self.config.run.seed, dropout=lora.dropout
+        )
+
+    def trainer(self, **parts: Any) -> Trainer:
+        return DpoTrainer(self.config.dpo, **parts)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train the SFT model on pairs; write ``dpo/model``, a PEFT folder.
+
+    Returns:
+        The summary: pairs_train, pairs_eval, share of held-out pairs whose chosen answer has the
+        higher implicit reward, held-out loss before and after, steps, seconds.
+
+    Raises:
+        RlhfError: no usable data or model, or the training failed.
+    """
+    start_s = time.monotonic()
+    run_folder = RunFolder(config)
+    training = open_training(DpoTraining, config, run_folder.sft_model())
+    pairs, counts = load_training_pairs(training)
+    numbers = run_training(training, pairs)
+    summary = {
+        "pairs_train": len(pairs[TRAIN]),
+        "pairs_eval": len(pairs[HELD_OUT]),
+        "rows": counts,
+        "accuracy": numbers["after_accuracy"],
+        "loss_before": numbers["before_loss"],
+        "loss_after": numbers["after_loss"],
+        "steps": config.dpo.steps,
+        "seconds": time.monotonic() - start_s,
+    }
+    run_folder.write_summary("dpo", summary)
+    return summary

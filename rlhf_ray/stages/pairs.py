@@ -1,0 +1,138 @@
+"""What reward and dpo share: pairs of answers of which people preferred one."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction, Trainer
+
+from rlhf_ray.config import Config
+from rlhf_ray.config.supervised import PairsConfig
+from rlhf_ray.data.preferences import load_pairs
+from rlhf_ray.data.sources import load_rows
+from rlhf_ray.models import loading
+from rlhf_ray.models.heads import position_ids
+from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Training
+
+CHOSEN, REJECTED = 0, 1
+"""Places in the pair dimension, P, of every batch."""
+
+
+class PairTrainer(Trainer):
+    """A Trainer whose predictions are what `compute_loss` gives both answers of a pair, `_BP`."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        # The loss is a mean over the pairs of a batch: let the Trainer average accumulated ones.
+        self.model_accepts_loss_kwargs = False
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            loss, scores_BP = self.compute_loss(model, self._prepare_inputs(inputs), True)
+        return loss, scores_BP, torch.zeros_like(scores_BP)  # labels: the order is the label
+
+
+class PairTraining(Training):
+    """Training on pairs of token lists that share their first ``num_prompt_tokens``."""
+
+    @property
+    def settings(self) -> PairsConfig:
+        return getattr(self.config, self.name)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pairs padded on the right to the longest text of the batch.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``position_ids``, each `_BPS`; ``prompt_lengths``,
+            `_B`.
+        """
+        longest = max(len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids"))
+        shape = (len(rows), 2, longest)
+        input_ids_BPS = torch.full(shape, self._pad_id)
+        attention_BPS = torch.zeros(shape, dtype=torch.long)
+        for index, row in enumerate(rows):
+            for place, side in ((CHOSEN, "chosen_ids"), (REJECTED, "rejected_ids")):
+                ids = torch.tensor(row[side])
+                input_ids_BPS[index, place, : len(ids)] = ids
+                attention_BPS[index, place, : len(ids)] = 1
+        positions = position_ids(attention_BPS.flatten(0, 1)).view(shape)
+        return {
+            "input_ids": input_ids_BPS,
+            "attention_mask": attention_BPS,
+            "position_ids": positions,
+            "prompt_lengths": torch.tensor([row["num_prompt_tokens"] for row in rows]),
+        }
+
+    @property
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        return pair_accuracy
+
+    def save(self, model: Any) -> None:
+        tokenizer = loading.load_tokenizer(self.base)
+        loading.save_adapter(model, tokenizer, self.folder / "model", self.base)
+
+    @functools.cached_property
+    def _pad_id(self) -> int:
+        return int(loading.load_tokenizer(self.base).pad_token_id)  # type: ignore[arg-type]
+
+
+def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the pairs whose chosen answer scores higher; a tie counts as wrong."""
+    scores_BP: Any = prediction.predictions
+    return {"accuracy": float((scores_BP[:, CHOSEN] > scores_BP[:, REJECTED]).mean())}
+
+
+def load_training_pairs(
+    training: PairTraining,
+) -> tuple[dict[str, Dataset], dict[str, dict[str, int]]]:
+    """Tokenised pairs to train on and held out, and the counts of the rows read for each.
+
+    Raises:
+        DataError: no rows, or too many that cannot be used.
+    """
+    config, tokenizer = training.config, loading.load_tokenizer(training.base)
+    pairs: dict[str, Dataset] = {}
+    counts: dict[str, dict[str, int]] = {}
+    for part, rows in _pair_rows(config, training.settings).items():
+        pairs[part], counts[part] = load_pairs(
+            rows,
+            tokenizer,
+            config.model.max_length,
+            config.data.overlong,
+            config.data.max_bad_share,
+            f"{training.name}'s pairs ({part.replace('_', '-')})",
+        )
+    return pairs, counts
+
+
+def _pair_rows(config: Config, settings: PairsConfig) -> dict[str, Dataset]:
+    """Rows to train on and held out: the user's own, the last of them held out, or prepare's."""
+    source = config.data.preferences
+    if source is None:
+        run_folder = RunFolder(config)
+        train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
+    else:
+        rows = load_rows(source, ("prompt", "chosen", "rejected"))
+        cut = len(rows) - min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
+        train_rows, held_out = rows.select(range(cut)), rows.select(range(cut, len(rows)))
+    seed = config.run.seed
+    return {
+        TRAIN: _at_most(train_rows, settings.max_pairs, seed),
+        HELD_OUT: _at_most(held_out, settings.eval_rows, seed),
+    }
+
+
+def _at_most(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+    """A random choice of the rows: neighbours share a question."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.shuffle(seed=seed, keep_in_memory=True).select(range(limit))

@@ -1,0 +1,100 @@
+"""Direct preference optimisation on a tiny model, inline."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+
+from rlhf_ray.config import Config
+from rlhf_ray.config.run import DEFAULT_STAGES
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.models import heads, loading
+from rlhf_ray.stages import dpo
+from rlhf_ray.stages.dpo import DpoTraining, completion_logprobs
+from rlhf_ray.stages.pairs import load_training_pairs
+
+Trained = tuple[Config, dict[str, Any]]
+
+
+@pytest.fixture
+def make_dpo(trained_run: Trained, make_run: Any) -> Any:
+    """Configs whose SFT model is that of the trained run."""
+    sft_model = str(Path(trained_run[0].run.dir) / "sft" / "model")
+
+    def make(**keys: Any) -> Config:
+        settings = {"steps": 20, "batch_size": 8, "learning_rate": 0.01, "eval_rows": 15} | keys
+        return make_run(sft={"path": sft_model}, dpo=settings)
+
+    return make
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_the_chosen_answers_become_likelier(make_dpo: Any, loss: str) -> None:
+    config = make_dpo(loss=loss)
+    summary = dpo.run(config)
+    written = Path(config.run.dir) / "dpo" / "summary.json"
+    assert json.loads(written.read_text()) == summary
+    # The adapter starts at nothing: every log-ratio is 0.
+    start = math.log(2) if loss == "sigmoid" else (1 / (2 * config.dpo.beta)) ** 2
+    assert summary["loss_before"] == pytest.approx(start, rel=1e-5)
+    assert summary["loss_after"] < 0.7 * start
+    assert summary["accuracy"] > 0.9
+    assert (summary["pairs_train"], summary["pairs_eval"]) == (100, 15)
+    model = AutoPeftModelForCausalLM.from_pretrained(Path(config.run.dir) / "dpo" / "model")
+    assert model.peft_config["default"].task_type == "CAUSAL_LM"
+
+
+def test_completions_are_counted_whole_and_without_their_prompt(make_dpo: Any) -> None:
+    config = make_dpo()
+    training = DpoTraining(config, Path(config.run.dir), config.sft.path)
+    pairs, _ = load_training_pairs(training)
+    rows = list(pairs["held_out"])[:3]
+    rows[0]["chosen_ids"] = rows[0]["chosen_ids"] + rows[0]["chosen_ids"][-3:]  # unequal lengths
+    model = loading.load_causal_lm(training.base, config.model)
+    with torch.no_grad():
+        together_BP = completion_logprobs(model, training.collate(rows))
+        for row, sides in zip(rows, together_BP, strict=True):
+            for key, value in zip(("chosen_ids", "rejected_ids"), sides, strict=True):
+                ids = torch.tensor([row[key]])
+                logprobs = model(ids).logits[0].log_softmax(-1)
+                first = row["num_prompt_tokens"]
+                expected = sum(
+                    float(logprobs[place - 1, ids[0, place]])
+                    for place in range(first, ids.shape[1])
+                )
+                assert float(value) == pytest.approx(expected, abs=1e-4)
+    prompt = loading.load_tokenizer(training.base).decode(
+        rows[1]["chosen_ids"][: rows[1]["num_prompt_tokens"]]
+    )
+    assert prompt.startswith("Q: ")
+    assert prompt.endswith("A: ")
+
+
+def test_the_base_stays_as_it_was(make_dpo: Any) -> None:
+    config = make_dpo(steps=3)
+    dpo.run(config)
+    path = str(Path(config.run.dir) / "dpo" / "model")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    tuned = loading.load_causal_lm(path, config.model)
+    base = loading.load_causal_lm(config.sft.path or "", config.model)
+    with torch.no_grad():
+        positions = heads.position_ids(torch.ones_like(ids))
+        assert not torch.equal(tuned(ids).logits, base(ids).logits)
+        with tuned.disable_adapter():
+            torch.testing.assert_close(
+                tuned(ids, position_ids=positions).logits, base(ids).logits, rtol=0, atol=0
+            )
+
+
+def test_smoothing_is_refused_for_ipo(make_dpo: Any) -> None:
+    with pytest.raises(ConfigError, match=r"dpo.label_smoothing 0.1 belongs to dpo.loss sigmoid"):
+        make_dpo(loss="ipo", label_smoothing=0.1)
+
+
+def test_it_runs_only_where_it_is_asked_for(make_run: Any) -> None:
+    assert "dpo" not in DEFAULT_STAGES
+    assert "dpo" not in make_run().run.stages
