@@ -106,11 +106,18 @@ def doctor() -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Tables for people instead: docs/config.md.")
+    ] = False,
+) -> None:
     """Print the JSON Schema of the config."""
     import json
 
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+    from rlhf_ray.config import reference
+
+    text = reference.markdown() if markdown else json.dumps(Config.model_json_schema(), indent=2)
+    typer.echo(text.rstrip())
 
 
 def main() -> None:

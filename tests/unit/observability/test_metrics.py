@@ -8,9 +8,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_docs_list_the_registered_metrics():
-    assert (ROOT / "docs" / "metrics.md").read_text() == metrics.markdown_table(), (
-        "docs/metrics.md is out of date: write metrics.markdown_table() to it"
-    )
+    if (ROOT / "docs" / "metrics.md").read_text() != metrics.markdown_table():
+        pytest.fail("docs/metrics.md is out of date: run scripts/docs.sh")
 
 
 def test_check_names_the_unknown_metric_and_the_nearest_one():

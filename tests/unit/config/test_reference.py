@@ -1,0 +1,77 @@
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from rlhf_ray.config import reference
+from rlhf_ray.config.identity import fixed_keys
+from rlhf_ray.config.load import keys
+from rlhf_ray.config.root import Config
+from rlhf_ray.config.section import Section, changeable
+
+ROOT = Path(__file__).parents[3]
+
+
+class Inner(Section):
+    """What stands below."""
+
+    size: int = Field(default=2, ge=1, lt=9, description="Bytes a | b.")
+    kind: Literal["x", "y"] = changeable("x", description="Which <one>.")
+
+
+class Outer(Section):
+    """What stands above."""
+
+    one: Inner = Field(default=Inner(size=3), description="First.")
+    many: list[Inner] = Field(default=[], description="Others.", max_length=4)
+    maybe: Inner | None = Field(default=None, description="Perhaps.")
+    name: str = Field(description="Needed.")
+    rates: dict[str, float] = Field(default={"a": 0.5}, description="By name.")
+
+
+class Top(Section):
+    """The root."""
+
+    outer: Outer = Field(default=Outer(name="n"), description="All.")
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(reference, "Config", Top)
+    return reference.markdown()
+
+
+def test_the_page_is_up_to_date() -> None:
+    if (ROOT / "docs" / "config.md").read_text() != reference.markdown():
+        pytest.fail("docs/config.md is out of date: run scripts/docs.sh")
+
+
+def test_a_row_tells_type_bounds_default_and_meaning(page: str) -> None:
+    assert "| `size` | integer, ≥ 1, < 9 | `2` | fixed | Bytes a \\| b. |" in page
+    assert "| `kind` | `x` or `y` | `x` | may change | Which \\<one>. |" in page
+    assert "| `name` | text | required | fixed | Needed. |" in page
+    assert "| `rates` | mapping to number | `{a: 0.5}` | fixed | By name. |" in page
+    assert "| `many` | list of (section), at most 4 of them | `[]` | fixed | Others. |" in page
+    assert "| `maybe` | section or `null` | `null` | fixed | Perhaps. |" in page
+
+
+def test_a_section_names_every_key_that_holds_it_and_what_differs_there(page: str) -> None:
+    assert "## `outer.one`, `outer.many[]`, `outer.maybe`\n\nWhat stands below.\n" in page
+    assert "| `one` | section | `{size: 3}` |  | First. |" in page
+
+
+def test_every_key_has_a_row_under_a_heading_that_names_its_section() -> None:
+    page = reference.markdown()
+    tables: dict[str, str] = {}
+    for block in page.split("\n## ")[1:]:
+        heading, _, rows = block.partition("\n")
+        for place in heading.replace("`", "").split(", "):
+            tables[place.replace("[]", "").replace(".NAME", "")] = rows
+    for key in keys():
+        section, _, name = key.rpartition(".")
+        assert not section or f"\n| `{name}` |" in tables[section], key
+    for key in fixed_keys(Config):
+        section, _, name = key.rpartition(".")
+        (row,) = [line for line in tables[section].splitlines() if line.startswith(f"| `{name}` |")]
+        assert "| fixed |" in row, key
