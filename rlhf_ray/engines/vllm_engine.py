@@ -4,7 +4,8 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm_extension import ADAPTER_ID
-from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -96,7 +98,8 @@ class VllmEngine:
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
         """Sample all requests together; order of results is that of the requests."""
-        return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
+        with _death_is_a_failure("sampling"):
+            return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
 
     async def _sample_one(self, request: SampleRequest) -> Sampled:
         params = SamplingParams(
@@ -138,6 +141,10 @@ class VllmEngine:
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """Pause, apply, read back, clear caches, go on."""
+        with _death_is_a_failure("taking an adapter"):
+            return await self._serve(update)
+
+    async def _serve(self, update: AdapterUpdate) -> ServedAdapter:
         started = time.perf_counter()
         await self._engine.pause_generation(mode="wait", clear_cache=True)
         try:
@@ -161,3 +168,14 @@ class VllmEngine:
     async def stop(self) -> None:
         """End the engine's process."""
         self._engine.shutdown()
+
+
+@contextmanager
+def _death_is_a_failure(doing: str) -> Iterator[None]:
+    """The engine lives in a process of its own, which may die while its actor lives on."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise ActorFailure(
+            f"vLLM's engine process died while {doing}; its last words are in the generator's log"
+        ) from error

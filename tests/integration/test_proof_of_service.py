@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 import torch
@@ -22,7 +23,7 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.guard import SamplerGapGuard
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
 from rlhf_ray.engines.vllm_engine import VllmEngine, VllmSettings
-from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import stop_token_ids
 from rlhf_ray.types import AdapterUpdate, Gap, Prompt, ScoredShard, ServedAdapter, ShardRequest
@@ -294,3 +295,17 @@ async def test_an_adapter_of_two_modules_is_served_right(setup: Setup, llama: st
     await narrow.sync.publish([narrow.generator], version=1)
     gap = await narrow.gap(version=1)
     assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.05)
+
+
+async def test_a_dead_engine_is_a_failure_of_its_actor(running: Setup) -> None:
+    """The last test of its engine."""
+    await running.generator.publish(await running.policy.zero_adapter(0))
+    children = psutil.Process().children(recursive=True)
+    engines = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    assert engines, f"no engine among {[child.cmdline() for child in children]}"
+    for engine in engines:
+        engine.kill()
+    with pytest.raises(ActorFailure, match="engine process died while sampling"):
+        await running.sample(version=0)
+    with pytest.raises(ActorFailure, match="engine process died while taking an adapter"):
+        await running.generator.publish(await running.policy.zero_adapter(1))
