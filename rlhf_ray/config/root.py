@@ -61,6 +61,11 @@ class Config(Section):
         return "merged" if self.engine_dtype == "float32" else "adapter"
 
     @property
+    def largest_rank(self) -> int:
+        """Largest rank of the adapters that generators are sent."""
+        return max(self.lora.r, self.dpo.lora.r if "dpo" in self.run.stages else 0)
+
+    @property
     def num_prompts_per_iteration(self) -> int:
         """Prompts drawn for one iteration."""
         return self.ppo.batch_size // self.ppo.samples_per_prompt

@@ -34,7 +34,7 @@ def generation_engine(
             model=model,
             dtype=config.engine_dtype,
             serving=config.serving,
-            lora_rank=config.lora.r,
+            lora_rank=config.largest_rank,
             max_model_len=config.model.max_length,
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,

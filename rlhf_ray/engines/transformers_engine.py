@@ -4,7 +4,7 @@ Rows are left-padded here, because all of a batch decode at the same step.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class TransformersEngine:
     def __init__(self, settings: TransformersSettings) -> None:
         self._settings = settings
         self._model: Any = None
-        self._served = False
+        self._peft_config: Mapping[str, Any] | None = None
 
     async def start(self) -> None:
         """Load the base."""
@@ -59,9 +59,10 @@ class TransformersEngine:
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """Put the adapter into the model; read it back from there."""
         started = time.perf_counter()
-        if not self._served:
-            self._model = get_peft_model(self._model, LoraConfig(**update.peft_config)).eval()
-            self._served = True
+        if self._peft_config != update.peft_config:
+            base = self._model if self._peft_config is None else self._model.unload()
+            self._model = get_peft_model(base, LoraConfig(**update.peft_config)).eval()
+            self._peft_config = update.peft_config
         load_adapter_state(self._model, tensors_from_bytes(update.tensors))
         held = adapter_state(self._model)
         return ServedAdapter(
@@ -74,7 +75,7 @@ class TransformersEngine:
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
         """Sample one response per request, all in one batch."""
-        if not self._served:
+        if self._peft_config is None:
             raise WeightSyncError("The engine was asked to sample before it was given an adapter")
         uniforms_BT = torch.stack([_uniforms(r.seed, self._settings.max_tokens) for r in requests])
         tokens_BT, logprobs_BT = self._decode(requests, uniforms_BT)

@@ -6,7 +6,7 @@ reported is read from the layers that the model computes with.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class AdapterExtension:
     """Mixed into vLLM's Worker by vLLM itself."""
 
     model_runner: Any
+    _merged_modules: Set[str] = frozenset()
+    """Modules that may differ from the base."""
 
     def serve_adapter(self, blob: bytes, peft_config: str) -> dict[str, Any]:
         """Serve an adapter through vLLM's LoRA layers."""
@@ -89,9 +91,11 @@ class AdapterExtension:
         computes with garbage and raises no error.
         """
         packed = getattr(self.model_runner.model, "packed_modules_mapping", {})
-        wanted = {
+        adapted = {
             sibling for module in _adapted_modules(tensors) for sibling in _siblings(module, packed)
         }
+        wanted = adapted | self._merged_modules  # what the adapter before changed goes back
+        self._merged_modules = adapted
         for path in safetensors_files(self.model_runner.model_config.model):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)

@@ -82,12 +82,13 @@ def verdict(files: RunFiles) -> str:
     """The run's outcome in a sentence."""
     if win_rate := _win_rate(files):
         rate, low, high = win_rate
+        name = _final_model(files).upper()
         if low > 0.5:
-            outcome = "PPO beats SFT on held-out questions"
+            outcome = f"{name} beats SFT on held-out questions"
         elif high < 0.5:
-            outcome = "PPO loses to SFT on held-out questions"
+            outcome = f"{name} loses to SFT on held-out questions"
         else:
-            outcome = "PPO and SFT cannot be told apart on held-out questions"
+            outcome = f"{name} and SFT cannot be told apart on held-out questions"
         return f"{outcome}: win rate {rate:.2f} (95% interval {low:.2f} to {high:.2f})."
     scores = [number(record, "objective/scores") for record in files.metrics.get("ppo", ())]
     known = [score for score in scores if score is not None]
@@ -161,30 +162,31 @@ def _cards(files: RunFiles) -> Iterator[Card]:
 
 
 def _evaluation_cards(files: RunFiles) -> Iterator[Card]:
-    evaluation = files.summaries.get("evaluate")
+    evaluation, final = files.summaries.get("evaluate"), _final_model(files)
+    name = final.upper()
     if win_rate := _win_rate(files):
         rate, low, high = win_rate
         yield Card(
             "Win rate against SFT",
             f"{rate:.2f}",
-            f"How often PPO's answer is the better one, ties counting half. 95% interval "
+            f"How often {name}'s answer is the better one, ties counting half. 95% interval "
             f"{low:.2f} to {high:.2f}; above 0.5 throughout means a real gain.",
         )
     for key, title, explanation in (
         (
             "gold_mean",
-            "Gold score, SFT → PPO",
+            f"Gold score, SFT → {name}",
             "Hidden quality that no model was trained on: a rise here is improvement, "
             "not a gamed reward model.",
         ),
         (
             "reward_mean",
-            "Held-out reward, SFT → PPO",
-            "What the reward model, PPO's teacher, gives to answers to unseen questions.",
+            f"Held-out reward, SFT → {name}",
+            "What the reward gives to answers to unseen questions.",
         ),
     ):
         before = number(evaluation, "models", "sft", key)
-        after = number(evaluation, "models", "ppo", key)
+        after = number(evaluation, "models", final, key)
         if after is not None:
             yield Card(title, f"{figure(before)} → {figure(after)}", explanation)
 
@@ -217,8 +219,14 @@ def _ppo_cards(files: RunFiles) -> Iterator[Card]:
         )
 
 
+def _final_model(files: RunFiles) -> str:
+    """The model that the evaluation's win rate is about."""
+    models = files.summaries.get("evaluate", {}).get("models", ())
+    return "dpo" if "dpo" in models and "ppo" not in models else "ppo"
+
+
 def _win_rate(files: RunFiles) -> tuple[float, float, float] | None:
-    """PPO's win rate against SFT, and the ends of its 95% interval."""
+    """The final model's win rate against SFT, and the ends of its 95% interval."""
     measured = files.summaries.get("evaluate", {}).get("win_rate")
     return (measured["value"], *measured["ci95"]) if measured else None
 

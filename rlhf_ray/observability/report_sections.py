@@ -117,7 +117,7 @@ def supervised(files: RunFiles) -> list[Supervised]:
 
 
 def samples(files: RunFiles) -> list[dict[str, Any]]:
-    """The first held-out questions with the answers of SFT and PPO, texts shortened."""
+    """The first held-out questions with the answers of each model, texts shortened."""
     shown = []
     for record in files.samples[:_MAX_SAMPLES]:
         answers = [
@@ -130,7 +130,7 @@ def samples(files: RunFiles) -> list[dict[str, Any]]:
                     if (value := number(record[model], name)) is not None
                 ],
             }
-            for model in ("sft", "ppo")
+            for model in ("sft", "dpo", "ppo")
             if isinstance(record.get(model), dict)
         ]
         shown.append({"prompt": _short(record.get("prompt", "")), "answers": answers})

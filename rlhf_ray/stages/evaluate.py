@@ -1,4 +1,4 @@
-"""Stage 6: SFT against PPO on held-out prompts, same prompts and seeds."""
+"""Stage evaluate: SFT against what PPO and DPO made of it, same held-out prompts and seeds."""
 
 import asyncio
 import json
@@ -19,6 +19,7 @@ from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.driver.weight_sync import publish_to
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.adapters import digest, tensors_from_bytes, tensors_to_bytes
+from rlhf_ray.models.folders import ADAPTER_CONFIG
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.stages.ppo import held_out_prompts
@@ -30,19 +31,22 @@ Sample = dict[str, Any]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Sample both models, rate, compare; returns the summary that it wrote.
+    """Sample every model, rate, compare; returns the summary that it wrote.
 
     Raises:
-        DataError: there is no committed policy.
+        DataError: there is no trained policy.
     """
     started = time.monotonic()
     folder = RunFolder(config)
     folder.stage("evaluate")
     policy_model = folder.sft_model()
     saved = Checkpoints(folder.path / "checkpoints", config.ppo.keep_checkpoints, {}).latest()
-    if saved is None:
-        raise DataError(f"{folder.path}/checkpoints holds no policy: run the stage ppo first")
-    adapters = {"sft": zero_adapter(saved.policy), "ppo": saved.policy}
+    trained = _dpo_policy(folder) | ({"ppo": saved.policy} if saved else {})
+    if not trained:
+        raise DataError(
+            f"{folder.path}/checkpoints holds no policy: run the stage ppo first, or dpo"
+        )
+    adapters = {"sft": zero_adapter(next(iter(trained.values()))), **trained}
     prompts = held_out_prompts(
         config, folder, load_tokenizer(policy_model), config.evaluate.num_prompts
     )
@@ -58,11 +62,20 @@ def run(config: Config) -> dict[str, Any]:
     summary = summarize(samples, config.evaluate.bootstrap, config.run.seed) | {
         "num_prompts": len(prompts),
         "judge": "gold" if has_gold else "reward",
-        "policy_version": saved.version,
+        "policy_version": saved.version if saved else None,
         "seconds": time.monotonic() - started,
     }
     folder.write_summary("evaluate", summary)
     return summary
+
+
+def _dpo_policy(folder: RunFolder) -> dict[str, dict[str, bytes]]:
+    """The stage dpo's adapter as files, under its name; empty where that stage has not run."""
+    if folder.summary("dpo") is None:
+        return {}
+    model = folder.path / "dpo" / "model"
+    names = (ADAPTER_CONFIG, "adapter_model.safetensors")
+    return {"dpo": {name: (model / name).read_bytes() for name in names}}
 
 
 def zero_adapter(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -161,17 +174,28 @@ def _write_samples(
 
 
 def summarize(samples: dict[str, list[Sample]], resamples: int, seed: int) -> dict[str, Any]:
-    """Means of each model; win rate of ppo over sft, judged by gold score if there is one."""
-    judge = "gold" if "gold" in samples["ppo"][0] else "reward"
-    models = {}
+    """Means of each model and win rates over sft, judged by gold score if there is one.
+
+    ``win_rate`` is that of the last model: ppo where it ran.
+    """
+    judge = "gold" if "gold" in samples["sft"][0] else "reward"
+    models: dict[str, dict[str, Any]] = {}
     for name, rows in samples.items():
         models[name] = {"reward_mean": fmean(row["reward"] for row in rows)}
         if judge == "gold":
             models[name]["gold_mean"] = fmean(row["gold"] for row in rows)
-    pairs = zip(samples["ppo"], samples["sft"], strict=True)
-    wins = np.array([win(ppo[judge], sft[judge]) for ppo, sft in pairs])
+        if name != "sft":
+            models[name]["win_rate"] = _win_rate(rows, samples["sft"], judge, resamples, seed)
+    last = next(reversed(models))
+    return {"models": models, "win_rate": models[last]["win_rate"]}
+
+
+def _win_rate(
+    ours: list[Sample], theirs: list[Sample], judge: str, resamples: int, seed: int
+) -> dict[str, Any]:
+    wins = np.array([win(a[judge], b[judge]) for a, b in zip(ours, theirs, strict=True)])
     low, high = bootstrap_interval(wins, resamples, seed)
-    return {"models": models, "win_rate": {"value": float(wins.mean()), "ci95": [low, high]}}
+    return {"value": float(wins.mean()), "ci95": [low, high]}
 
 
 def win(ours: float, theirs: float) -> float:

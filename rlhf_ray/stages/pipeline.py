@@ -138,8 +138,9 @@ def _finished(folder: RunFolder, stage: str) -> bool:
     if stage == "ppo" and summary is not None:
         return summary["iterations"] >= config.ppo.iterations
     if stage == "evaluate" and summary is not None:
-        policy = folder.summary("ppo")
-        return policy is None or summary["policy_version"] == policy["adapter_version"]
+        policy, has_dpo = folder.summary("ppo"), folder.summary("dpo") is not None
+        is_newest = policy is None or summary["policy_version"] == policy["adapter_version"]
+        return is_newest and has_dpo <= ("dpo" in summary["models"])
     return summary is not None
 
 

@@ -31,6 +31,13 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
         "pretrain": {"steps": 30, "batch_size": 4, "block_size": 64, "learning_rate": 0.02},
         "sft": {"steps": 4, "batch_size": 4, "block_size": 64},
         "reward": {"steps": 4, "batch_size": 4, "eval_rows": 8, "learning_rate": 1e-3},
+        "dpo": {
+            "steps": 4,
+            "batch_size": 4,
+            "eval_rows": 8,
+            "learning_rate": 1e-2,
+            "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        },
         "critic": {"learning_rate": 1e-3},
         "rollout": {
             "engine": "transformers",
@@ -102,8 +109,8 @@ def test_the_summaries_hold_the_promised_keys(finished: Config) -> None:
     assert set(summary(finished, "reward")) >= {"pairs_train", "pairs_eval", "accuracy"}
     evaluate = summary(finished, "evaluate")
     assert set(evaluate["models"]) == {"sft", "ppo"}
-    for model in evaluate["models"].values():
-        assert set(model) == {"reward_mean", "gold_mean"}
+    assert set(evaluate["models"]["sft"]) == {"reward_mean", "gold_mean"}
+    assert evaluate["models"]["ppo"]["win_rate"] == evaluate["win_rate"]
     low, high = evaluate["win_rate"]["ci95"]
     assert 0 <= low <= evaluate["win_rate"]["value"] <= high <= 1
 
@@ -165,6 +172,19 @@ def test_more_iterations_go_on_and_are_evaluated(finished: Config) -> None:
     after = _times(folder)
     for stage in ("prepare", "pretrain", "sft", "reward"):
         assert after[f"{stage}/summary.json"] == before[f"{stage}/summary.json"]
+
+
+def test_dpo_joins_the_evaluation(finished: Config) -> None:
+    values = finished.model_dump()
+    values["run"]["stages"] = ["dpo", "evaluate", "report"]
+    values["ppo"]["iterations"] = summary(finished, "ppo")["iterations"]
+    pipeline.run(resolve(values))
+    evaluate = summary(finished, "evaluate")
+    assert list(evaluate["models"]) == ["sft", "dpo", "ppo"]
+    assert evaluate["win_rate"] == evaluate["models"]["ppo"]["win_rate"]
+    lines = (Path(finished.run.dir) / "evaluate" / "samples.jsonl").read_text().splitlines()
+    assert all(set(json.loads(line)) == {"prompt", "sft", "dpo", "ppo"} for line in lines)
+    assert "DPO" in (Path(finished.run.dir) / "report.html").read_text()
 
 
 def test_another_run_in_the_folder_is_refused(finished: Config) -> None:
