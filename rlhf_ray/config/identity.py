@@ -11,6 +11,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "run": ("prepare", "pretrain", "sft", "reward", "dpo", "ppo"),
     "model": ("pretrain", "sft", "reward", "dpo", "ppo"),
     "prepare": ("prepare",),
+    "template": ("pretrain", "sft", "reward", "dpo", "ppo"),
     "pretrain": ("pretrain",),
     "sft": ("sft",),
     "reward": ("reward", "ppo"),

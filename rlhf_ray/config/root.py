@@ -19,6 +19,7 @@ from rlhf_ray.config.ppo import (
 from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
+from rlhf_ray.config.template import TemplateConfig
 
 
 class Config(Section):
@@ -29,6 +30,7 @@ class Config(Section):
     model: ModelConfig = Field(default=ModelConfig(), description="The base model.")
     prepare: PrepareConfig = Field(default=PrepareConfig(), description="Dump to data sets.")
     data: DataConfig = Field(default=DataConfig(), description="The user's own data sets.")
+    template: TemplateConfig = Field(default=TemplateConfig(), description="Layout of prompts.")
     pretrain: PretrainConfig = Field(default=PretrainConfig(), description="Language modelling.")
     sft: SftConfig = Field(default=SftConfig(), description="Supervised fine-tuning.")
     reward: RewardConfig = Field(default=RewardConfig(), description="Reward model.")

@@ -3,15 +3,17 @@
 from collections.abc import Iterable, Sequence
 
 
-def pack(token_lists: Iterable[Sequence[int]], block_size: int, eos_id: int) -> list[list[int]]:
-    """Concatenate texts with EOS after each and cut the run into equal blocks.
+def pack(
+    token_lists: Iterable[Sequence[int]], block_size: int, eos_id: int | None = None
+) -> list[list[int]]:
+    """Concatenate texts, each with its end, and cut the run into equal blocks.
 
-    The EOS is what teaches a model to stop. A remainder shorter than a block is dropped.
+    The end is what teaches a model to stop. A remainder shorter than a block is dropped.
 
     Args:
-        token_lists: token ids of each text, without EOS.
+        token_lists: token ids of each text.
         block_size: tokens of a block.
-        eos_id: id of the end-of-sequence token.
+        eos_id: added after each text; None: the texts bring their ends.
 
     Returns:
         Blocks of exactly ``block_size`` ids.
@@ -26,7 +28,8 @@ def pack(token_lists: Iterable[Sequence[int]], block_size: int, eos_id: int) -> 
     open_block: list[int] = []
     for tokens in token_lists:
         open_block.extend(tokens)
-        open_block.append(eos_id)
+        if eos_id is not None:
+            open_block.append(eos_id)
         num_whole = len(open_block) // block_size * block_size
         blocks.extend(open_block[i : i + block_size] for i in range(0, num_whole, block_size))
         open_block = open_block[num_whole:]

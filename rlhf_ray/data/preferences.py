@@ -1,37 +1,42 @@
-"""Rows with ``prompt``, ``chosen`` and ``rejected`` as token ids for a pairwise reward model."""
+"""Rows with a prompt, ``chosen`` and ``rejected`` as token ids for a pairwise reward model."""
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import datasets
 
-from rlhf_ray.data.row_tally import RowTally
-from rlhf_ray.data.tokens import Overlong, Row, batches, encode, eos_id, is_text, overlong_error
+from rlhf_ray.data.render import Layout, Rendered, Renderer
+from rlhf_ray.data.row_tally import BadRow, RowTally
+from rlhf_ray.data.rows import Row, batches, prompt_of, text_of
+from rlhf_ray.data.tables import TOKEN_IDS, on_disk
+from rlhf_ray.data.tokens import Overlong, overlong_error
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_COLUMNS = ("prompt", "chosen", "rejected")
-_Pair = tuple[list[int], list[int]]
+_PAIRS = datasets.Features(
+    {
+        "chosen_ids": TOKEN_IDS,
+        "rejected_ids": TOKEN_IDS,
+        "num_prompt_tokens": datasets.Value("int32"),
+    }
+)
 
 
 def load_pairs(
     rows: Iterable[Any],
-    tokenizer: "PreTrainedTokenizerBase",
+    renderer: Renderer,
     max_length: int,
     overlong: Overlong = "drop",
     max_bad_share: float = 0.2,
     name: str = "preferences",
 ) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Token ids of both sides of each pair: prompt, completion, EOS.
+    """Token ids of both sides of each pair: prompt, completion, end.
 
-    A reward model reads the last token, so EOS ends each side as it ends a rollout that stopped by
-    itself.
+    A reward model reads the last token, so the end token ends each side as it ends a rollout that
+    stopped by itself.
 
     Args:
-        rows: a data set, or any rows with the three columns.
-        tokenizer: the reward model's.
-        max_length: most tokens of a side, EOS included.
+        rows: a data set, or any rows with a prompt and the two columns.
+        renderer: of the reward model's tokenizer.
+        max_length: most tokens of a side, its end included.
         overlong: what becomes of a pair with a longer side; ``truncate`` cuts the end of
             completions and, where these are long too, the prompt's start, at most down to half of
             the room.
@@ -39,62 +44,69 @@ def load_pairs(
         name: the data set, for messages.
 
     Returns:
-        Columns ``chosen_ids``, ``rejected_ids`` and ``num_prompt_tokens``, and counts: ``kept``,
-        and dropped rows by reason.
+        Columns ``chosen_ids``, ``rejected_ids`` and ``num_prompt_tokens``, on disk, and counts:
+        ``kept``, and dropped rows by reason.
 
     Raises:
-        DataError: too many bad pairs, nothing left, an over-long one with ``overlong="error"``,
-            or a tokenizer without EOS.
+        DataError: too many bad pairs, nothing left, or an over-long one with ``overlong="error"``.
     """
     tally = RowTally(name, max_bad_share)
-    eos = eos_id(tokenizer)
-    chosen_ids: list[list[int]] = []
-    rejected_ids: list[list[int]] = []
-    prompt_lengths: list[int] = []
-    for index, prompt, *completions in _encoded(rows, tokenizer, tally):
-        longest = len(prompt) + max(map(len, completions)) + 1
-        if longest > max_length:
-            if overlong == "error":
+
+    def pairs() -> Iterator[dict[str, Any]]:
+        for index, *sides in _rendered(rows, renderer, tally):
+            longest = max(len(side.token_ids) for side in sides)
+            if longest > max_length and overlong == "error":
                 raise overlong_error(name, index, longest, max_length, "model.max_length")
-            if overlong == "drop":
+            if longest > max_length and overlong == "drop":
                 tally.drop_bad("overlong")
                 continue
-            prompt, *completions = _cut(prompt, completions, max_length - 1)
-        chosen, rejected = (prompt + completion + [eos] for completion in completions)
-        if chosen == rejected:
-            tally.drop_bad("equal")
-            continue
-        chosen_ids.append(chosen)
-        rejected_ids.append(rejected)
-        prompt_lengths.append(len(prompt))
-        tally.keep()
-    counts = tally.finish()
-    columns = {
-        "chosen_ids": chosen_ids,
-        "rejected_ids": rejected_ids,
-        "num_prompt_tokens": prompt_lengths,
-    }
-    return datasets.Dataset.from_dict(columns), counts
+            num_prompt, chosen, rejected = _cut(sides, max_length)
+            if chosen == rejected:
+                tally.drop_bad("equal")
+                continue
+            tally.keep()
+            yield {
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "num_prompt_tokens": num_prompt,
+            }
+
+    found = on_disk(pairs(), _PAIRS)
+    return found, tally.finish()
 
 
-def _encoded(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", tally: RowTally
-) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """(index, prompt ids, chosen ids, rejected ids) of the rows in which all three have text."""
-    first_index = 0
+def _rendered(
+    rows: Iterable[Row], renderer: Renderer, tally: RowTally
+) -> Iterator[tuple[int, Rendered, Rendered]]:
+    """(place, chosen, rejected) of the rows in which all three have text."""
     for batch in batches(rows):
-        whole = [
-            (index, row)
-            for index, row in enumerate(batch, first_index)
-            if all(is_text(row[column]) for column in _COLUMNS)
-        ]
-        tally.drop_bad("empty", len(batch) - len(whole))
-        columns = (encode(tokenizer, [row[column] for _, row in whole]) for column in _COLUMNS)
-        yield from zip((index for index, _ in whole), *columns, strict=True)
-        first_index += len(batch)
+        places: list[int] = []
+        layouts: list[Layout] = []
+        for index, row in batch:
+            try:
+                layouts += _layouts(row, renderer)
+                places.append(index)
+            except BadRow as bad:
+                tally.refuse(bad)
+        sides = renderer.tokenize(layouts)
+        yield from zip(places, sides[0::2], sides[1::2], strict=True)
 
 
-def _cut(prompt: list[int], completions: list[list[int]], room: int) -> list[list[int]]:
-    """Prompt and completions cut to ``room`` tokens; both sides keep the same prompt."""
-    kept = min(len(prompt), max(room // 2, room - max(map(len, completions))))
-    return [prompt[len(prompt) - kept :], *(ids[: room - kept] for ids in completions)]
+def _layouts(row: Row, renderer: Renderer) -> list[Layout]:
+    prompt, question = prompt_of(row), row.get("question")
+    answers = [text_of(row, column) for column in ("chosen", "rejected")]
+    return [renderer.answered(prompt, answer, question) for answer in answers]
+
+
+def _cut(sides: Sequence[Rendered], max_length: int) -> tuple[int, list[int], list[int]]:
+    """Prompt tokens, and both sides cut to ``max_length`` with the same prompt and their ends."""
+    room = max_length - 1
+    num_prompt = sides[0].num_prompt_tokens
+    prompt = sides[0].token_ids[:num_prompt]
+    answers = [side.token_ids[num_prompt:-1] for side in sides]
+    kept = min(num_prompt, max(room // 2, room - max(map(len, answers))))
+    chosen, rejected = (
+        [*prompt[num_prompt - kept :], *answer[: room - kept], side.token_ids[-1]]
+        for answer, side in zip(answers, sides, strict=True)
+    )
+    return kept, chosen, rejected

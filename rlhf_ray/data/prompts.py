@@ -1,34 +1,36 @@
-"""Rows with a ``prompt`` as prompts, ready to be continued."""
+"""Rows with a prompt as prompts, ready to be continued."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
-from rlhf_ray.data.row_tally import RowTally
-from rlhf_ray.data.tokens import Overlong, Row, batches, encode, is_text, overlong_error
+from rlhf_ray.data.render import Layout, Renderer
+from rlhf_ray.data.row_tally import BadRow, RowTally
+from rlhf_ray.data.rows import Row, batches, prompt_of
+from rlhf_ray.data.tokens import Overlong, overlong_error
 from rlhf_ray.types import Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _ID_COLUMNS = ("id", "question_id")
 
 
 def load_prompts(
     rows: Iterable[Any],
-    tokenizer: "PreTrainedTokenizerBase",
+    renderer: Renderer,
     max_prompt_tokens: int,
     overlong: Overlong = "drop",
     max_bad_share: float = 0.2,
     name: str = "prompts",
 ) -> tuple[list[Prompt], dict[str, int]]:
-    """Tokenise the ``prompt`` of each row; the other columns go along in ``Prompt.fields``.
+    """Render the prompt of each row; the other columns go along in ``Prompt.fields``.
+
+    ``Prompt.fields["messages"]`` is there wherever a template was applied: what a model with a
+    template of its own, or a judge, has to be given instead of the rendered text.
 
     Rows that repeat an ``id`` (or ``question_id``) are kept once, the first time: an evaluation set
     has one row a pair and so several of one question.
 
     Args:
-        rows: a data set, or any rows with a column ``prompt``.
-        tokenizer: the policy's.
+        rows: a data set, or any rows with a prompt.
+        renderer: of the policy's tokenizer.
         max_prompt_tokens: longest prompt, tokens.
         overlong: what becomes of a longer one; ``truncate`` keeps its end, which the model
             continues.
@@ -43,12 +45,12 @@ def load_prompts(
     """
     tally = RowTally(name, max_bad_share)
     prompts: dict[str, Prompt] = {}
-    first_index = 0
     for batch in batches(rows):
-        fresh = _usable(batch, first_index, prompts, tally)
-        token_lists = encode(tokenizer, [row["prompt"] for _, _, row in fresh])
-        for (index, identity, row), token_ids in zip(fresh, token_lists, strict=True):
-            text = row["prompt"]
+        fresh = _usable(batch, renderer, prompts, tally)
+        rendered = renderer.tokenize([layout for *_, layout in fresh], ended=False)
+        for (index, identity, row, layout), tokens in zip(fresh, rendered, strict=True):
+            token_ids = tokens.token_ids
+            text = renderer.written(layout)
             if len(token_ids) > max_prompt_tokens:
                 if overlong == "error":
                     key = "rollout.max_prompt_tokens"
@@ -57,28 +59,37 @@ def load_prompts(
                     tally.drop_bad("overlong")
                     continue
                 token_ids = token_ids[-max_prompt_tokens:]
-                text = str(tokenizer.decode(token_ids))
-            fields = {column: value for column, value in row.items() if column != "prompt"}
-            prompts[identity] = Prompt(identity, text, tuple(token_ids), fields)
+                text = str(renderer.tokenizer.decode(token_ids))
+            prompts[identity] = Prompt(identity, text, tuple(token_ids), _fields(row, renderer))
             tally.keep()
-        first_index += len(batch)
     return list(prompts.values()), tally.finish()
 
 
 def _usable(
-    batch: Sequence[Row], first_index: int, known: dict[str, Prompt], tally: RowTally
-) -> list[tuple[int, str, Row]]:
-    """(index, id, row) of the rows with text and an id not met before."""
-    fresh: dict[str, tuple[int, str, Row]] = {}
-    for index, row in enumerate(batch, first_index):
+    batch: Sequence[tuple[int, Row]], renderer: Renderer, known: Container[str], tally: RowTally
+) -> list[tuple[int, str, Row, Layout]]:
+    """(place, id, row, layout) of the rows with a prompt and an id not met before."""
+    fresh: dict[str, tuple[int, str, Row, Layout]] = {}
+    for index, row in batch:
         identity = _identity(row, index)
         if identity in known or identity in fresh:
             tally.drop_unused("repeated")
-        elif not is_text(row["prompt"]):
-            tally.drop_bad("empty")
-        else:
-            fresh[identity] = (index, identity, row)
+            continue
+        try:
+            layout = renderer.prompt(prompt_of(row), row.get("question"))
+        except BadRow as bad:
+            tally.refuse(bad)
+            continue
+        fresh[identity] = (index, identity, row, layout)
     return list(fresh.values())
+
+
+def _fields(row: Row, renderer: Renderer) -> dict[str, Any]:
+    fields = {
+        column: value for column, value in row.items() if column not in ("prompt", "messages")
+    }
+    messages = renderer.messages(prompt_of(row), row.get("question"))
+    return fields if messages is None else {**fields, "messages": messages}
 
 
 def _identity(row: Row, index: int) -> str:

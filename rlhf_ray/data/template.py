@@ -1,4 +1,6 @@
-"""The one text layout of a question and its answer, the same bytes in every stage."""
+"""The plain layout of a question and its answer, the same bytes in every stage."""
+
+from collections.abc import Mapping, Sequence
 
 
 def prompt(question: str) -> str:
@@ -14,3 +16,17 @@ def prompt(question: str) -> str:
 def full(question: str, answer: str) -> str:
     """A question with its answer: ``prompt(question) + answer``."""
     return prompt(question) + answer
+
+
+def chat(messages: Sequence[Mapping[str, str]], end: str) -> str:
+    """A chat in the same layout; each answer is followed by ``end``, other roles by a blank line.
+
+    Example:
+        >>> chat([{"role": "user", "content": "Why?"}, {"role": "system", "content": "Say!"}], "")
+        'Question: Why?\\n\\nAnswer: Say!\\n\\n'
+    """
+    layouts = {"user": prompt, "assistant": lambda answer: answer + end}
+    return "".join(
+        layouts.get(message["role"], lambda text: f"{text}\n\n")(message["content"])
+        for message in messages
+    )

@@ -1,13 +1,7 @@
-"""From text to token ids, in one way for all stages.
+"""From text to token ids, and what to do with too many of them."""
 
-A prompt and its completion are tokenised apart and then joined: in PPO the model continues the
-prompt's ids, so those ids must also begin every sequence that it was trained on. Tokenising the
-joined text could merge the prompt's last character with the completion's first.
-"""
-
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_ray.errors import DataError
 
@@ -16,8 +10,6 @@ if TYPE_CHECKING:
 
 Overlong = Literal["drop", "truncate", "error"]
 """What to do with a text over its limit: leave its row out, cut it, or stop."""
-
-Row = Mapping[str, Any]
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
@@ -41,18 +33,6 @@ def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
             "tokenizer_config.json"
         )
     return token_id
-
-
-def is_text(value: object) -> bool:
-    """Whether a cell holds text with something in it."""
-    return isinstance(value, str) and bool(value.strip())
-
-
-def batches(rows: Iterable[Row], size: int = 1000) -> Iterator[list[Row]]:
-    """Rows in lists of at most ``size``: tokenizers are faster on many texts at once."""
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def overlong_error(name: str, row: int, num_tokens: int, limit: int, key: str) -> DataError:

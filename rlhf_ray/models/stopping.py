@@ -4,12 +4,20 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.data.render import Renderer
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.loading import load_tokenizer
 
 
-def stop_token_ids(model: str) -> tuple[int, ...]:
-    """Every eos id of the tokenizer and of the generation config; never the pad id.
+def stop_token_ids(model: str, template: TemplateConfig | None = None) -> tuple[int, ...]:
+    """Every eos id of the tokenizer and of the generation config, and the template's end of turn.
+
+    The pad id is never among them.
+
+    Args:
+        model: folder or hub name.
+        template: which layout prompts have.
 
     Raises:
         DataError: nothing would ever end a response.
@@ -20,6 +28,7 @@ def stop_token_ids(model: str) -> tuple[int, ...]:
     except OSError:
         listed = None
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    ids.add(Renderer(tokenizer, template).end_of_turn_id)
     ids -= {None, tokenizer.pad_token_id}
     if not ids:
         raise DataError(f"{model} names no end-of-sequence token; set eos_token in its tokenizer")

@@ -1,15 +1,15 @@
 """What pretrain and SFT share: packed blocks, next-token loss, perplexity."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.data import DataSource
+from rlhf_ray.config.supervised import PretrainConfig, SftConfig
 from rlhf_ray.data.packing import pack
 from rlhf_ray.data.sources import load_rows
 from rlhf_ray.errors import DataError
@@ -41,32 +41,30 @@ def text_rows(config: Config, source: DataSource | None) -> Dataset:
 
 def packed_blocks(
     stage: str,
-    token_lists: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    eval_rows: int,
+    documents: Dataset,
+    settings: PretrainConfig | SftConfig,
 ) -> dict[str, Dataset]:
     """Texts packed into blocks: the last share of the texts held out, the rest to train on.
 
     Args:
         stage: name, for the message.
-        token_lists: token ids of each text, in the order of the data set.
-        block_size: tokens of a block.
-        eval_rows: at most this many held-out blocks.
+        documents: from `load_documents`.
+        settings: the stage's section: tokens of a block, most held-out blocks.
 
     Raises:
         DataError: there is not one whole block for either part.
     """
-    eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]  (load_tokenizer requires one)
+    size = settings.block_size
+    token_lists = documents["token_ids"][:]
     num_held_out = max(1, round(len(token_lists) * HELD_OUT_SHARE))
     parts = {
-        TRAIN: pack(token_lists[:-num_held_out], block_size, eos_id),
-        HELD_OUT: pack(token_lists[-num_held_out:], block_size, eos_id)[:eval_rows],
+        TRAIN: pack(token_lists[:-num_held_out], size),
+        HELD_OUT: pack(token_lists[-num_held_out:], size)[: settings.eval_rows],
     }
     for part, blocks in parts.items():
         if not blocks:
             raise DataError(
-                f"{stage}: {len(token_lists)} texts fill no block of {block_size} tokens "
+                f"{stage}: {len(token_lists)} texts fill no block of {size} tokens "
                 f"({part.replace('_', '-')} part); add data or lower {stage}.block_size"
             )
     return {part: Dataset.from_dict({"input_ids": blocks}) for part, blocks in parts.items()}

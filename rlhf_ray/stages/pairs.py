@@ -11,6 +11,7 @@ from transformers import EvalPrediction, Trainer
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.preferences import load_pairs
+from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.sources import load_rows
 from rlhf_ray.models import loading
 from rlhf_ray.models.heads import position_ids
@@ -99,13 +100,14 @@ def load_training_pairs(
     Raises:
         DataError: no rows, or too many that cannot be used.
     """
-    config, tokenizer = training.config, loading.load_tokenizer(training.base)
+    config = training.config
+    renderer = Renderer(loading.load_tokenizer(training.base), config.template)
     pairs: dict[str, Dataset] = {}
     counts: dict[str, dict[str, int]] = {}
     for part, rows in _pair_rows(config, training.settings).items():
         pairs[part], counts[part] = load_pairs(
             rows,
-            tokenizer,
+            renderer,
             config.model.max_length,
             config.data.overlong,
             config.data.max_bad_share,

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.prompts import load_prompts
+from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.sources import load_rows
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
@@ -130,7 +131,7 @@ def _load(
 ) -> tuple[list[Prompt], dict[str, int]]:
     return load_prompts(
         rows,
-        tokenizer,
+        Renderer(tokenizer, config.template),
         config.rollout.max_prompt_tokens,
         config.data.overlong,
         config.data.max_bad_share,

@@ -109,7 +109,7 @@ async def _start_group(ranks: Sequence[Worker]) -> None:
 
 def spawn_generators(spawner: RoleSpawner, config: Config, base: str) -> GeneratorPool:
     """Generators over a base model, not started."""
-    stop = stop_token_ids(base)
+    stop = stop_token_ids(base, config.template)
     workers = spawner.spawn(
         Generator,
         "generator",

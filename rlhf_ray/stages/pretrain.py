@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.texts import load_token_lists
+from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.texts import load_documents
 from rlhf_ray.models import loading, tiny
 from rlhf_ray.stages.language_model import (
     LanguageModelTraining,
@@ -63,13 +64,11 @@ def run(config: Config) -> dict[str, Any]:
             config.run.seed,
         )
     training = open_training(PretrainTraining, config, run_folder.base_model())
-    tokenizer = loading.load_tokenizer(training.base)
-    token_lists, counts = load_token_lists(
-        rows, tokenizer, config.data.max_bad_share, name="pretrain's texts"
+    renderer = Renderer(loading.load_tokenizer(training.base), config.template)
+    documents, counts = load_documents(
+        rows, renderer, config.data.max_bad_share, name="pretrain's texts"
     )
-    blocks = packed_blocks(
-        "pretrain", token_lists, tokenizer, settings.block_size, settings.eval_rows
-    )
+    blocks = packed_blocks("pretrain", documents, settings)
     numbers = run_training(training, blocks)
     summary = {
         **language_model_numbers(numbers),

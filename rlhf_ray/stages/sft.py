@@ -6,7 +6,8 @@ from typing import Any
 from peft import prepare_model_for_kbit_training
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.texts import load_token_lists
+from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.texts import load_documents
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.merging import merge_adapter
 from rlhf_ray.stages.language_model import (
@@ -53,15 +54,15 @@ def run(config: Config) -> dict[str, Any]:
     run_folder = RunFolder(config)
     settings = config.sft
     training = open_training(SftTraining, config, run_folder.pretrained_model())
-    tokenizer = loading.load_tokenizer(training.base)
-    token_lists, counts = load_token_lists(
+    renderer = Renderer(loading.load_tokenizer(training.base), config.template)
+    documents, counts = load_documents(
         text_rows(config, config.data.sft),
-        tokenizer,
+        renderer,
         config.data.max_bad_share,
         settings.preferred_only,
-        "sft's texts",
+        name="sft's texts",
     )
-    blocks = packed_blocks("sft", token_lists, tokenizer, settings.block_size, settings.eval_rows)
+    blocks = packed_blocks("sft", documents, settings)
     numbers = run_training(training, blocks)
     merge_survived = merge_adapter(
         training.base, str(training.folder / "adapter"), training.folder / "model", config.model

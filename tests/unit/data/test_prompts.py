@@ -1,7 +1,9 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_ray.config.template import TemplateConfig
 from rlhf_ray.data.prompts import load_prompts
+from rlhf_ray.data.render import Renderer
 from rlhf_ray.errors import DataError
 from rlhf_ray.types import Prompt
 
@@ -12,7 +14,7 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
 
 def test_other_columns_travel_along(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"question_id": 7, "prompt": "why", "label": 3}, {"prompt": "how", "label": None}]
-    prompts, counts = load_prompts(rows, tokenizer, 8)
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
     assert prompts == [
         Prompt("7", "why", ids(tokenizer, "why"), {"question_id": 7, "label": 3}),
         Prompt("1", "how", ids(tokenizer, "how"), {"label": None}),
@@ -22,23 +24,25 @@ def test_other_columns_travel_along(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_one_prompt_for_rows_of_one_question(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"question_id": i // 3, "prompt": f"q{i // 3}", "n": i} for i in range(3000)]
-    prompts, counts = load_prompts(rows, tokenizer, 8)
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
     assert [prompt.fields["n"] for prompt in prompts] == list(range(0, 3000, 3))
     assert counts == {"kept": 1000, "repeated": 2000}
 
 
 def test_bad_rows_are_dropped_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": text} for text in ("abc", "", "abcd", None, "abcdef", "a", "b", "c", "d")]
-    prompts, counts = load_prompts(rows, tokenizer, 4, max_bad_share=0.4)
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 4, max_bad_share=0.4)
     assert [prompt.text for prompt in prompts] == ["abc", "abcd", "a", "b", "c", "d"]
     assert [prompt.id for prompt in prompts] == ["0", "2", "5", "6", "7", "8"]
     assert counts == {"kept": 6, "empty": 2, "overlong": 1}
     with pytest.raises(DataError, match=r"my set: 3 of 9 rows .*empty: 2, overlong: 1"):
-        load_prompts(rows, tokenizer, 4, max_bad_share=0.2, name="my set")
+        load_prompts(rows, Renderer(tokenizer), 4, max_bad_share=0.2, name="my set")
 
 
 def test_truncation_keeps_the_end_and_the_text_agrees(tokenizer: PreTrainedTokenizerFast) -> None:
-    prompts, counts = load_prompts([{"prompt": "abcdef"}], tokenizer, 4, overlong="truncate")
+    prompts, counts = load_prompts(
+        [{"prompt": "abcdef"}], Renderer(tokenizer), 4, overlong="truncate"
+    )
     assert prompts == [Prompt("0", "cdef", ids(tokenizer, "cdef"))]
     assert counts == {"kept": 1}
 
@@ -46,4 +50,30 @@ def test_truncation_keeps_the_end_and_the_text_agrees(tokenizer: PreTrainedToken
 def test_overlong_can_be_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "a"}, {"prompt": "abcdef"}]
     with pytest.raises(DataError, match=r"row 1 has 6 tokens.*rollout\.max_prompt_tokens 4"):
-        load_prompts(rows, tokenizer, 4, overlong="error")
+        load_prompts(rows, Renderer(tokenizer), 4, overlong="error")
+
+
+def test_chats_are_rendered_and_their_messages_kept(chatml: PreTrainedTokenizerFast) -> None:
+    turns = [{"role": "user", "content": "why"}]
+    rows = [{"messages": turns, "prompt": None, "label": 3}]
+    (prompt,), _ = load_prompts(rows, Renderer(chatml), 100)
+    assert prompt.text.endswith("<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n")
+    assert chatml.decode(prompt.token_ids) == prompt.text
+    assert prompt.fields == {"label": 3, "messages": turns}
+    # A plain prompt that became a turn says which: a reward model renders it by its own template.
+    chat = Renderer(chatml, TemplateConfig(kind="chat"))
+    rendered = {"prompt": "Question: why\n\nAnswer: ", "question": "why"}
+    (plain,), _ = load_prompts([rendered], chat, 100)
+    assert plain.token_ids == prompt.token_ids
+    assert plain.fields == {"question": "why", "messages": turns}
+
+
+def test_rows_that_the_template_refuses_are_counted(chatml: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(chatml)
+    refusal = "{% if messages[0]['content'] == 'why' %}{{ raise_exception('no turns') }}{% endif %}"
+    chatml.chat_template = refusal + str(chatml.chat_template)
+    rows = [{"messages": [{"role": "user", "content": "why"}]}]
+    with pytest.raises(
+        DataError, match=r"template_refuses: the chat template refuses it: no turns"
+    ):
+        load_prompts(rows, renderer, 100)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.config.supervised import SftConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import adapters, heads, loading, tiny
 from rlhf_ray.stages import merge, pretrain, reward_model, sft
@@ -215,15 +217,12 @@ def test_ties_count_as_wrong() -> None:
 
 
 def test_blocks_hold_out_the_last_twentieth() -> None:
-    class Tokenizer:
-        eos_token_id = 0
-
-    token_lists = [[index] * 3 for index in range(1, 41)]
-    blocks = packed_blocks("sft", token_lists, Tokenizer(), block_size=4, eval_rows=10)  # type: ignore[arg-type]
-    assert blocks["train"]["input_ids"][-1] == [38, 38, 38, 0]
-    assert list(blocks["held_out"]["input_ids"]) == [[39, 39, 39, 0], [40, 40, 40, 0]]
+    documents = Dataset.from_dict({"token_ids": [[i, i, i, 0] for i in range(1, 41)]})
+    blocks = packed_blocks("sft", documents, SftConfig(block_size=8, eval_rows=10))
+    assert blocks["train"]["input_ids"][-1] == [37, 37, 37, 0, 38, 38, 38, 0]
+    assert list(blocks["held_out"]["input_ids"]) == [[39, 39, 39, 0, 40, 40, 40, 0]]
     with pytest.raises(DataError, match=r"40 texts fill no block of 64 tokens \(held-out part\)"):
-        packed_blocks("sft", token_lists, Tokenizer(), block_size=64, eval_rows=10)  # type: ignore[arg-type]
+        packed_blocks("sft", documents, SftConfig(block_size=64, eval_rows=10))
 
 
 def test_missing_inputs_are_named(make_run: Any, tmp_path: Path) -> None:
