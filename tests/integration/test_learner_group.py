@@ -1,0 +1,233 @@
+"""Learner groups as Ray actors over DeepSpeed: what is learnt does not depend on how many ranks.
+
+One scenario runs every group over the same two batches; the tests look at what came of it. The
+oracle is the same learner in this process, over plain PyTorch.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.critic_learner import CriticLearner
+from actors.policy_learner import PolicyLearner
+from rlhf_ray.algorithms.whitening import Moments
+from rlhf_ray.cluster.ray_session import ray_session
+from rlhf_ray.cluster.role_clients import CriticClient, LearnerGroupClient, PolicyClient
+from rlhf_ray.cluster.workers import InlineWorker
+from rlhf_ray.config import Config, resolve
+from rlhf_ray.models.adapters import tensors_from_bytes
+from rlhf_ray.stages.ppo_roles import RoleSpawner
+from rlhf_ray.types import Gap, Prompt, Rollout, ScoredShard, Shard, ShardInfo, StepReport
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+NUM_SHARDS, SHARD_SIZE = 2, 4
+State = dict[str, torch.Tensor]
+
+
+def make_config(**sections: Any) -> Config:
+    return resolve(
+        {
+            "cluster": {"mode": "local", "dashboard": False},
+            "model": {"max_length": 64, **sections.pop("model", {})},
+            "lora": {"r": 4},
+            "rollout": {"max_prompt_tokens": 16, "max_tokens": 16},
+            "ppo": {
+                "batch_size": NUM_SHARDS * SHARD_SIZE,
+                "mini_batch_size": 4,
+                "epochs": 2,
+                "learning_rate": 1e-3,
+                # Micro-batches of one or two rows, so that ranks must agree on their number.
+                "max_tokens_per_micro_batch": 40,
+            },
+            "critic": {"learning_rate": 1e-3, "lora": {"r": 4}},
+            **sections,
+        }
+    )
+
+
+@dataclass
+class Learnt:
+    """What a group came to in the end."""
+
+    report: StepReport
+    state: State
+    """Weights and Adam's moments, by kind and parameter."""
+    adapter: State
+    """As its PEFT folder holds it."""
+
+
+@pytest.fixture(scope="module")
+def learnt(llama: str) -> Iterator[dict[str, Learnt]]:
+    # Room for every rank of the scenario.
+    session = make_config(policy={"num_ranks": 4}, critic={"num_ranks": 2}, generators={"num": 4})
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ray_session(session):
+        yield asyncio.run(scenario(session, llama))
+    torch.set_num_threads(before)
+
+
+async def scenario(session: Config, model: str) -> dict[str, Learnt]:
+    plain, int8 = make_config(), make_config(model={"quantization": "int8"})
+    sharded = make_config(policy={"zero_stage": 3})
+    spawner = RoleSpawner(session, lambda *_: None)
+    policies = {
+        name: spawner.spawn(PolicyLearner, name, count, config, model, "deepspeed")
+        for name, count, config in (
+            ("one", 1, plain),
+            ("two", 2, plain),
+            ("sharded", 2, sharded),
+            ("int8", 1, int8),
+            ("int8-again", 1, int8),
+        )
+    }
+    critics = spawner.spawn(CriticLearner, "critic", 2, plain, model, "deepspeed")
+    try:
+        await spawner.start_all([*policies.values(), critics])
+        groups: dict[str, LearnerGroupClient] = {
+            name: PolicyClient(ranks, 3 if name == "sharded" else 2)
+            for name, ranks in policies.items()
+        }
+        return await learn_two_batches(
+            {**groups, "critic": CriticClient(critics, 2)},
+            {
+                "oracle": inline(PolicyLearner, plain, model),
+                "critic-oracle": inline(CriticLearner, plain, model),
+            },
+        )
+    finally:
+        await spawner.stop_all()
+
+
+def inline(role_class: type, config: Config, model: str) -> LearnerGroupClient:
+    learner = role_class("inline", config, model, "torch")
+    learner.start()
+    return LearnerGroupClient([InlineWorker("inline", learner, lambda *_: None)], zero_stage=2)
+
+
+async def learn_two_batches(
+    groups: dict[str, LearnerGroupClient], oracles: dict[str, LearnerGroupClient]
+) -> dict[str, Learnt]:
+    """All learn both; between them, `one` goes on from where `two` is, as does `int8-again`."""
+    first = {name: await learn(oracle, batch(0)) for name, oracle in oracles.items()}
+    first |= {
+        name: await learn(group, batch(0, ray.put))
+        for name, group in groups.items()
+        if name != "int8-again"
+    }
+    await groups["one"].load(await groups["two"].state())
+    await groups["int8-again"].load(await groups["int8"].state())
+    second = {name: await learn(oracle, batch(1)) for name, oracle in oracles.items()}
+    second |= {name: await learn(group, batch(1, ray.put)) for name, group in groups.items()}
+    return {f"{name}/1": result for name, result in first.items()} | {
+        f"{name}/2": result for name, result in second.items()
+    }
+
+
+async def learn(group: LearnerGroupClient, scored: Sequence[ScoredShard]) -> Learnt:
+    stats = await group.assemble(scored, 0.1)
+    assert stats.num_samples == NUM_SHARDS * SHARD_SIZE
+    moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
+    report = await group.learn(moments.mean, moments.std())
+    handle: Any = await group.state()
+    files = ray.get(handle) if isinstance(handle, ray.ObjectRef) else handle
+    return Learnt(
+        report,
+        tensors_from_bytes(files["learner.safetensors"]),
+        tensors_from_bytes(files["adapter_model.safetensors"]),
+    )
+
+
+def batch(seed: int, as_handle: Callable[[Any], Any] = lambda data: data) -> list[ScoredShard]:
+    """Random prompts and responses of unequal lengths, with random numbers on them."""
+    rng = np.random.default_rng(seed)
+    shards = []
+    for index in range(NUM_SHARDS):
+        positions = range(index * SHARD_SIZE, (index + 1) * SHARD_SIZE)
+        rollouts = [random_rollout(rng, position) for position in positions]
+        lengths = tuple(len(rollout.response_ids) for rollout in rollouts)
+        old, noise, values = (
+            [rng.normal(size=n).astype(np.float32) for n in lengths] for _ in range(3)
+        )
+        old = [row * 0.3 - 5 for row in old]
+        ref = [row + 0.1 * extra for row, extra in zip(old, noise, strict=True)]
+        info = ShardInfo(index, tuple(positions), lengths, (False,) * SHARD_SIZE, (0,) * SHARD_SIZE)
+        shards.append(
+            ScoredShard(
+                shard=Shard(info, as_handle(rollouts)),
+                scores=tuple(rng.normal(size=SHARD_SIZE).tolist()),
+                old_logprobs=as_handle(old),
+                ref_logprobs=as_handle(ref),
+                values=as_handle([row * 0.1 for row in values]),
+                gap=Gap(0.0, 0.0, sum(lengths)),
+            )
+        )
+    return shards
+
+
+def random_rollout(rng: np.random.Generator, position: int) -> Rollout:
+    prompt = rng.integers(2, 300, size=rng.integers(3, 16)).tolist()
+    response = rng.integers(2, 300, size=rng.integers(2, 16))
+    return Rollout(
+        position=position,
+        prompt=Prompt(str(position), "", tuple(prompt)),
+        response_ids=response,
+        rollout_logprobs=np.full(len(response), -5, np.float32),
+        finish_reason="length",
+        version=0,
+        text="",
+    )
+
+
+def largest_difference(found: State, expected: State) -> float:
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).abs().max()) for name in found)
+
+
+def moved(state: State) -> float:
+    """How far the adapter is from changing nothing."""
+    return max(float(weight.abs().max()) for name, weight in state.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("name", ["one/1", "two/1", "two/2", "sharded/1", "sharded/2"])
+def test_a_group_learns_what_one_process_learns(learnt: dict[str, Learnt], name: str) -> None:
+    found, expected = learnt[name], learnt[f"oracle/{name[-1]}"]
+    assert moved(expected.adapter) > 1e-3, "a learner that does nothing would pass"
+    assert largest_difference(found.adapter, expected.adapter) < 1e-5
+    assert largest_difference(found.state, expected.state) < 1e-5
+    assert found.report.samples_learnt == NUM_SHARDS * SHARD_SIZE
+    assert found.report.metrics == pytest.approx(dict(expected.report.metrics), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["critic/1", "critic/2"])
+def test_a_critic_group_learns_what_one_process_learns(
+    learnt: dict[str, Learnt], name: str
+) -> None:
+    found, expected = learnt[name], learnt[f"critic-oracle/{name[-1]}"]
+    assert moved(expected.adapter) > 1e-3
+    assert largest_difference(found.state, expected.state) < 1e-5
+    assert found.report.metrics["loss/value_avg"] == pytest.approx(
+        expected.report.metrics["loss/value_avg"], abs=1e-5
+    )
+
+
+def test_one_rank_goes_on_where_two_were(learnt: dict[str, Learnt]) -> None:
+    assert largest_difference(learnt["one/2"].state, learnt["two/2"].state) < 1e-5
+    assert largest_difference(learnt["one/2"].adapter, learnt["oracle/2"].adapter) < 1e-5
+
+
+def test_an_int8_base_learns_and_goes_on_elsewhere(learnt: dict[str, Learnt]) -> None:
+    first, second, elsewhere = (learnt[name] for name in ("int8/1", "int8/2", "int8-again/2"))
+    assert moved(first.adapter) > 1e-3
+    assert largest_difference(first.adapter, learnt["oracle/1"].adapter) > 1e-6, (
+        "the base is not int8"
+    )
+    assert largest_difference(second.adapter, first.adapter) > 1e-4
+    assert largest_difference(elsewhere.state, second.state) < 1e-5
