@@ -11,6 +11,7 @@ from actors.learner import Learner, Sums
 from rlhf_ray.algorithms.experience import Experience, response_logits
 from rlhf_ray.algorithms.losses import value_loss
 from rlhf_ray.models.adapters import adapter_state, attach, peft_config, tensors_to_bytes
+from rlhf_ray.models.checkpointing import recompute_activations
 from rlhf_ray.models.forward import response_values
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.loading import load_sequence_classifier
@@ -29,7 +30,10 @@ class CriticLearner(Learner):
         classifier = attach(
             base, config.critic.lora, "SEQ_CLS", seed=config.run.seed + 1, dropout=0.0
         )
-        return ValueModel(classifier).eval()
+        model = ValueModel(classifier).eval()
+        if config.critic.gradient_checkpointing:
+            recompute_activations(classifier)
+        return model
 
     def _group(self) -> tuple[float, int, Mapping[str, Any]]:
         group = self._config.critic

@@ -25,6 +25,7 @@ from rlhf_ray.models.adapters import (
     tensors_from_bytes,
     tensors_to_bytes,
 )
+from rlhf_ray.models.checkpointing import recompute_activations
 from rlhf_ray.models.forward import causal_lm_logits, response_logprobs
 from rlhf_ray.models.loading import load_causal_lm
 from rlhf_ray.types import AdapterUpdate, Gap, ProbeComparison, Rollout, SampleRequest
@@ -41,7 +42,8 @@ class PolicyLearner(Learner):
     def _build_model(self) -> Any:
         config = self._config
         base = load_causal_lm(self._model_path, config.model, quantized=True)
-        return attach(base, config.lora, "CAUSAL_LM", seed=config.run.seed, dropout=0.0).eval()
+        model = attach(base, config.lora, "CAUSAL_LM", seed=config.run.seed, dropout=0.0).eval()
+        return recompute_activations(model) if config.policy.gradient_checkpointing else model
 
     def _group(self) -> tuple[float, int, Mapping[str, Any]]:
         group = self._config.policy

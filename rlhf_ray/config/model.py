@@ -2,11 +2,37 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+"""Kinds of RoPE scaling that transformers and vLLM both know, and the keys of each."""
+
+_PEFT_KEYS = (
+    "exclude_modules",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "use_rslora",
+)
+"""Arguments of peft.LoraConfig that change neither the base nor the form ``W + scale * B @ A``."""
+
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of init_lora_weights that leave the base as it is."""
 
 
 class TinyModelConfig(Section):
@@ -41,10 +67,21 @@ class ModelConfig(Section):
     dtype: Dtype = Field(default="float32", description="Data type of the frozen weights.")
     quantization: Literal["none", "int8", "nf4"] = Field(
         default="none",
-        description="bitsandbytes quantisation of frozen bases in SFT and PPO learners.",
+        description="bitsandbytes quantisation of the frozen bases that adapters are trained on "
+        "(nf4: double quantisation); the engine serves model.dtype.",
+    )
+    compute_dtype: Dtype | None = Field(
+        default=None, description="Data type that nf4 weights are computed in; none: model.dtype."
     )
     attn_implementation: str = changeable(
-        "auto", description="As in transformers; auto: its default."
+        "auto",
+        description="sdpa, eager, flash_attention_2, ...; auto: the best that transformers finds "
+        "for the architecture.",
+    )
+    rope_scaling: dict[str, Any] | None = Field(
+        default=None,
+        description="Rotary embedding for longer sequences, over the base's own, e.g. "
+        "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}.",
     )
     max_length: int = Field(
         default=256,
@@ -65,8 +102,33 @@ class ModelConfig(Section):
             "quantization_config": "model.quantization",
             "attn_implementation": "model.attn_implementation",
             "trust_remote_code": "model.trust_remote_code",
+            "rope_scaling": "model.rope_scaling",
+            "rope_parameters": "model.rope_scaling",
         }
         return refuse_owned("model.kwargs", kwargs, owned)
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _known_rope(cls, rope: dict[str, Any] | None) -> dict[str, Any] | None:
+        if rope is None:
+            return None
+        kind = rope.get("rope_type")
+        if kind not in _ROPE_NEEDS:
+            raise ValueError(f"rope_type must be one of {', '.join(_ROPE_NEEDS)}, got {kind!r}")
+        missing = [key for key in _ROPE_NEEDS[kind] if key not in rope]
+        if missing:
+            raise ValueError(f"rope_type {kind} also needs {', '.join(missing)}")
+        return rope
+
+    @model_validator(mode="after")
+    def _compute_dtype_is_nf4s(self) -> "ModelConfig":
+        if self.compute_dtype is not None and self.quantization != "nf4":
+            raise ValueError(
+                f"model.compute_dtype {self.compute_dtype} is for model.quantization nf4, got "
+                f"{self.quantization}; leave it out (int8 computes as bitsandbytes does, a base "
+                "that is not quantised in model.dtype)"
+            )
+        return self
 
 
 class LoraConfig(Section):
@@ -98,7 +160,7 @@ class LoraConfig(Section):
 
     @field_validator("peft")
     @classmethod
-    def _own_keys(cls, peft: dict[str, Any]) -> dict[str, Any]:
+    def _plain_lora(cls, peft: dict[str, Any]) -> dict[str, Any]:
         owned = {
             "r": "lora.r",
             "lora_alpha": "lora.alpha",
@@ -106,8 +168,16 @@ class LoraConfig(Section):
             "target_modules": "lora.target_modules",
             "task_type": "the stage",
         }
-        unservable = dict.fromkeys(
-            ("use_dora", "lora_bias", "bias", "modules_to_save"),
-            "nothing: the generators' engine cannot serve it",
+        others = dict.fromkeys(
+            peft.keys() - owned.keys() - set(_PEFT_KEYS),
+            "nothing: merging and the generators' engine cannot serve it; "
+            f"they keep {', '.join(_PEFT_KEYS)}",
         )
-        return refuse_owned("lora.peft", peft, owned | unservable)
+        refuse_owned("lora.peft", peft, owned | others)
+        start = peft.get("init_lora_weights", True)
+        if start not in _PLAIN_STARTS:
+            raise ValueError(
+                f"lora.peft.init_lora_weights {start!r} changes the base, which the generators and "
+                "the merge take as it is; use true, gaussian or orthogonal"
+            )
+        return peft

@@ -30,6 +30,9 @@ class LearnerConfig(Section):
     zero_stage: Literal[1, 2, 3] = changeable(
         2, description="ZeRO stage; 3 only where the frozen base does not fit one device."
     )
+    gradient_checkpointing: bool = changeable(
+        False, description="Recompute activations in the backward pass: less memory."
+    )
     deepspeed: dict[str, Any] = changeable(
         {}, description="Further keys of DeepSpeed's config; `zero` holds further ZeRO keys."
     )
@@ -38,10 +41,23 @@ class LearnerConfig(Section):
 class PolicyConfig(LearnerConfig):
     """The policy's learners."""
 
+    tuning: str = changeable("lora", description="lora alone: only adapters are synchronised.")
+
     @field_validator("deepspeed")
     @classmethod
     def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
         return _refuse_owned_deepspeed("policy", given)
+
+    @field_validator("tuning")
+    @classmethod
+    def _adapters_alone(cls, tuning: str) -> str:
+        if tuning != "lora":
+            raise ValueError(
+                f"{tuning!r} is not possible: each iteration sends the policy to every generator "
+                "and proves it there, and only an adapter is small enough for that; use lora "
+                "(full fine-tuning: pretrain, sft.tuning, reward.tuning)"
+            )
+        return tuning
 
 
 class CriticConfig(LearnerConfig):

@@ -1,8 +1,8 @@
 """The whole config, and the rules that span its sections."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.cluster import ClusterConfig
 from rlhf_ray.config.data import DataConfig, PrepareConfig
@@ -72,6 +72,13 @@ class Config(Section):
         """Prompts drawn for one iteration."""
         return self.ppo.batch_size // self.ppo.samples_per_prompt
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _policy_is_an_adapter(cls, lora: Any) -> Any:
+        if lora is None:
+            raise ValueError("the policy is trained as an adapter alone (see policy.tuning)")
+        return lora
+
     @model_validator(mode="after")
     def _batches_divide(self) -> "Config":
         ppo = self.ppo
@@ -110,15 +117,43 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        quantized = self.model.quantization != "none"
-        for role, group in (("policy", self.policy), ("critic", self.critic)):
-            if quantized and group.zero_stage == 3:
-                raise ValueError(
-                    f"{role}.zero_stage 3 cannot shard a {self.model.quantization} base; use 2"
-                )
+        if self.model.quantization != "none":
+            self._quantised_base_is_kept()
+        self._engine_can_serve_the_policy()
         if self.cluster.mode == "inline":
             self._inline_is_one_process()
         return self
+
+    def _quantised_base_is_kept(self) -> None:
+        """Refuse what would shard the quantised weights, or train them."""
+        quantization = self.model.quantization
+        for role, group in (("policy", self.policy), ("critic", self.critic)):
+            if group.zero_stage == 3:
+                raise ValueError(f"{role}.zero_stage 3 cannot shard a {quantization} base; use 2")
+        for name, stage in (("sft", self.sft), ("reward", self.reward)):
+            if stage.tuning == "full":
+                raise ValueError(
+                    f"{name}.tuning full trains the weights that model.quantization {quantization} "
+                    f"freezes; set {name}.tuning=lora or model.quantization=none"
+                )
+
+    def _engine_can_serve_the_policy(self) -> None:
+        targets = self.lora.target_modules
+        outside = {"embed_tokens", "lm_head", "wte", "wpe", "embed_out", "score", "classifier"}
+        odd = [t for t in targets if t.rpartition(".")[2] in outside and isinstance(targets, list)]
+        if odd:
+            raise ValueError(
+                f"lora.target_modules names {', '.join(odd)}: the generators' engine serves "
+                "adapters on linear layers inside the blocks alone, such as q_proj, k_proj, "
+                "v_proj, o_proj, gate_proj, up_proj, down_proj; leave it out"
+            )
+        overrides = self.rollout.engine_args.get("hf_overrides") or {}
+        rope = {"rope_scaling", "rope_parameters"} & set(overrides)
+        if rope:
+            raise ValueError(
+                f"rollout.engine_args.hf_overrides may not contain {rope.pop()!r}: learners and "
+                "engine must agree; set model.rope_scaling"
+            )
 
     def _inline_is_one_process(self) -> None:
         if self.rollout.engine == "vllm" and "ppo" in self.run.stages:

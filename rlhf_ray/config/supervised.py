@@ -7,6 +7,8 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
+Tuning = Literal["lora", "full"]
+
 _OWNED = {
     "output_dir": "run.dir",
     "max_steps": "{section}.steps",
@@ -65,7 +67,7 @@ class PretrainConfig(SupervisedConfig):
 
 
 class SftConfig(SupervisedConfig):
-    """Supervised fine-tuning on question and answer, packed, with LoRA, then merged."""
+    """Supervised fine-tuning on question and answer, packed."""
 
     path: str | None = Field(default=None, description="A ready SFT model: the stage is skipped.")
     block_size: int = Field(default=128, ge=8, description="Tokens of a packed block.")
@@ -73,9 +75,10 @@ class SftConfig(SupervisedConfig):
         default=True,
         description="Use only answers that won at least one pair (as StackLLaMA does).",
     )
-    lora: LoraConfig = Field(
-        default=LoraConfig(), description="Adapter that is trained, then merged."
+    tuning: Tuning = Field(
+        default="lora", description="lora: an adapter, merged afterwards; full: all weights."
     )
+    lora: LoraConfig = Field(default=LoraConfig(), description="Adapter, with tuning lora.")
 
 
 class PairsConfig(SupervisedConfig):
@@ -98,9 +101,12 @@ class RewardConfig(PairsConfig):
         default=0.0, ge=0, description="Weight of mean((r_chosen + r_rejected)^2)."
     )
     baseline: float = Field(default=0.0, description="Subtracted from every score in PPO.")
+    tuning: Tuning = Field(
+        default="lora", description="lora: an adapter and the head; full: all weights."
+    )
     lora: LoraConfig = Field(
         default=LoraConfig(r=8, alpha=32.0, dropout=0.1),
-        description="Adapter; the head is trained in full.",
+        description="Adapter, with tuning lora; the head is trained in full.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import GenerationEngine
+from rlhf_ray.models.rope import rope_parameters
 
 
 def generation_engine(
@@ -41,6 +42,7 @@ def generation_engine(
             stop_token_ids=stop_token_ids,
             kv_cache_gb=rollout.kv_cache_gb,
             trust_remote_code=config.model.trust_remote_code,
+            rope_parameters=rope_parameters(model, config.model),
             engine_args=rollout.engine_args,
         )
     )

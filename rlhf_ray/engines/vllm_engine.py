@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, WeightSyncError
+from rlhf_ray.models.adapters import refuse_unservable
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,6 +54,8 @@ class VllmSettings:
     """Run code that comes with the model."""
     extension: str = _EXTENSION
     """Class mixed into the workers."""
+    rope_parameters: dict[str, Any] | None = None
+    """Rotary parameters instead of the folder's own."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further AsyncEngineArgs."""
 
@@ -68,6 +71,8 @@ class VllmEngine:
     async def start(self) -> None:
         """Start the engine's process and load the base."""
         self._engine = AsyncLLM.from_engine_args(self._engine_args())
+        per_worker = await self._engine.collective_rpc("servable_modules")
+        self._servable = set.intersection(*map(set, per_worker))
 
     def _engine_args(self) -> AsyncEngineArgs:
         settings = self._settings
@@ -94,7 +99,11 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
             }
-        return AsyncEngineArgs(**(args | settings.engine_args))
+        args |= settings.engine_args
+        if settings.rope_parameters is not None:
+            rope = {"rope_parameters": settings.rope_parameters}
+            args["hf_overrides"] = args.get("hf_overrides", {}) | rope
+        return AsyncEngineArgs(**args)
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
         """Sample all requests together; order of results is that of the requests."""
@@ -140,7 +149,12 @@ class VllmEngine:
         return LoRARequest(self._adapter_name, ADAPTER_ID, self._adapter_name)
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
-        """Pause, apply, read back, clear caches, go on."""
+        """Pause, apply, read back, clear caches, go on.
+
+        Raises:
+            ConfigError: the adapter is on modules that this engine cannot serve.
+        """
+        refuse_unservable(update.peft_config["target_modules"], self._servable)
         with _death_is_a_failure("taking an adapter"):
             return await self._serve(update)
 

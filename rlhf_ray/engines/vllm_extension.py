@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.layers.linear import LinearBase
 
 from rlhf_ray.models.adapters import TensorDict, digest
 from rlhf_ray.models.weight_files import safetensors_files
@@ -28,6 +29,21 @@ class AdapterExtension:
     model_runner: Any
     _merged_modules: Set[str] = frozenset()
     """Modules that may differ from the base."""
+
+    def servable_modules(self) -> list[str]:
+        """Checkpoint names of the kinds of layer that an adapter can be applied to here.
+
+        Linear layers inside the blocks: neither embeddings nor the output layer, where vLLM drops
+        part of an adapter's effect, nor fused experts, which the read-back does not know.
+        """
+        runner = self.model_runner
+        packed = getattr(runner.model, "packed_modules_mapping", {})
+        names = {
+            name
+            for name, layer in runner.model.named_modules()
+            if isinstance(getattr(layer, "base_layer", layer), LinearBase)
+        }
+        return sorted({part.rpartition(".")[2] for name in names for part in _parts(name, packed)})
 
     def serve_adapter(self, blob: bytes, peft_config: str) -> dict[str, Any]:
         """Serve an adapter through vLLM's LoRA layers."""

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as _set_state
+from safetensors import safe_open
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 
@@ -89,6 +91,54 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> N
     _set_state(model, dict(state))
 
 
+def refuse_unservable(targets: Iterable[str], servable: Collection[str]) -> None:
+    """Refuse an adapter on modules that the generators' engine has no place for.
+
+    Args:
+        targets: names of the adapted modules, as in `peft_config`.
+        servable: names of the modules that the engine can apply an adapter to.
+
+    Raises:
+        ConfigError: naming those that it cannot, and those that it can.
+    """
+    odd = sorted(set(targets) - set(servable))
+    if odd:
+        raise ConfigError(
+            f"lora.target_modules: the generators' engine cannot serve an adapter on "
+            f"{', '.join(odd)} in this architecture; it can on {', '.join(sorted(servable))}. Set "
+            "lora.target_modules to a list of these"
+        )
+
+
+def refuse_misfit(model: PeftModel, folder: str | Path) -> None:
+    """Refuse the adapter of a PEFT folder that its base takes in part only, as peft does.
+
+    Args:
+        model: the base, wrapped with what the folder holds.
+        folder: the PEFT folder.
+
+    Raises:
+        ValueError: the folder has no safetensors file, or holds other adapter weights than the
+            model with it has.
+    """
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError("it has no adapter_model.safetensors; save the adapter with safetensors")
+    with safe_open(str(file), framework="pt") as tensors:
+        stored = {name for name in tensors.keys() if "lora_" in name}  # noqa: SIM118  (not a dict)
+    expected = {
+        name
+        for name in get_peft_model_state_dict(model, save_embedding_layers=False)
+        if "lora_" in name
+    }
+    odd = sorted(stored ^ expected)
+    if odd:
+        raise ValueError(
+            f"{len(odd)} of its weights and those that its base takes do not match, for example "
+            f"{odd[0]}"
+        )
+
+
 def peft_config(model: PeftModel) -> dict[str, Any]:
     """The adapter's PEFT config with plain values, its target modules as the resolved list."""
     settings = model.peft_config["default"].to_dict()
@@ -125,6 +175,8 @@ __all__ = [
     "digest",
     "load_adapter_state",
     "peft_config",
+    "refuse_misfit",
+    "refuse_unservable",
     "tensors_from_bytes",
     "tensors_to_bytes",
 ]

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 
 from rlhf_ray.errors import DataError
 
+HEAD_NAMES = ("score.", "classifier.")
+"""How the weights of a sequence-classification head begin, in decoders and in encoders."""
+
+
+def has_token_head(model: Any) -> bool:
+    """Whether the head is one linear layer that applies to single tokens, as decoders have it."""
+    return hasattr(_unwrapped(model), "score")
+
 
 def backbone_and_head(model: Any) -> tuple[nn.Module, Any]:
     """The transformer and the linear head of a sequence-classification model.
@@ -21,15 +29,17 @@ def backbone_and_head(model: Any) -> tuple[nn.Module, Any]:
     Raises:
         DataError: the model has no head that applies to single tokens.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = getattr(base, "score", None)
-    if head is None:
+    base = _unwrapped(model)
+    if not has_token_head(base):
         raise DataError(
-            f"{type(base).__name__} has no linear head `score` over tokens; reward model and "
-            "critic need a decoder with a sequence-classification head, such as "
-            "LlamaForSequenceClassification"
+            f"{type(base).__name__} has no linear head `score` over tokens; what is trained needs "
+            "a decoder with a sequence-classification head, such as LlamaForSequenceClassification"
         )
-    return getattr(base, base.base_model_prefix), head
+    return getattr(base, base.base_model_prefix), base.score
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def token_values(model: Any, input_ids_BS: Tensor, attention_BS: Tensor) -> Tensor:
@@ -51,7 +61,13 @@ def token_values(model: Any, input_ids_BS: Tensor, attention_BS: Tensor) -> Tens
 
 
 def sequence_scores(model: Any, input_ids_BS: Tensor, attention_BS: Tensor) -> Tensor:
-    """The value at the last real token of each sequence, `_B`, fp32. Arguments: `token_values`."""
+    """The value at the last real token of each sequence, `_B`, fp32; an encoder's score.
+
+    Arguments: `token_values`.
+    """
+    if not has_token_head(model):
+        logits_B1 = model(input_ids=input_ids_BS, attention_mask=attention_BS).logits
+        return logits_B1.squeeze(-1).float()
     values_BS = token_values(model, input_ids_BS, attention_BS)
     last_B1 = attention_BS.long().sum(dim=1, keepdim=True) - 1
     return values_BS.gather(1, last_B1).squeeze(1)

@@ -11,13 +11,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
 
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models.adapters import peft_config
+from rlhf_ray.models.adapters import peft_config, refuse_misfit
 from rlhf_ray.models.folders import (
     adapter_task,
     base_of,
@@ -26,7 +25,14 @@ from rlhf_ray.models.folders import (
     locate,
     record_base,
 )
-from rlhf_ray.models.heads import initialise_head, keep_head_in_fp32
+from rlhf_ray.models.heads import (
+    HEAD_NAMES,
+    has_token_head,
+    initialise_head,
+    keep_head_in_fp32,
+)
+from rlhf_ray.models.quantization import keep_differentiable, quantization_config
+from rlhf_ray.models.rope import rope_parameters
 
 T = TypeVar("T")
 
@@ -103,10 +109,11 @@ def load_sequence_classifier(
     quantized: bool = False,
     seed: int = 0,
 ) -> Any:
-    """A model with a scalar head for every token: a reward model or a critic, in evaluation mode.
+    """A model with a scalar head: a reward model or a critic, in evaluation mode.
 
     A causal LM gets a new head: normal with deviation 1 / sqrt(width + 1) (Stiennon et al. 2020,
-    arXiv:2009.01325, appendix C), no bias. The head stays in fp32 whatever the base's data type.
+    arXiv:2009.01325, appendix C), no bias. A linear head over tokens stays in fp32 whatever the
+    base's data type. An encoder's head is taken as it is: it scores, but can be no critic.
 
     Args:
         path: model folder, PEFT folder or hub name.
@@ -136,13 +143,14 @@ def load_sequence_classifier(
     model, missing = _from_pretrained(
         AutoModelForSequenceClassification, path, settings, quantized, labels
     )
-    new_head = bool(missing) and all(name.startswith("score.") for name in missing)
+    new_head = bool(missing) and all(name.startswith(HEAD_NAMES) for name in missing)
     if (missing and not new_head) or (new_head and require_head):
         raise DataError(
             f"{path} is not a whole sequence-classification model: its files lack {missing[0]}; "
             "name a model with a trained head"
         )
-    keep_head_in_fp32(model)
+    if has_token_head(model):
+        keep_head_in_fp32(model)
     if new_head or zero_head:
         initialise_head(model, seed=None if zero_head else seed)
     if model.config.pad_token_id is None:
@@ -193,6 +201,9 @@ def _from_pretrained(
         arguments["attn_implementation"] = settings.attn_implementation
     if quantized and settings.quantization != "none":
         arguments["quantization_config"] = quantization_config(settings)
+    rope = _attempt(lambda: rope_parameters(path, settings), path, "config.json")
+    if rope is not None:
+        arguments["rope_parameters"] = rope
     try:
         model, info = _attempt(
             lambda: auto_class.from_pretrained(path, **arguments),
@@ -208,34 +219,9 @@ def _from_pretrained(
             f"{path}: weight {name} has shape {tuple(stored)}, {tuple(expected)} is needed; "
             "name a model that fits (a reward model and a critic have one label)"
         )
-    _keep_differentiable(model)
+    keep_differentiable(model)
     model.config.use_cache = False  # plain forwards build no cache; generate asks for its own
     return model, sorted(info["missing_keys"])
-
-
-def _keep_differentiable(model: Any) -> None:
-    """Keep bitsandbytes from repacking nf4 weights in an evaluation forward.
-
-    On CPUs with AVX512-BF16 it does so for speed, and what is trained afterwards gets wrong
-    gradients without an error: the kernel for the repacked weights has no backward.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def quantization_config(settings: ModelConfig) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for int8 or nf4 (double quantisation); heads stay as they are."""
-    heads = ["lm_head", "score"]
-    if settings.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
-        llm_int8_skip_modules=heads,
-    )
 
 
 def with_adapter(base: Any, folder: str) -> PeftModel:
@@ -244,9 +230,13 @@ def with_adapter(base: Any, folder: str) -> PeftModel:
     Raises:
         DataError: the adapter is unreadable or does not fit.
     """
-    return _attempt(
-        lambda: PeftModel.from_pretrained(base, folder), folder, "an adapter that fits its base"
-    ).eval()
+
+    def load() -> PeftModel:
+        model = PeftModel.from_pretrained(base, folder)
+        refuse_misfit(model, folder)
+        return model
+
+    return _attempt(load, folder, "an adapter (*.safetensors) that fits its base").eval()
 
 
 def _attempt(load: Callable[[], T], path: str, needed: str) -> T:

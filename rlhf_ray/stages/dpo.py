@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import torch
-from peft import prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import Trainer
 
@@ -13,6 +12,7 @@ from rlhf_ray.algorithms.losses import dpo_loss
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import DpoConfig
 from rlhf_ray.models import adapters, loading
+from rlhf_ray.models.quantization import ready_for_adapter
 from rlhf_ray.stages.pairs import (
     CHOSEN,
     REJECTED,
@@ -87,12 +87,14 @@ class DpoTraining(PairTraining):
     name = "dpo"
 
     def load_model(self) -> Any:
-        model = loading.load_causal_lm(self.base, self.config.model, quantized=True)
-        if self.config.model.quantization != "none":
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        lora = self.config.dpo.lora
+        settings, lora = self.model_settings, self.config.dpo.lora
+        model = loading.load_causal_lm(self.base, settings, quantized=True)
         return adapters.attach(
-            model, lora, "CAUSAL_LM", seed=self.config.run.seed, dropout=lora.dropout
+            ready_for_adapter(model, settings),
+            lora,
+            "CAUSAL_LM",
+            seed=self.config.run.seed,
+            dropout=lora.dropout,
         )
 
     def trainer(self, **parts: Any) -> Trainer:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from rlhf_ray.config import Config
@@ -22,22 +21,19 @@ from rlhf_ray.stages.supervised import open_training, run_training
 
 
 class PretrainTraining(LanguageModelTraining):
-    """All weights in fp32, computed in ``model.dtype``, saved in ``model.dtype``."""
+    """All weights are trained."""
 
     name = "pretrain"
 
     @property
-    def autocast(self) -> str | None:
-        return {"bfloat16": "bf16", "float16": "fp16"}.get(self.config.model.dtype)
+    def all_weights(self) -> bool:
+        return True
 
     def load_model(self) -> Any:
-        return loading.load_causal_lm(
-            self.base, self.config.model.model_copy(update={"dtype": "float32"})
-        )
+        return loading.load_causal_lm(self.base, self.model_settings)
 
     def save(self, model: Any) -> None:
-        model.to(getattr(torch, self.config.model.dtype))
-        loading.save_model(model, loading.load_tokenizer(self.base), self.folder / "model")
+        self.save_whole(model)
 
 
 def run(config: Config) -> dict[str, Any]:

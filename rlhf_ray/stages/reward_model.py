@@ -9,6 +9,7 @@ from transformers import Trainer
 from rlhf_ray.algorithms.losses import pairwise_reward_loss
 from rlhf_ray.config import Config
 from rlhf_ray.models import adapters, loading
+from rlhf_ray.models.quantization import ready_for_adapter
 from rlhf_ray.stages.pairs import (
     CHOSEN,
     REJECTED,
@@ -45,23 +46,38 @@ class RewardTrainer(PairTrainer):
 
 
 class RewardTraining(PairTraining):
-    """A LoRA adapter and a scalar head over the SFT model, which is never quantised."""
+    """A LoRA adapter and a head over the SFT model, which may be quantised; or all weights."""
 
     name = "reward"
 
+    @property
+    def all_weights(self) -> bool:
+        return self.config.reward.tuning == "full"
+
     def load_model(self) -> Any:
-        seed, lora = self.config.run.seed, self.config.reward.lora
-        model = loading.load_sequence_classifier(self.base, self.config.model, seed=seed)
+        settings, seed = self.model_settings, self.config.run.seed
+        model = loading.load_sequence_classifier(self.base, settings, quantized=True, seed=seed)
         # The model finds the end of a text by looking for padding.
         model.config.pad_token_id = self._pad_id
+        if self.all_weights:
+            return model
+        model, lora = ready_for_adapter(model, settings), self.config.reward.lora
         return adapters.attach(model, lora, "SEQ_CLS", seed=seed, dropout=lora.dropout)
+
+    def save(self, model: Any) -> None:
+        if self.all_weights:
+            self.save_whole(model)
+        else:
+            super().save(model)
 
     def trainer(self, **parts: Any) -> Trainer:
         return RewardTrainer(self.config.reward.centre, **parts)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train a reward model on the SFT model; write ``reward/model``, a PEFT folder with its head.
+    """Train a reward model on the SFT model; write ``reward/model``, with its head.
+
+    A PEFT folder, or a whole model where ``reward.tuning`` is full.
 
     Returns:
         The summary: pairs_train, pairs_eval, held-out accuracy after and before, steps, seconds.

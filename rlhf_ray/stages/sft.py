@@ -1,15 +1,14 @@
-"""Stage 3: supervised fine-tuning on question and answer with LoRA, then merged."""
+"""Stage 3: supervised fine-tuning on question and answer, with LoRA (then merged) or in full."""
 
 import time
 from typing import Any
-
-from peft import prepare_model_for_kbit_training
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.texts import load_documents
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.merging import merge_adapter
+from rlhf_ray.models.quantization import ready_for_adapter
 from rlhf_ray.stages.language_model import (
     LanguageModelTraining,
     language_model_numbers,
@@ -21,31 +20,42 @@ from rlhf_ray.stages.supervised import open_training, run_training
 
 
 class SftTraining(LanguageModelTraining):
-    """A LoRA adapter over a frozen base, which may be quantised."""
+    """A LoRA adapter over a frozen base, which may be quantised; or all weights."""
 
     name = "sft"
 
+    @property
+    def all_weights(self) -> bool:
+        return self.config.sft.tuning == "full"
+
     def load_model(self) -> Any:
-        settings = self.config.model
+        settings = self.model_settings
         model = loading.load_causal_lm(self.base, settings, quantized=True)
-        if settings.quantization != "none":
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if self.all_weights:
+            return model
         lora = self.config.sft.lora
         return adapters.attach(
-            model, lora, "CAUSAL_LM", seed=self.config.run.seed, dropout=lora.dropout
+            ready_for_adapter(model, settings),
+            lora,
+            "CAUSAL_LM",
+            seed=self.config.run.seed,
+            dropout=lora.dropout,
         )
 
     def save(self, model: Any) -> None:
+        if self.all_weights:
+            self.save_whole(model)
+            return
         tokenizer = loading.load_tokenizer(self.base)
         loading.save_adapter(model, tokenizer, self.folder / "adapter", self.base)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Fine-tune what pretrain left, or ``model.path``; write ``sft/adapter`` and ``sft/model``.
+    """Fine-tune what pretrain left, or ``model.path``; write ``sft/model``, and ``sft/adapter``.
 
     Returns:
-        The summary: held-out loss and perplexity before and after, parameters, steps, the share
-        of the changed weights that the merge kept, seconds.
+        The summary: held-out loss and perplexity before and after, parameters, steps, seconds,
+        and with LoRA the share of the changed weights that the merge kept.
 
     Raises:
         RlhfError: no usable data or model, or the training failed.
@@ -64,17 +74,16 @@ def run(config: Config) -> dict[str, Any]:
     )
     blocks = packed_blocks("sft", documents, settings)
     numbers = run_training(training, blocks)
-    merge_survived = merge_adapter(
-        training.base, str(training.folder / "adapter"), training.folder / "model", config.model
-    )
     summary = {
         **language_model_numbers(numbers),
         "rows": counts,
         "trainable_parameters": numbers["trainable_parameters"],
         "parameters": numbers["parameters"],
         "steps": settings.steps,
-        "merge_survived": merge_survived,
-        "seconds": time.monotonic() - start_s,
     }
+    if not training.all_weights:
+        adapter, out = str(training.folder / "adapter"), training.folder / "model"
+        summary["merge_survived"] = merge_adapter(training.base, adapter, out, config.model)
+    summary["seconds"] = time.monotonic() - start_s
     run_folder.write_summary("sft", summary)
     return summary

@@ -25,8 +25,10 @@ from transformers import (
 )
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.errors import ConfigError, DivergenceError
+from rlhf_ray.models import loading
 from rlhf_ray.observability.sinks import JsonlSink
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -57,9 +59,21 @@ class Training(ABC):
         return getattr(self.config, self.name)
 
     @property
+    def all_weights(self) -> bool:
+        """Whether all weights are trained: in fp32, computed and saved in ``model.dtype``."""
+        return False
+
+    @property
     def autocast(self) -> str | None:
         """``bf16`` or ``fp16``: compute in half precision over fp32 weights; None: as they are."""
-        return None
+        halves = {"bfloat16": "bf16", "float16": "fp16"}
+        return halves.get(self.config.model.dtype) if self.all_weights else None
+
+    @property
+    def model_settings(self) -> ModelConfig:
+        """How the base is loaded."""
+        settings = self.config.model
+        return settings.model_copy(update={"dtype": "float32"}) if self.all_weights else settings
 
     @abstractmethod
     def load_model(self) -> Any:
@@ -76,6 +90,11 @@ class Training(ABC):
     @abstractmethod
     def save(self, model: Any) -> None:
         """Write the result into the stage's folder; called in one process."""
+
+    def save_whole(self, model: Any) -> None:
+        """Write a model all of whose weights were trained."""
+        model.to(getattr(torch, self.config.model.dtype))
+        loading.save_model(model, loading.load_tokenizer(self.base), self.folder / "model")
 
     @property
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:

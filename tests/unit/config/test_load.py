@@ -156,6 +156,27 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.kwargs={dtype: x}", ["model.kwargs", "'dtype' (set by model.dtype)"]),
         ("lora.peft={r: 4}", ["lora.peft", "'r' (set by lora.r)"]),
         ("lora.peft={use_dora: true}", ["the generators' engine cannot serve it"]),
+        ("lora.peft={alpha_pattern: {}}", ["'alpha_pattern'", "they keep exclude_modules, init_"]),
+        (
+            "lora.peft={init_lora_weights: pissa}",
+            ["'pissa' changes the base"],
+        ),
+        ("lora.r=513", ["lora.r", "less than or equal to 512"]),
+        ("lora.target_modules=[q_proj, model.embed_tokens]", ["names model.embed_tokens: the gen"]),
+        ("lora=null", ["lora: the policy is trained as an adapter alone"]),
+        (
+            "policy.tuning=full",
+            ["'full' is not possible", "only an adapter is small"],
+        ),
+        ("sft.tuning=none", ["sft.tuning", "'lora' or 'full'", "got 'none'"]),
+        ("model.compute_dtype=bfloat16", ["is for model.quantization nf4, got none"]),
+        ("model.rope_scaling={factor: 2.0}", ["rope_type must be one of linear", "got None"]),
+        ("model.rope_scaling={rope_type: yarn}", ["rope_type yarn also needs factor"]),
+        ("model.kwargs={rope_parameters: {}}", ["set by model.rope_scaling"]),
+        (
+            "rollout.engine_args={hf_overrides: {rope_parameters: {}}}",
+            ["hf_overrides may not contain 'rope_parameters'", "set model.rope_scaling"],
+        ),
         ("sft.trainer={max_steps: 4}", ["sft.trainer", "'max_steps' (set by sft.steps)"]),
         ("reward.trainer={seed: 4}", ["reward.trainer", "'seed' (set by run.seed)"]),
         ("policy.deepspeed={bf16: {}}", ["policy.deepspeed", "'bf16' (set by model.dtype)"]),
@@ -182,6 +203,8 @@ def test_further_combinations_are_refused() -> None:
     assert "set policy.num_ranks=2, generators.num=3 to 1" in message
     message = refused("model.quantization=nf4", "critic.zero_stage=3")
     assert "critic.zero_stage 3 cannot shard a nf4 base" in message
+    message = refused("model.quantization=int8", "reward.tuning=full")
+    assert "set reward.tuning=lora or model.quantization=none" in message
     assert load(None, [*inline]).serving == "merged"
 
 

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import adapters, loading
 
 
@@ -50,3 +51,26 @@ def test_adapter_of_another_shape_is_refused(base: Path) -> None:
 def test_unknown_target_names_what_there_is(base: Path) -> None:
     with pytest.raises(ConfigError, match="the model has no qkv; it has down_proj, gate_proj"):
         attached(base, target_modules=["qkv"])
+
+
+def test_targets_that_an_engine_cannot_serve_are_named() -> None:
+    servable = ["v_proj", "q_proj", "gate"]
+    adapters.refuse_unservable(["q_proj", "v_proj"], servable)
+    message = r"cannot serve an adapter on experts, o_proj .* it can on gate, q_proj, v_proj\. Set"
+    with pytest.raises(ConfigError, match=message):
+        adapters.refuse_unservable(["q_proj", "o_proj", "experts"], servable)
+
+
+def test_an_adapter_that_its_base_takes_in_part_is_refused(base: Path, tmp_path: Path) -> None:
+    """The adapter of a deeper model: peft loads what it finds a place for and says nothing."""
+    tokenizer = loading.load_tokenizer(str(base))
+    loading.save_adapter(attached(base), tokenizer, tmp_path, str(base))  # type: ignore[arg-type]
+    config = LlamaConfig.from_pretrained(base, num_hidden_layers=1)
+    shallow = LlamaForCausalLM(config)
+    with pytest.raises(
+        DataError, match=r"14 of its weights .* do not match, .*layers\.1\..*lora_A"
+    ):
+        loading.with_adapter(shallow, str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        loading.with_adapter(shallow, str(tmp_path))

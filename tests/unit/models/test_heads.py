@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import adapters, heads
-from rlhf_ray.models.loading import load_causal_lm, load_sequence_classifier
+from rlhf_ray.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
 ATTENTION_BS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -71,3 +72,31 @@ def test_new_head_has_the_papers_spread_and_zero_head_is_zero(base: Path) -> Non
 def test_model_without_a_token_head_is_refused(base: Path, settings: ModelConfig) -> None:
     with pytest.raises(DataError, match="LlamaForCausalLM has no linear head"):
         heads.backbone_and_head(load_causal_lm(str(base), settings))
+
+
+def test_an_encoder_scores_but_is_no_critic(tmp_path: Path, base: Path) -> None:
+    """Its head stands on the first token, so that the whole forward is the score."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    encoder = BertForSequenceClassification(
+        BertConfig(vocab_size=300, num_hidden_layers=1, num_labels=1, **size)
+    ).eval()
+    encoder.save_pretrained(tmp_path)
+    load_tokenizer(str(base)).save_pretrained(tmp_path)
+    model = load_sequence_classifier(str(tmp_path), ModelConfig(), require_head=True)
+    with torch.no_grad():
+        expected_B = [
+            encoder(ids[None], attention_mask=mask[None]).logits.item()
+            for ids, mask in zip(IDS_BS, ATTENTION_BS, strict=True)
+        ]
+        scores_B = heads.sequence_scores(model, IDS_BS, ATTENTION_BS)
+    torch.testing.assert_close(scores_B, torch.tensor(expected_B))
+    with pytest.raises(DataError, match="BertForSequenceClassification has no linear head `score`"):
+        load_sequence_classifier(str(tmp_path), ModelConfig(), zero_head=True)
+
+
+def test_an_encoder_without_a_trained_head_cannot_score(tmp_path: Path) -> None:
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=300, num_hidden_layers=1, **size)).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="its files lack classifier"):
+        load_sequence_classifier(str(tmp_path), ModelConfig(), require_head=True)

@@ -35,6 +35,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama whose rows are whole blocks of nf4, 64 weights."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    shape = TinyModelConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_heads=2, num_layers=1
+    )
+    tiny.build(folder, TEXTS, shape, max_length=64, seed=0)
+    return str(folder)
+
+
 def config_of(**sections: dict[str, Any]) -> Config:
     """Two mini-batches of four rollouts, one epoch, no gradient clipping."""
     values: dict[str, Any] = {

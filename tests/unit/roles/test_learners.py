@@ -291,3 +291,32 @@ def test_kl_of_a_sample_is_its_token_sum(policy: PolicyLearner, rollouts: list[R
     ref = [logprobs - 0.25 for logprobs in own]
     expected = [0.25 * len(row) for row in own]
     assert policy.sample_kl(rollouts, ref) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [PolicyLearner, CriticLearner])
+def test_learning_over_a_quantised_base_with_recomputed_activations(
+    kind: type,
+    quantization: str,
+    wide_base: str,
+    make_config: Callable[..., Any],
+    rollouts: list[Rollout],
+) -> None:
+    states = []
+    for recompute in (False, True):
+        config = make_config(
+            model={"max_length": 64, "quantization": quantization},
+            policy={"gradient_checkpointing": recompute},
+            critic={"gradient_checkpointing": recompute, "learning_rate": 1e-2, "lora": {"r": 4}},
+        )
+        learner = kind("learner-0", config, wide_base, "torch")
+        learner.start()
+        old = [np.full(len(row.response_ids), -5.0, np.float32) for row in rollouts]
+        scores, parts = columns(rollouts, old)
+        learner.assemble(0.2, scores, *parts)
+        learner.learn(0.1, 0.9)
+        states.append(learnt_state(learner))
+        # B starts at zero: what is not zero was learnt.
+        assert all(tensor.any() for name, tensor in states[-1].items() if "lora_B" in name)
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=1e-4)

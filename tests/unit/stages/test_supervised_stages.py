@@ -10,7 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+)
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import LoraConfig
@@ -21,6 +27,7 @@ from rlhf_ray.stages import merge, pretrain, reward_model, sft
 from rlhf_ray.stages.language_model import packed_blocks
 from rlhf_ray.stages.pairs import load_training_pairs, pair_accuracy
 from rlhf_ray.stages.reward_model import RewardTrainer, RewardTraining
+from rlhf_ray.stages.sft import SftTraining
 
 Trained = tuple[Config, dict[str, Any]]
 
@@ -132,7 +139,7 @@ def test_same_seed_gives_the_same_weights(trained_run: Trained, make_run: Any) -
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_sft_over_a_quantised_base(make_run: Any, quantization: str) -> None:
+def test_sft_and_reward_over_a_quantised_base(make_run: Any, quantization: str) -> None:
     shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_layers": 1}
     config = make_run(
         model={"max_length": 64, "quantization": quantization, "tiny": shape | {"num_heads": 2}}
@@ -140,6 +147,48 @@ def test_sft_over_a_quantised_base(make_run: Any, quantization: str) -> None:
     pretrain.run(config)
     summary = sft.run(config)
     assert summary["loss_after"] < summary["loss_before"] - 0.05
+    training = RewardTraining(config, folder_of(config), str(folder_of(config) / "sft" / "model"))
+    model = training.load_model()
+    proj = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    assert proj.weight.dtype in (torch.int8, torch.uint8)
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == {
+        "base_model.model.score.modules_to_save.default.weight"
+    }
+    assert reward_model.run(config)["accuracy"] > 0.9
+
+
+def test_sft_and_reward_in_full(trained_run: Trained, make_run: Any) -> None:
+    source, _ = trained_run
+    base = str(folder_of(source) / "pretrain" / "model")
+    full = {"tuning": "full", "batch_size": 8, "learning_rate": 0.01}
+    config = make_run(
+        model={"path": base, "max_length": 64},
+        sft=full | {"steps": 10, "block_size": 32},
+        reward=full | {"steps": 20, "eval_rows": 15},
+    )
+    summary = sft.run(config)
+    assert summary["loss_after"] < summary["loss_before"]
+    assert summary["trainable_parameters"] == summary["parameters"]
+    assert "merge_survived" not in summary
+    names = {path.name for path in (folder_of(config) / "sft").iterdir()}
+    assert names == {"model", "metrics.jsonl", "summary.json"}
+    before = load_file(f"{base}/model.safetensors")
+    after = load_file(folder_of(config) / "sft" / "model" / "model.safetensors")
+    assert all(not torch.equal(before[name], weight) for name, weight in after.items())
+
+    assert reward_model.run(config)["accuracy"] > 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder_of(config) / "reward" / "model"
+    )
+    assert model.num_labels == 1
+
+
+def test_full_tuning_is_in_fp32_and_computes_in_half_precision(make_run: Any) -> None:
+    config = make_run(model={"max_length": 64, "dtype": "bfloat16"}, sft={"tuning": "full"})
+    training = SftTraining(config, folder_of(config), "base")
+    assert (training.model_settings.dtype, training.autocast) == ("float32", "bf16")
+    over_adapter = RewardTraining(config, folder_of(config), "base")
+    assert (over_adapter.model_settings.dtype, over_adapter.autocast) == ("bfloat16", None)
 
 
 def test_user_rows_replace_the_prepared_ones(make_run: Any, tmp_path: Path) -> None:
