@@ -15,29 +15,13 @@ from typing import Any, Protocol
 import psutil
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from model_families import TEXTS, build
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_ray.config.model import TinyModelConfig
 from rlhf_ray.models import tiny
 from rlhf_ray.models.loading import load_tokenizer, save_model
 
-TEXTS = [
-    f"Question {number}: why does the {noun} {verb}? Answer: because {reason}."
-    for number, (noun, verb, reason) in enumerate(
-        (noun, verb, reason)
-        for noun in ("kettle", "grinder", "filter", "pump")
-        for verb in ("leak", "whistle", "stop", "hum")
-        for reason in ("it is worn", "water is hard", "it is new", "steam must leave")
-    )
-]
 SHARED_MEMORY = Path("/dev/shm")
 MARK = "RLHF_RAY_TEST_MARK"
 
@@ -50,7 +34,7 @@ class BuildLlama(Protocol):
 
 @pytest.fixture(scope="session")
 def build_llama() -> BuildLlama:
-    def build(folder: Path, *, max_length: int = 512) -> str:
+    def build_one(folder: Path, *, max_length: int = 512) -> str:
         shape = TinyModelConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2)
         tiny.build(folder, TEXTS, shape, max_length, seed=0)
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -63,7 +47,7 @@ def build_llama() -> BuildLlama:
         save_model(model, load_tokenizer(str(folder)), folder)
         return str(folder)
 
-    return build
+    return build_one
 
 
 @pytest.fixture(scope="session")
@@ -84,47 +68,8 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, llama: str) -> str:
 
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a small random Qwen2.5: fused biases, one key head, tied embeddings, two eos."""
-    folder = tmp_path_factory.mktemp("qwen")
-    tokenizer = _qwen_tokenizer()
-    ids = tokenizer.get_vocab()
-    torch.manual_seed(3)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=ids["<|endoftext|>"],
-            eos_token_id=ids["<|im_end|>"],
-            initializer_range=0.1,
-        )
-    )
-    model.generation_config = GenerationConfig(
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
-    )
-    save_model(model, tokenizer, folder)
-    return str(folder)
-
-
-def _qwen_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(reversed(TEXTS), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    """Folder of a small random Qwen2.5: fused biases, grouped keys, tied embeddings, two eos."""
+    return build("qwen2.5", tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="session")
