@@ -12,6 +12,7 @@ from rlhf_ray.types import (
     Gap,
     Handle,
     ProbeComparison,
+    RawScores,
     SampleRequest,
     ScoredShard,
     ServedAdapter,
@@ -54,8 +55,8 @@ class Generators(Protocol):
 class RewardScorer(Protocol):
     """Rates responses."""
 
-    async def score(self, shard: Shard) -> tuple[float, ...]:
-        """[N] raw score of each response of a shard."""
+    async def score(self, shard: Shard) -> RawScores:
+        """Raw score of each response of a shard from every source."""
         ...
 
 

@@ -15,6 +15,9 @@ Handle = Any
 
 FinishReason = Literal["stop", "length"]
 
+RawScores = Mapping[str, tuple[float | None, ...]]
+"""Source -> [N] raw scores of N responses; None where the source has no score for one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -118,8 +121,8 @@ class ScoredShard:
 
     shard: Shard
     """The rollouts."""
-    scores: tuple[float, ...]
-    """[N] raw score of each response."""
+    raw_scores: RawScores
+    """Raw score of each response from every source."""
     old_logprobs: Handle
     """list of [T] fp32: the learner's log-probs before the update."""
     ref_logprobs: Handle
@@ -128,6 +131,8 @@ class ScoredShard:
     """list of [T] fp32: the critic's values."""
     gap: Gap
     """How far engine and learner are apart on it."""
+    scores: tuple[float, ...] = ()
+    """[N] what is learnt from, once the whole batch is there and its sources are combined."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from rlhf_ray.types import (
     Gap,
     Handle,
     ProbeComparison,
+    RawScores,
     SampleRequest,
     ScoredShard,
     ServedAdapter,
@@ -99,8 +100,8 @@ class ScorerClient:
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._workers = _RoundRobin(workers)
 
-    async def score(self, shard: Shard) -> tuple[float, ...]:
-        """[N] score of each response."""
+    async def score(self, shard: Shard) -> RawScores:
+        """Raw score of each response from every source."""
         return await self._workers.next().call("score", shard.rollouts)
 
 

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from rlhf_ray.config.load import sections_of
 from rlhf_ray.config.root import Config
 
 READ_BY: Mapping[str, tuple[str, ...]] = {
@@ -16,6 +18,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "sft": ("sft",),
     "reward": ("reward", "ppo"),
     "dpo": ("dpo",),
+    "rewards": ("ppo",),
     "lora": ("ppo",),
     "critic": ("ppo",),
     "ppo": ("ppo",),
@@ -41,7 +44,7 @@ def differences(
         section = key.partition(".")[0]
         if not set(READ_BY.get(section, ())) & set(begun):
             continue
-        old, new = _look_up(saved, key), _look_up(now, key)
+        old, new = (_fixed_part(key, _look_up(values, key)) for values in (saved, now))
         if old != new:
             odd.append((key, old, new))
     return odd
@@ -50,13 +53,30 @@ def differences(
 def fixed_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted keys of the fields that were not declared changeable."""
     for name, field in model.model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("may_change"):
+        if _may_change(field):
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from fixed_keys(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def _may_change(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("may_change"))
+
+
+def _fixed_part(key: str, value: Any) -> Any:
+    """A list of sections without what was declared changeable; any other value as it is."""
+    if not isinstance(value, list) or key not in Config.model_fields:
+        return value
+    changeable = {
+        name
+        for section in sections_of(Config.model_fields[key].annotation)
+        for name, field in section.model_fields.items()
+        if _may_change(field)
+    }
+    return [{name: part for name, part in item.items() if name not in changeable} for item in value]
 
 
 def _look_up(values: Mapping[str, Any], key: str) -> Any:

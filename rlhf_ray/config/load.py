@@ -69,15 +69,16 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a config class, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        for section in _sections(field.annotation):
+        for section in sections_of(field.annotation):
             yield from keys(section, f"{prefix}{name}.")
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The section classes in a field's type, those of a list's or a union's members as well."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in getattr(annotation, "__args__", ()):
-        yield from _sections(part)
+        yield from sections_of(part)
 
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def markdown() -> str:
     sections = schema["$defs"]
     lines = [_HEAD]
     for name, keys in _places(schema).items():
-        lines += [f"## {', '.join(f'`{key}`' for key in keys)}", ""]
+        kind = sections[name]["properties"].get("type", {}).get("const")
+        title = ", ".join(f"`{key}`" for key in keys) + (f" of type `{kind}`" if kind else "")
+        lines += [f"## {title}", ""]
         lines += [sections[name].get("description", ""), ""]
         lines += ["| key | type | default | resume | meaning |", "|---|---|---|---|---|"]
         lines += [_row(key, entry, sections) for key, entry in _properties(sections[name])]

@@ -16,6 +16,13 @@ from rlhf_ray.config.ppo import (
     ReferenceConfig,
     RolloutConfig,
 )
+from rlhf_ray.config.rewards import (
+    EndpointConfig,
+    ModelSourceConfig,
+    RewardSourceConfig,
+    refuse_equal_names,
+    refuse_slow,
+)
 from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
@@ -35,6 +42,11 @@ class Config(Section):
     sft: SftConfig = Field(default=SftConfig(), description="Supervised fine-tuning.")
     reward: RewardConfig = Field(default=RewardConfig(), description="Reward model.")
     dpo: DpoConfig = Field(default=DpoConfig(), description="Direct preference optimisation.")
+    rewards: list[RewardSourceConfig] = Field(
+        default=[ModelSourceConfig()],
+        min_length=1,
+        description="PPO's reward: sources that are added up; default: the reward model alone.",
+    )
     lora: LoraConfig = Field(default=LoraConfig(), description="The policy's adapter.")
     generators: GeneratorsConfig = Field(default=GeneratorsConfig(), description="Rollout engines.")
     policy: PolicyConfig = Field(default=PolicyConfig(), description="Policy learners.")
@@ -78,6 +90,25 @@ class Config(Section):
         if lora is None:
             raise ValueError("the policy is trained as an adapter alone (see policy.tuning)")
         return lora
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether a source is the run's own reward model."""
+        return any(
+            isinstance(source, ModelSourceConfig) and source.path is None for source in self.rewards
+        )
+
+    @field_validator("rewards")
+    @classmethod
+    def _names_differ(cls, sources: list[RewardSourceConfig]) -> list[RewardSourceConfig]:
+        return refuse_equal_names(sources)
+
+    @model_validator(mode="after")
+    def _sources_give_up_in_time(self) -> "Config":
+        for source in self.rewards:
+            if isinstance(source, EndpointConfig):
+                refuse_slow(f"rewards: {source.name}", source, self.cluster.call_timeout_s)
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Config":

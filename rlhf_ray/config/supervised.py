@@ -100,7 +100,6 @@ class RewardConfig(PairsConfig):
     centre: float = Field(
         default=0.0, ge=0, description="Weight of mean((r_chosen + r_rejected)^2)."
     )
-    baseline: float = Field(default=0.0, description="Subtracted from every score in PPO.")
     tuning: Tuning = Field(
         default="lora", description="lora: an adapter and the head; full: all weights."
     )

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.driver.batches import sample_requests, shard_requests
+from rlhf_ray.driver.scoring import mean_score
+from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.types import Prompt, Shard
 
 if TYPE_CHECKING:
@@ -17,12 +20,15 @@ TABLE_ROWS = 8
 class Evaluator:
     """Samples the held-out prompts under the version that is served."""
 
-    def __init__(self, prompts: Sequence[Prompt], shard_size: int, seed: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], sources: Sequence[SourceConfig], shard_size: int, seed: int
+    ) -> None:
+        self._sources = sources
         self._samples = sample_requests(prompts, 1, seed, "eval")
         self._shard_size = shard_size
 
     async def evaluate(self, roles: "Roles", version: int) -> dict[str, Any]:
-        """Mean score, KL and length, and a table of fixed prompts."""
+        """Mean raw score, KL and length, and a table of fixed prompts."""
         requests = shard_requests(self._samples, self._shard_size, version)
         shards = [shard async for shard in roles.generators.generate(requests)]
         shards.sort(key=lambda shard: shard.info.index)
@@ -39,7 +45,7 @@ class Evaluator:
                     )
         return {
             "version": version,
-            "eval/score": fmean(scores),
+            "eval/score": mean_score(scores),
             "eval/kl": fmean(kl for _, kls in scored for kl in kls),
             "eval/length": fmean(n for shard in shards for n in shard.info.response_lengths),
             "samples": table[:TABLE_ROWS],
@@ -47,8 +53,9 @@ class Evaluator:
 
     async def _score(
         self, roles: "Roles", shard: Shard
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        scores, ref_logprobs = await asyncio.gather(
+    ) -> tuple[list[float | None], tuple[float, ...]]:
+        raw_scores, ref_logprobs = await asyncio.gather(
             roles.scorer.score(shard), roles.reference.logprobs(shard)
         )
-        return scores, await roles.policy.sample_kl(shard, ref_logprobs)
+        kls = await roles.policy.sample_kl(shard, ref_logprobs)
+        return raw_sums(self._sources, raw_scores), kls

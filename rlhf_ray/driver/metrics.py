@@ -1,9 +1,11 @@
 """What an iteration, and a whole run, came to."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
+from rlhf_ray.config.rewards import SourceConfig
+from rlhf_ray.driver.scoring import joined, score_metrics
 from rlhf_ray.types import AssembledStats, ScoredShard, StepReport
 
 EDGE = 5
@@ -11,6 +13,7 @@ EDGE = 5
 
 
 def iteration_metrics(
+    sources: Sequence[SourceConfig],
     batch: Sequence[ScoredShard],
     stats: AssembledStats,
     reports: Sequence[StepReport],
@@ -20,20 +23,19 @@ def iteration_metrics(
     """Metrics of one iteration, by registered name.
 
     Args:
+        sources: of the rewards.
         batch: the shards that were learnt.
         stats: their sums over all ranks.
         reports: of the policy's and the critic's learning.
         kl_coef: coefficient that the token rewards were made with.
         seconds: whole iteration.
     """
-    scores = [score for scored in batch for score in scored.scores]
     lengths = [length for scored in batch for length in scored.shard.info.response_lengths]
     stopped = [stop for scored in batch for stop in scored.shard.info.stopped]
     gaps = [scored.gap for scored in batch]
     kl = stats.kl_total / stats.num_samples
     metrics = {
-        "objective/scores": fmean(scores),
-        "objective/scores_std": pstdev(scores),
+        **score_metrics(sources, joined([scored.raw_scores for scored in batch])),
         "objective/kl": kl,
         "objective/kl_per_token": stats.kl_total / stats.num_tokens,
         "objective/kl_coef": kl_coef,

@@ -13,7 +13,7 @@ adapters. Every `ppo.save_every` iterations the commit is written to the run's f
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rlhf_ray.algorithms.kl_controller import AdaptiveKL, FixedKL, KLController
@@ -25,9 +25,11 @@ from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.guard import SamplerGapGuard, refuse_non_finite
 from rlhf_ray.driver.metrics import iteration_metrics, run_summary
 from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.scoring import PlainMoments, with_scores
 from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.observability.progress import Bar
+from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.roles import Critic, Generators, Policy, Reference, RewardScorer
 from rlhf_ray.types import AssembledStats, Commit, Handle, ScoredShard, Shard, StepReport
 
@@ -67,6 +69,8 @@ class RunState:
     """Coefficient of the next iteration."""
     gap_bound: float | None = None
     """Bound on the sampler gap, once calibrated."""
+    reward_moments: PlainMoments = field(default_factory=dict)
+    """Running moments of the reward sources that are scaled by them."""
     best_score: float | None = None
     """Best held-out score so far."""
 
@@ -126,7 +130,7 @@ class PpoLoop:
             await self._evaluate()
 
     async def _rollout(self, iteration: int) -> list[ScoredShard]:
-        """Generate a batch; score each shard as soon as it is there."""
+        """Generate a batch; score each shard as soon as it is there, then combine its sources."""
         config = self._config
         prompts = self._cursor.take(self._state.prompts_drawn, config.num_prompts_per_iteration)
         samples = sample_requests(
@@ -141,17 +145,18 @@ class PpoLoop:
             batch = sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
         _require_whole(batch, config.ppo.batch_size, self._state.version)
         self._guard.check(batch)
+        batch, self._reward_moments = with_scores(batch, config.rewards, self._state.reward_moments)
         return batch
 
     async def _score(self, shard: Shard) -> ScoredShard:
         roles = self._roles
-        scores, ref_logprobs, (old_logprobs, gap), values = await asyncio.gather(
+        raw_scores, ref_logprobs, (old_logprobs, gap), values = await asyncio.gather(
             roles.scorer.score(shard),
             roles.reference.logprobs(shard),
             roles.policy.logprobs(shard),
             roles.critic.values(shard),
         )
-        return ScoredShard(shard, scores, old_logprobs, ref_logprobs, values, gap)
+        return ScoredShard(shard, raw_scores, old_logprobs, ref_logprobs, values, gap)
 
     async def _learn(
         self, batch: Sequence[ScoredShard], iteration: int
@@ -192,6 +197,7 @@ class PpoLoop:
             samples_learnt=state.samples_learnt + reports[0].samples_learnt,
             kl_coef=self._kl.coef,
             gap_bound=self._guard.bound,
+            reward_moments=self._reward_moments,
         )
         with self._recorder.phase("commit", iteration):
             policy, critic = await asyncio.gather(
@@ -225,11 +231,14 @@ class PpoLoop:
         iteration: int,
         seconds: float,
     ) -> None:
-        metrics = iteration_metrics(batch, stats, reports, self._kl_coef_used, seconds)
+        metrics = iteration_metrics(
+            self._config.rewards, batch, stats, reports, self._kl_coef_used, seconds
+        )
         metrics |= {"policy/version": self._state.version, "episode": self._state.samples_learnt}
         self._recorder.log(iteration, metrics)
         rollouts = await self._roles.fetch(batch[0].shard.rollouts)
-        self._recorder.completions(iteration, rollouts, batch[0].scores)
+        scores = raw_sums(self._config.rewards, batch[0].raw_scores)
+        self._recorder.completions(iteration, rollouts, scores)
         self._bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
 
     def _evaluation_is_due(self) -> bool:

@@ -60,7 +60,7 @@ class Recorder:
         self._sinks.log(iteration, {**metrics, **times})
 
     def completions(
-        self, iteration: int, rollouts: Sequence[Rollout], scores: Sequence[float]
+        self, iteration: int, rollouts: Sequence[Rollout], scores: Sequence[float | None]
     ) -> None:
         """Texts of the first few samples of an iteration."""
         for rollout, score in list(zip(rollouts, scores, strict=True))[:NUM_COMPLETIONS]:

@@ -44,7 +44,19 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         _TOKENS,
         "Estimate of the sampling policy's entropy: minus the log-prob of the sampled tokens.",
     ),
-    ("objective/scores", "1", _SAMPLES, "Raw score of the reward source."),
+    (
+        "objective/scores",
+        "1",
+        _SAMPLES,
+        "Raw score: the weighted sum over the reward sources, before baseline, scaling and clip.",
+    ),
+    ("objective/scores/<source>", "1", _SAMPLES, "Raw score of one reward source, by its name."),
+    (
+        "objective/missing/<source>",
+        "1",
+        _SUM,
+        "Samples that the source has no score for: it does not apply, or its answer was unusable.",
+    ),
     ("objective/scores_std", "1", "standard deviation over samples", "Spread of the raw scores."),
     (
         "objective/rlhf_reward",
@@ -136,7 +148,7 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
     ),
     ("policy/version", "1", _LAST, "Adapter version that this iteration committed."),
     ("episode", "1", "sum since the start", "Rollouts learnt so far."),
-    ("eval/score", "1", _HELD_OUT, "Score of the reward source on held-out prompts."),
+    ("eval/score", "1", _HELD_OUT, "Raw score (weighted sum) on held-out prompts."),
     ("eval/gold", "1", _HELD_OUT, "Gold score, where the data has one; never trained on."),
     ("eval/kl", "nats", _HELD_OUT, "KL to the reference per response, as objective/kl."),
     ("eval/length", "tokens", _HELD_OUT, "Response length on held-out prompts."),
@@ -156,6 +168,9 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
 
 METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}
 
+_FAMILIES = tuple(name.removesuffix("<source>") for name in METRICS if name.endswith("/<source>"))
+"""What the names of a metric that there is once a reward source begin with."""
+
 
 def check(names: Iterable[str]) -> None:
     """Refuse names that are not registered, so that nothing is logged undocumented.
@@ -163,7 +178,7 @@ def check(names: Iterable[str]) -> None:
     Raises:
         KeyError: naming each unknown metric and the registered name nearest to it.
     """
-    unknown = [name for name in names if name not in METRICS]
+    unknown = [name for name in names if name not in METRICS and not name.startswith(_FAMILIES)]
     if not unknown:
         return
     described = []

@@ -1,0 +1,1 @@
+"""Where rewards come from, and how several become one."""

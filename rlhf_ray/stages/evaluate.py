@@ -10,20 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from actors.reward_scorer import RewardScorer
 from rlhf_ray.cluster.role_clients import GeneratorPool, ScorerClient
 from rlhf_ray.config import Config
 from rlhf_ray.data.synthetic import gold_score
 from rlhf_ray.driver.batches import sample_requests, shard_requests
 from rlhf_ray.driver.checkpoint import Checkpoints
+from rlhf_ray.driver.scoring import mean_score
 from rlhf_ray.driver.weight_sync import publish_to
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.adapters import digest, tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.models.folders import ADAPTER_CONFIG
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.observability.progress import Bar, Progress
+from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.stages.ppo import held_out_prompts
-from rlhf_ray.stages.ppo_roles import RoleSpawner, spawn_generators
+from rlhf_ray.stages.ppo_roles import RoleSpawner, spawn_generators, spawn_scorers
 from rlhf_ray.stages.run_folder import RunFolder, write_atomically
 from rlhf_ray.types import AdapterUpdate, Prompt, Rollout
 
@@ -95,18 +96,14 @@ def is_synthetic(config: Config, folder: RunFolder) -> bool:
 async def _sample_models(
     config: Config,
     policy_model: str,
-    reward_model: str,
+    reward_model: str | None,
     adapters: dict[str, dict[str, bytes]],
     prompts: Sequence[Prompt],
     bar: Bar,
 ) -> dict[str, list[Sample]]:
     spawner = RoleSpawner(config, lambda *_: None)
     generators = spawn_generators(spawner, config, policy_model)
-    scorers = ScorerClient(
-        spawner.spawn(
-            RewardScorer, "reward", config.reward.num_workers, config, reward_model, policy_model
-        )
-    )
+    scorers = spawn_scorers(spawner, config, reward_model, policy_model)
     try:
         await spawner.start_all([])
         return {
@@ -142,7 +139,7 @@ async def _sample_one(
     )
     samples: list[Sample] = []
     async for shard in generators.generate(requests):
-        scores = await scorers.score(shard)
+        scores = raw_sums(config.rewards, await scorers.score(shard))
         rollouts: list[Rollout] = await spawner.fetch(shard.rollouts)
         samples += [
             {"position": r.position, "prompt": r.prompt, "text": r.text, "reward": score}
@@ -176,12 +173,16 @@ def _write_samples(
 def summarize(samples: dict[str, list[Sample]], resamples: int, seed: int) -> dict[str, Any]:
     """Means of each model and win rates over sft, judged by gold score if there is one.
 
-    ``win_rate`` is that of the last model: ppo where it ran.
+    ``win_rate`` is that of the last model: ppo where it ran. A response without a reward counts in
+    no mean, and its prompt in no win rate.
+
+    Raises:
+        RlhfError: nothing is left to compare.
     """
     judge = "gold" if "gold" in samples["sft"][0] else "reward"
     models: dict[str, dict[str, Any]] = {}
     for name, rows in samples.items():
-        models[name] = {"reward_mean": fmean(row["reward"] for row in rows)}
+        models[name] = {"reward_mean": mean_score([row["reward"] for row in rows])}
         if judge == "gold":
             models[name]["gold_mean"] = fmean(row["gold"] for row in rows)
         if name != "sft":
@@ -193,7 +194,14 @@ def summarize(samples: dict[str, list[Sample]], resamples: int, seed: int) -> di
 def _win_rate(
     ours: list[Sample], theirs: list[Sample], judge: str, resamples: int, seed: int
 ) -> dict[str, Any]:
-    wins = np.array([win(a[judge], b[judge]) for a, b in zip(ours, theirs, strict=True)])
+    pairs = [(a[judge], b[judge]) for a, b in zip(ours, theirs, strict=True)]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not known:
+        raise DataError(
+            f"For none of the {len(pairs)} held-out prompts do the sources of rewards have a score "
+            "of both models' responses; see docs/rewards.md on missing scores"
+        )
+    wins = np.array([win(a, b) for a, b in known])
     low, high = bootstrap_interval(wins, resamples, seed)
     return {"value": float(wins.mean()), "ci95": [low, high]}
 

@@ -68,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
                 roles,
                 PromptCursor(prompts, config.run.seed),
                 WeightSync(roles.policy, canaries, config.engine_is_exact),
-                Evaluator(eval_prompts, config.rollout.shard_size, config.run.seed),
+                Evaluator(eval_prompts, config.rewards, config.rollout.shard_size, config.run.seed),
                 checkpoints,
                 recorder,
                 state,

@@ -27,11 +27,14 @@ from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.driver.ppo_loop import Roles
 from rlhf_ray.engines.factory import generation_engine
+from rlhf_ray.engines.scoring import reward_sources
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.stages.run_folder import located
 
-GENERATOR_CONCURRENCY = 32
+ASYNC_CONCURRENCY = 32
+"""Calls that a role whose methods are async works on at a time."""
 
 
 class RoleSpawner:
@@ -63,7 +66,7 @@ class RoleSpawner:
             *args,
             num_cpus=1,
             num_gpus=1 if torch.cuda.is_available() else 0,
-            concurrency=GENERATOR_CONCURRENCY if role_class is Generator else 1,
+            concurrency=ASYNC_CONCURRENCY if role_class in (Generator, RewardScorer) else 1,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,
         )
@@ -121,18 +124,28 @@ def spawn_generators(spawner: RoleSpawner, config: Config, base: str) -> Generat
     return GeneratorPool(clients, config.generators.max_in_flight)
 
 
+def spawn_scorers(
+    spawner: RoleSpawner, config: Config, reward_model: str | None, policy_model: str
+) -> ScorerClient:
+    """Scorers with all sources of rewards, not started."""
+    sources = [located(source) for source in config.rewards]
+    config = config.model_copy(update={"rewards": sources})
+    make_sources = partial(reward_sources, config, reward_model, policy_model)
+    return ScorerClient(
+        spawner.spawn(RewardScorer, "reward", config.reward.num_workers, sources, make_sources)
+    )
+
+
 @asynccontextmanager
 async def ppo_roles(
-    config: Config, policy_model: str, reward_model: str, on_call: OnCall
+    config: Config, policy_model: str, reward_model: str | None, on_call: OnCall
 ) -> AsyncIterator[Roles]:
     """All five roles, ready to work; ended on the way out."""
     spawner = RoleSpawner(config, on_call)
     engine = spawner.learner_engine
     critic_model = config.critic.path or policy_model
     generators = spawn_generators(spawner, config, policy_model)
-    scorers = spawner.spawn(
-        RewardScorer, "reward", config.reward.num_workers, config, reward_model, policy_model
-    )
+    scorer = spawn_scorers(spawner, config, reward_model, policy_model)
     references = spawner.spawn(
         Reference, "reference", config.reference.num_workers, config, policy_model
     )
@@ -146,7 +159,7 @@ async def ppo_roles(
         await spawner.start_all([policy, critic])
         yield Roles(
             generators=generators,
-            scorer=ScorerClient(scorers),
+            scorer=scorer,
             reference=ReferenceClient(references),
             policy=PolicyClient(policy, config.policy.zero_stage),
             critic=CriticClient(critic, config.critic.zero_stage),

@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.rewards import (
+    ClassifierSourceConfig,
+    FunctionSourceConfig,
+    ModelSourceConfig,
+    RewardSourceConfig,
+)
 from rlhf_ray.errors import ConfigError, DataError, RlhfError
 
 if TYPE_CHECKING:
@@ -100,8 +106,10 @@ class RunFolder:
             return str(self.path / "sft" / "model")
         return self._given("sft.path or model.path", self.config.model.path, "sft")
 
-    def reward_model(self) -> str:
-        """The reward model: reward.path, or the reward stage's result."""
+    def reward_model(self) -> str | None:
+        """The run's reward model: reward.path, or the reward stage's result; None: not needed."""
+        if not self.config.needs_reward_model:
+            return None
         if self.config.reward.path:
             return absolute(self.config.reward.path)
         if self.summary("reward") is not None:
@@ -120,6 +128,17 @@ class RunFolder:
 def absolute(model: str) -> str:
     """A local folder by absolute path (a role's process runs elsewhere); a hub name as it is."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+def located(source: RewardSourceConfig) -> RewardSourceConfig:
+    """A reward source whose model or file is named by absolute path."""
+    if isinstance(source, FunctionSourceConfig):
+        where, _, name = source.function.rpartition(":")
+        where = str(Path(where).absolute()) if where.endswith(".py") else where
+        return source.model_copy(update={"function": f"{where}:{name}"})
+    if isinstance(source, ModelSourceConfig | ClassifierSourceConfig) and source.path:
+        return source.model_copy(update={"path": absolute(source.path)})
+    return source
 
 
 def write_atomically(path: Path, text: str) -> None:

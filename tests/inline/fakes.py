@@ -20,6 +20,7 @@ from rlhf_ray.types import (
     AssembledStats,
     Gap,
     ProbeComparison,
+    RawScores,
     Rollout,
     SampleRequest,
     ScoredShard,
@@ -59,9 +60,10 @@ class FakeScorer:
 
     events: Events = field(default_factory=list)
 
-    async def score(self, shard: Shard) -> tuple[float, ...]:
+    async def score(self, shard: Shard) -> RawScores:
         self.events.append(("score", shard.info.index))
-        return tuple(2.0 * float(np.mean(r.response_ids % 2 == 0)) for r in shard.rollouts)
+        even = (2.0 * float(np.mean(r.response_ids % 2 == 0)) for r in shard.rollouts)
+        return {"model": tuple(even)}
 
 
 class FakeReference:

@@ -87,6 +87,7 @@ class Harness:
         engines: Sequence[FakeEngine] = (),
         policy: FakePolicy | None = None,
         pool: type[GeneratorPool] = GeneratorPool,
+        scorer: type[FakeScorer] = FakeScorer,
     ) -> None:
         self.config = config
         self.folder = Path(config.run.dir)
@@ -99,6 +100,7 @@ class Harness:
             self.folder / "checkpoints", config.ppo.keep_checkpoints, {"policy": {}}
         )
         self._pool = pool
+        self._scorer = scorer
 
     def run(self) -> dict[str, Any]:
         return asyncio.run(self._run())
@@ -114,7 +116,7 @@ class Harness:
             await self._roles(),
             PromptCursor(PROMPTS[:8], config.run.seed),
             WeightSync(self.policy, canary_requests(PROMPTS, 8, 0), config.engine_is_exact),
-            Evaluator(PROMPTS[8:], config.rollout.shard_size, config.run.seed),
+            Evaluator(PROMPTS[8:], config.rewards, config.rollout.shard_size, config.run.seed),
             self.checkpoints,
             recorder,
             state,
@@ -141,7 +143,7 @@ class Harness:
             members.append(SpyGenerator(worker, self.events))
         return Roles(
             generators=self._pool(members, max_in_flight=2),
-            scorer=FakeScorer(self.events),
+            scorer=self._scorer(self.events),
             reference=FakeReference(),
             policy=self.policy,
             critic=self.critic,

@@ -223,7 +223,13 @@ def test_a_batch_is_passed_by_column_and_sums_are_added() -> None:
     workers = ranks(assemble=stats)
     batch = [
         ScoredShard(
-            Shard(SHARD.info, f"rollouts{i}"), (float(i),), f"old{i}", f"ref{i}", f"v{i}", GAP
+            shard=Shard(SHARD.info, f"rollouts{i}"),
+            raw_scores={},
+            scores=(float(i),),
+            old_logprobs=f"old{i}",
+            ref_logprobs=f"ref{i}",
+            values=f"v{i}",
+            gap=GAP,
         )
         for i in range(2)
     ]

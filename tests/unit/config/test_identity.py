@@ -69,7 +69,9 @@ def test_a_change_matters_once_a_stage_that_reads_it_has_begun() -> None:
     assert changed("ppo.gamma=0.5", begun=("prepare", "sft")) == []
     assert changed("sft.steps=5", begun=("prepare", "pretrain")) == []
     assert changed("sft.steps=5", begun=("prepare", "sft")) != []
-    assert changed("reward.baseline=1", begun=("reward",)) != []
+    assert changed("reward.centre=1", begun=("reward",)) != []
+    assert changed("rewards=[{type: rouge}]", begun=("reward",)) == []
+    assert changed("rewards=[{type: rouge}]", begun=("reward", "ppo")) != []
     assert changed("model.path=x", begun=()) == []
 
 

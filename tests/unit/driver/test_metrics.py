@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config import Config
 from rlhf_ray.driver.metrics import iteration_metrics, run_summary
 from rlhf_ray.driver.ppo_loop import RunState
 from rlhf_ray.observability.metrics import check
@@ -14,7 +15,8 @@ def shard(
 ) -> ScoredShard:
     stopped = tuple(length < 8 for length in lengths)
     info = ShardInfo(index, tuple(range(len(scores))), lengths, stopped, (0,) * len(scores))
-    return ScoredShard(Shard(info, None), scores, None, None, None, Gap(gap, 2 * gap, sum(lengths)))
+    raw = {"model": scores}
+    return ScoredShard(Shard(info, None), raw, None, None, None, Gap(gap, 2 * gap, sum(lengths)))
 
 
 def test_an_iteration_in_numbers() -> None:
@@ -32,12 +34,15 @@ def test_an_iteration_in_numbers() -> None:
         StepReport({"loss/policy_avg": -0.5}, 3, 15),
         StepReport({"loss/value_avg": 0.25}, 3, 15),
     ]
-    metrics = iteration_metrics(batch, stats, reports, kl_coef=0.2, seconds=5.0)
+    sources = Config().rewards
+    metrics = iteration_metrics(sources, batch, stats, reports, kl_coef=0.2, seconds=5.0)
     check(metrics)  # every name is registered
     assert metrics == pytest.approx(
         {
             "objective/scores": 3.0,
             "objective/scores_std": (8 / 3) ** 0.5,  # of the batch, not of a sample of it
+            "objective/scores/model": 3.0,
+            "objective/missing/model": 0.0,
             "objective/kl": 2.0,  # 6 nats over 3 samples
             "objective/kl_per_token": 0.4,
             "objective/kl_coef": 0.2,

@@ -1,26 +1,28 @@
 import asyncio
-from collections.abc import Callable
-from pathlib import Path
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from actors.generator import Generator
 from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
 from rlhf_ray.config import Config
-from rlhf_ray.config.model import ModelConfig, TinyModelConfig
+from rlhf_ray.config.rewards import RougeSourceConfig
 from rlhf_ray.engines.fake import FakeEngine
-from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.models import tiny
+from rlhf_ray.errors import DivergenceError, WeightSyncError
 from rlhf_ray.models.adapters import digest, tensors_to_bytes
-from rlhf_ray.models.forward import sequence_of
-from rlhf_ray.models.heads import initialise_head
-from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, save_model
-from rlhf_ray.types import AdapterUpdate, Prompt, Rollout, SampleRequest, ShardRequest
+from rlhf_ray.types import (
+    AdapterUpdate,
+    Prompt,
+    RawScores,
+    Rollout,
+    SampleRequest,
+    ShardRequest,
+)
 
 MakeConfig = Callable[..., Config]
 STATE = {"m.lora_A.weight": torch.ones(1, 1), "m.lora_B.weight": torch.zeros(32, 1)}
@@ -88,83 +90,38 @@ class TestGenerator:
                 asyncio.run(generator.generate(request(version)))
 
 
-def make_rollout(tokenizer: Any, prompt: str, response: str, *, stopped: bool) -> Rollout:
-    """What a generator would return for these texts."""
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    ids += [tokenizer.eos_token_id] if stopped else []
-    return Rollout(
-        position=0,
-        prompt=Prompt("0", prompt, tuple(tokenizer(prompt)["input_ids"])),
-        response_ids=np.array(ids, np.int64),
-        rollout_logprobs=np.zeros(len(ids), np.float32),
-        finish_reason="stop" if stopped else "length",
-        version=0,
-        text=response,
-    )
+class FixedSource:
+    """Gives the scores that it was made with."""
+
+    def __init__(self, *scores: float | None) -> None:
+        self._scores = scores
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        return list(self._scores)
 
 
 class TestRewardScorer:
-    PROMPT = "Question: how do I sort list 3?\n\nAnswer: "
-    TEXTS = ("call sorted", "no", "call it, and then call it again")
+    def score(
+        self, sources: dict[str, FixedSource], rollouts: list[Rollout], **keys: Any
+    ) -> RawScores:
+        settings = [RougeSourceConfig(type="rouge", name=name, **keys) for name in sources]
+        scorer = RewardScorer("reward-0", settings, lambda: sources)
+        scorer.start()
+        return asyncio.run(scorer.score(rollouts))
 
-    def classifier(self, base: str, folder: Path) -> str:
-        model = load_sequence_classifier(base, ModelConfig(), zero_head=True)
-        initialise_head(model, seed=0)
-        save_model(model, load_tokenizer(base), folder)
-        return str(folder)
+    def test_every_source_scores_every_response(self, rollouts: list[Rollout]) -> None:
+        sources = {"a": FixedSource(1.0, 2.0), "b": FixedSource(None, -1.0)}
+        scores = self.score(sources, rollouts[:2])
+        assert scores == {"a": (1.0, 2.0), "b": (None, -1.0)}
 
-    def rollouts(self, base: str) -> list[Rollout]:
-        tokenizer = load_tokenizer(base)
-        return [
-            make_rollout(tokenizer, self.PROMPT, text, stopped=i != 1)
-            for i, text in enumerate(self.TEXTS)
-        ]
-
-    def plain_scores(self, model_path: str, sequences: list[list[int]]) -> list[float]:
-        model = AutoModelForSequenceClassification.from_pretrained(model_path).eval()
-        with torch.no_grad():
-            return [float(model(torch.tensor([ids])).logits[0, 0]) for ids in sequences]
-
-    def test_one_tokenizer_reads_the_rollouts_own_tokens(
-        self, make_config: MakeConfig, base: str, tmp_path: Path
-    ) -> None:
-        path = self.classifier(base, tmp_path / "reward")
-        scorer = RewardScorer("reward-0", make_config(), path, base)
-        rollouts = self.rollouts(base)
-        expected = self.plain_scores(path, [sequence_of(row).tolist() for row in rollouts])
-        assert scorer.score(rollouts) == pytest.approx(expected, abs=1e-5)
-        assert len(set(expected)) == 3
-
-    def test_the_baseline_is_subtracted(
-        self, make_config: MakeConfig, base: str, tmp_path: Path
-    ) -> None:
-        path = self.classifier(base, tmp_path / "reward")
-        rollouts = self.rollouts(base)
-        plain = RewardScorer("reward-0", make_config(), path, base).score(rollouts)
-        config = make_config(reward={"baseline": 0.75})
-        moved = RewardScorer("reward-0", config, path, base).score(rollouts)
-        assert moved == pytest.approx([score - 0.75 for score in plain])
-
-    def test_another_tokenizer_reads_the_text(
-        self, make_config: MakeConfig, base: str, tmp_path: Path
-    ) -> None:
-        other = tmp_path / "other"
-        shape = TinyModelConfig(
-            vocab_size=330, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=1
-        )
-        tiny.build(other, ["other words here", self.PROMPT], shape, max_length=64, seed=1)
-        path = self.classifier(str(other), tmp_path / "reward")
-        scorer = RewardScorer("reward-0", make_config(), path, base)
-        tokenizer = load_tokenizer(path)
-        sequences = []
-        for i, text in enumerate(self.TEXTS):
-            ids = tokenizer(self.PROMPT + text, add_special_tokens=False)["input_ids"]
-            # A response that was cut at the limit has no end of sequence to be scored at.
-            sequences.append(ids + ([tokenizer.eos_token_id] if i != 1 else []))
-        rollouts = self.rollouts(base)
-        assert sequences[0] != sequence_of(rollouts[0]).tolist()
-        expected = self.plain_scores(path, sequences)
-        assert scorer.score(rollouts) == pytest.approx(expected, abs=1e-5)
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_a_score_that_is_no_number(self, bad: float, rollouts: list[Rollout]) -> None:
+        sources = {"a": FixedSource(1.0, bad)}
+        with pytest.raises(
+            DivergenceError, match=f"a scored the response to prompt 1 {bad}; .*skip"
+        ):
+            self.score(sources, rollouts[:2])
+        assert self.score(sources, rollouts[:2], on_bad_score="skip") == {"a": (1.0, None)}
 
 
 def test_the_reference_is_the_base_at_the_rollouts_temperature(

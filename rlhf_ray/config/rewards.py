@@ -1,0 +1,255 @@
+"""Where PPO's rewards come from: a list of sources, added up by weight."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rlhf_ray.config.section import Section, changeable, refuse_owned
+
+
+class SourceConfig(Section):
+    """What every source has: how its raw score becomes its part of the reward.
+
+    part = weight x clip((raw - baseline) / deviation), where the deviation is 1 unless scaled.
+    """
+
+    name: str = Field(
+        default="", pattern=r"^[\w.-]+$", description="Its name in metrics; default: its type."
+    )
+    weight: float = Field(default=1.0, description="Its factor in the sum; negative: a penalty.")
+    baseline: float = Field(default=0.0, description="Subtracted from the raw score.")
+    scale: Literal["none", "running"] = Field(
+        default="none",
+        description="running: divide by the deviation of all raw scores of the run so far.",
+    )
+    clip: float | None = Field(
+        default=None, gt=0, description="Limit of |score| after scaling; none: no limit."
+    )
+    on_bad_score: Literal["error", "skip"] = Field(
+        default="error",
+        description="A score that is NaN or infinite: end the run, or count it as missing.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_type(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "name" not in values:
+            return {**values, "name": values.get("type", "model")}
+        return values
+
+
+class ModelSourceConfig(SourceConfig):
+    """A reward model: a sequence-classification model with one label."""
+
+    type: Literal["model"] = Field(default="model", description="Kind of source.")
+    path: str | None = Field(
+        default=None,
+        description="Folder or hub name; none: the run's (reward.path, or the stage reward's).",
+    )
+
+
+class ClassifierSourceConfig(SourceConfig):
+    """A text-classification model: the logit of one label."""
+
+    type: Literal["classifier"] = Field(description="Kind of source.")
+    path: str = Field(description="Folder or hub name of a text-classification model.")
+    label: str = Field(
+        default="POSITIVE", description="Label whose logit is the score, in any case of letters."
+    )
+    reads: Literal["conversation", "response"] = Field(
+        default="conversation", description="Its input: prompt and response, or the response alone."
+    )
+    batch_size: int = changeable(16, ge=1, description="Texts of one forward pass.")
+
+
+class RougeSourceConfig(SourceConfig):
+    """Overlap with a reference text: ROUGE's F1, in [0, 1]."""
+
+    type: Literal["rouge"] = Field(description="Kind of source.")
+    variant: Literal["rouge1", "rouge2", "rougeL"] = Field(
+        default="rougeL", description="Words, pairs of words, or the longest common subsequence."
+    )
+    column: str = Field(
+        default="reference",
+        description="Column of the prompts with the reference text, or a list of them (the best "
+        "counts).",
+    )
+
+
+class FunctionSourceConfig(SourceConfig):
+    """A Python function of yours."""
+
+    type: Literal["function"] = Field(description="Kind of source.")
+    function: str = Field(
+        pattern=r"^.+:\w+$", description="module:name, or path/to/file.py:name; sync or async."
+    )
+    signature: Literal["trl", "verl", "openrlhf"] = Field(
+        default="trl",
+        description="trl: f(prompts, completions, **columns); verl: compute_score(data_source, "
+        "solution_str, ground_truth, extra_info); openrlhf: reward_func(queries, prompts, labels).",
+    )
+    label_column: str = Field(
+        default="label", description="Column that the openrlhf signature gets as labels."
+    )
+
+
+class EndpointConfig(Section):
+    """An HTTP service, how long to wait for it and how often to ask again."""
+
+    url: str = changeable(..., pattern=r"^https?://", description="Its address.")
+    api_key_env: str | None = changeable(
+        None,
+        description="Environment variable with a key, sent as a bearer token; the key itself is "
+        "never written to the run's folder.",
+    )
+    concurrency: int = changeable(16, ge=1, description="Requests under way at a time.")
+    timeout_s: float = changeable(60.0, gt=0, description="Deadline of one request, seconds.")
+    retries: int = changeable(
+        3, ge=0, description="Further attempts after time-outs, lost connections, 429 and 5xx."
+    )
+    retry_wait_s: float = changeable(
+        1.0, gt=0, le=30, description="Wait before the first of them, seconds; doubles up to 30."
+    )
+
+    @property
+    def longest_request_s(self) -> float:
+        """What one request may take in all, in seconds: attempts and the waits between them."""
+        waits = (min(self.retry_wait_s * 2**attempt, 30.0) for attempt in range(self.retries))
+        return (self.retries + 1) * self.timeout_s + sum(waits)
+
+
+class ChatEndpointConfig(EndpointConfig):
+    """An OpenAI-compatible chat endpoint with a model that judges."""
+
+    url: str = changeable(
+        ..., pattern=r"^https?://", description="Base URL, for example http://localhost:8000/v1."
+    )
+    api_key_env: str | None = changeable(
+        "OPENAI_API_KEY",
+        description="Environment variable with the API key; without a value no key is sent.",
+    )
+    model: str = Field(min_length=1, description="Name of the model there.")
+    system: str | None = Field(default=None, description="System message; none: left out.")
+    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature of the judge.")
+    max_tokens: int = Field(default=512, ge=1, description="Longest answer of the judge, tokens.")
+    request: dict[str, Any] = Field(
+        default={}, description="Further fields of each request's body."
+    )
+
+    @field_validator("request")
+    @classmethod
+    def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        owned = {key: key for key in ("model", "temperature", "max_tokens")}
+        return refuse_owned("request", given, owned | {"messages": "template", "stream": "nothing"})
+
+
+class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
+    """A language model that rates each response by a number."""
+
+    type: Literal["judge"] = Field(description="Kind of source.")
+    template: str = Field(
+        default="Rate how well the response answers the prompt, from {lowest} (useless) to "
+        "{highest} (perfect). End with one line of the form `Rating: NUMBER`.\n\n"
+        "<prompt>\n{prompt}\n</prompt>\n\n<response>\n{response}\n</response>",
+        description="What the judge is asked; {prompt}, {response}, {lowest} and {highest} are "
+        "filled in, as is {NAME} for a column NAME of the prompts.",
+    )
+    pattern: str = Field(
+        default=r"(?i)rating\W*?(-?\d+(?:\.\d+)?)",
+        description="Regular expression with one group: the number; its last match counts.",
+    )
+    lowest: float = Field(default=1.0, description="Lowest number that is an answer.")
+    highest: float = Field(default=10.0, description="Highest number that is an answer.")
+    on_bad_answer: Literal["skip", "error", "score"] = Field(
+        default="skip",
+        description="An answer without a number in range: count the score as missing, end the run, "
+        "or take bad_answer_score.",
+    )
+    bad_answer_score: float | None = Field(
+        default=None, description="Raw score of a bad answer, where on_bad_answer is score."
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _shows_the_response(cls, template: str) -> str:
+        if "{response}" not in template:
+            raise ValueError("lacks {response}: the judge would not see what it rates")
+        return template
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, pattern: str) -> str:
+        return require_one_group(pattern)
+
+    @model_validator(mode="after")
+    def _bad_answers(self) -> "JudgeSourceConfig":
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest {self.lowest:g} must be below highest {self.highest:g}")
+        if (self.on_bad_answer == "score") != (self.bad_answer_score is not None):
+            raise ValueError(
+                "bad_answer_score is for on_bad_answer score and needed there; set both or neither"
+            )
+        return self
+
+
+class RemoteSourceConfig(SourceConfig, EndpointConfig):
+    """A reward server that speaks OpenRLHF's protocol."""
+
+    type: Literal["remote"] = Field(description="Kind of source.")
+    batch_size: int = changeable(32, ge=1, description="Responses of one request.")
+    label_column: str = Field(default="label", description="Column that is sent as labels.")
+
+
+RewardSourceConfig = Annotated[
+    ModelSourceConfig
+    | ClassifierSourceConfig
+    | RougeSourceConfig
+    | FunctionSourceConfig
+    | JudgeSourceConfig
+    | RemoteSourceConfig,
+    Field(discriminator="type"),
+]
+
+
+def require_one_group(pattern: str) -> str:
+    """The pattern, if it is a regular expression with one group.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    if groups != 1:
+        raise ValueError(f"{pattern!r} has {groups} groups; it needs one, around the answer")
+    return pattern
+
+
+def refuse_equal_names(sources: list[RewardSourceConfig]) -> list[RewardSourceConfig]:
+    """The sources, if metrics can tell them apart.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    names = [source.name for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two sources are called {', '.join(twice)}; give each a name of its own")
+    return sources
+
+
+def refuse_slow(name: str, endpoint: EndpointConfig, call_timeout_s: float) -> None:
+    """A service that stays down must be named by its own error, not by its role's deadline.
+
+    Raises:
+        ValueError: one request may take longer than that deadline.
+    """
+    if endpoint.longest_request_s >= call_timeout_s:
+        raise ValueError(
+            f"{name} may take {endpoint.longest_request_s:g} s for a request (timeout_s "
+            f"{endpoint.timeout_s:g}, retries {endpoint.retries}, retry_wait_s "
+            f"{endpoint.retry_wait_s:g}), and cluster.call_timeout_s is {call_timeout_s:g}; lower "
+            "these or raise that"
+        )

@@ -1,0 +1,150 @@
+"""From the config to reward sources, with the models that some of them run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_ray.algorithms.batching import micro_batches
+from rlhf_ray.algorithms.experience import pad
+from rlhf_ray.config import Config
+from rlhf_ray.config.rewards import (
+    ClassifierSourceConfig,
+    FunctionSourceConfig,
+    JudgeSourceConfig,
+    ModelSourceConfig,
+    RewardSourceConfig,
+    RougeSourceConfig,
+)
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.models.folders import first_line, locate
+from rlhf_ray.models.heads import sequence_scores
+from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer
+from rlhf_ray.rewards.classifier import ClassifierSource
+from rlhf_ray.rewards.functions import FunctionSource
+from rlhf_ray.rewards.judge import JudgeSource
+from rlhf_ray.rewards.remote import RemoteSource
+from rlhf_ray.rewards.reward_model import ModelSource
+from rlhf_ray.rewards.rouge import RougeSource
+from rlhf_ray.rewards.source import Source
+
+
+def reward_sources(
+    config: Config, reward_model: str | None, policy_model: str
+) -> dict[str, Source]:
+    """The sources of ``rewards`` by name, their models loaded.
+
+    Args:
+        config: the whole config.
+        reward_model: folder or hub name of the run's; None where no source needs it.
+        policy_model: whose tokenizer the rollouts' ids are of.
+
+    Raises:
+        RlhfError: a model, a function or a label is not there.
+    """
+    return {
+        source.name: _source(source, config, reward_model, policy_model)
+        for source in config.rewards
+    }
+
+
+def _source(
+    source: RewardSourceConfig, config: Config, reward_model: str | None, policy_model: str
+) -> Source:
+    match source:
+        case ModelSourceConfig():
+            path = source.path or reward_model
+            if path is None:
+                raise ConfigError(
+                    f"rewards: {source.name} is the run's reward model, and there is none; set "
+                    "reward.path, or run the stage reward"
+                )
+            return model_source(config, path, policy_model)
+        case ClassifierSourceConfig():
+            classify = TextClassifier(source.path, source.batch_size)
+            return ClassifierSource(source.name, classify, source.label, source.reads)
+        case RougeSourceConfig():
+            return RougeSource(source)
+        case FunctionSourceConfig():
+            return FunctionSource(source)
+        case JudgeSourceConfig():
+            return JudgeSource(source)
+        case _:
+            return RemoteSource(source)
+
+
+def model_source(config: Config, path: str, policy_model: str) -> ModelSource:
+    """A reward model as a source.
+
+    Args:
+        config: the whole config.
+        path: folder or hub name of the reward model.
+        policy_model: whose tokenizer the rollouts' ids are of.
+    """
+    tokenizer = load_tokenizer(path)
+    return ModelSource(
+        SequenceScorer(path, config),
+        tokenizer,
+        same_tokens=tokenizer.get_vocab() == load_tokenizer(policy_model).get_vocab(),
+        max_length=config.model.max_length,
+    )
+
+
+class SequenceScorer:
+    """A frozen sequence-classification model with one label."""
+
+    def __init__(self, path: str, config: Config) -> None:
+        self._max_tokens = config.ppo.max_tokens_per_micro_batch
+        self._model = load_sequence_classifier(path, config.model, require_head=True)
+        if torch.cuda.is_available():
+            self._model.cuda()
+
+    @torch.no_grad()
+    def __call__(self, sequences: Sequence[np.ndarray]) -> list[float]:
+        """[N] scores of [N] sequences of [S] token ids, read at their last token."""
+        scores = [0.0] * len(sequences)
+        device = self._model.device
+        for rows in micro_batches([len(sequence) for sequence in sequences], self._max_tokens):
+            ids_BS, attention_BS = pad([sequences[row] for row in rows])
+            result_B = sequence_scores(self._model, ids_BS.to(device), attention_BS.to(device))
+            for row, score in zip(rows, result_B.tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+
+class TextClassifier:
+    """A frozen text-classification pipeline."""
+
+    def __init__(self, path: str, batch_size: int) -> None:
+        """
+        Args:
+            path: folder or hub name.
+            batch_size: texts of one forward pass.
+
+        Raises:
+            DataError: it cannot be loaded.
+        """
+        from transformers import pipeline
+
+        path = locate(path)
+        device = 0 if torch.cuda.is_available() else -1
+        try:
+            self._pipeline: Any = pipeline("text-classification", model=path, device=device)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DataError(
+                f"{path} cannot be loaded as a text-classification model ({first_line(error)})"
+            ) from error
+        self._pipeline.tokenizer.truncation_side = "left"  # the response stands at the end
+        self._batch_size = batch_size
+
+    def __call__(self, texts: Sequence[str]) -> list[Mapping[str, float]]:
+        """[N] texts -> label -> logit."""
+        results = self._pipeline(
+            list(texts),
+            top_k=None,
+            function_to_apply="none",
+            truncation=True,
+            batch_size=self._batch_size,
+        )
+        return [{found["label"]: found["score"] for found in result} for result in results]

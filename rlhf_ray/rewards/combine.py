@@ -1,0 +1,107 @@
+"""From the raw scores of several sources to one score a response: pure, over the whole batch.
+
+    part = weight x clip((raw - baseline) / deviation);  score = sum of the parts of a response
+
+Scaling divides by the deviation of all scores of the run so far, this batch included, without
+centring (Engstrom et al. 2020, arXiv:2005.12729, section 3, there of returns): a score keeps its
+sign, so a baseline keeps its meaning.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum
+from statistics import fmean
+
+from rlhf_ray.algorithms.whitening import Moments
+from rlhf_ray.config.rewards import SourceConfig
+from rlhf_ray.errors import DivergenceError
+from rlhf_ray.types import RawScores
+
+SMALLEST_SPREAD = 1e-6
+"""A deviation below this share of |mean| is rounding: sums of squares lose that many digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """A batch's scores."""
+
+    scores: tuple[float, ...]
+    """[N] what is learnt from."""
+    moments: Mapping[str, Moments]
+    """Of all raw scores so far, this batch's included, of each source that is scaled by them."""
+
+
+def combine(
+    sources: Sequence[SourceConfig], raw: RawScores, moments: Mapping[str, Moments]
+) -> Combined:
+    """The score of each response of a batch.
+
+    A source without a score for a response adds nothing there, and the weights of the others stay
+    as they are. A response that no source scored gets the mean of the others: it is learnt as
+    neither good nor bad.
+
+    Args:
+        sources: what is done with each source's scores.
+        raw: [N] raw scores of every source, in order of position.
+        moments: of the batches before, by source; none yet: an empty mapping.
+
+    Raises:
+        DivergenceError: no source scored any response.
+    """
+    updated = {
+        source.name: moments.get(source.name, Moments()) + _moments_of(raw[source.name])
+        for source in sources
+        if source.scale == "running"
+    }
+    parts = [_parts(source, raw[source.name], updated.get(source.name)) for source in sources]
+    sums = _sums(parts)
+    scored = [value for value in sums if value is not None]
+    if not scored:
+        raise DivergenceError(
+            f"None of the {len(sums)} responses has a score: {', '.join(raw)} had none to give. "
+            "Look at what the sources answer; the last commit is whole"
+        )
+    neutral = fmean(scored)
+    return Combined(tuple(neutral if value is None else value for value in sums), updated)
+
+
+def raw_sums(sources: Sequence[SourceConfig], raw: RawScores) -> list[float | None]:
+    """[N] weighted sum of the raw scores of each response; None where no source has one."""
+    return _sums(
+        [[_times(source.weight, score) for score in raw[source.name]] for source in sources]
+    )
+
+
+def _parts(
+    source: SourceConfig, raw: Sequence[float | None], moments: Moments | None
+) -> list[float | None]:
+    """[N] what a source adds to each response's score."""
+    deviation = _deviation(moments) if moments else 1.0
+    limit = source.clip if source.clip is not None else float("inf")
+
+    def part(score: float) -> float:
+        scaled = (score - source.baseline) / deviation
+        return source.weight * min(max(scaled, -limit), limit)
+
+    return [None if score is None else part(score) for score in raw]
+
+
+def _moments_of(raw: Sequence[float | None]) -> Moments:
+    scores = [score for score in raw if score is not None]
+    return Moments(float(len(scores)), fsum(scores), fsum(score * score for score in scores))
+
+
+def _deviation(moments: Moments) -> float:
+    """Deviation to divide by; 1 while all scores are equal."""
+    deviation = moments.std()
+    return deviation if deviation > SMALLEST_SPREAD * abs(moments.mean) else 1.0
+
+
+def _times(weight: float, score: float | None) -> float | None:
+    return None if score is None else weight * score
+
+
+def _sums(parts: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Sum over sources of what each has to say of a response; None where none has."""
+    columns = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
+    return [fsum(column) if column else None for column in columns]

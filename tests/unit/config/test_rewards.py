@@ -1,0 +1,91 @@
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import Config, load, resolve
+from rlhf_ray.config.identity import differences
+from rlhf_ray.config.rewards import ModelSourceConfig
+from rlhf_ray.errors import ConfigError
+
+JUDGE = {"type": "judge", "url": "http://localhost:8000/v1", "model": "m"}
+
+
+def test_the_default_is_the_runs_reward_model() -> None:
+    config = Config()
+    assert config.rewards == [ModelSourceConfig()]
+    assert config.rewards[0].name == "model"
+    assert config.needs_reward_model
+
+
+@pytest.mark.parametrize(
+    ("sources", "needed"),
+    [
+        ([{"type": "rouge"}], False),
+        ([{"type": "model", "path": "x"}], False),
+        ([{"type": "rouge"}, {"type": "model"}], True),
+    ],
+)
+def test_whether_the_reward_model_is_needed(sources: list[Any], needed: bool) -> None:
+    assert resolve({"rewards": sources}).needs_reward_model == needed
+
+
+def test_a_source_is_called_by_its_type_or_its_name() -> None:
+    config = resolve({"rewards": [{"type": "rouge"}, {"type": "rouge", "name": "r1"}, JUDGE]})
+    assert [source.name for source in config.rewards] == ["rouge", "r1", "judge"]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ({}, r"rewards\.0: Unable to extract tag using discriminator 'type'"),
+        ({"type": "juge"}, r"rewards\.0: Input tag 'juge' .* 'judge', 'remote'"),
+        (
+            {"type": "rouge", "colum": "x"},
+            r"rewards\.0\.rouge\.colum: unknown key .* rewards\.colu",
+        ),
+        ({"type": "rouge", "name": "a b"}, r"rewards\.0\.rouge\.name: .* got 'a b'"),
+        ({"type": "rouge", "clip": 0.0}, r"rewards\.0\.rouge\.clip: .*greater than 0"),
+        ({"type": "function", "function": "f"}, r"function\.function: .* got 'f'"),
+        (JUDGE | {"url": "localhost:8000"}, r"judge\.url: .* got 'localhost:8000'"),
+        (JUDGE | {"template": "Rate {prompt}"}, r"template: lacks \{response\}: the judge would"),
+        (JUDGE | {"pattern": "(a)(b)"}, r"pattern: '\(a\)\(b\)' has 2 groups; it needs one"),
+        (JUDGE | {"pattern": "("}, r"pattern: '\(' is not a regular expression"),
+        (JUDGE | {"lowest": 10.0}, r"lowest 10 must be below highest 10"),
+        (JUDGE | {"on_bad_answer": "score"}, r"bad_answer_score is for on_bad_answer score"),
+        (JUDGE | {"bad_answer_score": 1.0}, r"bad_answer_score is for on_bad_answer score"),
+        (JUDGE | {"request": {"messages": []}}, r"'messages' \(set by template\)"),
+        # 2 attempts of 300 s and a wait of 1 s between them
+        (
+            JUDGE | {"timeout_s": 300.0, "retries": 1},
+            r"judge may take 601 s for a request .* cluster\.call_timeout_s is 600; lower these",
+        ),
+    ],
+)
+def test_what_is_refused(source: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        resolve({"rewards": [source]})
+
+
+def test_equal_names_and_no_source_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two sources are called judge; give each a name"):
+        resolve({"rewards": [JUDGE, JUDGE]})
+    with pytest.raises(ConfigError, match="rewards: List should have at least 1 item"):
+        resolve({"rewards": []})
+
+
+def test_sources_by_override() -> None:
+    config = load(None, ["rewards=[{type: rouge, weight: 2}, {type: model}]"])
+    assert [(source.type, source.weight) for source in config.rewards] == [
+        ("rouge", 2.0),
+        ("model", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "same_run"),
+    [({"url": "http://other/v1", "retries": 1}, True), ({"model": "n"}, False)],
+)
+def test_a_judge_may_move_but_not_change(change: dict[str, Any], same_run: bool) -> None:
+    saved = resolve({"rewards": [JUDGE]}).model_dump(mode="json")
+    now = resolve({"rewards": [JUDGE | change]})
+    assert (differences(saved, now, ["ppo"]) == []) == same_run

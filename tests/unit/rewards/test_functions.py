@@ -1,0 +1,155 @@
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config.rewards import FunctionSourceConfig
+from rlhf_ray.errors import ConfigError, DataError, RlhfError
+from rlhf_ray.rewards.functions import FunctionSource
+from rlhf_ray.types import Rollout
+
+CODE = '''
+import asyncio
+import numpy
+import torch
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+def echo(prompts, completions, completion_ids, level):
+    """Fails where its arguments are not what TRL would give."""
+    assert completion_ids == [[5, 6]] * len(prompts)
+    return [level[i] * 10 + len(prompts[i]) for i in range(len(prompts))]
+
+def chat(prompts, completions, **columns):
+    assert "messages" not in columns
+    return [len(p[-1]["content"]) + len(c[0]["content"]) for p, c in zip(prompts, completions)]
+
+async def slowly(completions):
+    await asyncio.sleep(0.001)
+    return [None if "skip" in text else 1 for text in completions]
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    right = float(solution_str == ground_truth)
+    return {"score": right, "acc": 1} if data_source == "gsm" else right + extra_info["bonus"]
+
+async def acompute_score(data_source, solution_str, ground_truth, extra_info):
+    return float(solution_str == ground_truth)
+
+def reward_func(queries, prompts, labels):
+    right = [q == p + l for q, p, l in zip(queries, prompts, labels)]
+    return {"rewards": torch.tensor(right), "extra_logs": {}}
+
+def column_of_one(queries, prompts, labels, **more):
+    return numpy.array([[0.25]] * len(queries))
+
+def short(completions):
+    return [1.0]
+
+def words(completions):
+    return ["good"] * len(completions)
+
+def none(completions):
+    return None
+
+def broken(completions):
+    return [1 / 0]
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_rewards.py"
+    path.write_text(CODE)
+    return path
+
+
+def score(path: Any, name: str, rollouts: list[Rollout], **keys: Any) -> list[float | None]:
+    config = FunctionSourceConfig(type="function", function=f"{path}:{name}", **keys)
+    return asyncio.run(FunctionSource(config).score(rollouts))
+
+
+@pytest.fixture
+def two(rollout: Callable[..., Rollout]) -> list[Rollout]:
+    """Two rollouts; the second's row lacks the first's columns."""
+    return [rollout("yes", "a", level=2), rollout("skip it", "bc", level=3)]
+
+
+def test_trl(file: Path, two: list[Rollout]) -> None:
+    assert score(file, "length", two) == [3.0, 7.0]
+    assert score(file, "echo", two) == [21.0, 32.0]
+
+
+def test_trl_async_and_a_sample_that_the_function_leaves_out(
+    file: Path, two: list[Rollout]
+) -> None:
+    assert score(file, "slowly", two) == [1.0, None]
+
+
+def test_trl_gets_a_chat_as_messages(file: Path, rollout: Callable[..., Rollout]) -> None:
+    messages = [{"role": "user", "content": "four"}]
+    assert score(file, "chat", [rollout("abc", messages=messages)]) == [7.0]
+
+
+def test_verl(file: Path, rollout: Callable[..., Rollout]) -> None:
+    rows = [
+        rollout("42", data_source="gsm", reward_model={"style": "rule", "ground_truth": "42"}),
+        rollout("41", data_source="math", ground_truth="42", extra_info={"bonus": 0.5}),
+    ]
+    assert score(file, "compute_score", rows, signature="verl") == [1.0, 0.5]
+    assert score(file, "acompute_score", rows, signature="verl") == [1.0, 0.0]
+
+
+def test_verl_without_a_ground_truth(file: Path, two: list[Rollout]) -> None:
+    with pytest.raises(DataError, match="prompt 7 has neither a column ground_truth"):
+        score(file, "compute_score", two, signature="verl")
+
+
+def test_openrlhf(file: Path, rollout: Callable[..., Rollout]) -> None:
+    rows = [rollout("x", answer="x"), rollout("y", answer="x"), rollout("")]
+    keys = {"signature": "openrlhf", "label_column": "answer"}
+    assert score(file, "reward_func", rows, **keys) == [1.0, 0.0, 1.0]
+    assert score(file, "column_of_one", rows, **keys) == [0.25] * 3
+
+
+def test_by_module_name(file: Path, two: list[Rollout], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert score("my_rewards", "length", two) == [3.0, 7.0]
+    monkeypatch.delitem(sys.modules, "my_rewards")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("short", "gave 1 scores for 2 responses"),
+        ("words", "gave 'good' as a score; give a number or None"),
+        ("none", "gave None for 2 responses"),
+        ("broken", r"raised ZeroDivisionError: division by zero \(.*my_rewards\.py, line \d+\)"),
+    ],
+)
+def test_what_a_function_may_not_do(file: Path, two: list[Rollout], name: str, says: str) -> None:
+    with pytest.raises(RlhfError, match=rf"rewards: function: .*:{name} {says}"):
+        score(file, name, two)
+
+
+def test_a_column_that_is_not_there(file: Path, rollout: Callable[..., Rollout]) -> None:
+    with pytest.raises(DataError, match="takes level, which the prompts lack; they have prompts"):
+        score(file, "echo", [rollout("x", other=1)])
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("{file}:lenght", "has no function lenght; it has length, echo"),
+        ("nowhere.py:f", "FileNotFoundError: nowhere.py does not exist"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+    ],
+)
+def test_a_function_that_is_not_there(file: Path, spec: str, says: str) -> None:
+    config = FunctionSourceConfig(type="function", function=spec.format(file=file))
+    with pytest.raises(ConfigError, match=says):
+        FunctionSource(config)

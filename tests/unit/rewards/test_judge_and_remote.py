@@ -1,0 +1,209 @@
+"""Sources that are services, against a real HTTP server on this machine."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from json_server import chat_completion, serve
+
+from rlhf_ray.config.rewards import JudgeSourceConfig, RemoteSourceConfig
+from rlhf_ray.errors import DataError, RlhfError
+from rlhf_ray.rewards.judge import JudgeSource
+from rlhf_ray.rewards.remote import RemoteSource
+from rlhf_ray.types import Rollout
+
+MakeRollout = Callable[..., Rollout]
+QUICK = {"timeout_s": 5.0, "retry_wait_s": 0.01}
+
+
+def judge(url: str, rollouts: list[Rollout], **keys: Any) -> list[float | None]:
+    config = JudgeSourceConfig(type="judge", url=f"{url}/v1/", model="m", **(QUICK | keys))
+    return asyncio.run(JudgeSource(config).score(rollouts))
+
+
+def remote(url: str, rollouts: list[Rollout], **keys: Any) -> list[float | None]:
+    config = RemoteSourceConfig(type="remote", url=f"{url}/get_reward", **(QUICK | keys))
+    return asyncio.run(RemoteSource(config).score(rollouts))
+
+
+def rates_length(number: int, body: Any) -> tuple[int, Any]:
+    """A judge that counts the characters between the response's tags."""
+    question = body["messages"][-1]["content"]
+    response = question.partition("<response>\n")[2].partition("\n</response>")[0]
+    return 200, chat_completion(f"It might be a rating: 1. I say\nRating: {len(response)}")
+
+
+class TestJudge:
+    def test_good_answers_come_in_order(self, rollout: MakeRollout) -> None:
+        with serve(rates_length) as server:
+            rows = [rollout("x" * length) for length in (3, 10, 1, 7)]
+            assert judge(server.url, rows) == [3.0, 10.0, 1.0, 7.0]
+            assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
+
+    def test_what_is_asked(self, rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MY_KEY", "secret")
+        keys = {
+            "api_key_env": "MY_KEY",
+            "system": "Be strict.",
+            "template": "{level}|{prompt}|{response}|{lowest}-{highest}",
+            "request": {"top_p": 0.5},
+            "max_tokens": 8,
+        }
+        with serve(lambda *_: (200, chat_completion("rating 2"))) as server:
+            judge(server.url, [rollout("{prompt}", "P", level=3)], **keys)
+            _, headers, body = server.requests[0]
+        assert headers["Authorization"] == "Bearer secret"
+        assert body == {
+            "model": "m",
+            "messages": [
+                {"role": "system", "content": "Be strict."},
+                {"role": "user", "content": "3|P|{prompt}|1-10"},  # filled in once
+            ],
+            "temperature": 0.0,
+            "max_tokens": 8,
+            "top_p": 0.5,
+        }
+
+    def test_a_chat_is_shown_by_its_turns(self, rollout: MakeRollout) -> None:
+        turns = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "Why?"},
+        ]
+        rows = [rollout("R", "<|x|>", messages=turns), rollout("R", "<|x|>", messages=turns[:1])]
+        with serve(lambda *_: (200, chat_completion("rating 2"))) as server:
+            judge(server.url, rows, template="{prompt}#{response}")
+            asked = sorted(body["messages"][0]["content"] for _, _, body in server.requests)
+        assert asked == ["Hi#R", "user: Hi\n\nassistant: Hello\n\nuser: Why?#R"]
+
+    @pytest.mark.parametrize("answer", ["no idea", "Rating: 11", "Rating: 0.5", "", None])
+    def test_nonsense(self, rollout: MakeRollout, answer: str | None) -> None:
+        rows = [rollout("a")]
+        with serve(lambda *_: (200, chat_completion(answer))) as server:
+            assert judge(server.url, rows) == [None]
+            scored = judge(server.url, rows, on_bad_answer="score", bad_answer_score=-3.0)
+            assert scored == [-3.0]
+            with pytest.raises(RlhfError, match="judge gave no number from 1 to 10 that pattern"):
+                judge(server.url, rows, on_bad_answer="error")
+
+    @pytest.mark.parametrize("answer", ["Rating: -3", "**Rating:** -3/5", "rating 4? Rating:-3.0"])
+    def test_a_negative_rating(self, rollout: MakeRollout, answer: str) -> None:
+        with serve(lambda *_: (200, chat_completion(answer))) as server:
+            assert judge(server.url, [rollout("a")], lowest=-5.0, highest=5.0) == [-3.0]
+
+    def test_a_pattern_whose_group_is_no_number(self, rollout: MakeRollout) -> None:
+        with serve(lambda *_: (200, chat_completion("grade A"))) as server:
+            assert judge(server.url, [rollout("a")], pattern=r"grade (\w)") == [None]
+
+    def test_an_unknown_name_in_the_template(self, rollout: MakeRollout) -> None:
+        with pytest.raises(DataError, match="judge reads the column 'answer'"):
+            judge("http://127.0.0.1:9", [rollout("a")], template="{response} {answer}")
+
+    def test_another_protocol(self, rollout: MakeRollout) -> None:
+        with (
+            serve(lambda *_: (200, {"rewards": [1]})) as server,
+            pytest.raises(RlhfError, match="did not answer with a chat completion but"),
+        ):
+            judge(server.url, [rollout("a")])
+
+    def test_requests_go_out_together_but_no_more_than_allowed(self, rollout: MakeRollout) -> None:
+        with serve(rates_length, delay_s=0.05) as server:
+            started = time.monotonic()
+            judge(server.url, [rollout("xy")] * 12, concurrency=4)
+            seconds = time.monotonic() - started
+        assert server.most_at_once == 4
+        assert seconds < 12 * 0.05  # three rounds of four, not one after the other
+
+
+class TestRemote:
+    def test_good_answers_in_batches(self, rollout: MakeRollout) -> None:
+        def lengths(number: int, body: Any) -> tuple[int, Any]:
+            return 200, {"rewards": [len(query) for query in body["query"]]}
+
+        rows = [rollout("x" * length, "ab", label=length) for length in (1, 4, 2)]
+        with serve(lengths) as server:
+            assert remote(server.url, rows, batch_size=2, concurrency=1) == [3.0, 6.0, 4.0]
+            bodies = [body for _, _, body in server.requests]
+        assert bodies == [
+            {"query": ["abx", "abxxxx"], "prompts": ["ab", "ab"], "labels": [1, 4]},
+            {"query": ["abxx"], "prompts": ["ab"], "labels": [2]},
+        ]
+
+    @pytest.mark.parametrize(
+        ("answer", "says"),
+        [
+            ({"scores": [1]}, r"answered \{'scores': \[1\]\}, expected an object with \"rewards\""),
+            ([1.0], "answered .*expected an object"),
+            ({"rewards": [1.0, 2.0]}, "gave 2 scores for 1 responses"),
+            ({"rewards": ["high"]}, "gave 'high' as a score"),
+        ],
+    )
+    def test_nonsense(self, rollout: MakeRollout, answer: Any, says: str) -> None:
+        with serve(lambda *_: (200, answer)) as server, pytest.raises(RlhfError, match=says):
+            remote(server.url, [rollout("a")])
+
+    def test_nested_and_missing_scores(self, rollout: MakeRollout) -> None:
+        with serve(lambda *_: (200, {"rewards": [[0.5], None]})) as server:
+            assert remote(server.url, [rollout("a"), rollout("b")]) == [0.5, None]
+
+
+class TestService:
+    """What judge and remote share."""
+
+    def test_it_is_asked_again_after_a_failure(self, rollout: MakeRollout) -> None:
+        failures = [(500, "boom"), (429, {}), (200, "<html>"), (503, "")]
+
+        def answer(number: int, body: Any) -> tuple[int, Any]:
+            return failures[number] if number < 4 else (200, {"rewards": [2.0]})
+
+        with serve(answer) as server:
+            assert remote(server.url, [rollout("a")], retries=4) == [2.0]
+            assert len(server.requests) == 5
+
+    def test_a_slow_answer_is_waited_for(self, rollout: MakeRollout) -> None:
+        with serve(rates_length, delay_s=0.1) as server:
+            assert judge(server.url, [rollout("xyz")]) == [3.0]
+
+    def test_an_answer_that_does_not_come_in_time(self, rollout: MakeRollout) -> None:
+        with (
+            serve(rates_length, delay_s=0.2) as server,
+            pytest.raises(RlhfError, match=r"failed 2 times, at last: no answer within 0\.05 s"),
+        ):
+            judge(server.url, [rollout("xyz")], timeout_s=0.05, retries=1)
+
+    def test_one_that_stays_down_ends_in_one_clear_error(self, rollout: MakeRollout) -> None:
+        with serve(lambda *_: (500, "out of memory")) as server:
+            with pytest.raises(
+                RlhfError,
+                match=r"judge: .* failed 3 times, at last: status 500: "
+                "'out of memory'. See that the service runs",
+            ):
+                judge(server.url, [rollout("a")] * 6, retries=2)
+            assert len(server.requests) <= 18
+
+    def test_nobody_there(self, rollout: MakeRollout) -> None:
+        with serve(rates_length) as server:
+            url = server.url
+        with pytest.raises(RlhfError, match=r"remote: .* failed 2 times, at last: ConnectError"):
+            remote(url, [rollout("a")], retries=1)
+
+    @pytest.mark.parametrize("status", [400, 401, 404])
+    def test_a_refusal_is_not_tried_again(self, rollout: MakeRollout, status: int) -> None:
+        with serve(lambda *_: (status, "no such model")) as server:
+            with pytest.raises(RlhfError, match=f"refused the request with status {status}: 'no "):
+                judge(server.url, [rollout("a")])
+            assert len(server.requests) == 1
+
+    def test_the_first_failure_ends_the_others(self, rollout: MakeRollout) -> None:
+        """One request is refused at once while the others would be tried for seconds."""
+
+        def answer(number: int, body: Any) -> tuple[int, Any]:
+            return (401, "no") if body["query"] == ["Why? bad"] else (500, "")
+
+        rows = [rollout(text) for text in ("a", "b", "bad")]
+        started = time.monotonic()
+        with serve(answer) as server, pytest.raises(RlhfError, match="status 401"):
+            remote(server.url, rows, batch_size=1, retry_wait_s=5.0)
+        assert time.monotonic() - started < 4

@@ -1,0 +1,143 @@
+"""A reward model as a source: what it reads of a rollout, and that its scores are the model's."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_ray.config import resolve
+from rlhf_ray.config.model import ModelConfig, TinyModelConfig
+from rlhf_ray.engines.scoring import model_source
+from rlhf_ray.errors import DataError
+from rlhf_ray.models import tiny
+from rlhf_ray.models.forward import sequence_of
+from rlhf_ray.models.heads import initialise_head
+from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, save_model
+from rlhf_ray.rewards.reward_model import ModelSource
+from rlhf_ray.types import Prompt, Rollout
+
+SHAPE = TinyModelConfig(
+    vocab_size=300, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=1
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny policy."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.build(folder, ["Question: how do I sort list 3?", "call it"], SHAPE, 64, seed=0)
+    return str(folder)
+
+
+def score(path: str, policy: str, rollouts: list[Rollout]) -> list[float | None]:
+    """What the source says; a micro-batch holds two of the rollouts."""
+    config = resolve(
+        {
+            "model": {"max_length": 64},
+            "ppo": {"max_tokens_per_micro_batch": 192},
+            "rollout": {"max_prompt_tokens": 32, "max_tokens": 32},
+        }
+    )
+    return asyncio.run(model_source(config, path, policy).score(rollouts))
+
+
+def make_rollout(tokenizer: Any, prompt: str, response: str, *, stopped: bool) -> Rollout:
+    """What a generator would return for these texts."""
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    ids += [tokenizer.eos_token_id] if stopped else []
+    return Rollout(
+        position=0,
+        prompt=Prompt("0", prompt, tuple(tokenizer(prompt)["input_ids"])),
+        response_ids=np.array(ids, np.int64),
+        rollout_logprobs=np.zeros(len(ids), np.float32),
+        finish_reason="stop" if stopped else "length",
+        version=0,
+        text=response,
+    )
+
+
+class TestModelSource:
+    PROMPT = "Question: how do I sort list 3?\n\nAnswer: "
+    TEXTS = ("call sorted", "no", "call it, and then call it again")
+
+    def classifier(self, base: str, folder: Path) -> str:
+        model = load_sequence_classifier(base, ModelConfig(), zero_head=True)
+        initialise_head(model, seed=0)
+        save_model(model, load_tokenizer(base), folder)
+        return str(folder)
+
+    def rollouts(self, base: str) -> list[Rollout]:
+        tokenizer = load_tokenizer(base)
+        return [
+            make_rollout(tokenizer, self.PROMPT, text, stopped=i != 1)
+            for i, text in enumerate(self.TEXTS)
+        ]
+
+    def plain_scores(self, model_path: str, sequences: list[list[int]]) -> list[float]:
+        model = AutoModelForSequenceClassification.from_pretrained(model_path).eval()
+        with torch.no_grad():
+            return [float(model(torch.tensor([ids])).logits[0, 0]) for ids in sequences]
+
+    def test_one_tokenizer_reads_the_rollouts_own_tokens(self, base: str, tmp_path: Path) -> None:
+        path = self.classifier(base, tmp_path / "reward")
+        rollouts = self.rollouts(base)
+        expected = self.plain_scores(path, [sequence_of(row).tolist() for row in rollouts])
+        assert score(path, base, rollouts) == pytest.approx(expected, abs=1e-5)
+        assert len(set(expected)) == 3
+
+    def test_another_tokenizer_reads_the_text(self, base: str, tmp_path: Path) -> None:
+        other = tmp_path / "other"
+        shape = TinyModelConfig(
+            vocab_size=330, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=1
+        )
+        tiny.build(other, ["other words here", self.PROMPT], shape, max_length=64, seed=1)
+        path = self.classifier(str(other), tmp_path / "reward")
+        tokenizer = load_tokenizer(path)
+        sequences = []
+        for i, text in enumerate(self.TEXTS):
+            ids = tokenizer(self.PROMPT + text, add_special_tokens=False)["input_ids"]
+            # A response that was cut at the limit has no end of sequence to be scored at.
+            sequences.append(ids + ([tokenizer.eos_token_id] if i != 1 else []))
+        rollouts = self.rollouts(base)
+        assert sequences[0] != sequence_of(rollouts[0]).tolist()
+        expected = self.plain_scores(path, sequences)
+        assert score(path, base, rollouts) == pytest.approx(expected, abs=1e-5)
+
+    @pytest.fixture
+    def tokenizer(self, base: str) -> Any:
+        """Reads a chat as <user>...<assistant>..., with an EOS after each answer."""
+        tokenizer = load_tokenizer(base)
+        tokenizer.chat_template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+            "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        )
+        return tokenizer
+
+    def chat(self, tokenizer: Any, max_length: int) -> list[int]:
+        """The token ids that a source with another tokenizer than the policy's reads."""
+        read: list[list[int]] = []
+
+        def engine(sequences: Any) -> list[float]:
+            read.extend(sequence.tolist() for sequence in sequences)
+            return [0.0] * len(sequences)
+
+        messages = [{"role": "user", "content": "why"}]
+        prompt = Prompt("9", "<|policy|>why<|end|>", (1,), {"messages": messages})
+        rollout = Rollout(0, prompt, np.array([3]), np.zeros(1, np.float32), "stop", 0, "so")
+        source = ModelSource(engine, tokenizer, same_tokens=False, max_length=max_length)
+        asyncio.run(source.score([rollout]))
+        return read[0]
+
+    def test_a_chat_is_read_by_the_reward_models_own_template(self, tokenizer: Any) -> None:
+        expected = tokenizer("<user>why<assistant>so<|eos|>", add_special_tokens=False)["input_ids"]
+        assert self.chat(tokenizer, 64) == expected
+        assert self.chat(tokenizer, 5) == expected[-5:]  # the end is what is rated
+
+    def test_a_chat_without_a_template_is_refused(self, tokenizer: Any) -> None:
+        tokenizer.chat_template = None
+        with pytest.raises(DataError, match="Prompt 9 is a chat, and the reward model has another"):
+            self.chat(tokenizer, 64)
