@@ -1,8 +1,8 @@
 """What the stages read: a Stack Exchange dump to prepare, or the user's own data sets."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rlhf_ray.config.section import Section, changeable
 
@@ -41,32 +41,119 @@ class PrepareConfig(Section):
         return self
 
 
+Format = Literal[
+    "auto",
+    "text",
+    "messages",
+    "prompt_completion",
+    "preference",
+    "unpaired",
+    "stack_exchange",
+    "verl",
+]
+
+
+class RowFilter(Section):
+    """Rows that a data set keeps: a comparison, or a function of the user's own."""
+
+    column: str | None = Field(
+        default=None, description="Column whose value is compared; `prompt` of a chat is its text."
+    )
+    length: bool = Field(
+        default=False, description="Compare the value's length (characters, or items of a list)."
+    )
+    op: Literal["==", "!=", "<", "<=", ">", ">=", "in", "not_in", "contains"] = Field(
+        default="==", description="How; in and not_in take a list of values."
+    )
+    value: Any = Field(default=None, description="With what.")
+    function: str | None = Field(
+        default=None, description="module:name of f(row) -> bool, instead of a comparison."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_function(cls, given: Any) -> Any:
+        return {"function": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "RowFilter":
+        if (self.column is None) == (self.function is None):
+            raise ValueError("a filter is either {column, op, value} or a function module:name")
+        if self.function is not None and ":" not in self.function:
+            raise ValueError(f"a function is named module:name, got {self.function!r}")
+        if self.op in ("in", "not_in") and not isinstance(self.value, list):
+            raise ValueError(f"{self.op} compares with a list of values, got {self.value!r}")
+        return self
+
+
 class DataSource(Section):
     """A data set of the user's own."""
 
-    path: str = Field(description="File (jsonl, json, parquet, csv) or saved `datasets` folder.")
+    path: str = Field(
+        description="File (parquet, csv, json or jsonl, the last three also as .gz), folder of "
+        "such files, folder saved by `datasets`, or the name of a data set on the hub."
+    )
+    name: str | None = Field(default=None, description="Configuration of a data set on the hub.")
+    split: str = Field(
+        default="train", description="Split of a data set on the hub, or of a saved folder."
+    )
+    format: Format = Field(
+        default="auto", description="What a row is; auto: told by the names of its columns."
+    )
     columns: dict[str, str] = Field(
         default={}, description="Our column name -> the name in the file."
     )
-    limit: int | None = Field(default=None, ge=1, description="Read at most this many rows.")
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Share of a mixture, in proportion to the other weights; none: all its rows.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Read at most this many rows (of those the filters keep)."
+    )
+    filter: list[RowFilter] = Field(
+        default=[], description="All of them must hold: {column, op, value}, or module:name."
+    )
+
+    @field_validator("filter", mode="before")
+    @classmethod
+    def _one_filter(cls, given: Any) -> Any:
+        return given if isinstance(given, list) else [given]
+
+
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, (dict, DataSource)) else given
+
+
+Sources = Annotated[
+    list[DataSource],
+    BeforeValidator(_as_list, json_schema_input_type=DataSource | list[DataSource]),
+]
+"""One source, or several mixed; a single one may be written without the list."""
 
 
 class DataConfig(Section):
-    """Data sets that replace what prepare writes, by use."""
+    """Data sets that replace what prepare writes, by use; each one source or a list of them."""
 
-    pretrain: DataSource | None = Field(
-        default=None, description="Rows with `text`, or `prompt` and `completion`."
+    pretrain: Sources | None = Field(default=None, description="Texts, or prompts with answers.")
+    sft: Sources | None = Field(default=None, description="Prompts with answers, chats, or texts.")
+    preferences: Sources | None = Field(
+        default=None, description="Pairs of answers, or answers with labels or scores."
     )
-    sft: DataSource | None = Field(
-        default=None, description="Rows with `prompt` and `completion`, or `text`."
-    )
-    preferences: DataSource | None = Field(
-        default=None, description="Rows with `prompt`, `chosen` and `rejected`."
-    )
-    prompts: DataSource | None = Field(
-        default=None, description="Rows with `prompt`: PPO's prompts."
-    )
-    eval: DataSource | None = Field(default=None, description="Rows with `prompt`, held out.")
+    prompts: Sources | None = Field(default=None, description="PPO's prompts.")
+    eval: Sources | None = Field(default=None, description="Prompts that are held out.")
+
+    @field_validator("pretrain", "sft", "preferences", "prompts", "eval")
+    @classmethod
+    def _weights(cls, sources: list[DataSource] | None) -> list[DataSource] | None:
+        if sources is None:
+            return None
+        if not sources:
+            raise ValueError("names no data set; leave the key out to use what prepare writes")
+        if len({source.weight is None for source in sources}) > 1:
+            raise ValueError("give every data set of a mixture a weight, or none of them")
+        return sources
+
     overlong: Literal["drop", "truncate", "error"] = Field(
         default="drop", description="What to do with a prompt or text over its limit."
     )

@@ -59,7 +59,10 @@ def _places(schema: Schema) -> dict[str, list[str]]:
 
     def visit(section: Schema, prefix: str) -> None:
         for key, entry in _properties(section):
+            firsts: dict[str, str] = {}  # a section that may also stand in a list is named once
             for name, suffix in _references(entry):
+                firsts.setdefault(name, suffix)
+            for name, suffix in firsts.items():
                 places.setdefault(name, []).append(f"{prefix}{key}{suffix}")
                 visit(schema["$defs"][name], f"{prefix}{key}{suffix}.")
 

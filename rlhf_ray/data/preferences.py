@@ -79,7 +79,7 @@ def _rendered(
     rows: Iterable[Row], renderer: Renderer, tally: RowTally
 ) -> Iterator[tuple[int, Rendered, Rendered]]:
     """(place, chosen, rejected) of the rows in which all three have text."""
-    for batch in batches(rows):
+    for batch in batches(rows, tally):
         places: list[int] = []
         layouts: list[Layout] = []
         for index, row in batch:

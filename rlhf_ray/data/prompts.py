@@ -45,7 +45,7 @@ def load_prompts(
     """
     tally = RowTally(name, max_bad_share)
     prompts: dict[str, Prompt] = {}
-    for batch in batches(rows):
+    for batch in batches(rows, tally):
         fresh = _usable(batch, renderer, prompts, tally)
         rendered = renderer.tokenize([layout for *_, layout in fresh], ended=False)
         for (index, identity, row, layout), tokens in zip(fresh, rendered, strict=True):

@@ -5,11 +5,14 @@ the text in ``prompt``; ``completion``, or ``chosen`` and ``rejected``, are text
 without a prompt; every other column goes along.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from rlhf_ray.data.row_tally import BadRow
+import datasets
+
+from rlhf_ray.data.row_tally import BadRow, RowTally
 
 Row = Mapping[str, Any]
 
@@ -20,11 +23,46 @@ PromptLike = str | Sequence[Message]
 """A prompt as text, or as the turns of a chat up to the answer."""
 
 
-def batches(rows: Iterable[Row], size: int = 1000) -> Iterator[list[tuple[int, Row]]]:
-    """Rows with their places, at most ``size`` at once: tokenizers are faster on many texts."""
+TEXTS = ("prompt", "text", "completion", "chosen", "rejected", "_bad", "_why", "_unused")
+"""Columns of text that a stored row has. ``_bad`` and ``_why`` mark a row that cannot be used,
+``_unused`` a good one that has no place here."""
+
+STORED = datasets.Features(
+    {name: datasets.Value("string") for name in (*TEXTS, "_fields")}
+    | {"messages": datasets.List({name: datasets.Value("string") for name in ("role", "content")})}
+)
+"""One table for rows of every format, so that they can be mixed; ``_fields`` is JSON."""
+
+
+def batches(
+    rows: Iterable[Row], tally: RowTally, size: int = 1000
+) -> Iterator[list[tuple[int, Row]]]:
+    """Rows with their places, at most ``size`` at once: tokenizers are faster on many texts.
+
+    Args:
+        rows: plain ones, or such as `STORED`.
+        tally: counts the rows that are marked; these are left out.
+        size: most rows of a batch.
+    """
     numbered = enumerate(rows)
     while batch := list(islice(numbered, size)):
-        yield batch
+        opened = ((place, _opened(row)) for place, row in batch)
+        yield [(place, row) for place, row in opened if not _is_marked(row, tally)]
+
+
+def _opened(row: Row) -> Row:
+    if "_fields" not in row:
+        return row
+    own = {name: row[name] for name in STORED if name != "_fields" and row[name] is not None}
+    return {**json.loads(row["_fields"]), **own}
+
+
+def _is_marked(row: Row, tally: RowTally) -> bool:
+    if "_bad" in row:
+        tally.refuse(BadRow(row["_bad"], row.get("_why", "")))
+    if "_unused" in row:
+        tally.drop_unused(row["_unused"])
+    return "_bad" in row or "_unused" in row
 
 
 def prompt_of(row: Row) -> PromptLike:

@@ -48,7 +48,7 @@ def load_documents(
     tally = RowTally(name, max_bad_share)
 
     def documents() -> Iterator[dict[str, Sequence[int]]]:
-        for batch in batches(rows):
+        for batch in batches(rows, tally):
             wanted = [row for _, row in batch if not _is_unwanted(row, preferred_only)]
             tally.drop_unused("not_preferred", len(batch) - len(wanted))
             layouts = [_layout(row, renderer, loss_on, tally) for row in wanted]

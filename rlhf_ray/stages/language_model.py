@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.data import DataSource
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
 from rlhf_ray.data.packing import pack
 from rlhf_ray.data.sources import load_rows
@@ -26,17 +25,16 @@ class LanguageModelTraining(Training):
         return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
-def text_rows(config: Config, source: DataSource | None) -> Dataset:
+def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> Dataset:
     """The user's own rows, or the answers that prepare set aside for language modelling.
 
     Raises:
         DataError: the data cannot be read, or prepare has not run.
     """
-    if source is not None:
-        return load_rows(source, ())
-    rows = load_from_disk(str(RunFolder(config).dataset("finetune")))
-    assert isinstance(rows, Dataset)
-    return rows
+    sources = getattr(config.data, stage)
+    if sources is not None:
+        return load_rows(sources, stage, config.prepare.max_pairs, config.run.seed)
+    return RunFolder(config).rows("finetune")
 
 
 def packed_blocks(

@@ -118,15 +118,14 @@ def load_training_pairs(
 
 def _pair_rows(config: Config, settings: PairsConfig) -> dict[str, Dataset]:
     """Rows to train on and held out: the user's own, the last of them held out, or prepare's."""
-    source = config.data.preferences
-    if source is None:
+    sources, seed = config.data.preferences, config.run.seed
+    if sources is None:
         run_folder = RunFolder(config)
         train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
     else:
-        rows = load_rows(source, ("prompt", "chosen", "rejected"))
+        rows = load_rows(sources, "preferences", config.prepare.max_pairs, seed)
         cut = len(rows) - min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
         train_rows, held_out = rows.select(range(cut)), rows.select(range(cut, len(rows)))
-    seed = config.run.seed
     return {
         TRAIN: _at_most(train_rows, settings.max_pairs, seed),
         HELD_OUT: _at_most(held_out, settings.eval_rows, seed),

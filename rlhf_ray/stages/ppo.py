@@ -89,7 +89,7 @@ def run(config: Config) -> dict[str, Any]:
 def ppo_prompts(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[list[Prompt], dict]:
     """What PPO samples from: data.prompts, else prepare's rl set; and what was dropped."""
     if config.data.prompts is not None:
-        rows = load_rows(config.data.prompts, ["prompt"])
+        rows = load_rows(config.data.prompts, "prompts")
     else:
         rows = folder.rows("rl")
     prompts, dropped = _load(config, rows, tokenizer, "prompts")
@@ -101,9 +101,9 @@ def ppo_prompts(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[list
 def held_out_prompts(config: Config, folder: RunFolder, tokenizer: Any, limit: int) -> list[Prompt]:
     """Prompts that no stage trains on: data.eval, the end of data.prompts, or prepare's set."""
     if config.data.eval is not None:
-        prompts, _ = _load(config, load_rows(config.data.eval, ["prompt"]), tokenizer, "eval")
+        prompts, _ = _load(config, load_rows(config.data.eval, "prompts"), tokenizer, "eval")
     elif config.data.prompts is not None:
-        rows = load_rows(config.data.prompts, ["prompt"])
+        rows = load_rows(config.data.prompts, "prompts")
         prompts, _ = _load(config, rows, tokenizer, "prompts")
         prompts = prompts[-_num_held_out(prompts) :]
     else:

@@ -1,7 +1,7 @@
 """Stage 2: a causal LM learns the domain's text, all its weights trained."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -49,7 +49,7 @@ def run(config: Config) -> dict[str, Any]:
     start_s = time.monotonic()
     run_folder = RunFolder(config)
     settings = config.pretrain
-    rows = text_rows(config, config.data.pretrain)
+    rows = text_rows(config, "pretrain")
     if config.model.path is None:
         run_folder.stage("pretrain")
         tiny.build(
@@ -81,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
 def _texts(rows: Dataset) -> Iterator[str]:
     """Each text as it is tokenised: a prompt and its completion apart."""
     for row in rows:
-        for column in ("prompt", "completion", "text"):
-            text = row.get(column)  # type: ignore[union-attr]
-            if isinstance(text, str):
-                yield text
+        cells: Mapping[str, Any] = row  # type: ignore[assignment]  (iterating gives mappings)
+        turns = [message["content"] for message in cells.get("messages") or []]
+        texts = [*turns, *(cells.get(column) for column in ("prompt", "completion", "text"))]
+        yield from (text for text in texts if isinstance(text, str))

@@ -66,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     training = open_training(SftTraining, config, run_folder.pretrained_model())
     renderer = Renderer(loading.load_tokenizer(training.base), config.template)
     documents, counts = load_documents(
-        text_rows(config, config.data.sft),
+        text_rows(config, "sft"),
         renderer,
         config.data.max_bad_share,
         settings.preferred_only,

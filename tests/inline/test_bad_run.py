@@ -39,7 +39,7 @@ class TestRunFolder:
             ("model.tiny.hidden_size=64", r"model\.tiny\.hidden_size: 32 there, 64 now"),
             ("model.path=/other/model", r"model\.path: None there, '/other/model' now"),
             ("prepare.posts=/other/Posts.xml", r"prepare\.posts: None there, '/other/Posts"),
-            ("data.prompts={path: p.jsonl}", r"data\.prompts: None there, \{'path': 'p\.jsonl'"),
+            ("data.prompts={path: p.jsonl}", r"data\.prompts: None there, \[\{'path': 'p\.jsonl'"),
             ("lora.r=4", r"lora\.r: 16 there, 4 now"),
             ("lora.target_modules=[q_proj]", r"lora\.target_modules: 'all-linear' there, \['q_"),
             ("ppo.gamma=0.9", r"ppo\.gamma: 1\.0 there, 0\.9 now"),

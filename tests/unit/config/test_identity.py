@@ -62,7 +62,7 @@ def test_model_data_and_algorithm_may_not(override: str, old: Any, new: Any) -> 
 
 def test_a_users_set_may_not_be_swapped() -> None:
     ((key, old, new),) = changed("data.prompts.path=p.jsonl")
-    assert (key, old, new["path"]) == ("data.prompts", None, "p.jsonl")
+    assert (key, old, new[0]["path"]) == ("data.prompts", None, "p.jsonl")
 
 
 def test_a_change_matters_once_a_stage_that_reads_it_has_begun() -> None:

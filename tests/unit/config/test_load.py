@@ -39,7 +39,7 @@ def test_a_file_lies_over_its_parent_and_overrides_over_both(tmp_path: Path) -> 
     assert (config.ppo.gamma, config.ppo.epochs, config.run.seed) == (0.8, 3, 1)
     assert config.lora.r == 8
     assert config.data.prompts is not None
-    assert config.data.prompts.path == "p.jsonl"
+    assert [source.path for source in config.data.prompts] == ["p.jsonl"]
 
 
 def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.data.row_tally import BadRow
+from rlhf_ray.data.row_tally import BadRow, RowTally
 from rlhf_ray.data.rows import batches, prompt_of, text_of
 
 
 def test_batches_number_the_rows() -> None:
     rows: list[dict[str, Any]] = [{"n": n} for n in range(5)]
-    found = list(batches(rows, size=2))
+    found = list(batches(rows, RowTally("set", 0.0), size=2))
     assert [[place for place, _ in batch] for batch in found] == [[0, 1], [2, 3], [4]]
     assert [row["n"] for batch in found for _, row in batch] == [0, 1, 2, 3, 4]
 

@@ -2,102 +2,113 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
+from rlhf_ray.config import resolve
 from rlhf_ray.config.data import DataSource
+from rlhf_ray.data.formats import Use
+from rlhf_ray.data.row_tally import RowTally
+from rlhf_ray.data.rows import batches
 from rlhf_ray.data.sources import load_rows
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import ConfigError, DataError
 
-ROWS: list[dict[str, Any]] = [{"q": "why", "n": 1}, {"q": "how", "n": 2}, {"q": "who", "n": 3}]
-
-
-def source(path: Path, **more: Any) -> DataSource:
-    return DataSource.model_validate({"path": str(path), **more})
+Rows = list[dict[str, Any]]
 
 
-def save(folder: Path, suffix: str) -> Path:
-    path = folder / f"rows{suffix}"
-    rows = datasets.Dataset.from_list(ROWS)
-    match suffix:
-        case ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n\n" for row in ROWS))
-        case ".json":
-            path.write_text(json.dumps(ROWS))
-        case ".parquet":
-            rows.to_parquet(str(path))
-        case ".csv":
-            rows.to_csv(str(path))
-        case "":
-            rows.save_to_disk(str(path))
-    return path
+def write(path: Path, rows: Rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv", ""])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    path = save(tmp_path, suffix)
-    columns = {"prompt": "q"}
-    rows = load_rows(source(path, columns=columns), ["prompt"])
-    assert rows.to_list() == [{"prompt": row["q"], "n": row["n"]} for row in ROWS]
-    limited = load_rows(source(path, columns=columns, limit=2), ["prompt"])
-    assert limited["n"][:] == [1, 2]
+def load(*sources: dict[str, Any], use: Use = "prompts") -> tuple[Rows, dict[str, int]]:
+    """Rows as loaders see them, and how many were left out."""
+    tally = RowTally("set", 1.0)
+    table = load_rows([DataSource.model_validate(source) for source in sources], use)
+    rows = [dict(row) for batch in batches(table, tally) for _, row in batch]  # type: ignore[arg-type]
+    return rows, tally.dropped
+
+
+def test_columns_are_renamed_and_the_rest_goes_along(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"q": "why", "n": 1.5, "tags": ["x", {"y": None}]}])
+    rows, _ = load({"path": path, "columns": {"prompt": "q"}})
+    assert rows == [{"prompt": "why", "n": 1.5, "tags": ["x", {"y": None}]}]
 
 
 def test_a_column_may_take_the_name_of_another(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text('[{"prompt": "old", "q": "new"}]')
-    rows = load_rows(source(path, columns={"prompt": "q"}), ["prompt"])
-    assert rows.to_list() == [{"prompt": "new"}]
-    swapped = source(path, columns={"prompt": "q", "q": "prompt"})
-    assert load_rows(swapped, ["prompt"]).to_list() == [{"prompt": "new", "q": "old"}]
+    path = write(tmp_path / "a.jsonl", [{"prompt": "old", "q": "new"}])
+    assert load({"path": path, "columns": {"prompt": "q"}})[0] == [{"prompt": "new"}]
+    swapped = {"path": path, "columns": {"prompt": "q", "q": "prompt"}}
+    assert load(swapped)[0] == [{"prompt": "new", "q": "old"}]
 
 
-def test_rows_with_other_keys_are_filled(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n{"prompt": "b", "label": 1}\n')
-    rows = load_rows(source(path), ["prompt"])
-    assert rows["label"][:] == [None, 1]
+def test_rows_with_other_keys(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": 3}, {"prompt": "c", "n": 1}])
+    rows, dropped = load({"path": path})
+    assert rows == [{"prompt": "a"}, {"prompt": "c", "n": 1}]
+    assert dropped == {"empty": 1}
+
+
+def test_filters_come_before_the_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x" * n, "n": n} for n in range(1, 9)])
+    filters = [{"column": "prompt", "length": True, "op": ">", "value": 2}]
+    rows, dropped = load({"path": path, "limit": 3, "filter": filters})
+    assert [row["n"] for row in rows] == [3, 4, 5]
+    assert dropped == {"filtered": 2}
+
+
+def test_a_mixture_of_formats(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a.jsonl", [{"prompt": f"p{n}"} for n in range(4)])
+    turn = {"role": "user", "content": "hi"}
+    chats = write(tmp_path / "b.jsonl", [{"prompt": [turn], "id": n} for n in range(2)])
+    rows, _ = load({"path": plain}, {"path": chats})
+    assert [row.get("prompt", row.get("id")) for row in rows] == ["p0", 0, "p1", "p2", 1, "p3"]
+    assert rows[1] == {"messages": [turn], "id": 0}
+    weighted, _ = load({"path": plain, "weight": 1.0}, {"path": chats, "weight": 2.0})
+    assert [row.get("prompt", row.get("id")) for row in weighted] == [0, "p0", 1]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("rows", "more", "message"),
     [
-        ("rows.jsonl", None, "does not exist"),
-        ("rows.jsonl", "", "holds no rows"),
-        ("rows.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
-        ("rows.jsonl", '{"prompt": "a"}\n3\n', "row 1 is int"),
-        ("rows.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "Cannot read"),
-        ("rows.json", '[{"prompt": "a"}', "Cannot read .* as json"),
-        ("rows.parquet", "no parquet", "Cannot read .* as parquet"),
-        ("rows.csv", "", "Cannot read .* as csv"),
-        ("rows.csv", "prompt\n", "holds"),
-        ("rows.txt", "a", r"cannot read \.txt"),
-        ("rows.jsonl", '{"text": "a", "n": 1}\n', "has no column prompt; found text, n"),
-        ("rows.jsonl", '{"prompt": 1}\n', "prompt holds int64 values, expected text"),
-        ("rows.jsonl", '{"prompt": ["a"]}\n', "prompt holds nested values, expected text"),
+        ([], {}, "holds no rows"),
+        ([{"a": 1, "b": 2}], {}, r"lacks the columns .* prompts can use: .*Found a, b"),
+        ([{"text": "a"}], {}, "lacks the columns"),
+        ([{"text": "a"}], {"format": "text"}, "format text is of no use for prompts; give one of"),
+        ([{"prompt": "a"}], {"format": "verl"}, r"verl \(data_source, prompt, reward_model\)"),
+        ([{"a": 1}], {"columns": {"prompt": "b"}}, "no column b, which columns names; found a"),
+        ([{"a": 1}], {"columns": {"prompt": "a", "x": "a"}}, "names one column twice"),
+        (
+            [{"prompt": "a"}],
+            {"filter": {"column": "votes", "op": ">", "value": 1}},
+            "a filter cannot be applied .* columns prompt: KeyError: 'votes'",
+        ),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_text(content)
+def test_sets_that_cannot_be_used(
+    tmp_path: Path, rows: Rows, more: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match=message) as caught:
-        load_rows(source(path), ["prompt"])
-    assert str(path) in str(caught.value)
+        load({"path": path, **more})
+    assert path in str(caught.value)
 
 
-def test_a_mapping_must_name_a_column_that_is_there(tmp_path: Path) -> None:
-    mapped = source(save(tmp_path, ".json"), columns={"prompt": "question"})
-    with pytest.raises(DataError, match="no column question, which columns names; found q, n"):
-        load_rows(mapped, ["prompt"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "names no data set"),
+        ([{"path": "a", "weight": 1.0}, {"path": "b"}], "a weight, or none of them"),
+        ({"path": "a", "filter": {"op": "<", "value": 3}}, "either {column, op, value} or"),
+        ({"path": "a", "filter": "no_colon"}, "named module:name"),
+        ({"path": "a", "filter": {"column": "n", "op": "in", "value": 3}}, "list of values"),
+        ({"path": "a", "format": "alpaca"}, r"data\.sft\.0\.format"),
+    ],
+)
+def test_configs_that_make_no_sense(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve({"data": {"sft": given}})
 
 
-def test_folders_that_hold_no_single_data_set(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_list(ROWS)
-    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(DataError, match="holds the splits train, test; name one"):
-        load_rows(source(tmp_path / "splits"), ["q"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="is a folder, but not one"):
-        load_rows(source(tmp_path / "empty"), ["q"])
-    assert len(load_rows(source(tmp_path / "splits" / "train"), ["q"])) == 3
+def test_one_source_may_be_written_without_the_list() -> None:
+    sources = resolve({"data": {"sft": {"path": "a", "filter": "m:f"}}}).data.sft
+    assert sources == [DataSource.model_validate({"path": "a", "filter": [{"function": "m:f"}]})]

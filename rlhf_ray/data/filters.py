@@ -1,0 +1,77 @@
+"""Which rows of a data set are kept."""
+
+import importlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlhf_ray.config.data import RowFilter
+from rlhf_ray.data.rows import Row
+from rlhf_ray.errors import ConfigError, DataError
+
+Predicate = Callable[[Row], bool]
+
+_OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "in": lambda value, among: value in among,
+    "not_in": lambda value, among: value not in among,
+    "contains": lambda value, part: part in value,
+}
+
+
+def predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
+    """Whether a row passes all filters; a cell without a value passes no comparison.
+
+    Args:
+        filters: from the config.
+        name: the data set, for messages.
+
+    Raises:
+        ConfigError: a function cannot be imported.
+    """
+    tests = [_function(item.function) if item.function else _comparison(item) for item in filters]
+
+    def passes(row: Row) -> bool:
+        try:
+            return all(test(row) for test in tests)
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{name}: a filter cannot be applied to a row with the columns {', '.join(row)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    return passes
+
+
+def _comparison(item: RowFilter) -> Predicate:
+    compare, column = _OPERATORS[item.op], str(item.column)
+
+    def passes(row: Row) -> bool:
+        value = _value(row, column)
+        if value is None:
+            return False
+        return bool(compare(len(value) if item.length else value, item.value))
+
+    return passes
+
+
+def _value(row: Row, column: str) -> Any:
+    if column == "prompt" and row.get("messages"):
+        return "\n".join(message["content"] for message in row["messages"])
+    return row[column]
+
+
+def _function(name: str) -> Predicate:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"The filter {name} cannot be imported ({error}); name it module:function, with the "
+            "module on PYTHONPATH"
+        ) from error

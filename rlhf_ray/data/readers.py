@@ -1,0 +1,171 @@
+"""Rows of files, saved folders and data sets on the hub, one by one."""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow as pa
+from huggingface_hub import HfApi
+from pyarrow import csv, parquet
+
+from rlhf_ray.config.data import DataSource
+from rlhf_ray.errors import DataError
+
+Raw = dict[str, Any]
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_CHUNK = 2**20
+
+
+def read(source: DataSource) -> Iterator[Raw]:
+    """The rows of a source as they are, never all of them in memory.
+
+    Raises:
+        DataError: there is nothing to read, or a row is broken; naming the file and the place.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return _read_folder(path, source.split)
+    if path.exists():
+        return _read_file(path)
+    if _HUB_NAME.fullmatch(source.path) and not path.parent.is_dir() and not _suffix(path):
+        return _read_hub(source)
+    raise DataError(f"{path} does not exist; correct the data set's path")
+
+
+def _suffix(path: Path) -> str:
+    """The suffix by which a reader is chosen, without a .gz after it; empty if there is none."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in _READERS if name.endswith(suffix)), "")
+
+
+def _read_file(path: Path) -> Iterator[Raw]:
+    reader = _READERS.get(_suffix(path))
+    if reader is None:
+        raise DataError(
+            f"{path}: cannot read {path.suffix or 'a file without a suffix'}; give "
+            f"{', '.join(_READERS)} (all but parquet also as .gz), or a folder saved by datasets"
+        )
+    try:
+        for index, row in enumerate(reader(path)):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {index} is {type(row).__name__}, expected an object")
+            yield row
+    except (pa.ArrowException, ValueError, TypeError, OSError, EOFError) as error:
+        raise DataError(f"Cannot read {path} as {_suffix(path)[1:]}: {error}") from error
+
+
+def _read_folder(path: Path, split: str) -> Iterator[Raw]:
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        yield from _read_saved(path, split)
+        return
+    files = sorted(item for item in path.rglob("*") if item.is_file() and _suffix(item))
+    if not files:
+        raise DataError(
+            f"{path} is a folder, but not one that datasets' save_to_disk wrote, and it holds no "
+            f"{', '.join(_READERS)} file"
+        )
+    for file in files:
+        yield from _read_file(file)
+
+
+def _read_saved(path: Path, split: str) -> Iterator[Raw]:
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise DataError(f"{path}: cannot be loaded by datasets ({error}); save it anew") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            splits = ", ".join(map(str, loaded))
+            raise DataError(f"{path} has no split {split}; name one of its splits: {splits}")
+        loaded = loaded[split]
+    yield from loaded  # type: ignore[misc]  (rows of a Dataset are mappings)
+
+
+def _read_hub(source: DataSource) -> Iterator[Raw]:
+    try:
+        HfApi().dataset_info(source.path, timeout=20)
+        rows = datasets.load_dataset(source.path, source.name, split=source.split, streaming=True)
+        yield from rows  # type: ignore[misc]  (rows of a streamed split are mappings)
+    except Exception as error:  # its HTTP client's own errors as well, whichever that is
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"Data set {source.path!r} (name {source.name}, split {source.split}) is no file here "
+            f"and cannot be had from the hub: {first}. Check its name, its split, the network and "
+            "your access, or name a file"
+        ) from error
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    """Either a list of objects, or one object a line."""
+    with _open_text(path) as file:
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        if first == "[":
+            yield from _list_items(file)
+            return
+    with _open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _parse_line(number, line)
+
+
+def _open_text(path: Path) -> IO[str]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _parse_line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is not JSON ({error})") from None
+
+
+def _list_items(file: IO[str]) -> Iterator[Any]:
+    """The items of a JSON list whose bracket has been read, with little more than one in memory."""
+    decoder = json.JSONDecoder()
+    buffer = ""
+    number = 0
+    while True:
+        buffer = buffer.lstrip(" \t\r\n,")
+        if buffer.startswith("]"):
+            return
+        try:
+            item, end = decoder.raw_decode(buffer)
+        except json.JSONDecodeError as error:
+            more = file.read(max(_CHUNK, len(buffer)))
+            if not more:
+                raise ValueError(f"item {number} is not JSON or is cut off ({error})") from None
+            buffer += more
+            continue
+        yield item
+        buffer = buffer[end:]
+        number += 1
+
+
+def _read_parquet(path: Path) -> Iterator[Raw]:
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+
+
+def _read_csv(path: Path) -> Iterator[Raw]:
+    options = csv.ParseOptions(newlines_in_values=True)
+    with pa.input_stream(str(path)) as stream, csv.open_csv(stream, parse_options=options) as file:
+        for batch in file:
+            yield from batch.to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
