@@ -27,6 +27,7 @@ from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
 from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.config.trackers import TrackersConfig
 
 
 class Config(Section):
@@ -55,6 +56,9 @@ class Config(Section):
     ppo: PpoConfig = Field(default=PpoConfig(), description="The algorithm.")
     rollout: RolloutConfig = Field(default=RolloutConfig(), description="Sampling.")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="SFT against PPO.")
+    trackers: TrackersConfig = Field(
+        default=TrackersConfig(), description="Who else is told the metrics."
+    )
 
     @property
     def engine_dtype(self) -> str:

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
+from rlhf_ray.config.trackers import TrackersConfig
+from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.types import Rollout
 
 NUM_COMPLETIONS = 4
@@ -16,11 +18,14 @@ NUM_COMPLETIONS = 4
 class Recorder:
     """Files of the PPO stage; cut back to a commit when a run goes on."""
 
-    def __init__(self, folder: Path, tracer: Tracer, resume_after: int | None) -> None:
+    def __init__(
+        self, folder: Path, tracer: Tracer, settings: TrackersConfig, resume_after: int | None
+    ) -> None:
         """
         Args:
             folder: the stage's folder.
             tracer: of the run.
+            settings: who is told besides the files in the folder.
             resume_after: last iteration whose records stay; None: a new run.
         """
         self._metrics_path, self._evals_path = folder / "metrics.jsonl", folder / "eval.jsonl"
@@ -31,8 +36,14 @@ class Recorder:
         kept = -1 if resume_after is None else resume_after
         for sink in (metrics, self._evals, self._completions):
             sink.truncate_after("iteration", kept)
-        tensorboard = TensorBoardSink(folder / "tensorboard", purge_step=kept + 1)
-        self._sinks = Sinks([metrics, tensorboard])
+        local: list[Sink] = []
+        if settings.tensorboard:
+            local.append(TensorBoardSink(folder / "tensorboard", purge_step=kept + 1))
+        told = current().sinks("ppo", "iteration", self.history())
+        told_evals = current().sinks("ppo", "iteration", read_jsonl(self._evals_path), part="/eval")
+        self._sinks = Sinks([metrics, *local, *told])
+        self._eval_sinks = Sinks([*local, *told_evals])
+        self._completions_every = settings.completions_every
         self._tracer = tracer
         self._iteration = max(kept, 0)
         self._seconds: dict[str, float] = {}
@@ -63,21 +74,26 @@ class Recorder:
         self, iteration: int, rollouts: Sequence[Rollout], scores: Sequence[float | None]
     ) -> None:
         """Texts of the first few samples of an iteration."""
-        for rollout, score in list(zip(rollouts, scores, strict=True))[:NUM_COMPLETIONS]:
-            self._completions.append(
-                {
-                    "iteration": iteration,
-                    "prompt": rollout.prompt.text,
-                    "response": rollout.text,
-                    "score": score,
-                    "length": len(rollout.response_ids),
-                    "finish_reason": rollout.finish_reason,
-                }
-            )
+        rows = [
+            {
+                "iteration": iteration,
+                "prompt": rollout.prompt.text,
+                "response": rollout.text,
+                "score": score,
+                "length": len(rollout.response_ids),
+                "finish_reason": rollout.finish_reason,
+            }
+            for rollout, score in list(zip(rollouts, scores, strict=True))[:NUM_COMPLETIONS]
+        ]
+        for row in rows:
+            self._completions.append(row)
+        if iteration % self._completions_every == 0:
+            current().table("completions", iteration, rows)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """A held-out evaluation with its table of samples."""
         self._evals.append(record)
+        self._eval_sinks.log(record["iteration"], numbers(record))
 
     def has_evaluation(self, iteration: int) -> bool:
         """Whether the version of an iteration was evaluated."""

@@ -12,9 +12,11 @@ _DEFAULTS = {
     # Telemetry off.
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "WANDB_ERROR_REPORTING": "false",
     # Errors only, no progress bars.
     "GLOO_LOG_LEVEL": "ERROR",
     "GRPC_VERBOSITY": "ERROR",

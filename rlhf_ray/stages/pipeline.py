@@ -16,6 +16,7 @@ from rlhf_ray.config.run import STAGES
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.report import build
+from rlhf_ray.observability.trackers import tracking
 from rlhf_ray.stages.run_folder import (
     RunFolder,
     full_disk_is_an_error,
@@ -45,6 +46,7 @@ def run(config: Config) -> Path:
     open_run(folder)
     progress = Progress(config.run.stages)
     with ExitStack() as session:
+        session.enter_context(tracking(config, folder.path))
         on_ray = False
         for stage in (stage for stage in STAGES if stage in config.run.stages):
             # Asked only now: whether evaluate is up to date depends on what ppo has just done.
@@ -78,6 +80,7 @@ def run_single(config: Config, stage: str) -> Path:
     folder = RunFolder(config)
     open_run(folder)
     with ExitStack() as session:
+        session.enter_context(tracking(config, folder.path))
         if stage in NEEDS_RAY:
             session.enter_context(ray_session(config))
         run_stage(config, stage)

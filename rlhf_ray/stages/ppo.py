@@ -54,7 +54,7 @@ def run(config: Config) -> dict[str, Any]:
     saved = checkpoints.latest()
     state = _state_of(saved)
     tracer = Tracer(folder.path / "trace.json", config.run.name)
-    recorder = Recorder(stage, tracer, state.iteration if saved else None)
+    recorder = Recorder(stage, tracer, config.trackers, state.iteration if saved else None)
 
     progress = Progress(config.run.stages)
 

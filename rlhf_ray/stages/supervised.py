@@ -16,7 +16,8 @@ from rlhf_ray.errors import ActorFailure, DataError, PlacementError, RlhfError
 from rlhf_ray.models import folders
 from rlhf_ray.observability import quiet
 from rlhf_ray.observability.progress import Bar, Progress
-from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
+from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
+from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
 from rlhf_ray.stages.training import Training, refuse_unknown_arguments, steps_done, train
 
@@ -60,8 +61,11 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, f
         PlacementError: the cluster is too small for ``<stage>.train_workers``.
         ActorFailure: a training process died.
     """
+    summary = training.folder / "summary.json"
+    if summary.is_file():
+        current().forget(training.name)
     with unwritable_is_an_error(training.data):
-        (training.folder / "summary.json").unlink(missing_ok=True)
+        summary.unlink(missing_ok=True)
         shutil.rmtree(training.data, ignore_errors=True)
         for split, rows in data.items():
             rows.save_to_disk(str(training.data / split))
@@ -71,23 +75,32 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, f
     progress = Progress(training.config.run.stages)
     with (
         progress.stage(training.name, training.settings.steps, "step", done) as bar,
-        _following(training.metrics_file, bar),
+        _following(training, bar, done),
     ):
-        numbers = _train_inline(training) if inline else _train_on_ray(training)
+        results = _train_inline(training) if inline else _train_on_ray(training)
     shutil.rmtree(training.data, ignore_errors=True)
     shutil.rmtree(training.checkpoints, ignore_errors=True)
-    return numbers
+    return results
 
 
 @contextmanager
-def _following(metrics_file: Path, bar: Bar) -> Iterator[None]:
-    """Move the bar as lines appear in a file that another process may write."""
-    ended = threading.Event()
+def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
+    """Pass on the metrics as lines appear in a file that another process may write."""
+    tracked = current().sinks(training.name, "step", read_jsonl(training.metrics_file))
+    local = []
+    if training.config.trackers.tensorboard:
+        local.append(TensorBoardSink(training.folder / "tensorboard", purge_step=done + 1))
+    sinks, seen, ended = Sinks([*local, *tracked]), done, threading.Event()
 
     def look() -> None:
-        last = next(reversed(read_jsonl(metrics_file)), None)
-        if last and last["step"] > bar.done and last["loss"] is not None:
-            bar.advance(last["step"] - bar.done, loss=last["loss"])
+        nonlocal seen
+        for record in read_jsonl(training.metrics_file):
+            if record["step"] <= seen:
+                continue
+            seen, metrics = record["step"], numbers(record)
+            sinks.log(seen, metrics)
+            if "loss" in metrics:
+                bar.advance(seen - bar.done, loss=metrics["loss"])
 
     def follow() -> None:
         while not ended.wait(FOLLOW_INTERVAL_S):
@@ -101,6 +114,7 @@ def _following(metrics_file: Path, bar: Bar) -> Iterator[None]:
         ended.set()
         thread.join()
         look()
+        sinks.close()
     if bar.total is not None and bar.total > bar.done:
         bar.advance(bar.total - bar.done)  # not every step is logged
 

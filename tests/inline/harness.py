@@ -109,7 +109,9 @@ class Harness:
         config, saved = self.config, self.checkpoints.latest()
         state = RunState(**saved.progress) if saved else RunState()
         tracer = Tracer(self.folder / "trace.json")
-        recorder = Recorder(self.folder / "ppo", tracer, state.iteration if saved else None)
+        recorder = Recorder(
+            self.folder / "ppo", tracer, config.trackers, state.iteration if saved else None
+        )
         await self._restore(saved)
         self.loop = PpoLoop(
             config,

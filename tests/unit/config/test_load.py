@@ -185,6 +185,10 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
             ["set by critic.zero_stage", "critic.deepspeed.zero"],
         ),
         ("rollout.engine_args={seed: 1}", ["rollout.engine_args", "'seed' (set by run.seed)"]),
+        # Secrets have no place in a config; what was written is not repeated.
+        ("trackers.wandb={api_key: abc}", ["trackers.wandb: api_key may not", "WANDB_API_KEY"]),
+        ("trackers.mlflow={tracking_uri: 'http://a:b@c'}", ["holds a password", "MLFLOW_TRACKING"]),
+        ("trackers.wandb={mode: of}", ["trackers.wandb.mode", "'offline'", "got 'of'"]),
         # Overrides that are none.
         ("ppo.gamma", ["must look like dotted.key=value"]),
         ("=5", ["must look like dotted.key=value"]),
@@ -223,6 +227,11 @@ def test_every_mistake_is_listed_at_once() -> None:
 def test_dump_and_resolve_are_inverse() -> None:
     config = load(None, ["ppo.learning_rate=1e-5", "run.name=x", "data.sft.path=s.jsonl"])
     assert resolve(yaml.safe_load(dump(config))) == config
+
+
+def test_a_refused_secret_is_not_repeated() -> None:
+    assert "s3cret" not in refused("trackers.wandb={api_key: s3cret}")
+    assert "s3cret" not in refused("trackers.mlflow={tracking_uri: 'http://a:s3cret@c'}")
 
 
 def test_every_key_is_listed() -> None:

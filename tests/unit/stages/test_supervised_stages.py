@@ -77,7 +77,7 @@ def test_metrics_have_one_line_a_step(trained_run: Trained) -> None:
 
 def test_stages_leave_results_and_nothing_else(trained_run: Trained) -> None:
     config, _ = trained_run
-    files = {"metrics.jsonl", "summary.json"}
+    files = {"metrics.jsonl", "summary.json", "tensorboard"}
     expected = {"pretrain": {"base", "model"}, "sft": {"adapter", "model"}, "reward": {"model"}}
     for stage, results in expected.items():
         assert {path.name for path in (folder_of(config) / stage).iterdir()} == files | results
@@ -171,7 +171,7 @@ def test_sft_and_reward_in_full(trained_run: Trained, make_run: Any) -> None:
     assert summary["trainable_parameters"] == summary["parameters"]
     assert "merge_survived" not in summary
     names = {path.name for path in (folder_of(config) / "sft").iterdir()}
-    assert names == {"model", "metrics.jsonl", "summary.json"}
+    assert names == {"model", "metrics.jsonl", "summary.json", "tensorboard"}
     before = load_file(f"{base}/model.safetensors")
     after = load_file(folder_of(config) / "sft" / "model" / "model.safetensors")
     assert all(not torch.equal(before[name], weight) for name, weight in after.items())

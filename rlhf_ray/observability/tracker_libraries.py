@@ -1,0 +1,230 @@
+"""Tracking libraries behind one protocol; each is imported where a run asks for it."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_ray.config.trackers import MlflowConfig, TrackersConfig, TrackioConfig, WandbConfig
+
+WANDB_TIMEOUT_S = 60
+"""Longest wait for wandb's server, at the start and at the end of a run."""
+
+MLFLOW_TIMEOUT_S = 10
+"""Longest wait for one answer of an MLflow server."""
+
+PARAMS_AT_ONCE = 100
+"""Most parameters that MLflow takes in one call."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker is told of the run as a whole."""
+
+    name: str
+    """Name of the run."""
+    folder: Path
+    """Folder of the run, where a library may keep files of its own."""
+    config: Mapping[str, Any]
+    """Resolved config without secrets."""
+
+
+class TrackedRun(Protocol):
+    """One run in one tracking library; any of its methods may raise whatever the library does."""
+
+    @property
+    def run_id(self) -> str:
+        """What `connect` needs to go on with this run later."""
+        ...
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record ``metrics`` at ``step`` of the axis, such as ``sft/step``."""
+        ...
+
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record rows that have the same columns."""
+        ...
+
+    def close(self, failed: bool) -> None:
+        """Say how the run ended, and wait until what was recorded is stored."""
+        ...
+
+
+class WandbRun:
+    """A run in Weights & Biases."""
+
+    def __init__(self, settings: WandbConfig, info: RunInfo, run_id: str | None) -> None:
+        wandb = importlib.import_module("wandb")
+        self._table = wandb.Table
+        self._drawn: set[str] = set()
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            tags=settings.tags,
+            mode=settings.mode,
+            name=info.name,
+            config=dict(info.config),
+            dir=str(info.folder),
+            id=run_id or secrets.token_hex(4),
+            resume="allow",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=WANDB_TIMEOUT_S,
+                finish_timeout=WANDB_TIMEOUT_S,
+                finish_timeout_raises=True,
+            ),
+        )
+
+    @property
+    def run_id(self) -> str:
+        """wandb's id; the run's page ends in it."""
+        return self._run.id
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics; wandb's own step only counts the calls."""
+        for name in metrics.keys() - self._drawn:
+            self._run.define_metric(name, step_metric=axis)
+            self._drawn.add(name)
+        self._run.log({**metrics, axis: step})
+
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a `wandb.Table`."""
+        columns = list(rows[0])
+        data = [[row[column] for column in columns] for row in rows]
+        self._run.log({name: self._table(columns=columns, data=data)})
+
+    def close(self, failed: bool) -> None:
+        """Upload what is left; what does not get through stays in run.dir for `wandb sync`."""
+        self._run.finish(exit_code=1 if failed else 0)
+
+
+class TrackioRun:
+    """A run in Trackio, which knows runs by project and name."""
+
+    def __init__(self, settings: TrackioConfig, info: RunInfo, run_id: str | None) -> None:
+        self._trackio = importlib.import_module("trackio")
+        self._name = run_id or f"{info.name}-{secrets.token_hex(4)}"
+        with _quietly():
+            self._run = self._trackio.init(
+                project=settings.project,
+                name=self._name,
+                group=settings.group,
+                space_id=settings.space_id,
+                config=dict(info.config),
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    @property
+    def run_id(self) -> str:
+        """The run's name in its project."""
+        return self._name
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics at their own step: Trackio keeps one for each metric."""
+        self._run.log(dict(metrics), step=step)
+
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a `trackio.Table`."""
+        columns = list(rows[0])
+        data = [[row[column] for column in columns] for row in rows]
+        self._run.log({name: self._trackio.Table(columns=columns, data=data)}, step=step)
+
+    def close(self, failed: bool) -> None:
+        """Store what is left."""
+        with _quietly():
+            self._trackio.finish()
+
+
+class MlflowRun:
+    """A run in MLflow, written through its client: nothing of it is global to this process."""
+
+    def __init__(self, settings: MlflowConfig, info: RunInfo, run_id: str | None) -> None:
+        # MLflow's own waits add up to minutes, in which training would stand still.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(MLFLOW_TIMEOUT_S))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        mlflow = importlib.import_module("mlflow")
+        self._entities = importlib.import_module("mlflow.entities")
+        self._client = mlflow.MlflowClient(tracking_uri=settings.tracking_uri)
+        if run_id is None:
+            self._run_id = self._create(settings, info)
+        else:
+            self._run_id = run_id
+            self._client.update_run(run_id, status="RUNNING")
+
+    def _create(self, settings: MlflowConfig, info: RunInfo) -> str:
+        known = self._client.get_experiment_by_name(settings.experiment)
+        experiment = (
+            known.experiment_id if known else self._client.create_experiment(settings.experiment)
+        )
+        run_id = self._client.create_run(experiment, run_name=info.name).info.run_id
+        params = [self._entities.Param(key, value) for key, value in _flat(info.config)]
+        for first in range(0, len(params), PARAMS_AT_ONCE):
+            self._client.log_batch(run_id, params=params[first : first + PARAMS_AT_ONCE])
+        return run_id
+
+    @property
+    def run_id(self) -> str:
+        """The id that the server gave."""
+        return self._run_id
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics at their own step: MLflow keeps one for each metric."""
+        now_ms = int(time.time() * 1000)
+        values = [
+            self._entities.Metric(name, value, now_ms, step) for name, value in metrics.items()
+        ]
+        self._client.log_batch(self._run_id, metrics=values)
+
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a table of its own for the step, as an artifact."""
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
+        self._client.log_table(self._run_id, columns, f"{name}/{step:06d}.json")
+
+    def close(self, failed: bool) -> None:
+        """Mark the run as ended."""
+        self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
+
+
+Connect = Callable[[RunInfo, str | None], TrackedRun]
+"""Begins a tracker's run, or goes on with the one of the given id."""
+
+
+def configured(trackers: TrackersConfig) -> dict[str, Connect]:
+    """Name of each library that the config turns on, which is its package's, and how to begin."""
+    chosen: dict[str, Connect] = {}
+    if (wandb := trackers.wandb) is not None:
+        chosen["wandb"] = lambda info, run_id: WandbRun(wandb, info, run_id)
+    if (trackio := trackers.trackio) is not None:
+        chosen["trackio"] = lambda info, run_id: TrackioRun(trackio, info, run_id)
+    if (mlflow := trackers.mlflow) is not None:
+        chosen["mlflow"] = lambda info, run_id: MlflowRun(mlflow, info, run_id)
+    return chosen
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values as text, as long as MLflow takes them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            yield f"{prefix}{key}", text[:500]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep a library's own lines off the terminal."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
