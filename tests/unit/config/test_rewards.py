@@ -1,6 +1,9 @@
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rlhf_ray.config import Config, load, resolve
 from rlhf_ray.config.identity import differences
@@ -89,3 +92,29 @@ def test_a_judge_may_move_but_not_change(change: dict[str, Any], same_run: bool)
     saved = resolve({"rewards": [JUDGE]}).model_dump(mode="json")
     now = resolve({"rewards": [JUDGE | change]})
     assert (differences(saved, now, ["ppo"]) == []) == same_run
+
+
+DOCS = Path(__file__).parents[3] / "docs" / "rewards.md"
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_docs_show_every_type_in_a_config_that_is_valid() -> None:
+    configs = [resolve(yaml.safe_load(snippet)) for snippet in snippets("yaml")]
+    shown = {source.type for config in configs for source in config.rewards}
+    assert shown == {"model", "classifier", "rouge", "function", "judge", "remote"}
+
+
+def test_the_functions_in_the_docs_are_those_of_its_configs() -> None:
+    code: dict[str, Any] = {"__name__": "my_rewards"}
+    for snippet in snippets("python"):
+        exec(snippet, code)
+    sources = [s for snippet in snippets("yaml") for s in yaml.safe_load(snippet)["rewards"]]
+    for name in [s["function"].partition(":")[2] for s in sources if s["type"] == "function"]:
+        assert callable(code[name])
+    assert code["exact"](["p", "p"], ["It is 4. ", "5"], ["4.", None]) == [1.0, None]
+    assert code["compute_score"]("gsm8k", "so 42", "42") == 1.0
+    assert code["reward_func"](["why? so", "why? no"], ["why? "] * 2, ["so", "so"]) == [1.0, 0.0]
+    assert code["brief"](["x" * 50]) == [-0.5]
