@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf_ray.config import foreign_keys
 from rlhf_ray.config.root import Config
 from rlhf_ray.errors import ConfigError
 
@@ -151,13 +152,17 @@ def _interpolate(value: Any, key: tuple[str, ...]) -> Any:
 
 
 def _describe(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+    key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
+    hints = foreign_keys.hints(key, value, set(keys()))
     if detail["type"] == "extra_forbidden":
-        return f"{key}: unknown key (value {detail['input']!r}).{_nearest(key)}"
+        shown = "" if hints and isinstance(value, Mapping) else f" (value {value!r})"
+        return f"{key}: unknown key{shown}. " + ("\n    ".join(hints) or _nearest(key))
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {detail['input']!r}"
+    if detail["type"] == "model_type" and hints:
+        return f"{key}: {message}, got {value!r}. {hints[0]}"
+    return f"{key}: {message}, got {value!r}"
 
 
 def _nearest(key: str) -> str:
@@ -167,4 +172,4 @@ def _nearest(key: str) -> str:
     near += [name for name in known if name.rpartition(".")[2] == leaf][:2]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     unique = list(dict.fromkeys(near))
-    return f" Did you mean {' or '.join(unique)}?" if unique else ""
+    return f"Did you mean {' or '.join(unique)}?" if unique else "See docs/config.md"

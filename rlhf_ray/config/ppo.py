@@ -85,7 +85,9 @@ class GeneratorsConfig(Section):
     """The rollout engines."""
 
     num: int = changeable(1, ge=1, description="Generators.")
-    tensor_parallel_size: Literal[1] = changeable(1, description="GPUs of one generator.")
+    tensor_parallel_size: int = changeable(
+        1, ge=1, description="GPUs of one generator, all of one node (vLLM alone)."
+    )
     max_in_flight: int = changeable(8, ge=1, description="Shards at one generator at a time.")
 
 

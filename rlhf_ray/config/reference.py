@@ -16,7 +16,8 @@ in `extends: other.yaml`, whose keys it overrides; `${NAME}` and `${NAME:-defaul
 from the environment.
 
 The column *resume* says whether a run may go on with another value: *may change*, or *fixed* once a
-stage that reads the key has begun.
+stage that reads the key has begun. What other systems call
+these keys: [other_names.md](other_names.md).
 """
 
 _BOUNDS = {

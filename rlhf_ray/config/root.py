@@ -76,7 +76,8 @@ class Config(Section):
         """``adapter`` or ``merged``: merging rounds small updates away below float32."""
         if self.rollout.serving != "auto":
             return self.rollout.serving
-        return "merged" if self.engine_dtype == "float32" else "adapter"
+        whole = self.generators.tensor_parallel_size == 1
+        return "merged" if self.engine_dtype == "float32" and whole else "adapter"
 
     @property
     def largest_rank(self) -> int:
@@ -155,6 +156,10 @@ class Config(Section):
         if self.model.quantization != "none":
             self._quantised_base_is_kept()
         self._engine_can_serve_the_policy()
+        if self.generators.tensor_parallel_size > 1:
+            self._generators_can_be_parallel()
+        if self.cluster.gpus_per_actor < 1:
+            self._groups_are_one_rank()
         if self.cluster.mode == "inline":
             self._inline_is_one_process()
         return self
@@ -171,6 +176,35 @@ class Config(Section):
                     f"{name}.tuning full trains the weights that model.quantization {quantization} "
                     f"freezes; set {name}.tuning=lora or model.quantization=none"
                 )
+
+    def _groups_are_one_rank(self) -> None:
+        """NCCL refuses two ranks of a group on one GPU, when everything is loaded."""
+        for role, group in (("policy", self.policy), ("critic", self.critic)):
+            if group.num_ranks > 1:
+                raise ValueError(
+                    f"cluster.gpus_per_actor {self.cluster.gpus_per_actor:g} would put the "
+                    f"{group.num_ranks} ranks of {role} on one GPU; set {role}.num_ranks to 1, or "
+                    "cluster.gpus_per_actor to 1"
+                )
+
+    def _generators_can_be_parallel(self) -> None:
+        size = self.generators.tensor_parallel_size
+        if self.rollout.engine != "vllm":
+            raise ValueError(
+                f"generators.tensor_parallel_size {size} needs rollout.engine vllm, got "
+                f"{self.rollout.engine}; set it to 1"
+            )
+        if self.rollout.serving == "merged":
+            raise ValueError(
+                f"rollout.serving merged cannot be proved with generators.tensor_parallel_size "
+                f"{size}, which gives each GPU a part of every layer; use adapter"
+            )
+        if self.cluster.gpus_per_actor < 1:
+            raise ValueError(
+                f"generators.tensor_parallel_size {size} asks for whole GPUs, and "
+                f"cluster.gpus_per_actor {self.cluster.gpus_per_actor:g} for a part of one; set "
+                "one of them to 1"
+            )
 
     def _engine_can_serve_the_policy(self) -> None:
         targets = self.lora.target_modules

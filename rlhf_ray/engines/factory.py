@@ -40,6 +40,7 @@ def generation_engine(
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
             stop_token_ids=stop_token_ids,
+            tensor_parallel_size=config.generators.tensor_parallel_size,
             kv_cache_gb=rollout.kv_cache_gb,
             trust_remote_code=config.model.trust_remote_code,
             rope_parameters=rope_parameters(model, config.model),

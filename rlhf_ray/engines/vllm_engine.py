@@ -48,6 +48,8 @@ class VllmSettings:
     """Sampling temperature; log-probs are of the scaled distribution."""
     stop_token_ids: tuple[int, ...]
     """Every id that ends a response."""
+    tensor_parallel_size: int = 1
+    """Workers that the model is spread over, on this node."""
     kv_cache_gb: float = 0.25
     """KV cache of a CPU engine, GiB."""
     trust_remote_code: bool = False
@@ -91,6 +93,12 @@ class VllmEngine:
                 "enable_lora": True,
                 "max_loras": 1,
                 "max_lora_rank": next(rank for rank in _RANKS if rank >= settings.lora_rank),
+            }
+        if settings.tensor_parallel_size > 1:
+            args |= {
+                "tensor_parallel_size": settings.tensor_parallel_size,
+                # Processes of this actor, on its GPUs; with Ray, vLLM would ask for others.
+                "distributed_executor_backend": "mp",
             }
         if current_platform.is_cpu():
             args |= {

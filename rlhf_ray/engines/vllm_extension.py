@@ -6,7 +6,7 @@ reported is read from the layers that the model computes with.
 """
 
 import json
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -80,7 +80,10 @@ class AdapterExtension:
         manager.activate_adapter(ADAPTER_ID)
 
     def _applied_in_lora_layers(self, tensors: TensorDict, scaling: float) -> set[str]:
-        """Modules for which the active slot holds exactly the sent tensors (cast, scaled)."""
+        """Modules for which the active slot holds exactly the sent tensors (cast, scaled).
+
+        With tensor parallelism a worker's layers hold parts; each worker vouches for its own.
+        """
         manager = self.model_runner.lora_manager._adapter_manager
         if ADAPTER_ID not in manager.lora_index_to_id:
             return set()
@@ -88,8 +91,9 @@ class AdapterExtension:
         slot = manager.lora_index_to_id.index(ADAPTER_ID)
         applied = set()
         for name, layer in manager.modules.items():
-            for index, part in enumerate(_parts(name, manager.packed_modules_mapping)):
-                down, up = (tensors.get(key) for key in _names(part))
+            parts = _parts(name, manager.packed_modules_mapping)
+            downs, ups = zip(*(map(tensors.get, _names(part)) for part in parts), strict=True)
+            for index, (down, up) in enumerate(_own_shards(layer, downs, ups)):
                 if down is None or up is None:
                     continue
                 held_down = layer.lora_a_stacked[index][slot, 0, : down.shape[0]].cpu()
@@ -97,7 +101,7 @@ class AdapterExtension:
                 if torch.equal(held_down, down.to(dtype)) and torch.equal(
                     held_up, up.to(dtype) * scaling
                 ):
-                    applied.add(part)
+                    applied.add(parts[index])
         return applied
 
     def _merged_weights(self, tensors: TensorDict, scaling: float) -> Iterator[tuple[str, Any]]:
@@ -166,6 +170,18 @@ def report(sent: TensorDict, applied: set[str]) -> dict[str, Any]:
 def _names(module: str) -> tuple[str, str]:
     """PEFT's names of a module's two matrices."""
     return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def _own_shards(
+    layer: Any, downs: Sequence[torch.Tensor | None], ups: Sequence[torch.Tensor | None]
+) -> Iterable[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """What this worker's layer has to hold of each of its parts' two matrices, by vLLM's rule."""
+    if getattr(layer, "tp_size", 1) > 1:
+        if len(downs) > 1:
+            downs, ups = layer.slice_lora_a(list(downs)), layer.slice_lora_b(list(ups))
+        elif downs[0] is not None and ups[0] is not None:
+            downs, ups = [layer.slice_lora_a(downs[0])], [layer.slice_lora_b(ups[0])]
+    return zip(downs, ups, strict=True)
 
 
 def _scaling(settings: dict[str, Any]) -> float:

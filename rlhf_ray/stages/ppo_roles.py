@@ -51,21 +51,27 @@ class RoleSpawner:
         """DeepSpeed where ranks are processes; plain PyTorch in this one."""
         return "deepspeed" if self._on_ray else "torch"
 
-    def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
-        """Workers ``role-0`` to ``role-<count - 1>``, not started."""
-        workers = [self._spawn_one(role_class, f"{role}-{i}", *args) for i in range(count)]
+    def spawn(
+        self, role_class: type, role: str, count: int, *args: Any, num_gpus: int = 1
+    ) -> list[Worker]:
+        """Workers ``role-0`` to ``role-<count - 1>``, not started; GPUs where there are any."""
+        workers = [
+            self._spawn_one(role_class, f"{role}-{i}", *args, num_gpus=num_gpus)
+            for i in range(count)
+        ]
         self.workers.extend(workers)
         return workers
 
-    def _spawn_one(self, role_class: type, name: str, *args: Any) -> Worker:
+    def _spawn_one(self, role_class: type, name: str, *args: Any, num_gpus: int) -> Worker:
         if not self._on_ray:
             return InlineWorker(name, role_class(name, *args), self._on_call)
+        share = self._config.cluster.gpus_per_actor
         return spawn(
             role_class,
             name,
             *args,
             num_cpus=1,
-            num_gpus=1 if torch.cuda.is_available() else 0,
+            num_gpus=num_gpus * share if torch.cuda.is_available() else 0,
             concurrency=ASYNC_CONCURRENCY if role_class in (Generator, RewardScorer) else 1,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,
@@ -119,6 +125,7 @@ def spawn_generators(spawner: RoleSpawner, config: Config, base: str) -> Generat
         config.generators.num,
         partial(generation_engine, config, base, stop),
         partial(load_tokenizer, base),
+        num_gpus=config.generators.tensor_parallel_size,
     )
     clients = [GeneratorClient(worker) for worker in workers]
     return GeneratorPool(clients, config.generators.max_in_flight)

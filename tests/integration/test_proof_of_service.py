@@ -100,10 +100,11 @@ class Setup:
 
 
 COMBINATIONS = [
-    pytest.param((dtype, serving), id=f"{dtype}-{serving}")
+    pytest.param((dtype, serving, 1), id=f"{dtype}-{serving}")
     for dtype in ("float32", "bfloat16")
     for serving in ("adapter", "merged")
 ]
+COMBINATIONS.append(pytest.param(("float32", "adapter", 2), id="float32-adapter-parallel"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,7 +118,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=COMBINATIONS)
 async def running(request: pytest.FixtureRequest, llama: str) -> AsyncIterator[Setup]:
-    dtype, serving = request.param
+    dtype, serving, parallel = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         patch.syspath_prepend(str(Path(__file__).parent))
@@ -125,7 +126,7 @@ async def running(request: pytest.FixtureRequest, llama: str) -> AsyncIterator[S
         patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
         patch.setenv("VLLM_NO_USAGE_STATS", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
-        config = make_config(dtype, serving)
+        config = make_config(dtype, serving, parallel)
         engine = FaultyEngine(engine_settings(config, llama))
         generator = Generator("generator-0", lambda: engine, lambda: load_tokenizer(llama))
         await generator.start()
@@ -142,9 +143,10 @@ async def setup(running: Setup) -> AsyncIterator[Setup]:
     await running.engine.plant(None)
 
 
-def make_config(dtype: str, serving: str, **lora: Any) -> Config:
+def make_config(dtype: str, serving: str, parallel: int, **lora: Any) -> Config:
     return resolve(
         {
+            "generators": {"tensor_parallel_size": parallel},
             "model": {"dtype": dtype, "max_length": 320},
             "lora": {"r": 8, **lora},
             "rollout": {
@@ -167,6 +169,7 @@ def engine_settings(config: Config, model: str) -> VllmSettings:
         max_tokens=config.rollout.max_tokens,
         temperature=config.rollout.temperature,
         stop_token_ids=stop_token_ids(model),
+        tensor_parallel_size=config.generators.tensor_parallel_size,
         extension="faulty_extension.FaultyExtension",
     )
 
@@ -284,7 +287,10 @@ async def test_another_distribution_fails_the_proof(setup: Setup, fault: str) ->
 
 async def test_an_adapter_of_two_modules_is_served_right(setup: Setup, llama: str) -> None:
     config = make_config(
-        setup.config.engine_dtype, setup.config.serving, target_modules=["q_proj", "v_proj"]
+        setup.config.engine_dtype,
+        setup.config.serving,
+        setup.config.generators.tensor_parallel_size,
+        target_modules=["q_proj", "v_proj"],
     )
     generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
     narrow = make_setup(config, llama, setup.engine, generator)

@@ -205,6 +205,14 @@ def test_further_combinations_are_refused() -> None:
     inline = ["cluster.mode=inline", "rollout.engine=transformers"]
     message = refused(*inline, "policy.num_ranks=2", "generators.num=3")
     assert "set policy.num_ranks=2, generators.num=3 to 1" in message
+    message = refused("generators.tensor_parallel_size=2", *inline)
+    assert "tensor_parallel_size 2 needs rollout.engine vllm, got transformers" in message
+    message = refused("generators.tensor_parallel_size=2", "rollout.serving=merged")
+    assert "rollout.serving merged cannot be proved with generators.tensor_parallel_size" in message
+    message = refused("generators.tensor_parallel_size=2", "cluster.gpus_per_actor=0.5")
+    assert "asks for whole GPUs, and cluster.gpus_per_actor 0.5 for a part of one" in message
+    message = refused("policy.num_ranks=2", "cluster.gpus_per_actor=0.5")
+    assert "cluster.gpus_per_actor 0.5 would put the 2 ranks of policy on one GPU" in message
     message = refused("model.quantization=nf4", "critic.zero_stage=3")
     assert "critic.zero_stage 3 cannot shard a nf4 base" in message
     message = refused("model.quantization=int8", "reward.tuning=full")
@@ -246,6 +254,7 @@ def test_every_key_is_listed() -> None:
         (["model.dtype=bfloat16"], "adapter"),
         (["model.dtype=bfloat16", "rollout.dtype=float32"], "merged"),
         (["rollout.serving=adapter"], "adapter"),
+        (["generators.tensor_parallel_size=2"], "adapter"),
         (["model.dtype=bfloat16", "rollout.serving=merged"], "merged"),
     ],
 )
