@@ -1,7 +1,9 @@
 """The command line: ``rlhf-ray COMMAND CONFIG [key=value ...]``. Imports heavy things late."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,24 @@ ConfigPath = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Dotted keys on top, e.g. run.seed=1."),
+]
+
+OneModel = Annotated[
+    str,
+    typer.Option(help="sft, dpo, ppo (ppo@best, ppo@7: other commits), reward, or a path."),
+]
+ManyModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="sft, dpo, ppo (ppo@best, ppo@7), or a path; repeatable. Default: all."
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="0: the likeliest token. Default: rollout.temperature."),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest answer. Default: rollout.max_tokens.")
 ]
 
 
@@ -74,11 +94,140 @@ for _stage, _help in {
 
 
 @app.command()
-def merge(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Merge the run's newest policy adapter into its base."""
+def merge(config: ConfigPath, overrides: Overrides = None, model: OneModel = "ppo") -> None:
+    """Merge one of the run's adapters into its base."""
     from rlhf_ray.stages.merge import run as run_merge
 
-    typer.echo(f"Wrote {run_merge(read_config(config, overrides))['model']}")
+    resolved = read_config(config, overrides)
+    summary = run_merge(resolved, model)
+    typer.echo(f"Wrote {summary['model']}; {_survived(resolved, summary['survived'])}")
+
+
+class ExportKind(StrEnum):
+    """What of a model is exported."""
+
+    ADAPTER = "adapter"
+    MERGED = "merged"
+
+
+@app.command()
+def export(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    model: OneModel = "ppo",
+    kind: Annotated[
+        ExportKind, typer.Option(help="The adapter alone, or a whole model.")
+    ] = ExportKind.ADAPTER,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; default export/ in the run's folder.")
+    ] = None,
+) -> None:
+    """Write a model for other tools, with a card that says where it comes from."""
+    from rlhf_ray.stages.export import run as run_export
+
+    resolved = read_config(config, overrides)
+    summary = run_export(resolved, model=model, kind=kind.value, out=out)
+    survived = summary["survived"]
+    note = "" if survived is None else f"; {_survived(resolved, survived)}"
+    typer.echo(f"Wrote {summary['folder']}{note}")
+
+
+def _survived(config: Config, share: float) -> str:
+    return f"{share:.2%} of the weights that it changes kept a change in {config.model.dtype}"
+
+
+@app.command()
+def generate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    model: ManyModels = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What a user says; repeatable. Default: held-out prompts."),
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 4,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+) -> None:
+    """Sample the run's language models on the same prompts, side by side."""
+    from rlhf_ray.stages import generate as generate_stage
+
+    rows = generate_stage.run(
+        read_config(config, overrides),
+        models=model or [],
+        prompts=prompt or [],
+        num=num,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    Console().print(generate_stage.table(rows))
+
+
+@app.command()
+def chat(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    model: OneModel = "ppo",
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+) -> None:
+    """Talk with one of the run's language models in the terminal."""
+    from rlhf_ray.stages.chat import run as run_chat
+
+    def write(text: str) -> None:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
+
+    run_chat(
+        read_config(config, overrides),
+        _typed_lines(),
+        write,
+        model=model,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines as they are typed, with editing and history on a terminal; ends with the input."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (makes input() edit and remember)
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+@app.command()
+def serve(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    model: ManyModels = None,
+    further: Annotated[
+        list[str] | None,
+        typer.Option("--vllm", help="Further argument of vllm serve, e.g. --vllm=--port=8001."),
+    ] = None,
+    print_only: Annotated[
+        bool, typer.Option("--print-only", help="Print the command; do not run it.")
+    ] = False,
+) -> None:
+    """Serve the run's language models through vLLM's OpenAI-compatible server."""
+    from rlhf_ray.stages import serve as serve_stage
+
+    arguments = serve_stage.command(read_config(config, overrides), model or [], further or [])
+    typer.echo(serve_stage.printed(arguments))
+    if not print_only:
+        sys.stdout.flush()
+        os.execv(serve_stage.executable(), arguments)
 
 
 @app.command()

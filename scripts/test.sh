@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Installs everything, then lint, types, import rule and tests; stops at the first that fails.
 # Usage: scripts/test.sh [--all] [pytest arguments]
-#   --all   the chaos tests too, which kill real processes
+#   --all   the slow tests too, and the chaos tests, which kill real processes
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-marker="not chaos"
+marker="not chaos and not slow"
 if [[ ${1:-} == --all ]]; then
   marker="" # none: every test
   shift

@@ -111,6 +111,9 @@ class DataSource(Section):
     limit: int | None = Field(
         default=None, ge=1, description="Read at most this many rows (of those the filters keep)."
     )
+    licence: str | None = Field(
+        default=None, description="Licence of the rows, for the cards of exported models."
+    )
     filter: list[RowFilter] = Field(
         default=[], description="All of them must hold: {column, op, value}, or module:name."
     )

@@ -159,8 +159,8 @@ class RolloutConfig(Section):
     max_gap: float | None = changeable(
         None,
         gt=0,
-        description="Most mean |engine - learner| log-prob, nats a token; none: calibrated on the "
-        "first iteration.",
+        description="Most mean |engine - learner| log-prob, nats a token, in the proof and in "
+        "every shard; none: as data types allow, calibrated on the first iteration.",
     )
     engine_args: dict[str, Any] = changeable({}, description="Further vLLM engine arguments.")
 

@@ -21,10 +21,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, WeightSyncError
-from rlhf_ray.models.adapters import refuse_unservable
+from rlhf_ray.models.adapters import refuse_unservable, servable_rank
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _EXTENSION = "rlhf_ray.engines.vllm_extension.AdapterExtension"
 
 
@@ -92,7 +91,7 @@ class VllmEngine:
             args |= {
                 "enable_lora": True,
                 "max_loras": 1,
-                "max_lora_rank": next(rank for rank in _RANKS if rank >= settings.lora_rank),
+                "max_lora_rank": servable_rank(settings.lora_rank),
             }
         if settings.tensor_parallel_size > 1:
             args |= {

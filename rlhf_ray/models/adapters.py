@@ -19,6 +19,8 @@ from rlhf_ray.errors import ConfigError
 
 TensorDict = dict[str, torch.Tensor]
 
+_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
 
 def attach(
     model: Any,
@@ -89,6 +91,18 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> N
             f"The adapter does not fit the model: {len(odd)} names differ, for example {odd[0]}"
         )
     _set_state(model, dict(state))
+
+
+def servable_rank(rank: int) -> int:
+    """The least rank that vLLM can be set up for and that holds adapters of ``rank``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for served in _SERVED_RANKS:
+        if served >= rank:
+            return served
+    raise ConfigError(f"vLLM serves adapters of rank {_SERVED_RANKS[-1]} at most, got {rank}")
 
 
 def refuse_unservable(targets: Iterable[str], servable: Collection[str]) -> None:
@@ -177,6 +191,7 @@ __all__ = [
     "peft_config",
     "refuse_misfit",
     "refuse_unservable",
+    "servable_rank",
     "tensors_from_bytes",
     "tensors_to_bytes",
 ]

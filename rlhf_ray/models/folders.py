@@ -67,6 +67,12 @@ def adapter_task(folder: str) -> str | None:
     return _read_json(Path(folder) / ADAPTER_CONFIG).get("task_type")
 
 
+def adapter_rank(folder: str) -> int:
+    """The rank of a PEFT folder's adapter; the highest, where modules have their own."""
+    settings = _read_json(Path(folder) / ADAPTER_CONFIG)
+    return max([int(settings["r"]), *(settings.get("rank_pattern") or {}).values()])
+
+
 def base_of(folder: str) -> str:
     """The base that a PEFT folder names: an existing folder, or a hub name.
 

@@ -9,22 +9,26 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
 from rlhf_ray.models.merging import merge_adapter
 from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.stages.run_models import find_model
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Merge the run's newest policy adapter; write ``merge/model``.
+def run(config: Config, model: str = "ppo") -> dict[str, Any]:
+    """Merge an adapter of the run into its base; write ``merge/model``.
+
+    Args:
+        config: the run's.
+        model: ppo (its latest commit; ppo@best and ppo@7 are others), dpo, reward; or a PEFT
+            folder.
 
     Returns:
         The summary: adapter, base, model, and the share of the changed weights that survived
         rounding.
 
     Raises:
-        DataError: the run has no policy yet.
+        DataError: the run has no such model yet, or it is no adapter.
     """
     run_folder = RunFolder(config)
-    adapter = run_folder.path / "checkpoints" / "latest" / "policy"
-    if not adapter.is_dir():
-        raise DataError(f"{adapter} does not exist: run the stage ppo first")
+    adapter = find_model(config, model).path
     summary = merge_folders(adapter, run_folder.stage("merge") / "model", config.model)
     run_folder.write_summary("merge", summary)
     return summary

@@ -67,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
                 config,
                 roles,
                 PromptCursor(prompts, config.run.seed),
-                WeightSync(roles.policy, canaries, config.engine_is_exact),
+                WeightSync(roles.policy, canaries, config.engine_is_exact, config.rollout.max_gap),
                 Evaluator(eval_prompts, config.rewards, config.rollout.shard_size, config.run.seed),
                 checkpoints,
                 recorder,

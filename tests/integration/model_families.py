@@ -124,6 +124,12 @@ def _llama_config(common: dict[str, Any], ids: dict[str, int], ends: list[int]) 
 
 
 def _randomise(model: Any) -> None:
+    """Random weights, such that 4 bits for each of the untied model's change little.
+
+    An output layer of its own lets the embeddings outweigh what the blocks add to them.
+    """
+    tied = model.config.tie_word_embeddings
+    deviations = {"model.embed_tokens": 0.2 if tied else 1.0, "lm_head": 0.2}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -131,8 +137,8 @@ def _randomise(model: Any) -> None:
             if "norm" in name:
                 weight.copy_(1 + 0.1 * noise)
             else:
-                is_output = name.startswith(("lm_head", "model.embed_tokens"))
-                weight.copy_(noise * (0.2 if is_output else 0.08))
+                module = name.removesuffix(".weight")
+                weight.copy_(noise * deviations.get(module, 0.08 if tied else 0.04))
 
 
 def _tokenizer(family: Family, texts: Sequence[str]) -> PreTrainedTokenizerFast:

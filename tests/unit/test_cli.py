@@ -36,7 +36,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     assert "LOADED []" in out
     for command in ("run", "prepare", "pretrain", "sft", "reward", "ppo", "evaluate", "merge"):
         assert f" {command} " in out
-    for command in ("plan", "report", "doctor", "schema"):
+    for command in ("export", "generate", "chat", "serve", "plan", "report", "doctor", "schema"):
         assert f" {command} " in out
 
 

@@ -143,6 +143,14 @@ def test_the_proof_refuses(engine: FakeEngine, message: str) -> None:
         asyncio.run(prove(engine))
 
 
+def test_a_gap_that_the_config_allows_is_no_other_distribution() -> None:
+    """At another temperature engine and learner differ by a tenth of a nat and more."""
+    engine = FakeEngine(max_tokens=32, temperature=1.04)
+    with pytest.raises(WeightSyncError, match=r"another distribution .* rollout\.max_gap"):
+        asyncio.run(prove(engine))
+    asyncio.run(prove(engine, max_gap=0.2))
+
+
 def test_the_proof_passes_an_honest_engine_at_its_temperature() -> None:
     asyncio.run(prove(FakeEngine(max_tokens=32)))
     asyncio.run(prove(FakeEngine(max_tokens=32, temperature=0.7), FakePolicy(temperature=0.7)))
@@ -225,10 +233,11 @@ async def prove(
     *,
     engines: Sequence[FakeEngine] = (),
     exact: bool = True,
+    max_gap: float | None = None,
 ) -> None:
     """Prove fresh generators over engines."""
     generators = await _generators(engines or [engine])
-    await WeightSync(policy or FakePolicy(), CANARIES, exact).prove(generators)
+    await WeightSync(policy or FakePolicy(), CANARIES, exact, max_gap).prove(generators)
 
 
 async def publish(engines: Sequence[FakeEngine], policy: FakePolicy, version: int) -> AdapterUpdate:

@@ -1,13 +1,17 @@
 """Run folders as the stage prepare leaves them, for the supervised stages."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 from rlhf_ray.config import Config, resolve
+from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.models import adapters, loading
 
 WORDS = ("red", "blue", "green", "black", "white")
 TINY = {
@@ -78,3 +82,35 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[
         "reward": reward_model.run(config),
     }
     return config, summaries
+
+
+@pytest.fixture(scope="session")
+def policy_run(
+    trained_run: tuple[Config, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Config:
+    """A copy of the trained run, with a policy of version 3: the SFT model with noise on it."""
+    source, _ = trained_run
+    folder = tmp_path_factory.mktemp("policy") / "run"
+    shutil.copytree(source.run.dir, folder)
+    config = source.model_copy(update={"run": source.run.model_copy(update={"dir": str(folder)})})
+    sft_model = str(folder / "sft" / "model")
+    model = adapters.attach(
+        loading.load_causal_lm(sft_model, config.model),
+        LoraConfig(r=2),
+        "CAUSAL_LM",
+        seed=0,
+        dropout=0.0,
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    policy = folder / "checkpoints" / "3" / "policy"
+    loading.save_adapter(model, loading.load_tokenizer(sft_model), policy, sft_model)
+    (policy / "learner.safetensors").write_bytes(b"state")
+    (folder / "checkpoints" / "latest").symlink_to("3", target_is_directory=True)
+    (folder / "ppo").mkdir()
+    (folder / "ppo" / "summary.json").write_text('{"iterations": 3, "kl_last": 0.5}')
+    (folder / "prepare" / "summary.json").write_text('{"synthetic": false}')
+    return config

@@ -1,0 +1,107 @@
+"""Llama 3, Qwen2.5 and Qwen3 shapes through SFT, reward, PPO and export, as chats."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from model_families import FAMILIES, TEXTS, Family, build
+
+if TYPE_CHECKING:
+    from conftest import CommandLine
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+
+RUN = """
+run:
+  stages: [sft, reward, ppo]
+cluster:
+  dashboard: false
+template:
+  kind: chat
+model:
+  max_length: 96
+sft: {steps: 4, batch_size: 4, block_size: 64, eval_rows: 8, learning_rate: 1.0e-3}
+reward: {steps: 4, batch_size: 4, eval_rows: 8, learning_rate: 1.0e-3}
+lora: {r: 4}
+ppo:
+  iterations: 2
+  batch_size: 8
+  mini_batch_size: 4
+  epochs: 2
+  learning_rate: 1.0e-3
+  save_every: 1
+  eval_every: 2
+  eval_prompts: 8
+rollout:
+  max_prompt_tokens: 64
+  max_tokens: 16
+  shard_size: 4
+"""
+
+
+def write_rows(folder: Path) -> dict[str, str]:
+    """Files of SFT, preference and prompt rows; their config keys and paths."""
+    rows: dict[str, list[dict[str, str]]] = {"sft": [], "preferences": [], "prompts": []}
+    for text in TEXTS:
+        question, _, answer = text.partition(" Answer: ")
+        rows["sft"].append({"prompt": question, "completion": answer})
+        rows["preferences"].append({"prompt": question, "chosen": answer, "rejected": "no idea"})
+        rows["prompts"].append({"prompt": question})
+    keys = {}
+    for name, lines in rows.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+        keys[f"data.{name}.path"] = str(path)
+    return keys
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+def check_ppo(run: Path, gap: float) -> None:
+    """Two iterations whose samples the learner agrees with, and which moved the policy."""
+    summary = json.loads((run / "ppo" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["iterations"] == summary["adapter_version"] == 2
+    assert summary["samples_generated"] == summary["samples_learnt"] == 16
+    records = read_lines(run / "ppo" / "metrics.jsonl")
+    assert [record["policy/version"] for record in records] == [1, 2]
+    assert all(record["sampler/gap_mean"] < gap for record in records), records
+    assert records[1]["objective/kl"] != 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_goes_through_every_stage(
+    command_line: "CommandLine", tmp_path: Path, family: Family
+) -> None:
+    base = build(family, tmp_path / "base")
+    config, run = tmp_path / "run.yaml", tmp_path / "run"
+    config.write_text(RUN, encoding="utf-8")
+    data = [f"{key}={path}" for key, path in write_rows(tmp_path).items()]
+    command_line.run("run", str(config), f"run.dir={run}", f"model.path={base}", *data)
+    check_ppo(run, gap=1e-4)
+    command_line.wait_until_nothing_left()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantised_base_goes_through_every_stage(
+    command_line: "CommandLine", tmp_path: Path, quantization: str
+) -> None:
+    """The engine serves the base as it is, so the learner's rounding shows in the gap."""
+    base = build("llama-3", tmp_path / "base")
+    config, run = tmp_path / "run.yaml", tmp_path / "run"
+    config.write_text(RUN, encoding="utf-8")
+    data = [f"{key}={path}" for key, path in write_rows(tmp_path).items()]
+    command_line.run(
+        "run",
+        str(config),
+        f"run.dir={run}",
+        f"model.path={base}",
+        f"model.quantization={quantization}",
+        "policy.gradient_checkpointing=true",
+        "critic.gradient_checkpointing=true",
+        *data,
+    )
+    check_ppo(run, gap=0.1)
+    command_line.wait_until_nothing_left()

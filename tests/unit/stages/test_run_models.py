@@ -1,0 +1,273 @@
+"""A finished run's models: found by name, exported, sampled, talked with, served."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from rlhf_ray import cli
+from rlhf_ray.config import Config, dump
+from rlhf_ray.config.data import DataSource
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.models import adapters, folders, heads, loading
+from rlhf_ray.stages import chat, export, generate, serve
+from rlhf_ray.stages.conversation import template_of
+from rlhf_ray.stages.lineage import lineage, model_licence
+from rlhf_ray.stages.run_models import find_model, policies
+
+IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
+
+
+def with_keys(config: Config, **sections: dict[str, Any]) -> Config:
+    """The config with some keys replaced."""
+    return config.model_copy(
+        update={
+            name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()
+        }
+    )
+
+
+def test_models_are_found_by_name(policy_run: Config, tmp_path: Path) -> None:
+    run = Path(policy_run.run.dir)
+    assert [model.name for model in policies(policy_run)] == ["sft", "ppo"]
+    assert find_model(policy_run, "ppo").path == str(run / "checkpoints" / "latest" / "policy")
+    assert find_model(policy_run, "ppo@3").base == str((run / "sft" / "model").resolve())
+    assert find_model(policy_run, "reward").is_adapter
+    assert find_model(policy_run, str(run / "sft" / "model")).name == "model"
+    for name, message in {
+        "ppo@9": "checkpoints/9/policy does not exist: run the stage ppo first",
+        "dpo": "run the stage dpo first",
+        "./nowhere": "does not exist",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            find_model(policy_run, name)
+    empty = with_keys(policy_run, run={"dir": str(tmp_path)})
+    with pytest.raises(DataError, match="holds no language model yet"):
+        policies(empty)
+
+
+LOADS = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+kinds = {"ppo-adapter": AutoPeftModelForCausalLM, "ppo-merged": AutoModelForCausalLM,
+         "reward-adapter": AutoPeftModelForSequenceClassification,
+         "reward-merged": AutoModelForSequenceClassification}
+ids = torch.tensor(json.loads(sys.argv[2]))
+outputs = {}
+for name, auto in kinds.items():
+    labels = {"num_labels": 1} if name == "reward-adapter" else {}
+    model = auto.from_pretrained(f"{sys.argv[1]}/{name}", **labels).eval()
+    AutoTokenizer.from_pretrained(f"{sys.argv[1]}/{name}")
+    with torch.no_grad():
+        outputs[name] = model(ids, attention_mask=torch.ones_like(ids)).logits.tolist()
+assert not {"rlhf_ray", "actors"} & {name.partition(".")[0] for name in sys.modules}
+print(json.dumps(outputs))
+"""
+
+
+def test_transformers_and_peft_alone_load_what_is_exported(
+    policy_run: Config, tmp_path: Path
+) -> None:
+    for model in ("ppo", "reward"):
+        for kind in ("adapter", "merged"):
+            out = tmp_path / f"{model}-{kind}"
+            summary = export.run(policy_run, model=model, kind=kind, out=out)  # type: ignore[arg-type]
+            assert (summary["survived"] is None) == (kind == "adapter")
+            assert not (out / "learner.safetensors").exists()
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, str(tmp_path), json.dumps(IDS_BS.tolist())],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": ""},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    with torch.no_grad():
+        policy = loading.load_causal_lm(find_model(policy_run, "ppo").path, policy_run.model)
+        logits = policy(IDS_BS).logits
+        reward = loading.load_sequence_classifier(
+            find_model(policy_run, "reward").path, policy_run.model, require_head=True
+        )
+        scores_B = heads.sequence_scores(reward, IDS_BS, torch.ones_like(IDS_BS))
+    for kind in ("adapter", "merged"):
+        torch.testing.assert_close(torch.tensor(found[f"ppo-{kind}"]), logits, atol=1e-4, rtol=0)
+        scores = torch.tensor(found[f"reward-{kind}"])[:, 0]
+        torch.testing.assert_close(scores, scores_B, atol=1e-4, rtol=0)
+
+
+def test_the_card_carries_the_lineage(policy_run: Config, tmp_path: Path) -> None:
+    summary = export.run(policy_run, kind="merged", out=tmp_path / "m")
+    text = (tmp_path / "m" / "README.md").read_text()
+    _, head, body = text.split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "a small random Llama",
+        "tags": ["rlhf", "pretrain", "sft", "reward", "ppo"],
+        "license": "none",
+    }
+    assert f"{summary['survived']:.2%} of the weights" in body
+    assert "| sft | trained in this run | " in body
+    assert "CC BY-SA" in body
+    assert "| ppo | iterations | 3 |" in body
+    assert "learning_rate: 0.01" in body  # sft's, which is not the default
+
+
+def test_external_stages_and_licences_are_told(policy_run: Config, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    rows = tmp_path / "p.jsonl"
+    config = with_keys(
+        policy_run,
+        sft={"path": str(given)},
+        reward={"path": "org/rewards"},
+        data={"prompts": [DataSource(path=str(rows), licence="MIT")]},
+    )
+    history = lineage(config, "ppo")
+    assert (history.base.name, history.base.licence) == (str(given), "apache-2.0")
+    assert [(step.stage, step.external) for step in history.steps] == [
+        ("sft", True),
+        ("reward", True),
+        ("ppo", False),
+    ]
+    assert [(source.name, source.licence) for source in history.steps[-1].data] == [
+        (str(rows), "MIT")
+    ]
+    (given / "README.md").write_text("# no head\n")
+    assert model_licence(str(given)) == "unknown"
+
+
+def test_what_cannot_be_exported_is_told(policy_run: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"export takes sft, dpo, ppo, reward \(or ppo@best"):
+        export.run(policy_run, model="critic")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds other things than a model"):
+        export.run(policy_run, out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    full = with_keys(policy_run, sft={"path": find_model(policy_run, "sft").path})
+    with pytest.raises(ConfigError, match=r"is a whole model, .* --kind merged"):
+        export.run(full, model="sft", out=tmp_path / "sft")
+
+
+def test_sft_is_exported_as_its_adapter_or_merged(policy_run: Config, tmp_path: Path) -> None:
+    export.run(policy_run, model="sft", kind="adapter", out=tmp_path / "a")
+    export.run(policy_run, model="sft", kind="merged", out=tmp_path / "m")
+    run = Path(policy_run.run.dir)
+    assert folders.base_of(str(tmp_path / "a")) == str((run / "pretrain" / "model").resolve())
+    adapter = loading.load_causal_lm(str(tmp_path / "a"), policy_run.model)
+    merged = loading.load_causal_lm(str(tmp_path / "m"), policy_run.model)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter(IDS_BS).logits, merged(IDS_BS).logits, atol=1e-4, rtol=0)
+
+
+def test_models_answer_side_by_side(policy_run: Config) -> None:
+    rows = generate.run(policy_run, prompts=["red?", "blue?"], max_tokens=5)
+    assert [row["prompt"] for row in rows] == ["red?", "blue?"]
+    assert all(set(row["samples"]) == {"sft", "ppo"} for row in rows)
+    again = generate.run(policy_run, prompts=["red?", "blue?"], max_tokens=5)
+    assert again == rows
+    held_out = generate.run(policy_run, models=["ppo"], num=3, max_tokens=2)
+    assert len(held_out) == 3
+    assert held_out[0]["prompt"].startswith("Q: ")
+    with pytest.raises(DataError, match="A prompt is empty"):
+        generate.run(policy_run, prompts=[" "])
+    columns = [str(column.header) for column in generate.table(rows).columns]
+    assert columns == ["prompt", "sft", "ppo"]
+
+
+def test_a_prompt_is_laid_out_as_the_run_trains_it(policy_run: Config) -> None:
+    tokenizer = loading.load_tokenizer(find_model(policy_run, "sft").path)
+    assert template_of(policy_run, tokenizer).kind == "question_answer"
+    chats = with_keys(policy_run, template={"kind": "chat"})
+    assert template_of(chats, tokenizer).kind == "chat"
+
+
+def test_a_chat_remembers_until_it_starts_anew(
+    policy_run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    real = chat.prompt_ids
+
+    def spy(config: Config, tokenizer: Any, said: list[Any]) -> list[int]:
+        asked.append([message["content"] for message in said])
+        return real(config, tokenizer, said)
+
+    monkeypatch.setattr(chat, "prompt_ids", spy)
+    written: list[str] = []
+    roomy = with_keys(policy_run, model={"max_length": 400})
+    lines = ["red?\n", "", "blue?\n", "/new", "green?", "/quit", "never"]
+    chat.run(roomy, lines, written.append, model="ppo", max_tokens=4)
+    answers = "".join(written[1:]).splitlines()
+    assert [said[0] for said in asked] == ["red?", "red?", "green?"]
+    assert len(asked[1]) == 3
+    assert asked[1][1] in "\n".join(answers)
+    assert "/quit" in written[0]
+
+
+def test_a_chat_leaves_out_its_oldest_turns(policy_run: Config) -> None:
+    tight = with_keys(policy_run, model={"max_length": 60})
+    written: list[str] = []
+    chat.run(tight, ["red?"] * 5, written.append, model="sft", max_tokens=4)
+    with pytest.raises(DataError, match=r"model.max_length 60 leaves 56"):
+        chat.run(tight, ["word " * 60], written.append, model="sft", max_tokens=4)
+
+
+def test_serve_names_base_and_adapters(policy_run: Config) -> None:
+    run = Path(policy_run.run.dir).resolve()
+    arguments = serve.command(policy_run, further=["--port=8001"])
+    assert arguments[:5] == ["vllm", "serve", str(run / "sft/model"), "--served-model-name", "sft"]
+    assert "--dtype float32 --max-model-len 64 --enable-lora --max-lora-rank 8" in " ".join(
+        arguments
+    )
+    policy = Path(policy_run.run.dir) / "checkpoints" / "latest" / "policy"
+    assert f"ppo={policy}" in arguments
+    assert arguments[-1] == "--port=8001"
+    with pytest.raises(ConfigError, match=r"these lie on 2: .*serve them apart"):
+        serve.command(policy_run, [str(run / "pretrain" / "model"), "ppo"])
+    scaled = with_keys(policy_run, model={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    overrides = serve.command(scaled, ["sft"])
+    rope = json.loads(overrides[overrides.index("--hf-overrides") + 1])["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 2.0)
+
+
+def test_ranks_are_rounded_up_to_what_vllm_takes() -> None:
+    assert [adapters.servable_rank(rank) for rank in (1, 2, 8, 9, 300, 512)] == [
+        1,
+        8,
+        8,
+        16,
+        320,
+        512,
+    ]
+    with pytest.raises(ConfigError, match="rank 512 at most, got 513"):
+        adapters.servable_rank(513)
+
+
+def test_commands_print_what_they_did(policy_run: Config, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump(policy_run))
+    call = CliRunner().invoke
+    result = call(cli.app, ["export", str(path), "--kind", "merged", "--out", str(tmp_path / "e")])
+    assert result.exit_code == 0, result.output
+    assert "of the weights that it changes kept a change in float32" in result.output
+    result = call(cli.app, ["serve", str(path), "--print-only"])
+    assert result.output.startswith("vllm serve ")
+    result = call(
+        cli.app,
+        ["generate", str(path), "--prompt", "red?", "--max-tokens", "2", "--json"],
+    )
+    assert set(json.loads(result.stdout)[0]["samples"]) == {"sft", "ppo"}
+    result = call(cli.app, ["chat", str(path), "--max-tokens", "2"], input="red?\n/quit\n")
+    assert result.exit_code == 0, result.output
