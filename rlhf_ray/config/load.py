@@ -155,8 +155,9 @@ def _describe(detail: Any) -> str:
     key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
     hints = foreign_keys.hints(key, value, set(keys()))
     if detail["type"] == "extra_forbidden":
-        shown = "" if hints and isinstance(value, Mapping) else f" (value {value!r})"
-        return f"{key}: unknown key{shown}. " + ("\n    ".join(hints) or _nearest(key))
+        if hints:  # without the value: of a tracker's it may be a secret
+            return f"{key}: unknown key. " + "\n    ".join(hints)
+        return f"{key}: unknown key (value {value!r}). {_nearest(key)}"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}" if key else message

@@ -44,6 +44,11 @@ class TrackedRun(Protocol):
         """What `connect` needs to go on with this run later."""
         ...
 
+    @property
+    def where(self) -> str:
+        """Where a person finds the run."""
+        ...
+
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record ``metrics`` at ``step`` of the axis, such as ``sft/step``."""
         ...
@@ -89,6 +94,11 @@ class WandbRun:
         """wandb's id; the run's page ends in it."""
         return self._run.id
 
+    @property
+    def where(self) -> str:
+        """Its page; offline, the command that makes one of it."""
+        return self._run.url or f"offline; wandb sync {self._run.settings.sync_dir}"
+
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics; wandb's own step only counts the calls."""
         for name in metrics.keys() - self._drawn:
@@ -112,6 +122,7 @@ class TrackioRun:
 
     def __init__(self, settings: TrackioConfig, info: RunInfo, run_id: str | None) -> None:
         self._trackio = importlib.import_module("trackio")
+        self._settings = settings
         self._name = run_id or f"{info.name}-{secrets.token_hex(4)}"
         with _quietly():
             self._run = self._trackio.init(
@@ -130,6 +141,16 @@ class TrackioRun:
     def run_id(self) -> str:
         """The run's name in its project."""
         return self._name
+
+    @property
+    def where(self) -> str:
+        """Its Space; without one, the command that shows the project."""
+        space, project = self._settings.space_id, self._settings.project
+        return (
+            f"https://huggingface.co/spaces/{space}"
+            if space
+            else f"trackio show --project {project}"
+        )
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at their own step: Trackio keeps one for each metric."""
@@ -178,6 +199,11 @@ class MlflowRun:
     def run_id(self) -> str:
         """The id that the server gave."""
         return self._run_id
+
+    @property
+    def where(self) -> str:
+        """Its store and its id there."""
+        return f"{self._client.tracking_uri}, run {self._run_id}"
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at their own step: MLflow keeps one for each metric."""

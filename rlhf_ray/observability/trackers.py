@@ -35,6 +35,7 @@ class Tracker:
         try:
             self._run = connect(info, memory.run_id(name))
             memory.begin(name, self._run.run_id)
+            Progress().say(f"{name}: {self._run.where}")
         except Exception as error:
             self._give_up(error)
 

@@ -19,7 +19,7 @@ from rlhf_ray.stages import pipeline
 class Told:
     """A tracker that remembers, over several processes."""
 
-    run_id = "one"
+    run_id, where = "one", "here"
 
     def __init__(self) -> None:
         self.metrics: list[tuple[str, int, Mapping[str, float]]] = []

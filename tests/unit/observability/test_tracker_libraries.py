@@ -112,6 +112,8 @@ def test_mlflow_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 class FakeMlflow(ModuleType):
     """The client's calls, noted."""
 
+    tracking_uri = "sqlite:///m.db"
+
     def __init__(self) -> None:
         super().__init__("mlflow")
         self.__spec__ = ModuleSpec("mlflow", None)
@@ -144,7 +146,9 @@ class FakeMlflow(ModuleType):
         return [arguments for name, arguments in self.calls if name == kind]
 
 
-def test_what_mlflow_is_called_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_mlflow_is_called_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake = FakeMlflow()
     entities = ModuleType("mlflow.entities")
     entities.Param = lambda key, value: (key, value)  # type: ignore[attr-defined]
@@ -156,6 +160,7 @@ def test_what_mlflow_is_called_with(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert follow(tmp_path, "mlflow", "{}") == "r1"
     assert fake.of("create") == [("7", "mine")]
     assert fake.of("update") == [("r1", "RUNNING")]
+    assert "mlflow: sqlite:///m.db, run r1\n" in capsys.readouterr().out
     params = dict(param for _, *params in fake.of("params") for param in params)
     assert params["ppo.gamma"] == "1.0"
     assert params["run.name"] == "mine"

@@ -33,6 +33,7 @@ class FakeWandb(ModuleType):
         self.calls.append(("init", arguments))
         return SimpleNamespace(
             id=arguments["id"],
+            url="https://wandb/p/1",
             define_metric=lambda name, step_metric: self.calls.append(("axis", name, step_metric)),
             log=self._log,
             finish=lambda exit_code: self.calls.append(("finish", exit_code)),
@@ -67,9 +68,10 @@ def log(sinks: list[Sink], *steps: int) -> None:
 
 
 def test_names_and_axes_tell_the_stages_apart(
-    wandb: FakeWandb, config: Config, tmp_path: Path
+    wandb: FakeWandb, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tracking(config, tmp_path):
+        assert capsys.readouterr().out == "wandb: https://wandb/p/1\n"
         log(current().sinks("sft", "step", []), 5, 10)
         (sink,) = current().sinks("ppo", "iteration", [])
         sink.log(1, {"objective/kl": 0.5})
