@@ -1,5 +1,6 @@
 """The critic's learner: values of states, clipped value update."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from actors.learner import Learner, Sums
+from rlhf_ray.algorithms.assembly import Assembled
 from rlhf_ray.algorithms.experience import Experience, response_logits
 from rlhf_ray.algorithms.losses import value_loss
 from rlhf_ray.models.adapters import adapter_state, attach, peft_config, tensors_to_bytes
@@ -43,10 +45,14 @@ class CriticLearner(Learner):
         return self._engine.model(sequences_BS, attention_BS)
 
     def values(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
-        """[T] fp32 values of the states in which each response's tokens were chosen."""
+        """[T] fp32 values of the states in which each response's tokens were chosen.
+
+        With ``ppo.score_position: first_pad`` one more, of the state behind the last token.
+        """
         values = response_values(
             self._forward,
             rollouts,
+            one_behind=self._config.ppo.score_position == "first_pad",
             max_tokens=self._config.ppo.max_tokens_per_micro_batch,
             device=self._engine.device,
         )
@@ -63,6 +69,9 @@ class CriticLearner(Learner):
         error = float((returns - values).var(unbiased=False))
         self._explained_variance = 1 - error / variance if variance > 0 else float("nan")
         return stats
+
+    def _learnt_from(self, whole: Assembled) -> Experience:
+        return dataclasses.replace(whole.experience, mask_BT=whole.value_mask_BT)
 
     def _whiten(self, mean: float, std: float) -> None:
         """The critic learns returns, which are not whitened."""

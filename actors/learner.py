@@ -5,15 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.advantages import gae
+from rlhf_ray.algorithms.assembly import Assembled, Assembler, Collected
 from rlhf_ray.algorithms.batching import micro_batches
-from rlhf_ray.algorithms.experience import Experience, pad
+from rlhf_ray.algorithms.estimators import resolve
+from rlhf_ray.algorithms.experience import Experience
 from rlhf_ray.algorithms.kl import kl_estimate
-from rlhf_ray.algorithms.rewards import token_rewards
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import TrainingEngine
@@ -23,18 +22,18 @@ from rlhf_ray.types import AssembledStats, Rollout, StepReport
 
 LEARNER_STATE = "learner.safetensors"
 Sums = dict[str, float]
+EngineKind = Literal["deepspeed", "torch"]
 
 
 class Learner(ABC):
     """One rank of a learner group. ``start`` comes first, on all ranks at once."""
 
-    def __init__(
-        self, name: str, config: Config, model_path: str, engine: Literal["deepspeed", "torch"]
-    ) -> None:
+    def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         self._name = name
         self._config = config
         self._model_path = model_path
         self._engine_kind = engine
+        self._assembler = assembler(config)
         self._engine: TrainingEngine
 
     def __repr__(self) -> str:
@@ -97,31 +96,44 @@ class Learner(ABC):
             kl_coef: weight of the KL penalty in the token rewards.
             scores: per shard, the score of each rollout.
             parts: per shard its rollouts; then, in the same order, per shard the old log-probs;
-                then the reference's; then the values.
+                then the reference's; then the values, None without a critic.
 
         Returns:
             Sums over this rank's rows.
         """
         count = len(scores)
-        columns = [_in_order(parts[start : start + count]) for start in range(0, 4 * count, count)]
-        rollouts, old, ref, values = columns
-        flat_scores = [score for shard in scores for score in shard]
-        order = sorted(range(len(rollouts)), key=lambda row: rollouts[row].position)
+        unordered: list[Rollout] = _flat(parts[:count])
+        order = sorted(range(len(unordered)), key=lambda row: unordered[row].position)
+
+        def in_order(shards: Sequence[Sequence[Any]]) -> list[Any]:
+            rows = _flat(shards)
+            return [rows[row] for row in order]
+
+        rollouts: list[Rollout] = in_order(parts[:count])
+        has_critic = self._assembler.estimator.needs_critic
+        batch = Collected(
+            sequences=[sequence_of(rollout) for rollout in rollouts],
+            prompt_lengths=[len(rollout.prompt.token_ids) for rollout in rollouts],
+            responses=[rollout.response_ids for rollout in rollouts],
+            rollout_logprobs=[rollout.rollout_logprobs for rollout in rollouts],
+            old_logprobs=in_order(parts[count : 2 * count]),
+            ref_logprobs=in_order(parts[2 * count : 3 * count]),
+            values=in_order(parts[3 * count :]) if has_critic else None,
+            scores_B=torch.tensor(in_order(scores)),
+        )
+        whole = self._assembler(batch, kl_coef)
+        experience = self._learnt_from(whole)
         self._plan_mini_batches(
-            [len(sequence_of(rollouts[row])) for row in order],
-            [len(rollouts[row].response_ids) for row in order],
+            experience.attention_BS.sum(1).tolist(), experience.mask_BT.sum(1).tolist()
         )
-        mine = [order[row] for mini_batch in self._my_rows for row in mini_batch]
-        self._experience, rewards_BT = _experience(
-            [rollouts[row] for row in mine],
-            [old[row] for row in mine],
-            [ref[row] for row in mine],
-            [values[row] for row in mine],
-            torch.tensor([flat_scores[row] for row in mine]),
-            kl_coef,
-            self._config,
-        )
-        return _stats(self._experience, rewards_BT)
+        mine = torch.tensor([row for mini_batch in self._my_rows for row in mini_batch])
+        self._experience = experience.rows(mine)
+        self._kl_coef = kl_coef
+        return _stats(self._experience, whole.rewards_BT[mine])
+
+    @abstractmethod
+    def _learnt_from(self, whole: Assembled) -> Experience:
+        """The batch with the mask over what this learner learns."""
 
     def _plan_mini_batches(self, lengths: list[int], response_lengths: list[int]) -> None:
         """Which rows of each mini-batch are this rank's, and how they are cut.
@@ -212,46 +224,33 @@ class Learner(ABC):
         self._engine.import_state(tensors_from_bytes(files[LEARNER_STATE]))
 
 
+def assembler(config: Config) -> Assembler:
+    """How this run makes advantages.
+
+    Raises:
+        ConfigError: a function named in ppo.advantage cannot be had or used.
+    """
+    ppo = config.ppo
+    return Assembler(
+        estimator=resolve(ppo.advantage),
+        gamma=ppo.gamma,
+        lam=ppo.gae_lambda,
+        group_size=ppo.samples_per_prompt,
+        kl_kind=ppo.kl_estimator,
+        kl_in=ppo.kl_in,
+        position=ppo.score_position,
+        max_tokens=config.rollout.max_tokens,
+    )
+
+
 def to_device(batch: Experience, device: torch.device) -> Experience:
     """The batch on a device."""
     fields = {name: getattr(batch, name).to(device) for name in batch.__dataclass_fields__}
     return Experience(**fields)
 
 
-def _in_order(shards: Sequence[Sequence[Any]]) -> list[Any]:
+def _flat(shards: Sequence[Sequence[Any]]) -> list[Any]:
     return [row for shard in shards for row in shard]
-
-
-def _experience(
-    rollouts: Sequence[Rollout],
-    old: Sequence[np.ndarray],
-    ref: Sequence[np.ndarray],
-    values: Sequence[np.ndarray],
-    scores_B: Tensor,
-    kl_coef: float,
-    config: Config,
-) -> tuple[Experience, Tensor]:
-    sequences_BS, attention_BS = pad([sequence_of(rollout) for rollout in rollouts])
-    responses_BT, mask_BT = pad([rollout.response_ids for rollout in rollouts])
-    old_BT, ref_BT, values_BT = (pad(rows)[0] for rows in (old, ref, values))
-    rewards_BT = token_rewards(scores_B, kl_estimate(old_BT, ref_BT, "k1"), mask_BT, kl_coef)
-    advantages_BT, returns_BT = gae(
-        rewards_BT, values_BT, mask_BT, config.ppo.gamma, config.ppo.gae_lambda
-    )
-    experience = Experience(
-        sequences_BS=sequences_BS,
-        attention_BS=attention_BS,
-        prompt_lengths_B=torch.tensor([len(rollout.prompt.token_ids) for rollout in rollouts]),
-        responses_BT=responses_BT,
-        mask_BT=mask_BT,
-        rollout_logprobs_BT=pad([rollout.rollout_logprobs for rollout in rollouts])[0],
-        old_logprobs_BT=old_BT,
-        ref_logprobs_BT=ref_BT,
-        values_BT=values_BT,
-        advantages_BT=advantages_BT,
-        returns_BT=returns_BT,
-    )
-    return experience, rewards_BT
 
 
 def _stats(batch: Experience, rewards_BT: Tensor) -> AssembledStats:
@@ -264,6 +263,6 @@ def _stats(batch: Experience, rewards_BT: Tensor) -> AssembledStats:
         advantage_total=moments.total,
         advantage_total_sq=moments.total_sq,
         kl_total=float(kl.sum()),
-        reward_total=float(rewards_BT[mask_BT].double().sum()),
+        reward_total=float(rewards_BT.double().sum()),
         surprise_total=float(-batch.old_logprobs_BT[mask_BT].double().sum()),
     )

@@ -10,11 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.learner import Learner, Sums
+from actors.learner import EngineKind, Learner, Sums
+from rlhf_ray.algorithms.assembly import Assembled
+from rlhf_ray.algorithms.correction import truncated_importance_weights
 from rlhf_ray.algorithms.experience import Experience, response_logits
+from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.logprobs import entropy, token_logprobs
-from rlhf_ray.algorithms.losses import policy_loss
+from rlhf_ray.algorithms.losses import resolve_policy_loss
+from rlhf_ray.algorithms.masking import masked_sum
 from rlhf_ray.algorithms.whitening import masked_mean, whiten
+from rlhf_ray.config import Config
 from rlhf_ray.models.adapters import (
     TensorDict,
     adapter_state,
@@ -38,6 +43,10 @@ PROBE_SCALES = [1e-3 * 1.5**step for step in range(18)]
 
 class PolicyLearner(Learner):
     """Trains the adapter; dropout off, temperature applied as the engine applies it."""
+
+    def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
+        super().__init__(name, config, model_path, engine)
+        self._policy_loss = resolve_policy_loss(config.ppo.policy_loss)
 
     def _build_model(self) -> Any:
         config = self._config
@@ -77,29 +86,49 @@ class PolicyLearner(Learner):
         advantages_BT = whiten(batch.advantages_BT, batch.mask_BT, mean, std)
         self._experience = dataclasses.replace(batch, advantages_BT=advantages_BT)
 
+    def _learnt_from(self, whole: Assembled) -> Experience:
+        return whole.experience
+
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        temperature, clip = self._config.rollout.temperature, self._config.ppo.clip_range
+        ppo, temperature = self._config.ppo, self._config.rollout.temperature
         logits_BSV = causal_lm_logits(self._engine.model)(batch.sequences_BS, batch.attention_BS)
         logits_BTV = response_logits(logits_BSV, batch.prompt_lengths_B, batch.mask_BT.shape[1])
-        loss, stats = policy_loss(
-            token_logprobs(logits_BTV, batch.responses_BT, temperature),
+        logprobs_BT = token_logprobs(logits_BTV, batch.responses_BT, temperature)
+        entropy_BT = entropy(logits_BTV, temperature)
+        loss, stats = self._policy_loss(
+            logprobs_BT,
             batch.old_logprobs_BT,
             batch.advantages_BT,
             batch.mask_BT,
-            clip,
-            clip,
+            clip_low=ppo.clip_range,
+            clip_high=ppo.clip_range_high or ppo.clip_range,
+            dual_clip=ppo.dual_clip,
+            weights=self._importance_weights(batch),
             num_tokens=num_tokens,
         )
-        with torch.no_grad():
-            entropy_mean = masked_mean(entropy(logits_BTV, temperature), batch.mask_BT)
-        return loss, {
+        means = {
             "loss/policy_avg": loss.detach() * num_tokens / max(batch.num_tokens, 1),
             "policy/approxkl_avg": stats["approxkl"],
             "policy/clipfrac_avg": stats["clipfrac"],
-            "policy/entropy_avg": entropy_mean,
+            "policy/entropy_avg": masked_mean(entropy_BT.detach(), batch.mask_BT),
             "val/ratio": stats["ratio"],
             "=val/ratio_max": stats["ratio_max"],
         }
+        if ppo.entropy_coef:
+            loss = loss - ppo.entropy_coef * masked_sum(entropy_BT, batch.mask_BT) / num_tokens
+        if ppo.kl_in == "loss":
+            kl_BT = kl_estimate(logprobs_BT, batch.ref_logprobs_BT, ppo.kl_estimator)
+            loss = loss + self._kl_coef * masked_sum(kl_BT, batch.mask_BT) / num_tokens
+            means["loss/kl_avg"] = masked_mean(kl_BT.detach(), batch.mask_BT)
+        return loss, means
+
+    def _importance_weights(self, batch: Experience) -> Tensor | None:
+        cap = self._config.ppo.importance_cap
+        if cap is None:
+            return None
+        return truncated_importance_weights(
+            batch.old_logprobs_BT, batch.rollout_logprobs_BT, batch.mask_BT, cap
+        )
 
     def _report(self, sums: Sums) -> dict[str, float]:
         return {"policy/grad_norm": sums["grad_norm"], "val/ratio_max": sums["=val/ratio_max"]}

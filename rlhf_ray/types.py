@@ -227,9 +227,7 @@ class Commit:
 
     version: int
     """Adapter version."""
-    policy: Handle
-    """Mapping of file name -> bytes: adapter, config, optimizer state."""
-    critic: Handle
-    """The same of the critic."""
+    groups: Mapping[str, Handle]
+    """Learner group -> mapping of file name -> bytes: adapter, config, optimizer state."""
     progress: Mapping[str, Any]
     """Plain values: iteration, data cursor, KL coefficient, counts."""

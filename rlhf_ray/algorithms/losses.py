@@ -6,6 +6,7 @@ by its number of real tokens. The losses divide by `num_tokens` instead, so that
 one mini-batch simply add up, whatever the length of their responses.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from rlhf_ray.algorithms.masking import count, masked_sum, require_same_shape, zero_padding
 from rlhf_ray.algorithms.whitening import masked_mean
+from rlhf_ray.plugins import load_function
 
 Stats = dict[str, Tensor]
 
@@ -91,6 +93,15 @@ def policy_loss(
             "ratio_max": zero_padding(ratio, mask).max(),
         }
     return loss, stats
+
+
+def resolve_policy_loss(name: str) -> Callable[..., tuple[Tensor, Stats]]:
+    """The loss that ``ppo.policy_loss`` names: `policy_loss`, or a function called just like it.
+
+    Raises:
+        ConfigError: a function of the user's that cannot be had.
+    """
+    return policy_loss if name == "clip" else load_function(name, "ppo.policy_loss")
 
 
 def value_loss(

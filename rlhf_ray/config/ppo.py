@@ -1,8 +1,9 @@
 """PPO: the algorithm, its roles, the rollouts."""
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.model import Dtype, LoraConfig
 from rlhf_ray.config.section import Section, changeable, refuse_owned
@@ -113,8 +114,38 @@ class PpoConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient norm is clipped here.")
     gamma: float = Field(default=1.0, ge=0, le=1, description="Discount.")
     gae_lambda: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda.")
-    advantage: Literal["gae"] = Field(default="gae", description="Advantage estimator.")
-    clip_range: float = Field(default=0.2, gt=0, description="Policy ratio clip.")
+    advantage: str = Field(
+        default="gae",
+        description="Advantage estimator: gae (the only one with a critic), reinforce (less the "
+        "mean of the batch), rloo, grpo (against the other responses to the prompt), or "
+        "module:name of a function of yours.",
+    )
+    whiten_advantages: bool | None = Field(
+        default=None,
+        description="Bring advantages to mean 0 and deviation 1 over the batch; none: all but "
+        "rloo's and grpo's.",
+    )
+    policy_loss: str = Field(
+        default="clip", description="clip, or module:name of a function like losses.policy_loss."
+    )
+    clip_range: float = Field(
+        default=0.2, gt=0, description="Policy ratio clip; only downwards with clip_range_high."
+    )
+    clip_range_high: float | None = Field(
+        default=None, gt=0, description="Ratio clip upwards; none: clip_range."
+    )
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="Bound on the ratio of bad tokens; none: unbounded."
+    )
+    importance_cap: float | None = Field(
+        default=None,
+        gt=0,
+        description="Weight tokens by learner's over engine's probability, at most this; none: "
+        "unweighted.",
+    )
+    entropy_coef: float = Field(
+        default=0.0, ge=0, description="Weight of the entropy bonus, per nat."
+    )
     value_clip_range: float = Field(default=0.2, gt=0, description="Value clip.")
     kl_coef: float = Field(
         default=0.2, ge=0, description="Weight of the KL penalty (its start, if adaptive)."
@@ -122,10 +153,29 @@ class PpoConfig(Section):
     kl_target: float | None = Field(
         default=6.0,
         gt=0,
-        description="Target of the adaptive controller, nats a response; none: fixed.",
+        description="Target of the adaptive controller, nats a response; none: kl_coef stays "
+        "fixed, or follows kl_target_per_token.",
+    )
+    kl_target_per_token: float | None = Field(
+        default=None, gt=0, description="The same in nats a token, with kl_target none."
     )
     kl_horizon: int = Field(
         default=10_000, ge=1, description="Horizon of the adaptive controller, samples."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1",
+        description="Estimate of the KL that is penalised; what is logged, and steers kl_coef, is "
+        "k1.",
+    )
+    kl_in: Literal["reward", "loss"] = Field(
+        default="reward",
+        description="reward: subtracted from each token's reward; loss: added to the policy's "
+        "loss (k2 or k3: the gradient of k1 there is zero on average).",
+    )
+    score_position: Literal["last_token", "first_pad"] = Field(
+        default="last_token",
+        description="Token that gets the score; first_pad: the one after the last, if there is "
+        "room below rollout.max_tokens.",
     )
     max_staleness: int = Field(
         default=0, ge=0, le=0, description="Versions a rollout may lag; 0: on-policy."
@@ -134,6 +184,43 @@ class PpoConfig(Section):
     eval_every: int = changeable(20, ge=1, description="Iterations between held-out evaluations.")
     eval_prompts: int = changeable(64, ge=8, description="Held-out prompts of an evaluation.")
     keep_checkpoints: int = changeable(3, ge=1, description="Commits kept besides the best one.")
+
+    @field_validator("advantage")
+    @classmethod
+    def _known_estimator(cls, name: str) -> str:
+        return _require_known("an estimator", name, ("gae", "reinforce", "rloo", "grpo"))
+
+    @field_validator("policy_loss")
+    @classmethod
+    def _known_loss(cls, name: str) -> str:
+        return _require_known("a loss", name, ("clip",))
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "PpoConfig":
+        if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"ppo.advantage {self.advantage} compares responses to one prompt: set "
+                f"ppo.samples_per_prompt to at least 2, got {self.samples_per_prompt}"
+            )
+        if self.kl_target is not None and self.kl_target_per_token is not None:
+            raise ValueError(
+                f"ppo.kl_target {self.kl_target:g} and ppo.kl_target_per_token "
+                f"{self.kl_target_per_token:g} both steer ppo.kl_coef; set one of them to null"
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "ppo.kl_in loss with ppo.kl_estimator k1 penalises nothing: the gradient of k1 is "
+                "zero on average; set ppo.kl_estimator to k2 or k3"
+            )
+        return self
+
+
+def _require_known(what: str, name: str, known: tuple[str, ...]) -> str:
+    if name not in known and not re.fullmatch(r".+:\w+", name):
+        raise ValueError(
+            f"{name!r} is not {what}: it must be {', '.join(known)} or module:name of a function"
+        )
+    return name
 
 
 class RolloutConfig(Section):

@@ -29,7 +29,7 @@ class SavedCommit:
     policy: dict[str, bytes]
     """Files of the policy's folder."""
     critic: dict[str, bytes]
-    """Files of the critic's folder."""
+    """Files of the critic's folder; none where the run has no critic."""
     progress: dict[str, Any]
     """Iteration, cursor, coefficient, counts."""
 

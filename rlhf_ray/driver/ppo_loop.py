@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.algorithms.kl_controller import AdaptiveKL, FixedKL, KLController
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
@@ -42,9 +43,15 @@ class Roles:
     scorer: RewardScorer
     reference: Reference
     policy: Policy
-    critic: Critic
+    critic: Critic | None
+    """None where the advantages need no values."""
     fetch: Callable[[Handle], Awaitable[Any]]
     """Brings data to the driver: commits to be written, sample texts to be shown."""
+
+    @property
+    def learners(self) -> dict[str, Policy | Critic]:
+        """The groups that learn, by the names under which they are committed; policy first."""
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ class PpoLoop:
             config.engine_is_exact, config.rollout.max_gap or state.gap_bound
         )
         self._kl = _kl_controller(config)
+        self._whitens = _whitens(config)
         if state.iteration:
             self._kl.load_state_dict({"coef": state.kl_coef})
 
@@ -154,28 +162,29 @@ class PpoLoop:
             roles.scorer.score(shard),
             roles.reference.logprobs(shard),
             roles.policy.logprobs(shard),
-            roles.critic.values(shard),
+            self._values(shard),
         )
         return ScoredShard(shard, raw_scores, old_logprobs, ref_logprobs, values, gap)
 
+    async def _values(self, shard: Shard) -> Handle:
+        return await self._roles.critic.values(shard) if self._roles.critic else None
+
     async def _learn(
         self, batch: Sequence[ScoredShard], iteration: int
-    ) -> tuple[AssembledStats, list[StepReport]]:
+    ) -> tuple[AssembledStats, Sequence[StepReport]]:
         """Assemble, whiten over the whole batch, learn; policy and critic at the same time."""
-        policy, critic = self._roles.policy, self._roles.critic
+        learners = self._roles.learners.values()
         with self._recorder.phase("learn", iteration):
-            stats, _ = await asyncio.gather(
-                policy.assemble(batch, self._kl.coef), critic.assemble(batch, self._kl.coef)
+            stats, *_ = await asyncio.gather(
+                *(learner.assemble(batch, self._kl.coef) for learner in learners)
             )
             moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
-            reports = await asyncio.gather(
-                policy.learn(moments.mean, moments.std()),
-                critic.learn(moments.mean, moments.std()),
-            )
+            mean, std = (moments.mean, moments.std()) if self._whitens else (0.0, 1.0)
+            reports = await asyncio.gather(*(learner.learn(mean, std) for learner in learners))
         for report in reports:
             refuse_non_finite(report.metrics, iteration)
             _require_all_learnt(report, _num_rollouts(batch))
-        return stats, list(reports)
+        return stats, reports
 
     async def _commit(
         self,
@@ -186,7 +195,9 @@ class PpoLoop:
     ) -> None:
         """Make the iteration's outcome the state that everything starts from."""
         self._kl_coef_used = self._kl.coef
-        self._kl.update(stats.kl_total / stats.num_samples, stats.num_samples)
+        per_token = self._config.ppo.kl_target_per_token is not None
+        num_kls = stats.num_tokens if per_token else stats.num_samples
+        self._kl.update(stats.kl_total / num_kls, stats.num_samples)
         state = self._state
         self._state = replace(
             state,
@@ -200,10 +211,10 @@ class PpoLoop:
             reward_moments=self._reward_moments,
         )
         with self._recorder.phase("commit", iteration):
-            policy, critic = await asyncio.gather(
-                self._roles.policy.state(), self._roles.critic.state()
-            )
-            self._last_commit = Commit(self._state.version, policy, critic, asdict(self._state))
+            learners = self._roles.learners
+            states = await asyncio.gather(*(learner.state() for learner in learners.values()))
+            groups = dict(zip(learners, states, strict=True))
+            self._last_commit = Commit(self._state.version, groups, asdict(self._state))
 
     async def _save(self) -> None:
         """Write the last commit to the run's folder, as the last act of its iteration.
@@ -214,8 +225,7 @@ class PpoLoop:
         commit = self._last_commit
         with self._recorder.phase("save", self._state.iteration):
             groups: Mapping[str, Mapping[str, bytes]] = {
-                "policy": await self._roles.fetch(commit.policy),
-                "critic": await self._roles.fetch(commit.critic),
+                name: await self._roles.fetch(state) for name, state in commit.groups.items()
             }
             self._checkpoints.save(commit.version, groups, commit.progress)
 
@@ -271,9 +281,15 @@ class PpoLoop:
 
 def _kl_controller(config: Config) -> KLController:
     ppo = config.ppo
-    if ppo.kl_target is None or ppo.kl_coef == 0:
+    target = ppo.kl_target or ppo.kl_target_per_token
+    if target is None or ppo.kl_coef == 0:
         return FixedKL(ppo.kl_coef)
-    return AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+    return AdaptiveKL(ppo.kl_coef, target, ppo.kl_horizon)
+
+
+def _whitens(config: Config) -> bool:
+    chosen = config.ppo.whiten_advantages
+    return resolve(config.ppo.advantage).whitened if chosen is None else chosen
 
 
 def _num_rollouts(batch: Sequence[ScoredShard]) -> int:

@@ -60,14 +60,23 @@ def response_logprobs(
 
 
 def response_values(
-    forward: Forward, rollouts: Sequence[Rollout], *, max_tokens: int, device: torch.device
+    forward: Forward,
+    rollouts: Sequence[Rollout],
+    *,
+    one_behind: bool = False,
+    max_tokens: int,
+    device: torch.device,
 ) -> list[np.ndarray]:
-    """Values of the states in which the response tokens are chosen, a [T] fp32 array a rollout."""
+    """Values of the states in which the response tokens are chosen, a [T] fp32 array a rollout.
+
+    ``one_behind``: [T + 1], with the value of the state behind the last token.
+    """
 
     def values(sequences_BS: Tensor, attention_BS: Tensor, prompts_B: Tensor, tokens_BT: Tensor):
-        return response_logits(forward(sequences_BS, attention_BS), prompts_B, tokens_BT.shape[1])
+        num_values = tokens_BT.shape[1] + one_behind
+        return response_logits(forward(sequences_BS, attention_BS), prompts_B, num_values)
 
-    return _by_response(values, rollouts, max_tokens, device)
+    return _by_response(values, rollouts, max_tokens, device, one_behind)
 
 
 @torch.no_grad()
@@ -76,6 +85,7 @@ def _by_response(
     rollouts: Sequence[Rollout],
     max_tokens: int,
     device: torch.device,
+    num_further: int = 0,
 ) -> list[np.ndarray]:
     sequences = [sequence_of(rollout) for rollout in rollouts]
     results: dict[int, np.ndarray] = {}
@@ -90,5 +100,5 @@ def _by_response(
             tokens_BT.to(device),
         )
         for row, values in zip(rows, result_BT.float().cpu().numpy(), strict=True):
-            results[row] = values[: len(rollouts[row].response_ids)].copy()
+            results[row] = values[: len(rollouts[row].response_ids) + num_further].copy()
     return [results[row] for row in range(len(rollouts))]

@@ -90,6 +90,12 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "Entropy of the policy's full next-token distribution; near 0 it has stopped exploring.",
     ),
     ("loss/policy_avg", "1", _BATCHES, "Clipped policy loss."),
+    (
+        "loss/kl_avg",
+        "nats",
+        _BATCHES,
+        "KL to the reference a token, as ppo.kl_estimator has it, where ppo.kl_in is loss.",
+    ),
     ("loss/value_avg", "1", _BATCHES, "Clipped value loss: half the mean squared error."),
     (
         "val/clipfrac_avg",

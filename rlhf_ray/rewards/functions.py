@@ -1,18 +1,13 @@
 """Python functions of the user's own, with the signatures of three systems."""
 
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
 from rlhf_ray.config.rewards import FunctionSourceConfig
-from rlhf_ray.errors import ConfigError, DataError, RlhfError
+from rlhf_ray.errors import DataError, RlhfError
+from rlhf_ray.plugins import load_function
 from rlhf_ray.rewards.source import Blocking, messages_of
 from rlhf_ray.rewards.together import together
 from rlhf_ray.types import Rollout
@@ -30,7 +25,7 @@ class FunctionSource:
             ConfigError: there is no such function.
         """
         self._config = config
-        self._function = load_function(config.function)
+        self._function = load_function(config.function, "rewards")
         self._blocking = Blocking()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
@@ -161,43 +156,3 @@ def _as_score(value: Any, who: str) -> float | None:
 
 def _verl_score(answer: Any) -> Any:
     return answer.get("score") if isinstance(answer, dict) else answer
-
-
-def load_function(spec: str) -> Callable[..., Any]:
-    """The function that ``module:name`` or ``path/to/file.py:name`` names.
-
-    Raises:
-        ConfigError: no such module, file or function, or the module raises when it is imported.
-    """
-    where, _, name = spec.rpartition(":")
-    try:
-        module = _load_file(Path(where)) if where.endswith(".py") else _import(where)
-    except Exception as error:  # the user's module may raise anything
-        raise ConfigError(
-            f"rewards: {spec} cannot be loaded ({type(error).__name__}: {error}); name a module "
-            "that can be imported here, or a file by path/to/file.py:name"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ConfigError(
-            f"rewards: {spec}: {where} has no function {name}; it has "
-            f"{', '.join(functions) or 'none'}"
-        )
-    return function
-
-
-def _import(name: str) -> ModuleType:
-    """Also from the working directory, as Python itself does for a script there."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
-
-
-def _load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

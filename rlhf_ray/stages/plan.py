@@ -1,5 +1,6 @@
 """The command plan in its first form: what a config resolves to, and what would run where."""
 
+from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.config import Config, dump
 from rlhf_ray.stages.run_folder import RunFolder
 
@@ -11,8 +12,11 @@ def describe(config: Config) -> str:
         ("reward", config.reward.num_workers, "frozen reward model"),
         ("reference", config.reference.num_workers, "frozen SFT model"),
         ("policy", config.policy.num_ranks, f"DeepSpeed, ZeRO {config.policy.zero_stage}"),
-        ("critic", config.critic.num_ranks, f"DeepSpeed, ZeRO {config.critic.zero_stage}"),
     ]
+    if resolve(config.ppo.advantage).needs_critic:
+        roles.append(
+            ("critic", config.critic.num_ranks, f"DeepSpeed, ZeRO {config.critic.zero_stage}")
+        )
     if config.cluster.mode == "inline":
         roles = [(role, 1, "in this process") for role, _, _ in roles]
     rollouts = config.ppo.iterations * config.ppo.batch_size

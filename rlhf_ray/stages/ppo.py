@@ -141,7 +141,10 @@ def _load(
 
 async def _restore(roles: Roles, saved: SavedCommit | None) -> None:
     if saved is not None:
-        await asyncio.gather(roles.policy.load(saved.policy), roles.critic.load(saved.critic))
+        states = {"policy": saved.policy, "critic": saved.critic}
+        await asyncio.gather(
+            *(learner.load(states[name]) for name, learner in roles.learners.items())
+        )
 
 
 def _state_of(saved: SavedCommit | None) -> RunState:

@@ -13,6 +13,7 @@ from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
+from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.cluster.ray_session import runs_on_ray
 from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, spawn
 from rlhf_ray.cluster.role_clients import (
@@ -147,7 +148,7 @@ def spawn_scorers(
 async def ppo_roles(
     config: Config, policy_model: str, reward_model: str | None, on_call: OnCall
 ) -> AsyncIterator[Roles]:
-    """All five roles, ready to work; ended on the way out."""
+    """Every role that the config needs, ready to work; ended on the way out."""
     spawner = RoleSpawner(config, on_call)
     engine = spawner.learner_engine
     critic_model = config.critic.path or policy_model
@@ -159,17 +160,16 @@ async def ppo_roles(
     policy = spawner.spawn(
         PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
     )
-    critic = spawner.spawn(
-        CriticLearner, "critic", config.critic.num_ranks, config, critic_model, engine
-    )
+    num_critics = config.critic.num_ranks if resolve(config.ppo.advantage).needs_critic else 0
+    critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
     try:
-        await spawner.start_all([policy, critic])
+        await spawner.start_all([group for group in (policy, critic) if group])
         yield Roles(
             generators=generators,
             scorer=scorer,
             reference=ReferenceClient(references),
             policy=PolicyClient(policy, config.policy.zero_stage),
-            critic=CriticClient(critic, config.critic.zero_stage),
+            critic=CriticClient(critic, config.critic.zero_stage) if critic else None,
             fetch=spawner.fetch,
         )
     finally:

@@ -129,7 +129,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ppo.gamma=1.5", ["ppo.gamma", "less than or equal to 1", "got 1.5"]),
         ("ppo.learning_rate=abc", ["ppo.learning_rate", "valid number", "got 'abc'"]),
         ("ppo.learning_rate=.nan", ["ppo.learning_rate", "greater than 0", "got nan"]),
-        ("ppo.advantage=rloo", ["ppo.advantage", "'gae'", "got 'rloo'"]),
+        ("ppo.advantage=rloo", ["ppo.advantage rloo", "ppo.samples_per_prompt", "got 1"]),
         ("ppo.max_staleness=1", ["ppo.max_staleness", "less than or equal to 0"]),
         ("rollout.top_p=0.9", ["rollout.top_p", "greater than or equal to 1"]),
         ("rollout.engine=fake", ["rollout.engine", "'vllm' or 'transformers'", "got 'fake'"]),

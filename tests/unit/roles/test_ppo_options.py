@@ -1,0 +1,217 @@
+"""What the options of `ppo` change in the learners' experience, loss and steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.critic_learner import CriticLearner
+from actors.policy_learner import PolicyLearner
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.types import AssembledStats, Rollout
+
+SCORES = [0.5, -1.0, 2.0, 0.0, 1.5, -0.5, 0.25, 1.0]
+MakeLearner = Callable[..., Any]
+
+
+def assemble(
+    learner: Any, rollouts: list[Rollout], kl_coef: float = 0.0, values: Any = None, gap: float = 0
+) -> AssembledStats:
+    """One shard; the reference is .1 nat below the policy on every token."""
+    old = [np.full(len(r.response_ids), -5 - gap, np.float32) for r in rollouts]
+    if isinstance(learner, PolicyLearner) and not isinstance(learner._engine, SimpleNamespace):
+        old = [row - gap for row in learner.logprobs(rollouts)[0]]
+    ref = [row - 0.1 for row in old]
+    return learner.assemble(kl_coef, [tuple(SCORES)], rollouts, old, ref, values)
+
+
+def advantage_of_rows(learner: Any) -> list[float]:
+    """The advantage of each row's first token, which group estimators give to all of them."""
+    batch = learner._experience
+    assert (batch.advantages_BT == batch.advantages_BT[:, :1] * batch.mask_BT).all()
+    return batch.advantages_BT[:, 0].tolist()
+
+
+def test_groups_are_compared_without_a_critic(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    learner = make_learner(PolicyLearner, ppo={"advantage": "rloo", "samples_per_prompt": 2})
+    assemble(learner, rollouts)
+    assert advantage_of_rows(learner) == pytest.approx([1.5, -1.5, 2, -2, 2, -2, -0.75, 0.75])
+    learner = make_learner(PolicyLearner, ppo={"advantage": "grpo", "samples_per_prompt": 2})
+    assemble(learner, rollouts)
+    assert [abs(a) for a in advantage_of_rows(learner)] == pytest.approx([2**-0.5] * 8)
+    assert not learner._experience.values_BT.any()
+    assert not learner._experience.returns_BT.any()
+
+
+def test_the_penalty_in_the_reward_counts_towards_a_response(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    learner = make_learner(PolicyLearner, ppo={"advantage": "rloo", "samples_per_prompt": 2})
+    assemble(learner, rollouts, kl_coef=2.0)
+    totals = [s - 0.2 * len(r.response_ids) for s, r in zip(SCORES, rollouts, strict=True)]
+    expected = [totals[row] - totals[row ^ 1] for row in range(8)]
+    assert advantage_of_rows(learner) == pytest.approx(expected, abs=1e-4)
+
+
+def test_ranks_that_share_a_group_compare_it_whole(
+    make_config: Callable[..., Any], base: str, rollouts: list[Rollout]
+) -> None:
+    config = make_config(ppo={"advantage": "rloo", "samples_per_prompt": 2})
+    for rank in (0, 1):
+        learner = PolicyLearner("policy", config, base, "torch")
+        learner._engine = SimpleNamespace(rank=rank, world_size=2)  # type: ignore[assignment]
+        stats = assemble(learner, rollouts)
+        assert stats.num_samples == 4
+        expected = [1.5, 2, 2, -0.75] if rank == 0 else [-1.5, -2, -2, 0.75]
+        assert advantage_of_rows(learner) == pytest.approx(expected)
+
+
+def test_kl_in_the_loss_pulls_towards_the_reference(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    ppo = {"kl_in": "loss", "kl_estimator": "k3", "mini_batch_size": 8}
+    grad_norms = {}
+    for kl_coef in (0.0, 0.5):
+        learner = make_learner(PolicyLearner, ppo=ppo)
+        stats = assemble(
+            learner, rollouts, kl_coef, [np.zeros(len(r.response_ids)) for r in rollouts]
+        )
+        assert stats.reward_total == pytest.approx(sum(SCORES)), "the reward is the score alone"
+        learner._experience.advantages_BT.zero_()
+        report = learner.learn(0.0, 1.0)
+        grad_norms[kl_coef] = report.metrics["policy/grad_norm"]
+        # k3 of .1 nat: e^-.1 - 1 + .1
+        assert report.metrics["loss/kl_avg"] == pytest.approx(0.0048374, rel=1e-2)
+    assert grad_norms[0.0] == 0 < grad_norms[0.5]
+
+
+def test_the_entropy_bonus_raises_the_entropy(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    entropies = []
+    learner = make_learner(PolicyLearner, ppo={"entropy_coef": 0.1, "advantage": "reinforce"})
+    for _ in range(4):
+        assemble(learner, rollouts)
+        learner._experience.advantages_BT.zero_()
+        entropies.append(learner.learn(0.0, 1.0).metrics["policy/entropy_avg"])
+    assert entropies[-1] > entropies[0]
+
+
+def test_importance_weights_scale_the_loss_of_each_token(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    """The engine said -5 of every token; the cap binds where the learner says more than -4.9."""
+    cap = float(np.exp(0.1))
+    ppo = {"importance_cap": cap, "advantage": "reinforce", "mini_batch_size": 8}
+    learner = make_learner(PolicyLearner, ppo=ppo)
+    old = np.concatenate(learner.logprobs(rollouts)[0])
+    weights = np.minimum(np.exp(old + 5), cap)
+    assert (weights == cap).any()
+    assert (weights < cap).any()
+    assemble(learner, rollouts)
+    scores = np.repeat(SCORES, [len(r.response_ids) for r in rollouts])
+    report = learner.learn(0.0, 1.0)
+    assert report.metrics["loss/policy_avg"] == pytest.approx(-(weights * scores).mean(), rel=1e-4)
+
+
+def test_unequal_clips_and_a_dual_clip_bound_the_ratio(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    """Old log-probs 1 nat below: every ratio is e."""
+
+    def loss_of(**ppo: Any) -> float:
+        learner = make_learner(
+            PolicyLearner, ppo={"advantage": "reinforce", "mini_batch_size": 8, **ppo}
+        )
+        assemble(learner, rollouts, gap=1.0)
+        return learner.learn(0.0, 1.0).metrics["loss/policy_avg"]
+
+    advantages = np.repeat(SCORES, [len(r.response_ids) for r in rollouts])
+
+    def expected(high: float, dual: float) -> float:
+        return -np.where(advantages > 0, advantages * high, advantages * dual).mean()
+
+    assert loss_of() == pytest.approx(expected(1.2, np.e), rel=1e-3)
+    assert loss_of(clip_range_high=0.5) == pytest.approx(expected(1.5, np.e), rel=1e-3)
+    assert loss_of(dual_clip=2.0) == pytest.approx(expected(1.2, 2.0), rel=1e-3)
+
+
+def test_a_score_behind_the_last_token_has_a_value_of_its_own(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    longest = max(len(r.response_ids) for r in rollouts)
+    sections: dict[str, Any] = {
+        "ppo": {"score_position": "first_pad", "mini_batch_size": 8, "gae_lambda": 1.0},
+        "rollout": {"max_tokens": longest},
+    }
+    critic = make_learner(CriticLearner, **sections)
+    values, _ = critic.values(rollouts)
+    assert [len(row) for row in values] == [len(r.response_ids) + 1 for r in rollouts]
+    stats = assemble(critic, rollouts, values=values)
+    # A response of full length has no room behind it: its score stays on its last token.
+    counts = [min(len(r.response_ids) + 1, longest) for r in rollouts]
+    assert critic._experience.mask_BT.sum(1).tolist() == counts
+    assert critic._mini_batch_tokens == [sum(counts)]
+    assert stats.reward_total == pytest.approx(sum(SCORES))
+    # Without KL, discount and trace below 1 every return is the score.
+    for row, score in enumerate(SCORES):
+        assert critic._experience.returns_BT[row, : counts[row]].tolist() == pytest.approx(
+            [score] * counts[row]
+        )
+    losses = []
+    for _ in range(4):
+        assemble(critic, rollouts, values=values)
+        losses.append(critic.learn(0.0, 1.0).metrics["loss/value_avg"])
+    assert losses[-1] < losses[0]
+    policy = make_learner(PolicyLearner, **sections)
+    stats = assemble(policy, rollouts, values=values)
+    assert stats.num_tokens == sum(len(r.response_ids) for r in rollouts)
+    assert policy._experience.mask_BT.sum() == stats.num_tokens
+    policy.learn(0.0, 1.0)
+
+
+def test_functions_of_the_users_own_are_called(
+    make_learner: MakeLearner, rollouts: list[Rollout], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def ones(rewards_BT, mask_BT, gamma):\n"
+        "    return torch.full(mask_BT.shape, gamma)\n"
+        "def half(logprobs, old_logprobs, advantages, mask, num_tokens, **options):\n"
+        "    from rlhf_ray.algorithms.losses import policy_loss\n"
+        "    loss, stats = policy_loss(logprobs, old_logprobs, advantages, mask,\n"
+        "                              num_tokens=num_tokens, **options)\n"
+        "    return loss / 2, stats\n"
+    )
+    ppo = {"advantage": f"{tmp_path}/mine.py:ones", "gamma": 0.5, "mini_batch_size": 8}
+    learner = make_learner(PolicyLearner, ppo=ppo)
+    assemble(learner, rollouts)
+    assert advantage_of_rows(learner) == [0.5] * 8
+    assert learner.learn(0.0, 1.0).metrics["loss/policy_avg"] == pytest.approx(-0.5, rel=1e-4)
+    learner = make_learner(PolicyLearner, ppo=ppo | {"policy_loss": f"{tmp_path}/mine.py:half"})
+    assemble(learner, rollouts)
+    assert learner.learn(0.0, 1.0).metrics["loss/policy_avg"] == pytest.approx(-0.25, rel=1e-4)
+    with pytest.raises(ConfigError, match=r"ppo\.advantage: .*mine\.py has no function twos"):
+        make_learner(PolicyLearner, ppo=ppo | {"advantage": f"{tmp_path}/mine.py:twos"})
+
+
+@pytest.mark.parametrize(
+    ("ppo", "message"),
+    [
+        ({"advantage": "rloo"}, r"set ppo\.samples_per_prompt to at least 2, got 1"),
+        ({"advantage": "gea"}, r"'gea' is not an estimator: it must be gae, reinforce, rloo"),
+        ({"policy_loss": "clipp"}, r"'clipp' is not a loss: it must be clip or module:name"),
+        ({"kl_target_per_token": 0.1}, r"both steer ppo\.kl_coef; set one of them to null"),
+        ({"kl_in": "loss"}, r"kl_estimator k1 penalises nothing.*set ppo\.kl_estimator to k2"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    make_config: Callable[..., Any], ppo: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(ppo=ppo)
