@@ -193,6 +193,42 @@ class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
         return self
 
 
+class PairJudgeConfig(ChatEndpointConfig):
+    """A language model that says which of two answers is better: labels for a stage on pairs."""
+
+    template: str = Field(
+        default="Which response answers the prompt better? Weigh them in a few sentences, then end "
+        "with one line: `Better: A` or `Better: B`.\n\n<prompt>\n{prompt}\n</prompt>\n\n"
+        "<response A>\n{a}\n</response A>\n\n<response B>\n{b}\n</response B>",
+        description="What the judge is asked; {prompt}, {a} and {b} are filled in.",
+    )
+    pattern: str = Field(
+        default=r"(?i)better\W*\b([AB])\b",
+        description="Regular expression with one group: A or B; its last match counts.",
+    )
+    both_orders: bool = Field(
+        default=True,
+        description="Ask twice, with the answers swapped, and drop a pair whose verdict follows "
+        "the order: judges prefer a place.",
+    )
+    on_bad_answer: Literal["skip", "error"] = Field(
+        default="skip", description="An answer without A or B: count the pair as bad, or stop."
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _shows_both(cls, template: str) -> str:
+        missing = [name for name in ("{a}", "{b}") if name not in template]
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}: the judge would not see both answers")
+        return template
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, pattern: str) -> str:
+        return require_one_group(pattern)
+
+
 class RemoteSourceConfig(SourceConfig, EndpointConfig):
     """A reward server that speaks OpenRLHF's protocol."""
 

@@ -109,6 +109,16 @@ class Config(Section):
         return refuse_equal_names(sources)
 
     @model_validator(mode="after")
+    def _judges_have_pairs(self) -> "Config":
+        for name in ("reward", "dpo"):
+            if getattr(self, name).judge is not None and self.data.preferences is None:
+                raise ValueError(
+                    f"{name}.judge labels the rows of data.preferences, which is not set; name a "
+                    "set with the columns prompt, completion_a and completion_b"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _sources_give_up_in_time(self) -> "Config":
         for source in self.rewards:
             if isinstance(source, EndpointConfig):

@@ -4,7 +4,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_ray.config.data import Sources
 from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
 Tuning = Literal["lora", "full"]
@@ -87,6 +89,11 @@ class PairsConfig(SupervisedConfig):
     max_pairs: int | None = Field(
         default=None, ge=1, description="Use at most this many training pairs."
     )
+    judge: PairJudgeConfig | None = Field(
+        default=None,
+        description="Who labels the pairs, where rows of data.preferences have `completion_a` and "
+        "`completion_b`; none: they have `chosen` and `rejected`.",
+    )
 
 
 class RewardConfig(PairsConfig):
@@ -96,7 +103,12 @@ class RewardConfig(PairsConfig):
         default=None,
         description="A ready sequence-classification model with one label: the stage is skipped.",
     )
-    num_workers: int = changeable(1, ge=1, description="Scorer processes in PPO.")
+    benchmark: Sources | None = changeable(
+        None,
+        description="Pairs, with their kind in a column `subset`, by which the reward model is "
+        "measured, a given one too: for example RewardBench.",
+    )
+    num_workers: int = changeable(1, ge=1, description="Scorer processes.")
     centre: float = Field(
         default=0.0, ge=0, description="Weight of mean((r_chosen + r_rejected)^2)."
     )

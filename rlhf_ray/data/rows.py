@@ -46,11 +46,12 @@ def batches(
     """
     numbered = enumerate(rows)
     while batch := list(islice(numbered, size)):
-        opened = ((place, _opened(row)) for place, row in batch)
-        yield [(place, row) for place, row in opened if not _is_marked(row, tally)]
+        plain = ((place, opened(row)) for place, row in batch)
+        yield [(place, row) for place, row in plain if not _is_marked(row, tally)]
 
 
-def _opened(row: Row) -> Row:
+def opened(row: Row) -> Row:
+    """A row such as `STORED` as a plain one; a plain one as it is."""
     if "_fields" not in row:
         return row
     own = {name: row[name] for name in STORED if name != "_fields" and row[name] is not None}

@@ -17,6 +17,7 @@ from rlhf_ray.config.rewards import (
     RewardSourceConfig,
     RougeSourceConfig,
 )
+from rlhf_ray.data.render import Renderer
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.folders import first_line, locate
 from rlhf_ray.models.heads import sequence_scores
@@ -83,11 +84,11 @@ def model_source(config: Config, path: str, policy_model: str) -> ModelSource:
         policy_model: whose tokenizer the rollouts' ids are of.
     """
     tokenizer = load_tokenizer(path)
+    same_tokens = tokenizer.get_vocab() == load_tokenizer(policy_model).get_vocab()
     return ModelSource(
         SequenceScorer(path, config),
-        tokenizer,
-        same_tokens=tokenizer.get_vocab() == load_tokenizer(policy_model).get_vocab(),
-        max_length=config.model.max_length,
+        None if same_tokens else Renderer(tokenizer),
+        config.model.max_length,
     )
 
 

@@ -1,10 +1,11 @@
 """A reward model: the score at the end of prompt and response."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.row_tally import BadRow
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.forward import sequence_of
 from rlhf_ray.rewards.source import Blocking, messages_of
@@ -22,45 +23,37 @@ class ModelSource:
     than it may be, it reads the end.
     """
 
-    def __init__(
-        self, scorer: SequenceScorer, tokenizer: Any, same_tokens: bool, max_length: int
-    ) -> None:
+    def __init__(self, scorer: SequenceScorer, renderer: Renderer | None, max_length: int) -> None:
         """
         Args:
             scorer: the engine.
-            tokenizer: the reward model's.
-            same_tokens: whether it is the policy's as well.
+            renderer: of the reward model's tokenizer; None: it is the policy's.
             max_length: longest text, tokens.
         """
         self._scorer = scorer
-        self._tokenizer = tokenizer
-        self._same_tokens = same_tokens
+        self._renderer = renderer
         self._max_length = max_length
         self._blocking = Blocking()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """[N] scores. A response that was cut at its limit gets no end of sequence."""
+        """[N] scores. A response that was cut at its limit gets no end of sequence.
+
+        Raises:
+            DataError: a prompt is a chat that the model's tokenizer cannot render.
+        """
         sequences = [self._tokens(rollout) for rollout in rollouts]
         return [*await self._blocking(self._scorer, sequences)]
 
     def _tokens(self, rollout: Rollout) -> np.ndarray:
-        if self._same_tokens:
+        if self._renderer is None:
             return sequence_of(rollout)
-        messages = messages_of(rollout.prompt)
-        ids = self._text_ids(rollout) if messages is None else self._chat_ids(messages, rollout)
-        return np.asarray(ids[-self._max_length :], dtype=np.int64)
-
-    def _text_ids(self, rollout: Rollout) -> list[int]:
-        text = rollout.prompt.text + rollout.text
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [*ids, self._tokenizer.eos_token_id] if rollout.finish_reason == "stop" else ids
-
-    def _chat_ids(self, messages: Sequence[Any], rollout: Rollout) -> list[int]:
-        if not self._tokenizer.chat_template:
+        prompt = rollout.prompt
+        ended = rollout.finish_reason == "stop"
+        try:
+            rendered = self._renderer.full(messages_of(prompt) or prompt.text, rollout.text, ended)
+        except BadRow as bad:
             raise DataError(
-                f"Prompt {rollout.prompt.id} is a chat, and the reward model has another tokenizer "
-                "than the policy and no chat template to read it by; set chat_template in its "
-                "tokenizer_config.json, or take a reward model with the policy's tokenizer"
-            )
-        chat = [*messages, {"role": "assistant", "content": rollout.text}]
-        return self._tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+                f"Prompt {prompt.id} cannot be shown to the reward model, whose tokenizer is not "
+                f"the policy's ({bad.reason}): {bad.why}"
+            ) from bad
+        return np.asarray(rendered.token_ids[-self._max_length :], dtype=np.int64)

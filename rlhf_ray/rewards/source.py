@@ -1,17 +1,16 @@
 """What a reward source is, and what all of them read of a rollout."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from rlhf_ray.data.rows import Message
 from rlhf_ray.errors import DataError
 from rlhf_ray.types import Prompt, Rollout
 
 T = TypeVar("T")
-Message = Mapping[str, str]
-"""One turn of a chat: ``role`` and ``content``."""
 
 
 class Source(Protocol):

@@ -8,13 +8,13 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction, Trainer
 
-from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.preferences import load_pairs
 from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.sources import load_rows
 from rlhf_ray.models import loading
 from rlhf_ray.models.heads import position_ids
+from rlhf_ray.stages.judged_pairs import judged_rows
 from rlhf_ray.stages.run_folder import RunFolder
 from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Training
 
@@ -104,7 +104,7 @@ def load_training_pairs(
     renderer = Renderer(loading.load_tokenizer(training.base), config.template)
     pairs: dict[str, Dataset] = {}
     counts: dict[str, dict[str, int]] = {}
-    for part, rows in _pair_rows(config, training.settings).items():
+    for part, rows in _pair_rows(training).items():
         pairs[part], counts[part] = load_pairs(
             rows,
             renderer,
@@ -116,14 +116,18 @@ def load_training_pairs(
     return pairs, counts
 
 
-def _pair_rows(config: Config, settings: PairsConfig) -> dict[str, Dataset]:
+def _pair_rows(training: PairTraining) -> dict[str, Dataset]:
     """Rows to train on and held out: the user's own, the last of them held out, or prepare's."""
+    config, settings = training.config, training.settings
     sources, seed = config.data.preferences, config.run.seed
     if sources is None:
         run_folder = RunFolder(config)
         train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
     else:
-        rows = load_rows(sources, "preferences", config.prepare.max_pairs, seed)
+        if settings.judge is not None:
+            rows = judged_rows(config, training.name, settings.judge)
+        else:
+            rows = load_rows(sources, "preferences", config.prepare.max_pairs, seed)
         cut = len(rows) - min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
         train_rows, held_out = rows.select(range(cut)), rows.select(range(cut, len(rows)))
     return {

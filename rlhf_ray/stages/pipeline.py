@@ -135,9 +135,11 @@ def _finished(folder: RunFolder, stage: str) -> bool:
     if stage == "report":
         return False
     given = {"sft": config.sft.path, "reward": config.reward.path}
+    summary = folder.summary(stage)
+    if stage == "reward" and config.reward.benchmark is not None:
+        return summary is not None and "benchmark" in summary
     if given.get(stage):
         return True
-    summary = folder.summary(stage)
     if stage == "ppo" and summary is not None:
         return summary["iterations"] >= config.ppo.iterations
     if stage == "evaluate" and summary is not None:

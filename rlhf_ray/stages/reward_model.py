@@ -17,7 +17,8 @@ from rlhf_ray.stages.pairs import (
     PairTraining,
     load_training_pairs,
 )
-from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.stages.reward_benchmark import benchmark
+from rlhf_ray.stages.run_folder import RunFolder, absolute
 from rlhf_ray.stages.supervised import open_training, run_training
 from rlhf_ray.stages.training import HELD_OUT, TRAIN
 
@@ -75,29 +76,57 @@ class RewardTraining(PairTraining):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train a reward model on the SFT model; write ``reward/model``, with its head.
-
-    A PEFT folder, or a whole model where ``reward.tuning`` is full.
+    """Train a reward model on the SFT model, or take the given one; measure it by the benchmark.
 
     Returns:
-        The summary: pairs_train, pairs_eval, held-out accuracy after and before, steps, seconds.
+        The summary: of the training (pairs_train, pairs_eval, held-out accuracy after and before,
+        steps, seconds), and ``benchmark`` where there is one.
 
     Raises:
         RlhfError: no usable data or model, or the training failed.
     """
     start_s = time.monotonic()
-    run_folder = RunFolder(config)
-    training = open_training(RewardTraining, config, run_folder.sft_model())
+    folder = RunFolder(config)
+    summary = _unmeasured(folder)
+    if summary is None:
+        summary = _train(folder) | {"seconds": time.monotonic() - start_s}
+        folder.write_summary("reward", summary)
+    if config.reward.benchmark is not None:
+        summary |= {"benchmark": benchmark(config, _model(folder))}
+        folder.write_summary("reward", summary)
+    return summary
+
+
+def _unmeasured(folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a model that is there and waits for its benchmark; None: train one."""
+    settings = folder.config.reward
+    if settings.benchmark is None:
+        return None
+    if settings.path is not None:
+        return {}
+    summary = folder.summary("reward")
+    return None if summary is None or "benchmark" in summary else summary
+
+
+def _model(folder: RunFolder) -> str:
+    given = folder.config.reward.path
+    return absolute(given) if given else str(folder.path / "reward" / "model")
+
+
+def _train(folder: RunFolder) -> dict[str, Any]:
+    """Write ``reward/model`` with its head: a PEFT folder, or a whole model with tuning full.
+
+    Returns:
+        pairs_train, pairs_eval, counts of rows, held-out accuracy after and before, steps.
+    """
+    training = open_training(RewardTraining, folder.config, folder.sft_model())
     pairs, counts = load_training_pairs(training)
     numbers = run_training(training, pairs)
-    summary = {
+    return {
         "pairs_train": len(pairs[TRAIN]),
         "pairs_eval": len(pairs[HELD_OUT]),
         "rows": counts,
         "accuracy": numbers["after_accuracy"],
         "accuracy_before": numbers["before_accuracy"],
-        "steps": config.reward.steps,
-        "seconds": time.monotonic() - start_s,
+        "steps": folder.config.reward.steps,
     }
-    run_folder.write_summary("reward", summary)
-    return summary

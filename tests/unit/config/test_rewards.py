@@ -111,7 +111,9 @@ def test_the_functions_in_the_docs_are_those_of_its_configs() -> None:
     code: dict[str, Any] = {"__name__": "my_rewards"}
     for snippet in snippets("python"):
         exec(snippet, code)
-    sources = [s for snippet in snippets("yaml") for s in yaml.safe_load(snippet)["rewards"]]
+    sources = [
+        s for snippet in snippets("yaml") for s in yaml.safe_load(snippet).get("rewards", ())
+    ]
     for name in [s["function"].partition(":")[2] for s in sources if s["type"] == "function"]:
         assert callable(code[name])
     assert code["exact"](["p", "p"], ["It is 4. ", "5"], ["4.", None]) == [1.0, None]

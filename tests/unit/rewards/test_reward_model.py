@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.config import resolve
 from rlhf_ray.config.model import ModelConfig, TinyModelConfig
+from rlhf_ray.data.render import Renderer
 from rlhf_ray.engines.scoring import model_source
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import tiny
@@ -99,9 +100,10 @@ class TestModelSource:
         tokenizer = load_tokenizer(path)
         sequences = []
         for i, text in enumerate(self.TEXTS):
-            ids = tokenizer(self.PROMPT + text, add_special_tokens=False)["input_ids"]
+            prompt, answer = tokenizer([self.PROMPT, text], add_special_tokens=False)["input_ids"]
             # A response that was cut at the limit has no end of sequence to be scored at.
-            sequences.append(ids + ([tokenizer.eos_token_id] if i != 1 else []))
+            end = [tokenizer.eos_token_id] if i != 1 else []
+            sequences.append([*prompt, *answer, *end])
         rollouts = self.rollouts(base)
         assert sequences[0] != sequence_of(rollouts[0]).tolist()
         expected = self.plain_scores(path, sequences)
@@ -117,8 +119,8 @@ class TestModelSource:
         )
         return tokenizer
 
-    def chat(self, tokenizer: Any, max_length: int) -> list[int]:
-        """The token ids that a source with another tokenizer than the policy's reads."""
+    def chat(self, tokenizer: Any, max_length: int = 64, ended: bool = True) -> str:
+        """What a source with another tokenizer than the policy's reads."""
         read: list[list[int]] = []
 
         def engine(sequences: Any) -> list[float]:
@@ -127,17 +129,26 @@ class TestModelSource:
 
         messages = [{"role": "user", "content": "why"}]
         prompt = Prompt("9", "<|policy|>why<|end|>", (1,), {"messages": messages})
-        rollout = Rollout(0, prompt, np.array([3]), np.zeros(1, np.float32), "stop", 0, "so")
-        source = ModelSource(engine, tokenizer, same_tokens=False, max_length=max_length)
+        reason = "stop" if ended else "length"
+        rollout = Rollout(0, prompt, np.array([3]), np.zeros(1, np.float32), reason, 0, "so")
+        source = ModelSource(engine, Renderer(tokenizer), max_length)
         asyncio.run(source.score([rollout]))
-        return read[0]
+        return tokenizer.decode(read[0])
 
     def test_a_chat_is_read_by_the_reward_models_own_template(self, tokenizer: Any) -> None:
-        expected = tokenizer("<user>why<assistant>so<|eos|>", add_special_tokens=False)["input_ids"]
-        assert self.chat(tokenizer, 64) == expected
-        assert self.chat(tokenizer, 5) == expected[-5:]  # the end is what is rated
+        assert self.chat(tokenizer) == "<user>why<assistant>so<|eos|>"
+        assert self.chat(tokenizer, ended=False) == "<user>why<assistant>so"
+        assert self.chat(tokenizer, max_length=3) == "so<|eos|>"  # the end is what is rated
 
     def test_a_chat_without_a_template_is_refused(self, tokenizer: Any) -> None:
         tokenizer.chat_template = None
-        with pytest.raises(DataError, match="Prompt 9 is a chat, and the reward model has another"):
-            self.chat(tokenizer, 64)
+        with pytest.raises(DataError, match="has no chat template, which rows with messages need"):
+            self.chat(tokenizer)
+
+    def test_a_chat_that_the_template_refuses(self, tokenizer: Any) -> None:
+        tokenizer.chat_template = (
+            "{% if messages[0].content == 'why' %}{{ raise_exception('not why') }}{% endif %}"
+            + tokenizer.chat_template
+        )
+        with pytest.raises(DataError, match=r"Prompt 9 cannot be shown .* refuses it: not why"):
+            self.chat(tokenizer)

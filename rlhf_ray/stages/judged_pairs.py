@@ -1,0 +1,126 @@
+"""Pairs for a reward model or DPO that a judge labels: AI feedback instead of people's.
+
+Verdicts are written as they come, ``verdicts-<settings>.jsonl`` in the stage's folder: a stage that
+goes on asks for the missing ones alone, and other settings ask anew.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf_ray.config import Config
+from rlhf_ray.config.identity import fixed_keys
+from rlhf_ray.config.rewards import PairJudgeConfig
+from rlhf_ray.data.row_tally import BadRow
+from rlhf_ray.data.rows import STORED, Row, opened, prompt_of, text_of
+from rlhf_ray.data.sources import load_rows
+from rlhf_ray.data.tables import on_disk
+from rlhf_ray.observability.progress import Progress
+from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
+from rlhf_ray.rewards.judge_pairs import Pair, PairJudge
+from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.types import Prompt
+
+CHUNK = 64
+"""Pairs judged between two writes of verdicts."""
+
+MARKS: Mapping[str, Mapping[str, str]] = {
+    "unread": {"_bad": "no_verdict", "_why": "the judge named neither answer"},
+    "order": {"_unused": "verdict_follows_order"},
+}
+"""Verdict that is none -> how its row is marked, to be counted where rows are counted."""
+
+
+def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Dataset:
+    """The rows of ``data.preferences`` with ``chosen`` and ``rejected`` as the judge says.
+
+    Args:
+        config: the run's.
+        stage: reward or dpo, in whose folder the verdicts go.
+        judge: who labels.
+
+    Raises:
+        RlhfError: the judge stayed down; verdicts so far are kept.
+        DataError: the data set cannot be read.
+    """
+    assert config.data.preferences is not None, "refused when the config is read"
+    rows: Any = load_rows(config.data.preferences, "prompts")
+    pairs = [_pair(opened(row)) for row in rows]
+    known = [pair for pair in pairs if isinstance(pair, Pair)]
+    path = RunFolder(config).stage(stage) / f"verdicts-{_digest(config, judge)}.jsonl"
+    asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), known, path, config))
+    verdicts = iter(record["verdict"] for record in read_jsonl(path))
+    return on_disk(_labelled(pairs, verdicts), STORED)
+
+
+def _pair(row: Row) -> Pair | Mapping[str, str]:
+    """The pair in a row, or how the row is marked because there is none."""
+    marks = {name: row[name] for name in ("_bad", "_why", "_unused") if name in row}
+    if marks:
+        return marks
+    try:
+        prompt = prompt_of(row)
+        a, b = text_of(row, "completion_a"), text_of(row, "completion_b")
+    except BadRow as bad:
+        return {"_bad": bad.reason, "_why": "prompt, completion_a or completion_b has no text"}
+    if a == b:
+        return {"_bad": "equal"}
+    text = prompt if isinstance(prompt, str) else ""
+    return Pair(Prompt("", text, (), row), a, b)
+
+
+async def _judge(judge: PairJudge, pairs: Sequence[Pair], path: Path, config: Config) -> None:
+    """Ask for the verdicts that the file lacks."""
+    sink = JsonlSink(path)
+    sink.truncate_after("pair", math.inf)  # a line that a kill tore goes
+    done = len(read_jsonl(path))
+    waiting = iter(pairs[done:])
+    try:
+        with Progress(config.run.stages).stage("judge", len(pairs), "pair", done) as bar:
+            while chunk := list(islice(waiting, CHUNK)):
+                for verdict in await judge.verdicts(chunk):
+                    sink.append({"pair": done, "verdict": verdict})
+                    done += 1
+                bar.advance(len(chunk))
+    finally:
+        sink.close()
+
+
+def _labelled(
+    pairs: Sequence[Pair | Mapping[str, str]], verdicts: Iterator[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows such as `STORED`, in the order of ``pairs``; a verdict a pair."""
+    for pair in pairs:
+        row: dict[str, Any] = {**dict.fromkeys(STORED), "_fields": "{}"}
+        if not isinstance(pair, Pair):
+            yield {**row, **pair}
+            continue
+        verdict = next(verdicts)
+        if verdict in MARKS:
+            yield {**row, **MARKS[verdict]}
+            continue
+        fields = pair.prompt.fields
+        chosen, rejected = (pair.a, pair.b) if verdict == "a" else (pair.b, pair.a)
+        yield {
+            **row,
+            "prompt": fields.get("prompt"),
+            "messages": fields.get("messages"),
+            "chosen": chosen,
+            "rejected": rejected,
+            "_fields": json.dumps({key: fields[key] for key in ("question",) if key in fields}),
+        }
+
+
+def _digest(config: Config, judge: PairJudgeConfig) -> str:
+    """What decides the verdicts, and not how or where they are asked for."""
+    sources = [source.model_dump(mode="json") for source in config.data.preferences or ()]
+    fixed = {name: getattr(judge, name) for name in fixed_keys(PairJudgeConfig)}
+    text = json.dumps([sources, fixed], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
