@@ -167,7 +167,7 @@ def _describe(detail: Any) -> str:
 
 
 def _nearest(key: str) -> str:
-    known = list(keys())
+    known = sorted(set(keys()), key=lambda name: (name.count("."), name))
     leaf = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near += [name for name in known if name.rpartition(".")[2] == leaf][:2]
