@@ -17,6 +17,7 @@ from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.report import build
 from rlhf_ray.observability.trackers import tracking
+from rlhf_ray.stages.inputs import require_inputs
 from rlhf_ray.stages.run_folder import (
     RunFolder,
     full_disk_is_an_error,
@@ -44,6 +45,7 @@ def run(config: Config) -> Path:
     """
     folder = RunFolder(config)
     open_run(folder)
+    require_inputs(config, [s for s in config.run.stages if not _finished(folder, s)])
     progress = Progress(config.run.stages)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))

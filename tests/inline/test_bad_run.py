@@ -16,6 +16,31 @@ from rlhf_ray.stages.pipeline import open_run
 from rlhf_ray.stages.run_folder import RunFolder
 
 
+class TestInputsOfLaterStages:
+    @pytest.mark.parametrize(
+        ("override", "says"),
+        [
+            ("critic.path=/no/model", r"Model folder /no/model does not exist"),
+            ("rewards=[{type: classifier, path: /no/one}]", r"Model folder /no/one does not exist"),
+            ("data.eval={path: no.jsonl}", r"no\.jsonl"),
+            ("data.prompts=[{path: empty.jsonl}]", r"empty\.jsonl.*no rows"),
+        ],
+    )
+    def test_they_are_looked_for_before_the_first(
+        self,
+        refused: Refused,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        override: str,
+        says: str,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "empty.jsonl").write_text("\n")
+        refused("run", config_file, f"run.dir={tmp_path}/r", override, says=says)
+        assert not (tmp_path / "r" / "prepare").exists()
+
+
 class TestRunFolder:
     def test_below_a_file(self, refused: Refused, config_file: Path) -> None:
         refused(
