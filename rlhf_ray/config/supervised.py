@@ -34,6 +34,13 @@ _OWNED = {
 }
 
 
+Packing = Literal["isolate", "concat"]
+_PACKING = (
+    "isolate: whole texts that do not see each other, padded; concat: texts end to end, cut into "
+    "equal blocks (as StackLLaMA does)."
+)
+
+
 class SupervisedConfig(Section):
     """What transformers.Trainer is told."""
 
@@ -66,6 +73,7 @@ class PretrainConfig(SupervisedConfig):
     """Causal language modelling on packed text, all weights trained."""
 
     block_size: int = Field(default=128, ge=8, description="Tokens of a packed block.")
+    packing: Packing = Field(default="isolate", description=_PACKING)
 
 
 class SftConfig(SupervisedConfig):
@@ -73,6 +81,12 @@ class SftConfig(SupervisedConfig):
 
     path: str | None = Field(default=None, description="A ready SFT model: the stage is skipped.")
     block_size: int = Field(default=128, ge=8, description="Tokens of a packed block.")
+    packing: Packing = Field(default="isolate", description=_PACKING)
+    loss_on: Literal["all", "completion", "assistant"] = Field(
+        default="all",
+        description="Tokens that are learnt: all, the last answer's, or those of every assistant "
+        "turn of a chat.",
+    )
     preferred_only: bool = Field(
         default=True,
         description="Use only answers that won at least one pair (as StackLLaMA does).",

@@ -1,6 +1,36 @@
-"""Texts joined end to end and cut into blocks of one length: no padding, no wasted compute."""
+"""Texts packed into blocks of one length."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+IGNORED = -100
+"""Label of a token that is not learnt, as transformers' losses read it."""
+
+MAX_OPEN_BLOCKS = 64
+"""Blocks that are filled at the same time: more waste less padding and hold more in memory."""
+
+
+@dataclass
+class Block:
+    """One row of a batch.
+
+    Attributes:
+        input_ids: [S] token ids.
+        labels: [S] the same ids, `IGNORED` where a token is not learnt.
+        position_ids: [S] places within each text. A place that does not follow the one before it
+            begins a new text, and transformers then masks attention between texts by itself
+            (wherever no attention mask is given).
+    """
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+
+    def add(self, token_ids: Sequence[int], learnt: Sequence[int]) -> None:
+        """Append a text; its first token is never learnt, since nothing of it comes before."""
+        self.input_ids += token_ids
+        self.labels += [IGNORED, *labels_of(token_ids[1:], learnt[1:])]
+        self.position_ids += range(len(token_ids))
 
 
 def pack(
@@ -22,15 +52,78 @@ def pack(
         >>> pack([[1, 2, 3], [4, 5]], block_size=3, eos_id=0)
         [[1, 2, 3], [0, 4, 5]]
     """
+    ends = [] if eos_id is None else [eos_id]
+    return list(_cut(((*tokens, *ends) for tokens in token_lists), block_size))
+
+
+def concatenated(
+    documents: Iterable[tuple[Sequence[int], Sequence[int]]], block_size: int
+) -> Iterator[Block]:
+    """Blocks by plain concatenation, as `pack`: a text may go on in the next block, and attention
+    reaches from one text into the next.
+
+    Args:
+        documents: token ids of each text, its end included, and 1 on those that are learnt.
+        block_size: tokens of a block.
+    """
+    pairs = (list(zip(*document, strict=True)) for document in documents)
+    for run in _cut(pairs, block_size):
+        token_ids, learnt = zip(*run, strict=True)
+        yield Block(list(token_ids), labels_of(token_ids, learnt), list(range(block_size)))
+
+
+def isolated(
+    documents: Iterable[tuple[Sequence[int], Sequence[int]]], block_size: int, pad_id: int
+) -> Iterator[Block]:
+    """Blocks of whole texts that do not see each other, padded at the end.
+
+    Each text goes into the fullest block that has room for it. One longer than a block is cut into
+    pieces, which do not see each other either.
+
+    Args:
+        documents: as in `concatenated`.
+        block_size: tokens of a block.
+        pad_id: fills the rest of a block; a text of its own, not learnt.
+    """
+    blocks: list[Block] = []
+    for token_ids, learnt in documents:
+        for start in range(0, len(token_ids), block_size):
+            piece = slice(start, start + block_size)
+            size = len(token_ids[piece])
+            fitting = [block for block in blocks if len(block.input_ids) + size <= block_size]
+            block = max(fitting, key=lambda block: len(block.input_ids), default=None)
+            if block is None:
+                block = Block()
+                blocks.append(block)
+            block.add(token_ids[piece], learnt[piece])
+        if len(blocks) > MAX_OPEN_BLOCKS:
+            fullest = max(blocks, key=lambda block: len(block.input_ids))
+            blocks.remove(fullest)
+            yield _padded(fullest, block_size, pad_id)
+    yield from (_padded(block, block_size, pad_id) for block in blocks)
+
+
+def labels_of(token_ids: Sequence[int], learnt: Sequence[int]) -> list[int]:
+    """The ids that are learnt, `IGNORED` elsewhere."""
+    pairs = zip(token_ids, learnt, strict=True)
+    return [token_id if is_learnt else IGNORED for token_id, is_learnt in pairs]
+
+
+def _padded(block: Block, block_size: int, pad_id: int) -> Block:
+    missing = block_size - len(block.input_ids)
+    if missing:
+        block.add([pad_id] * missing, [0] * missing)
+    return block
+
+
+def _cut(runs: Iterable[Sequence], block_size: int) -> Iterator[list]:
+    """Runs joined end to end and cut into whole blocks."""
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    blocks: list[list[int]] = []
-    open_block: list[int] = []
-    for tokens in token_lists:
-        open_block.extend(tokens)
-        if eos_id is not None:
-            open_block.append(eos_id)
+    open_block: list = []
+    for run in runs:
+        open_block.extend(run)
         num_whole = len(open_block) // block_size * block_size
-        blocks.extend(open_block[i : i + block_size] for i in range(0, num_whole, block_size))
+        for start in range(0, num_whole, block_size):
+            yield open_block[start : start + block_size]
         open_block = open_block[num_whole:]
-    return blocks

@@ -1,5 +1,6 @@
 """Rows with ``text``, or a prompt and ``completion``, as token ids for language modelling."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from rlhf_ray.data.render import Layout, Rendered, Renderer
 from rlhf_ray.data.row_tally import BadRow, RowTally
 from rlhf_ray.data.rows import Row, batches, prompt_of, text_of
 from rlhf_ray.data.tables import TOKEN_IDS, on_disk
+from rlhf_ray.data.tokens import Overlong, overlong_error
 from rlhf_ray.errors import DataError
 
 LossOn = Literal["all", "completion", "assistant"]
@@ -26,6 +28,8 @@ def load_documents(
     preferred_only: bool = False,
     loss_on: LossOn = "all",
     name: str = "texts",
+    max_tokens: int | None = None,
+    overlong: Overlong = "drop",
 ) -> tuple[datasets.Dataset, dict[str, int]]:
     """Token ids of each text, its end included, on disk.
 
@@ -36,6 +40,8 @@ def load_documents(
         preferred_only: leave out rows whose column ``preferred`` is false.
         loss_on: which tokens are learnt.
         name: the data set, for messages.
+        max_tokens: longest text, its end included; None: any length.
+        overlong: what becomes of a longer one; ``truncate`` keeps its beginning.
 
     Returns:
         Columns ``token_ids`` and ``learnt`` (1 on tokens that are), one text a row, and counts:
@@ -46,15 +52,26 @@ def load_documents(
             answers are to be learnt.
     """
     tally = RowTally(name, max_bad_share)
+    limit = sys.maxsize if max_tokens is None else max_tokens
 
     def documents() -> Iterator[dict[str, Sequence[int]]]:
         for batch in batches(rows, tally):
-            wanted = [row for _, row in batch if not _is_unwanted(row, preferred_only)]
+            wanted = [item for item in batch if not _is_unwanted(item[1], preferred_only)]
             tally.drop_unused("not_preferred", len(batch) - len(wanted))
-            layouts = [_layout(row, renderer, loss_on, tally) for row in wanted]
-            for rendered in renderer.tokenize([layout for layout in layouts if layout]):
+            found = [(place, _layout(row, renderer, loss_on, tally)) for place, row in wanted]
+            layouts = {place: layout for place, layout in found if layout is not None}
+            all_rendered = renderer.tokenize(list(layouts.values()))
+            for place, rendered in zip(layouts, all_rendered, strict=True):
+                learnt = _learnt(rendered, loss_on)
+                num_tokens = len(rendered.token_ids)
+                if num_tokens > limit and overlong == "error":
+                    raise overlong_error(name, place, num_tokens, limit, "sft.block_size")
+                # What is left of a cut text may hold nothing of its answer.
+                if num_tokens > limit and (overlong == "drop" or not any(learnt[1:limit])):
+                    tally.drop_bad("overlong")
+                    continue
                 tally.keep()
-                yield {"token_ids": rendered.token_ids, "learnt": _learnt(rendered, loss_on)}
+                yield {"token_ids": rendered.token_ids[:limit], "learnt": learnt[:limit]}
 
     found = on_disk(documents(), _DOCUMENTS)
     return found, tally.finish()

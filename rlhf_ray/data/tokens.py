@@ -35,6 +35,11 @@ def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return token_id
 
 
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Id of the padding token of a tokenizer from `load_tokenizer`, which requires one."""
+    return int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
 def overlong_error(name: str, row: int, num_tokens: int, limit: int, key: str) -> DataError:
     """The error for ``data.overlong: error``."""
     return DataError(

@@ -1,28 +1,42 @@
 """What pretrain and SFT share: packed blocks, next-token loss, perplexity."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
-from rlhf_ray.data.packing import pack
+from rlhf_ray.data.packing import IGNORED, Block, concatenated, isolated
 from rlhf_ray.data.sources import load_rows
+from rlhf_ray.data.tables import TOKEN_IDS, on_disk
 from rlhf_ray.errors import DataError
 from rlhf_ray.stages.run_folder import RunFolder
 from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Training
 
+_COLUMNS = {
+    "concat": ("input_ids", "labels"),
+    "isolate": ("input_ids", "labels", "position_ids"),
+}
+"""Packing -> what a block gives to the model."""
+
 
 class LanguageModelTraining(Training):
-    """Training on blocks of one length, every token a label."""
+    """Training on packed blocks of one length."""
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """``input_ids`` and equal ``labels``, `_BS`; the model shifts them itself."""
-        input_ids = torch.tensor([row["input_ids"] for row in rows])
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
+        """The blocks' columns, `_BS`; the model shifts the labels itself.
+
+        No attention mask: texts that do not see each other are told by their positions alone. Flash
+        attention reads these in a single row only, so there a batch becomes one.
+        """
+        batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+        if "position_ids" in batch and "flash" in self.config.model.attn_implementation:
+            return {name: tensor.view(1, -1) for name, tensor in batch.items()}
+        return batch
 
 
 def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> Dataset:
@@ -41,31 +55,57 @@ def packed_blocks(
     stage: str,
     documents: Dataset,
     settings: PretrainConfig | SftConfig,
+    pad_id: int,
 ) -> dict[str, Dataset]:
     """Texts packed into blocks: the last share of the texts held out, the rest to train on.
 
     Args:
         stage: name, for the message.
         documents: from `load_documents`.
-        settings: the stage's section: tokens of a block, most held-out blocks.
+        settings: the stage's section: how to pack, tokens of a block, most held-out blocks.
+        pad_id: fills blocks of whole texts.
+
+    Returns:
+        Columns ``input_ids`` and ``labels``, and ``position_ids`` where texts are isolated.
 
     Raises:
         DataError: there is not one whole block for either part.
     """
     size = settings.block_size
-    token_lists = documents["token_ids"][:]
-    num_held_out = max(1, round(len(token_lists) * HELD_OUT_SHARE))
-    parts = {
-        TRAIN: pack(token_lists[:-num_held_out], size),
-        HELD_OUT: pack(token_lists[-num_held_out:], size)[: settings.eval_rows],
+    num_train = len(documents) - max(1, round(len(documents) * HELD_OUT_SHARE))
+    texts = {
+        TRAIN: documents.select(range(num_train)),
+        HELD_OUT: documents.select(range(num_train, len(documents))),
     }
-    for part, blocks in parts.items():
-        if not blocks:
+    most = {TRAIN: None, HELD_OUT: settings.eval_rows}
+    columns = _COLUMNS[settings.packing]
+    features = Features(dict.fromkeys(columns, TOKEN_IDS))
+    parts: dict[str, Dataset] = {}
+    for part, rows in texts.items():
+        blocks = islice(_blocks(rows, settings, pad_id), most[part])
+        parts[part] = on_disk(
+            ({c: getattr(block, c) for c in columns} for block in blocks), features
+        )
+        if not len(parts[part]):
             raise DataError(
-                f"{stage}: {len(token_lists)} texts fill no block of {size} tokens "
+                f"{stage}: {len(documents)} texts fill no block of {size} tokens "
                 f"({part.replace('_', '-')} part); add data or lower {stage}.block_size"
             )
-    return {part: Dataset.from_dict({"input_ids": blocks}) for part, blocks in parts.items()}
+    return parts
+
+
+def _blocks(
+    documents: Dataset, settings: PretrainConfig | SftConfig, pad_id: int
+) -> Iterator[Block]:
+    """The texts in blocks; a block of which nothing would be learnt is left out."""
+    rows: Any = documents
+    texts = ((row["token_ids"], row["learnt"]) for row in rows)
+    if settings.packing == "concat":
+        blocks = concatenated(texts, settings.block_size)
+    else:
+        blocks = isolated(texts, settings.block_size, pad_id)
+    # The first label of a block is predicted by nothing.
+    return (block for block in blocks if any(label != IGNORED for label in block.labels[1:]))
 
 
 def language_model_numbers(numbers: Mapping[str, float]) -> dict[str, float]:

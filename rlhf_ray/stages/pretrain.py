@@ -9,6 +9,7 @@ from datasets import Dataset
 from rlhf_ray.config import Config
 from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.texts import load_documents
+from rlhf_ray.data.tokens import pad_id
 from rlhf_ray.models import loading, tiny
 from rlhf_ray.stages.language_model import (
     LanguageModelTraining,
@@ -60,11 +61,12 @@ def run(config: Config) -> dict[str, Any]:
             config.run.seed,
         )
     training = open_training(PretrainTraining, config, run_folder.base_model())
-    renderer = Renderer(loading.load_tokenizer(training.base), config.template)
+    tokenizer = loading.load_tokenizer(training.base)
+    renderer = Renderer(tokenizer, config.template)
     documents, counts = load_documents(
         rows, renderer, config.data.max_bad_share, name="pretrain's texts"
     )
-    blocks = packed_blocks("pretrain", documents, settings)
+    blocks = packed_blocks("pretrain", documents, settings, pad_id(tokenizer))
     numbers = run_training(training, blocks)
     summary = {
         **language_model_numbers(numbers),

@@ -6,6 +6,7 @@ from typing import Any
 from rlhf_ray.config import Config
 from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.texts import load_documents
+from rlhf_ray.data.tokens import pad_id
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.merging import merge_adapter
 from rlhf_ray.models.quantization import ready_for_adapter
@@ -64,15 +65,19 @@ def run(config: Config) -> dict[str, Any]:
     run_folder = RunFolder(config)
     settings = config.sft
     training = open_training(SftTraining, config, run_folder.pretrained_model())
-    renderer = Renderer(loading.load_tokenizer(training.base), config.template)
+    tokenizer = loading.load_tokenizer(training.base)
     documents, counts = load_documents(
         text_rows(config, "sft"),
-        renderer,
+        Renderer(tokenizer, config.template),
         config.data.max_bad_share,
         settings.preferred_only,
+        settings.loss_on,
         name="sft's texts",
+        # Plain concatenation lets a text go on in the next block, so there none is too long.
+        max_tokens=settings.block_size if settings.packing == "isolate" else None,
+        overlong=config.data.overlong,
     )
-    blocks = packed_blocks("sft", documents, settings)
+    blocks = packed_blocks("sft", documents, settings, pad_id(tokenizer))
     numbers = run_training(training, blocks)
     summary = {
         **language_model_numbers(numbers),

@@ -29,7 +29,7 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
         "model": {"max_length": 128, "tiny": TINY | {"num_layers": 1}},
         "prepare": {"num_questions": 100},
         "pretrain": {"steps": 30, "batch_size": 4, "block_size": 64, "learning_rate": 0.02},
-        "sft": {"steps": 4, "batch_size": 4, "block_size": 64},
+        "sft": {"steps": 4, "batch_size": 4, "block_size": 64, "packing": "concat"},
         "reward": {"steps": 4, "batch_size": 4, "eval_rows": 8, "learning_rate": 1e-3},
         "dpo": {
             "steps": 4,

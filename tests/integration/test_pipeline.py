@@ -20,7 +20,7 @@ model:
 prepare:
   num_questions: 120
 pretrain: {steps: 4, batch_size: 4, block_size: 64, eval_rows: 8}
-sft: {steps: 2, batch_size: 4, block_size: 64, eval_rows: 8}
+sft: {steps: 2, batch_size: 4, block_size: 64, packing: concat, eval_rows: 8}
 reward: {steps: 2, batch_size: 4, eval_rows: 8}
 ppo:
   iterations: 2

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.texts import LossOn, load_documents
-from rlhf_ray.data.tokens import encode
+from rlhf_ray.data.tokens import Overlong, encode
 from rlhf_ray.errors import DataError
 
 EOS = 256
@@ -70,3 +70,23 @@ def test_what_is_learnt_of_a_chat(chatml: Tokenizer, loss_on: LossOn, learnt: st
 def test_plain_text_holds_no_answer(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"plain text.*sft\.loss_on to all \(it is completion\)"):
         load_documents([{"text": "a"}], Renderer(tokenizer), loss_on="completion")
+
+
+def test_texts_that_are_too_long(tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": "abc", "completion": "de"}, {"prompt": "abcde", "completion": "f"}]
+
+    def load(loss_on: LossOn, overlong: Overlong) -> tuple[Any, dict[str, int]]:
+        return load_documents(
+            rows, Renderer(tokenizer), 1.0, loss_on=loss_on, max_tokens=5, overlong=overlong
+        )
+
+    with pytest.raises(DataError, match=r"row 0 has 6 tokens, more than sft\.block_size 5"):
+        load("all", "error")
+    with pytest.raises(DataError, match=r"none of 2 rows can be used \(dropped: overlong: 2\)"):
+        load("all", "drop")
+    documents, _ = load("all", "truncate")
+    assert [tokenizer.decode(ids) for ids in documents["token_ids"][:]] == ["abcde", "abcde"]
+    # Of the second nothing but its prompt would be left.
+    documents, counts = load("completion", "truncate")
+    assert documents["learnt"][:] == [[0, 0, 0, 1, 1]]
+    assert counts == {"kept": 1, "overlong": 1}

@@ -142,7 +142,8 @@ def test_same_seed_gives_the_same_weights(trained_run: Trained, make_run: Any) -
 def test_sft_and_reward_over_a_quantised_base(make_run: Any, quantization: str) -> None:
     shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_layers": 1}
     config = make_run(
-        model={"max_length": 64, "quantization": quantization, "tiny": shape | {"num_heads": 2}}
+        model={"max_length": 64, "quantization": quantization, "tiny": shape | {"num_heads": 2}},
+        reward={"learning_rate": 0.01},
     )
     pretrain.run(config)
     summary = sft.run(config)
@@ -266,12 +267,41 @@ def test_ties_count_as_wrong() -> None:
 
 
 def test_blocks_hold_out_the_last_twentieth() -> None:
-    documents = Dataset.from_dict({"token_ids": [[i, i, i, 0] for i in range(1, 41)]})
-    blocks = packed_blocks("sft", documents, SftConfig(block_size=8, eval_rows=10))
+    texts = {"token_ids": [[i, i, i, 0] for i in range(1, 41)], "learnt": [[0, 1, 1, 1]] * 40}
+    documents = Dataset.from_dict(texts)
+    settings = SftConfig(block_size=8, eval_rows=10, packing="concat")
+    blocks = packed_blocks("sft", documents, settings, pad_id=99)
     assert blocks["train"]["input_ids"][-1] == [37, 37, 37, 0, 38, 38, 38, 0]
     assert list(blocks["held_out"]["input_ids"]) == [[39, 39, 39, 0, 40, 40, 40, 0]]
+    large = settings.model_copy(update={"block_size": 64})
     with pytest.raises(DataError, match=r"40 texts fill no block of 64 tokens \(held-out part\)"):
-        packed_blocks("sft", documents, SftConfig(block_size=64, eval_rows=10))
+        packed_blocks("sft", documents, large, pad_id=99)
+
+
+def test_blocks_of_isolated_texts_reach_the_model_with_their_positions(
+    make_run: Any, tmp_path: Path
+) -> None:
+    texts = {"token_ids": [[5, 6, 7], [8, 9]] * 20, "learnt": [[0, 1, 1], [0, 1]] * 20}
+    settings = SftConfig(block_size=8, eval_rows=10)
+    blocks = packed_blocks("sft", Dataset.from_dict(texts), settings, pad_id=99)
+    training = sft.SftTraining(make_run(), tmp_path, "base")
+    batch = training.collate([blocks["train"][0], blocks["train"][1]])
+    assert batch["input_ids"][0].tolist() == [5, 6, 7, 8, 9, 5, 6, 7]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert batch["labels"][0].tolist() == [-100, 6, 7, -100, 9, -100, 6, 7]
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    flash = make_run("flash", model={"attn_implementation": "flash_attention_2", "max_length": 64})
+    flat = sft.SftTraining(flash, tmp_path, "base").collate([blocks["train"][0]] * 2)
+    assert {tuple(tensor.shape) for tensor in flat.values()} == {(1, 16)}
+
+
+def test_blocks_of_which_nothing_is_learnt_are_left_out() -> None:
+    # The first text's block holds a prompt alone; the first token of a block is never predicted.
+    learnt = [[1] + [0] * 15, [0] * 15 + [1]]
+    texts = {"token_ids": [list(range(16))] * 4, "learnt": learnt * 2}
+    settings = SftConfig(block_size=8, packing="concat")
+    blocks = packed_blocks("sft", Dataset.from_dict(texts), settings, pad_id=99)
+    assert blocks["train"]["labels"][:] == [[-100] * 7 + [15]]
 
 
 def test_missing_inputs_are_named(make_run: Any, tmp_path: Path) -> None:
