@@ -12,7 +12,13 @@ class PrepareConfig(Section):
 
     posts: str | None = Field(
         default=None,
-        description="Posts.xml of a Stack Exchange dump; none: a synthetic site is written.",
+        description="Posts.xml of a Stack Exchange dump, or the .7z that holds it; none: a "
+        "synthetic site is written.",
+    )
+    site: str | None = Field(
+        default=None,
+        description="Site of the dump, such as ai.stackexchange.com, for the questions' links; "
+        "none: as the .7z or the dump's folder is named.",
     )
     num_questions: int = Field(default=4000, ge=20, description="Questions of the synthetic site.")
     max_pairs: int = Field(

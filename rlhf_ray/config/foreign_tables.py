@@ -74,7 +74,7 @@ report_to                    trackers                     a section for each tra
 output_dir                   run.dir
 max_length                   model.max_length
 max_seq_length               model.max_length
-packing                      {stage}.block_size           rows are packed into blocks of this size
+packing                      {stage}.packing              isolate or concat; rows always are packed
 center_rewards_coefficient   reward.centre
 loss_type                    dpo.loss
 model_name_or_path           model.path

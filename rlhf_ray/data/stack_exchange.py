@@ -12,18 +12,21 @@ import random
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
-from markdownify import markdownify
+from markdownify import MarkdownConverter
 
 from rlhf_ray.errors import DataError
 
-_REMEDY = "give the Posts.xml of a Stack Exchange dump (unpack the site's .7z first)"
+_REMEDY = "give the Posts.xml of a Stack Exchange dump, or the .7z that holds it"
+
+_REPORT_ROWS = 1000
+"""Rows between two reports of how far the reading is."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,30 @@ def answer_score(upvotes: int, accepted: bool) -> int:
 def html_to_markdown(html: str) -> str:
     """A post's HTML as Markdown: ``<pre><code>`` becomes a fence, links and lists are kept.
 
+    A fence names its language where the post does (``<pre class="lang-py ...">``).
+
     Elements nested hundreds deep, which nobody writes, give an empty text.
     """
     try:
-        markdown = markdownify(
-            html, heading_style="ATX", bullets="-", escape_asterisks=False, escape_underscores=False
-        )
+        markdown = _CONVERTER.convert(html)
     except RecursionError:
         return ""
     return markdown.strip()
+
+
+def _code_language(pre: Any) -> str:
+    """The language that the asker or an editor gave to a block of code; empty where none."""
+    names = [name for name in pre.get("class") or [] if name.startswith("lang-")]
+    return names[0].removeprefix("lang-") if names else ""
+
+
+_CONVERTER = MarkdownConverter(
+    heading_style="ATX",
+    bullets="-",
+    escape_asterisks=False,
+    escape_underscores=False,
+    code_language_callback=_code_language,
+)
 
 
 def sample_pairs(question: Question, max_pairs: int, seed: int) -> list[tuple[Answer, Answer]]:
@@ -106,16 +124,44 @@ def sample_pairs(question: Question, max_pairs: int, seed: int) -> list[tuple[An
     return random.Random(f"pairs:{seed}:{question.id}").sample(pairs, max_pairs)
 
 
+@dataclass(frozen=True)
+class Posts:
+    """A dump that has been read into a table on disk."""
+
+    table: sqlite3.Connection
+    num_questions: int
+
+    def questions(self) -> Iterator[Question]:
+        """Questions in the order of their ids, each with its answers."""
+        yield from _grouped(self.table)
+
+
 def read_posts(
     path: str | Path, work_dir: str | Path | None = None, skipped: Counter[str] | None = None
 ) -> Iterator[Question]:
     """Questions of a dump in the order of their ids, each with its answers.
+
+    Arguments and errors as those of `opened_posts`.
+    """
+    with opened_posts(path, work_dir, skipped) as posts:
+        yield from posts.questions()
+
+
+@contextmanager
+def opened_posts(
+    path: str | Path,
+    work_dir: str | Path | None = None,
+    skipped: Counter[str] | None = None,
+    on_read: Callable[[int], None] = lambda _: None,
+) -> Iterator[Posts]:
+    """Read a dump once, so that its questions can be had with their answers.
 
     Args:
         path: Posts.xml.
         work_dir: where the table on disk goes (about the size of the dump, removed at the end);
             None: the system's temporary folder.
         skipped: filled with the number of rows left out, by reason.
+        on_read: called now and then with the number of bytes read so far.
 
     Raises:
         DataError: the file is missing, empty, cut off, not XML, or holds no questions.
@@ -128,17 +174,19 @@ def read_posts(
         closing(sqlite3.connect(Path(folder) / "posts.sqlite")) as table,
     ):
         try:
-            _fill_table(table, path, skipped)
+            _fill_table(table, path, skipped, on_read)
         except sqlite3.OperationalError as error:
             raise OSError(errno.EIO, f"{error} (table on disk in {folder})") from error
         num_questions, num_answers = _count_posts(table, skipped)
         if not num_questions:
             found = f"{num_answers} answers but no questions" if num_answers else "no posts"
             raise DataError(f"{path} holds {found}; {_REMEDY}")
-        yield from _grouped(table)
+        yield Posts(table, num_questions)
 
 
-def _fill_table(table: sqlite3.Connection, path: Path, skipped: Counter[str]) -> None:
+def _fill_table(
+    table: sqlite3.Connection, path: Path, skipped: Counter[str], on_read: Callable[[int], None]
+) -> None:
     table.executescript(
         """
         PRAGMA journal_mode = OFF;
@@ -147,7 +195,7 @@ def _fill_table(table: sqlite3.Connection, path: Path, skipped: Counter[str]) ->
         CREATE TABLE answers (id INTEGER PRIMARY KEY, parent INTEGER, body, votes INTEGER);
         """
     )
-    for row in _rows(path):
+    for row in _rows(path, on_read):
         try:
             _insert(table, row)
         except (KeyError, ValueError, OverflowError):
@@ -197,7 +245,7 @@ def _grouped(table: sqlite3.Connection) -> Iterator[Question]:
         yield Question(question_id, title, body, tuple(filter(None, tag_names)), answers)
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
+def _rows(path: Path, on_read: Callable[[int], None]) -> Iterator[dict[str, str]]:
     """Attributes of each row; the parsed tree is emptied as it grows."""
     num_rows = 0
     root_tag = ""
@@ -211,6 +259,9 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
                     num_rows += 1
                     yield dict(element.attrib)
                     root.clear()
+                    if num_rows % _REPORT_ROWS == 0:
+                        on_read(file.tell())
+            on_read(file.tell())
     except ElementTree.ParseError as error:
         if num_rows:
             raise DataError(

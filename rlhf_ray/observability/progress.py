@@ -60,6 +60,14 @@ class Bar:
         if self.view is not None:
             self.view.update(self)
 
+    def restart(self, total: int | None, unit: str) -> None:
+        """Begin another part of the same stage, counted anew in units of its own."""
+        self.total, self._unit = total, unit
+        self.done = self._first = 0
+        self._pace_start_s = self._start_s
+        if self.view is not None:
+            self.view.update(self)
+
     @property
     def elapsed_s(self) -> float:
         """Seconds since the stage began in this process."""
@@ -194,6 +202,7 @@ class _LiveView:
         eta = f"ETA {clock_time(bar.eta_s)}" if bar.eta_s is not None else ""
         self._progress.update(
             self._task,
+            total=bar.total,
             completed=bar.done,
             counted=bar.counted(),
             rest=(eta + bar.shown_values()).removeprefix(", "),

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.observability import report_quality
 from rlhf_ray.observability import report_sections as sections
 from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.observability.report_data import RunFiles, number, read
@@ -69,6 +70,9 @@ def render(files: RunFiles) -> str:
         charts=sections.ppo_charts(files),
         supervised=sections.supervised(files),
         data=files.summaries.get("prepare"),
+        quality=report_quality.quality_charts(files),
+        duplicates=report_quality.duplicates(files),
+        row_counts=report_quality.row_counts(files),
         samples=sections.samples(files),
         num_samples=len(files.samples),
         prompts=sections.fixed_prompts(files),

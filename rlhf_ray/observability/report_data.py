@@ -47,6 +47,8 @@ class RunFiles:
     """ppo/completions.jsonl."""
     samples: Sequence[Record]
     """evaluate/samples.jsonl."""
+    quality: Record
+    """prepare/quality.json; empty where there is none."""
     spans: Sequence[Span]
     """trace.json."""
     phase_totals: Mapping[str, Mapping[str, float]]
@@ -93,6 +95,7 @@ def read(run_dir: Path) -> RunFiles:
         evaluations=read_jsonl(run_dir / "ppo" / "eval.jsonl"),
         completions=read_jsonl(run_dir / "ppo" / "completions.jsonl"),
         samples=read_jsonl(run_dir / "evaluate" / "samples.jsonl"),
+        quality=_read_json(run_dir / "prepare" / "quality.json"),
         spans=spans,
         phase_totals=phase_totals(run_dir / "trace.json"),
     )

@@ -119,6 +119,40 @@ def phase_bars(title: str, totals: Mapping[str, Mapping[str, float]]) -> str:
         return _svg(figure, title)
 
 
+def histogram(
+    title: str,
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+) -> str:
+    """Bars over ordered bins as SVG, one colour a series."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure, axes = _figure(2.5)
+        width = 0.84 / len(series)
+        for index, ((name, values), colour) in enumerate(
+            zip(series.items(), _COLOURS, strict=False)
+        ):
+            places = np.arange(len(values)) + (index - (len(series) - 1) / 2) * width
+            axes.bar(places, values, width=width, color=colour, label=name)
+        axes.set_xticks(range(len(labels)), labels=list(labels))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
+        if len(series) > 1:
+            axes.legend(loc="best")
+        return _svg(figure, title)
+
+
+def counts(title: str, numbers: Mapping[str, float], x_label: str) -> str:
+    """One horizontal bar a name as SVG, in the given order."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title, "axes.grid.axis": "x"}):
+        figure, axes = _figure(max(1.2, 0.6 + 0.24 * len(numbers)))
+        axes.barh(range(len(numbers)), list(numbers.values()), color=_COLOURS[0], **_BAR)
+        _label_rows(axes, list(numbers), x_label)
+        return _svg(figure, title)
+
+
 def timeline(title: str, spans: Sequence[Span], colours: Mapping[str, str]) -> str:
     """Spans of each row over time as SVG, seconds from the first one on.
 

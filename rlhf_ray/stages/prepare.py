@@ -1,6 +1,7 @@
 """Stage prepare: a Stack Exchange dump becomes four sets that share no question."""
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -17,15 +18,21 @@ from datasets.arrow_writer import ArrowWriter
 
 from rlhf_ray.config import Config
 from rlhf_ray.data import stack_exchange, synthetic, template
+from rlhf_ray.data.archive import site_of, unpacked
+from rlhf_ray.data.quality import Texts
 from rlhf_ray.data.row_tally import RowTally
 from rlhf_ray.data.stack_exchange import Answer, Question
 from rlhf_ray.errors import DataError
+from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
+
+MEGABYTE = 2**20
 
 _QUESTION = {
     "question_id": datasets.Value("int64"),
     "question": datasets.Value("string"),
     "prompt": datasets.Value("string"),
+    "link": datasets.Value("string"),
 }
 _PAIR = {"chosen": datasets.Value("string"), "rejected": datasets.Value("string")}
 _ANSWER = {
@@ -39,7 +46,8 @@ SETS = {
     "rl": datasets.Features(_QUESTION),
     "evaluation": datasets.Features(_QUESTION | _PAIR),
 }
-"""Columns of each set: one row an answer, a pair, a question, a pair."""
+"""Columns of each set: one row an answer, a pair, a question, a pair. ``link`` is the question's
+address, which the dumps' licence asks to keep; users are never named."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -48,20 +56,26 @@ def run(config: Config) -> dict[str, Any]:
     They replace those of an earlier run of this stage, and only once all of them are whole.
 
     Returns:
-        What ``prepare/summary.json`` holds.
+        What ``prepare/summary.json`` holds; ``prepare/quality.json`` says what the texts are like.
 
     Raises:
         DataError: the dump cannot be used, has too many bad posts, or is too small for four sets.
-        ConfigError: the run folder cannot be written.
+        ConfigError: the run folder cannot be written, or a .7z cannot be unpacked without py7zr.
     """
     start = time.monotonic()
     folder = RunFolder(config)
-    with unwritable_is_an_error(folder.stage("prepare")), _whole_or_not_at_all(folder) as partial:
-        posts = config.prepare.posts
-        if posts is None:
-            posts = partial / "Posts.xml"
+    progress = Progress(config.run.stages)
+    with (
+        unwritable_is_an_error(folder.stage("prepare")),
+        _whole_or_not_at_all(folder) as partial,
+        progress.stage("prepare", unit="question") as bar,
+    ):
+        posts = Path(config.prepare.posts or partial / "Posts.xml")
+        if config.prepare.posts is None:
             synthetic.write_posts(posts, config.prepare.num_questions, config.run.seed)
-        summary = _write_sets(config, Path(posts), partial)
+        with unpacked(posts, partial) as file, _Sets(config, posts, partial) as sets:
+            _fill(sets, file, bar)
+        summary = sets.finish()
     summary |= {
         "synthetic": config.prepare.posts is None,
         "seconds": round(time.monotonic() - start, 3),
@@ -89,44 +103,102 @@ def _whole_or_not_at_all(folder: RunFolder) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_sets(config: Config, posts: Path, partial: Path) -> dict[str, Any]:
-    """Fill the four sets in one pass over the questions; memory does not grow with the dump."""
-    tally = RowTally(str(posts), config.data.max_bad_share)
-    skipped: Counter[str] = Counter()
-    unused: Counter[str] = Counter()
-    num_rows = dict.fromkeys(SETS, 0)
-    num_questions = num_answers = 0
-    with ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(ArrowWriter(features=SETS[name], path=_table(partial, name)))
-            for name in SETS
+def _fill(sets: "_Sets", file: Path, bar: Bar) -> None:
+    """One pass over the posts and one over the questions; memory does not grow with the dump."""
+    num_megabytes = max(1, file.stat().st_size // MEGABYTE) if file.is_file() else None
+    bar.restart(num_megabytes, "megabyte")
+    with stack_exchange.opened_posts(
+        file,
+        sets.folder,
+        sets.skipped,
+        on_read=lambda num_bytes: bar.advance(num_bytes // MEGABYTE - bar.done),
+    ) as posts:
+        bar.restart(posts.num_questions, "question")
+        for question in posts.questions():
+            sets.add(question)
+            bar.advance()
+
+
+class _Sets:
+    """The four sets as they are written, and what was counted on the way.
+
+    Args:
+        config: shares of the sets, most pairs, share of bad posts.
+        posts: the dump, for messages and for the site's name.
+        folder: where the sets go.
+    """
+
+    def __init__(self, config: Config, posts: Path, folder: Path) -> None:
+        self.folder = folder
+        self.skipped: Counter[str] = Counter()
+        self._config = config
+        self._posts = posts
+        self._site = config.prepare.site or site_of(posts)
+        self._tally = RowTally(str(posts), config.data.max_bad_share)
+        self._unused: Counter[str] = Counter()
+        self._num_rows = dict.fromkeys(SETS, 0)
+        self._num_questions = self._num_answers = 0
+        self._quality: dict[str, Any] = {}
+        self._scores: Counter[int] = Counter()
+
+    def __enter__(self) -> "_Sets":
+        with ExitStack() as stack:
+            self._texts = {name: stack.enter_context(Texts()) for name in ("questions", "answers")}
+            self._writers = {
+                name: stack.enter_context(
+                    ArrowWriter(features=features, path=_table(self.folder, name))
+                )
+                for name, features in SETS.items()
+            }
+            self._files = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._files:
+            if kind is None:
+                for writer in self._writers.values():
+                    writer.finalize()
+                self._quality = {name: texts.report() for name, texts in self._texts.items()}
+
+    def add(self, question: Question) -> None:
+        """Convert a question and write its rows into the set that it belongs to."""
+        self._num_questions += 1
+        self._num_answers += len(question.answers)
+        ready = _convert(self._config, question, self._site, self._tally, self._unused)
+        if ready is None:
+            return
+        self._texts["questions"].add(ready.text)
+        for answer in ready.question.answers:
+            self._texts["answers"].add(ready.answers[answer.id])
+            self._scores[answer.score] += 1
+        name = _assign(self._config, question.id)
+        rows = _ROWS[name](ready)
+        if not rows:
+            self._unused["question_without_pairs"] += 1
+        for row in rows:
+            self._writers[name].write(row)
+        self._num_rows[name] += len(rows)
+
+    def finish(self) -> dict[str, Any]:
+        """Check the counts, save the sets and quality.json; returns the summary's part on rows.
+
+        Raises:
+            DataError: too many bad posts, or a set without rows.
+        """
+        for reason, num in self.skipped.items():
+            self._tally.drop_bad(reason, num)
+        self._tally.finish()
+        _require_rows(self._posts, self._num_questions, self._num_rows)
+        _save(self.folder)
+        scores = {str(score): num for score, num in sorted(self._scores.items())}
+        quality = json.dumps({**self._quality, "scores": scores}, indent=2)
+        (self.folder / "quality.json").write_text(quality + "\n", encoding="utf-8")
+        return {
+            "questions": self._num_questions,
+            "answers": self._num_answers,
+            "rows": self._num_rows,
+            "dropped": self._tally.dropped | dict(self._unused),
         }
-        for question in stack_exchange.read_posts(posts, partial, skipped):
-            num_questions += 1
-            num_answers += len(question.answers)
-            ready = _convert(config, question, tally, unused)
-            if ready is None:
-                continue
-            name = _assign(config, question.id)
-            rows = _ROWS[name](ready)
-            if not rows:
-                unused["question_without_pairs"] += 1
-            for row in rows:
-                writers[name].write(row)
-            num_rows[name] += len(rows)
-        for writer in writers.values():
-            writer.finalize()
-    for reason, num in skipped.items():
-        tally.drop_bad(reason, num)
-    tally.finish()
-    _require_rows(posts, num_questions, num_rows)
-    _save(partial)
-    return {
-        "questions": num_questions,
-        "answers": num_answers,
-        "rows": num_rows,
-        "dropped": tally.dropped | dict(unused),
-    }
 
 
 @dataclass(frozen=True)
@@ -137,15 +209,21 @@ class _Converted:
     text: str
     answers: dict[int, str]
     pairs: list[tuple[Answer, Answer]]
+    link: str | None
 
     @property
     def columns(self) -> dict[str, Any]:
         prompt = template.prompt(self.text)
-        return {"question_id": self.question.id, "question": self.text, "prompt": prompt}
+        return {
+            "question_id": self.question.id,
+            "question": self.text,
+            "prompt": prompt,
+            "link": self.link,
+        }
 
 
 def _convert(
-    config: Config, question: Question, tally: RowTally, unused: Counter[str]
+    config: Config, question: Question, site: str | None, tally: RowTally, unused: Counter[str]
 ) -> _Converted | None:
     """Markdown of a question and of its answers that have any text; None where nothing is left."""
     text = question.text
@@ -169,7 +247,8 @@ def _convert(
     distinct = [pair for pair in pairs if answers[pair[0].id] != answers[pair[1].id]]
     if len(distinct) < len(pairs):
         unused["pair_of_equal_texts"] += len(pairs) - len(distinct)
-    return _Converted(replace(question, answers=kept), text, answers, distinct)
+    link = f"https://{site}/questions/{question.id}" if site else None
+    return _Converted(replace(question, answers=kept), text, answers, distinct, link)
 
 
 def _assign(config: Config, question_id: int) -> str:

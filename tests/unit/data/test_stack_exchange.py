@@ -9,6 +9,7 @@ from rlhf_ray.data.stack_exchange import (
     Question,
     answer_score,
     html_to_markdown,
+    opened_posts,
     read_posts,
     sample_pairs,
 )
@@ -157,3 +158,22 @@ def test_memory_does_not_grow_with_the_dump(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert num_questions == 5000
     assert peak < 2_000_000
+
+
+def test_a_fence_names_its_language_where_the_post_does() -> None:
+    named = '<pre class="lang-js prettyprint-override"><code>let a\n</code></pre>'
+    assert html_to_markdown(named).startswith("```js\nlet a")
+    assert html_to_markdown("<pre><code>let a\n</code></pre>").startswith("```\nlet a")
+
+
+def test_reading_tells_how_far_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "Posts.xml"
+    row = '<row Id="{}" PostTypeId="1" Title="q" Body="b"/>'
+    path.write_text(f"<posts>{''.join(row.format(i) for i in range(1, 2501))}</posts>")
+    told: list[int] = []
+    with opened_posts(path, tmp_path, on_read=told.append) as posts:
+        assert posts.num_questions == 2500
+        assert len(list(posts.questions())) == 2500
+    assert len(told) == 3
+    assert told == sorted(told)
+    assert told[-1] == path.stat().st_size

@@ -33,6 +33,25 @@ ppo: {iterations: 60, batch_size: 64, epochs: 4, learning_rate: 0.0003, kl_coef:
 """
 
 
+QUALITY = {
+    "questions": {
+        "texts": 4000,
+        "repeated": 12,
+        "length_bounds": [0, 32, 64],
+        "lengths": [1000, 2800, 200],
+        "languages": {},
+    },
+    "answers": {
+        "texts": 15000,
+        "repeated": 450,
+        "length_bounds": [0, 32, 64],
+        "lengths": [3000, 6000, 6000],
+        "languages": {"py": 300, "not named": 7000},
+    },
+    "scores": {"-1": 2000, "0": 5000, "1": 8000},
+}
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Folder of a finished run."""
@@ -47,6 +66,7 @@ def write_run(folder: Path) -> None:
     (folder / "config.yaml").write_text(CONFIG)
     for stage, summary in _summaries().items():
         _write(folder / stage / "summary.json", json.dumps(summary))
+    _write(folder / "prepare" / "quality.json", json.dumps(QUALITY))
     for stage, num_steps, first, last in (
         ("pretrain", 800, 5.4, 1.52),
         ("sft", 200, 1.6, 1.31),

@@ -94,3 +94,23 @@ def test_a_terminal_gets_a_live_bar_and_the_final_line(monkeypatch: pytest.Monke
 )
 def test_clock_time(seconds: float, text: str):
     assert clock_time(seconds) == text
+
+
+def test_a_part_is_counted_anew_at_its_own_pace():
+    clock, stream = Clock(), io.StringIO()
+    with Progress(stream=stream, clock=clock).stage("prepare", unit="question") as bar:
+        bar.restart(100, "megabyte")
+        bar.advance(100)
+        clock.now = 5.0
+        bar.restart(40, "question")
+        assert bar.eta_s is None
+        bar.advance()
+        clock.now = 15.0
+        bar.advance()
+        # Ten seconds a question since the first one, 38 to go.
+        assert bar.eta_s == 380
+    assert stream.getvalue().splitlines() == [
+        "prepare",
+        "prepare 2/40 questions, 5%, 0:15 elapsed, ETA 6:20",
+        "prepare done: 2/40 questions in 0:15",
+    ]

@@ -61,7 +61,7 @@ def test_a_finished_run_has_every_section_in_order(run_dir: Path):
     assert "has not finished" not in html
     for text in ("0.48 → 0.67", "68.7%", "1.43 nats", "3,840", "6:23"):
         assert text in html
-    assert html.count("<svg") == 11 + 3 + 2
+    assert html.count("<svg") == 11 + 3 + 3 + 2
     assert (run_dir / "report.html").exists()
 
 

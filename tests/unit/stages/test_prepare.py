@@ -1,3 +1,5 @@
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def test_the_sets_share_no_question_and_keep_their_shares(run: tuple[Path, dict[
 
 def test_rows_and_columns(run: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = run
-    base = ["question_id", "question", "prompt"]
+    base = ["question_id", "question", "prompt", "link"]
     sets = {name: load(folder, name) for name in SETS}
     assert sets["finetune"].column_names == [*base, "completion", "score", "preferred"]
     assert sets["rl"].column_names == base
@@ -79,7 +81,7 @@ def test_the_summary_counts_everything(run: tuple[Path, dict[str, Any]]) -> None
     without = ("question_without_answers", "question_without_pairs")
     assert num_used + sum(summary["dropped"].get(reason, 0) for reason in without) == 200
     assert sorted(item.name for item in (folder / "prepare").iterdir()) == sorted(
-        [*SETS, "Posts.xml", "summary.json"]
+        [*SETS, "Posts.xml", "quality.json", "summary.json"]
     )
 
 
@@ -165,3 +167,53 @@ def test_a_dump_without_a_preference_is_refused(tmp_path: Path) -> None:
 def test_a_missing_dump_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.xml: No such file"):
         prepare.run(config(tmp_path, posts=str(tmp_path / "nowhere.xml")))
+
+
+def test_questions_keep_their_link_and_nobodys_name(tmp_path: Path) -> None:
+    site = tmp_path / "coffee.stackexchange.com"
+    site.mkdir()
+    owner = 'PostTypeId="2" OwnerUserId="4711" OwnerDisplayName="Ann Bean" '
+    posts = dump(site / "Posts.xml", *(question(i, (0, 3)) for i in range(1, 60)))
+    text = Path(posts).read_text().replace('PostTypeId="2" ', owner)
+    Path(posts).write_text(text)
+    prepare.run(config(tmp_path, posts=posts))
+    for name in SETS:
+        for row in load(tmp_path, name).to_list():
+            link = f"https://coffee.stackexchange.com/questions/{row['question_id']}"
+            assert row["link"] == link
+            assert not any("Ann Bean" in str(cell) or "4711" in str(cell) for cell in row.values())
+    prepare.run(config(tmp_path, posts=posts, site="other.example"))
+    assert load(tmp_path, "rl")[0]["link"].startswith("https://other.example/questions/")
+
+
+def test_an_archive_is_read_as_the_dump_inside(tmp_path: Path) -> None:
+    py7zr = pytest.importorskip("py7zr")
+    posts = dump(tmp_path / "Posts.xml", *(question(i, (0, 3)) for i in range(1, 60)))
+    with py7zr.SevenZipFile(tmp_path / "coffee.stackexchange.com.7z", "w") as archive:
+        archive.write(posts, "Posts.xml")
+    archive_config = config(tmp_path, posts=str(tmp_path / "coffee.stackexchange.com.7z"))
+    assert prepare.run(archive_config)["questions"] == 59
+    assert load(tmp_path, "rl")[0]["link"].startswith("https://coffee.stackexchange.com/")
+    assert not (tmp_path / "prepare" / ".partial").exists()
+
+
+def test_what_the_texts_are_like(tmp_path: Path) -> None:
+    posts = dump(
+        tmp_path / "Posts.xml",
+        *(question(i, (0, 3, 3, 7)) for i in range(1, 60)),
+        '<row Id="70000" PostTypeId="2" ParentId="1" Score="-3" Body="&lt;pre class=&quot;lang-py '
+        'x&quot;&gt;&lt;code&gt;1&lt;/code&gt;&lt;/pre&gt;"/>',
+    )
+    prepare.run(config(tmp_path, posts=posts))
+    quality = json.loads((tmp_path / "prepare" / "quality.json").read_text())
+    # Answers say "up 0", "up 3", "up 7" and one block of code; questions are numbered.
+    assert (quality["answers"]["texts"], quality["answers"]["repeated"]) == (237, 233)
+    assert (quality["questions"]["texts"], quality["questions"]["repeated"]) == (59, 0)
+    assert quality["scores"] == {"-1": 1, "0": 59, "2": 118, "3": 59}
+    assert quality["answers"]["languages"] == {"py": 1}
+    assert quality["answers"]["lengths"][0] == 237
+
+
+def test_progress_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare.run(config(tmp_path))
+    assert re.search(r"prepare done: 200/200 questions in 0:0\d", capsys.readouterr().out)

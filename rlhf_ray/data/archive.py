@@ -1,0 +1,79 @@
+"""Dumps as they come: a site's Posts.xml, mostly inside a .7z archive."""
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import ConfigError, DataError
+
+MEMBER = "Posts.xml"
+
+_SITE = re.compile(r"(?:[a-z0-9-]+\.)+(?:com|net|org)")
+
+
+def site_of(path: Path) -> str | None:
+    """The site that an archive or a dump's folder is named after; None where it says nothing.
+
+    Example:
+        >>> site_of(Path("dumps/stackoverflow.com-Posts.7z"))
+        'stackoverflow.com'
+        >>> site_of(Path("coffee.stackexchange.com/Posts.xml"))
+        'coffee.stackexchange.com'
+    """
+    is_archive = path.suffix.lower() == ".7z"
+    name = path.stem.removesuffix("-Posts") if is_archive else path.absolute().parent.name
+    return name if _SITE.fullmatch(name) else None
+
+
+@contextmanager
+def unpacked(path: Path, work_dir: Path) -> Iterator[Path]:
+    """A dump's Posts.xml: the file itself, or unpacked from a .7z for as long as it is read.
+
+    Args:
+        path: Posts.xml, or an archive that holds it.
+        work_dir: where it is unpacked (about ten times the archive's size).
+
+    Raises:
+        ConfigError: py7zr is not installed.
+        DataError: the archive is broken or holds no Posts.xml.
+    """
+    if path.suffix.lower() != ".7z" or path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="dump-", dir=work_dir) as folder:
+        _extract(path, folder)
+        yield Path(folder) / MEMBER
+
+
+def _extract(path: Path, folder: str) -> None:
+    py7zr = _py7zr()
+    try:
+        with py7zr.SevenZipFile(path) as archive:
+            names = archive.getnames()
+            if MEMBER in names:
+                archive.extract(folder, targets=[MEMBER])
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror or error}") from error
+    except (py7zr.exceptions.ArchiveError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{path} is broken or no 7z archive ({error}); download it again"
+        ) from error
+    if MEMBER not in names:
+        raise DataError(
+            f"{path} holds no {MEMBER} but {', '.join(names[:8])}; of a site that comes in several "
+            f"archives give the one whose name ends in {MEMBER.removesuffix('.xml')}"
+        )
+
+
+def _py7zr() -> Any:
+    try:
+        import py7zr
+    except ImportError as error:
+        raise ConfigError(
+            "prepare.posts names a .7z archive, which needs py7zr: pip install 'rlhf-ray[7z]', or "
+            "unpack the archive first"
+        ) from error
+    return py7zr

@@ -1,0 +1,94 @@
+"""The report's part on data: what the texts are like, which rows were used and which were not."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rlhf_ray.observability.report_data import Record, RunFiles, number
+from rlhf_ray.observability.report_plots import counts, histogram
+from rlhf_ray.observability.report_sections import Chart
+
+_KINDS = ("questions", "answers")
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows that a stage read."""
+
+    stage: str
+    kept: float
+    dropped: Sequence[tuple[str, float]]
+    """Reason, number of rows."""
+
+
+def quality_charts(files: RunFiles) -> list[Chart]:
+    """Lengths, scores and languages of code, as prepare counted them."""
+    quality = files.quality
+    kinds = {name: quality[name] for name in _KINDS if isinstance(quality.get(name), Mapping)}
+    return [*_lengths(kinds), *_scores(quality.get("scores")), *_languages(kinds.get("answers"))]
+
+
+def duplicates(files: RunFiles) -> list[tuple[str, float, float]]:
+    """(kind of text, how many repeat an earlier one, share of all)."""
+    found = []
+    for name in _KINDS:
+        num_texts = number(files.quality, name, "texts")
+        num_repeated = number(files.quality, name, "repeated")
+        if num_texts and num_repeated is not None:
+            found.append((name, num_repeated, num_repeated / num_texts))
+    return found
+
+
+def row_counts(files: RunFiles) -> list[RowCounts]:
+    """Rows that each stage kept, and those that it dropped, by reason."""
+    found = []
+    for stage, summary in files.summaries.items():
+        for part, counted in _counted(summary):
+            reasons = {name: number(counted, name) for name in counted if name != "kept"}
+            dropped = [(name.replace("_", " "), num) for name, num in reasons.items() if num]
+            label = f"{stage}, {part.replace('_', ' ')}" if part else stage
+            found.append(RowCounts(label, number(counted, "kept") or 0, dropped))
+    return found
+
+
+def _counted(summary: Record) -> Iterator[tuple[str, Record]]:
+    """The counts in a stage's summary: of all its rows, or of each part of them."""
+    for key in ("rows", "prompts_dropped"):
+        value = summary.get(key)
+        if isinstance(value, Mapping) and "kept" in value:
+            yield "", value
+        elif isinstance(value, Mapping):
+            parts = {part: counted for part, counted in value.items() if isinstance(counted, dict)}
+            yield from ((part, counted) for part, counted in parts.items() if "kept" in counted)
+
+
+def _lengths(kinds: Mapping[str, Record]) -> Iterator[Chart]:
+    bounds: Any = next((kind.get("length_bounds") for kind in kinds.values()), None)
+    shares = {
+        name: [100 * num / kind["texts"] for num in kind["lengths"]]
+        for name, kind in kinds.items()
+        if kind.get("texts")
+    }
+    if bounds and shares:
+        labels = [f"{bound:g}" for bound in bounds]
+        title = "Length of the texts"
+        svg = histogram(title, labels, shares, "characters, from", "% of the texts")
+        yield Chart(title, Markup(svg), "Share of the texts that have at least so many characters.")
+
+
+def _scores(scores: Any) -> Iterator[Chart]:
+    if scores:
+        title = "Score of the answers"
+        bars = {"answers": list(scores.values())}
+        svg = histogram(title, list(scores), bars, "score", "answers")
+        caption = "Rounded log2 of the upvotes, one more if accepted; -1 below zero votes."
+        yield Chart(title, Markup(svg), caption)
+
+
+def _languages(answers: Record | None) -> Iterator[Chart]:
+    if answers and answers.get("languages"):
+        title = "Languages of code in answers"
+        svg = counts(title, answers["languages"], "code fences")
+        yield Chart(title, Markup(svg), "As the fences name them; most posts name none.")
