@@ -73,7 +73,8 @@ class RowFilter(Section):
     )
     value: Any = Field(default=None, description="With what.")
     function: str | None = Field(
-        default=None, description="module:name of f(row) -> bool, instead of a comparison."
+        default=None,
+        description="module:name or file.py:name of f(row) -> bool, instead of a comparison.",
     )
 
     @model_validator(mode="before")

@@ -1,13 +1,13 @@
 """Which rows of a data set are kept."""
 
-import importlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.config.data import RowFilter
 from rlhf_ray.data.rows import Row
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import DataError
+from rlhf_ray.plugins import load_function
 
 Predicate = Callable[[Row], bool]
 
@@ -34,7 +34,10 @@ def predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
     Raises:
         ConfigError: a function cannot be imported.
     """
-    tests = [_function(item.function) if item.function else _comparison(item) for item in filters]
+    tests = [
+        load_function(item.function, "filter") if item.function else _comparison(item)
+        for item in filters
+    ]
 
     def passes(row: Row) -> bool:
         try:
@@ -64,14 +67,3 @@ def _value(row: Row, column: str) -> Any:
     if column == "prompt" and row.get("messages"):
         return "\n".join(message["content"] for message in row["messages"])
     return row[column]
-
-
-def _function(name: str) -> Predicate:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"The filter {name} cannot be imported ({error}); name it module:function, with the "
-            "module on PYTHONPATH"
-        ) from error

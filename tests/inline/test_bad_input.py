@@ -1,5 +1,6 @@
 """Bad input through the real command line: one message with a remedy, exit code 2, nothing lost."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,91 @@ class TestModel:
         refused(*arguments, path, says="is not a model folder: it has neither config.json")
         path = f"model.path={config_file}"
         refused(*arguments, path, says="is a file; a model is the folder that holds it")
+
+
+class TestRows:
+    """Data sets of the user's own that cannot be trained on."""
+
+    def arguments(self, folder: Path, config_file: Path, run: Path) -> tuple[object, ...]:
+        models = (f"model.path={run}/pretrain/model", f"sft.path={run}/sft/model")
+        return (config_file, f"run.dir={folder}/r", *models)
+
+    @pytest.mark.parametrize(
+        ("stage", "key", "row", "says"),
+        [
+            ("sft", "sft", {"a": "b"}, r"lacks the columns of every format that sft can use: "),
+            ("sft", "sft", {"prompt": "a"}, r"20 of 20 rows are bad \(no_answer: 20\)"),
+            (
+                "reward",
+                "preferences",
+                {"prompt": "q", "chosen": "a", "rejected": "a"},
+                r"19 of 19 rows are bad \(equal: 19\).*data\.max_bad_share",
+            ),
+            (
+                "reward",
+                "preferences",
+                {"question": "q", "answers": []},
+                r"19 of 19 rows are bad \(question_without_answers: 19\)",
+            ),
+            (
+                "reward",
+                "preferences",
+                {"question": "q", "answers": [{"text": "a", "pm_score": float("nan")}]},
+                r"no_scored_answer: no answer has both a text and a finite pm_score",
+            ),
+            (
+                "sft",
+                "sft",
+                {"messages": [{"role": "user", "content": "a"}]},
+                r"20 of 20 rows are bad \(no_answer: 20\)",
+            ),
+            (
+                "sft",
+                "sft",
+                {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+                r"has no chat template.*set template\.kind to question_answer",
+            ),
+        ],
+    )
+    def test_that_cannot_be_used(
+        self,
+        refused: Refused,
+        config_file: Path,
+        whole_run: Path,
+        tmp_path: Path,
+        stage: str,
+        key: str,
+        row: dict[str, object],
+        says: str,
+    ) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text((json.dumps(row) + "\n") * 20, encoding="utf-8")
+        arguments = self.arguments(tmp_path, config_file, whole_run)
+        if stage == "sft":
+            arguments = tuple(item for item in arguments if "sft.path" not in str(item))
+        refused(stage, *arguments, f"data.{key}.path={path}", says=says)
+
+    def test_answers_alone_cannot_be_learnt_of_plain_texts(
+        self, refused: Refused, config_file: Path, whole_run: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"text": "a"}\n' * 20, encoding="utf-8")
+        base = f"model.path={whole_run}/pretrain/model"
+        refused(
+            *("sft", config_file, f"run.dir={tmp_path}/r", base, f"data.sft.path={path}"),
+            "sft.loss_on=completion",
+            says=r"plain text, without an answer to learn alone; set sft\.loss_on to all",
+        )
+
+    def test_chats_can_be_laid_out_as_question_and_answer(
+        self, config_file: Path, whole_run: Path, tmp_path: Path
+    ) -> None:
+        turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+        path = tmp_path / "rows.jsonl"
+        path.write_text((json.dumps({"messages": turns * 2}) + "\n") * 40, encoding="utf-8")
+        base = f"model.path={whole_run}/pretrain/model"
+        arguments = ("sft", config_file, f"run.dir={tmp_path}/r", base, f"data.sft.path={path}")
+        more = ("template.kind=question_answer", "sft.loss_on=assistant", "sft.block_size=64")
+        assert command(*arguments, *more) == 0
+        summary = json.loads((tmp_path / "r/sft/summary.json").read_text(encoding="utf-8"))
+        assert summary["rows"] == {"kept": 40}
