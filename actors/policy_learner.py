@@ -13,9 +13,8 @@ from torch import Tensor
 from actors.learner import EngineKind, Learner, Sums
 from rlhf_ray.algorithms.assembly import Assembled
 from rlhf_ray.algorithms.correction import truncated_importance_weights
-from rlhf_ray.algorithms.experience import Experience, response_logits
+from rlhf_ray.algorithms.experience import Experience
 from rlhf_ray.algorithms.kl import kl_estimate
-from rlhf_ray.algorithms.logprobs import entropy, token_logprobs
 from rlhf_ray.algorithms.losses import resolve_policy_loss
 from rlhf_ray.algorithms.masking import masked_sum
 from rlhf_ray.algorithms.whitening import masked_mean, whiten
@@ -33,6 +32,7 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.checkpointing import recompute_activations
 from rlhf_ray.models.forward import causal_lm_logits, response_logprobs
 from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 from rlhf_ray.types import AdapterUpdate, Gap, ProbeComparison, Rollout, SampleRequest
 
 PROBE_SHIFT = 1.0
@@ -51,7 +51,9 @@ class PolicyLearner(Learner):
     def _build_model(self) -> Any:
         config = self._config
         base = load_causal_lm(self._model_path, config.model, quantized=True)
-        model = attach(base, config.lora, "CAUSAL_LM", seed=config.run.seed, dropout=0.0).eval()
+        model = attach(
+            answer_with_logprobs(base), config.lora, "CAUSAL_LM", seed=config.run.seed, dropout=0.0
+        ).eval()
         return recompute_activations(model) if config.policy.gradient_checkpointing else model
 
     def _group(self) -> tuple[float, int, Mapping[str, Any]]:
@@ -74,7 +76,7 @@ class PolicyLearner(Learner):
 
     def _logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         return response_logprobs(
-            causal_lm_logits(self._engine.model),
+            self._engine.model,
             rollouts,
             temperature=self._config.rollout.temperature,
             max_tokens=self._config.ppo.max_tokens_per_micro_batch,
@@ -90,11 +92,16 @@ class PolicyLearner(Learner):
         return whole.experience
 
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        ppo, temperature = self._config.ppo, self._config.rollout.temperature
-        logits_BSV = causal_lm_logits(self._engine.model)(batch.sequences_BS, batch.attention_BS)
-        logits_BTV = response_logits(logits_BSV, batch.prompt_lengths_B, batch.mask_BT.shape[1])
-        logprobs_BT = token_logprobs(logits_BTV, batch.responses_BT, temperature)
-        entropy_BT = entropy(logits_BTV, temperature)
+        ppo = self._config.ppo
+        logprobs_BT, entropy_BT = chunked_logprobs(
+            self._engine.model,
+            batch.sequences_BS,
+            batch.attention_BS,
+            batch.prompt_lengths_B,
+            batch.responses_BT,
+            temperature=self._config.rollout.temperature,
+            entropy="gradient" if ppo.entropy_coef else "value",
+        )
         loss, stats = self._policy_loss(
             logprobs_BT,
             batch.old_logprobs_BT,

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Config
-from rlhf_ray.models.forward import causal_lm_logits, response_logprobs
+from rlhf_ray.models.forward import response_logprobs
 from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.models.token_logprobs import answer_with_logprobs
 from rlhf_ray.types import Rollout
 
 
@@ -18,7 +19,7 @@ class Reference:
         self._name = name
         self._temperature = config.rollout.temperature
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
-        self._model = load_causal_lm(model_path, config.model, quantized=True)
+        self._model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
         if torch.cuda.is_available():
             self._model.cuda()
 
@@ -31,7 +32,7 @@ class Reference:
     def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
         """[T] fp32 log-probs of each response's tokens, temperature applied."""
         logprobs = response_logprobs(
-            causal_lm_logits(self._model),
+            self._model,
             rollouts,
             temperature=self._temperature,
             max_tokens=self._max_tokens,

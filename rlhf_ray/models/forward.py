@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.batching import micro_batches
 from rlhf_ray.algorithms.experience import pad, response_logits
-from rlhf_ray.algorithms.logprobs import token_logprobs
 from rlhf_ray.models.heads import position_ids
+from rlhf_ray.models.token_logprobs import chunked_logprobs
 from rlhf_ray.types import Rollout
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -42,19 +42,21 @@ def causal_lm_logits(model: Any) -> Forward:
 
 
 def response_logprobs(
-    forward: Forward,
+    model: Any,
     rollouts: Sequence[Rollout],
     *,
     temperature: float,
     max_tokens: int,
     device: torch.device,
 ) -> list[np.ndarray]:
-    """Log-probs of the response tokens, a [T] fp32 array a rollout, without gradient."""
+    """Log-probs of the response tokens, a [T] fp32 array a rollout, without gradient.
 
-    def logprobs(sequences_BS: Tensor, attention_BS: Tensor, prompts_B: Tensor, tokens_BT: Tensor):
-        logits_BSV = forward(sequences_BS, attention_BS)
-        logits_BTV = response_logits(logits_BSV, prompts_B, tokens_BT.shape[1])
-        return token_logprobs(logits_BTV, tokens_BT, temperature)
+    ``model`` is one that `answer_with_logprobs` taught.
+    """
+
+    def logprobs(*batch: Tensor) -> Tensor:
+        (logprobs_BT,) = chunked_logprobs(model, *batch, temperature=temperature)
+        return logprobs_BT
 
     return _by_response(logprobs, rollouts, max_tokens, device)
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from rlhf_ray.algorithms.logprobs import token_logprobs
+from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.algorithms.losses import dpo_loss
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import DpoConfig
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.quantization import ready_for_adapter
+from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 from rlhf_ray.stages.pairs import (
     CHOSEN,
     REJECTED,
@@ -62,23 +63,19 @@ def completion_logprobs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Summed log-prob of each completion given its prompt, `_BP`, nats.
 
     Args:
-        model: causal LM.
+        model: causal LM that `answer_with_logprobs` taught.
         inputs: a batch of `PairTraining.collate`.
     """
-    ids_BPS, attention_BPS = inputs["input_ids"], inputs["attention_mask"]
-    pairs, sides, length = ids_BPS.shape
-    logits_NSV = model(
-        input_ids=ids_BPS.flatten(0, 1),
-        attention_mask=attention_BPS.flatten(0, 1),
-        position_ids=inputs["position_ids"].flatten(0, 1),
-        use_cache=False,
-    ).logits
-    logprobs_NS = token_logprobs(logits_NSV[:, :-1], ids_BPS.flatten(0, 1)[:, 1:])
-    places_S = torch.arange(1, length, device=ids_BPS.device)
-    of_completion_BPS = (places_S >= inputs["prompt_lengths"][:, None, None]) & (
-        attention_BPS[..., 1:] == 1
-    )
-    return (logprobs_NS.view(pairs, sides, length - 1) * of_completion_BPS).sum(-1)
+    pairs, sides, _ = inputs["input_ids"].shape
+    ids_NS = inputs["input_ids"].flatten(0, 1)
+    attention_NS = inputs["attention_mask"].flatten(0, 1)
+    prompts_N = inputs["prompt_lengths"].repeat_interleave(sides)
+    lengths_N = attention_NS.sum(dim=1) - prompts_N
+    places_T = torch.arange(int(lengths_N.max()), device=ids_NS.device)
+    tokens_NT = response_logits(ids_NS[:, 1:], prompts_N, len(places_T))
+    (logprobs_NT,) = chunked_logprobs(model, ids_NS, attention_NS, prompts_N, tokens_NT)
+    of_completion_NT = places_T < lengths_N.unsqueeze(1)
+    return (logprobs_NT * of_completion_NT).sum(-1).view(pairs, sides)
 
 
 class DpoTraining(PairTraining):
@@ -90,7 +87,7 @@ class DpoTraining(PairTraining):
         settings, lora = self.model_settings, self.config.dpo.lora
         model = loading.load_causal_lm(self.base, settings, quantized=True)
         return adapters.attach(
-            ready_for_adapter(model, settings),
+            ready_for_adapter(answer_with_logprobs(model), settings),
             lora,
             "CAUSAL_LM",
             seed=self.config.run.seed,

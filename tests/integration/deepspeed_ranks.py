@@ -3,19 +3,26 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.models import token_logprobs
 from rlhf_ray.models.adapters import attach
+from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 
 OPTIMIZER = {"learning_rate": 1e-2, "epsilon": 1e-5, "max_grad_norm": 1.0}
 STEPS = 3
+VOCABULARY, LENGTH = 64, 8
+PROMPT_LENGTHS_B = torch.tensor([1, 3, 5, 2])
+"""Unequal responses: at two ranks, each makes another number of chunks of its head's output."""
 
 
 def build() -> Any:
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=64,
+        vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -23,23 +30,37 @@ def build() -> Any:
         max_position_embeddings=64,
     )
     lora = LoraConfig(r=4)
-    return attach(LlamaForCausalLM(shape), lora, "CAUSAL_LM", seed=0, dropout=0.0)
+    base = answer_with_logprobs(LlamaForCausalLM(shape))
+    return attach(base, lora, "CAUSAL_LM", seed=0, dropout=0.0)
 
 
 def take_steps(engine: Any, first: int) -> list[float]:
     """Learn the batches ``first`` to ``first + STEPS``, two micro-batches each; gradient norms."""
+    token_logprobs.CHUNK_LOGITS = 2 * VOCABULARY
+    num_tokens = int((LENGTH - PROMPT_LENGTHS_B).sum())
     norms = []
     for number in range(first, first + STEPS):
-        ids_BS = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(number))
-        mine = ids_BS[engine.rank :: engine.world_size]
-        micro_batches = mine.chunk(2)
-        for index, batch in enumerate(micro_batches):
-            logprobs = engine.model(input_ids=batch).logits.log_softmax(-1)
-            picked = logprobs[:, :-1].gather(-1, batch[:, 1:, None])
-            loss = -picked.sum() / (4 * 7 / engine.world_size)
+        generator = torch.Generator().manual_seed(number)
+        ids_BS = torch.randint(0, VOCABULARY, (4, LENGTH), generator=generator)
+        mine = range(engine.rank, 4, engine.world_size)
+        micro_batches = torch.tensor(mine).chunk(2)
+        for index, rows in enumerate(micro_batches):
+            logprobs_BT = response_logprobs(engine.model, ids_BS[rows], PROMPT_LENGTHS_B[rows])
+            loss = -logprobs_BT.sum() / (num_tokens / engine.world_size)
             engine.backward(loss, last=index == len(micro_batches) - 1)
         norms.append(engine.step())
     return norms
+
+
+def response_logprobs(model: Any, ids_BS: Tensor, prompt_lengths_B: Tensor) -> Tensor:
+    """Log-probs of all that follows the prompts; 0 past the end."""
+    lengths_B = LENGTH - prompt_lengths_B
+    num_tokens = int(lengths_B.max())
+    responses_BT = response_logits(ids_BS[:, 1:], prompt_lengths_B, num_tokens)
+    (logprobs_BT,) = chunked_logprobs(
+        model, ids_BS, torch.ones_like(ids_BS), prompt_lengths_B, responses_BT
+    )
+    return logprobs_BT * (torch.arange(num_tokens) < lengths_B.unsqueeze(1))
 
 
 def rank_main(
@@ -49,8 +70,10 @@ def rank_main(
     from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, join_group
 
     join_group(rank, world_size, "127.0.0.1", port, 120.0)
+    # Small weights would stay on every rank: at stage 3, have each of them gathered.
+    settings = {"zero": {"stage3_param_persistence_threshold": 0}} if zero_stage == 3 else {}
     engine = DeepSpeedEngine(
-        build(), **OPTIMIZER, zero_stage=zero_stage, dtype="float32", settings={}
+        build(), **OPTIMIZER, zero_stage=zero_stage, dtype="float32", settings=settings
     )
     if state is not None:
         engine.import_state({name: torch.from_numpy(value) for name, value in state.items()})

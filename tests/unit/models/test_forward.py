@@ -8,13 +8,13 @@ import torch
 
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.models.forward import (
-    causal_lm_logits,
     response_logprobs,
     response_values,
     sequence_of,
 )
 from rlhf_ray.models.heads import ValueModel, initialise_head
 from rlhf_ray.models.loading import load_causal_lm, load_sequence_classifier
+from rlhf_ray.models.token_logprobs import answer_with_logprobs
 from rlhf_ray.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -44,9 +44,9 @@ ROLLOUTS = [rollout(i, *lengths) for i, lengths in enumerate([(3, 9), (12, 1), (
 def test_logprobs_are_those_of_each_row_alone(
     base: Path, max_tokens: int, temperature: float
 ) -> None:
-    model = load_causal_lm(str(base), ModelConfig())
+    model = answer_with_logprobs(load_causal_lm(str(base), ModelConfig()))
     found = response_logprobs(
-        causal_lm_logits(model),
+        model,
         ROLLOUTS,
         temperature=temperature,
         max_tokens=max_tokens,

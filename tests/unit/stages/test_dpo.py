@@ -13,6 +13,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.run import DEFAULT_STAGES
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import heads, loading
+from rlhf_ray.models.token_logprobs import answer_with_logprobs
 from rlhf_ray.stages import dpo
 from rlhf_ray.stages.dpo import DpoTraining, completion_logprobs
 from rlhf_ray.stages.pairs import load_training_pairs
@@ -54,7 +55,7 @@ def test_completions_are_counted_whole_and_without_their_prompt(make_dpo: Any) -
     pairs, _ = load_training_pairs(training)
     rows = list(pairs["held_out"])[:3]
     rows[0]["chosen_ids"] = rows[0]["chosen_ids"] + rows[0]["chosen_ids"][-3:]  # unequal lengths
-    model = loading.load_causal_lm(training.base, config.model)
+    model = answer_with_logprobs(loading.load_causal_lm(training.base, config.model))
     with torch.no_grad():
         together_BP = completion_logprobs(model, training.collate(rows))
         for row, sides in zip(rows, together_BP, strict=True):
