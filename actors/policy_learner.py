@@ -67,6 +67,11 @@ class PolicyLearner(Learner):
         gap = np.abs(engine - np.concatenate(logprobs), dtype=np.float64)
         return logprobs, Gap(float(gap.mean()), float(gap.max()), len(gap))
 
+    def ref_logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
+        """[T] fp32 log-probs under the frozen base: the reference, without a copy of its own."""
+        with self._without_adapter():
+            return self._logprobs(rollouts), None
+
     def sample_kl(
         self, rollouts: Sequence[Rollout], ref_logprobs: Sequence[np.ndarray]
     ) -> tuple[float, ...]:

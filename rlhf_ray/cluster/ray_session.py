@@ -94,7 +94,7 @@ def num_logical_cpus(config: Config) -> int:
         config.generators.num
         + config.policy.num_ranks
         + config.critic.num_ranks
-        + config.reference.num_workers
+        + config.reference.num_processes
         + config.reward.num_workers
     )
     # Ray Train asks for one CPU a worker and one for its controller.

@@ -175,6 +175,11 @@ class PolicyClient(LearnerGroupClient):
         """List of [T] log-probs, and the gap to the engine's."""
         return await self._any_split("logprobs", shard.rollouts)
 
+    async def ref_logprobs(self, shard: Shard) -> Handle:
+        """List of [T] log-probs with the adapter off."""
+        handle, _ = await self._any_split("ref_logprobs", shard.rollouts)
+        return handle
+
     async def sample_kl(self, shard: Shard, ref_logprobs: Handle) -> tuple[float, ...]:
         """[N] KL of each sample."""
         return (await self._all("sample_kl", shard.rollouts, ref_logprobs))[0]
@@ -199,6 +204,17 @@ class PolicyClient(LearnerGroupClient):
         """Engine against learner on a shard sampled under an adapter."""
         known = replace(update, tensors=None)
         return (await self._all("compare", known, update.tensors, shard.rollouts))[0]
+
+
+class PolicyBaseClient:
+    """The reference, where it is the policy's base with the adapter off."""
+
+    def __init__(self, policy: PolicyClient) -> None:
+        self._policy = policy
+
+    async def logprobs(self, shard: Shard) -> Handle:
+        """List of [T] log-probs."""
+        return await self._policy.ref_logprobs(shard)
 
 
 class CriticClient(LearnerGroupClient):

@@ -79,7 +79,27 @@ class CriticConfig(LearnerConfig):
 class ReferenceConfig(Section):
     """The frozen reference."""
 
-    num_workers: int = changeable(1, ge=1, description="Processes.")
+    kind: Literal["own", "policy_base"] = changeable(
+        "own",
+        description="own: processes of its own, which work beside the learners; policy_base: the "
+        "policy's learners answer with their adapter off, which saves a copy of the model.",
+    )
+    num_workers: int = changeable(1, ge=1, description="Processes of its own.")
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that hold the reference and nothing else."""
+        return self.num_workers if self.kind == "own" else 0
+
+    @model_validator(mode="after")
+    def _workers_of_its_own(self) -> "ReferenceConfig":
+        if self.kind == "policy_base" and self.num_workers != 1:
+            raise ValueError(
+                f"reference.num_workers {self.num_workers} does nothing with reference.kind "
+                "policy_base, where the policy.num_ranks learners answer; leave it out, or set "
+                "reference.kind=own"
+            )
+        return self
 
 
 class GeneratorsConfig(Section):

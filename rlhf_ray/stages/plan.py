@@ -7,10 +7,15 @@ from rlhf_ray.stages.run_folder import RunFolder
 
 def describe(config: Config) -> str:
     """The resolved config and a table of the roles, as text of at most 100 columns."""
+    own_reference = config.reference.kind == "own"
     roles = [
         ("generator", config.generators.num, f"{config.rollout.engine}, {config.serving} serving"),
         ("reward", config.reward.num_workers, "frozen reward model"),
-        ("reference", config.reference.num_workers, "frozen SFT model"),
+        (
+            "reference",
+            config.reference.num_processes,
+            "frozen SFT model" if own_reference else "the policy's base, adapter off",
+        ),
         ("policy", config.policy.num_ranks, f"DeepSpeed, ZeRO {config.policy.zero_stage}"),
     ]
     if resolve(config.ppo.advantage).needs_critic:
@@ -18,7 +23,10 @@ def describe(config: Config) -> str:
             ("critic", config.critic.num_ranks, f"DeepSpeed, ZeRO {config.critic.zero_stage}")
         )
     if config.cluster.mode == "inline":
-        roles = [(role, 1, "in this process") for role, _, _ in roles]
+        roles = [
+            (role, 1, "in this process") if count else (role, 0, what)
+            for role, count, what in roles
+        ]
     rollouts = config.ppo.iterations * config.ppo.batch_size
     steps = config.ppo.epochs * config.ppo.batch_size // config.ppo.mini_batch_size
     lines = [

@@ -20,6 +20,7 @@ from rlhf_ray.cluster.role_clients import (
     CriticClient,
     GeneratorClient,
     GeneratorPool,
+    PolicyBaseClient,
     PolicyClient,
     ReferenceClient,
     ScorerClient,
@@ -155,7 +156,7 @@ async def ppo_roles(
     generators = spawn_generators(spawner, config, policy_model)
     scorer = spawn_scorers(spawner, config, reward_model, policy_model)
     references = spawner.spawn(
-        Reference, "reference", config.reference.num_workers, config, policy_model
+        Reference, "reference", config.reference.num_processes, config, policy_model
     )
     policy = spawner.spawn(
         PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
@@ -164,11 +165,14 @@ async def ppo_roles(
     critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
     try:
         await spawner.start_all([group for group in (policy, critic) if group])
+        policy_client = PolicyClient(policy, config.policy.zero_stage)
         yield Roles(
             generators=generators,
             scorer=scorer,
-            reference=ReferenceClient(references),
-            policy=PolicyClient(policy, config.policy.zero_stage),
+            reference=ReferenceClient(references)
+            if references
+            else PolicyBaseClient(policy_client),
+            policy=policy_client,
             critic=CriticClient(critic, config.critic.zero_stage) if critic else None,
             fetch=spawner.fetch,
         )

@@ -59,6 +59,15 @@ def test_plan_prints_what_the_config_comes_to(tmp_path: Path) -> None:
     assert "5 iterations of 64 rollouts (320 in all), 4 optimizer steps each" in result.output
 
 
+@pytest.mark.parametrize("mode", ["local", "inline"])
+def test_plan_says_who_answers_for_the_reference(mode: str) -> None:
+    keys = ["reference.kind=policy_base", f"cluster.mode={mode}", "rollout.engine=transformers"]
+    result = CliRunner().invoke(cli.app, ["plan", "configs/quickstart.yaml", *keys])
+    assert "reference          0  the policy's base, adapter off" in result.output
+    result = CliRunner().invoke(cli.app, ["plan", "configs/quickstart.yaml"])
+    assert "reference          1  frozen SFT model" in result.output
+
+
 def test_schema_is_json_and_describes_every_key() -> None:
     result = CliRunner().invoke(cli.app, ["schema"])
     schema = json.loads(result.output)

@@ -10,6 +10,7 @@ from rlhf_ray.cluster.role_clients import (
     CriticClient,
     GeneratorClient,
     GeneratorPool,
+    PolicyBaseClient,
     PolicyClient,
     ReferenceClient,
     ScorerClient,
@@ -185,6 +186,15 @@ def test_where_weights_are_sharded_every_rank_computes() -> None:
     critics = ranks(values=("values", None))
     assert asyncio.run(CriticClient(critics, zero_stage=3).values(SHARD)) == "values"
     assert [len(worker.calls) for worker in critics] == [1, 1]
+
+
+@pytest.mark.parametrize(("zero_stage", "num_calls"), [(2, [1, 0]), (3, [1, 1])])
+def test_the_policys_ranks_answer_for_the_reference(zero_stage: int, num_calls: list[int]) -> None:
+    workers = ranks(ref_logprobs=("base's", None))
+    reference = PolicyBaseClient(PolicyClient(workers, zero_stage))
+    assert asyncio.run(reference.logprobs(SHARD)) == "base's"
+    assert [len(worker.calls) for worker in workers] == num_calls
+    assert workers[0].calls == [("ref_logprobs", "rollouts")]
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

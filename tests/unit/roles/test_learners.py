@@ -10,6 +10,7 @@ import torch
 
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PROBE_SHIFT, PolicyLearner, compare_shifts
+from actors.reference import Reference
 from rlhf_ray.driver.weight_sync import canary_requests
 from rlhf_ray.models.adapters import adapter_state, digest, tensors_from_bytes
 from rlhf_ray.types import AssembledStats, Prompt, Rollout
@@ -180,6 +181,22 @@ def test_a_state_takes_a_learner_back(
         learner.learn(0.0, 1.0)
     for name, tensor in learnt_state(one).items():
         assert torch.equal(tensor, learnt_state(other)[name]), name
+
+
+def test_the_base_is_the_reference_whatever_was_learnt(
+    policy: PolicyLearner, rollouts: list[Rollout], make_config: Callable[..., Any], base: str
+) -> None:
+    assemble(policy, policy, rollouts)
+    policy.learn(0.0, 1.0)
+    learnt = policy.logprobs(rollouts)[0]
+    reference, _ = Reference("reference-0", make_config(), base).logprobs(rollouts)
+    answers, scalars = policy.ref_logprobs(rollouts)
+    assert scalars is None
+    for ours, theirs in zip(answers, reference, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.allclose(np.concatenate(learnt), np.concatenate(reference), atol=1e-3)
+    for before, after in zip(learnt, policy.logprobs(rollouts)[0], strict=True):
+        np.testing.assert_array_equal(before, after)
 
 
 def test_the_critic_starts_at_zero_and_learns_returns(
