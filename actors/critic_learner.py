@@ -6,14 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 from torch import Tensor
 
 from actors.learner import Learner, Sums
 from rlhf_ray.algorithms.assembly import Assembled
 from rlhf_ray.algorithms.experience import Experience, response_logits
 from rlhf_ray.algorithms.losses import value_loss
-from rlhf_ray.models.adapters import adapter_state, attach, peft_config, tensors_to_bytes
+from rlhf_ray.models.adapters import (
+    adapter_state,
+    attach,
+    peft_config,
+    tensors_to_bytes,
+)
 from rlhf_ray.models.checkpointing import recompute_activations
+from rlhf_ray.models.folding import fold
 from rlhf_ray.models.forward import response_values
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.loading import load_sequence_classifier
@@ -21,13 +28,20 @@ from rlhf_ray.types import AssembledStats, Rollout
 
 
 class CriticLearner(Learner):
-    """Trains an adapter and a value head that starts at zero."""
+    """Trains an adapter and a value head, which starts at zero or, by critic.init, as scores."""
 
     def _build_model(self) -> Any:
         config = self._config
+        from_scores = config.critic.init == "reward"
         base = load_sequence_classifier(
-            self._model_path, config.model, zero_head=True, quantized=True
+            self._model_path,
+            config.model,
+            zero_head=not from_scores,
+            require_head=from_scores,
+            quantized=True,
         )
+        if isinstance(base, PeftModel):
+            base, _ = fold(base)
         # Another seed than the policy's: adapters of the same shape must not start alike.
         classifier = attach(
             base, config.critic.lora, "SEQ_CLS", seed=config.run.seed + 1, dropout=0.0

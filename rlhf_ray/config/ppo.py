@@ -64,7 +64,17 @@ class PolicyConfig(LearnerConfig):
 class CriticConfig(LearnerConfig):
     """The critic's learners."""
 
-    path: str | None = Field(default=None, description="Model to start from; none: the SFT model.")
+    init: Literal["sft", "reward"] = Field(
+        default="sft",
+        description="Model to start from. sft: the SFT model, with a value head that starts at "
+        "zero; reward: the run's reward model (reward.path or the stage's), whose trained head is "
+        "kept, so that values start as scores.",
+    )
+    path: str | None = Field(
+        default=None,
+        description="Another model to start from than the SFT model; its value head starts at "
+        "zero as well.",
+    )
     learning_rate: float = Field(default=1e-5, gt=0, description="Constant learning rate.")
     lora: LoraConfig = Field(
         default=LoraConfig(), description="Adapter; the value head is trained in full."
@@ -74,6 +84,16 @@ class CriticConfig(LearnerConfig):
     @classmethod
     def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
         return _refuse_owned_deepspeed("critic", given)
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "CriticConfig":
+        if self.init == "reward" and self.path is not None:
+            raise ValueError(
+                f"critic.init reward and critic.path {self.path!r} both name the model that the "
+                "critic starts from; leave critic.path out (and name the reward model in "
+                "reward.path), or set critic.init=sft"
+            )
+        return self
 
 
 class ReferenceConfig(Section):

@@ -98,10 +98,11 @@ class Config(Section):
 
     @property
     def needs_reward_model(self) -> bool:
-        """Whether a source is the run's own reward model."""
-        return any(
+        """Whether a source is the run's own reward model, or the critic starts from it."""
+        is_source = any(
             isinstance(source, ModelSourceConfig) and source.path is None for source in self.rewards
         )
+        return is_source or self.critic.init == "reward"
 
     @field_validator("rewards")
     @classmethod

@@ -25,6 +25,7 @@ from rlhf_ray.models.folders import (
     locate,
     record_base,
 )
+from rlhf_ray.models.folding import fold
 from rlhf_ray.models.heads import (
     HEAD_NAMES,
     has_token_head,
@@ -135,6 +136,8 @@ def load_sequence_classifier(
         base = load_sequence_classifier(
             base_of(path), settings, num_labels=num_labels, quantized=quantized, seed=seed
         )
+        if isinstance(base, PeftModel):  # a critic that was trained on a reward model's adapter
+            base, _ = fold(base)
         model = with_adapter(base, path)
         if zero_head:
             initialise_head(model, seed=None)

@@ -4,13 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor
-
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders, loading
+from rlhf_ray.models.folding import fold
 
 
 def merge_adapter(
@@ -34,9 +31,7 @@ def merge_adapter(
     Raises:
         DataError: base or adapter cannot be loaded, or do not fit each other.
     """
-    model = _wrapped(base_path, adapter_path, settings)
-    survived = _add_deltas(model)
-    merged = model.unload()
+    merged, survived = fold(_wrapped(base_path, adapter_path, settings))
     out = Path(out_path)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -58,18 +53,3 @@ def _wrapped(base_path: str, adapter_path: str, settings: ModelConfig) -> Any:
     else:
         base = loading.load_causal_lm(base_path, settings)
     return loading.with_adapter(base, adapter_path)
-
-
-@torch.no_grad()
-def _add_deltas(model: Any) -> float:
-    num_changed = num_survived = 0
-    for module in model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        weight: Tensor = module.get_base_layer().weight  # type: ignore[assignment,operator]
-        before = weight.detach().clone()
-        delta: Tensor = module.get_delta_weight("default").float()  # type: ignore[operator]
-        weight.copy_(before.float() + delta)
-        num_changed += int((delta != 0).sum())
-        num_survived += int(((weight != before) & (delta != 0)).sum())
-    return num_survived / num_changed if num_changed else 1.0

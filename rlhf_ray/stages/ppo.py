@@ -40,7 +40,9 @@ def run(config: Config) -> dict[str, Any]:
     folder = RunFolder(config)
     stage = folder.stage("ppo")
     policy_model, reward_model = folder.sft_model(), folder.reward_model()
+    critic_model = folder.critic_model()
     tokenizer = load_tokenizer(policy_model)
+    _require_tokens_of_policy(critic_model, tokenizer)
     prompts, dropped = ppo_prompts(config, folder, tokenizer)
     eval_prompts = held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts)
     checkpoints = Checkpoints(
@@ -48,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
         config.ppo.keep_checkpoints,
         {
             "policy": _static_files(tokenizer, policy_model, folder),
-            "critic": _static_files(tokenizer, config.critic.path or policy_model, folder),
+            "critic": _static_files(tokenizer, critic_model, folder),
         },
     )
     saved = checkpoints.latest()
@@ -59,7 +61,8 @@ def run(config: Config) -> dict[str, Any]:
     progress = Progress(config.run.stages)
 
     async def train(bar: Bar) -> dict[str, Any]:
-        async with ppo_roles(config, policy_model, reward_model, recorder.span) as roles:
+        models = policy_model, reward_model, critic_model
+        async with ppo_roles(config, *models, recorder.span) as roles:
             await _restore(roles, saved)
             progress.say("ppo: every role is ready; proving that generators serve what is sent")
             canaries = canary_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
@@ -84,6 +87,16 @@ def run(config: Config) -> dict[str, Any]:
         tracer.close()
     folder.write_summary("ppo", summary)
     return summary
+
+
+def _require_tokens_of_policy(critic_model: str, tokenizer: Any) -> None:
+    """Refuse a critic that would read the policy's token ids as other words."""
+    if load_tokenizer(critic_model).get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"{critic_model} cannot be the critic: its tokenizer is not the policy's, and a critic "
+            "reads the policy's tokens; set critic.init=sft and leave critic.path out, or name a "
+            "model with the policy's tokenizer"
+        )
 
 
 def ppo_prompts(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[list[Prompt], dict]:

@@ -147,12 +147,15 @@ def spawn_scorers(
 
 @asynccontextmanager
 async def ppo_roles(
-    config: Config, policy_model: str, reward_model: str | None, on_call: OnCall
+    config: Config,
+    policy_model: str,
+    reward_model: str | None,
+    critic_model: str,
+    on_call: OnCall,
 ) -> AsyncIterator[Roles]:
     """Every role that the config needs, ready to work; ended on the way out."""
     spawner = RoleSpawner(config, on_call)
     engine = spawner.learner_engine
-    critic_model = config.critic.path or policy_model
     generators = spawn_generators(spawner, config, policy_model)
     scorer = spawn_scorers(spawner, config, reward_model, policy_model)
     references = spawner.spawn(

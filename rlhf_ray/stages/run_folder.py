@@ -116,6 +116,14 @@ class RunFolder:
             return str(self.path / "reward" / "model")
         return self._given("reward.path", None, "reward")
 
+    def critic_model(self) -> str:
+        """What the critic starts from: critic.path, or what critic.init names."""
+        critic = self.config.critic
+        if critic.path:
+            return absolute(critic.path)
+        reward_model = self.reward_model() if critic.init == "reward" else None
+        return reward_model or self.sft_model()
+
     def _given(self, key: str, value: str | None, stage: str) -> str:
         if value is None:
             raise ConfigError(

@@ -215,6 +215,8 @@ def test_further_combinations_are_refused() -> None:
     assert "cluster.gpus_per_actor 0.5 would put the 2 ranks of policy on one GPU" in message
     message = refused("model.quantization=nf4", "critic.zero_stage=3")
     assert "critic.zero_stage 3 cannot shard a nf4 base" in message
+    message = refused("critic.init=reward", "critic.path=some/model")
+    assert "critic.init reward and critic.path 'some/model' both name the model" in message
     message = refused("reference.kind=policy_base", "reference.num_workers=2")
     assert "reference.num_workers 2 does nothing with reference.kind policy_base" in message
     message = refused("model.quantization=int8", "reward.tuning=full")

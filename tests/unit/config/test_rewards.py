@@ -30,6 +30,9 @@ def test_the_default_is_the_runs_reward_model() -> None:
 )
 def test_whether_the_reward_model_is_needed(sources: list[Any], needed: bool) -> None:
     assert resolve({"rewards": sources}).needs_reward_model == needed
+    # A critic that starts from the reward model needs it, whatever gives the rewards.
+    critic = {"critic": {"init": "reward"}}
+    assert resolve({"rewards": sources} | critic).needs_reward_model
 
 
 def test_a_source_is_called_by_its_type_or_its_name() -> None:

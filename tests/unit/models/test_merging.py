@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ray.config.model import LoraConfig, ModelConfig
+from rlhf_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models import adapters, heads, loading
+from rlhf_ray.models import adapters, heads, loading, tiny
+from rlhf_ray.models.folding import fold
 from rlhf_ray.models.merging import merge_adapter
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -54,6 +55,37 @@ def test_merged_classifier_keeps_its_head(
     merged = loading.load_sequence_classifier(str(tmp_path / "merged"), settings, require_head=True)
     scores_B = heads.sequence_scores(merged, IDS_BS, torch.ones_like(IDS_BS))
     assert (scores_B - expected_B).abs().max() < 1e-4
+
+
+def test_an_adapter_on_an_adapter_stands_on_what_that_made(
+    base: Path, tmp_path: Path, settings: ModelConfig
+) -> None:
+    """A critic that was trained on a reward model in PEFT form."""
+    model = loading.load_sequence_classifier(str(base), settings)
+    first_B = save_changed(model, base, tmp_path / "reward", "SEQ_CLS", 0.1)
+    wrapped = loading.load_sequence_classifier(str(tmp_path / "reward"), settings)
+    folded, survived = fold(wrapped)
+    scores_B = heads.sequence_scores(folded, IDS_BS, torch.ones_like(IDS_BS))
+    torch.testing.assert_close(scores_B, first_B, rtol=1e-4, atol=1e-4)
+    assert survived > 0.999
+    second_B = save_changed(folded, tmp_path / "reward", tmp_path / "critic", "SEQ_CLS", 0.1)
+    loaded = loading.load_sequence_classifier(str(tmp_path / "critic"), settings)
+    found_B = heads.sequence_scores(loaded, IDS_BS, torch.ones_like(IDS_BS))
+    torch.testing.assert_close(found_B, second_B, rtol=1e-4, atol=1e-4)
+    assert (second_B - first_B).abs().max() > 0.01
+
+
+def test_a_quantised_base_is_not_folded_into(tmp_path: Path) -> None:
+    wide = tmp_path / "wide"  # nf4 needs 64 inputs a row
+    shape = TinyModelConfig(vocab_size=300, hidden_size=64, intermediate_size=64, num_heads=2)
+    tiny.build(wide, ["some text"], shape, max_length=64, seed=0)
+    model = loading.load_sequence_classifier(str(wide), ModelConfig())
+    save_changed(model, wide, tmp_path / "reward", "SEQ_CLS", 0.1)
+    wrapped = loading.load_sequence_classifier(
+        str(tmp_path / "reward"), ModelConfig(quantization="nf4"), quantized=True
+    )
+    with pytest.raises(DataError, match=r"cannot be folded into a quantised base: merge it"):
+        fold(wrapped)
 
 
 def test_folder_is_complete_and_replaced_whole(
