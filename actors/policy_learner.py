@@ -30,7 +30,7 @@ from rlhf_ray.models.adapters import (
     tensors_to_bytes,
 )
 from rlhf_ray.models.checkpointing import recompute_activations
-from rlhf_ray.models.forward import causal_lm_logits, response_logprobs
+from rlhf_ray.models.forward import causal_lm_logits, response_logprobs, sampling_rule
 from rlhf_ray.models.loading import load_causal_lm
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 from rlhf_ray.types import AdapterUpdate, Gap, ProbeComparison, Rollout, SampleRequest
@@ -42,7 +42,7 @@ PROBE_SCALES = [1e-3 * 1.5**step for step in range(18)]
 
 
 class PolicyLearner(Learner):
-    """Trains the adapter; dropout off, temperature applied as the engine applies it."""
+    """Trains the adapter; dropout off, log-probs by the rule that the engine draws by."""
 
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         super().__init__(name, config, model_path, engine)
@@ -83,7 +83,7 @@ class PolicyLearner(Learner):
         return response_logprobs(
             self._engine.model,
             rollouts,
-            temperature=self._config.rollout.temperature,
+            rule=sampling_rule(self._config.rollout),
             max_tokens=self._config.ppo.max_tokens_per_micro_batch,
             device=self._engine.device,
         )
@@ -104,7 +104,7 @@ class PolicyLearner(Learner):
             batch.attention_BS,
             batch.prompt_lengths_B,
             batch.responses_BT,
-            temperature=self._config.rollout.temperature,
+            rule=sampling_rule(self._config.rollout),
             entropy="gradient" if ppo.entropy_coef else "value",
         )
         loss, stats = self._policy_loss(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.config import Config
-from rlhf_ray.models.forward import response_logprobs
+from rlhf_ray.models.forward import response_logprobs, sampling_rule
 from rlhf_ray.models.loading import load_causal_lm
 from rlhf_ray.models.token_logprobs import answer_with_logprobs
 from rlhf_ray.types import Rollout
@@ -17,7 +17,7 @@ class Reference:
 
     def __init__(self, name: str, config: Config, model_path: str) -> None:
         self._name = name
-        self._temperature = config.rollout.temperature
+        self._rule = sampling_rule(config.rollout)
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
         self._model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
         if torch.cuda.is_available():
@@ -30,11 +30,11 @@ class Reference:
         """Ready as soon as it is made."""
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
-        """[T] fp32 log-probs of each response's tokens, temperature applied."""
+        """[T] fp32 log-probs of each response's tokens, by the rule that they are drawn by."""
         logprobs = response_logprobs(
             self._model,
             rollouts,
-            temperature=self._temperature,
+            rule=self._rule,
             max_tokens=self._max_tokens,
             device=self._model.device,
         )

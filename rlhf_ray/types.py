@@ -1,7 +1,8 @@
 """What travels between driver and roles: frozen, typed, every field described.
 
 Tensors never pass through the driver; it holds :data:`Handle` objects and scalars. Log-probs are
-natural (nats), fp32, of the temperature-scaled distribution.
+natural (nats), fp32, of the distribution that rollouts are drawn from
+(`algorithms.sampling`): temperature, top-k, top-p.
 """
 
 from collections.abc import Mapping

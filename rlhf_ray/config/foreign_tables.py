@@ -247,6 +247,7 @@ actor_rollout_ref.actor.grad_clip                      ppo.max_grad_norm
 actor_rollout_ref.rollout.name                         rollout.engine
 actor_rollout_ref.rollout.n                            ppo.samples_per_prompt
 actor_rollout_ref.rollout.temperature                  rollout.temperature
+actor_rollout_ref.rollout.top_k                        rollout.top_k                    -1 there is 0 here
 actor_rollout_ref.rollout.top_p                        rollout.top_p
 actor_rollout_ref.rollout.dtype                        rollout.dtype
 actor_rollout_ref.rollout.prompt_length                rollout.max_prompt_tokens

@@ -279,8 +279,18 @@ class RolloutConfig(Section):
     temperature: float = Field(
         default=1.0, gt=0, description="Sampling temperature, on both sides."
     )
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        description="Only so many of the likeliest tokens are drawn; 0: all. Learner and "
+        "reference renormalise log-probs alike.",
+    )
     top_p: float = Field(
-        default=1.0, ge=1, le=1, description="1: nucleus sampling would bias the importance ratios."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Only the likeliest tokens that hold this share of the probability are drawn; "
+        "1: all.",
     )
     kv_cache_gb: float = changeable(0.25, gt=0, description="KV cache of a CPU engine, GiB.")
     max_gap: float | None = changeable(
@@ -290,6 +300,16 @@ class RolloutConfig(Section):
         "every shard; none: as data types allow, calibrated on the first iteration.",
     )
     engine_args: dict[str, Any] = changeable({}, description="Further vLLM engine arguments.")
+
+    @field_validator("top_k")
+    @classmethod
+    def _leaves_a_choice(cls, top_k: int) -> int:
+        if top_k == 1:
+            raise ValueError(
+                "1 draws the likeliest token every time: all samples are equal and none is better "
+                "than expected; use 0 (all tokens) or 2 and more"
+            )
+        return top_k
 
     @field_validator("engine_args")
     @classmethod
@@ -304,7 +324,7 @@ class RolloutConfig(Section):
             "max_loras": "rollout.serving",
             "max_lora_rank": "lora.r",
             "worker_extension_cls": "the weight sync",
-            "logprobs_mode": "rollout.temperature",
+            "logprobs_mode": "rollout.temperature, rollout.top_k and rollout.top_p",
             "seed": "run.seed",
             "trust_remote_code": "model.trust_remote_code",
         }

@@ -171,6 +171,7 @@ class Config(Section):
             self._generators_can_be_parallel()
         if self.cluster.gpus_per_actor < 1:
             self._groups_are_one_rank()
+        self._truncation_is_corrected()
         if self.cluster.mode == "inline":
             self._inline_is_one_process()
         return self
@@ -233,6 +234,22 @@ class Config(Section):
             raise ValueError(
                 f"rollout.engine_args.hf_overrides may not contain {rope.pop()!r}: learners and "
                 "engine must agree; set model.rope_scaling"
+            )
+
+    def _truncation_is_corrected(self) -> None:
+        """Where weights are rounded, engine and learner keep other tokens at the border."""
+        rollout = self.rollout
+        cut = [
+            f"rollout.{key} {value}"
+            for key, value, off in (("top_k", rollout.top_k, 0), ("top_p", rollout.top_p, 1))
+            if value != off
+        ]
+        if cut and not self.engine_is_exact and self.ppo.importance_cap is None:
+            raise ValueError(
+                f"{' and '.join(cut)} would bias the update: engine ({self.engine_dtype}) and "
+                f"learner ({self.model.dtype}, quantization {self.model.quantization}) round "
+                "differently and so do not keep the same tokens. Set ppo.importance_cap (2 is "
+                "usual), which weighs that out, or float32 on both sides, or neither of the two"
             )
 
     def _inline_is_one_process(self) -> None:

@@ -2,6 +2,7 @@
 
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import GenerationEngine
+from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.rope import rope_parameters
 
 
@@ -24,7 +25,7 @@ def generation_engine(
                 model=model,
                 settings=config.model.model_copy(update={"dtype": config.engine_dtype}),
                 max_tokens=rollout.max_tokens,
-                temperature=rollout.temperature,
+                rule=sampling_rule(rollout),
                 stop_token_ids=stop_token_ids,
             )
         )
@@ -38,7 +39,7 @@ def generation_engine(
             lora_rank=config.largest_rank,
             max_model_len=config.model.max_length,
             max_tokens=rollout.max_tokens,
-            temperature=rollout.temperature,
+            rule=sampling_rule(rollout),
             stop_token_ids=stop_token_ids,
             tensor_parallel_size=config.generators.tensor_parallel_size,
             kv_cache_gb=rollout.kv_cache_gb,

@@ -19,7 +19,7 @@ class Sampled:
     token_ids: np.ndarray
     """[T] int64, the end-of-sequence token included."""
     logprobs: np.ndarray
-    """[T] fp32 log-probs of the temperature-scaled distribution, nats."""
+    """[T] fp32 log-probs of the distribution that is drawn from, nats."""
     finish_reason: FinishReason
     """stop or length."""
 

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
@@ -36,8 +37,8 @@ class TransformersSettings:
     """How to load it."""
     max_tokens: int
     """Longest response, tokens."""
-    temperature: float
-    """Sampling temperature."""
+    rule: SamplingRule
+    """How tokens are drawn; log-probs are of the distribution that it makes."""
     stop_token_ids: tuple[int, ...]
     """Every id that ends a response."""
 
@@ -102,9 +103,7 @@ class TransformersEngine:
                 use_cache=True,
             )
             cache = output.past_key_values
-            logprobs_BV = (output.logits[:, -1].float() / self._settings.temperature).log_softmax(
-                -1
-            )
+            logprobs_BV = self._settings.rule.logits(output.logits[:, -1]).log_softmax(-1)
             token_B = _inverse_cdf(logprobs_BV, uniforms_BT[:, step])
             tokens.append(token_B)
             logprobs.append(logprobs_BV.gather(1, token_B[:, None])[:, 0])

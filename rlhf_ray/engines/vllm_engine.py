@@ -18,6 +18,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, WeightSyncError
@@ -43,8 +44,8 @@ class VllmSettings:
     """Longest sequence, tokens."""
     max_tokens: int
     """Longest response, tokens."""
-    temperature: float
-    """Sampling temperature; log-probs are of the scaled distribution."""
+    rule: SamplingRule
+    """How tokens are drawn; log-probs are of the distribution that it makes."""
     stop_token_ids: tuple[int, ...]
     """Every id that ends a response."""
     tensor_parallel_size: int = 1
@@ -118,8 +119,11 @@ class VllmEngine:
             return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
 
     async def _sample_one(self, request: SampleRequest) -> Sampled:
+        rule = self._settings.rule
         params = SamplingParams(
-            temperature=self._settings.temperature,
+            temperature=rule.temperature,
+            top_k=rule.top_k,
+            top_p=rule.top_p,
             max_tokens=self._settings.max_tokens,
             seed=request.seed,
             logprobs=0,

@@ -13,12 +13,19 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.batching import micro_batches
 from rlhf_ray.algorithms.experience import pad, response_logits
+from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.config.ppo import RolloutConfig
 from rlhf_ray.models.heads import position_ids
 from rlhf_ray.models.token_logprobs import chunked_logprobs
 from rlhf_ray.types import Rollout
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(sequences_BS, attention_BS) -> something per position, `_BS` or `_BSV`."""
+
+
+def sampling_rule(rollout: RolloutConfig) -> SamplingRule:
+    """How the engines draw tokens, and so what every log-prob of a run is of."""
+    return SamplingRule(rollout.temperature, rollout.top_k, rollout.top_p)
 
 
 def sequence_of(rollout: Rollout) -> np.ndarray:
@@ -45,7 +52,7 @@ def response_logprobs(
     model: Any,
     rollouts: Sequence[Rollout],
     *,
-    temperature: float,
+    rule: SamplingRule,
     max_tokens: int,
     device: torch.device,
 ) -> list[np.ndarray]:
@@ -55,7 +62,7 @@ def response_logprobs(
     """
 
     def logprobs(*batch: Tensor) -> Tensor:
-        (logprobs_BT,) = chunked_logprobs(model, *batch, temperature=temperature)
+        (logprobs_BT,) = chunked_logprobs(model, *batch, rule=rule)
         return logprobs_BT
 
     return _by_response(logprobs, rollouts, max_tokens, device)

@@ -22,6 +22,10 @@ class Sampling:
     """Longest answer, tokens."""
     stop_token_ids: tuple[int, ...]
     """Every id that ends an answer."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that hold this share of the probability; 1: all."""
 
 
 class TextGenerator:
@@ -45,8 +49,8 @@ class TextGenerator:
             max_new_tokens=sampling.max_tokens,
             do_sample=sampling.temperature > 0,
             temperature=sampling.temperature or None,
-            top_k=0,
-            top_p=1.0,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
             eos_token_id=list(sampling.stop_token_ids),
             pad_token_id=self.tokenizer.pad_token_id,
         )

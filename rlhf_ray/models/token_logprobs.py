@@ -20,11 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.algorithms.logprobs import entropy, token_logprobs
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.heads import position_ids
 
 CHUNK_LOGITS = 2**24
 """Most logits that are made at a time: 64 MiB in fp32, of which a backward pass holds several."""
+PLAIN = SamplingRule()
+"""Every token, at temperature 1."""
 VERIFIED_TOKENS = 8
 """Length of the sequence on which a model's own logits are compared with those made here."""
 
@@ -35,7 +38,7 @@ Entropy = Literal["none", "value", "gradient"]
 class _Query:
     prompt_lengths_B: Tensor
     responses_BT: Tensor
-    temperature: float
+    rule: SamplingRule
     entropy: Entropy
 
 
@@ -67,10 +70,10 @@ def chunked_logprobs(
     prompt_lengths_B: Tensor,
     responses_BT: Tensor,
     *,
-    temperature: float = 1.0,
+    rule: SamplingRule = PLAIN,
     entropy: Entropy = "none",
 ) -> tuple[Tensor, ...]:
-    """Log-probs of response tokens, as `token_logprobs` has them of the model's whole logits.
+    """Log-probs of response tokens in the distribution that they were drawn from.
 
     Args:
         model: from `answer_with_logprobs`, with whatever was put around it since.
@@ -78,7 +81,7 @@ def chunked_logprobs(
         attention_BS: 1 on real tokens.
         prompt_lengths_B: number of prompt tokens, at least 1.
         responses_BT: token ids of the responses alone; padding needs a valid id too.
-        temperature: > 0; the one that the tokens were sampled with.
+        rule: by which the tokens were drawn.
         entropy: whether entropies are wanted, and differentiable.
 
     Returns:
@@ -93,7 +96,7 @@ def chunked_logprobs(
         attention_mask=attention_BS,
         position_ids=position_ids(attention_BS),
         use_cache=False,
-        logprob_query=_Query(prompt_lengths_B, responses_BT, temperature, entropy),
+        logprob_query=_Query(prompt_lengths_B, responses_BT, rule, entropy),
     )
 
 
@@ -182,12 +185,13 @@ class _LogprobForward:
 
 
 def _of_logits(logits_NV: Tensor, tokens_N: Tensor, query: _Query) -> tuple[Tensor, ...]:
-    logprobs_N = token_logprobs(logits_NV, tokens_N, query.temperature)
+    drawn_NV = query.rule.logits(logits_NV, tokens_N)
+    logprobs_N = token_logprobs(drawn_NV, tokens_N)
     if query.entropy == "none":
         return (logprobs_N,)
     # Behind the log-probs: what needs no gradient there is not computed again for the backward.
     with torch.set_grad_enabled(torch.is_grad_enabled() and query.entropy == "gradient"):
-        return logprobs_N, entropy(logits_NV, query.temperature)
+        return logprobs_N, entropy(drawn_NV)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "policy/entropy_avg",
         "nats per token",
         _BATCHES,
-        "Entropy of the policy's full next-token distribution; near 0 it has stopped exploring.",
+        "Entropy of the distribution that tokens are drawn from; near 0 it has stopped exploring.",
     ),
     ("loss/policy_avg", "1", _BATCHES, "Clipped policy loss."),
     (

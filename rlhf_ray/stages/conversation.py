@@ -50,6 +50,8 @@ def open_generator(
         temperature=config.rollout.temperature if temperature is None else temperature,
         max_tokens=max_tokens or config.rollout.max_tokens,
         stop_token_ids=stop_token_ids(model.base, config.template),
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
     )
     return TextGenerator(model.path, config.model, sampling)
 

@@ -17,6 +17,7 @@ import torch
 
 from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.cluster.role_clients import GeneratorClient, PolicyClient
 from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
@@ -24,6 +25,7 @@ from rlhf_ray.driver.guard import SamplerGapGuard
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
 from rlhf_ray.engines.vllm_engine import VllmEngine, VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
+from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import stop_token_ids
 from rlhf_ray.types import AdapterUpdate, Gap, Prompt, ScoredShard, ServedAdapter, ShardRequest
@@ -31,6 +33,10 @@ from rlhf_ray.types import AdapterUpdate, Gap, Prompt, ScoredShard, ServedAdapte
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
 TEMPERATURE = 0.7
+WRONG_RULES = {
+    "wrong temperature": SamplingRule(1.0),
+    "truncated": SamplingRule(TEMPERATURE, top_p=0.5),
+}
 CANARY_TOKENS = 260
 """Over two blocks of the prefix cache, which holds 128 tokens a block on CPU."""
 
@@ -43,9 +49,12 @@ class FaultyEngine(VllmEngine):
     async def plant(self, fault: str | None, *, lies: bool = False) -> None:
         """Switch a fault on, or all of them off with None."""
         self.fault = fault
-        temperature = 1.0 if fault == "wrong temperature" else TEMPERATURE
-        self._settings = dataclasses.replace(self._settings, temperature=temperature)
+        self.draw_by(WRONG_RULES.get(fault or "", SamplingRule(TEMPERATURE)))
         await self._engine.collective_rpc("plant", args=(fault, lies))
+
+    def draw_by(self, rule: SamplingRule) -> None:
+        """Sample by another rule from now on."""
+        self._settings = dataclasses.replace(self._settings, rule=rule)
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """As the honest engine, but for caches that are kept."""
@@ -167,7 +176,7 @@ def engine_settings(config: Config, model: str) -> VllmSettings:
         lora_rank=config.lora.r,
         max_model_len=config.model.max_length,
         max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
+        rule=sampling_rule(config.rollout),
         stop_token_ids=stop_token_ids(model),
         tensor_parallel_size=config.generators.tensor_parallel_size,
         extension="faulty_extension.FaultyExtension",
@@ -278,7 +287,7 @@ async def test_a_prefix_cache_that_was_not_cleared_is_refused(setup: Setup) -> N
         await setup.sync.publish([setup.generator], version=1)
 
 
-@pytest.mark.parametrize("fault", ["wrong temperature", "raw logprobs"])
+@pytest.mark.parametrize("fault", ["wrong temperature", "truncated", "raw logprobs"])
 async def test_another_distribution_fails_the_proof(setup: Setup, fault: str) -> None:
     await setup.engine.plant(fault)
     with pytest.raises(WeightSyncError, match="samples from another distribution"):
@@ -301,6 +310,21 @@ async def test_an_adapter_of_two_modules_is_served_right(setup: Setup, llama: st
     await narrow.sync.publish([narrow.generator], version=1)
     gap = await narrow.gap(version=1)
     assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.05)
+
+
+async def test_the_likeliest_tokens_are_the_same_on_both_sides(setup: Setup, llama: str) -> None:
+    values = setup.config.model_dump()
+    values["rollout"] |= {"top_k": 20, "top_p": 0.8}
+    values["ppo"]["importance_cap"] = 2.0
+    config = resolve(values)
+    generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
+    truncated = make_setup(config, llama, setup.engine, generator)
+    truncated.engine.draw_by(sampling_rule(config.rollout))
+    await truncated.sync.prove([truncated.generator])
+    move(truncated.learner, seed=8)
+    await truncated.sync.publish([truncated.generator], version=1)
+    gap = await truncated.gap(version=1)
+    assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.1)
 
 
 async def test_a_dead_engine_is_a_failure_of_its_actor(running: Setup) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.transformers_engine import TransformersEngine, TransformersSettings
@@ -30,9 +31,11 @@ REQUESTS = [
 class Served:
     """An engine with a random adapter of deviation ``scale``, and the same model beside it."""
 
-    def __init__(self, base: str, *, temperature: float = 1.0, stop: tuple[int, ...] = STOP):
-        self.temperature = temperature
-        settings = TransformersSettings(base, ModelConfig(), NUM_TOKENS, temperature, stop)
+    def __init__(
+        self, base: str, rule: SamplingRule | None = None, *, stop: tuple[int, ...] = STOP
+    ) -> None:
+        self.rule = rule or SamplingRule()
+        settings = TransformersSettings(base, ModelConfig(), NUM_TOKENS, self.rule, stop)
         self.engine = TransformersEngine(settings)
         self.model = attach(
             load_causal_lm(base, ModelConfig()), LoraConfig(r=4), "CAUSAL_LM", seed=0, dropout=0.0
@@ -64,8 +67,13 @@ class Served:
     def logprobs(self, prompt: tuple[int, ...], tokens: np.ndarray) -> np.ndarray:
         """[T] of a plain forward over one unpadded row."""
         ids = torch.tensor([[*prompt, *tokens.tolist()]])
-        logits = self.model(ids).logits[0, len(prompt) - 1 : -1] / self.temperature
-        return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+        logits = self.model(ids).logits[0, len(prompt) - 1 : -1]
+        return (
+            self.rule.logits(logits)
+            .log_softmax(-1)
+            .gather(1, ids[0, len(prompt) :, None])[:, 0]
+            .numpy()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +84,12 @@ def served(base: str) -> Served:
     return served
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_those_of_a_plain_forward(base: str, temperature: float) -> None:
-    served = Served(base, temperature=temperature)
+@pytest.mark.parametrize(
+    "rule",
+    [SamplingRule(), SamplingRule(0.6), SamplingRule(top_k=4), SamplingRule(0.6, 40, 0.5)],
+)
+def test_logprobs_are_those_of_a_plain_forward(base: str, rule: SamplingRule) -> None:
+    served = Served(base, rule)
     served.serve(served.state(0.3))
     for request, result in zip(REQUESTS, served.sample(REQUESTS), strict=True):
         expected = served.logprobs(request.prompt.token_ids, result.token_ids)
@@ -104,7 +115,7 @@ def test_another_seed_gives_another_response(served: Served) -> None:
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says(base: str) -> None:
-    served = Served(base, temperature=0.1)
+    served = Served(base, SamplingRule(0.1))
     served.serve(served.state(0.8))
     prompt = REQUESTS[0].prompt
     results = served.sample([SampleRequest(i, prompt, seed=i) for i in range(1500)])
@@ -117,6 +128,16 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(base: str) -> None:
         assert p > 0.01, "the test needs tokens that are drawn often"
         # Four standard deviations of a share of 1500.
         assert np.mean(firsts == token) == pytest.approx(p, abs=4 * (p * (1 - p) / 1500) ** 0.5)
+
+
+def test_only_the_likeliest_tokens_are_drawn(base: str) -> None:
+    served = Served(base, SamplingRule(top_k=3))
+    served.serve(served.state(0.3))
+    prompt = REQUESTS[0].prompt
+    results = served.sample([SampleRequest(i, prompt, seed=i) for i in range(200)])
+    with torch.no_grad():
+        logits_V = served.model(torch.tensor([prompt.token_ids])).logits[0, -1]
+    assert {result.token_ids[0] for result in results} == set(logits_V.topk(3).indices.tolist())
 
 
 def test_stop_tokens_end_a_response_and_belong_to_it(base: str) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.models.forward import (
     response_logprobs,
@@ -48,7 +49,7 @@ def test_logprobs_are_those_of_each_row_alone(
     found = response_logprobs(
         model,
         ROLLOUTS,
-        temperature=temperature,
+        rule=SamplingRule(temperature),
         max_tokens=max_tokens,
         device=CPU,
     )

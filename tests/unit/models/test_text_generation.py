@@ -49,3 +49,11 @@ def test_every_stop_token_ends_an_answer(base: Path) -> None:
 def test_a_failure_reaches_whoever_reads_the_stream(base: Path) -> None:
     with pytest.raises(Exception, match=r".+"):
         list(generator(base).stream([100_000], seed=0))
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_with_one_token_to_choose_from_a_sample_is_the_likeliest(
+    base: Path, cut: dict[str, float]
+) -> None:
+    greedy = generator(base, temperature=0.0, **cut).answer(PROMPT, seed=0)
+    assert generator(base, **cut).answer(PROMPT, seed=0) == greedy

@@ -22,6 +22,7 @@ from transformers import (
 
 from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.algorithms.logprobs import entropy, token_logprobs
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import token_logprobs as module
@@ -111,7 +112,7 @@ def by_whole_logits(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def by_chunks(model: Any, entropy: Entropy = "gradient") -> tuple[Tensor, ...]:
-    return chunked_logprobs(model, *BATCH, temperature=TEMPERATURE, entropy=entropy)
+    return chunked_logprobs(model, *BATCH, rule=SamplingRule(TEMPERATURE), entropy=entropy)
 
 
 @pytest.fixture(params=[1, 2, 5, 1000], ids="{} tokens a chunk".format)

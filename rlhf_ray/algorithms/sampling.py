@@ -1,0 +1,63 @@
+"""How next tokens are drawn from logits, for whoever must say how likely a drawn token was."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRule:
+    """Temperature and truncation; log-probs are those of the distribution that they make."""
+
+    temperature: float = 1.0
+    """Divides the logits, > 0."""
+    top_k: int = 0
+    """Only this many of the likeliest tokens, and those that tie with the last; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that hold this share of the probability, at least one; 1: all."""
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                f"no way to draw tokens: {self}; temperature must be > 0 (greedy decoding has no "
+                "ratio), top_k >= 0, top_p in (0, 1]"
+            )
+
+    def logits(self, logits_BTV: Tensor, tokens_BT: Tensor | None = None) -> Tensor:
+        """Logits whose softmax is the distribution that tokens are drawn from.
+
+        Temperature first, then top-k, then top-p among what top-k left: the order of vLLM, whose
+        log-probs these must equal. The given tokens are kept in any case. They were drawn, but a
+        policy that has moved on, or the reference, may not count them among its likeliest: their
+        log-prob stays finite, and a ratio that fell has a gradient.
+
+        Args:
+            logits_BTV: of the model, any floating dtype, any number of leading dimensions.
+            tokens_BT: token ids to keep, one a position.
+
+        Returns:
+            fp32 `_BTV`, -inf on tokens that are never drawn; differentiable in the others.
+        """
+        scaled_BTV = logits_BTV.float()
+        if self.temperature != 1.0:
+            scaled_BTV = scaled_BTV / self.temperature
+        if self.top_k == 0 and self.top_p == 1:
+            return scaled_BTV
+        kept_BTV = self._kept(scaled_BTV.detach())
+        if tokens_BT is not None:
+            kept_BTV = kept_BTV.scatter(-1, tokens_BT.unsqueeze(-1), True)
+        return scaled_BTV.masked_fill(~kept_BTV, -torch.inf)
+
+    def _kept(self, scaled_BTV: Tensor) -> Tensor:
+        if 0 < self.top_k < scaled_BTV.shape[-1]:
+            last_BT1 = scaled_BTV.topk(self.top_k, dim=-1).values[..., -1:]
+            scaled_BTV = scaled_BTV.masked_fill(scaled_BTV < last_BT1, -torch.inf)
+        kept_BTV = scaled_BTV > -torch.inf
+        if self.top_p < 1:
+            ascending_BTV, order_BTV = scaled_BTV.sort(dim=-1)
+            tail_BTV = ascending_BTV.softmax(dim=-1).cumsum(dim=-1)
+            dropped_BTV = tail_BTV <= 1 - self.top_p
+            dropped_BTV[..., -1] = False
+            kept_BTV &= ~torch.empty_like(dropped_BTV).scatter(-1, order_BTV, dropped_BTV)
+        return kept_BTV
