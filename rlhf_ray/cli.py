@@ -1,6 +1,5 @@
 """The command line: ``rlhf-ray COMMAND CONFIG [key=value ...]``. Imports heavy things late."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
@@ -226,8 +225,7 @@ def serve(
     arguments = serve_stage.command(read_config(config, overrides), model or [], further or [])
     typer.echo(serve_stage.printed(arguments))
     if not print_only:
-        sys.stdout.flush()
-        os.execv(serve_stage.executable(), arguments)
+        serve_stage.run(arguments)
 
 
 @app.command()

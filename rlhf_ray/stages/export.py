@@ -67,10 +67,15 @@ def run(
                 survived=survived,
                 dtype=config.model.dtype,
             ),
-            lineage(config, name),
+            lineage(config, name, _version(chosen) if name == "ppo" else None),
         )
         (target / "README.md").write_text(card, encoding="utf-8")
     return {"folder": str(target), "kind": kind, "survived": survived}
+
+
+def _version(policy: RunModel) -> str:
+    """The name of a commit's folder, which ``latest`` and ``best`` point at."""
+    return Path(policy.path).resolve().parent.name
 
 
 def _adapter_of(config: Config, model: RunModel) -> RunModel:

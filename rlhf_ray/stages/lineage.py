@@ -74,12 +74,13 @@ class Lineage:
     """The config's values that differ from the defaults, of the sections that the steps read."""
 
 
-def lineage(config: Config, model: str) -> Lineage:
+def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
     """The history of one of a run's models.
 
     Args:
         config: the run's.
         model: sft, dpo, ppo or reward.
+        version: of a policy that PPO committed, whether or not the stage is finished.
     """
     folder = RunFolder(config)
     stages = [
@@ -89,7 +90,14 @@ def lineage(config: Config, model: str) -> Lineage:
         # What came before a model that was given is not this run's.
         and not (stage == "pretrain" and config.sft.path)
     ]
-    steps = [step for stage in stages if (step := _step(config, folder, stage)) is not None]
+    summaries = {stage: folder.summary(stage) for stage in stages}
+    if version is not None:
+        summaries["ppo"] = {**(summaries["ppo"] or {}), "version": version}
+    steps = [
+        step
+        for stage, summary in summaries.items()
+        if (step := _step(config, folder, stage, summary)) is not None
+    ]
     if model == "ppo":
         steps += _reward_sources(config)
     base = config.sft.path or config.model.path
@@ -115,11 +123,12 @@ def model_licence(path: str) -> str:
     return str(front.get("license", UNKNOWN)) if isinstance(front, dict) else UNKNOWN
 
 
-def _step(config: Config, folder: RunFolder, stage: str) -> Step | None:
+def _step(
+    config: Config, folder: RunFolder, stage: str, summary: Mapping[str, Any] | None
+) -> Step | None:
     given = {"sft": config.sft.path, "reward": config.reward.path}.get(stage)
     if given:
         return Step(stage, given, True, (), {})
-    summary = folder.summary(stage)
     if summary is None:
         return None
     numbers = {

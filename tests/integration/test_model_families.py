@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from model_families import FAMILIES, TEXTS, Family, build
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
     from conftest import CommandLine
@@ -71,6 +74,23 @@ def check_ppo(run: Path, gap: float) -> None:
     assert records[1]["objective/kl"] != 0
 
 
+def check_exports(command_line: "CommandLine", run: Path) -> None:
+    """Adapter and merged model say the same, to libraries that know nothing of the run."""
+    ids_BS = torch.arange(20, 60).view(2, 20)
+    logits = []
+    for kind, auto in (("adapter", AutoPeftModelForCausalLM), ("merged", AutoModelForCausalLM)):
+        command_line.run("export", str(run), "--kind", kind)
+        folder = run / "export" / f"ppo-{kind}"
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+        assert "| ppo | trained in this run | " in (folder / "README.md").read_text()
+        with torch.no_grad():
+            logits.append(auto.from_pretrained(folder).eval()(ids_BS).logits)
+    base = AutoModelForCausalLM.from_pretrained(run / "sft" / "model").eval()
+    with torch.no_grad():
+        assert (base(ids_BS).logits - logits[0]).abs().max() > 1e-3
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_goes_through_every_stage(
     command_line: "CommandLine", tmp_path: Path, family: Family
@@ -81,6 +101,7 @@ def test_a_family_goes_through_every_stage(
     data = [f"{key}={path}" for key, path in write_rows(tmp_path).items()]
     command_line.run("run", str(config), f"run.dir={run}", f"model.path={base}", *data)
     check_ppo(run, gap=1e-4)
+    check_exports(command_line, run)
     command_line.wait_until_nothing_left()
 
 
@@ -101,7 +122,8 @@ def test_a_quantised_base_goes_through_every_stage(
         f"model.quantization={quantization}",
         "policy.gradient_checkpointing=true",
         "critic.gradient_checkpointing=true",
+        "rollout.max_gap=0.3",
         *data,
     )
-    check_ppo(run, gap=0.1)
+    check_ppo(run, gap=0.3)
     command_line.wait_until_nothing_left()

