@@ -62,6 +62,11 @@ dataset_train_split               data.prompts.split
 reward_funcs                      rewards                          {type: function, function: module:name}
 reward_weights                    rewards                          weight of each source
 chat_template_kwargs              template.kwargs
+kl_penalty                        ppo.kl_estimator                 kl: k1, mse: k2
+beta                              ppo.kl_coef                      GRPO's: with kl_in: loss and kl_estimator: k3
+epsilon_high                      ppo.clip_range_high
+delta                             ppo.dual_clip
+vllm_importance_sampling_cap      ppo.importance_cap
 """  # noqa: E501
 
 TRL_SUPERVISED = """
@@ -136,8 +141,8 @@ critic.value_clip                    ppo.value_clip_range
 lambd                                ppo.gae_lambda
 algo.advantage.lambd                 ppo.gae_lambda
 algo.advantage.gamma                 ppo.gamma
-advantage_estimator                  ppo.advantage
-algo.advantage.estimator             ppo.advantage
+advantage_estimator                  ppo.advantage  group_norm: grpo
+algo.advantage.estimator             ppo.advantage  group_norm: grpo
 init_kl_coef                         ppo.kl_coef
 algo.kl.init_coef                    ppo.kl_coef
 kl_target                            ppo.kl_target                    ours in nats a response
@@ -229,6 +234,16 @@ logger.wandb.org                     trackers.wandb.entity
 logger.wandb.group                   trackers.wandb.group
 logger.wandb.run_name                run.name
 logger.tensorboard_dir               trackers.tensorboard
+algo.kl.estimator                    ppo.kl_estimator
+use_kl_loss                          ppo.kl_in                        loss
+algo.kl.use_loss                     ppo.kl_in                        loss
+eps_clip_low_high                    ppo.clip_range_high              the lower end: ppo.clip_range
+actor.eps_clip_low_high              ppo.clip_range_high              the lower end: ppo.clip_range
+actor.dual_clip                      ppo.dual_clip
+entropy_loss_coef                    ppo.entropy_coef
+actor.entropy_coef                   ppo.entropy_coef
+enable_vllm_is_correction            ppo.importance_cap               theirs also has a lower bound
+algo.advantage.is_correction_enable  ppo.importance_cap               theirs also has a lower bound
 """  # noqa: E501
 
 VERL = """
@@ -291,5 +306,13 @@ critic.model.enable_gradient_checkpointing             critic.gradient_checkpoin
 custom_reward_function.path                            rewards                          {type: function, function: FILE:NAME, signature: verl}
 custom_reward_function.name                            rewards                          {type: function, function: FILE:NAME, signature: verl}
 data.apply_chat_template_kwargs                        template.kwargs
-algorithm.use_kl_in_reward                             ppo.kl_coef                      0 leaves it out
+algorithm.use_kl_in_reward                             ppo.kl_in  reward, the default
+actor_rollout_ref.actor.clip_ratio_low                 ppo.clip_range
+actor_rollout_ref.actor.clip_ratio_high                ppo.clip_range_high
+actor_rollout_ref.actor.clip_ratio_c                   ppo.dual_clip
+actor_rollout_ref.actor.entropy_coeff                  ppo.entropy_coef
+actor_rollout_ref.actor.use_kl_loss                    ppo.kl_in                        loss
+actor_rollout_ref.actor.kl_loss_coef                   ppo.kl_coef                      with kl_in: loss
+actor_rollout_ref.actor.kl_loss_type                   ppo.kl_estimator                 low_var_kl: k3
+algorithm.kl_penalty                                   ppo.kl_estimator                 kl: k1, mse: k2, low_var_kl: k3
 """  # noqa: E501

@@ -178,13 +178,18 @@ _FAMILIES = tuple(name.removesuffix("<source>") for name in METRICS if name.ends
 """What the names of a metric that there is once a reward source begin with."""
 
 
+def is_registered(name: str) -> bool:
+    """Whether a metric is in the registry, by itself or as that of a reward source."""
+    return name in METRICS or name.startswith(_FAMILIES)
+
+
 def check(names: Iterable[str]) -> None:
     """Refuse names that are not registered, so that nothing is logged undocumented.
 
     Raises:
         KeyError: naming each unknown metric and the registered name nearest to it.
     """
-    unknown = [name for name in names if name not in METRICS and not name.startswith(_FAMILIES)]
+    unknown = [name for name in names if not is_registered(name)]
     if not unknown:
         return
     described = []

@@ -97,7 +97,9 @@ class WandbRun:
     @property
     def where(self) -> str:
         """Its page; offline, the command that makes one of it."""
-        return self._run.url or f"offline; wandb sync {self._run.settings.sync_dir}"
+        if self._run.offline:
+            return f"offline; wandb sync {self._run.settings.sync_dir}"
+        return self._run.url or "disabled"
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics; wandb's own step only counts the calls."""
@@ -209,7 +211,8 @@ class MlflowRun:
         """Record metrics at their own step: MLflow keeps one for each metric."""
         now_ms = int(time.time() * 1000)
         values = [
-            self._entities.Metric(name, value, now_ms, step) for name, value in metrics.items()
+            self._entities.Metric(_one_level(name), value, now_ms, step)
+            for name, value in metrics.items()
         ]
         self._client.log_batch(self._run_id, metrics=values)
 
@@ -247,6 +250,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         else:
             text = value if isinstance(value, str) else json.dumps(value)
             yield f"{prefix}{key}", text[:500]
+
+
+def _one_level(name: str) -> str:
+    """``objective/scores/judge`` as ``objective/scores.judge``.
+
+    MLflow's store of plain files makes a folder of each level, and ``objective/scores`` is a file.
+    """
+    group, slash, rest = name.partition("/")
+    return f"{group}{slash}{rest.replace('/', '.')}"
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ from typing import Any
 
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.observability.metrics import METRICS
+from rlhf_ray.observability.metrics import is_registered
 from rlhf_ray.observability.progress import Progress
-from rlhf_ray.observability.sinks import Sink
+from rlhf_ray.observability.sinks import Sink, read_jsonl
 from rlhf_ray.observability.tracker_libraries import Connect, RunInfo, TrackedRun, configured
 
 _SECRET = re.compile(r"(token|secret|password|api_?key|credentials)$", re.IGNORECASE)
@@ -195,11 +195,19 @@ def tracking(config: Config, folder: Path) -> Iterator[None]:
     token = _current.set(trackers)
     failed = True
     try:
+        if chosen:
+            _catch_up_with_finished_stages(trackers, folder)
         yield
         failed = False
     finally:
         _current.reset(token)
         trackers.close(failed)
+
+
+def _catch_up_with_finished_stages(trackers: Trackers, folder: Path) -> None:
+    for summary in sorted(folder.glob("*/summary.json")):
+        stage, records = summary.parent.name, read_jsonl(summary.with_name("metrics.jsonl"))
+        trackers.sinks(stage, "iteration" if stage == "ppo" else "step", records)
 
 
 def current() -> Trackers:
@@ -209,7 +217,9 @@ def current() -> Trackers:
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The registered metrics of a JSON line; what was not finite is null there, and left out."""
-    return {name: value for name, value in record.items() if name in METRICS and value is not None}
+    return {
+        name: value for name, value in record.items() if is_registered(name) and value is not None
+    }
 
 
 def _without_secrets(value: Any, key: str = "") -> Any:

@@ -8,8 +8,11 @@ from rlhf_ray.stages.run_folder import RunFolder
 def describe(config: Config) -> str:
     """The resolved config and a table of the roles, as text of at most 100 columns."""
     own_reference = config.reference.kind == "own"
+    parallel = config.generators.tensor_parallel_size
+    spread = f", over {parallel} GPUs each" if parallel > 1 else ""
+    engine = f"{config.rollout.engine}, {config.serving} serving{spread}"
     roles = [
-        ("generator", config.generators.num, f"{config.rollout.engine}, {config.serving} serving"),
+        ("generator", config.generators.num, engine),
         ("reward", config.reward.num_workers, "frozen reward model"),
         (
             "reference",

@@ -68,6 +68,12 @@ def test_plan_says_who_answers_for_the_reference(mode: str) -> None:
     assert "reference          1  frozen SFT model" in result.output
 
 
+def test_plan_says_over_how_many_gpus_a_generator_is_spread() -> None:
+    preset = Path(__file__).parents[2] / "configs" / "models" / "qwen25_32b_tp.yaml"
+    result = CliRunner().invoke(cli.app, ["plan", str(preset)])
+    assert "generator          2  vllm, adapter serving, over 4 GPUs each" in result.output
+
+
 def test_schema_is_json_and_describes_every_key() -> None:
     result = CliRunner().invoke(cli.app, ["schema"])
     schema = json.loads(result.output)

@@ -278,3 +278,21 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
 
 def test_configs_are_shipped() -> None:
     assert SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus"),
+    [("qwen25_0_5b_1gpu", 1), ("qwen3_8b", 8), ("llama31_8b_instruct", 8), ("qwen25_32b_tp", 16)],
+)
+def test_presets_fit_the_gpus_that_they_are_for(name: str, num_gpus: int) -> None:
+    config = load(next(path for path in SHIPPED if path.stem == name))
+    processes = (
+        config.generators.num * config.generators.tensor_parallel_size
+        + config.policy.num_ranks
+        + config.critic.num_ranks
+        + config.reference.num_workers
+        + config.reward.num_workers
+    )
+    assert processes * config.cluster.gpus_per_actor == num_gpus
+    for stage in (config.sft, config.reward):
+        assert stage.train_workers <= num_gpus

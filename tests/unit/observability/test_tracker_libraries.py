@@ -23,9 +23,11 @@ def follow(folder: Path, tracker: str, settings: str) -> str:
             (sink,) = current().sinks("sft", "step", records)
             for step in steps:
                 sink.log(step, {"loss": step / 10})
+            (ppo,) = current().sinks("ppo", "iteration", [])
+            ppo.log(1, {"objective/scores": 0.5, "objective/scores/judge": 0.25})
             current().table("completions", 4, [{"iteration": 4, "response": "x"}])
     noted = json.loads((folder / "trackers.json").read_text())[tracker]
-    assert noted["told"] == {"sft": 4, "completions": 4}
+    assert noted["told"] == {"sft": 4, "ppo": 1, "completions": 4}
     return noted["run_id"]
 
 
@@ -100,6 +102,8 @@ def test_mlflow_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     client = mlflow.MlflowClient(tracking_uri=uri)
     history = client.get_metric_history(run_id, "sft/loss")
     assert [(point.step, point.value) for point in history] == CURVE
+    (score,) = client.get_metric_history(run_id, "objective/scores.judge")
+    assert score.value == 0.25
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "mine"
@@ -164,7 +168,10 @@ def test_what_mlflow_is_called_with(
     params = dict(param for _, *params in fake.of("params") for param in params)
     assert params["ppo.gamma"] == "1.0"
     assert params["run.name"] == "mine"
-    assert fake.of("metrics") == [("r1", ("sft/loss", step / 10, step)) for step in (1, 2, 3, 4)]
+    losses = [metric for _, *metrics in fake.of("metrics") for metric in metrics]
+    assert [m for m in losses if m[0] == "sft/loss"] == [
+        ("sft/loss", n / 10, n) for n in range(1, 5)
+    ]
     table = {"iteration": [4], "response": ["x"]}
     assert fake.of("table") == [("r1", table, "completions/000004.json")]
     assert fake.of("end") == [("r1", "FINISHED")] * 2
@@ -193,6 +200,7 @@ def test_what_trackio_is_called_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (1, {"sft/loss": 0.1}),
         (2, {"sft/loss": 0.2}),
         (3, {"sft/loss": 0.3}),
+        (1, {"objective/scores": 0.5, "objective/scores/judge": 0.25}),
         (4, {"completions": (["iteration", "response"], [[4, "x"]])}),
         (4, {"sft/loss": 0.4}),
     ]

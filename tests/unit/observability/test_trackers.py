@@ -34,6 +34,7 @@ class FakeWandb(ModuleType):
         return SimpleNamespace(
             id=arguments["id"],
             url="https://wandb/p/1",
+            offline=False,
             define_metric=lambda name, step_metric: self.calls.append(("axis", name, step_metric)),
             log=self._log,
             finish=lambda exit_code: self.calls.append(("finish", exit_code)),
@@ -119,6 +120,19 @@ def test_a_tracker_that_joins_late_is_told_what_it_missed(
     with tracking(config, tmp_path):
         current().sinks("ppo", "iteration", records)
     assert wandb.of("log") == [({"loss": 0.1, "iteration": 1},), ({"iteration": 2},)]
+
+
+def test_finished_stages_are_told_to_one_that_missed_them(
+    wandb: FakeWandb, config: Config, tmp_path: Path
+) -> None:
+    for stage, finished in (("sft", True), ("reward", False)):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "metrics.jsonl").write_text('{"step": 5, "loss": 0.5}\n')
+        if finished:
+            (tmp_path / stage / "summary.json").write_text("{}")
+    with tracking(config, tmp_path):
+        pass
+    assert wandb.of("log") == [({"sft/loss": 0.5, "sft/step": 5},)]
 
 
 def test_parts_of_a_stage_have_steps_of_their_own(
@@ -220,3 +234,4 @@ def test_without_trackers_nothing_is_kept(tmp_path: Path) -> None:
 def test_numbers_are_what_a_json_line_measured() -> None:
     record = {"step": 3, "loss": None, "grad_norm": 0.5, "samples": [], "note": "x"}
     assert numbers(record) == {"grad_norm": 0.5}
+    assert numbers({"objective/scores/judge": 2.0}) == {"objective/scores/judge": 2.0}
