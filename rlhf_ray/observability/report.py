@@ -160,6 +160,13 @@ def _cards(files: RunFiles) -> Iterator[Card]:
             "Share of held-out answer pairs whose better answer it scores higher. "
             "50% is a coin toss; noisy votes keep even a perfect model below 100%.",
         )
+    measured = number(files.summaries.get("reward"), "benchmark", "accuracy")
+    if measured is not None:
+        yield Card(
+            "Reward model on its benchmark",
+            f"{measured:.1%}",
+            "Share of the benchmark's pairs whose better answer it scores higher.",
+        )
     seconds = [_seconds(summary.get("seconds")) for summary in files.summaries.values()]
     if any(seconds):
         yield Card("Time", clock_time(sum(seconds)), "Wall time of the finished stages together.")

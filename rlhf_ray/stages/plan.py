@@ -13,7 +13,7 @@ def describe(config: Config) -> str:
     engine = f"{config.rollout.engine}, {config.serving} serving{spread}"
     roles = [
         ("generator", config.generators.num, engine),
-        ("reward", config.reward.num_workers, "frozen reward model"),
+        ("reward", config.reward.num_workers, _sources(config)),
         (
             "reference",
             config.reference.num_processes,
@@ -44,3 +44,7 @@ def describe(config: Config) -> str:
         f"({rollouts} in all), {steps} optimizer steps each",
     ]
     return "\n".join(lines)
+
+
+def _sources(config: Config) -> str:
+    return ", ".join(source.name for source in config.rewards)

@@ -27,6 +27,7 @@ from rlhf_ray.cluster.role_clients import (
 )
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
+from rlhf_ray.config.rewards import ClassifierSourceConfig, ModelSourceConfig
 from rlhf_ray.driver.ppo_loop import Roles
 from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.engines.scoring import reward_sources
@@ -37,6 +38,9 @@ from rlhf_ray.stages.run_folder import located
 
 ASYNC_CONCURRENCY = 32
 """Calls that a role whose methods are async works on at a time."""
+
+RUN_MODELS = (ModelSourceConfig, ClassifierSourceConfig)
+"""Sources that compute in the scorer's own process, and want a GPU there."""
 
 
 class RoleSpawner:
@@ -139,10 +143,15 @@ def spawn_scorers(
     """Scorers with all sources of rewards, not started."""
     sources = [located(source) for source in config.rewards]
     config = config.model_copy(update={"rewards": sources})
-    make_sources = partial(reward_sources, config, reward_model, policy_model)
-    return ScorerClient(
-        spawner.spawn(RewardScorer, "reward", config.reward.num_workers, sources, make_sources)
+    workers = spawner.spawn(
+        RewardScorer,
+        "reward",
+        config.reward.num_workers,
+        sources,
+        partial(reward_sources, config, reward_model, policy_model),
+        num_gpus=int(any(isinstance(source, RUN_MODELS) for source in sources)),
     )
+    return ScorerClient(workers)
 
 
 @asynccontextmanager

@@ -32,7 +32,9 @@ def measured(trained: Config, folder: Path, **reward: Any) -> Config:
     path = folder / "bench.jsonl"
     path.write_text("\n".join(map(json.dumps, rows())))
     model = f"{trained.run.dir}/reward/model"
-    values = trained.model_dump() | {"run": {"dir": str(folder / "run"), "stages": ["reward"]}}
+    values = trained.model_dump() | {
+        "run": {"dir": str(folder / "run"), "stages": ["reward", "report"]}
+    }
     values["reward"] |= {"path": model, "benchmark": {"path": str(path)}, **reward}
     return resolve(values)
 
@@ -56,6 +58,9 @@ def test_accuracy_by_subset_of_a_given_model(config: Config) -> None:
         },
     }
     assert pipeline._finished(RunFolder(config), "reward")
+    report = (Path(config.run.dir) / "report.html").read_text()
+    assert "Reward model on its benchmark" in report
+    assert "66.7%" in report
 
 
 def test_a_file_without_a_column_for_the_subset(config: Config) -> None:

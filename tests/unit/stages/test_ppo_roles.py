@@ -1,0 +1,54 @@
+"""What scorers are started with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import resolve
+from rlhf_ray.stages import ppo_roles
+from rlhf_ray.stages.ppo_roles import spawn_scorers
+
+
+class Spawner:
+    """Remembers what it was asked to start."""
+
+    def spawn(self, role_class: type, role: str, count: int, *args: Any, num_gpus: int) -> list:
+        self.count, self.args, self.num_gpus = count, args, num_gpus
+        return [None]
+
+
+@pytest.mark.parametrize(
+    ("source", "num_gpus"),
+    [
+        ({"type": "model"}, 1),
+        ({"type": "classifier", "path": "c"}, 1),
+        ({"type": "rouge"}, 0),
+        ({"type": "judge", "url": "http://x", "model": "m"}, 0),
+    ],
+)
+def test_a_scorer_wants_a_gpu_where_it_runs_a_model(source: dict[str, Any], num_gpus: int) -> None:
+    spawner: Any = Spawner()
+    config = resolve({"rewards": [source, {"type": "rouge", "name": "r"}]})
+    spawn_scorers(spawner, config, "reward", "policy")
+    assert spawner.num_gpus == num_gpus
+
+
+def test_files_are_named_by_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scorer's process may run elsewhere in the file system."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    sources = [
+        {"type": "function", "name": "file", "function": "mine.py:f"},
+        {"type": "function", "name": "module", "function": "mine:f"},
+        {"type": "model", "path": "model"},
+        {"type": "classifier", "path": "hub/name"},
+    ]
+    spawner: Any = Spawner()
+    spawn_scorers(spawner, resolve({"rewards": sources}), "reward", "policy")
+    file, module, model, classifier = spawner.args[0]
+    assert file.function == f"{tmp_path}/mine.py:f"
+    assert module.function == "mine:f"
+    assert model.path == str(tmp_path / "model")
+    assert classifier.path == "hub/name"
+    assert spawner.args[1].func is ppo_roles.reward_sources
