@@ -8,9 +8,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 import pytest
@@ -145,8 +146,11 @@ class CommandLine:
 
     def shared_memory_files(self) -> list[Path]:
         """Files that are new in shared memory and that no living process maps."""
-        new = set(SHARED_MEMORY.glob("*")) - self._files_before
-        return sorted(new - _mapped_files()) if new else []
+        new = {}
+        for file in set(SHARED_MEMORY.glob("*")) - self._files_before:
+            with suppress(FileNotFoundError):
+                new[file.stat().st_ino] = file
+        return sorted(new[number] for number in new.keys() - _mapped_inodes()) if new else []
 
     def wait_until_nothing_left(self, timeout_s: float = 10.0) -> None:
         """Fail where processes or shared-memory files outlive the commands."""
@@ -168,14 +172,16 @@ class CommandLine:
             file.unlink(missing_ok=True)
 
 
-def _mapped_files() -> set[Path]:
+def _mapped_inodes() -> set[int]:
+    """Inodes of shared memory that living processes map: a semaphore's file is made under another
+    name than the one it has afterwards, so names do not tell."""
     found = set()
     for process in psutil.process_iter():
         try:
             lines = Path(f"/proc/{process.pid}/maps").read_text(errors="replace").splitlines()
         except OSError:
             continue
-        found |= {Path(line.split(maxsplit=5)[-1]) for line in lines if str(SHARED_MEMORY) in line}
+        found |= {int(line.split(maxsplit=5)[4]) for line in lines if str(SHARED_MEMORY) in line}
     return found
 
 
@@ -188,8 +194,3 @@ def command_line(tmp_path: Path) -> Iterator[CommandLine]:
             yield line
         finally:
             line.end()
-
-
-@pytest.fixture(scope="session")
-def read_json() -> Callable[[Path], Any]:
-    return lambda path: json.loads(path.read_text(encoding="utf-8"))
