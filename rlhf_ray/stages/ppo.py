@@ -45,14 +45,12 @@ def run(config: Config) -> dict[str, Any]:
     _require_tokens_of_policy(critic_model, tokenizer)
     prompts, dropped = ppo_prompts(config, folder, tokenizer)
     eval_prompts = held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts)
-    checkpoints = Checkpoints(
-        folder.path / "checkpoints",
-        config.ppo.keep_checkpoints,
-        {
-            "policy": _static_files(tokenizer, policy_model, folder),
-            "critic": _static_files(tokenizer, critic_model, folder),
-        },
-    )
+    static_files = {
+        name: _static_files(tokenizer, base, folder)
+        for name, base in (("policy", policy_model), ("critic", critic_model))
+    }
+    kept = config.ppo.keep_checkpoints
+    checkpoints = Checkpoints(folder.path / "checkpoints", kept, static_files)
     saved = checkpoints.latest()
     state = _state_of(saved)
     tracer = Tracer(folder.path / "trace.json", config.run.name)
@@ -61,8 +59,9 @@ def run(config: Config) -> dict[str, Any]:
     progress = Progress(config.run.stages)
 
     async def train(bar: Bar) -> dict[str, Any]:
-        models = policy_model, reward_model, critic_model
-        async with ppo_roles(config, *models, recorder.span) as roles:
+        async with ppo_roles(
+            config, policy_model, reward_model, critic_model, recorder.span
+        ) as roles:
             await _restore(roles, saved)
             progress.say("ppo: every role is ready; proving that generators serve what is sent")
             canaries = canary_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)

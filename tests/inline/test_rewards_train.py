@@ -1,6 +1,7 @@
 """Every reward source trains a real tiny policy for two iterations, through the command line."""
 
 import json
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def given(tmp_path: Path, whole_run: Path) -> Path:
         {
             "prompt": f"Question: {number}?\n\nAnswer: ",
             "question": str(number),
-            "reference": "so it is",
+            # Something of it is in the answers of whatever model.
+            "reference": " ".join(string.ascii_lowercase) + " the to it is in of you 1 2 3",
             "label": "s",
             "data_source": "site",
             "ground_truth": "so",

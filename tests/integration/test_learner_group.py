@@ -159,10 +159,12 @@ def batch(seed: int, as_handle: Callable[[Any], Any] = lambda data: data) -> lis
         old = [row * 0.3 - 5 for row in old]
         ref = [row + 0.1 * extra for row, extra in zip(old, noise, strict=True)]
         info = ShardInfo(index, tuple(positions), lengths, (False,) * SHARD_SIZE, (0,) * SHARD_SIZE)
+        scores = tuple(rng.normal(size=SHARD_SIZE).tolist())
         shards.append(
             ScoredShard(
                 shard=Shard(info, as_handle(rollouts)),
-                scores=tuple(rng.normal(size=SHARD_SIZE).tolist()),
+                raw_scores={"model": scores},
+                scores=scores,
                 old_logprobs=as_handle(old),
                 ref_logprobs=as_handle(ref),
                 values=as_handle([row * 0.1 for row in values]),
