@@ -16,7 +16,7 @@ from rlhf_ray.algorithms.correction import truncated_importance_weights
 from rlhf_ray.algorithms.experience import Experience
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.losses import resolve_policy_loss
-from rlhf_ray.algorithms.masking import masked_sum
+from rlhf_ray.algorithms.masking import masked_sum, zero_padding
 from rlhf_ray.algorithms.whitening import masked_mean, whiten
 from rlhf_ray.config import Config
 from rlhf_ray.models.adapters import (
@@ -37,6 +37,8 @@ from rlhf_ray.types import AdapterUpdate, Gap, ProbeComparison, Rollout, SampleR
 
 PROBE_SHIFT = 1.0
 """Nats a token that a probe moves the canaries, where the base can be moved so far."""
+PROBE_POSITIONS = 16
+"""Tokens of each canary on which that is measured, the last ones."""
 PROBE_SCALES = [1e-3 * 1.5**step for step in range(18)]
 """Deviations of a probe's B that are tried; at the last, about 1, a probe drowns its base."""
 
@@ -129,7 +131,11 @@ class PolicyLearner(Learner):
         if ppo.entropy_coef:
             loss = loss - ppo.entropy_coef * masked_sum(entropy_BT, batch.mask_BT) / num_tokens
         if ppo.kl_in == "loss":
-            kl_BT = kl_estimate(logprobs_BT, batch.ref_logprobs_BT, ppo.kl_estimator)
+            # Zeros before k3's exponential: what overflows on padding would be NaN in the gradient.
+            own_BT, ref_BT = (
+                zero_padding(part, batch.mask_BT) for part in (logprobs_BT, batch.ref_logprobs_BT)
+            )
+            kl_BT = kl_estimate(own_BT, ref_BT, ppo.kl_estimator)
             loss = loss + self._kl_coef * masked_sum(kl_BT, batch.mask_BT) / num_tokens
             means["loss/kl_avg"] = masked_mean(kl_BT.detach(), batch.mask_BT)
         return loss, means
@@ -185,20 +191,21 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def _mean_shift(self, probe: TensorDict, canaries: Sequence[SampleRequest]) -> float:
+        """Mean over the canaries' last tokens: distributions over all of them would be large."""
         ids_BS = torch.tensor([canary.prompt.token_ids for canary in canaries])
         ids_BS = ids_BS.to(self._engine.device)
-        forward = causal_lm_logits(self._engine.model)
+        forward = causal_lm_logits(self._engine.model, last=PROBE_POSITIONS)
         temperature = self._config.rollout.temperature
 
         def distribution() -> Tensor:
-            logits_BSV = forward(ids_BS, torch.ones_like(ids_BS)).float()
-            return (logits_BSV / temperature).log_softmax(-1)
+            logits_BTV = forward(ids_BS, torch.ones_like(ids_BS)).float()
+            return (logits_BTV / temperature).log_softmax(-1)
 
         with self._adapter_as(probe):
-            probe_BSV = distribution()
+            probe_BTV = distribution()
         with self._without_adapter():
-            base_BSV = distribution()
-        return float((probe_BSV.exp() * (probe_BSV - base_BSV)).sum(-1).mean())
+            base_BTV = distribution()
+        return float((probe_BTV.exp() * (probe_BTV - base_BTV)).sum(-1).mean())
 
     def compare(
         self, update: AdapterUpdate, tensors: bytes, rollouts: Sequence[Rollout]

@@ -93,9 +93,16 @@ def describe(function: Callable[..., Tensor], whitened: bool = True) -> Estimato
     """The estimator that a function is.
 
     Raises:
-        ValueError: it needs an argument that no estimator is given.
+        ValueError: it needs an argument that no estimator is given, or lacks the first two.
     """
-    _, _, *further = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(named) < 2:
+        raise ValueError(
+            f"the advantage function {function.__name__} takes {len(named)} arguments by name; the "
+            "first two are rewards_BT and mask_BT"
+        )
+    further = named[2:]
     unknown = [p.name for p in further if p.name not in GIVEN and p.default is p.empty]
     if unknown:
         raise ValueError(

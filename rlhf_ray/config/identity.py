@@ -15,7 +15,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "prepare": ("prepare",),
     "template": ("pretrain", "sft", "reward", "dpo", "ppo"),
     "pretrain": ("pretrain",),
-    "sft": ("sft",),
+    "sft": ("sft", "reward", "dpo", "ppo"),
     "reward": ("reward", "ppo"),
     "dpo": ("dpo",),
     "rewards": ("ppo",),

@@ -132,6 +132,10 @@ class GeneratorsConfig(Section):
     max_in_flight: int = changeable(8, ge=1, description="Shards at one generator at a time.")
 
 
+WITHOUT_CRITIC = ("reinforce", "rloo", "grpo")
+"""Estimators that need no values."""
+
+
 class PpoConfig(Section):
     """The algorithm."""
 
@@ -228,7 +232,7 @@ class PpoConfig(Section):
     @field_validator("advantage")
     @classmethod
     def _known_estimator(cls, name: str) -> str:
-        return _require_known("an estimator", name, ("gae", "reinforce", "rloo", "grpo"))
+        return _require_known("an estimator", name, ("gae", *WITHOUT_CRITIC))
 
     @field_validator("policy_loss")
     @classmethod

@@ -8,6 +8,7 @@ from rlhf_ray.config.cluster import ClusterConfig
 from rlhf_ray.config.data import DataConfig, PrepareConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.config.ppo import (
+    WITHOUT_CRITIC,
     CriticConfig,
     EvaluateConfig,
     GeneratorsConfig,
@@ -81,8 +82,8 @@ class Config(Section):
 
     @property
     def largest_rank(self) -> int:
-        """Largest rank of the adapters that generators are sent."""
-        return max(self.lora.r, self.dpo.lora.r if "dpo" in self.run.stages else 0)
+        """Largest rank of the adapters that generators may be sent: PPO's, and DPO's to compare."""
+        return max(self.lora.r, self.dpo.lora.r)
 
     @property
     def num_prompts_per_iteration(self) -> int:
@@ -102,7 +103,8 @@ class Config(Section):
         is_source = any(
             isinstance(source, ModelSourceConfig) and source.path is None for source in self.rewards
         )
-        return is_source or self.critic.init == "reward"
+        has_critic = self.ppo.advantage not in WITHOUT_CRITIC
+        return is_source or (has_critic and self.critic.init == "reward")
 
     @field_validator("rewards")
     @classmethod
@@ -189,6 +191,12 @@ class Config(Section):
                     f"freezes; set {name}.tuning=lora or model.quantization=none"
                 )
 
+        if self.critic.init == "reward" and self.reward.path is None:
+            raise ValueError(
+                f"critic.init reward folds the reward model's adapter into its base, and a "
+                f"{quantization} base (model.quantization) takes none; set critic.init=sft"
+            )
+
     def _groups_are_one_rank(self) -> None:
         """NCCL refuses two ranks of a group on one GPU, when everything is loaded."""
         for role, group in (("policy", self.policy), ("critic", self.critic)):
@@ -219,15 +227,16 @@ class Config(Section):
             )
 
     def _engine_can_serve_the_policy(self) -> None:
-        targets = self.lora.target_modules
         outside = {"embed_tokens", "lm_head", "wte", "wpe", "embed_out", "score", "classifier"}
-        odd = [t for t in targets if t.rpartition(".")[2] in outside and isinstance(targets, list)]
-        if odd:
-            raise ValueError(
-                f"lora.target_modules names {', '.join(odd)}: the generators' engine serves "
-                "adapters on linear layers inside the blocks alone, such as q_proj, k_proj, "
-                "v_proj, o_proj, gate_proj, up_proj, down_proj; leave it out"
-            )
+        for key, lora in (("lora", self.lora), ("dpo.lora", self.dpo.lora)):
+            listed = lora.target_modules if isinstance(lora.target_modules, list) else []
+            odd = [target for target in listed if target.rpartition(".")[2] in outside]
+            if odd:
+                raise ValueError(
+                    f"{key}.target_modules names {', '.join(odd)}: the generators' engine serves "
+                    "adapters on linear layers inside the blocks alone, such as q_proj, k_proj, "
+                    "v_proj, o_proj, gate_proj, up_proj, down_proj; leave it out"
+                )
         overrides = self.rollout.engine_args.get("hf_overrides") or {}
         rope = {"rope_scaling", "rope_parameters"} & set(overrides)
         if rope:

@@ -34,12 +34,13 @@ def iteration_metrics(
     stopped = [stop for scored in batch for stop in scored.shard.info.stopped]
     gaps = [scored.gap for scored in batch]
     kl = stats.kl_total / stats.num_samples
+    learnt_from = sum(score for scored in batch for score in scored.scores)
     metrics = {
         **score_metrics(sources, joined([scored.raw_scores for scored in batch])),
         "objective/kl": kl,
         "objective/kl_per_token": stats.kl_total / stats.num_tokens,
         "objective/kl_coef": kl_coef,
-        "objective/non_score_reward": -kl_coef * kl,
+        "objective/non_score_reward": (stats.reward_total - learnt_from) / stats.num_samples,
         "objective/rlhf_reward": stats.reward_total / stats.num_samples,
         "objective/entropy": stats.surprise_total / stats.num_tokens,
         "response_length/mean": fmean(lengths),

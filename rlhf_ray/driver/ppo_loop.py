@@ -207,7 +207,8 @@ class PpoLoop:
             samples_generated=state.samples_generated + _num_rollouts(batch),
             samples_learnt=state.samples_learnt + reports[0].samples_learnt,
             kl_coef=self._kl.coef,
-            gap_bound=self._guard.bound,
+            # A bound that was given holds for as long as it is given.
+            gap_bound=state.gap_bound if self._config.rollout.max_gap else self._guard.bound,
             reward_moments=self._reward_moments,
         )
         with self._recorder.phase("commit", iteration):

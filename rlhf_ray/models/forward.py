@@ -34,8 +34,11 @@ def sequence_of(rollout: Rollout) -> np.ndarray:
     return np.concatenate([prompt, rollout.response_ids])
 
 
-def causal_lm_logits(model: Any) -> Forward:
-    """Forward of a causal LM (wrapped in PEFT or DeepSpeed or not): logits `_BSV`."""
+def causal_lm_logits(model: Any, last: int = 0) -> Forward:
+    """Forward of a causal LM (wrapped in PEFT or DeepSpeed or not): logits `_BSV`.
+
+    ``last``: only of so many last positions; 0: of all.
+    """
 
     def forward(sequences_BS: Tensor, attention_BS: Tensor) -> Tensor:
         return model(
@@ -43,6 +46,7 @@ def causal_lm_logits(model: Any) -> Forward:
             attention_mask=attention_BS,
             position_ids=position_ids(attention_BS),
             use_cache=False,
+            **({"logits_to_keep": last} if last else {}),
         ).logits
 
     return forward

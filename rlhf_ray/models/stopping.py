@@ -10,6 +10,17 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.models.loading import load_tokenizer
 
 
+def generation_config(model: str, template: TemplateConfig | None = None) -> GenerationConfig:
+    """The model's own, with every stop token: an engine that knows no template ends turns too."""
+    try:
+        settings = GenerationConfig.from_pretrained(model)
+    except OSError:
+        settings = GenerationConfig()
+    ids = list(stop_token_ids(model, template))
+    settings.eos_token_id = ids if len(ids) > 1 else ids[0]
+    return settings
+
+
 def stop_token_ids(model: str, template: TemplateConfig | None = None) -> tuple[int, ...]:
     """Every eos id of the tokenizer and of the generation config, and the template's end of turn.
 

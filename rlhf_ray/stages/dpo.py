@@ -12,6 +12,7 @@ from rlhf_ray.algorithms.losses import dpo_loss
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import DpoConfig
 from rlhf_ray.models import adapters, loading
+from rlhf_ray.models.dropout import without_dropout
 from rlhf_ray.models.quantization import ready_for_adapter
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 from rlhf_ray.stages.pairs import (
@@ -79,7 +80,11 @@ def completion_logprobs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 class DpoTraining(PairTraining):
-    """A LoRA adapter over the SFT model, which may be quantised."""
+    """A LoRA adapter over the SFT model, which may be quantised.
+
+    The model's own dropout is off: policy and reference would else draw unlike masks, and their
+    log-ratio would be noise.
+    """
 
     name = "dpo"
 
@@ -87,7 +92,7 @@ class DpoTraining(PairTraining):
         settings, lora = self.model_settings, self.config.dpo.lora
         model = loading.load_causal_lm(self.base, settings, quantized=True)
         return adapters.attach(
-            ready_for_adapter(answer_with_logprobs(model), settings),
+            ready_for_adapter(answer_with_logprobs(without_dropout(model)), settings),
             lora,
             "CAUSAL_LM",
             seed=self.config.run.seed,

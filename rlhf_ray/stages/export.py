@@ -10,7 +10,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import folders
 from rlhf_ray.models.merging import merge_adapter
 from rlhf_ray.stages.lineage import CHAINS, lineage
-from rlhf_ray.stages.model_card import Exported, model_card
+from rlhf_ray.stages.model_card import WRITTEN_BY, Exported, model_card
 from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
 from rlhf_ray.stages.run_models import RunModel, find_model
 
@@ -96,14 +96,17 @@ def _adapter_of(config: Config, model: RunModel) -> RunModel:
 
 
 def _refuse_other_things(target: Path) -> None:
-    """Nothing but an earlier export is replaced.
+    """Nothing but an earlier export, known by its card, is replaced.
 
     Raises:
         ConfigError: the folder holds something else.
     """
-    is_model = any((target / name).is_file() for name in ("config.json", folders.ADAPTER_CONFIG))
-    if target.exists() and not is_model and (target.is_file() or any(target.iterdir())):
-        raise ConfigError(f"{target} holds other things than a model; name an empty folder")
+    card = target / "README.md"
+    is_export = card.is_file() and WRITTEN_BY in card.read_text(encoding="utf-8", errors="replace")
+    if target.exists() and not is_export and (target.is_file() or any(target.iterdir())):
+        raise ConfigError(
+            f"{target} holds other things than an earlier export; name a new or an empty folder"
+        )
 
 
 def _copy(model: RunModel, target: Path, *, adapter: bool) -> None:

@@ -1,12 +1,20 @@
 """What a run reads from outside is looked for before its first stage, not hours later."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
+from rlhf_ray.algorithms.estimators import resolve
+from rlhf_ray.algorithms.losses import resolve_policy_loss
 from rlhf_ray.config import Config
-from rlhf_ray.config.rewards import ClassifierSourceConfig, ModelSourceConfig
+from rlhf_ray.config.data import DataSource
+from rlhf_ray.config.rewards import (
+    ClassifierSourceConfig,
+    FunctionSourceConfig,
+    ModelSourceConfig,
+)
 from rlhf_ray.data.readers import read
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import locate
+from rlhf_ray.plugins import load_function
 
 TRAINED_OR_SAMPLED = {"pretrain", "sft", "reward", "dpo", "ppo", "evaluate"}
 READERS = {
@@ -20,19 +28,32 @@ READERS = {
 
 
 def require_inputs(config: Config, stages: Collection[str]) -> None:
-    """Find every model and data set that the stages to come are given.
+    """Find every model, data set and function that the stages to come are given.
 
     Raises:
         DataError: one is not there, or the first row of a data set cannot be read.
+        ConfigError: a function cannot be imported.
     """
     if TRAINED_OR_SAMPLED & set(stages):
         for path in _models(config):
             locate(path)
     for use, readers in READERS.items():
         if readers & set(stages):
-            for source in getattr(config.data, use) or ():
-                if next(read(source), None) is None:
-                    raise DataError(f"data.{use}: {source.path} holds no rows")
+            _require_rows(f"data.{use}", getattr(config.data, use) or ())
+    if "reward" in stages:
+        _require_rows("reward.benchmark", config.reward.benchmark or ())
+    if "ppo" in stages:
+        resolve(config.ppo.advantage)
+        resolve_policy_loss(config.ppo.policy_loss)
+        for source in config.rewards:
+            if isinstance(source, FunctionSourceConfig):
+                load_function(source.function, "rewards")
+
+
+def _require_rows(key: str, sources: Sequence[DataSource]) -> None:
+    for source in sources:
+        if next(read(source), None) is None:
+            raise DataError(f"{key}: {source.path} holds no rows")
 
 
 def _models(config: Config) -> Iterator[str]:

@@ -9,6 +9,8 @@ import yaml
 from rlhf_ray import __version__
 from rlhf_ray.stages.lineage import UNKNOWN, Lineage, Source, Step
 
+WRITTEN_BY = "<!-- Written by rlhf-ray export, which replaces this folder when run again. -->\n"
+"""Marks a folder as one that may be replaced."""
 _ADAPTER_USE = """\
 from peft import {auto}
 
@@ -47,6 +49,7 @@ def model_card(exported: Exported, history: Lineage) -> str:
     parts = [
         f"---\n{yaml.safe_dump(_head(exported, history), sort_keys=False)}---\n",
         f"# {exported.title}\n",
+        WRITTEN_BY,
         _what(exported),
         f"## Use\n\n```python\n{_use(exported)}```\n",
         f"## Lineage\n\nStarted from {_named(history.base)}.\n\n{_steps(history)}",

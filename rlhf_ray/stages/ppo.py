@@ -2,14 +2,14 @@
 
 import asyncio
 import tempfile
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import GenerationConfig
 
+from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.config import Config
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.render import Renderer
@@ -24,10 +24,11 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
 from rlhf_ray.models.folders import BASE_MODEL
 from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.stopping import generation_config
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.stages.ppo_roles import ppo_roles
-from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.stages.run_folder import RunFolder, located_function
 from rlhf_ray.types import Prompt
 
 
@@ -37,20 +38,16 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         RlhfError: naming the role, the numbers and the remedy.
     """
+    config = _with_located_functions(config)
     folder = RunFolder(config)
     stage = folder.stage("ppo")
     policy_model, reward_model = folder.sft_model(), folder.reward_model()
-    critic_model = folder.critic_model()
+    _require_whole(policy_model)
     tokenizer = load_tokenizer(policy_model)
-    _require_tokens_of_policy(critic_model, tokenizer)
+    critic_model = _critic_model(folder, tokenizer)
     prompts, dropped = ppo_prompts(config, folder, tokenizer)
     eval_prompts = held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts)
-    static_files = {
-        name: _static_files(tokenizer, base, folder)
-        for name, base in (("policy", policy_model), ("critic", critic_model))
-    }
-    kept = config.ppo.keep_checkpoints
-    checkpoints = Checkpoints(folder.path / "checkpoints", kept, static_files)
+    checkpoints = _checkpoints(folder, tokenizer, {"policy": policy_model, "critic": critic_model})
     saved = checkpoints.latest()
     state = _state_of(saved)
     tracer = Tracer(folder.path / "trace.json", config.run.name)
@@ -88,14 +85,38 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _require_tokens_of_policy(critic_model: str, tokenizer: Any) -> None:
-    """Refuse a critic that would read the policy's token ids as other words."""
+def _with_located_functions(config: Config) -> Config:
+    """The config with the user's files by absolute path: a learner's process may run elsewhere."""
+    keys = ("advantage", "policy_loss")
+    located = {key: located_function(getattr(config.ppo, key)) for key in keys}
+    return config.model_copy(update={"ppo": config.ppo.model_copy(update=located)})
+
+
+def _require_whole(policy_model: str) -> None:
+    """Refuse an adapter as what PPO starts from: it would train an adapter on an adapter."""
+    if folders.is_adapter(policy_model):
+        raise DataError(
+            f"{policy_model} is an adapter; PPO trains an adapter of its own on a whole model: "
+            "merge it first (command merge)"
+        )
+
+
+def _critic_model(folder: RunFolder, tokenizer: Any) -> str | None:
+    """What the critic starts from; None where the advantages need none.
+
+    Raises:
+        DataError: it would read the policy's token ids as other words.
+    """
+    if not resolve(folder.config.ppo.advantage).needs_critic:
+        return None
+    critic_model = folder.critic_model()
     if load_tokenizer(critic_model).get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"{critic_model} cannot be the critic: its tokenizer is not the policy's, and a critic "
             "reads the policy's tokens; set critic.init=sft and leave critic.path out, or name a "
             "model with the policy's tokenizer"
         )
+    return critic_model
 
 
 def ppo_prompts(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[list[Prompt], dict]:
@@ -166,12 +187,16 @@ def _state_of(saved: SavedCommit | None) -> RunState:
     return RunState(**{name: value for name, value in saved.progress.items() if name in known})
 
 
+def _checkpoints(folder: RunFolder, tokenizer: Any, bases: Mapping[str, str | None]) -> Checkpoints:
+    files = {name: _static_files(tokenizer, base, folder) for name, base in bases.items() if base}
+    return Checkpoints(folder.path / "checkpoints", folder.config.ppo.keep_checkpoints, files)
+
+
 def _static_files(tokenizer: Any, base: str, folder: RunFolder) -> dict[str, bytes]:
     """What a committed PEFT folder holds besides its adapter: all that generating needs."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        with suppress(OSError):  # a base without one generates by transformers' defaults
-            GenerationConfig.from_pretrained(base).save_pretrained(scratch)
+        generation_config(base, folder.config.template).save_pretrained(scratch)
         files = {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
     if Path(base).is_dir():
         committed = folder.path / "checkpoints" / "0" / "policy"

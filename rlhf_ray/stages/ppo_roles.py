@@ -13,7 +13,6 @@ from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
-from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.cluster.ray_session import runs_on_ray
 from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, spawn
 from rlhf_ray.cluster.role_clients import (
@@ -159,7 +158,7 @@ async def ppo_roles(
     config: Config,
     policy_model: str,
     reward_model: str | None,
-    critic_model: str,
+    critic_model: str | None,
     on_call: OnCall,
 ) -> AsyncIterator[Roles]:
     """Every role that the config needs, ready to work; ended on the way out."""
@@ -173,7 +172,7 @@ async def ppo_roles(
     policy = spawner.spawn(
         PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
     )
-    num_critics = config.critic.num_ranks if resolve(config.ppo.advantage).needs_critic else 0
+    num_critics = config.critic.num_ranks if critic_model else 0
     critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
     try:
         await spawner.start_all([group for group in (policy, critic) if group])

@@ -138,12 +138,16 @@ def absolute(model: str) -> str:
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
+def located_function(spec: str) -> str:
+    """A function's file by absolute path; a module, or a name of ours, as it is."""
+    where, _, name = spec.rpartition(":")
+    return f"{Path(where).absolute()}:{name}" if where.endswith(".py") else spec
+
+
 def located(source: RewardSourceConfig) -> RewardSourceConfig:
     """A reward source whose model or file is named by absolute path."""
     if isinstance(source, FunctionSourceConfig):
-        where, _, name = source.function.rpartition(":")
-        where = str(Path(where).absolute()) if where.endswith(".py") else where
-        return source.model_copy(update={"function": f"{where}:{name}"})
+        return source.model_copy(update={"function": located_function(source.function)})
     if isinstance(source, ModelSourceConfig | ClassifierSourceConfig) and source.path:
         return source.model_copy(update={"path": absolute(source.path)})
     return source

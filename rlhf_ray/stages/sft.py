@@ -10,6 +10,7 @@ from rlhf_ray.data.tokens import pad_id
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.merging import merge_adapter
 from rlhf_ray.models.quantization import ready_for_adapter
+from rlhf_ray.models.stopping import generation_config
 from rlhf_ray.stages.language_model import (
     LanguageModelTraining,
     language_model_numbers,
@@ -89,6 +90,8 @@ def run(config: Config) -> dict[str, Any]:
     if not training.all_weights:
         adapter, out = str(training.folder / "adapter"), training.folder / "model"
         summary["merge_survived"] = merge_adapter(training.base, adapter, out, config.model)
+    model = training.folder / "model"
+    generation_config(str(model), config.template).save_pretrained(model)
     summary["seconds"] = time.monotonic() - start_s
     run_folder.write_summary("sft", summary)
     return summary

@@ -24,6 +24,10 @@ class TestInputsOfLaterStages:
             ("rewards=[{type: classifier, path: /no/one}]", r"Model folder /no/one does not exist"),
             ("data.eval={path: no.jsonl}", r"no\.jsonl"),
             ("data.prompts=[{path: empty.jsonl}]", r"empty\.jsonl.*no rows"),
+            ("ppo.advantage=mine.py:f", r"ppo\.advantage: mine\.py:f cannot be loaded"),
+            ("ppo.policy_loss=mine.py:f", r"ppo\.policy_loss: mine\.py:f cannot be loaded"),
+            ("rewards=[{type: function, function: no:f}]", r"rewards: no:f cannot be loaded"),
+            ("reward.benchmark=[{path: no.jsonl}]", r"no\.jsonl"),
         ],
     )
     def test_they_are_looked_for_before_the_first(

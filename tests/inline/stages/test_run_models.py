@@ -157,9 +157,13 @@ def test_what_cannot_be_exported_is_told(policy_run: Config, tmp_path: Path) -> 
         export.run(policy_run, model="critic")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="holds other things than a model"):
+    with pytest.raises(ConfigError, match="holds other things than an earlier export"):
         export.run(policy_run, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    a_model = Path(find_model(policy_run, "sft").path)
+    with pytest.raises(ConfigError, match="holds other things than an earlier export"):
+        export.run(policy_run, out=a_model)
+    assert (a_model / "config.json").exists()
     full = with_keys(policy_run, sft={"path": find_model(policy_run, "sft").path})
     with pytest.raises(ConfigError, match=r"is a whole model, .* --kind merged"):
         export.run(full, model="sft", out=tmp_path / "sft")

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from rlhf_ray.algorithms import advantages
 from rlhf_ray.algorithms.estimators import ESTIMATORS, describe
+from rlhf_ray.config.ppo import WITHOUT_CRITIC
 
 MASK_BT = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
 # Sums 3, 1, -1, 1.
@@ -42,6 +43,7 @@ def test_gae_and_reinforce_are_the_plain_functions() -> None:
 
 def test_who_needs_a_critic_and_who_is_whitened() -> None:
     assert [name for name, known in ESTIMATORS.items() if known.needs_critic] == ["gae"]
+    assert {n for n, known in ESTIMATORS.items() if not known.needs_critic} == set(WITHOUT_CRITIC)
     assert [n for n, known in ESTIMATORS.items() if known.whitened] == ["gae", "reinforce"]
 
 
@@ -59,6 +61,9 @@ def test_a_function_that_cannot_be_served_is_refused() -> None:
     def curious(rewards_BT: Tensor, mask_BT: Tensor, weather: str) -> Tensor:
         return rewards_BT
 
+    with pytest.raises(ValueError, match="takes 1 arguments by name; the first two are"):
+        describe(lambda rewards_BT: rewards_BT)
+    assert describe(lambda rewards_BT, mask_BT, *more, **named: rewards_BT).asks == ()
     with pytest.raises(ValueError, match="curious asks for weather; after rewards_BT and mask_BT"):
         describe(curious)
 

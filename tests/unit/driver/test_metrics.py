@@ -15,8 +15,8 @@ def shard(
 ) -> ScoredShard:
     stopped = tuple(length < 8 for length in lengths)
     info = ShardInfo(index, tuple(range(len(scores))), lengths, stopped, (0,) * len(scores))
-    raw = {"model": scores}
-    return ScoredShard(Shard(info, None), raw, None, None, None, Gap(gap, 2 * gap, sum(lengths)))
+    gaps = Gap(gap, 2 * gap, sum(lengths))
+    return ScoredShard(Shard(info, None), {"model": scores}, None, None, None, gaps, scores)
 
 
 def test_an_iteration_in_numbers() -> None:

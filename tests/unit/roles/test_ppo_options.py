@@ -90,6 +90,16 @@ def test_kl_in_the_loss_pulls_towards_the_reference(
     assert grad_norms[0.0] == 0 < grad_norms[0.5]
 
 
+def test_what_stands_at_padding_reaches_no_gradient(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    """So cold that the log-prob of a padding token is beyond what k3's exponential can hold."""
+    ppo = {"kl_in": "loss", "kl_estimator": "k3", "mini_batch_size": 8, "advantage": "reinforce"}
+    learner = make_learner(PolicyLearner, ppo=ppo, rollout={"temperature": 0.02})
+    assemble(learner, rollouts, kl_coef=0.5)
+    assert np.isfinite(learner.learn(0.0, 1.0).metrics["policy/grad_norm"])
+
+
 def test_the_entropy_bonus_raises_the_entropy(
     make_learner: MakeLearner, rollouts: list[Rollout]
 ) -> None:
