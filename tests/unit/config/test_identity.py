@@ -85,3 +85,10 @@ def test_every_section_with_fixed_keys_is_read_by_a_stage() -> None:
     sections = {key.partition(".")[0] for key in fixed_keys(Config)}
     assert sections == set(READ_BY)
     assert {stage for stages in READ_BY.values() for stage in stages} <= set(STAGES)
+
+
+def test_a_given_sft_model_belongs_to_what_was_trained_on_it() -> None:
+    for stage in ("reward", "dpo", "ppo"):
+        odd = changed("sft.path=/another/model", begun=(stage,))
+        assert odd == [("sft.path", None, "/another/model")], stage
+    assert changed("sft.path=/another/model", begun=("prepare", "pretrain")) == []
