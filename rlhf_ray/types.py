@@ -27,7 +27,7 @@ class Prompt:
     id: str
     """Identity within its data set."""
     text: str
-    """Rendered prompt, exactly what the token ids decode to."""
+    """Rendered prompt: what the token ids decode to, less the start token."""
     token_ids: tuple[int, ...]
     """[P] prompt tokens, without padding."""
     fields: Mapping[str, Any] = field(default_factory=dict)

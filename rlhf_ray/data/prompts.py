@@ -59,7 +59,7 @@ def load_prompts(
                     tally.drop_bad("overlong")
                     continue
                 token_ids = token_ids[-max_prompt_tokens:]
-                text = str(renderer.tokenizer.decode(token_ids))
+                text = renderer.without_start(str(renderer.tokenizer.decode(token_ids)))
             prompts[identity] = Prompt(identity, text, tuple(token_ids), _fields(row, renderer))
             tally.keep()
     return list(prompts.values()), tally.finish()

@@ -170,10 +170,12 @@ class Renderer:
         ]
 
     def written(self, layout: Layout) -> str:
-        """The text that the row's tokens stand for, without its end."""
-        text = "".join(layout.texts)
-        start = str(self.tokenizer.decode(self._start_ids)) if layout.is_plain else ""
-        return text if text.startswith(start) else start + text
+        """The text that the row's tokens stand for, without the start token and its end."""
+        return self.without_start("".join(layout.texts))
+
+    def without_start(self, text: str) -> str:
+        """The text as another tokenizer, a judge or a person reads it: no token begins it."""
+        return text.removeprefix(str(self.tokenizer.bos_token or ""))
 
     @cached_property
     def end_of_turn_id(self) -> int | None:

@@ -47,6 +47,18 @@ def test_truncation_keeps_the_end_and_the_text_agrees(tokenizer: PreTrainedToken
     assert counts == {"kept": 1}
 
 
+def test_the_text_is_without_the_start_token_that_the_ids_keep(
+    llama3: PreTrainedTokenizerFast,
+) -> None:
+    begin = llama3.bos_token_id
+    (prompt,), _ = load_prompts([{"prompt": "why"}], Renderer(llama3), 8)
+    assert (prompt.text, prompt.token_ids) == ("why", (begin, *ids(llama3, "why")))
+    rows = [{"prompt": "abcd<|begin|>ef"}, {"prompt": "ab<|eot_id|>c<|begin|>e"}]
+    cut, _ = load_prompts(rows, Renderer(llama3), 3, overlong="truncate")
+    assert [prompt.text for prompt in cut] == ["ef", "c<|begin|>e"]
+    assert cut[0].token_ids == (begin, *ids(llama3, "ef"))
+
+
 def test_overlong_can_be_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "a"}, {"prompt": "abcdef"}]
     with pytest.raises(DataError, match=r"row 1 has 6 tokens.*rollout\.max_prompt_tokens 4"):

@@ -61,7 +61,13 @@ class TestPlainText:
         (text,) = renderer.tokenize([renderer.text("q")])
         assert text.token_ids == [begin, *q, EOS]
         assert text.answer_mask == [1, 1, 1]
-        assert renderer.written(renderer.prompt("q")) == "<|begin|>q"
+
+    def test_what_is_written_has_no_start_token(self, llama3: Tokenizer) -> None:
+        renderer = Renderer(llama3)
+        assert renderer.written(renderer.prompt("q")) == "q"
+        assert renderer.written(renderer.prompt("<|begin|>q<|begin|>")) == "q<|begin|>"
+        header = "<|start_header_id|>user<|end_header_id|>"
+        assert renderer.written(renderer.prompt([user("q")])).startswith(header)
 
     def test_the_question_answer_layout(self, tokenizer: Tokenizer) -> None:
         renderer = Renderer(tokenizer, template("question_answer"))
