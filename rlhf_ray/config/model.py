@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -105,7 +106,8 @@ class ModelConfig(Section):
             "rope_scaling": "model.rope_scaling",
             "rope_parameters": "model.rope_scaling",
         }
-        return refuse_owned("model.kwargs", kwargs, owned)
+        refuse_owned("model.kwargs", kwargs, owned)
+        return refuse_secrets("model.kwargs", kwargs, "export HF_TOKEN instead")
 
     @field_validator("rope_scaling")
     @classmethod

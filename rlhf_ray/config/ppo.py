@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.model import Dtype, LoraConfig
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
@@ -332,7 +333,8 @@ class RolloutConfig(Section):
             "seed": "run.seed",
             "trust_remote_code": "model.trust_remote_code",
         }
-        return refuse_owned("rollout.engine_args", given, owned)
+        refuse_owned("rollout.engine_args", given, owned)
+        return refuse_secrets("rollout.engine_args", given, "export HF_TOKEN instead")
 
 
 class EvaluateConfig(Section):

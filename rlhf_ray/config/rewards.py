@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_ray.config.credentials import has_user_info, refuse_secrets
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
 
@@ -100,8 +101,8 @@ class EndpointConfig(Section):
     url: str = changeable(..., pattern=r"^https?://", description="Its address.")
     api_key_env: str | None = changeable(
         None,
-        description="Environment variable with a key, sent as a bearer token; the key itself is "
-        "never written to the run's folder.",
+        description="Environment variable with a key, sent as a bearer token; export it: in "
+        "cluster.env the key would be written to run.dir.",
     )
     concurrency: int = changeable(16, ge=1, description="Requests under way at a time.")
     timeout_s: float = changeable(60.0, gt=0, description="Deadline of one request, seconds.")
@@ -111,6 +112,16 @@ class EndpointConfig(Section):
     retry_wait_s: float = changeable(
         1.0, gt=0, le=30, description="Wait before the first of them, seconds; doubles up to 30."
     )
+
+    @field_validator("url")
+    @classmethod
+    def _without_login(cls, url: str) -> str:
+        if has_user_info(url):
+            raise ValueError(
+                "holds a login, and the config is written to run.dir; name an environment variable "
+                "with the key in api_key_env instead"
+            )
+        return url
 
     @property
     def longest_request_s(self) -> float:
@@ -127,7 +138,8 @@ class ChatEndpointConfig(EndpointConfig):
     )
     api_key_env: str | None = changeable(
         "OPENAI_API_KEY",
-        description="Environment variable with the API key; without a value no key is sent.",
+        description="Environment variable with the API key; without a value no key is sent. "
+        "Export it: in cluster.env the key would be written to run.dir.",
     )
     model: str = Field(min_length=1, description="Name of the model there.")
     system: str | None = Field(default=None, description="System message; none: left out.")
@@ -141,7 +153,9 @@ class ChatEndpointConfig(EndpointConfig):
     @classmethod
     def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
         owned = {key: key for key in ("model", "temperature", "max_tokens")}
-        return refuse_owned("request", given, owned | {"messages": "template", "stream": "nothing"})
+        refuse_owned("request", given, owned | {"messages": "template", "stream": "nothing"})
+        remedy = "name an environment variable with the key in api_key_env"
+        return refuse_secrets("request", given, remedy)
 
 
 class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):

@@ -1,10 +1,10 @@
 """Who else is told the metrics, besides the JSON lines in the run's folder."""
 
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import field_validator, model_validator
 
+from rlhf_ray.config.credentials import has_user_info
 from rlhf_ray.config.section import Section, changeable
 
 
@@ -55,10 +55,11 @@ class MlflowConfig(Section):
     @field_validator("tracking_uri")
     @classmethod
     def _no_secrets(cls, uri: str | None) -> str | None:
-        if uri is not None and urlsplit(uri).password:
+        if uri is not None and has_user_info(uri):
             raise ValueError(
-                "holds a password, and the config is written to run.dir; export "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+                "holds a login, and the config is written to run.dir; export "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or for a database the "
+                "whole MLFLOW_TRACKING_URI, instead"
             )
         return uri
 

@@ -7,7 +7,6 @@ run which goes on continues there, and the last step of each stream, so that non
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.credentials import masked
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.metrics import is_registered
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import Sink, read_jsonl
 from rlhf_ray.observability.tracker_libraries import Connect, RunInfo, TrackedRun, configured
-
-_SECRET = re.compile(r"(token|secret|password|api_?key|credentials)$", re.IGNORECASE)
 
 _current: ContextVar["Trackers | None"] = ContextVar("trackers", default=None)
 
@@ -189,7 +187,7 @@ def tracking(config: Config, folder: Path) -> Iterator[None]:
             f"trackers.{missing[0]} is set, but the package {missing[0]} is not installed; run "
             f"pip install {' '.join(missing)}, or remove the key"
         )
-    info = RunInfo(config.run.name, folder, _without_secrets(config.model_dump(mode="json")))
+    info = RunInfo(config.run.name, folder, masked(config.model_dump(mode="json")))
     memory = Memory(folder / "trackers.json")
     trackers = Trackers([Tracker(name, connect, info, memory) for name, connect in chosen.items()])
     token = _current.set(trackers)
@@ -220,14 +218,3 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: value for name, value in record.items() if is_registered(name) and value is not None
     }
-
-
-def _without_secrets(value: Any, key: str = "") -> Any:
-    """The config as trackers may see it; environment variables by name alone."""
-    if isinstance(value, Mapping):
-        if key == "env":
-            return dict.fromkeys(value, "...")
-        return {name: _without_secrets(item, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(item, key) for item in value]
-    return "..." if isinstance(value, str) and _SECRET.search(key) else value

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.credentials import masked
 from rlhf_ray.config.identity import READ_BY
 from rlhf_ray.stages.run_folder import RunFolder
 
@@ -71,7 +72,8 @@ class Lineage:
     """What the first stage started from."""
     steps: tuple[Step, ...]
     settings: Mapping[str, Any]
-    """The config's values that differ from the defaults, of the sections that the steps read."""
+    """The config's values that differ from the defaults, of the sections that the steps read;
+    without secrets."""
 
 
 def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
@@ -145,7 +147,7 @@ def _reward_sources(config: Config) -> list[Step]:
     for source in config.rewards:
         if source.type == "model" and source.path is None:
             continue
-        values = source.model_dump()
+        values = masked(source.model_dump())
         what = next(
             (values[key] for key in ("path", "function", "model", "url") if key in values), ""
         )
@@ -156,7 +158,7 @@ def _reward_sources(config: Config) -> list[Step]:
 def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
     own = getattr(config.data, _OWN[stage])
     if own is not None:
-        return tuple(Source(source.path, source.licence or UNKNOWN) for source in own)
+        return tuple(Source(masked(source.path), source.licence or UNKNOWN) for source in own)
     part = _PREPARED[stage]
     prepared = folder.summary("prepare") or {}
     if prepared.get("synthetic"):
@@ -172,4 +174,4 @@ def _settings(config: Config, stages: Sequence[str]) -> dict[str, Any]:
         if set(readers) & set(stages) and name not in ("run", "data")
     ]
     changed = config.model_dump(mode="json", exclude_defaults=True, include=set(sections))
-    return {"run": {"seed": config.run.seed}, **changed}
+    return {"run": {"seed": config.run.seed}, **masked(changed)}

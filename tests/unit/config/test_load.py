@@ -188,7 +188,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("rollout.engine_args={seed: 1}", ["rollout.engine_args", "'seed' (set by run.seed)"]),
         # Secrets have no place in a config; what was written is not repeated.
         ("trackers.wandb={api_key: abc}", ["trackers.wandb: api_key may not", "WANDB_API_KEY"]),
-        ("trackers.mlflow={tracking_uri: 'http://a:b@c'}", ["holds a password", "MLFLOW_TRACKING"]),
+        ("trackers.mlflow={tracking_uri: 'http://a:b@c'}", ["holds a login", "MLFLOW_TRACKING"]),
         ("trackers.wandb={mode: of}", ["trackers.wandb.mode", "'offline'", "got 'of'"]),
         # Overrides that are none.
         ("ppo.gamma", ["must look like dotted.key=value"]),

@@ -203,13 +203,13 @@ def test_a_run_that_fails_is_marked_as_failed(
 def test_the_trackers_see_the_config_without_secrets(wandb: FakeWandb, tmp_path: Path) -> None:
     config = load(
         None,
-        ["trackers.wandb={}", "cluster.env={HF_TOKEN: abc, A: b}", "model.kwargs={token: abc}"],
+        ["trackers.wandb={}", "cluster.env={HF_TOKEN: abc, A: b}", "sft.trainer={hub_token: abc}"],
     )
     with tracking(config, tmp_path):
         pass
     ((arguments,),) = wandb.of("init")
     assert arguments["config"]["cluster"]["env"] == {"HF_TOKEN": "...", "A": "..."}
-    assert arguments["config"]["model"]["kwargs"] == {"token": "..."}
+    assert arguments["config"]["sft"]["trainer"] == {"hub_token": "..."}
     assert arguments["config"]["ppo"]["gamma"] == 1.0
     assert arguments["config"]["rollout"]["max_tokens"] == 64
 
