@@ -143,8 +143,12 @@ class ChatEndpointConfig(EndpointConfig):
     )
     model: str = Field(min_length=1, description="Name of the model there.")
     system: str | None = Field(default=None, description="System message; none: left out.")
-    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature of the judge.")
-    max_tokens: int = Field(default=512, ge=1, description="Longest answer of the judge, tokens.")
+    temperature: float | None = Field(
+        default=0.0, ge=0, description="Sampling temperature of the judge; none: not sent."
+    )
+    max_tokens: int | None = Field(
+        default=512, ge=1, description="Longest answer of the judge, tokens; none: not sent."
+    )
     request: dict[str, Any] = Field(
         default={}, description="Further fields of each request's body."
     )

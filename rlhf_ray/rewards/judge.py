@@ -32,12 +32,12 @@ class Chat:
     def _body(self, question: str) -> dict[str, Any]:
         config = self._config
         system = [{"role": "system", "content": config.system}] if config.system else []
+        limits = {"temperature": config.temperature, "max_tokens": config.max_tokens}
         return {
             **config.request,
             "model": config.model,
             "messages": [*system, {"role": "user", "content": question}],
-            "temperature": config.temperature,
-            "max_tokens": config.max_tokens,
+            **{name: value for name, value in limits.items() if value is not None},
         }
 
     def _content(self, answer: Any) -> str:

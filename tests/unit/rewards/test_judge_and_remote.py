@@ -66,6 +66,13 @@ class TestJudge:
             "top_p": 0.5,
         }
 
+    def test_what_an_endpoint_refuses_is_left_out(self, rollout: MakeRollout) -> None:
+        keys = {"temperature": None, "max_tokens": None, "request": {"max_completion_tokens": 9}}
+        with serve(lambda *_: (200, chat_completion("rating 2"))) as server:
+            assert judge(server.url, [rollout("a")], **keys) == [2.0]
+            _, _, body = server.requests[0]
+        assert sorted(body) == ["max_completion_tokens", "messages", "model"]
+
     def test_a_chat_is_shown_by_its_turns(self, rollout: MakeRollout) -> None:
         turns = [
             {"role": "user", "content": "Hi"},
