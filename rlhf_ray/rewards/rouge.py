@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rlhf_ray.config.rewards import RougeSourceConfig
+from rlhf_ray.errors import DataError
 from rlhf_ray.rewards.source import column_of
 from rlhf_ray.types import Rollout
 
@@ -51,14 +52,20 @@ class RougeSource:
         """[N] F1.
 
         Raises:
-            DataError: a row lacks the column.
+            DataError: a row lacks the column, or has no text in it.
         """
         return [self._score(rollout) for rollout in rollouts]
 
     def _score(self, rollout: Rollout) -> float:
         config = self._config
         given = column_of(rollout.prompt, config.column, config.name)
-        references = [given] if isinstance(given, str) else given
+        references = given if isinstance(given, (list, tuple)) else [given]
+        if not references:
+            raise DataError(
+                f"rewards: {config.name} reads the column {config.column!r}, which is an empty "
+                f"list for prompt {rollout.prompt.id}; give it a reference text or leave its row "
+                "out"
+            )
         return max(rouge(config.variant, rollout.text, str(text)) for text in references)
 
 

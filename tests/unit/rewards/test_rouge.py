@@ -56,6 +56,16 @@ def test_of_several_references_the_best_counts(rollout: Callable[..., Rollout]) 
     assert score(response, column="answer", variant="rouge1") == [pytest.approx(2 / 3)]
 
 
+@pytest.mark.parametrize("reference", [42, [7, 42], ("42",), "42"])
+def test_a_reference_of_any_plain_type(reference: Any, rollout: Callable[..., Rollout]) -> None:
+    assert score(rollout("42", answer=reference), column="answer") == [1.0]
+
+
+def test_no_reference_in_a_list_is_refused(rollout: Callable[..., Rollout]) -> None:
+    with pytest.raises(DataError, match="'answer', which is an empty list for prompt 7; give it"):
+        score(rollout("42", answer=[]), column="answer")
+
+
 def test_a_row_without_the_reference_is_refused(rollout: Callable[..., Rollout]) -> None:
     with pytest.raises(
         DataError,
