@@ -174,7 +174,9 @@ class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
         "filled in, as is {NAME} for a column NAME of the prompts.",
     )
     pattern: str = Field(
-        default=r"(?i)rating\W*?(-?\d+(?:\.\d+)?)",
+        # A judge may repeat the scale, "Rating (1-10): 8": that is skipped, never read.
+        default=r"(?i)rating(?:\W*\d[\d.]*\s*(?:-|–|to)\s*-?\d[\d.]*\W*?[:=)\]])?+"
+        r"\W*?(-?\d+(?:\.\d+)?)",
         description="Regular expression with one group: the number; its last match counts.",
     )
     lowest: float = Field(default=1.0, description="Lowest number that is an answer.")

@@ -100,6 +100,25 @@ class TestJudge:
         with serve(lambda *_: (200, chat_completion(answer))) as server:
             assert judge(server.url, [rollout("a")], lowest=-5.0, highest=5.0) == [-3.0]
 
+    @pytest.mark.parametrize(
+        ("answer", "rating"),
+        [
+            ("Rating (1-10): 8", 8.0),
+            ("**Rating (1 – 10):** 8.5/10", 8.5),
+            ("Rating 1 to 10: 8", 8.0),
+            ("Rating [1-10] 8", 8.0),
+            ("Rating (1-10): good", None),
+            ("Rating: 8 (of 1-10)", 8.0),
+            ("Rating (8): good", 8.0),
+            ("Rating: 8 - 2 examples are missing", 8.0),
+        ],
+    )
+    def test_a_scale_is_no_rating(
+        self, rollout: MakeRollout, answer: str, rating: float | None
+    ) -> None:
+        with serve(lambda *_: (200, chat_completion(answer))) as server:
+            assert judge(server.url, [rollout("a")]) == [rating]
+
     def test_a_pattern_whose_group_is_no_number(self, rollout: MakeRollout) -> None:
         with serve(lambda *_: (200, chat_completion("grade A"))) as server:
             assert judge(server.url, [rollout("a")], pattern=r"grade (\w)") == [None]
