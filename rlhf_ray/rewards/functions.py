@@ -64,7 +64,8 @@ class FunctionSource:
     def _trl_arguments(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """Those of TRL's arguments that the function takes."""
         given = trl_arguments(rollouts)
-        taken = inspect.signature(self._function).parameters.values()
+        signature = inspect.signature(self._function).parameters.values()
+        taken = [parameter for parameter in signature if parameter.kind != parameter.VAR_POSITIONAL]
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
             return given
         missing = [

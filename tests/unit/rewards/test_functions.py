@@ -24,6 +24,10 @@ def echo(prompts, completions, completion_ids, level):
     assert completion_ids == [[5, 6]] * len(prompts)
     return [level[i] * 10 + len(prompts[i]) for i in range(len(prompts))]
 
+def longer(completions, *args):
+    assert args == ()
+    return [float(len(text)) for text in completions]
+
 def chat(prompts, completions, **columns):
     assert "messages" not in columns
     return [len(p[-1]["content"]) + len(c[0]["content"]) for p, c in zip(prompts, completions)]
@@ -81,6 +85,11 @@ def two(rollout: Callable[..., Rollout]) -> list[Rollout]:
 def test_trl(file: Path, two: list[Rollout]) -> None:
     assert score(file, "length", two) == [3.0, 7.0]
     assert score(file, "echo", two) == [21.0, 32.0]
+
+
+def test_trl_with_further_positional_arguments(file: Path, rollout: Callable[..., Rollout]) -> None:
+    assert score(file, "longer", [rollout("yes")]) == [3.0]
+    assert score(file, "longer", [rollout("yes", args=1)]) == [3.0]
 
 
 def test_trl_async_and_a_sample_that_the_function_leaves_out(
