@@ -82,7 +82,7 @@ class Endpoint:
                 response = await client.post(self._url, json=body)
         except TimeoutError:
             raise _Unavailable(f"no answer within {timeout_s:g} s") from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _Unavailable(f"{type(error).__name__}: {error}") from None
         said = f"status {response.status_code}: {response.text[:200]!r}"
         if response.status_code in TRY_AGAIN or response.status_code >= 500:

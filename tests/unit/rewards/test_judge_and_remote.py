@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from json_server import chat_completion, serve
 
@@ -214,6 +215,20 @@ class TestService:
             url = server.url
         with pytest.raises(RlhfError, match=r"remote: .* failed 2 times, at last: ConnectError"):
             remote(url, [rollout("a")], retries=1)
+
+    @pytest.mark.parametrize("kind", [httpx.ReadError, httpx.DecodingError, httpx.TooManyRedirects])
+    def test_an_answer_that_cannot_be_read(
+        self,
+        rollout: MakeRollout,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: type[httpx.RequestError],
+    ) -> None:
+        async def fail(*_: Any, **__: Any) -> None:
+            raise kind("garbled")
+
+        monkeypatch.setattr(httpx.AsyncClient, "post", fail)
+        with pytest.raises(RlhfError, match=f"failed 2 times, at last: {kind.__name__}: garbled"):
+            remote("http://127.0.0.1:9", [rollout("a")], retries=1)
 
     @pytest.mark.parametrize("status", [400, 401, 404])
     def test_a_refusal_is_not_tried_again(self, rollout: MakeRollout, status: int) -> None:
