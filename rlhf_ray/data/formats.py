@@ -117,7 +117,7 @@ def convert(rows: Iterable[Row], form: str, reading: Reading) -> Iterator[Row]:
         reading: what they are for.
     """
     if form == "unpaired" and reading.use == "preferences":
-        yield from pairs_by_prompt(_each(rows, _labelled, reading), reading.max_pairs)
+        yield from pairs_by_prompt(_each(rows, _labelled, reading), reading.max_pairs, reading.seed)
     else:
         yield from _each(rows, _CONVERTERS[form], reading)
 

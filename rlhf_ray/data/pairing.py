@@ -1,25 +1,27 @@
 """Pairs made of single answers that people liked or did not."""
 
 import json
+import random
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.data.rows import Row
 
 
-def pairs_by_prompt(rows: Iterable[Row], max_pairs: int) -> Iterator[Row]:
+def pairs_by_prompt(rows: Iterable[Row], max_pairs: int, seed: int) -> Iterator[Row]:
     """Every liked answer against every disliked one to the same prompt.
 
     Answers to one prompt may lie anywhere, so they are grouped in a table on disk.
 
     Args:
         rows: with a prompt, ``completion`` and ``label``; rows marked as bad pass through.
-        max_pairs: most pairs of one prompt.
+        max_pairs: above this many possible pairs of a prompt, this many are drawn without
+            replacement.
+        seed: seed of the run; with the prompt it fixes the draw.
 
     Yields:
         Rows with ``chosen`` and ``rejected``, prompts in the order of their first answers; a prompt
@@ -42,18 +44,24 @@ def pairs_by_prompt(rows: Iterable[Row], max_pairs: int) -> Iterator[Row]:
         table.execute("CREATE INDEX by_prompt ON answers (prompt, id)")
         prompts = table.execute("SELECT prompt FROM answers GROUP BY prompt ORDER BY min(id)")
         for (prompt,) in prompts:
-            yield from _pairs(table, prompt, max_pairs)
+            yield from _pairs(table, prompt, max_pairs, seed)
 
 
-def _pairs(table: sqlite3.Connection, prompt: str, max_pairs: int) -> Iterator[Row]:
+def _pairs(table: sqlite3.Connection, prompt: str, max_pairs: int, seed: int) -> Iterator[Row]:
     answers: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     found = table.execute("SELECT liked, row FROM answers WHERE prompt = ? ORDER BY id", (prompt,))
     for liked, row in found:
         answers[bool(liked)].append(json.loads(row))
-    pairs = list(islice(product(answers[True], answers[False]), max_pairs))
-    if not pairs:
+    possible = range(len(answers[True]) * len(answers[False]))
+    if not possible:
         yield {"_unused": "prompt_without_pair"}
-    for liked, disliked in pairs:
+    if len(possible) > max_pairs:
+        chosen = random.Random(f"pairs:{seed}:{prompt}").sample(possible, max_pairs)
+    else:
+        chosen = list(possible)
+    for place in chosen:
+        one, other = divmod(place, len(answers[False]))
+        liked, disliked = answers[True][one], answers[False][other]
         rest = {name: value for name, value in liked.items() if name not in ("completion", "label")}
         yield {**rest, "chosen": liked["completion"], "rejected": disliked["completion"]}
 
