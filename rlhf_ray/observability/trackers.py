@@ -73,7 +73,8 @@ class Tracker:
         # A Progress made now prints above a bar that is being shown.
         Progress().say(
             f"Warning: {self._name} failed ({type(error).__name__}: {error}). The run goes on "
-            "without it; metrics.jsonl has everything, and the next run in this folder catches up"
+            "without it; the next run in this folder tells it the numbers that it missed, from "
+            "metrics.jsonl and eval.jsonl, but not the tables of completions (completions.jsonl)"
         )
 
 
@@ -204,8 +205,12 @@ def tracking(config: Config, folder: Path) -> Iterator[None]:
 
 def _catch_up_with_finished_stages(trackers: Trackers, folder: Path) -> None:
     for summary in sorted(folder.glob("*/summary.json")):
-        stage, records = summary.parent.name, read_jsonl(summary.with_name("metrics.jsonl"))
-        trackers.sinks(stage, "iteration" if stage == "ppo" else "step", records)
+        stage = summary.parent.name
+        step_key = "iteration" if stage == "ppo" else "step"
+        trackers.sinks(stage, step_key, read_jsonl(summary.with_name("metrics.jsonl")))
+        # Of PPO alone; its `Recorder` tells them as this part.
+        evaluations = read_jsonl(summary.with_name("eval.jsonl"))
+        trackers.sinks(stage, step_key, evaluations, part="/eval")
 
 
 def current() -> Trackers:

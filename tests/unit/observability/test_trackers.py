@@ -135,6 +135,25 @@ def test_finished_stages_are_told_to_one_that_missed_them(
     assert wandb.of("log") == [({"sft/loss": 0.5, "sft/step": 5},)]
 
 
+def test_evaluations_of_a_finished_ppo_are_told_once(
+    wandb: FakeWandb, config: Config, tmp_path: Path
+) -> None:
+    folder = tmp_path / "ppo"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"iteration": 1, "objective/kl": 0.5}\n')
+    (folder / "eval.jsonl").write_text('{"iteration": 0, "eval/score": 2.0, "samples": []}\n')
+    (folder / "summary.json").write_text("{}")
+    for _ in range(2):
+        with tracking(config, tmp_path):
+            pass
+    assert wandb.of("log") == [
+        ({"objective/kl": 0.5, "iteration": 1},),
+        ({"eval/score": 2.0, "iteration": 0},),
+    ]
+    told = json.loads((tmp_path / "trackers.json").read_text())["wandb"]["told"]
+    assert told == {"ppo": 1, "ppo/eval": 0}
+
+
 def test_parts_of_a_stage_have_steps_of_their_own(
     wandb: FakeWandb, config: Config, tmp_path: Path
 ) -> None:
