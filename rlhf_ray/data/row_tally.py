@@ -44,9 +44,9 @@ class RowTally:
         if num:
             self._bad[reason] += num
 
-    def refuse(self, row: BadRow) -> None:
-        """Count a row that could not be used."""
-        self.drop_bad(row.reason)
+    def refuse(self, row: BadRow, num: int = 1) -> None:
+        """Count rows that could not be used."""
+        self.drop_bad(row.reason, num)
         if row.why:
             self._why.setdefault(row.reason, row.why)
 

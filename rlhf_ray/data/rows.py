@@ -7,12 +7,14 @@ without a prompt; every other column goes along.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import datasets
 
 from rlhf_ray.data.row_tally import BadRow, RowTally
+from rlhf_ray.data.tables import on_disk
 
 Row = Mapping[str, Any]
 
@@ -23,15 +25,57 @@ PromptLike = str | Sequence[Message]
 """A prompt as text, or as the turns of a chat up to the answer."""
 
 
-TEXTS = ("prompt", "text", "completion", "chosen", "rejected", "_bad", "_why", "_unused")
-"""Columns of text that a stored row has. ``_bad`` and ``_why`` mark a row that cannot be used,
-``_unused`` a good one that has no place here."""
+TEXTS = ("prompt", "text", "completion", "chosen", "rejected")
+"""Columns of text that a stored row has."""
 
 STORED = datasets.Features(
     {name: datasets.Value("string") for name in (*TEXTS, "_fields")}
     | {"messages": datasets.List({name: datasets.Value("string") for name in ("role", "content")})}
 )
 """One table for rows of every format, so that they can be mixed; ``_fields`` is JSON."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A data set's rows; iterating gives them, and then the marks.
+
+    Attributes:
+        table: the rows that can be used, such as `STORED`, on disk.
+        marks: what stands for the others: ``_bad`` (and ``_why``) or ``_unused`` names a reason,
+            ``_num`` the rows that were left out for it.
+    """
+
+    table: datasets.Dataset
+    marks: Sequence[Row] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.table
+        yield from self.marks
+
+
+def collect(rows: Iterable[Row]) -> Loaded:
+    """Write the rows that can be used to disk and count the marked ones.
+
+    Args:
+        rows: such as `STORED`, or marks; a mark without ``_num`` stands for one row.
+    """
+    marks: dict[tuple[str | None, str | None], dict[str, Any]] = {}
+
+    def usable() -> Iterator[Row]:
+        for row in rows:
+            if not is_mark(row):
+                yield row
+                continue
+            mark = marks.setdefault((row.get("_bad"), row.get("_unused")), {**row, "_num": 0})
+            mark["_num"] += row.get("_num", 1)
+
+    table = on_disk(usable(), STORED)
+    return Loaded(table, list(marks.values()))
+
+
+def is_mark(row: Row) -> bool:
+    """Whether it stands for rows that are left out."""
+    return "_bad" in row or "_unused" in row
 
 
 def batches(
@@ -41,13 +85,13 @@ def batches(
 
     Args:
         rows: plain ones, or such as `STORED`.
-        tally: counts the rows that are marked; these are left out.
+        tally: counts the rows that marks stand for; these are left out.
         size: most rows of a batch.
     """
     numbered = enumerate(rows)
     while batch := list(islice(numbered, size)):
         plain = ((place, opened(row)) for place, row in batch)
-        yield [(place, row) for place, row in plain if not _is_marked(row, tally)]
+        yield [(place, row) for place, row in plain if not _is_counted(row, tally)]
 
 
 def opened(row: Row) -> Row:
@@ -58,12 +102,13 @@ def opened(row: Row) -> Row:
     return {**json.loads(row["_fields"]), **own}
 
 
-def _is_marked(row: Row, tally: RowTally) -> bool:
+def _is_counted(row: Row, tally: RowTally) -> bool:
+    num = row.get("_num", 1)
     if "_bad" in row:
-        tally.refuse(BadRow(row["_bad"], row.get("_why", "")))
+        tally.refuse(BadRow(row["_bad"], row.get("_why", "")), num)
     if "_unused" in row:
-        tally.drop_unused(row["_unused"])
-    return "_bad" in row or "_unused" in row
+        tally.drop_unused(row["_unused"], num)
+    return is_mark(row)
 
 
 def prompt_of(row: Row) -> PromptLike:

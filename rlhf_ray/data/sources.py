@@ -12,14 +12,14 @@ from rlhf_ray.data.filters import predicate
 from rlhf_ray.data.formats import Reading, Use, convert, tell
 from rlhf_ray.data.mixture import interleave
 from rlhf_ray.data.readers import Raw, read
-from rlhf_ray.data.rows import STORED, TEXTS, Row
-from rlhf_ray.data.tables import on_disk
+from rlhf_ray.data.row_tally import RowTally
+from rlhf_ray.data.rows import STORED, TEXTS, Loaded, Row, batches, collect, is_mark
 from rlhf_ray.errors import DataError
 
 
 def load_rows(
     sources: Sequence[DataSource], use: Use, max_pairs: int = 10, seed: int = 0
-) -> datasets.Dataset:
+) -> Loaded:
     """Read data sets, name their columns as we do, mix them; on disk, in bounded memory.
 
     Args:
@@ -29,20 +29,32 @@ def load_rows(
         seed: of the draw among more pairs.
 
     Returns:
-        Rows for `rlhf_ray.data.rows.batches`; those that cannot be used are among them, marked.
+        Rows for `rlhf_ray.data.rows.batches`. Weights are shares of those that can be used.
 
     Raises:
-        DataError: a source cannot be read, is empty, or lacks columns.
+        DataError: a source cannot be read, is empty, or lacks columns; or one of several leaves
+            nothing that can be used.
         ConfigError: a filter's function cannot be imported.
     """
-    tables = [
-        on_disk(_rows(source, Reading(source.path, use, max_pairs, seed)), STORED)
-        for source in sources
+    parts = [
+        collect(_rows(source, Reading(source.path, use, max_pairs, seed))) for source in sources
     ]
-    if len(tables) == 1:
-        return tables[0]
+    return parts[0] if len(parts) == 1 else _mixed(sources, parts)
+
+
+def _mixed(sources: Sequence[DataSource], parts: Sequence[Loaded]) -> Loaded:
+    for source, part in zip(sources, parts, strict=True):
+        if not len(part.table):
+            tally = RowTally(source.path, 1.0)
+            list(batches(part.marks, tally))
+            tally.finish()
+    tables = [part.table for part in parts]
     order = interleave([len(table) for table in tables], [source.weight for source in sources])
-    return datasets.concatenate_datasets(tables).select(order)
+    rest = sum(map(len, tables)) - len(order)
+    marks = [*chain.from_iterable(part.marks for part in parts)]
+    if rest:
+        marks.append({"_unused": "over_weight", "_num": rest})
+    return Loaded(datasets.concatenate_datasets(tables).select(order), marks)
 
 
 def _rows(source: DataSource, reading: Reading) -> Iterator[Row]:
@@ -57,16 +69,12 @@ def _rows(source: DataSource, reading: Reading) -> Iterator[Row]:
     passes = predicate(source.filter, source.path)
     num_kept = 0
     for row in convert(renamed, form, reading):
-        if not _is_marked(row) and not passes(row):
+        if not is_mark(row) and not passes(row):
             row = {"_unused": "filtered"}
-        yield _stored(row)
+        yield row if is_mark(row) else _stored(row)
         num_kept += "_unused" not in row
         if num_kept == source.limit:
             return
-
-
-def _is_marked(row: Row) -> bool:
-    return "_bad" in row or "_unused" in row
 
 
 def _check_mapping(source: DataSource, first: Raw) -> None:

@@ -11,17 +11,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.data.row_tally import BadRow
-from rlhf_ray.data.rows import STORED, Row, opened, prompt_of, text_of
+from rlhf_ray.data.rows import STORED, Loaded, Row, collect, is_mark, opened, prompt_of, text_of
 from rlhf_ray.data.sources import load_rows
-from rlhf_ray.data.tables import on_disk
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
 from rlhf_ray.rewards.judge_pairs import Pair, PairJudge
@@ -38,7 +34,7 @@ MARKS: Mapping[str, Mapping[str, str]] = {
 """Verdict that is none -> how its row is marked, to be counted where rows are counted."""
 
 
-def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Dataset:
+def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Loaded:
     """The rows of ``data.preferences`` with ``chosen`` and ``rejected`` as the judge says.
 
     Args:
@@ -51,20 +47,19 @@ def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Dataset:
         DataError: the data set cannot be read.
     """
     assert config.data.preferences is not None, "refused when the config is read"
-    rows: Any = load_rows(config.data.preferences, "prompts")
+    rows = load_rows(config.data.preferences, "prompts")
     pairs = [_pair(opened(row)) for row in rows]
     known = [pair for pair in pairs if isinstance(pair, Pair)]
     path = RunFolder(config).stage(stage) / f"verdicts-{_digest(config, judge)}.jsonl"
     asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), known, path, config))
     verdicts = iter(record["verdict"] for record in read_jsonl(path))
-    return on_disk(_labelled(pairs, verdicts), STORED)
+    return collect(_labelled(pairs, verdicts))
 
 
-def _pair(row: Row) -> Pair | Mapping[str, str]:
+def _pair(row: Row) -> Pair | Row:
     """The pair in a row, or how the row is marked because there is none."""
-    marks = {name: row[name] for name in ("_bad", "_why", "_unused") if name in row}
-    if marks:
-        return marks
+    if is_mark(row):
+        return row
     try:
         prompt = prompt_of(row)
         a, b = text_of(row, "completion_a"), text_of(row, "completion_b")
@@ -93,23 +88,20 @@ async def _judge(judge: PairJudge, pairs: Sequence[Pair], path: Path, config: Co
         sink.close()
 
 
-def _labelled(
-    pairs: Sequence[Pair | Mapping[str, str]], verdicts: Iterator[str]
-) -> Iterator[dict[str, Any]]:
-    """Rows such as `STORED`, in the order of ``pairs``; a verdict a pair."""
+def _labelled(pairs: Sequence[Pair | Row], verdicts: Iterator[str]) -> Iterator[Row]:
+    """Rows such as `STORED`, or marks, in the order of ``pairs``; a verdict a pair."""
     for pair in pairs:
-        row: dict[str, Any] = {**dict.fromkeys(STORED), "_fields": "{}"}
         if not isinstance(pair, Pair):
-            yield {**row, **pair}
+            yield pair
             continue
         verdict = next(verdicts)
         if verdict in MARKS:
-            yield {**row, **MARKS[verdict]}
+            yield MARKS[verdict]
             continue
         fields = pair.prompt.fields
         chosen, rejected = (pair.a, pair.b) if verdict == "a" else (pair.b, pair.a)
         yield {
-            **row,
+            **dict.fromkeys(STORED),
             "prompt": fields.get("prompt"),
             "messages": fields.get("messages"),
             "chosen": chosen,

@@ -11,6 +11,7 @@ from datasets import Dataset, Features
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
 from rlhf_ray.data.packing import IGNORED, Block, concatenated, isolated
+from rlhf_ray.data.rows import Loaded
 from rlhf_ray.data.sources import load_rows
 from rlhf_ray.data.tables import TOKEN_IDS, on_disk
 from rlhf_ray.errors import DataError
@@ -39,7 +40,7 @@ class LanguageModelTraining(Training):
         return batch
 
 
-def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> Dataset:
+def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> Loaded:
     """The user's own rows, or the answers that prepare set aside for language modelling.
 
     Raises:
@@ -48,7 +49,7 @@ def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> Dataset:
     sources = getattr(config.data, stage)
     if sources is not None:
         return load_rows(sources, stage, config.prepare.max_pairs, config.run.seed)
-    return RunFolder(config).rows("finetune")
+    return Loaded(RunFolder(config).rows("finetune"))
 
 
 def packed_blocks(

@@ -11,6 +11,7 @@ from transformers import EvalPrediction, Trainer
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.preferences import load_pairs
 from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.rows import Loaded
 from rlhf_ray.data.sources import load_rows
 from rlhf_ray.models import loading
 from rlhf_ray.models.heads import position_ids
@@ -116,23 +117,30 @@ def load_training_pairs(
     return pairs, counts
 
 
-def _pair_rows(training: PairTraining) -> dict[str, Dataset]:
+def _pair_rows(training: PairTraining) -> dict[str, Loaded]:
     """Rows to train on and held out: the user's own, the last of them held out, or prepare's."""
     config, settings = training.config, training.settings
     sources, seed = config.data.preferences, config.run.seed
     if sources is None:
         run_folder = RunFolder(config)
         train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
+        marks = []
     else:
         if settings.judge is not None:
-            rows = judged_rows(config, training.name, settings.judge)
+            loaded = judged_rows(config, training.name, settings.judge)
         else:
-            rows = load_rows(sources, "preferences", config.prepare.max_pairs, seed)
-        cut = len(rows) - min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
+            loaded = load_rows(sources, "preferences", config.prepare.max_pairs, seed)
+        rows, marks = loaded.table, list(loaded.marks)
+        num_held_out = min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
+        cut = max(0, len(rows) - num_held_out)
         train_rows, held_out = rows.select(range(cut)), rows.select(range(cut, len(rows)))
+    chosen = _at_most(train_rows, settings.max_pairs, seed)
+    if len(chosen) < len(train_rows):
+        # Good rows all the same: the share of bad ones is one of the whole set.
+        marks.append({"_unused": "over_max_pairs", "_num": len(train_rows) - len(chosen)})
     return {
-        TRAIN: _at_most(train_rows, settings.max_pairs, seed),
-        HELD_OUT: _at_most(held_out, settings.eval_rows, seed),
+        TRAIN: Loaded(chosen, marks),
+        HELD_OUT: Loaded(_at_most(held_out, settings.eval_rows, seed)),
     }
 
 

@@ -7,12 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.config import Config
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.rows import Loaded
 from rlhf_ray.data.sources import load_rows
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
@@ -124,7 +123,7 @@ def ppo_prompts(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[list
     if config.data.prompts is not None:
         rows = load_rows(config.data.prompts, "prompts")
     else:
-        rows = folder.rows("rl")
+        rows = Loaded(folder.rows("rl"))
     prompts, dropped = _load(config, rows, tokenizer, "prompts")
     if config.data.prompts is not None and config.data.eval is None:
         prompts = prompts[: -_num_held_out(prompts)]
@@ -140,7 +139,7 @@ def held_out_prompts(config: Config, folder: RunFolder, tokenizer: Any, limit: i
         prompts, _ = _load(config, rows, tokenizer, "prompts")
         prompts = prompts[-_num_held_out(prompts) :]
     else:
-        rows = folder.rows("evaluation")
+        rows = Loaded(folder.rows("evaluation"))
         prompts, _ = _load(config, rows, tokenizer, "evaluation")
     return prompts[:limit]
 
@@ -160,7 +159,7 @@ def _num_held_out(prompts: list[Prompt]) -> int:
 
 
 def _load(
-    config: Config, rows: Dataset, tokenizer: Any, name: str
+    config: Config, rows: Loaded, tokenizer: Any, name: str
 ) -> tuple[list[Prompt], dict[str, int]]:
     return load_prompts(
         rows,

@@ -1,13 +1,12 @@
 """Stage 2: a causal LM learns the domain's text, all its weights trained."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-
-from datasets import Dataset
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.rows import Loaded
 from rlhf_ray.data.texts import load_documents
 from rlhf_ray.data.tokens import pad_id
 from rlhf_ray.models import loading, tiny
@@ -80,10 +79,9 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _texts(rows: Dataset) -> Iterator[str]:
+def _texts(rows: Loaded) -> Iterator[str]:
     """Each text as it is tokenised: a prompt and its completion apart."""
     for row in rows:
-        cells: Mapping[str, Any] = row  # type: ignore[assignment]  (iterating gives mappings)
-        turns = [message["content"] for message in cells.get("messages") or []]
-        texts = [*turns, *(cells.get(column) for column in ("prompt", "completion", "text"))]
+        turns = [message["content"] for message in row.get("messages") or []]
+        texts = [*turns, *(row.get(column) for column in ("prompt", "completion", "text"))]
         yield from (text for text in texts if isinstance(text, str))

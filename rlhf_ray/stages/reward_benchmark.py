@@ -64,8 +64,7 @@ def _by_subset(config: Config) -> dict[str, list[Row]]:
     assert config.reward.benchmark is not None
     tally = RowTally("reward.benchmark", config.data.max_bad_share)
     subsets: dict[str, list[Row]] = defaultdict(list)
-    loaded: Any = load_rows(config.reward.benchmark, "preferences")
-    for batch in batches(loaded, tally):
+    for batch in batches(load_rows(config.reward.benchmark, "preferences"), tally):
         for _, row in batch:
             subsets[str(row.get("subset") or NO_SUBSET)].append(row)
             tally.keep()

@@ -196,7 +196,7 @@ class TestRows:
                 "reward",
                 "preferences",
                 {"question": "q", "answers": []},
-                r"19 of 19 rows are bad \(question_without_answers: 19\)",
+                r"20 of 20 rows are bad \(question_without_answers: 20\)",
             ),
             (
                 "reward",

@@ -31,7 +31,7 @@ def read(folder: Path, rows: Rows, use: Use, form: str = "auto") -> tuple[Rows, 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tally = RowTally("set", 1.0)
     table = load_rows([DataSource.model_validate({"path": str(path), "format": form})], use)
-    found = [dict(row) for batch in batches(table, tally) for _, row in batch]  # type: ignore[arg-type]
+    found = [dict(row) for batch in batches(table, tally) for _, row in batch]
     return found, tally.dropped
 
 
@@ -229,7 +229,7 @@ def test_verl(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     datasets.Dataset.from_list([row]).to_parquet(str(path))
     table = load_rows([DataSource(path=str(path))], "prompts")
-    (batch,) = batches(table, RowTally("set", 0.0))  # type: ignore[arg-type]
+    (batch,) = batches(table, RowTally("set", 0.0))
     ((_, found),) = batch
     rest = {name: value for name, value in row.items() if name != "prompt"}
     assert found == {"messages": [user("1 + 1?")], **rest}

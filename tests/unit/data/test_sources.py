@@ -24,7 +24,7 @@ def load(*sources: dict[str, Any], use: Use = "prompts") -> tuple[Rows, dict[str
     """Rows as loaders see them, and how many were left out."""
     tally = RowTally("set", 1.0)
     table = load_rows([DataSource.model_validate(source) for source in sources], use)
-    rows = [dict(row) for batch in batches(table, tally) for _, row in batch]  # type: ignore[arg-type]
+    rows = [dict(row) for batch in batches(table, tally) for _, row in batch]
     return rows, tally.dropped
 
 
@@ -63,8 +63,35 @@ def test_a_mixture_of_formats(tmp_path: Path) -> None:
     rows, _ = load({"path": plain}, {"path": chats})
     assert [row.get("prompt", row.get("id")) for row in rows] == ["p0", 0, "p1", "p2", 1, "p3"]
     assert rows[1] == {"messages": [turn], "id": 0}
-    weighted, _ = load({"path": plain, "weight": 1.0}, {"path": chats, "weight": 2.0})
+    weighted, dropped = load({"path": plain, "weight": 1.0}, {"path": chats, "weight": 2.0})
     assert [row.get("prompt", row.get("id")) for row in weighted] == [0, "p0", 1]
+    assert dropped == {"over_weight": 3}
+
+
+def test_weights_are_shares_of_the_rows_that_are_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{n}", "n": n} for n in range(20)] + [{"prompt": "", "n": 9}] * 5
+    one = write(tmp_path / "a.jsonl", rows)
+    other = write(tmp_path / "b.jsonl", [{"prompt": f"b{n}"} for n in range(10)])
+    few = {"column": "n", "op": "<", "value": 10}
+    found, dropped = load(
+        {"path": one, "weight": 1.0, "filter": few}, {"path": other, "weight": 1.0}
+    )
+    assert [row["prompt"][0] for row in found] == ["a", "b"] * 10
+    assert dropped == {"empty": 5, "filtered": 10}
+
+
+def test_rows_that_cannot_be_used_are_not_in_the_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": text} for text in ("a", "", "b", "", "c")])
+    loaded = load_rows([DataSource(path=path)], "prompts")
+    assert loaded.table["prompt"][:] == ["a", "b", "c"]
+    assert [(mark["_bad"], mark["_num"]) for mark in loaded.marks] == [("empty", 2)]
+
+
+def test_a_part_of_a_mixture_of_which_nothing_is_left(tmp_path: Path) -> None:
+    one, other = (write(tmp_path / name, [{"prompt": "x"}]) for name in ("a.jsonl", "b.jsonl"))
+    none = {"column": "prompt", "value": "y"}
+    with pytest.raises(DataError, match=r"b\.jsonl: none of 1 rows can be used .*filtered: 1"):
+        load({"path": one}, {"path": other, "filter": none})
 
 
 @pytest.mark.parametrize(

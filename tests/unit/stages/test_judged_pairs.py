@@ -56,7 +56,7 @@ def labelled(config: Config) -> tuple[list[Row], dict[str, int]]:
     """The rows that can be used, and how many were dropped for which reason."""
     assert config.reward.judge is not None
     tally = RowTally("pairs", 1.0)
-    rows: Any = judged_rows(config, "reward", config.reward.judge)
+    rows = judged_rows(config, "reward", config.reward.judge)
     kept = [row for batch in batches(rows, tally) for _, row in batch]
     return kept, tally.dropped
 
