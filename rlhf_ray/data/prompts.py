@@ -5,11 +5,12 @@ from typing import Any
 
 from rlhf_ray.data.render import Layout, Renderer
 from rlhf_ray.data.row_tally import BadRow, RowTally
-from rlhf_ray.data.rows import Row, batches, prompt_of
+from rlhf_ray.data.rows import SOURCE, Row, batches, prompt_of
 from rlhf_ray.data.tokens import Overlong, overlong_error
 from rlhf_ray.types import Prompt
 
 _ID_COLUMNS = ("id", "question_id")
+_NO_FIELDS = ("prompt", "messages", SOURCE)
 
 
 def load_prompts(
@@ -26,7 +27,7 @@ def load_prompts(
     template of its own, or a judge, has to be given instead of the rendered text.
 
     Rows that repeat an ``id`` (or ``question_id``) are kept once, the first time: an evaluation set
-    has one row a pair and so several of one question.
+    has one row a pair and so several of one question. In a mixture ids are those of a source.
 
     Args:
         rows: a data set, or any rows with a prompt.
@@ -44,7 +45,7 @@ def load_prompts(
         DataError: too many bad rows, nothing left, or an over-long one with ``overlong="error"``.
     """
     tally = RowTally(name, max_bad_share)
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[str | int, Prompt] = {}
     for batch in batches(rows, tally):
         fresh = _usable(batch, renderer, prompts, tally)
         rendered = renderer.tokenize([layout for *_, layout in fresh], ended=False)
@@ -60,16 +61,20 @@ def load_prompts(
                     continue
                 token_ids = token_ids[-max_prompt_tokens:]
                 text = renderer.without_start(str(renderer.tokenizer.decode(token_ids)))
-            prompts[identity] = Prompt(identity, text, tuple(token_ids), _fields(row, renderer))
+            fields = _fields(row, renderer)
+            prompts[identity] = Prompt(str(identity), text, tuple(token_ids), fields)
             tally.keep()
     return list(prompts.values()), tally.finish()
 
 
 def _usable(
-    batch: Sequence[tuple[int, Row]], renderer: Renderer, known: Container[str], tally: RowTally
-) -> list[tuple[int, str, Row, Layout]]:
+    batch: Sequence[tuple[int, Row]],
+    renderer: Renderer,
+    known: Container[str | int],
+    tally: RowTally,
+) -> list[tuple[int, str | int, Row, Layout]]:
     """(place, id, row, layout) of the rows with a prompt and an id not met before."""
-    fresh: dict[str, tuple[int, str, Row, Layout]] = {}
+    fresh: dict[str | int, tuple[int, str | int, Row, Layout]] = {}
     for index, row in batch:
         identity = _identity(row, index)
         if identity in known or identity in fresh:
@@ -85,14 +90,14 @@ def _usable(
 
 
 def _fields(row: Row, renderer: Renderer) -> dict[str, Any]:
-    fields = {
-        column: value for column, value in row.items() if column not in ("prompt", "messages")
-    }
+    fields = {name: value for name, value in row.items() if name not in _NO_FIELDS}
     messages = renderer.messages(prompt_of(row), row.get("question"))
     return fields if messages is None else {**fields, "messages": messages}
 
 
-def _identity(row: Row, index: int) -> str:
-    """The row's id where it has one, else its place."""
-    given = (row[column] for column in _ID_COLUMNS if row.get(column) is not None)
-    return str(next(given, index))
+def _identity(row: Row, index: int) -> str | int:
+    """The row's id as text where it has one, else its place: a number, which no id equals."""
+    given = next((row[name] for name in _ID_COLUMNS if row.get(name) is not None), None)
+    if given is None:
+        return index
+    return f"{row[SOURCE]}:{given}" if SOURCE in row else str(given)

@@ -28,6 +28,9 @@ PromptLike = str | Sequence[Message]
 TEXTS = ("prompt", "text", "completion", "chosen", "rejected")
 """Columns of text that a stored row has."""
 
+SOURCE = "_source"
+"""Field of a mixture's rows: the number of their data set, from 0."""
+
 STORED = datasets.Features(
     {name: datasets.Value("string") for name in (*TEXTS, "_fields")}
     | {"messages": datasets.List({name: datasets.Value("string") for name in ("role", "content")})}

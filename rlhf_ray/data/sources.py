@@ -13,7 +13,7 @@ from rlhf_ray.data.formats import Reading, Use, convert, tell
 from rlhf_ray.data.mixture import interleave
 from rlhf_ray.data.readers import Raw, read
 from rlhf_ray.data.row_tally import RowTally
-from rlhf_ray.data.rows import STORED, TEXTS, Loaded, Row, batches, collect, is_mark
+from rlhf_ray.data.rows import SOURCE, STORED, TEXTS, Loaded, Row, batches, collect, is_mark
 from rlhf_ray.errors import DataError
 
 
@@ -36,9 +36,10 @@ def load_rows(
             nothing that can be used.
         ConfigError: a filter's function cannot be imported.
     """
-    parts = [
-        collect(_rows(source, Reading(source.path, use, max_pairs, seed))) for source in sources
-    ]
+    parts = []
+    for number, source in enumerate(sources):
+        origin = {SOURCE: number} if len(sources) > 1 else {}
+        parts.append(collect(_rows(source, Reading(source.path, use, max_pairs, seed), origin)))
     return parts[0] if len(parts) == 1 else _mixed(sources, parts)
 
 
@@ -57,7 +58,8 @@ def _mixed(sources: Sequence[DataSource], parts: Sequence[Loaded]) -> Loaded:
     return Loaded(datasets.concatenate_datasets(tables).select(order), marks)
 
 
-def _rows(source: DataSource, reading: Reading) -> Iterator[Row]:
+def _rows(source: DataSource, reading: Reading, origin: Row) -> Iterator[Row]:
+    """A source's rows, each with the fields of ``origin``."""
     raw = read(source)
     first = next(raw, None)
     if first is None:
@@ -71,7 +73,7 @@ def _rows(source: DataSource, reading: Reading) -> Iterator[Row]:
     for row in convert(renamed, form, reading):
         if not is_mark(row) and not passes(row):
             row = {"_unused": "filtered"}
-        yield row if is_mark(row) else _stored(row)
+        yield row if is_mark(row) else _stored({**row, **origin})
         num_kept += "_unused" not in row
         if num_kept == source.limit:
             return

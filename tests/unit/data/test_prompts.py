@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_ray.config.data import DataSource
 from rlhf_ray.config.template import TemplateConfig
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.sources import load_rows
 from rlhf_ray.errors import DataError
 from rlhf_ray.types import Prompt
 
@@ -27,6 +31,26 @@ def test_one_prompt_for_rows_of_one_question(tokenizer: PreTrainedTokenizerFast)
     prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
     assert [prompt.fields["n"] for prompt in prompts] == list(range(0, 3000, 3))
     assert counts == {"kept": 1000, "repeated": 2000}
+
+
+def test_ids_are_those_of_a_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    sources = []
+    for name in "ab":
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"id": {n // 2}, "prompt": "{name}{n}"}}\n' for n in range(4)))
+        sources.append(DataSource(path=str(path)))
+    prompts, counts = load_prompts(load_rows(sources, "prompts"), Renderer(tokenizer), 8)
+    assert [prompt.text for prompt in prompts] == ["a0", "b0", "a2", "b2"]
+    assert [prompt.id for prompt in prompts] == ["0:0", "1:0", "0:1", "1:1"]
+    assert [prompt.fields for prompt in prompts] == [{"id": 0}, {"id": 0}, {"id": 1}, {"id": 1}]
+    assert counts == {"kept": 4, "repeated": 4}
+
+
+def test_a_place_is_no_id(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"id": 1, "prompt": "a"}, {"prompt": "b"}]
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
+    assert [prompt.text for prompt in prompts] == ["a", "b"]
+    assert counts == {"kept": 2}
 
 
 def test_bad_rows_are_dropped_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:

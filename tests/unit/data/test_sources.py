@@ -62,7 +62,7 @@ def test_a_mixture_of_formats(tmp_path: Path) -> None:
     chats = write(tmp_path / "b.jsonl", [{"prompt": [turn], "id": n} for n in range(2)])
     rows, _ = load({"path": plain}, {"path": chats})
     assert [row.get("prompt", row.get("id")) for row in rows] == ["p0", 0, "p1", "p2", 1, "p3"]
-    assert rows[1] == {"messages": [turn], "id": 0}
+    assert rows[1] == {"messages": [turn], "id": 0, "_source": 1}
     weighted, dropped = load({"path": plain, "weight": 1.0}, {"path": chats, "weight": 2.0})
     assert [row.get("prompt", row.get("id")) for row in weighted] == [0, "p0", 1]
     assert dropped == {"over_weight": 3}
