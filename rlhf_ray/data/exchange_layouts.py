@@ -14,7 +14,8 @@ from rlhf_ray.data.row_tally import BadRow
 from rlhf_ray.data.rows import Row, text_of
 from rlhf_ray.data.stack_exchange import Answer, Question, html_to_markdown, sample_pairs
 
-_HTML = re.compile(r"<(p|pre|ul|ol|h\d|blockquote)\b[^>]*>")
+# A post in HTML begins with a block; one in Markdown may show tags further on.
+_HTML = re.compile(r"\s*<(p|pre|ul|ol|dl|h\d|hr|blockquote|div|table)\b[^>]*>", re.IGNORECASE)
 
 
 def rows(row: Row, use: str, max_pairs: int, seed: int) -> Iterator[Row]:
@@ -82,7 +83,7 @@ def _answers(given: Any) -> list[Answer]:
 
 def _markdown(text: str) -> str:
     """Markdown, whether the text is in HTML or already in Markdown."""
-    return html_to_markdown(text) if _HTML.search(text) else text.strip()
+    return html_to_markdown(text) if _HTML.match(text) else text.strip()
 
 
 def _link(metadata: Any) -> str | None:

@@ -218,6 +218,18 @@ class TestStackExchange:
         ]
 
 
+def test_markdown_that_shows_tags_is_left_as_it_is(tmp_path: Path) -> None:
+    shown = "Use a list:\n\n```html\n<ul>\n  <li>one</li>\n</ul>\n```"
+    row = {
+        "qid": 1,
+        "question": "How?",
+        "response_j": shown,
+        "response_k": "\n<p>No <b>way</b></p>",
+    }
+    ((found,), _) = read(tmp_path, [row], "preferences")
+    assert (found["chosen"], found["rejected"]) == (shown, "No **way**")
+
+
 def test_verl(tmp_path: Path) -> None:
     row = {
         "data_source": "gsm8k",
