@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.config.data import RowFilter
-from rlhf_ray.data.rows import Row
+from rlhf_ray.data.rows import Row, truth_of
 from rlhf_ray.errors import DataError
 from rlhf_ray.plugins import load_function
 
@@ -53,14 +53,28 @@ def predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
 
 def _comparison(item: RowFilter) -> Predicate:
     compare, column = _OPERATORS[item.op], str(item.column)
+    kind = type(item.value[0] if isinstance(item.value, list) and item.value else item.value)
 
     def passes(row: Row) -> bool:
         value = _value(row, column)
         if value is None:
             return False
-        return bool(compare(len(value) if item.length else value, item.value))
+        found = len(value) if item.length else _as(kind, value)
+        return bool(compare(found, item.value))
 
     return passes
+
+
+def _as(kind: type, value: Any) -> Any:
+    """A cell of text, such as all of a csv file are, as what it is compared with, if it can be."""
+    if not isinstance(value, str) or kind not in (bool, int, float):
+        return value
+    if kind is bool:
+        return truth_of(value)
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _value(row: Row, column: str) -> Any:

@@ -20,7 +20,7 @@ from rlhf_ray.data.chats import (
 )
 from rlhf_ray.data.pairing import pairs_by_prompt
 from rlhf_ray.data.row_tally import BadRow
-from rlhf_ray.data.rows import Message, PromptLike, Row, text_of
+from rlhf_ray.data.rows import Message, PromptLike, Row, text_of, truth_of
 from rlhf_ray.errors import DataError
 
 Use = Literal["pretrain", "sft", "preferences", "prompts"]
@@ -150,9 +150,10 @@ def _completed(row: Row, reading: Reading) -> Iterator[Row]:
 
 
 def _labelled(row: Row, reading: Reading) -> Iterator[Row]:
-    if row["label"] not in (True, False):
+    label = truth_of(row["label"])
+    if label is None:
         raise BadRow("no_label", "the label is neither true nor false")
-    for found in _completed(row, reading):
+    for found in _completed({**row, "label": label}, reading):
         if "completion" not in found and reading.use != "prompts":
             raise BadRow("no_answer", "a prompt without an answer")
         yield found

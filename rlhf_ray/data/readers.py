@@ -157,8 +157,20 @@ def _read_parquet(path: Path) -> Iterator[Raw]:
 
 
 def _read_csv(path: Path) -> Iterator[Raw]:
-    options = csv.ParseOptions(newlines_in_values=True)
-    with pa.input_stream(str(path)) as stream, csv.open_csv(stream, parse_options=options) as file:
+    """Every cell as text, whatever it looks like, or None where it is empty.
+
+    A type guessed from the first cells would make numbers of answers, and not fit those after.
+    """
+    parse = csv.ParseOptions(newlines_in_values=True)
+    with pa.input_stream(str(path)) as stream, csv.open_csv(stream, parse_options=parse) as file:
+        names = file.schema.names
+    cells = csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True
+    )
+    with (
+        pa.input_stream(str(path)) as stream,
+        csv.open_csv(stream, parse_options=parse, convert_options=cells) as file,
+    ):
         for batch in file:
             yield from batch.to_pylist()
 

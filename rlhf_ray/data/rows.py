@@ -31,6 +31,8 @@ TEXTS = ("prompt", "text", "completion", "chosen", "rejected")
 SOURCE = "_source"
 """Field of a mixture's rows: the number of their data set, from 0."""
 
+_TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
 STORED = datasets.Features(
     {name: datasets.Value("string") for name in (*TEXTS, "_fields")}
     | {"messages": datasets.List({name: datasets.Value("string") for name in ("role", "content")})}
@@ -121,6 +123,13 @@ def prompt_of(row: Row) -> PromptLike:
         BadRow: it has neither, or an empty one.
     """
     return list(row["messages"]) if row.get("messages") else text_of(row, "prompt")
+
+
+def truth_of(value: Any) -> bool | None:
+    """A cell as true or false, in words or figures where a file holds text alone; else None."""
+    if isinstance(value, str):
+        return _TRUTHS.get(value.strip().lower())
+    return bool(value) if value in (True, False) else None
 
 
 def text_of(row: Row, column: str) -> str:

@@ -8,7 +8,7 @@ import datasets
 
 from rlhf_ray.data.render import Layout, Rendered, Renderer
 from rlhf_ray.data.row_tally import BadRow, RowTally
-from rlhf_ray.data.rows import Row, batches, prompt_of, text_of
+from rlhf_ray.data.rows import Row, batches, prompt_of, text_of, truth_of
 from rlhf_ray.data.tables import TOKEN_IDS, on_disk
 from rlhf_ray.data.tokens import Overlong, overlong_error
 from rlhf_ray.errors import DataError
@@ -78,7 +78,7 @@ def load_documents(
 
 
 def _is_unwanted(row: Row, preferred_only: bool) -> bool:
-    return preferred_only and row.get("preferred") is False
+    return preferred_only and truth_of(row.get("preferred")) is False
 
 
 def _layout(row: Row, renderer: Renderer, loss_on: LossOn, tally: RowTally) -> Layout | None:

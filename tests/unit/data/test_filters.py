@@ -9,6 +9,8 @@ from rlhf_ray.data.filters import predicate
 from rlhf_ray.errors import ConfigError, DataError
 
 ROW: dict[str, Any] = {"prompt": "Why so?", "votes": 3, "tags": ["a", "b"], "none": None}
+CELLS = {"cell": "3.5", "said": "False"}
+"""Of a csv file: all text."""
 
 
 def passes(row: dict[str, Any], *filters: Any) -> bool:
@@ -29,10 +31,15 @@ def passes(row: dict[str, Any], *filters: Any) -> bool:
         ("prompt", "contains", "so", True),
         ("tags", "contains", "c", False),
         ("none", "!=", 3, False),
+        ("cell", ">=", 3, True),
+        ("cell", "in", [1, 3.5], True),
+        ("cell", "==", "3.5", True),
+        ("prompt", "==", 3, False),
+        ("said", "==", True, False),
     ],
 )
 def test_comparisons(column: str, op: str, value: Any, expected: bool) -> None:
-    assert passes(ROW, {"column": column, "op": op, "value": value}) is expected
+    assert passes(ROW | CELLS, {"column": column, "op": op, "value": value}) is expected
 
 
 def test_lengths_and_several_filters() -> None:

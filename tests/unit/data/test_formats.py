@@ -230,6 +230,15 @@ def test_markdown_that_shows_tags_is_left_as_it_is(tmp_path: Path) -> None:
     assert (found["chosen"], found["rejected"]) == (shown, "No **way**")
 
 
+def test_labels_of_a_csv_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\na,1,True\nb,2,0\nc,3,1\nd,4,maybe\n")
+    tally = RowTally("set", 1.0)
+    (batch,) = batches(load_rows([DataSource(path=str(path))], "sft"), tally)
+    assert [(row["completion"], row["label"]) for _, row in batch] == [("1", True), ("3", True)]
+    assert tally.dropped == {"label_false": 1, "no_label": 1}
+
+
 def test_verl(tmp_path: Path) -> None:
     row = {
         "data_source": "gsm8k",

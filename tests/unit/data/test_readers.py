@@ -41,11 +41,25 @@ def save(folder: Path, suffix: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "suffix", [".jsonl", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz", ""]
-)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".json.gz", ".parquet", ""])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     assert list(read(source(save(tmp_path, suffix)))) == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+def test_the_cells_of_a_csv_file_are_text(tmp_path: Path, suffix: str) -> None:
+    texts = [{"q": row["q"], "n": str(row["n"])} for row in ROWS]
+    assert list(read(source(save(tmp_path, suffix)))) == texts
+
+
+def test_no_type_is_guessed_from_the_first_cells_of_a_csv_file(tmp_path: Path) -> None:
+    numbers = [str(number) for number in range(200_000)]  # more than is looked at for a guess
+    cells = ["007", "NA", "true", *numbers, "3/4"]
+    path = tmp_path / "rows.csv"
+    path.write_text("completion,n\n" + "".join(f"{cell},\n" for cell in cells))
+    rows = list(read(source(path)))
+    assert [row["completion"] for row in rows] == cells
+    assert rows[0]["n"] is None
 
 
 def test_the_files_of_a_folder_follow_each_other_by_name(tmp_path: Path) -> None:
