@@ -1,7 +1,9 @@
 """Dumps as they come: a site's Posts.xml, mostly inside a .7z archive."""
 
+import lzma
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +40,7 @@ def unpacked(path: Path, work_dir: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: py7zr is not installed.
-        DataError: the archive is broken or holds no Posts.xml.
+        DataError: the archive is broken, locked, or holds no Posts.xml.
     """
     if path.suffix.lower() != ".7z" or path.is_dir():
         yield path
@@ -57,7 +59,15 @@ def _extract(path: Path, folder: str) -> None:
                 archive.extract(folder, targets=[MEMBER])
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror or error}") from error
-    except (py7zr.exceptions.ArchiveError, EOFError, ValueError) as error:
+    except py7zr.exceptions.PasswordRequired as error:
+        raise DataError(f"{path} is locked by a password; unpack it first") from error
+    except (
+        py7zr.exceptions.ArchiveError,
+        lzma.LZMAError,
+        zlib.error,
+        EOFError,
+        ValueError,
+    ) as error:
         raise DataError(
             f"{path} is broken or no 7z archive ({error}); download it again"
         ) from error

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -55,7 +56,7 @@ def _read_file(path: Path) -> Iterator[Raw]:
             if not isinstance(row, dict):
                 raise ValueError(f"row {index} is {type(row).__name__}, expected an object")
             yield row
-    except (pa.ArrowException, ValueError, TypeError, OSError, EOFError) as error:
+    except (pa.ArrowException, zlib.error, ValueError, TypeError, OSError, EOFError) as error:
         raise DataError(f"Cannot read {path} as {_suffix(path)[1:]}: {error}") from error
 
 

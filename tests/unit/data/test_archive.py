@@ -53,6 +53,33 @@ def test_archives_that_cannot_be_used(tmp_path: Path) -> None:
             pass
 
 
+def test_an_archive_with_flipped_bytes(tmp_path: Path) -> None:
+    py7zr = pytest.importorskip("py7zr")
+    path = tmp_path / "site.7z"
+    with py7zr.SevenZipFile(path, "w") as archive:
+        archive.writestr("".join(f"<row {number**5}/>" for number in range(5000)), "Posts.xml")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 16] = bytes(byte ^ 0x55 for byte in content[middle : middle + 16])
+    path.write_bytes(content)
+    with (
+        pytest.raises(DataError, match=r"site\.7z is broken .*download it again"),
+        unpacked(path, tmp_path),
+    ):
+        pass
+
+
+def test_an_archive_with_a_password(tmp_path: Path) -> None:
+    py7zr = pytest.importorskip("py7zr")
+    with py7zr.SevenZipFile(tmp_path / "site.7z", "w", password="x") as archive:
+        archive.writestr("<posts/>", "Posts.xml")
+    with (
+        pytest.raises(DataError, match=r"site\.7z is locked by a password"),
+        unpacked(tmp_path / "site.7z", tmp_path),
+    ):
+        pass
+
+
 def test_without_py7zr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py7zr", None)
     with (

@@ -135,6 +135,17 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str | None, mes
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv.gz"])
+def test_a_packed_file_with_flipped_bytes(tmp_path: Path, name: str) -> None:
+    lines = "".join(f'{{"prompt": {number**5}}}\n' for number in range(5000))
+    content = bytearray(gzip.compress(lines.encode()))
+    # Right after the header lie the code lengths, of which zlib notices more than a wrong sum.
+    content[12:28] = bytes(byte ^ 0x55 for byte in content[12:28])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"Cannot read .*{name}"):
+        list(read(source(tmp_path / name)))
+
+
 def test_a_folder_without_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder, but not one that datasets' save_to_disk"):
         list(read(source(tmp_path)))
