@@ -102,7 +102,9 @@ class DataSource(Section):
     )
     name: str | None = Field(default=None, description="Configuration of a data set on the hub.")
     split: str = Field(
-        default="train", description="Split of a data set on the hub, or of a saved folder."
+        default="train",
+        description="Split of a data set on the hub, of a saved folder, or of a folder whose files "
+        "are named after splits.",
     )
     format: Format = Field(
         default="auto", description="What a row is; auto: told by the names of its columns."

@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,12 @@ Raw = dict[str, Any]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK = 2**20
+
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+
+_ABOUT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""Files in which `datasets` describes others."""
 
 
 def read(source: DataSource) -> Iterator[Raw]:
@@ -64,14 +70,45 @@ def _read_folder(path: Path, split: str) -> Iterator[Raw]:
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         yield from _read_saved(path, split)
         return
-    files = sorted(item for item in path.rglob("*") if item.is_file() and _suffix(item))
+    files = sorted(item for item in path.rglob("*") if item.is_file() and _holds_rows(item))
     if not files:
         raise DataError(
             f"{path} is a folder, but not one that datasets' save_to_disk wrote, and it holds no "
             f"{', '.join(_READERS)} file"
         )
-    for file in files:
+    for file in _of_split(path, files, split):
         yield from _read_file(file)
+
+
+def _holds_rows(path: Path) -> bool:
+    return bool(_suffix(path)) and path.name not in _ABOUT_ROWS
+
+
+def _of_split(folder: Path, files: Sequence[Path], split: str) -> Sequence[Path]:
+    """The files that are named after a split, or lie in a folder that is; all where none is."""
+    splits = {file: _split_name(file.relative_to(folder)) for file in files}
+    named = sorted({name for name in splits.values() if name})
+    if not named:
+        return files
+    if split not in named:
+        raise DataError(
+            f"{folder} has no split {split} by the names of its files; name one of its splits: "
+            f"{', '.join(named)}"
+        )
+    return [file for file in files if splits[file] == split]
+
+
+def _split_name(file: Path) -> str | None:
+    """The split that a file is named after.
+
+    Example:
+        >>> _split_name(Path("data/train_sft-00000-of-00002.parquet"))
+        'train_sft'
+        >>> _split_name(Path("test/rows.jsonl"))
+        'test'
+    """
+    found = (_SHARD.match(name) or _SPLIT.match(name) for name in reversed(file.parts))
+    return next((match[1] for match in found if match), None)
 
 
 def _read_saved(path: Path, split: str) -> Iterator[Raw]:

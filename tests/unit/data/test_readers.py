@@ -69,6 +69,25 @@ def test_the_files_of_a_folder_follow_each_other_by_name(tmp_path: Path) -> None
     assert list(read(source(tmp_path))) == ROWS
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train.jsonl", "test.jsonl"),
+        ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("train/part.jsonl", "test/part.jsonl"),
+    ],
+)
+def test_a_split_of_a_folder_of_files(tmp_path: Path, train: str, test: str) -> None:
+    for name, rows in ((train, ROWS[:2]), (test, ROWS[2:])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "dataset_infos.json").write_text('{"splits": {}}')
+    assert list(read(source(tmp_path))) == ROWS[:2]
+    assert list(read(source(tmp_path, split="test"))) == ROWS[2:]
+    with pytest.raises(DataError, match=r"no split dev .* one of its splits: test, train"):
+        list(read(source(tmp_path, split="dev")))
+
+
 def test_a_split_of_a_saved_folder(tmp_path: Path) -> None:
     halves = {"train": ROWS[:2], "test": ROWS[2:]}
     rows = {name: datasets.Dataset.from_list(half) for name, half in halves.items()}
