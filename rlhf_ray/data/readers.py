@@ -20,6 +20,7 @@ Raw = dict[str, Any]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK = 2**20
+_LONGEST_WORD = len("-Infinity")
 
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
@@ -170,22 +171,29 @@ def _list_items(file: IO[str]) -> Iterator[Any]:
     """The items of a JSON list whose bracket has been read, with little more than one in memory."""
     decoder = json.JSONDecoder()
     buffer = ""
-    number = 0
+    start = number = 0
     while True:
-        buffer = buffer.lstrip(" \t\r\n,")
-        if buffer.startswith("]"):
+        while start < len(buffer) and buffer[start] in " \t\r\n,":
+            start += 1
+        if buffer.startswith("]", start):
             return
         try:
-            item, end = decoder.raw_decode(buffer)
+            item, start = decoder.raw_decode(buffer, start)
         except json.JSONDecodeError as error:
-            more = file.read(max(_CHUNK, len(buffer)))
+            rest = buffer[start:]
+            more = file.read(max(_CHUNK, len(rest))) if _may_go_on(error) else ""
             if not more:
                 raise ValueError(f"item {number} is not JSON or is cut off ({error})") from None
-            buffer += more
+            buffer, start = rest + more, 0
             continue
         yield item
-        buffer = buffer[end:]
         number += 1
+
+
+def _may_go_on(error: json.JSONDecodeError) -> bool:
+    """Whether the text may only be cut off: in a string, or in a word or number at its end."""
+    is_at_end = error.pos >= len(error.doc) - _LONGEST_WORD
+    return is_at_end or error.msg.startswith("Unterminated string")
 
 
 def _read_parquet(path: Path) -> Iterator[Raw]:

@@ -106,6 +106,19 @@ def test_a_list_is_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(read(source(path))) == rows
 
 
+def test_what_is_no_json_is_refused_before_all_of_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_CHUNK", 64)
+    path = tmp_path / "rows.json"
+    path.write_text("[{prompt: 1}" + " " * 1000 + "]")
+    with path.open() as file:
+        file.read(1)
+        with pytest.raises(ValueError, match="item 0 is not JSON"):
+            list(readers._list_items(file))
+        assert len(file.read()) > 900
+
+
 def test_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
