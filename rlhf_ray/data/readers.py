@@ -18,7 +18,9 @@ from rlhf_ray.errors import DataError
 
 Raw = dict[str, Any]
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"(?:([\w.-]+)/)?\w[\w.-]*")
+"""A data set on the hub; the oldest have no owner."""
+
 _CHUNK = 2**20
 _LONGEST_WORD = len("-Infinity")
 
@@ -40,7 +42,9 @@ def read(source: DataSource) -> Iterator[Raw]:
         return _read_folder(path, source.split)
     if path.exists():
         return _read_file(path)
-    if _HUB_NAME.fullmatch(source.path) and not path.parent.is_dir() and not _suffix(path):
+    name = _HUB_NAME.fullmatch(source.path)
+    # An owner that is a folder here is none: the file's name is wrong.
+    if name and not (name[1] and path.parent.is_dir()) and not _suffix(path):
         return _read_hub(source)
     raise DataError(f"{path} does not exist; correct the data set's path")
 

@@ -119,7 +119,8 @@ def test_what_is_no_json_is_refused_before_all_of_it_is_read(
         assert len(file.read()) > 900
 
 
-def test_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["someone/pairs", "pairs"])
+def test_a_data_set_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def load_dataset(path: str, name: str, split: str, streaming: bool) -> Any:
@@ -128,9 +129,16 @@ def test_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(readers.datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(readers.HfApi, "dataset_info", lambda *_, **__: None)
-    rows = read(source("someone/pairs", name="small", split="test"))
+    rows = read(source(path, name="small", split="test"))
     assert list(rows) == ROWS
-    assert asked == [("someone/pairs", "small", "test", True)]
+    assert asked == [(path, "small", "test", True)]
+
+
+def test_a_folder_is_no_owner_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="data/pairs does not exist"):
+        read(source("data/pairs"))
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
