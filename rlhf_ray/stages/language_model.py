@@ -1,12 +1,14 @@
 """What pretrain and SFT share: packed blocks, next-token loss, perplexity."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset, Features
+from torch.nn.functional import cross_entropy
+from transformers import EvalPrediction, Trainer
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
@@ -25,8 +27,44 @@ _COLUMNS = {
 """Packing -> what a block gives to the model."""
 
 
+class LanguageModelTrainer(Trainer):
+    """A Trainer whose predictions are the summed loss of each row and its number of labels, `_B2`.
+
+    Rows have unequal numbers of labels, so a mean of batch means would depend on how rows are
+    dealt out to batches and processes.
+    """
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        labels_BS = inputs.pop("labels")[:, 1:]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits_BVS = model(**inputs).logits[:, :-1].float().transpose(1, 2)
+        losses_BS = cross_entropy(logits_BVS, labels_BS, ignore_index=IGNORED, reduction="none")
+        sums_B2 = torch.stack([losses_BS.sum(1), (labels_BS != IGNORED).sum(1)], dim=1)
+        return losses_BS.mean(), sums_B2, torch.zeros_like(sums_B2)
+
+
+def token_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean loss of all labels, nats a token."""
+    sums_B2: Any = prediction.predictions
+    return {"token_loss": float(sums_B2[:, 0].sum() / sums_B2[:, 1].sum())}
+
+
 class LanguageModelTraining(Training):
     """Training on packed blocks of one length."""
+
+    def trainer(self, **parts: Any) -> Trainer:
+        return LanguageModelTrainer(**parts)
+
+    @property
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        return token_loss
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The blocks' columns, `_BS`; the model shifts the labels itself.
@@ -111,7 +149,7 @@ def _blocks(
 
 def language_model_numbers(numbers: Mapping[str, float]) -> dict[str, float]:
     """Held-out loss (nats a token) and perplexity, exp(loss), before and after."""
-    before, after = numbers["before_loss"], numbers["after_loss"]
+    before, after = numbers["before_token_loss"], numbers["after_token_loss"]
     return {
         "loss_before": before,
         "loss_after": after,

@@ -98,7 +98,7 @@ class Training(ABC):
 
     @property
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """Computes ``accuracy`` on the held-out rows; None: their loss alone counts."""
+        """Computes ``accuracy`` or ``token_loss`` on the held-out rows; None: their loss alone."""
         return None
 
     @property
@@ -123,8 +123,8 @@ def train(training: Training, num_processes: int) -> dict[str, float]:
     Goes on from the last checkpoint in ``training.checkpoints`` where there is one.
 
     Returns:
-        ``before_loss`` and ``after_loss`` on the held-out rows (and ``accuracy`` where
-        `Training.metrics` gives it), ``parameters`` and ``trainable_parameters``.
+        ``before_loss`` and ``after_loss`` on the held-out rows (and what
+        `Training.metrics` gives), ``parameters`` and ``trainable_parameters``.
 
     Raises:
         ConfigError: the stage's folder is not visible here, or a TrainingArguments value is wrong.
@@ -294,6 +294,6 @@ def _load(training: Training, split: str) -> Dataset:
 def _held_out_numbers(when: str, evaluation: Mapping[str, float]) -> dict[str, float]:
     return {
         f"{when}_{name}": evaluation[f"eval_{name}"]
-        for name in ("loss", "accuracy")
+        for name in ("loss", "token_loss", "accuracy")
         if f"eval_{name}" in evaluation
     }

@@ -64,7 +64,7 @@ def test_two_workers_train_what_one_process_trains(workplace: Path) -> None:
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3)
     files = {path.name for path in (workplace / "two" / "pretrain").iterdir()}
-    assert files == {"base", "model", "metrics.jsonl", "summary.json"}
+    assert files == {"base", "model", "metrics.jsonl", "summary.json", "tensorboard"}
     lines = (workplace / "two" / "pretrain" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 8
 
