@@ -43,13 +43,15 @@ class ProcessRecord:
 
     def update(self) -> None:
         """Write down every descendant and shared-memory file seen so far."""
+        mapped = set()
         for process in self._driver.children(recursive=True):
             try:
                 entry = _identity(process)
             except psutil.Error:
                 continue
             self._processes[f"{entry['pid']}/{entry['started']}"] = entry
-            self._files |= _mapped_files(process.pid)
+            mapped |= _mapped_inodes(process.pid)
+        self._files |= {file for file, inode in _shared_files() if inode in mapped}
         record = {
             "driver": _identity(self._driver),
             "processes": list(self._processes.values()),
@@ -133,11 +135,21 @@ def _alive(entry: dict[str, Any]) -> psutil.Process | None:
     return process if same else None
 
 
-def _mapped_files(pid: int) -> set[str]:
-    """Shared-memory files that a process maps (Linux; none elsewhere)."""
+def _mapped_inodes(pid: int) -> set[int]:
+    """Inodes of the shared memory that a process maps (Linux; none elsewhere).
+
+    Not by name: a semaphore's file is made under another name than the one that it then has.
+    """
     try:
         lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
-    paths = {line.split(maxsplit=5)[-1] for line in lines if SHARED_MEMORY in line}
-    return {path for path in paths if path.startswith(SHARED_MEMORY) and "(deleted)" not in path}
+    return {int(line.split(maxsplit=5)[4]) for line in lines if SHARED_MEMORY in line}
+
+
+def _shared_files() -> list[tuple[str, int]]:
+    """Every file in shared memory with its inode."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return []
+    with os.scandir(SHARED_MEMORY) as files:
+        return [(file.path, file.inode()) for file in files]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,19 +21,22 @@ from pathlib import Path
 from rlhf_ray.cluster.leftovers import ProcessRecord
 
 child_code = '''
-import mmap, subprocess, sys, time
+import mmap, multiprocessing, os, signal, subprocess, sys, time
+from multiprocessing import resource_tracker
 file = open(sys.argv[1], "r+b")
 memory = mmap.mmap(file.fileno(), 4096)
+semaphore = multiprocessing.get_context("spawn").Semaphore()
+os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
 grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print(grandchild.pid, flush=True)
+print(grandchild.pid, semaphore._semlock.name, flush=True)
 time.sleep(600)
 '''
 child = subprocess.Popen(
     [sys.executable, "-c", child_code, sys.argv[2]], stdout=subprocess.PIPE, text=True
 )
-grandchild = int(child.stdout.readline())
+grandchild, semaphore = child.stdout.readline().split()
 ProcessRecord(Path(sys.argv[1]))
-print(child.pid, grandchild, flush=True)
+print(child.pid, grandchild, semaphore, flush=True)
 time.sleep(600)
 """
 
@@ -48,17 +52,29 @@ def shared_file() -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
+@dataclass
+class Driver:
+    """A driver that keeps a record, its child and grandchild, and a semaphore of the child's whose
+    resource tracker is dead."""
+
+    process: psutil.Process
+    descendants: list[int]
+    semaphore: Path
+
+
 @pytest.fixture
-def driver(tmp_path: Path, shared_file: Path) -> Iterator[tuple[psutil.Process, list[int]]]:
-    """A driver that keeps a record, and its child and grandchild, which map ``shared_file``."""
+def driver(tmp_path: Path, shared_file: Path) -> Iterator[Driver]:
+    """A driver whose child maps ``shared_file``."""
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tmp_path), str(shared_file)],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
-    descendants = [int(pid) for pid in process.stdout.readline().split()]
-    yield psutil.Process(process.pid), descendants
+    child, grandchild, semaphore = process.stdout.readline().split()
+    descendants = [int(child), int(grandchild)]
+    file = Path(f"/dev/shm/sem.{semaphore.removeprefix('/')}")
+    yield Driver(psutil.Process(process.pid), descendants, file)
     process.kill()
     process.wait()
     process.stdout.close()
@@ -76,18 +92,20 @@ def alive(pid: int) -> bool:
 
 @linux_only
 def test_a_killed_drivers_processes_and_files_are_swept(
-    driver: tuple[psutil.Process, list[int]], tmp_path: Path, shared_file: Path
+    driver: Driver, tmp_path: Path, shared_file: Path
 ) -> None:
-    process, descendants = driver
+    process = driver.process
     assert sweep(tmp_path) == (0, 0), "a living driver's are its own"
-    assert all(alive(pid) for pid in descendants)
+    assert all(alive(pid) for pid in driver.descendants)
     assert shared_file.exists()
+    assert driver.semaphore.exists()
     process.kill()
     psutil.wait_procs([process], timeout=5)
     _wait_until_dead(process.pid)
-    assert sweep(tmp_path) == (2, 1)
-    assert not any(alive(pid) for pid in descendants)
+    assert sweep(tmp_path) == (2, 2)
+    assert not any(alive(pid) for pid in driver.descendants)
     assert not shared_file.exists()
+    assert not driver.semaphore.exists()
     assert list(tmp_path.iterdir()) == []
     assert sweep(tmp_path) == (0, 0)
 
