@@ -18,7 +18,7 @@ from rlhf_ray.data.sources import load_rows
 from rlhf_ray.data.tables import TOKEN_IDS, on_disk
 from rlhf_ray.errors import DataError
 from rlhf_ray.stages.run_folder import RunFolder
-from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Training
+from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, RowTrainer, Training
 
 _COLUMNS = {
     "concat": ("input_ids", "labels"),
@@ -27,27 +27,19 @@ _COLUMNS = {
 """Packing -> what a block gives to the model."""
 
 
-class LanguageModelTrainer(Trainer):
+class LanguageModelTrainer(RowTrainer):
     """A Trainer whose predictions are the summed loss of each row and its number of labels, `_B2`.
 
     Rows have unequal numbers of labels, so a mean of batch means would depend on how rows are
     dealt out to batches and processes.
     """
 
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        inputs = self._prepare_inputs(inputs)
+    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         labels_BS = inputs.pop("labels")[:, 1:]
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits_BVS = model(**inputs).logits[:, :-1].float().transpose(1, 2)
+        logits_BVS = model(**inputs).logits[:, :-1].float().transpose(1, 2)
         losses_BS = cross_entropy(logits_BVS, labels_BS, ignore_index=IGNORED, reduction="none")
         sums_B2 = torch.stack([losses_BS.sum(1), (labels_BS != IGNORED).sum(1)], dim=1)
-        return losses_BS.mean(), sums_B2, torch.zeros_like(sums_B2)
+        return losses_BS.mean(), sums_B2
 
 
 def token_loss(prediction: EvalPrediction) -> dict[str, float]:

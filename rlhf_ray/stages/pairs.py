@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.preferences import load_pairs
@@ -17,13 +17,13 @@ from rlhf_ray.models import loading
 from rlhf_ray.models.heads import position_ids
 from rlhf_ray.stages.judged_pairs import judged_rows
 from rlhf_ray.stages.run_folder import RunFolder
-from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Training
+from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, RowTrainer, Training
 
 CHOSEN, REJECTED = 0, 1
 """Places in the pair dimension, P, of every batch."""
 
 
-class PairTrainer(Trainer):
+class PairTrainer(RowTrainer):
     """A Trainer whose predictions are what `compute_loss` gives both answers of a pair, `_BP`."""
 
     def __init__(self, **parts: Any) -> None:
@@ -31,16 +31,9 @@ class PairTrainer(Trainer):
         # The loss is a mean over the pairs of a batch: let the Trainer average accumulated ones.
         self.model_accepts_loss_kwargs = False
 
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            loss, scores_BP = self.compute_loss(model, self._prepare_inputs(inputs), True)
-        return loss, scores_BP, torch.zeros_like(scores_BP)  # labels: the order is the label
+    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, scores_BP = self.compute_loss(model, inputs, True)
+        return loss, scores_BP
 
 
 class PairTraining(Training):

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import vowels
 from command_line import CONFIG, Refused, command
+from tiny_models import build_tiny
 
 from rlhf_ray.config import load
 from rlhf_ray.stages import pipeline
@@ -25,6 +27,12 @@ def unchanged_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(before)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama whose output layer can tell tokens apart."""
+    return build_tiny(tmp_path_factory.mktemp("models") / "base", vowels.TEXTS, sharp=True)
 
 
 @pytest.fixture

@@ -5,18 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import vowels
+from vowels import records
 
-from rlhf_ray.config import Config, resolve
-from rlhf_ray.config.model import ModelConfig, TinyModelConfig
-from rlhf_ray.models import tiny
-from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, save_model
+from rlhf_ray.config import Config
 from rlhf_ray.stages import pipeline
 
-REWARD = """
-def vowels(completions, **columns):
-    return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
-"""
 ADVANTAGE = """
 import torch
 def centred(rewards_BT, mask_BT, *, values_BT, gamma):
@@ -25,56 +19,17 @@ def centred(rewards_BT, mask_BT, *, values_BT, gamma):
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny Llama whose output layer can tell tokens apart."""
-    folder = tmp_path_factory.mktemp("models") / "base"
-    shape = TinyModelConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=1
-    )
-    tiny.build(folder, ["Ask me one thing", "an answer of some words"], shape, 64, seed=0)
-    causal_lm = load_causal_lm(str(folder), ModelConfig())
-    with torch.no_grad():
-        causal_lm.lm_head.weight.mul_(10)
-    save_model(causal_lm, load_tokenizer(str(folder)), folder)
-    return str(folder)
-
-
 def make_config(folder: Path, model: str, iterations: int, **ppo: Any) -> Config:
-    folder.mkdir(exist_ok=True)
-    (folder / "mine.py").write_text(REWARD + ADVANTAGE)
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Ask {i}: "}) + "\n" for i in range(40)))
-    return resolve(
-        {
-            "run": {"dir": str(folder / "run"), "stages": ["ppo"]},
-            "cluster": {"mode": "inline"},
-            "model": {"path": model, "max_length": 64},
-            "data": {"prompts": {"path": str(prompts)}},
-            "rewards": [{"type": "function", "function": f"{folder}/mine.py:vowels"}],
-            "rollout": {"engine": "transformers", "max_prompt_tokens": 32, "max_tokens": 12},
-            "critic": {"learning_rate": 1e-2},
-            "ppo": {
-                "iterations": iterations,
-                "batch_size": 32,
-                "mini_batch_size": 32,
-                "samples_per_prompt": 4,
-                "epochs": 2,
-                "learning_rate": 3e-2,
-                "kl_coef": 0.01,
-                "kl_target": None,
-                "save_every": 1,
-                "eval_every": 1000,
-                "eval_prompts": 8,
-                **ppo,
-            },
-        }
+    """Iterations of 32 rollouts, four of a prompt."""
+    batch = {"batch_size": 32, "mini_batch_size": 32, "samples_per_prompt": 4}
+    kl = {"kl_coef": 0.01, "kl_target": None}
+    often = {"save_every": 1, "eval_every": 1000}
+    return vowels.make_config(
+        folder,
+        model,
+        critic={"learning_rate": 1e-2},
+        ppo={"iterations": iterations, **batch, **kl, **often, **ppo},
     )
-
-
-def records(config: Config) -> list[dict[str, Any]]:
-    path = Path(config.run.dir) / "ppo" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +61,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, model: str, advantage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(REWARD + ADVANTAGE)
+    (tmp_path / "mine.py").write_text(ADVANTAGE)
     ppo = {"advantage": advantage, "kl_target_per_token": 0.05, "kl_horizon": 100}
     whole = make_config(tmp_path / "whole", model, 3, **ppo)
     pipeline.run(whole)

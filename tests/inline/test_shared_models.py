@@ -1,84 +1,26 @@
 """Roles that share a model: the same run, whoever holds it."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
+from vowels import make_config, records
 
-from rlhf_ray.config import Config, resolve
+from rlhf_ray.config import Config
 from rlhf_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import tiny
 from rlhf_ray.models.adapters import attach
-from rlhf_ray.models.loading import (
-    load_causal_lm,
-    load_sequence_classifier,
-    load_tokenizer,
-    save_adapter,
-    save_model,
-)
+from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, save_adapter
 from rlhf_ray.stages import ppo
-
-REWARD = """
-def vowels(completions, **columns):
-    return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
-"""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny Llama whose output layer can tell tokens apart."""
-    folder = tmp_path_factory.mktemp("models") / "base"
-    shape = TinyModelConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=1
-    )
-    tiny.build(folder, ["Ask me one thing", "an answer of some words"], shape, 64, seed=0)
-    causal_lm = load_causal_lm(str(folder), ModelConfig())
-    with torch.no_grad():
-        causal_lm.lm_head.weight.mul_(10)
-    save_model(causal_lm, load_tokenizer(str(folder)), folder)
-    return str(folder)
-
-
-def make_config(folder: Path, model: str, **sections: dict[str, Any]) -> Config:
-    """Three iterations of eight rollouts in one process, with a reward to be learnt."""
-    folder.mkdir()
-    (folder / "mine.py").write_text(REWARD)
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Ask {i}: "}) + "\n" for i in range(20)))
-    values: dict[str, Any] = {
-        "run": {"dir": str(folder / "run"), "stages": ["ppo"]},
-        "cluster": {"mode": "inline"},
-        "model": {"path": model, "max_length": 64},
-        "data": {"prompts": {"path": str(prompts)}},
-        "rewards": [{"type": "function", "function": f"{folder}/mine.py:vowels"}],
-        "rollout": {"engine": "transformers", "max_prompt_tokens": 32, "max_tokens": 12},
-        "ppo": {
-            "iterations": 3,
-            "batch_size": 8,
-            "mini_batch_size": 8,
-            "epochs": 2,
-            "learning_rate": 3e-2,
-            "eval_every": 2,
-            "eval_prompts": 8,
-        },
-    }
-    return resolve(values | sections)
 
 
 def metrics(config: Config) -> list[dict[str, float]]:
     """What each iteration logged, without times."""
-    lines = (Path(config.run.dir) / "ppo" / "metrics.jsonl").read_text().splitlines()
+    clock = ("timing_s/", "throughput/")
     return [
-        {
-            k: v
-            for k, v in json.loads(line).items()
-            if not k.startswith(("timing_s/", "throughput/"))
-        }
-        for line in lines
+        {name: value for name, value in record.items() if not name.startswith(clock)}
+        for record in records(config)
     ]
 
 

@@ -7,6 +7,8 @@ three more, and is held against `TorchEngine`, which takes all six steps in one 
 
 import multiprocessing
 import socket
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from deepspeed_ranks import OPTIMIZER, STEPS, build, rank_main, take_steps
 from rlhf_ray.engines.torch_engine import TorchEngine
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+BUFFERS, BUFFER = Path("/dev/shm"), "deepspeed_allreduce_buffer_*"
 
 
 def learn(
@@ -42,6 +46,15 @@ def learn(
         for rank in ranks:
             rank.join(timeout=30)
             rank.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reduced_in_shared_memory() -> Iterator[None]:
+    """DeepSpeed leaves the buffers in which ranks reduce behind; a run's session sweeps them."""
+    before = set(BUFFERS.glob(BUFFER))
+    yield
+    for buffer in set(BUFFERS.glob(BUFFER)) - before:
+        buffer.unlink()
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from model_families import build
+from tiny_models import with_random_adapter
 
 from rlhf_ray.config import Config, dump, resolve
-from rlhf_ray.config.model import LoraConfig
-from rlhf_ray.models import adapters, loading
+from rlhf_ray.models import loading
 from rlhf_ray.stages import export
 
 if TYPE_CHECKING:
@@ -43,18 +43,7 @@ def make_run(folder: Path) -> Config:
             "rollout": {"max_prompt_tokens": 64, "max_tokens": 16},
         }
     )
-    model = adapters.attach(
-        loading.load_causal_lm(base, config.model),
-        LoraConfig(r=4),
-        "CAUSAL_LM",
-        seed=0,
-        dropout=0.0,
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
+    model = with_random_adapter(base, config.model, r=4, deviation=0.05)
     checkpoints = folder / "run" / "checkpoints"
     loading.save_adapter(model, loading.load_tokenizer(base), checkpoints / "1" / "policy", base)
     (checkpoints / "latest").symlink_to("1", target_is_directory=True)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
+from tiny_models import with_random_adapter
 
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.config.model import LoraConfig
-from rlhf_ray.models import adapters, loading
+from rlhf_ray.models import loading
 
 WORDS = ("red", "blue", "green", "black", "white")
 TINY = {
@@ -94,18 +93,7 @@ def policy_run(
     shutil.copytree(source.run.dir, folder)
     config = source.model_copy(update={"run": source.run.model_copy(update={"dir": str(folder)})})
     sft_model = str(folder / "sft" / "model")
-    model = adapters.attach(
-        loading.load_causal_lm(sft_model, config.model),
-        LoraConfig(r=2),
-        "CAUSAL_LM",
-        seed=0,
-        dropout=0.0,
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    model = with_random_adapter(sft_model, config.model, r=2, deviation=0.1)
     policy = folder / "checkpoints" / "3" / "policy"
     loading.save_adapter(model, loading.load_tokenizer(sft_model), policy, sft_model)
     (policy / "learner.safetensors").write_bytes(b"state")

@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from tiny_models import build_tiny
 
 from actors.critic_learner import CriticLearner
 from actors.learner import Learner
 from actors.policy_learner import PolicyLearner
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.config.model import ModelConfig, TinyModelConfig
+from rlhf_ray.config.model import TinyModelConfig
 from rlhf_ray.models import tiny
-from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, save_model
 from rlhf_ray.types import Prompt, Rollout
 
 TEXTS = [f"Question: how do I sort list {i}?\n\nAnswer: call sorted(x{i})." for i in range(50)]
@@ -23,16 +22,7 @@ BATCH = 8
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama with its tokenizer; its output layer is made to tell tokens apart."""
-    folder = tmp_path_factory.mktemp("models") / "base"
-    shape = TinyModelConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=1
-    )
-    tiny.build(folder, TEXTS, shape, max_length=64, seed=0)
-    model = load_causal_lm(str(folder), ModelConfig())
-    with torch.no_grad():
-        model.lm_head.weight.mul_(10)
-    save_model(model, load_tokenizer(str(folder)), folder)
-    return str(folder)
+    return build_tiny(tmp_path_factory.mktemp("models") / "base", TEXTS, sharp=True)
 
 
 @pytest.fixture(scope="session")

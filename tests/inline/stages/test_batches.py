@@ -1,0 +1,109 @@
+"""What reaches the model: padded pairs and packed blocks; and how pairs are counted."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction
+
+from rlhf_ray.config import Config
+from rlhf_ray.config.supervised import SftConfig
+from rlhf_ray.errors import DataError
+from rlhf_ray.models import heads
+from rlhf_ray.stages import sft
+from rlhf_ray.stages.language_model import packed_blocks
+from rlhf_ray.stages.pairs import pair_accuracy
+from rlhf_ray.stages.reward_model import RewardTrainer, RewardTraining
+
+Trained = tuple[Config, dict[str, Any]]
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.run.dir)
+
+
+def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
+    config, _ = trained_run
+    training = RewardTraining(config, folder_of(config), str(folder_of(config) / "sft" / "model"))
+    model = training.load_model().eval()
+    rows = [
+        {"chosen_ids": [5, 6, 7, 1], "rejected_ids": [5, 1], "num_prompt_tokens": 1},
+        {"chosen_ids": [8, 1], "rejected_ids": [9, 10, 1], "num_prompt_tokens": 0},
+    ]
+    batch = training.collate(rows)
+    assert batch["input_ids"].tolist() == [
+        [[5, 6, 7, 1], [5, 1, 0, 0]],
+        [[8, 1, 0, 0], [9, 10, 1, 0]],
+    ]
+    assert batch["attention_mask"].sum(-1).tolist() == [[4, 2], [2, 3]]
+    with torch.no_grad():
+        loss, scores_BP = RewardTrainer.compute_loss(
+            _WithoutInit(centre=0.5),
+            model,
+            batch,
+            True,  # type: ignore[arg-type]
+        )
+        alone = [
+            heads.sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids))).item()
+            for row in rows
+            for ids in (row["chosen_ids"], row["rejected_ids"])
+        ]
+    torch.testing.assert_close(scores_BP.flatten(), torch.tensor(alone))
+    c1, r1, c2, r2 = alone
+    expected = (math.log(1 + math.exp(r1 - c1)) + math.log(1 + math.exp(r2 - c2))) / 2
+    expected += 0.5 * ((c1 + r1) ** 2 + (c2 + r2) ** 2) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+class _WithoutInit:
+    """Stands in for the Trainer's self: the loss needs nothing else of it."""
+
+    def __init__(self, centre: float) -> None:
+        self._centre = centre
+
+
+def test_ties_count_as_wrong() -> None:
+    scores_BP = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [2.0, 1.0]]).numpy()
+    prediction = EvalPrediction(predictions=scores_BP, label_ids=scores_BP)
+    assert pair_accuracy(prediction) == {"accuracy": 0.5}
+
+
+def test_blocks_hold_out_the_last_twentieth() -> None:
+    texts = {"token_ids": [[i, i, i, 0] for i in range(1, 41)], "learnt": [[0, 1, 1, 1]] * 40}
+    documents = Dataset.from_dict(texts)
+    settings = SftConfig(block_size=8, eval_rows=10, packing="concat")
+    blocks = packed_blocks("sft", documents, settings, pad_id=99)
+    assert blocks["train"]["input_ids"][-1] == [37, 37, 37, 0, 38, 38, 38, 0]
+    assert list(blocks["held_out"]["input_ids"]) == [[39, 39, 39, 0, 40, 40, 40, 0]]
+    large = settings.model_copy(update={"block_size": 64})
+    with pytest.raises(DataError, match=r"40 texts fill no block of 64 tokens \(held-out part\)"):
+        packed_blocks("sft", documents, large, pad_id=99)
+
+
+def test_blocks_of_isolated_texts_reach_the_model_with_their_positions(
+    make_run: Any, tmp_path: Path
+) -> None:
+    texts = {"token_ids": [[5, 6, 7], [8, 9]] * 20, "learnt": [[0, 1, 1], [0, 1]] * 20}
+    settings = SftConfig(block_size=8, eval_rows=10)
+    blocks = packed_blocks("sft", Dataset.from_dict(texts), settings, pad_id=99)
+    training = sft.SftTraining(make_run(), tmp_path, "base")
+    batch = training.collate([blocks["train"][0], blocks["train"][1]])
+    assert batch["input_ids"][0].tolist() == [5, 6, 7, 8, 9, 5, 6, 7]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert batch["labels"][0].tolist() == [-100, 6, 7, -100, 9, -100, 6, 7]
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    flash = make_run("flash", model={"attn_implementation": "flash_attention_2", "max_length": 64})
+    flat = sft.SftTraining(flash, tmp_path, "base").collate([blocks["train"][0]] * 2)
+    assert {tuple(tensor.shape) for tensor in flat.values()} == {(1, 16)}
+
+
+def test_blocks_of_which_nothing_is_learnt_are_left_out() -> None:
+    # The first text's block holds a prompt alone; the first token of a block is never predicted.
+    learnt = [[1] + [0] * 15, [0] * 15 + [1]]
+    texts = {"token_ids": [list(range(16))] * 4, "learnt": learnt * 2}
+    settings = SftConfig(block_size=8, packing="concat")
+    blocks = packed_blocks("sft", Dataset.from_dict(texts), settings, pad_id=99)
+    assert blocks["train"]["labels"][:] == [[-100] * 7 + [15]]
