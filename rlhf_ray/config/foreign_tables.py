@@ -58,6 +58,9 @@ eval_steps                        ppo.eval_every                   iterations
 save_total_limit                  ppo.keep_checkpoints
 resume_from_checkpoint            run.resume                       auto: the same command goes on
 dataset_config                    data.prompts.name
+completion_only_loss              sft.loss_on                      completion
+assistant_only_loss               sft.loss_on                      assistant
+top_k                             rollout.top_k                    0: all tokens
 dataset_train_split               data.prompts.split
 reward_funcs                      rewards                          {type: function, function: module:name}
 reward_weights                    rewards                          weight of each source

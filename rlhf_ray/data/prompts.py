@@ -1,16 +1,43 @@
 """Rows with a prompt as prompts, ready to be continued."""
 
-from collections.abc import Container, Iterable, Sequence
-from typing import Any
+import json
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any, overload
+
+import datasets
 
 from rlhf_ray.data.render import Layout, Renderer
 from rlhf_ray.data.row_tally import BadRow, RowTally
 from rlhf_ray.data.rows import SOURCE, Row, batches, prompt_of
+from rlhf_ray.data.tables import TOKEN_IDS, on_disk
 from rlhf_ray.data.tokens import Overlong, overlong_error
 from rlhf_ray.types import Prompt
 
 _ID_COLUMNS = ("id", "question_id")
 _NO_FIELDS = ("prompt", "messages", SOURCE)
+_PROMPTS = datasets.Features(
+    {name: datasets.Value("string") for name in ("id", "text", "fields")} | {"token_ids": TOKEN_IDS}
+)
+
+
+class Prompts(Sequence[Prompt]):
+    """Prompts that lie on disk; one is read when it is asked for."""
+
+    def __init__(self, table: datasets.Dataset) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Prompts": ...
+    def __getitem__(self, place: int | slice) -> "Prompt | Prompts":
+        if isinstance(place, slice):
+            return Prompts(self._table.select(range(*place.indices(len(self)))))
+        row = self._table[place]
+        return Prompt(row["id"], row["text"], tuple(row["token_ids"]), json.loads(row["fields"]))
 
 
 def load_prompts(
@@ -20,7 +47,7 @@ def load_prompts(
     overlong: Overlong = "drop",
     max_bad_share: float = 0.2,
     name: str = "prompts",
-) -> tuple[list[Prompt], dict[str, int]]:
+) -> tuple[Prompts, dict[str, int]]:
     """Render the prompt of each row; the other columns go along in ``Prompt.fields``.
 
     ``Prompt.fields["messages"]`` is there wherever a template was applied: what a model with a
@@ -45,9 +72,22 @@ def load_prompts(
         DataError: too many bad rows, nothing left, or an over-long one with ``overlong="error"``.
     """
     tally = RowTally(name, max_bad_share)
-    prompts: dict[str | int, Prompt] = {}
+    prompts = _rendered(rows, renderer, max_prompt_tokens, overlong, tally)
+    table = on_disk(prompts, _PROMPTS)
+    return Prompts(table), tally.finish()
+
+
+def _rendered(
+    rows: Iterable[Any],
+    renderer: Renderer,
+    max_prompt_tokens: int,
+    overlong: Overlong,
+    tally: RowTally,
+) -> Iterator[dict[str, Any]]:
+    """Rows such as `_PROMPTS`."""
+    known: set[str | int] = set()
     for batch in batches(rows, tally):
-        fresh = _usable(batch, renderer, prompts, tally)
+        fresh = _usable(batch, renderer, known, tally)
         rendered = renderer.tokenize([layout for *_, layout in fresh], ended=False)
         for (index, identity, row, layout), tokens in zip(fresh, rendered, strict=True):
             token_ids = tokens.token_ids
@@ -55,16 +95,16 @@ def load_prompts(
             if len(token_ids) > max_prompt_tokens:
                 if overlong == "error":
                     key = "rollout.max_prompt_tokens"
-                    raise overlong_error(name, index, len(token_ids), max_prompt_tokens, key)
+                    raise overlong_error(tally.name, index, len(token_ids), max_prompt_tokens, key)
                 if overlong == "drop":
                     tally.drop_bad("overlong")
                     continue
                 token_ids = token_ids[-max_prompt_tokens:]
                 text = renderer.without_start(str(renderer.tokenizer.decode(token_ids)))
-            fields = _fields(row, renderer)
-            prompts[identity] = Prompt(str(identity), text, tuple(token_ids), fields)
+            fields = json.dumps(_fields(row, renderer), default=str)
+            known.add(identity)
             tally.keep()
-    return list(prompts.values()), tally.finish()
+            yield {"id": str(identity), "text": text, "token_ids": token_ids, "fields": fields}
 
 
 def _usable(

@@ -5,16 +5,26 @@ import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+
+from rlhf_ray.data.rows import Row
 
 LENGTH_BOUNDS = (0, *(2**power for power in range(5, 15)))
 """Lower bounds of the length bins, characters; the last one has no upper bound."""
 
 NO_LANGUAGE = "not named"
 MAX_LANGUAGES = 12
+
+_KINDS = {
+    "prompts": ("prompt", "messages"),
+    "answers": ("completion", "chosen", "rejected"),
+    "texts": ("text",),
+}
+"""Kind of text -> the columns of a row that hold it."""
 
 _FENCE = re.compile(r"^```([^`\n]*)\n.*?^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _BUFFER = 65536
@@ -78,6 +88,50 @@ class Texts:
         digests = np.memmap(self._file, np.uint64, mode="r")
         part = digests % np.uint64(_PARTS)
         return sum(len(np.unique(digests[part == index])) for index in range(_PARTS))
+
+
+class RowTexts:
+    """Counts of the texts of rows, by kind; a context manager, such as `Texts`."""
+
+    def __init__(self) -> None:
+        self._files = ExitStack()
+        self._texts: dict[str, Texts] = {}
+        self._scores: Counter[int] = Counter()
+
+    def __enter__(self) -> "RowTexts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def add(self, row: Row) -> None:
+        """Count the texts and the ``score`` of a row."""
+        for kind, columns in _KINDS.items():
+            for text in _texts_of(row, columns):
+                if kind not in self._texts:
+                    self._texts[kind] = self._files.enter_context(Texts())
+                self._texts[kind].add(text)
+        if isinstance(row.get("score"), int | float):
+            self._scores[round(row["score"])] += 1
+
+    def report(self) -> dict[str, Any]:
+        """Plain values for JSON: a `Texts.report` for each kind, and the ``scores``, rounded."""
+        kinds = {kind: texts.report() for kind, texts in self._texts.items()}
+        return {**kinds, "scores": histogram(self._scores)}
+
+
+def histogram(scores: Mapping[int, int]) -> dict[str, int]:
+    """Scores from the lowest to the highest -> how many have it."""
+    return {str(score): num for score, num in sorted(scores.items())}
+
+
+def _texts_of(row: Row, columns: Sequence[str]) -> Iterator[str]:
+    for column in columns:
+        value = row.get(column)
+        if column == "messages" and value:
+            yield "\n\n".join(str(message["content"]) for message in value)
+        elif isinstance(value, str) and value:
+            yield value
 
 
 def _largest(counts: Counter[str], most: int) -> dict[str, int]:

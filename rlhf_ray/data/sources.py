@@ -1,7 +1,7 @@
 """Data sets of the user's own, as rows that every loader reads."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,11 @@ from rlhf_ray.errors import DataError
 
 
 def load_rows(
-    sources: Sequence[DataSource], use: Use, max_pairs: int = 10, seed: int = 0
+    sources: Sequence[DataSource],
+    use: Use,
+    max_pairs: int = 10,
+    seed: int = 0,
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> Loaded:
     """Read data sets, name their columns as we do, mix them; on disk, in bounded memory.
 
@@ -27,6 +31,7 @@ def load_rows(
         use: what the rows are for.
         max_pairs: most pairs of one question, where a format holds scored or labelled answers.
         seed: of the draw among more pairs.
+        on_row: called with each row that can be used, as `rlhf_ray.data.rows` describes it.
 
     Returns:
         Rows for `rlhf_ray.data.rows.batches`. Weights are shares of those that can be used.
@@ -39,7 +44,8 @@ def load_rows(
     parts = []
     for number, source in enumerate(sources):
         origin = {SOURCE: number} if len(sources) > 1 else {}
-        parts.append(collect(_rows(source, Reading(source.path, use, max_pairs, seed), origin)))
+        rows = _rows(source, Reading(source.path, use, max_pairs, seed), on_row)
+        parts.append(collect(row if is_mark(row) else _stored({**row, **origin}) for row in rows))
     return parts[0] if len(parts) == 1 else _mixed(sources, parts)
 
 
@@ -58,8 +64,8 @@ def _mixed(sources: Sequence[DataSource], parts: Sequence[Loaded]) -> Loaded:
     return Loaded(datasets.concatenate_datasets(tables).select(order), marks)
 
 
-def _rows(source: DataSource, reading: Reading, origin: Row) -> Iterator[Row]:
-    """A source's rows, each with the fields of ``origin``."""
+def _rows(source: DataSource, reading: Reading, on_row: Callable[[Row], None]) -> Iterator[Row]:
+    """A source's rows, as many as its limit says, and marks."""
     raw = read(source)
     first = next(raw, None)
     if first is None:
@@ -73,7 +79,9 @@ def _rows(source: DataSource, reading: Reading, origin: Row) -> Iterator[Row]:
     for row in convert(renamed, form, reading):
         if not is_mark(row) and not passes(row):
             row = {"_unused": "filtered"}
-        yield row if is_mark(row) else _stored({**row, **origin})
+        if not is_mark(row):
+            on_row(row)
+        yield row
         num_kept += "_unused" not in row
         if num_kept == source.limit:
             return

@@ -7,7 +7,7 @@ reads back from its engine what is applied.
 """
 
 import asyncio
-import math
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,9 +38,8 @@ def canary_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> li
         num_tokens: length of each canary.
         seed: run seed.
     """
-    stream = [token for prompt in prompts for token in prompt.token_ids]
-    repeats = math.ceil(NUM_CANARIES * num_tokens / len(stream))
-    stream = stream * repeats
+    tokens = (token for _ in itertools.count() for prompt in prompts for token in prompt.token_ids)
+    stream = list(itertools.islice(tokens, NUM_CANARIES * num_tokens))
     canaries = [
         Prompt(f"canary-{i}", "", tuple(stream[i * num_tokens : (i + 1) * num_tokens]))
         for i in range(NUM_CANARIES)

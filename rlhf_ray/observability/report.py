@@ -69,7 +69,7 @@ def render(files: RunFiles) -> str:
         cards=list(_cards(files)),
         charts=sections.ppo_charts(files),
         supervised=sections.supervised(files),
-        data=files.summaries.get("prepare"),
+        data=files.summaries.get("prepare", {}),
         quality=report_quality.quality_charts(files),
         duplicates=report_quality.duplicates(files),
         row_counts=report_quality.row_counts(files),

@@ -47,8 +47,8 @@ class RunFiles:
     """ppo/completions.jsonl."""
     samples: Sequence[Record]
     """evaluate/samples.jsonl."""
-    quality: Record
-    """prepare/quality.json; empty where there is none."""
+    quality: Mapping[str, Record]
+    """What texts are like: prepare/quality.json, and data/<key>.json of sets of the user's own."""
     spans: Sequence[Span]
     """trace.json."""
     phase_totals: Mapping[str, Mapping[str, float]]
@@ -95,7 +95,7 @@ def read(run_dir: Path) -> RunFiles:
         evaluations=read_jsonl(run_dir / "ppo" / "eval.jsonl"),
         completions=read_jsonl(run_dir / "ppo" / "completions.jsonl"),
         samples=read_jsonl(run_dir / "evaluate" / "samples.jsonl"),
-        quality=_read_json(run_dir / "prepare" / "quality.json"),
+        quality=_read_quality(run_dir),
         spans=spans,
         phase_totals=phase_totals(run_dir / "trace.json"),
     )
@@ -108,6 +108,13 @@ def number(record: Record | None, *keys: str) -> float | None:
         value = value.get(key) if isinstance(value, Mapping) else None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
+
+
+def _read_quality(run_dir: Path) -> dict[str, Record]:
+    own = sorted((run_dir / "data").glob("*.json"))
+    sets = {"prepare": run_dir / "prepare" / "quality.json"}
+    sets |= {f"data.{path.stem}": path for path in own}
+    return {name: record for name, path in sets.items() if (record := _read_json(path))}
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:

@@ -10,7 +10,7 @@ from rlhf_ray.observability.report_data import Record, RunFiles, number
 from rlhf_ray.observability.report_plots import counts, histogram
 from rlhf_ray.observability.report_sections import Chart
 
-_KINDS = ("questions", "answers")
+_KINDS = ("questions", "prompts", "answers", "texts")
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,33 @@ class RowCounts:
 
 
 def quality_charts(files: RunFiles) -> list[Chart]:
-    """Lengths, scores and languages of code, as prepare counted them."""
-    quality = files.quality
-    kinds = {name: quality[name] for name in _KINDS if isinstance(quality.get(name), Mapping)}
-    return [*_lengths(kinds), *_scores(quality.get("scores")), *_languages(kinds.get("answers"))]
+    """Lengths, scores and languages of code, as they were counted when the data was read."""
+    charts = []
+    for name, quality in files.quality.items():
+        of = "" if name == "prepare" else f" in {name}"
+        kinds = _kinds(quality)
+        charts += [
+            *_lengths(f"Length of the texts{of}", kinds),
+            *_scores(f"Score of the answers{of}", quality.get("scores"), name == "prepare"),
+            *_languages(f"Languages of code in answers{of}", kinds.get("answers")),
+        ]
+    return charts
 
 
 def duplicates(files: RunFiles) -> list[tuple[str, float, float]]:
     """(kind of text, how many repeat an earlier one, share of all)."""
     found = []
-    for name in _KINDS:
-        num_texts = number(files.quality, name, "texts")
-        num_repeated = number(files.quality, name, "repeated")
-        if num_texts and num_repeated is not None:
-            found.append((name, num_repeated, num_repeated / num_texts))
+    for name, quality in files.quality.items():
+        for kind, texts in _kinds(quality).items():
+            num_texts, num_repeated = number(texts, "texts"), number(texts, "repeated")
+            if num_texts and num_repeated is not None:
+                label = kind if name == "prepare" else f"{name}: {kind}"
+                found.append((label, num_repeated, num_repeated / num_texts))
     return found
+
+
+def _kinds(quality: Record) -> dict[str, Record]:
+    return {kind: quality[kind] for kind in _KINDS if isinstance(quality.get(kind), Mapping)}
 
 
 def row_counts(files: RunFiles) -> list[RowCounts]:
@@ -64,7 +76,7 @@ def _counted(summary: Record) -> Iterator[tuple[str, Record]]:
             yield from ((part, counted) for part, counted in parts.items() if "kept" in counted)
 
 
-def _lengths(kinds: Mapping[str, Record]) -> Iterator[Chart]:
+def _lengths(title: str, kinds: Mapping[str, Record]) -> Iterator[Chart]:
     bounds: Any = next((kind.get("length_bounds") for kind in kinds.values()), None)
     shares = {
         name: [100 * num / kind["texts"] for num in kind["lengths"]]
@@ -73,22 +85,19 @@ def _lengths(kinds: Mapping[str, Record]) -> Iterator[Chart]:
     }
     if bounds and shares:
         labels = [f"{bound:g}" for bound in bounds]
-        title = "Length of the texts"
         svg = histogram(title, labels, shares, "characters, from", "% of the texts")
         yield Chart(title, Markup(svg), "Share of the texts that have at least so many characters.")
 
 
-def _scores(scores: Any) -> Iterator[Chart]:
+def _scores(title: str, scores: Any, by_votes: bool) -> Iterator[Chart]:
     if scores:
-        title = "Score of the answers"
         bars = {"answers": list(scores.values())}
         svg = histogram(title, list(scores), bars, "score", "answers")
-        caption = "Rounded log2 of the upvotes, one more if accepted; -1 below zero votes."
-        yield Chart(title, Markup(svg), caption)
+        votes = "Rounded log2 of the upvotes, one more if accepted; -1 below zero votes."
+        yield Chart(title, Markup(svg), votes if by_votes else "Rounded to whole numbers.")
 
 
-def _languages(answers: Record | None) -> Iterator[Chart]:
+def _languages(title: str, answers: Record | None) -> Iterator[Chart]:
     if answers and answers.get("languages"):
-        title = "Languages of code in answers"
         svg = counts(title, answers["languages"], "code fences")
         yield Chart(title, Markup(svg), "As the fences name them; most posts name none.")

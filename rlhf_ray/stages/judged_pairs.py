@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.data.row_tally import BadRow
 from rlhf_ray.data.rows import STORED, Loaded, Row, collect, is_mark, opened, prompt_of, text_of
-from rlhf_ray.data.sources import load_rows
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
 from rlhf_ray.rewards.judge_pairs import Pair, PairJudge
+from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.run_folder import RunFolder
 from rlhf_ray.types import Prompt
 
@@ -46,14 +46,15 @@ def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Loaded:
         RlhfError: the judge stayed down; verdicts so far are kept.
         DataError: the data set cannot be read.
     """
-    assert config.data.preferences is not None, "refused when the config is read"
-    rows = load_rows(config.data.preferences, "prompts")
-    pairs = [_pair(opened(row)) for row in rows]
-    known = [pair for pair in pairs if isinstance(pair, Pair)]
+    rows = own_rows(config, "preferences", "prompts")
     path = RunFolder(config).stage(stage) / f"verdicts-{_digest(config, judge)}.jsonl"
-    asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), known, path, config))
+    asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), rows, path, config))
     verdicts = iter(record["verdict"] for record in read_jsonl(path))
-    return collect(_labelled(pairs, verdicts))
+    return collect(_labelled(_pairs(rows), verdicts))
+
+
+def _pairs(rows: Loaded) -> Iterator[Pair | Row]:
+    return (_pair(opened(row)) for row in rows)
 
 
 def _pair(row: Row) -> Pair | Row:
@@ -71,14 +72,15 @@ def _pair(row: Row) -> Pair | Row:
     return Pair(Prompt("", text, (), row), a, b)
 
 
-async def _judge(judge: PairJudge, pairs: Sequence[Pair], path: Path, config: Config) -> None:
+async def _judge(judge: PairJudge, rows: Loaded, path: Path, config: Config) -> None:
     """Ask for the verdicts that the file lacks."""
     sink = JsonlSink(path)
     sink.truncate_after("pair", math.inf)  # a line that a kill tore goes
     done = len(read_jsonl(path))
-    waiting = iter(pairs[done:])
+    total = sum(isinstance(pair, Pair) for pair in _pairs(rows))
+    waiting = islice((pair for pair in _pairs(rows) if isinstance(pair, Pair)), done, None)
     try:
-        with Progress(config.run.stages).stage("judge", len(pairs), "pair", done) as bar:
+        with Progress(config.run.stages).stage("judge", total, "pair", done) as bar:
             while chunk := list(islice(waiting, CHUNK)):
                 for verdict in await judge.verdicts(chunk):
                     sink.append({"pair": done, "verdict": verdict})
@@ -88,7 +90,7 @@ async def _judge(judge: PairJudge, pairs: Sequence[Pair], path: Path, config: Co
         sink.close()
 
 
-def _labelled(pairs: Sequence[Pair | Row], verdicts: Iterator[str]) -> Iterator[Row]:
+def _labelled(pairs: Iterable[Pair | Row], verdicts: Iterator[str]) -> Iterator[Row]:
     """Rows such as `STORED`, or marks, in the order of ``pairs``; a verdict a pair."""
     for pair in pairs:
         if not isinstance(pair, Pair):

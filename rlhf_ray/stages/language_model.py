@@ -14,9 +14,9 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
 from rlhf_ray.data.packing import IGNORED, Block, concatenated, isolated
 from rlhf_ray.data.rows import Loaded
-from rlhf_ray.data.sources import load_rows
 from rlhf_ray.data.tables import TOKEN_IDS, on_disk
 from rlhf_ray.errors import DataError
+from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.run_folder import RunFolder
 from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, RowTrainer, Training
 
@@ -76,9 +76,8 @@ def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> Loaded:
     Raises:
         DataError: the data cannot be read, or prepare has not run.
     """
-    sources = getattr(config.data, stage)
-    if sources is not None:
-        return load_rows(sources, stage, config.prepare.max_pairs, config.run.seed)
+    if getattr(config.data, stage) is not None:
+        return own_rows(config, stage, stage)
     return Loaded(RunFolder(config).rows("finetune"))
 
 

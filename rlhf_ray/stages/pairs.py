@@ -12,10 +12,10 @@ from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.preferences import load_pairs
 from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.rows import Loaded
-from rlhf_ray.data.sources import load_rows
 from rlhf_ray.models import loading
 from rlhf_ray.models.heads import position_ids
 from rlhf_ray.stages.judged_pairs import judged_rows
+from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.run_folder import RunFolder
 from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, RowTrainer, Training
 
@@ -113,8 +113,7 @@ def load_training_pairs(
 def _pair_rows(training: PairTraining) -> dict[str, Loaded]:
     """Rows to train on and held out: the user's own, the last of them held out, or prepare's."""
     config, settings = training.config, training.settings
-    sources, seed = config.data.preferences, config.run.seed
-    if sources is None:
+    if config.data.preferences is None:
         run_folder = RunFolder(config)
         train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
         marks = []
@@ -122,11 +121,12 @@ def _pair_rows(training: PairTraining) -> dict[str, Loaded]:
         if settings.judge is not None:
             loaded = judged_rows(config, training.name, settings.judge)
         else:
-            loaded = load_rows(sources, "preferences", config.prepare.max_pairs, seed)
+            loaded = own_rows(config, "preferences", "preferences")
         rows, marks = loaded.table, list(loaded.marks)
         num_held_out = min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
         cut = max(0, len(rows) - num_held_out)
         train_rows, held_out = rows.select(range(cut)), rows.select(range(cut, len(rows)))
+    seed = config.run.seed
     chosen = _at_most(train_rows, settings.max_pairs, seed)
     if len(chosen) < len(train_rows):
         # Good rows all the same: the share of bad ones is one of the whole set.

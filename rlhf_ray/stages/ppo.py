@@ -9,10 +9,9 @@ from typing import Any
 
 from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.config import Config
-from rlhf_ray.data.prompts import load_prompts
+from rlhf_ray.data.prompts import Prompts, load_prompts
 from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.rows import Loaded
-from rlhf_ray.data.sources import load_rows
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
@@ -26,6 +25,7 @@ from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import generation_config
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.ppo_roles import ppo_roles
 from rlhf_ray.stages.run_folder import RunFolder, located_function
 from rlhf_ray.types import Prompt
@@ -44,8 +44,7 @@ def run(config: Config) -> dict[str, Any]:
     _require_whole(policy_model)
     tokenizer = load_tokenizer(policy_model)
     critic_model = _critic_model(folder, tokenizer)
-    prompts, dropped = ppo_prompts(config, folder, tokenizer)
-    eval_prompts = held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts)
+    prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer)
     checkpoints = _checkpoints(folder, tokenizer, {"policy": policy_model, "critic": critic_model})
     saved = checkpoints.latest()
     state = _state_of(saved)
@@ -118,33 +117,35 @@ def _critic_model(folder: RunFolder, tokenizer: Any) -> str | None:
     return critic_model
 
 
-def ppo_prompts(config: Config, folder: RunFolder, tokenizer: Any) -> tuple[list[Prompt], dict]:
-    """What PPO samples from: data.prompts, else prepare's rl set; and what was dropped."""
-    if config.data.prompts is not None:
-        rows = load_rows(config.data.prompts, "prompts")
+def ppo_prompts(
+    config: Config, folder: RunFolder, tokenizer: Any
+) -> tuple[Prompts, list[Prompt], dict[str, int]]:
+    """What PPO samples from (data.prompts, else prepare's rl set), what is held out, and counts."""
+    if config.data.prompts is None:
+        prompts, counts = _load(config, Loaded(folder.rows("rl")), tokenizer, "prompts")
     else:
-        rows = Loaded(folder.rows("rl"))
-    prompts, dropped = _load(config, rows, tokenizer, "prompts")
-    if config.data.prompts is not None and config.data.eval is None:
-        prompts = prompts[: -_num_held_out(prompts)]
-    return prompts, dropped
+        rows = own_rows(config, "prompts", "prompts")
+        prompts, counts = _load(config, rows, tokenizer, "prompts")
+        if config.data.eval is None:
+            cut = len(prompts) - _num_held_out(prompts)
+            return prompts[:cut], list(prompts[cut:][: config.ppo.eval_prompts]), counts
+    return prompts, held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts), counts
 
 
 def held_out_prompts(config: Config, folder: RunFolder, tokenizer: Any, limit: int) -> list[Prompt]:
     """Prompts that no stage trains on: data.eval, the end of data.prompts, or prepare's set."""
     if config.data.eval is not None:
-        prompts, _ = _load(config, load_rows(config.data.eval, "prompts"), tokenizer, "eval")
+        prompts, _ = _load(config, own_rows(config, "eval", "prompts"), tokenizer, "eval")
     elif config.data.prompts is not None:
-        rows = load_rows(config.data.prompts, "prompts")
-        prompts, _ = _load(config, rows, tokenizer, "prompts")
+        prompts, _ = _load(config, own_rows(config, "prompts", "prompts"), tokenizer, "prompts")
         prompts = prompts[-_num_held_out(prompts) :]
     else:
         rows = Loaded(folder.rows("evaluation"))
         prompts, _ = _load(config, rows, tokenizer, "evaluation")
-    return prompts[:limit]
+    return list(prompts[:limit])
 
 
-def _num_held_out(prompts: list[Prompt]) -> int:
+def _num_held_out(prompts: Prompts) -> int:
     """A tenth of the user's prompts, where no set for evaluation is given.
 
     Raises:
@@ -160,7 +161,7 @@ def _num_held_out(prompts: list[Prompt]) -> int:
 
 def _load(
     config: Config, rows: Loaded, tokenizer: Any, name: str
-) -> tuple[list[Prompt], dict[str, int]]:
+) -> tuple[Prompts, dict[str, int]]:
     return load_prompts(
         rows,
         Renderer(tokenizer, config.template),

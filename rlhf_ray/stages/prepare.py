@@ -19,7 +19,7 @@ from datasets.arrow_writer import ArrowWriter
 from rlhf_ray.config import Config
 from rlhf_ray.data import stack_exchange, synthetic, template
 from rlhf_ray.data.archive import site_of, unpacked
-from rlhf_ray.data.quality import Texts
+from rlhf_ray.data.quality import Texts, histogram
 from rlhf_ray.data.row_tally import RowTally
 from rlhf_ray.data.stack_exchange import Answer, Question
 from rlhf_ray.errors import DataError
@@ -190,8 +190,7 @@ class _Sets:
         self._tally.finish()
         _require_rows(self._posts, self._num_questions, self._num_rows)
         _save(self.folder)
-        scores = {str(score): num for score, num in sorted(self._scores.items())}
-        quality = json.dumps({**self._quality, "scores": scores}, indent=2)
+        quality = json.dumps({**self._quality, "scores": histogram(self._scores)}, indent=2)
         (self.folder / "quality.json").write_text(quality + "\n", encoding="utf-8")
         return {
             "questions": self._num_questions,

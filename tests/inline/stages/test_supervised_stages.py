@@ -205,6 +205,12 @@ def test_user_rows_replace_the_prepared_ones(make_run: Any, tmp_path: Path) -> N
     summary = reward_model.run(config)
     # The last twentieth of 40 pairs is held out.
     assert (summary["pairs_train"], summary["pairs_eval"]) == (38, 2)
+    counted = folder_of(config) / "data"
+    assert {path.name for path in counted.iterdir()} == {
+        *("pretrain.json", "sft.json", "preferences.json")
+    }
+    answers = json.loads((counted / "preferences.json").read_text())["answers"]
+    assert (answers["texts"], answers["repeated"]) == (80, 78)
 
 
 def test_max_pairs_limits_the_training_pairs(trained_run: Trained, make_run: Any) -> None:

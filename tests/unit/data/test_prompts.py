@@ -19,7 +19,7 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
 def test_other_columns_travel_along(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"question_id": 7, "prompt": "why", "label": 3}, {"prompt": "how", "label": None}]
     prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
-    assert prompts == [
+    assert list(prompts) == [
         Prompt("7", "why", ids(tokenizer, "why"), {"question_id": 7, "label": 3}),
         Prompt("1", "how", ids(tokenizer, "how"), {"label": None}),
     ]
@@ -67,7 +67,7 @@ def test_truncation_keeps_the_end_and_the_text_agrees(tokenizer: PreTrainedToken
     prompts, counts = load_prompts(
         [{"prompt": "abcdef"}], Renderer(tokenizer), 4, overlong="truncate"
     )
-    assert prompts == [Prompt("0", "cdef", ids(tokenizer, "cdef"))]
+    assert list(prompts) == [Prompt("0", "cdef", ids(tokenizer, "cdef"))]
     assert counts == {"kept": 1}
 
 
@@ -113,3 +113,10 @@ def test_rows_that_the_template_refuses_are_counted(chatml: PreTrainedTokenizerF
         DataError, match=r"template_refuses: the chat template refuses it: no turns"
     ):
         load_prompts(rows, renderer, 100)
+
+
+def test_a_part_of_the_prompts_is_a_view_of_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": f"q{number}", "tags": [number]} for number in range(10)]
+    prompts, _ = load_prompts(rows, Renderer(tokenizer), 8)
+    assert [prompt.text for prompt in prompts[2:-2][1:]] == ["q3", "q4", "q5", "q6", "q7"]
+    assert (len(prompts[2:-2]), prompts[-1].fields, prompts[3:][0].id) == (6, {"tags": [9]}, "3")

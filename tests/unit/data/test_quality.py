@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf_ray.data import quality
-from rlhf_ray.data.quality import LENGTH_BOUNDS, Texts
+from rlhf_ray.data.quality import LENGTH_BOUNDS, RowTexts, Texts
 
 
 def test_counts_of_texts() -> None:
@@ -37,3 +37,16 @@ def test_repeated_texts_are_found_across_the_buffers(monkeypatch: pytest.MonkeyP
         for number in range(100):
             texts.add(f"text {number % 60}")
         assert texts.report()["repeated"] == 40
+
+
+def test_texts_of_rows_by_kind() -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    with RowTexts() as texts:
+        texts.add({"prompt": "why", "chosen": "so", "rejected": "or so", "score": 2.4})
+        texts.add({"prompt": "Why", "completion": "so", "score": 2, "other": "unread"})
+        texts.add({"messages": turns, "prompt": None, "completion": "", "score": "good"})
+        report = texts.report()
+    assert list(report) == ["prompts", "answers", "scores"]
+    assert (report["prompts"]["texts"], report["prompts"]["repeated"]) == (3, 1)
+    assert (report["answers"]["texts"], report["answers"]["repeated"]) == (3, 1)
+    assert report["scores"] == {"2": 2}

@@ -48,6 +48,22 @@ def test_rows_that_each_stage_used(tmp_path: Path) -> None:
     assert "not preferred 30, empty 2" in html
 
 
+def test_sets_of_ones_own(tmp_path: Path) -> None:
+    texts = {"texts": 40, "repeated": 10, "length_bounds": [0, 32], "lengths": [30, 10]}
+    answers = {**texts, "repeated": 0, "languages": {"py": 3}}
+    (tmp_path / "data").mkdir()
+    own = {"prompts": texts, "answers": answers, "scores": {}}
+    (tmp_path / "data" / "sft.json").write_text(json.dumps(own))
+    (tmp_path / "config.yaml").write_text("run: {name: x}")
+    files = read(tmp_path)
+    assert [chart.title for chart in quality_charts(files)] == [
+        "Length of the texts in data.sft",
+        "Languages of code in answers in data.sft",
+    ]
+    assert duplicates(files) == [("data.sft: prompts", 10, 0.25), ("data.sft: answers", 0, 0)]
+    assert "data.sft: prompts that repeat an earlier one" in report.render(files)
+
+
 def test_a_run_without_these_counts(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: {name: x}")
     files = read(tmp_path)
