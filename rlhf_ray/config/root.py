@@ -11,11 +11,9 @@ from rlhf_ray.config.ppo import (
     WITHOUT_CRITIC,
     CriticConfig,
     EvaluateConfig,
-    GeneratorsConfig,
     PolicyConfig,
     PpoConfig,
     ReferenceConfig,
-    RolloutConfig,
 )
 from rlhf_ray.config.rewards import (
     EndpointConfig,
@@ -24,6 +22,7 @@ from rlhf_ray.config.rewards import (
     refuse_equal_names,
     refuse_slow,
 )
+from rlhf_ray.config.rollout import GeneratorsConfig, RolloutConfig
 from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
