@@ -32,6 +32,7 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.checkpointing import recompute_activations
 from rlhf_ray.models.forward import causal_lm_logits, response_logprobs, sampling_rule
 from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.models.stopping import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 from rlhf_ray.types import AdapterUpdate, Gap, ProbeComparison, Rollout, SampleRequest
 
@@ -49,6 +50,7 @@ class PolicyLearner(Learner):
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         super().__init__(name, config, model_path, engine)
         self._policy_loss = resolve_policy_loss(config.ppo.policy_loss)
+        self._rule = sampling_rule(config.rollout, stop_token_ids(model_path, config.template))
 
     def _build_model(self) -> Any:
         config = self._config
@@ -85,7 +87,7 @@ class PolicyLearner(Learner):
         return response_logprobs(
             self._engine.model,
             rollouts,
-            rule=sampling_rule(self._config.rollout),
+            rule=self._rule,
             max_tokens=self._config.ppo.max_tokens_per_micro_batch,
             device=self._engine.device,
         )
@@ -106,7 +108,7 @@ class PolicyLearner(Learner):
             batch.attention_BS,
             batch.prompt_lengths_B,
             batch.responses_BT,
-            rule=sampling_rule(self._config.rollout),
+            rule=self._rule,
             entropy="gradient" if ppo.entropy_coef else "value",
         )
         loss, stats = self._policy_loss(

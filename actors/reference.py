@@ -8,6 +8,7 @@ import torch
 from rlhf_ray.config import Config
 from rlhf_ray.models.forward import response_logprobs, sampling_rule
 from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.models.stopping import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs
 from rlhf_ray.types import Rollout
 
@@ -17,7 +18,7 @@ class Reference:
 
     def __init__(self, name: str, config: Config, model_path: str) -> None:
         self._name = name
-        self._rule = sampling_rule(config.rollout)
+        self._rule = sampling_rule(config.rollout, stop_token_ids(model_path, config.template))
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
         self._model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
         if torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 Tensors never pass through the driver; it holds :data:`Handle` objects and scalars. Log-probs are
 natural (nats), fp32, of the distribution that rollouts are drawn from
-(`algorithms.sampling`): temperature, top-k, top-p.
+(`algorithms.sampling`): temperature, top-k, top-p, no stop token before its time.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class SampleRequest:
     prompt: Prompt
     """What to continue."""
     seed: int
-    """Random seed of this one response."""
+    """Random seed of this one response, of its limit where that is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +67,15 @@ class Rollout:
     prompt: Prompt
     """What was continued."""
     response_ids: np.ndarray
-    """[T] int64 sampled tokens, the end-of-sequence token included."""
+    """[T] int64 sampled tokens; a stop token, or what completes a stop string, is the last."""
     rollout_logprobs: np.ndarray
     """[T] fp32 log-probs of the sampled tokens by the engine."""
     finish_reason: FinishReason
-    """stop: ended by itself; length: cut at the limit."""
+    """stop: ended by itself, by a stop token or a stop string; length: cut at its limit."""
     version: int
     """Adapter version that sampled it."""
     text: str
-    """Decoded response without special tokens."""
+    """Decoded response without special tokens; a stop string that ended it is part of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class Experience:
     responses_BT: Tensor
     """Token ids of the response alone, int64."""
     mask_BT: Tensor
-    """1 on the response tokens that count."""
+    """1 on the response tokens that count: those that were sampled."""
     rollout_logprobs_BT: Tensor
     """By the engine that sampled."""
     old_logprobs_BT: Tensor

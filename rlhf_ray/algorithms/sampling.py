@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SamplingRule:
-    """Temperature and truncation; log-probs are those of the distribution that they make."""
+    """What tokens are drawn; log-probs are those of the distribution that it makes."""
 
     temperature: float = 1.0
     """Divides the logits, > 0."""
@@ -16,30 +16,47 @@ class SamplingRule:
     """Only this many of the likeliest tokens, and those that tie with the last; 0: all."""
     top_p: float = 1.0
     """Only the likeliest tokens that hold this share of the probability, at least one; 1: all."""
+    min_tokens: int = 0
+    """Response tokens that must be there before a stop token is drawn."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a response, and belong to it."""
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+        can_draw = self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1
+        if not (can_draw and self.min_tokens >= 0):
             raise ValueError(
                 f"no way to draw tokens: {self}; temperature must be > 0 (greedy decoding has no "
-                "ratio), top_k >= 0, top_p in (0, 1]"
+                "ratio), top_k and min_tokens >= 0, top_p in (0, 1]"
             )
 
-    def logits(self, logits_BTV: Tensor, tokens_BT: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        logits_BTV: Tensor,
+        tokens_BT: Tensor | None = None,
+        steps_BT: Tensor | None = None,
+    ) -> Tensor:
         """Logits whose softmax is the distribution that tokens are drawn from.
 
-        Temperature first, then top-k, then top-p among what top-k left: the order of vLLM, whose
-        log-probs these must equal. The given tokens are kept in any case. They were drawn, but a
-        policy that has moved on, or the reference, may not count them among its likeliest: their
-        log-prob stays finite, and a ratio that fell has a gradient.
+        Stop tokens that come too early go first, then temperature, top-k, and top-p among what
+        top-k left: the order of vLLM, whose log-probs these must equal. The given tokens are kept
+        by top-k and top-p in any case. They were drawn, but a policy that has moved on, or the
+        reference, may not count them among its likeliest: their log-prob stays finite, and a ratio
+        that fell has a gradient. An early stop token is never drawn by anyone: its log-prob is
+        -inf.
 
         Args:
             logits_BTV: of the model, any floating dtype, any number of leading dimensions.
             tokens_BT: token ids to keep, one a position.
+            steps_BT: response tokens before each position, or what broadcasts to that; needed
+                with ``min_tokens``.
 
         Returns:
             fp32 `_BTV`, -inf on tokens that are never drawn; differentiable in the others.
+
+        Raises:
+            ValueError: positions are not given where the distribution depends on them.
         """
-        scaled_BTV = logits_BTV.float()
+        scaled_BTV = self._without_early_stops(logits_BTV.float(), steps_BT)
         if self.temperature != 1.0:
             scaled_BTV = scaled_BTV / self.temperature
         if self.top_k == 0 and self.top_p == 1:
@@ -48,6 +65,16 @@ class SamplingRule:
         if tokens_BT is not None:
             kept_BTV = kept_BTV.scatter(-1, tokens_BT.unsqueeze(-1), True)
         return scaled_BTV.masked_fill(~kept_BTV, -torch.inf)
+
+    def _without_early_stops(self, logits_BTV: Tensor, steps_BT: Tensor | None) -> Tensor:
+        if self.min_tokens == 0:
+            return logits_BTV
+        if steps_BT is None:
+            raise ValueError(f"min_tokens {self.min_tokens} needs the place of each token")
+        is_stop_V = torch.zeros(logits_BTV.shape[-1], dtype=torch.bool, device=logits_BTV.device)
+        is_stop_V[list(self.stop_token_ids)] = True
+        is_early_BT1 = (steps_BT < self.min_tokens).unsqueeze(-1)
+        return logits_BTV.masked_fill(is_early_BT1 & is_stop_V, -torch.inf)
 
     def _kept(self, scaled_BTV: Tensor) -> Tensor:
         if 0 < self.top_k < scaled_BTV.shape[-1]:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.model import Dtype
@@ -17,6 +17,50 @@ class GeneratorsConfig(Section):
         1, ge=1, description="GPUs of one generator, all of one node (vLLM alone)."
     )
     max_in_flight: int = changeable(8, ge=1, description="Shards at one generator at a time.")
+
+
+UNCORRECTED = {
+    "allowed_token_ids",
+    "bad_words",
+    "bad_words_ids",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "frequency_penalty",
+    "logit_bias",
+    "logits_processors",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "presence_penalty",
+    "repetition_penalty",
+    "sequence_bias",
+    "suppress_tokens",
+    "typical_p",
+}
+"""Settings of other systems that change what is drawn in a way that learners do not repeat."""
+UNCORRECTED_ARGS = {"logits_processors", "override_generation_config", "watermark_config"}
+"""Those that vLLM has for a whole engine."""
+_BIASES = (
+    "would draw tokens from another distribution than log-probs are of, so that ratios and KL "
+    "would be wrong; leave it out. What is corrected on all sides: rollout.temperature, "
+    "rollout.top_k, rollout.top_p, rollout.min_tokens"
+)
+
+
+class LengthSamplerConfig(Section):
+    """Each response's own limit, drawn from [min, max) by its seed, whoever generates it."""
+
+    min: int = Field(ge=1, description="Smallest limit, tokens.")
+    max: int = Field(description="End of the range, tokens, itself never drawn.")
+
+    @model_validator(mode="after")
+    def _holds_a_number(self) -> "LengthSamplerConfig":
+        if self.min >= self.max:
+            raise ValueError(
+                f"rollout.length_sampler.min {self.min} must be below its max {self.max}, which is "
+                "never drawn itself"
+            )
+        return self
 
 
 class RolloutConfig(Section):
@@ -48,6 +92,27 @@ class RolloutConfig(Section):
         description="Only the likeliest tokens that hold this share of the probability are drawn; "
         "1: all.",
     )
+    min_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="No stop token is drawn before so many tokens, and no stop string counts. "
+        "Learner and reference renormalise log-probs alike.",
+    )
+    length_sampler: LengthSamplerConfig | None = Field(
+        default=None,
+        description="Draws a limit for each response; none: all have max_tokens. A response that "
+        "ends by itself may be shorter.",
+    )
+    ignore_eos: bool = Field(
+        default=False,
+        description="Stop tokens end no response: they are drawn as any other, and generation goes "
+        "on up to the limit or a stop string.",
+    )
+    stop: list[str] = Field(
+        default=[],
+        description="Strings that end a response. The token that completes one is its last, so the "
+        "string stays in what is scored and learnt.",
+    )
     kv_cache_gb: float = changeable(0.25, gt=0, description="KV cache of a CPU engine, GiB.")
     max_gap: float | None = changeable(
         None,
@@ -67,6 +132,50 @@ class RolloutConfig(Section):
             )
         return top_k
 
+    @field_validator("stop")
+    @classmethod
+    def _spells_something(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError(
+                "holds an empty string, which every response contains from its first token on; "
+                "leave it out"
+            )
+        return stop
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_uncorrected(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in sorted(UNCORRECTED & set(values)):
+                raise ValueError(f"rollout.{key} {values[key]!r} {_BIASES}")
+        return values
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "RolloutConfig":
+        sampler = self.length_sampler
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"rollout.min_tokens {self.min_tokens} exceeds rollout.max_tokens "
+                f"{self.max_tokens}; lower it, or raise that"
+            )
+        if sampler is not None and sampler.max > self.max_tokens:
+            raise ValueError(
+                f"rollout.length_sampler.max {sampler.max} exceeds rollout.max_tokens "
+                f"{self.max_tokens}; lower it, or raise that"
+            )
+        if sampler is not None and self.min_tokens > sampler.min:
+            raise ValueError(
+                f"rollout.min_tokens {self.min_tokens} exceeds rollout.length_sampler.min "
+                f"{sampler.min}, so a response could be cut before it may end; lower it, or raise "
+                "that"
+            )
+        if self.ignore_eos and self.min_tokens:
+            raise ValueError(
+                f"rollout.min_tokens {self.min_tokens} keeps stop tokens from being drawn, and "
+                "rollout.ignore_eos lets them be drawn without an effect; set one of them"
+            )
+        return self
+
     @field_validator("engine_args")
     @classmethod
     def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +191,11 @@ class RolloutConfig(Section):
             "worker_extension_cls": "the weight sync",
             "logprobs_mode": "rollout.temperature, rollout.top_k and rollout.top_p",
             "seed": "run.seed",
+            "skip_tokenizer_init": "rollout.stop",
+            "generation_config": "rollout, whose keys say how tokens are drawn",
             "trust_remote_code": "model.trust_remote_code",
         }
         refuse_owned("rollout.engine_args", given, owned)
+        for key in sorted(UNCORRECTED_ARGS & set(given)):
+            raise ValueError(f"rollout.engine_args.{key} {given[key]!r} {_BIASES}")
         return refuse_secrets("rollout.engine_args", given, "export HF_TOKEN instead")

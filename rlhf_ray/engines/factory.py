@@ -2,6 +2,7 @@
 
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import GenerationEngine
+from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.rope import rope_parameters
 
@@ -17,6 +18,13 @@ def generation_engine(
         stop_token_ids: every id that ends a response.
     """
     rollout = config.rollout
+    rule = sampling_rule(rollout, stop_token_ids)
+    sampler = rollout.length_sampler
+    ending = Ending(
+        max_tokens=rollout.max_tokens,
+        strings=tuple(rollout.stop),
+        limits=(sampler.min, sampler.max) if sampler else None,
+    )
     if rollout.engine == "transformers":
         from rlhf_ray.engines.transformers_engine import TransformersEngine, TransformersSettings
 
@@ -24,9 +32,8 @@ def generation_engine(
             TransformersSettings(
                 model=model,
                 settings=config.model.model_copy(update={"dtype": config.engine_dtype}),
-                max_tokens=rollout.max_tokens,
-                rule=sampling_rule(rollout),
-                stop_token_ids=stop_token_ids,
+                rule=rule,
+                ending=ending,
             )
         )
     from rlhf_ray.engines.vllm_engine import VllmEngine, VllmSettings
@@ -38,9 +45,8 @@ def generation_engine(
             serving=config.serving,
             lora_rank=config.largest_rank,
             max_model_len=config.model.max_length,
-            max_tokens=rollout.max_tokens,
-            rule=sampling_rule(rollout),
-            stop_token_ids=stop_token_ids,
+            rule=rule,
+            ending=ending,
             tensor_parallel_size=config.generators.tensor_parallel_size,
             kv_cache_gb=rollout.kv_cache_gb,
             trust_remote_code=config.model.trust_remote_code,

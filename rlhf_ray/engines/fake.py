@@ -13,13 +13,22 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.adapters import digest, tensors_from_bytes
+from rlhf_ray.models.ending import Ending
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 VOCAB_SIZE = 32
 STOP_TOKEN = 0
+PLAIN_RULE = SamplingRule(stop_token_ids=(STOP_TOKEN,))
+SHORT = Ending(max_tokens=8)
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    """What tokens spell: their numbers, a space between."""
+    return " ".join(map(str, token_ids))
 
 
 def adapted_logits(tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
@@ -37,11 +46,11 @@ def adapted_logits(tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
 
 
 class FakeEngine:
-    """A generation engine without a model.
+    """A generation engine without a model; its tokens spell their numbers (`decode`).
 
     Args:
-        max_tokens: longest response.
-        temperature: of the distribution that is sampled.
+        rule: how tokens are drawn, and which of them end a response.
+        ending: what else ends it.
         delay_s: how long each call of `sample` takes.
         fail_on_call: the call of `sample` (from 1) that raises ActorFailure; None: none.
     """
@@ -49,16 +58,16 @@ class FakeEngine:
     def __init__(
         self,
         *,
-        max_tokens: int = 8,
-        temperature: float = 1.0,
+        rule: SamplingRule = PLAIN_RULE,
+        ending: Ending = SHORT,
         delay_s: float = 0.0,
         fail_on_call: int | None = None,
     ) -> None:
         self.calls: Counter[str] = Counter()
         self.held: dict[str, torch.Tensor] | None = None
         """The tensors that it applies; what `serve` reads back."""
-        self._max_tokens = max_tokens
-        self._temperature = temperature
+        self._rule = rule
+        self._ending = ending
         self._delay_s = delay_s
         self._fail_on_call = fail_on_call
         self._running = False
@@ -111,19 +120,23 @@ class FakeEngine:
         empty = [request.position for request in requests if not request.prompt.token_ids]
         if empty:
             raise ValueError(f"The prompts at positions {empty} are empty")
-        logprobs_V = _log_softmax(adapted_logits(self.held) / self._temperature)
-        return [self._respond(request.seed, logprobs_V) for request in requests]
+        logits_V = torch.from_numpy(adapted_logits(self.held))
+        return [self._respond(request.seed, logits_V) for request in requests]
 
-    def _respond(self, seed: int, logprobs_V: np.ndarray) -> Sampled:
-        tokens_T = np.random.default_rng(seed).choice(
-            VOCAB_SIZE, size=self._max_tokens, p=np.exp(logprobs_V)
-        )
-        stops = np.flatnonzero(tokens_T == STOP_TOKEN)
-        tokens_T = tokens_T[: stops[0] + 1] if len(stops) else tokens_T
+    def _respond(self, seed: int, logits_V: torch.Tensor) -> Sampled:
+        rng, limit = np.random.default_rng(seed), self._ending.limit(seed)
+        steps_T = torch.arange(limit)
+        logits_TV = self._rule.logits(logits_V.expand(limit, -1), steps_BT=steps_T)
+        logprobs_TV = logits_TV.double().log_softmax(-1).numpy()
+        tokens: list[int] = []
+        reason = None
+        while reason is None:
+            tokens.append(int(rng.choice(VOCAB_SIZE, p=np.exp(logprobs_TV[len(tokens)]))))
+            reason = self._ending.finish_reason(tokens, limit, self._rule, decode)
         return Sampled(
-            token_ids=tokens_T.astype(np.int64),
-            logprobs=logprobs_V[tokens_T].astype(np.float32),
-            finish_reason="stop" if len(stops) else "length",
+            token_ids=np.array(tokens, dtype=np.int64),
+            logprobs=logprobs_TV[np.arange(len(tokens)), tokens].astype(np.float32),
+            finish_reason=reason,
         )
 
     async def stop(self) -> None:
@@ -135,8 +148,3 @@ class FakeEngine:
         self.calls[method] += 1
         if not self._running:
             raise RuntimeError(f"The engine's {method} was called before start or after stop")
-
-
-def _log_softmax(logits_V: np.ndarray) -> np.ndarray:
-    shifted_V = logits_V - logits_V.max()
-    return shifted_V - np.log(np.exp(shifted_V).sum())

@@ -17,7 +17,7 @@ class Sampled:
     """One response as an engine returns it."""
 
     token_ids: np.ndarray
-    """[T] int64, the end-of-sequence token included."""
+    """[T] int64, the stop token included."""
     logprobs: np.ndarray
     """[T] fp32 log-probs of the distribution that is drawn from, nats."""
     finish_reason: FinishReason

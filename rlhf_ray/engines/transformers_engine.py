@@ -5,7 +5,7 @@ Rows are left-padded here, because all of a batch decode at the same step.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from rlhf_ray.models.adapters import (
     load_adapter_state,
     tensors_from_bytes,
 )
-from rlhf_ray.models.loading import load_causal_lm
-from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
+from rlhf_ray.models.ending import Ending
+from rlhf_ray.models.loading import load_causal_lm, load_tokenizer
+from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,28 @@ class TransformersSettings:
     """Folder of the base model."""
     settings: ModelConfig
     """How to load it."""
-    max_tokens: int
-    """Longest response, tokens."""
     rule: SamplingRule
-    """How tokens are drawn; log-probs are of the distribution that it makes."""
-    stop_token_ids: tuple[int, ...]
-    """Every id that ends a response."""
+    """How tokens are drawn, and which of them end a response."""
+    ending: Ending
+    """What else ends it."""
+
+
+@dataclass
+class _Row:
+    """A response in the making."""
+
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+    def sampled(self, logprobs_T: Tensor) -> Sampled:
+        """What has become of it; the log-probs go on behind its end."""
+        assert self.reason is not None
+        return Sampled(
+            token_ids=np.asarray(self.tokens, dtype=np.int64),
+            logprobs=logprobs_T[: len(self.tokens)].numpy().astype(np.float32),
+            finish_reason=self.reason,
+        )
 
 
 class TransformersEngine:
@@ -52,7 +69,8 @@ class TransformersEngine:
         self._peft_config: Mapping[str, Any] | None = None
 
     async def start(self) -> None:
-        """Load the base."""
+        """Load the base and its tokenizer."""
+        self._tokenizer: Any = load_tokenizer(self._settings.model)
         self._model = load_causal_lm(self._settings.model, self._settings.settings)
         if torch.cuda.is_available():
             self._model.cuda()
@@ -78,22 +96,21 @@ class TransformersEngine:
         """Sample one response per request, all in one batch."""
         if self._peft_config is None:
             raise WeightSyncError("The engine was asked to sample before it was given an adapter")
-        uniforms_BT = torch.stack([_uniforms(r.seed, self._settings.max_tokens) for r in requests])
-        tokens_BT, logprobs_BT = self._decode(requests, uniforms_BT)
-        return [self._cut(*row) for row in zip(tokens_BT.cpu(), logprobs_BT.cpu(), strict=True)]
+        limits = [self._settings.ending.limit(request.seed) for request in requests]
+        uniforms_BT = torch.stack([_uniforms(request.seed, max(limits)) for request in requests])
+        return self._decode(requests, limits, uniforms_BT)
 
     @torch.no_grad()
     def _decode(
-        self, requests: Sequence[SampleRequest], uniforms_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, requests: Sequence[SampleRequest], limits: Sequence[int], uniforms_BT: Tensor
+    ) -> list[Sampled]:
         ids_BS, attention_BS = _left_pad([r.prompt.token_ids for r in requests])
         device = self._model.device
         ids_BS, attention_BS = ids_BS.to(device), attention_BS.to(device)
         uniforms_BT = uniforms_BT.to(device)
-        stop = torch.tensor(self._settings.stop_token_ids, device=device)
-        cache, finished_B = None, torch.zeros(len(requests), dtype=torch.bool, device=device)
-        tokens, logprobs = [], []
-        for step in range(self._settings.max_tokens):
+        cache, logprobs = None, []
+        rows = [_Row(limit) for limit in limits]
+        for step in range(max(limits)):
             positions_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
             output = self._model(
                 input_ids=ids_BS,
@@ -103,26 +120,31 @@ class TransformersEngine:
                 use_cache=True,
             )
             cache = output.past_key_values
-            logprobs_BV = self._settings.rule.logits(output.logits[:, -1]).log_softmax(-1)
+            steps = torch.tensor(step, device=device)
+            drawn_BV = self._settings.rule.logits(output.logits[:, -1], steps_BT=steps)
+            logprobs_BV = drawn_BV.log_softmax(-1)
             token_B = _inverse_cdf(logprobs_BV, uniforms_BT[:, step])
-            tokens.append(token_B)
             logprobs.append(logprobs_BV.gather(1, token_B[:, None])[:, 0])
-            finished_B |= torch.isin(token_B, stop)
-            if bool(finished_B.all()):
+            if self._extend(rows, token_B.tolist()):
                 break
             ids_BS = token_B[:, None]
             attention_BS = torch.cat([attention_BS, torch.ones_like(ids_BS)], dim=1)
-        return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1)
+        return [
+            row.sampled(logprobs_T)
+            for row, logprobs_T in zip(rows, torch.stack(logprobs, dim=1).cpu(), strict=True)
+        ]
 
-    def _cut(self, tokens_T: Tensor, logprobs_T: Tensor) -> Sampled:
-        """A row up to its first stop token, that token included."""
-        stops = torch.isin(tokens_T, torch.tensor(self._settings.stop_token_ids)).nonzero()
-        length = int(stops[0]) + 1 if len(stops) else len(tokens_T)
-        return Sampled(
-            token_ids=tokens_T[:length].numpy().astype(np.int64),
-            logprobs=logprobs_T[:length].numpy().astype(np.float32),
-            finish_reason="stop" if len(stops) else "length",
-        )
+    def _extend(self, rows: Sequence["_Row"], tokens: Sequence[int]) -> bool:
+        """Put the next token behind every response that has not ended; whether all have now."""
+        rule, ending = self._settings.rule, self._settings.ending
+        for row, token in zip(rows, tokens, strict=True):
+            if row.reason is None:
+                row.tokens.append(token)
+                row.reason = ending.finish_reason(row.tokens, row.limit, rule, self._spell)
+        return all(row.reason is not None for row in rows)
+
+    def _spell(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     async def stop(self) -> None:
         """Drop the model."""

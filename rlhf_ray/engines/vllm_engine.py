@@ -23,6 +23,7 @@ from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.adapters import refuse_unservable, servable_rank
+from rlhf_ray.models.ending import Ending
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 _EXTENSION = "rlhf_ray.engines.vllm_extension.AdapterExtension"
@@ -42,12 +43,10 @@ class VllmSettings:
     """Rank of the adapters to come."""
     max_model_len: int
     """Longest sequence, tokens."""
-    max_tokens: int
-    """Longest response, tokens."""
     rule: SamplingRule
-    """How tokens are drawn; log-probs are of the distribution that it makes."""
-    stop_token_ids: tuple[int, ...]
-    """Every id that ends a response."""
+    """How tokens are drawn, and which of them end a response."""
+    ending: Ending
+    """What else ends it."""
     tensor_parallel_size: int = 1
     """Workers that the model is spread over, on this node."""
     kv_cache_gb: float = 0.25
@@ -73,6 +72,9 @@ class VllmEngine:
     async def start(self) -> None:
         """Start the engine's process and load the base."""
         self._engine = AsyncLLM.from_engine_args(self._engine_args())
+        # The eos ids of the model's folder: with min_tokens, vLLM would keep them from being drawn
+        # as well, where learner and reference know of our stop tokens alone.
+        self._engine.input_processor.generation_config_fields = {}
         per_worker = await self._engine.collective_rpc("servable_modules")
         self._servable = set.intersection(*map(set, per_worker))
 
@@ -119,17 +121,21 @@ class VllmEngine:
             return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
 
     async def _sample_one(self, request: SampleRequest) -> Sampled:
-        rule = self._settings.rule
+        rule, ending = self._settings.rule, self._settings.ending
         params = SamplingParams(
             temperature=rule.temperature,
             top_k=rule.top_k,
             top_p=rule.top_p,
-            max_tokens=self._settings.max_tokens,
+            min_tokens=rule.min_tokens,
+            max_tokens=ending.limit(request.seed),
             seed=request.seed,
             logprobs=0,
-            stop_token_ids=list(self._settings.stop_token_ids),
+            ignore_eos=True,  # what ends a response is in the rule, and nothing else does
+            stop_token_ids=list(rule.stop_token_ids),
+            stop=list(ending.strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
-            detokenize=False,
+            detokenize=bool(ending.strings),
+            skip_special_tokens=False,
         )
         final = None
         async for output in self._engine.generate(

@@ -23,9 +23,20 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 """(sequences_BS, attention_BS) -> something per position, `_BS` or `_BSV`."""
 
 
-def sampling_rule(rollout: RolloutConfig) -> SamplingRule:
-    """How the engines draw tokens, and so what every log-prob of a run is of."""
-    return SamplingRule(rollout.temperature, rollout.top_k, rollout.top_p)
+def sampling_rule(rollout: RolloutConfig, stop_token_ids: tuple[int, ...]) -> SamplingRule:
+    """How the engines draw tokens, and so what every log-prob of a run is of.
+
+    Args:
+        rollout: how responses are sampled.
+        stop_token_ids: every id by which the model ends a response (`models.stopping`).
+    """
+    return SamplingRule(
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_tokens=rollout.min_tokens,
+        stop_token_ids=() if rollout.ignore_eos else stop_token_ids,
+    )
 
 
 def sequence_of(rollout: Rollout) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Answers of one model in this process, whole or word by word."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from rlhf_ray.config.model import ModelConfig
+from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer
 
 
@@ -26,6 +27,10 @@ class Sampling:
     """Only so many of the likeliest tokens; 0: all."""
     top_p: float = 1.0
     """Only the likeliest tokens that hold this share of the probability; 1: all."""
+    min_tokens: int = 0
+    """Tokens that must be there before an answer ends."""
+    stop: tuple[str, ...] = ()
+    """An answer ends with the token that completes one of these."""
 
 
 class TextGenerator:
@@ -45,8 +50,12 @@ class TextGenerator:
         self._model = load_causal_lm(path, settings)
         if torch.cuda.is_available():
             self._model.cuda()
+        # The folder's own would fill in whatever is not set below: penalties, and the like.
+        self._model.generation_config = GenerationConfig()
+        self._sampling = sampling
         self._settings = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
+            min_new_tokens=min(sampling.min_tokens, sampling.max_tokens) or None,
             do_sample=sampling.temperature > 0,
             temperature=sampling.temperature or None,
             top_k=sampling.top_k,
@@ -89,5 +98,21 @@ class TextGenerator:
             input_ids=ids_1S,
             attention_mask=torch.ones_like(ids_1S),
             generation_config=self._settings,
+            stopping_criteria=[self._ends_at_strings(len(prompt_ids))],
             streamer=streamer,
         )
+
+    def _ends_at_strings(self, num_prompt_tokens: int) -> Callable[..., torch.Tensor]:
+        """Which rows end with their last token, as generate() asks for it."""
+        ending = Ending(self._sampling.max_tokens, self._sampling.stop)
+
+        def ends(ids_BS: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            rows = ids_BS[:, num_prompt_tokens:].tolist()
+            counts = len(rows[0]) > self._sampling.min_tokens
+            completed = [counts and ending.is_completed(row, self._spell) for row in rows]
+            return torch.tensor(completed, device=ids_BS.device)
+
+        return ends
+
+    def _spell(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -132,23 +132,27 @@ class _LogprobForward:
         shape = query.responses_BT.shape
         hidden_BTD = response_logits(hidden_BSD, query.prompt_lengths_B, shape[1])
         hidden_ND, tokens_N = hidden_BTD.flatten(0, 1), query.responses_BT.flatten()
+        steps_N = torch.arange(shape[1], device=tokens_N.device).repeat(shape[0])
         head = self._head
         forward = head.forward
 
-        def of_chunk(hidden_ND: Tensor, tokens_N: Tensor) -> tuple[Tensor, ...]:
-            return _of_logits(self._finished(forward(hidden_ND)), tokens_N, query)
+        def of_chunk(hidden_ND: Tensor, tokens_N: Tensor, steps_N: Tensor) -> tuple[Tensor, ...]:
+            return _of_logits(self._finished(forward(hidden_ND)), tokens_N, steps_N, query)
+
+        def by_chunk(hidden_ND: Tensor) -> tuple[Tensor, ...]:
+            return self._by_chunk(of_chunk, hidden_ND, tokens_N, steps_N)
 
         # One call of the head, whatever the number of chunks: sharding engines gather its weights
         # around a call, and their ranks, whose responses are unequal, must gather equally often.
-        with _forward_as(head, lambda hidden_ND: self._by_chunk(of_chunk, hidden_ND, tokens_N)):
+        with _forward_as(head, by_chunk):
             answers_N = head(hidden_ND)
         return tuple(answer_N.view(shape) for answer_N in answers_N)
 
     def _by_chunk(
-        self, of_chunk: Callable[..., tuple[Tensor, ...]], hidden_ND: Tensor, tokens_N: Tensor
+        self, of_chunk: Callable[..., tuple[Tensor, ...]], *rows: Tensor
     ) -> tuple[Tensor, ...]:
         size = max(1, CHUNK_LOGITS // self._text_config.vocab_size)
-        chunks = list(zip(hidden_ND.split(size), tokens_N.split(size), strict=True))
+        chunks = list(zip(*(part.split(size) for part in rows), strict=True))
         if len(chunks) > 1 and torch.is_grad_enabled():
             of_chunk = functools.partial(checkpoint, of_chunk, use_reentrant=False)
         answers = [of_chunk(*chunk) for chunk in chunks]
@@ -184,8 +188,10 @@ class _LogprobForward:
         self._verified = True
 
 
-def _of_logits(logits_NV: Tensor, tokens_N: Tensor, query: _Query) -> tuple[Tensor, ...]:
-    drawn_NV = query.rule.logits(logits_NV, tokens_N)
+def _of_logits(
+    logits_NV: Tensor, tokens_N: Tensor, steps_N: Tensor, query: _Query
+) -> tuple[Tensor, ...]:
+    drawn_NV = query.rule.logits(logits_NV, tokens_N, steps_N)
     logprobs_N = token_logprobs(drawn_NV, tokens_N)
     if query.entropy == "none":
         return (logprobs_N,)

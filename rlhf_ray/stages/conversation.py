@@ -37,6 +37,9 @@ def open_generator(
 ) -> TextGenerator:
     """A model of the run, ready to answer.
 
+    Answers end at stop tokens and after ``max_tokens``, also where ``rollout.ignore_eos`` and
+    ``rollout.length_sampler`` let rollouts go on or cut them: these are for training.
+
     Args:
         config: the run's.
         model: which.
@@ -52,6 +55,8 @@ def open_generator(
         stop_token_ids=stop_token_ids(model.base, config.template),
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
+        min_tokens=config.rollout.min_tokens,
+        stop=tuple(config.rollout.stop),
     )
     return TextGenerator(model.path, config.model, sampling)
 

@@ -5,6 +5,7 @@ The learner is a PolicyLearner in this process, with the same base and data type
 """
 
 import dataclasses
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from transformers import GenerationConfig
 
 from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
@@ -25,6 +27,7 @@ from rlhf_ray.driver.guard import SamplerGapGuard
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
 from rlhf_ray.engines.vllm_engine import VllmEngine, VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
+from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import stop_token_ids
@@ -37,6 +40,7 @@ WRONG_RULES = {
     "wrong temperature": SamplingRule(1.0),
     "truncated": SamplingRule(TEMPERATURE, top_p=0.5),
 }
+LONG = Ending(max_tokens=32)
 CANARY_TOKENS = 260
 """Over two blocks of the prefix cache, which holds 128 tokens a block on CPU."""
 
@@ -52,9 +56,9 @@ class FaultyEngine(VllmEngine):
         self.draw_by(WRONG_RULES.get(fault or "", SamplingRule(TEMPERATURE)))
         await self._engine.collective_rpc("plant", args=(fault, lies))
 
-    def draw_by(self, rule: SamplingRule) -> None:
-        """Sample by another rule from now on."""
-        self._settings = dataclasses.replace(self._settings, rule=rule)
+    def draw_by(self, rule: SamplingRule, ending: Ending = LONG) -> None:
+        """Sample by another rule, and to another end, from now on."""
+        self._settings = dataclasses.replace(self._settings, rule=rule, ending=ending)
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """As the honest engine, but for caches that are kept."""
@@ -126,8 +130,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=COMBINATIONS)
-async def running(request: pytest.FixtureRequest, llama: str) -> AsyncIterator[Setup]:
+async def running(
+    request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Setup]:
+    """The engine's folder also lists the pad id, which never is an end (`models.stopping`)."""
     dtype, serving, parallel = request.param
+    folder = str(shutil.copytree(llama, tmp_path_factory.mktemp("models") / "served"))
+    GenerationConfig(eos_token_id=pad_and_end(llama)).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         patch.syspath_prepend(str(Path(__file__).parent))
@@ -136,7 +145,7 @@ async def running(request: pytest.FixtureRequest, llama: str) -> AsyncIterator[S
         patch.setenv("VLLM_NO_USAGE_STATS", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         config = make_config(dtype, serving, parallel)
-        engine = FaultyEngine(engine_settings(config, llama))
+        engine = FaultyEngine(engine_settings(config, folder))
         generator = Generator("generator-0", lambda: engine, lambda: load_tokenizer(llama))
         await generator.start()
     try:
@@ -152,6 +161,12 @@ async def setup(running: Setup) -> AsyncIterator[Setup]:
     await running.engine.plant(None)
 
 
+def pad_and_end(model: str) -> list[int]:
+    """Ids that some models list as their ends."""
+    tokenizer = load_tokenizer(model)
+    return [int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)]  # type: ignore[arg-type]
+
+
 def make_config(dtype: str, serving: str, parallel: int, **lora: Any) -> Config:
     return resolve(
         {
@@ -160,7 +175,7 @@ def make_config(dtype: str, serving: str, parallel: int, **lora: Any) -> Config:
             "lora": {"r": 8, **lora},
             "rollout": {
                 "max_prompt_tokens": CANARY_TOKENS,
-                "max_tokens": 32,
+                "max_tokens": LONG.max_tokens,
                 "temperature": TEMPERATURE,
                 "serving": serving,
             },
@@ -175,9 +190,8 @@ def engine_settings(config: Config, model: str) -> VllmSettings:
         serving=config.serving,
         lora_rank=config.lora.r,
         max_model_len=config.model.max_length,
-        max_tokens=config.rollout.max_tokens,
-        rule=sampling_rule(config.rollout),
-        stop_token_ids=stop_token_ids(model),
+        rule=sampling_rule(config.rollout, stop_token_ids(model)),
+        ending=LONG,
         tensor_parallel_size=config.generators.tensor_parallel_size,
         extension="faulty_extension.FaultyExtension",
     )
@@ -319,12 +333,51 @@ async def test_the_likeliest_tokens_are_the_same_on_both_sides(setup: Setup, lla
     config = resolve(values)
     generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
     truncated = make_setup(config, llama, setup.engine, generator)
-    truncated.engine.draw_by(sampling_rule(config.rollout))
+    truncated.engine.draw_by(sampling_rule(config.rollout, stop_token_ids(llama)))
     await truncated.sync.prove([truncated.generator])
     move(truncated.learner, seed=8)
     await truncated.sync.publish([truncated.generator], version=1)
     gap = await truncated.gap(version=1)
     assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.1)
+
+
+async def test_ends_and_lengths_are_as_the_config_says_on_both_sides(
+    setup: Setup, llama: str, tmp_path: Path
+) -> None:
+    """Every other token ends a response, of which the engine's own folder knows nothing."""
+    model = str(shutil.copytree(llama, tmp_path / "model"))
+    GenerationConfig(eos_token_id=list(range(2, 200, 2))).save_pretrained(model)
+    values = setup.config.model_dump()
+    values["rollout"] |= {"min_tokens": 5, "length_sampler": {"min": 6, "max": 32}, "stop": ["e"]}
+    config = resolve(values)
+    rule = sampling_rule(config.rollout, stop_token_ids(model))
+    ending = Ending(LONG.max_tokens, strings=("e",), limits=(6, 32))
+    generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
+    late = make_setup(config, model, setup.engine, generator)
+    late.engine.draw_by(rule, ending)
+    await late.sync.prove([late.generator])
+    move(late.learner, seed=9)
+    await late.sync.publish([late.generator], version=1)
+    samples = [
+        dataclasses.replace(canary, position=4 * row + place, seed=row)
+        for row in range(4)
+        for place, canary in enumerate(late.sync.canaries)
+    ]
+    shard = await late.generator.generate(ShardRequest(0, tuple(samples), version=1))
+    _, gap = await late.policy.logprobs(shard)
+    assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.05)
+    SamplerGapGuard(config.engine_is_exact).check([scored(shard, gap)])
+    tokenizer, reasons = load_tokenizer(llama), set()
+    for sample, rollout in zip(samples, shard.rollouts, strict=True):
+        tokens, limit = rollout.response_ids.tolist(), ending.limit(sample.seed)
+        assert not set(tokens[:5]) & set(rule.stop_token_ids)
+        ended = [
+            ending.finish_reason(tokens[:end], limit, rule, tokenizer.decode)
+            for end in range(1, len(tokens) + 1)
+        ]
+        assert ended == [None] * (len(tokens) - 1) + [rollout.finish_reason]
+        reasons.add((rollout.finish_reason, tokens[-1] in rule.stop_token_ids))
+    assert {("stop", True), ("stop", False)} <= reasons
 
 
 async def test_a_dead_engine_is_a_failure_of_its_actor(running: Setup) -> None:

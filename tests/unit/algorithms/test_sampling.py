@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.logprobs import entropy, token_logprobs
 from rlhf_ray.algorithms.sampling import SamplingRule
 
@@ -112,8 +113,63 @@ def test_a_smaller_share_keeps_fewer() -> None:
         assert bool((probs.sum(-1) - least < share + 1e-6).all())
 
 
+STOPS = (1, 3)
+EARLY = SamplingRule(min_tokens=2, stop_token_ids=STOPS)
+STEPS = torch.arange(3)
+
+
+def test_stop_tokens_are_not_drawn_before_their_time() -> None:
+    logits = LOGITS.expand(3, -1)
+    first, second, third = EARLY.logits(logits, steps_BT=STEPS).softmax(-1).tolist()
+    assert first == second == pytest.approx([0.75, 0, 0.25, 0])  # .15 and .05 of .2
+    assert third == pytest.approx(PROBS)
+
+
+def test_stop_tokens_go_before_the_likeliest_are_chosen() -> None:
+    rule = SamplingRule(top_k=3, top_p=0.7, min_tokens=1, stop_token_ids=(1,))
+    # Without the first, .3, .15 and .05 are the three likeliest: .6, .3, .1; two hold .7.
+    found = rule.logits(LOGITS, steps_BT=torch.tensor([0])).softmax(-1)[0].tolist()
+    assert found == pytest.approx([1 / 3, 0, 0, 2 / 3])
+
+
+def test_an_early_stop_token_was_drawn_by_nobody() -> None:
+    rule = SamplingRule(top_k=2, min_tokens=2, stop_token_ids=STOPS)
+    tokens = torch.tensor([1, 0, 1])
+    logits = rule.logits(LOGITS.expand(3, -1), tokens, STEPS)
+    early, other, late = token_logprobs(logits, tokens).tolist()
+    assert early == -math.inf
+    assert math.isfinite(other)
+    assert math.isfinite(late)
+
+
+def test_the_place_of_a_token_must_be_known() -> None:
+    with pytest.raises(ValueError, match="min_tokens 2 needs the place of each token"):
+        EARLY.logits(LOGITS)
+
+
+@pytest.mark.parametrize("others", [(0.5, 0.3, 0.1), (0.1, 0.7, 0.1)])
+def test_suppressed_ends_bias_the_kl_unless_they_are_corrected(others: tuple[float, ...]) -> None:
+    """The reference ends with probability .1, the policy with .5 (recipe, section 3)."""
+    ref = torch.tensor([[0.5, 0.3, 0.1, 0.1]])
+    policy = torch.tensor([[*(p * 0.5 / 0.9 for p in others), 0.5]])
+    rule = SamplingRule(min_tokens=1, stop_token_ids=(3,))
+    place = torch.zeros(1, dtype=torch.int64)
+    own, theirs = (rule.logits(p.log(), steps_BT=place).log_softmax(-1) for p in (policy, ref))
+    drawn = own.exp()
+    k1 = kl_estimate(own, theirs, "k1")
+    corrected = float((drawn * torch.where(drawn > 0, k1, torch.zeros(()))).sum())
+    exact = sum(p / 0.9 * math.log(p / q) for p, q in zip(others, (0.5, 0.3, 0.1), strict=True))
+    assert corrected == pytest.approx(exact, abs=1e-6)
+    assert corrected >= -1e-6
+    uncorrected = float((drawn * kl_estimate(policy.log(), ref.log(), "k1")).sum())
+    assert uncorrected == pytest.approx(exact + math.log(0.5 / 0.9), abs=1e-6)
+    if others == (0.5, 0.3, 0.1):
+        assert uncorrected == pytest.approx(-0.5878, abs=1e-4)
+
+
 @pytest.mark.parametrize(
-    "rule", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}]
+    "rule",
+    [{"min_tokens": -1}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}],
 )
 def test_what_cannot_be_drawn_from_is_refused(rule: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="no way to draw tokens"):

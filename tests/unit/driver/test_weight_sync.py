@@ -9,17 +9,26 @@ import pytest
 from fakes import FakePolicy, Tokenizer
 
 from actors.generator import Generator
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.driver.weight_sync import NUM_CANARIES, WeightSync, canary_requests
-from rlhf_ray.engines.fake import VOCAB_SIZE, FakeEngine
+from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.adapters import digest
+from rlhf_ray.models.ending import Ending
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest, ServedAdapter
 
 PROMPTS = [Prompt(f"p{i}", "", (i, i + 1, i + 2)) for i in range(5)]
 CANARIES = canary_requests(PROMPTS, 6, seed=0)
+
+
+def drawing(max_tokens: int = 8, temperature: float = 1.0) -> FakeEngine:
+    """An engine of other lengths or another temperature."""
+    return FakeEngine(
+        rule=SamplingRule(temperature, stop_token_ids=(STOP_TOKEN,)), ending=Ending(max_tokens)
+    )
 
 
 class Unapplied(FakeEngine):
@@ -133,8 +142,8 @@ class NoProbe(FakePolicy):
         (OldVersion(), r"does not serve version -1 .* it reports version -2"),
         (Cached(), r"does not serve version -1 .* its prefix cache was not cleared"),
         (StaleCache(), r"does not apply the probe adapter"),
-        (FakeEngine(temperature=0.8), r"samples from another distribution .* temperature"),
-        (FakeEngine(temperature=1.1), r"samples from another distribution .* temperature"),
+        (drawing(temperature=0.8), r"samples from another distribution .* temperature"),
+        (drawing(temperature=1.1), r"samples from another distribution .* temperature"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, FakeEngine) else "",
 )
@@ -145,15 +154,15 @@ def test_the_proof_refuses(engine: FakeEngine, message: str) -> None:
 
 def test_a_gap_that_the_config_allows_is_no_other_distribution() -> None:
     """At another temperature engine and learner differ by a tenth of a nat and more."""
-    engine = FakeEngine(max_tokens=32, temperature=1.04)
+    engine = drawing(max_tokens=32, temperature=1.04)
     with pytest.raises(WeightSyncError, match=r"another distribution .* rollout\.max_gap"):
         asyncio.run(prove(engine))
     asyncio.run(prove(engine, max_gap=0.2))
 
 
 def test_the_proof_passes_an_honest_engine_at_its_temperature() -> None:
-    asyncio.run(prove(FakeEngine(max_tokens=32)))
-    asyncio.run(prove(FakeEngine(max_tokens=32, temperature=0.7), FakePolicy(temperature=0.7)))
+    asyncio.run(prove(drawing(max_tokens=32)))
+    asyncio.run(prove(drawing(max_tokens=32, temperature=0.7), FakePolicy(temperature=0.7)))
 
 
 def test_every_generator_is_proved() -> None:
@@ -163,9 +172,9 @@ def test_every_generator_is_proved() -> None:
 
 def test_a_probe_must_move_more_than_engine_and_learner_differ() -> None:
     """A probe of .03 nats: twenty times what an exact engine errs, not what this one does."""
-    asyncio.run(prove(FakeEngine(max_tokens=32), WeakProbe()))
+    asyncio.run(prove(drawing(max_tokens=32), WeakProbe()))
     with pytest.raises(WeightSyncError, match=r"does not apply the probe .* move by 0\.029"):
-        asyncio.run(prove(FakeEngine(max_tokens=32, temperature=1.005), WeakProbe()))
+        asyncio.run(prove(drawing(max_tokens=32, temperature=1.005), WeakProbe()))
 
 
 def test_a_probe_that_moves_nothing_proves_nothing() -> None:
@@ -175,9 +184,9 @@ def test_a_probe_that_moves_nothing_proves_nothing() -> None:
 
 def test_engines_that_round_may_differ_more() -> None:
     """T 1.1 moves log-probs by about .07 nats: under .1 for bf16, over .01 for fp32."""
-    asyncio.run(prove(FakeEngine(temperature=1.05), exact=False))
+    asyncio.run(prove(drawing(temperature=1.05), exact=False))
     with pytest.raises(WeightSyncError, match=r"0\.01 is allowed"):
-        asyncio.run(prove(FakeEngine(temperature=1.05)))
+        asyncio.run(prove(drawing(temperature=1.05)))
 
 
 @pytest.mark.parametrize(

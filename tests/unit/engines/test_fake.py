@@ -1,12 +1,15 @@
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine, adapted_logits
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.adapters import digest, tensors_to_bytes
+from rlhf_ray.models.ending import Ending
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest
 
 TENSORS = {
@@ -17,15 +20,15 @@ UPDATE = AdapterUpdate(3, digest(TENSORS), {}, tensors_to_bytes(TENSORS))
 REQUESTS = [SampleRequest(i, Prompt(str(i), "", (1, 2)), seed=i) for i in range(4)]
 
 
-def ready(**settings: float) -> FakeEngine:
-    engine = FakeEngine(**settings)  # type: ignore[arg-type]
+def ready(**settings: Any) -> FakeEngine:
+    engine = FakeEngine(**settings)
     asyncio.run(engine.start())
     asyncio.run(engine.serve(UPDATE))
     return engine
 
 
 def test_it_samples_from_the_adapted_distribution_by_seed() -> None:
-    engine = ready(temperature=0.5)
+    engine = ready(rule=SamplingRule(0.5, stop_token_ids=(STOP_TOKEN,)))
     logits_V = (np.sin(np.arange(32)) + 3 * np.linspace(-1, 1, 32)) / 0.5
     np.testing.assert_allclose(adapted_logits(TENSORS), logits_V * 0.5, atol=1e-6)
     logprobs_V = logits_V - np.log(np.exp(logits_V).sum())
@@ -36,6 +39,29 @@ def test_it_samples_from_the_adapted_distribution_by_seed() -> None:
         (alone,) = asyncio.run(engine.sample([request]))
         assert alone.token_ids.tolist() == result.token_ids.tolist()
     assert engine.calls == {"start": 1, "serve": 1, "sample": 5}
+
+
+def test_it_ends_responses_as_it_is_told() -> None:
+    rule = SamplingRule(min_tokens=3, stop_token_ids=tuple(range(0, 32, 2)))
+    ending = Ending(max_tokens=12, strings=("7",), limits=(4, 10))
+    engine = ready(rule=rule, ending=ending)
+    requests = [SampleRequest(i, Prompt(str(i), "", (1, 2)), seed=i) for i in range(60)]
+    logits_V = adapted_logits(TENSORS)
+    early = np.log(np.exp(logits_V[1::2]).sum())  # odd tokens are no stop tokens
+    reasons = set()
+    for request, result in zip(requests, asyncio.run(engine.sample(requests)), strict=True):
+        tokens, limit = result.token_ids.tolist(), ending.limit(request.seed)
+        assert all(token % 2 for token in tokens[:3])
+        np.testing.assert_allclose(result.logprobs[:3], logits_V[tokens[:3]] - early, atol=1e-5)
+        ends = [
+            place > 2 and (token % 2 == 0 or "7" in str(token))
+            for place, token in enumerate(tokens)
+        ]
+        assert not any(ends[:-1])
+        assert result.finish_reason == ("stop" if ends[-1] else "length")
+        assert ends[-1] or len(tokens) == limit
+        reasons.add((result.finish_reason, tokens[-1] % 2))
+    assert reasons == {("stop", 0), ("stop", 1), ("length", 1)}
 
 
 def test_it_reads_back_what_it_holds() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from rlhf_ray.models.adapters import (
     peft_config,
     tensors_to_bytes,
 )
-from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.models.ending import Ending
+from rlhf_ray.models.loading import load_causal_lm, load_tokenizer
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest
 
 NUM_TOKENS = 10
@@ -32,10 +34,17 @@ class Served:
     """An engine with a random adapter of deviation ``scale``, and the same model beside it."""
 
     def __init__(
-        self, base: str, rule: SamplingRule | None = None, *, stop: tuple[int, ...] = STOP
+        self,
+        base: str,
+        rule: SamplingRule | None = None,
+        *,
+        stop: tuple[int, ...] = STOP,
+        ending: Ending | None = None,
     ) -> None:
-        self.rule = rule or SamplingRule()
-        settings = TransformersSettings(base, ModelConfig(), NUM_TOKENS, self.rule, stop)
+        self.rule = dataclasses.replace(rule or SamplingRule(), stop_token_ids=stop)
+        settings = TransformersSettings(
+            base, ModelConfig(), self.rule, ending or Ending(NUM_TOKENS)
+        )
         self.engine = TransformersEngine(settings)
         self.model = attach(
             load_causal_lm(base, ModelConfig()), LoraConfig(r=4), "CAUSAL_LM", seed=0, dropout=0.0
@@ -69,7 +78,7 @@ class Served:
         ids = torch.tensor([[*prompt, *tokens.tolist()]])
         logits = self.model(ids).logits[0, len(prompt) - 1 : -1]
         return (
-            self.rule.logits(logits)
+            self.rule.logits(logits, steps_BT=torch.arange(len(tokens)))
             .log_softmax(-1)
             .gather(1, ids[0, len(prompt) :, None])[:, 0]
             .numpy()
@@ -86,7 +95,14 @@ def served(base: str) -> Served:
 
 @pytest.mark.parametrize(
     "rule",
-    [SamplingRule(), SamplingRule(0.6), SamplingRule(top_k=4), SamplingRule(0.6, 40, 0.5)],
+    [
+        SamplingRule(),
+        SamplingRule(0.6),
+        SamplingRule(top_k=4),
+        SamplingRule(0.6, 40, 0.5),
+        SamplingRule(min_tokens=4),
+        SamplingRule(0.6, 40, 0.9, min_tokens=NUM_TOKENS),
+    ],
 )
 def test_logprobs_are_those_of_a_plain_forward(base: str, rule: SamplingRule) -> None:
     served = Served(base, rule)
@@ -153,6 +169,69 @@ def test_stop_tokens_end_a_response_and_belong_to_it(base: str) -> None:
         assert stops[-1] or len(stops) == NUM_TOKENS
         assert len(result.logprobs) == len(stops)
     assert {len(result.token_ids) for result in results} > {1, 2, 3}
+
+
+def many(count: int) -> list[SampleRequest]:
+    """Requests that differ by their seed alone."""
+    return [SampleRequest(i, REQUESTS[0].prompt, seed=i) for i in range(count)]
+
+
+def test_no_stop_token_comes_before_its_time(base: str) -> None:
+    """Of half the vocabulary: without a minimum, half of the responses would end at once."""
+    stop = tuple(range(0, 300, 2))
+    served = Served(base, SamplingRule(min_tokens=4), stop=stop)
+    served.serve(served.state(0.3))
+    results = served.sample(many(64))
+    assert all(token not in stop for result in results for token in result.token_ids[:4])
+    assert {len(result.token_ids) for result in results} > {5, 6, 7}
+    assert all(len(result.token_ids) > 4 for result in results)
+
+
+def test_each_response_has_a_limit_of_its_own_and_no_more_than_that(base: str) -> None:
+    ending = Ending(NUM_TOKENS, limits=(3, 8))
+    served = Served(base, stop=(), ending=ending)
+    served.serve(served.state(0.3))
+    results = served.sample(many(40))
+    lengths = [len(result.token_ids) for result in results]
+    assert lengths == [ending.limit(seed) for seed in range(40)]
+    assert set(lengths) == {3, 4, 5, 6, 7}
+    assert {result.finish_reason for result in results} == {"length"}
+    (alone,) = served.sample(many(40)[-1:])
+    assert alone.token_ids.tolist() == results[-1].token_ids.tolist()
+
+
+def test_without_stop_tokens_an_end_is_a_token_like_others(base: str) -> None:
+    whole, ending = Served(base, stop=()), Served(base, stop=tuple(range(0, 300, 2)))
+    for served in (whole, ending):
+        served.serve(served.state(0.3))
+    pairs = zip(whole.sample(many(16)), ending.sample(many(16)), strict=True)
+    for result, cut in pairs:
+        length = len(cut.token_ids)
+        assert len(result.token_ids) == NUM_TOKENS
+        assert result.finish_reason == "length"
+        assert result.token_ids[:length].tolist() == cut.token_ids.tolist()
+        np.testing.assert_allclose(result.logprobs[:length], cut.logprobs, atol=1e-6)
+
+
+def test_a_stop_string_ends_a_response_and_stays_in_it(base: str) -> None:
+    ending = Ending(NUM_TOKENS, strings=("e", "list"))
+    whole = Served(base, stop=())
+    served = Served(base, SamplingRule(min_tokens=2), stop=(), ending=ending)
+    for engine in (whole, served):
+        engine.serve(engine.state(0.3))
+    spell = load_tokenizer(base).decode
+    reasons = set()
+    for result, uncut in zip(served.sample(many(64)), whole.sample(many(64)), strict=True):
+        length = len(result.token_ids)
+        assert uncut.token_ids[:length].tolist() == result.token_ids.tolist()
+        np.testing.assert_allclose(uncut.logprobs[:length], result.logprobs, atol=1e-6)
+        late = [spell(result.token_ids[2:end].tolist()) for end in (length - 1, length)]
+        assert not any("e" in text or "list" in text for text in late[:1])
+        completed = "e" in late[1] or "list" in late[1]
+        assert result.finish_reason == ("stop" if completed else "length")
+        assert completed or length == NUM_TOKENS
+        reasons.add(result.finish_reason)
+    assert reasons == {"stop", "length"}
 
 
 def test_the_adapter_is_read_back_from_the_model(base: str) -> None:

@@ -1,7 +1,9 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.models.loading import load_causal_lm
@@ -44,6 +46,40 @@ def test_every_stop_token_ends_an_answer(base: Path) -> None:
     first = output[4]
     stopped = generator(base, temperature=0.0, stop_token_ids=(299, first))
     assert stopped._generate(PROMPT, 0)[0].tolist() == output[:5]
+
+
+def test_no_answer_ends_before_its_time(base: Path) -> None:
+    ends = tuple(range(0, 300, 2))
+    found = generator(base, stop_token_ids=ends, min_tokens=4, max_tokens=12)
+    answers = [found._generate(PROMPT, seed)[0].tolist()[4:] for seed in range(8)]
+    assert all(token % 2 for answer in answers for token in answer[:4])
+    assert all((len(answer) > 4 and answer[-1] % 2 == 0) or len(answer) == 12 for answer in answers)
+    short = generator(base, stop_token_ids=ends, min_tokens=4, max_tokens=2)
+    assert len(short._generate(PROMPT, 0)[0]) == 6
+
+
+def test_a_stop_string_ends_an_answer_and_stays_in_it(base: Path) -> None:
+    whole = generator(base, max_tokens=12, stop_token_ids=(299,))
+    found = generator(base, max_tokens=12, stop_token_ids=(299,), stop=("s", "o"), min_tokens=2)
+    ended = 0
+    for seed in range(3):
+        tokens, uncut = (g._generate(PROMPT, seed)[0].tolist()[4:] for g in (found, whole))
+        assert uncut[: len(tokens)] == tokens
+        spelt = [found.tokenizer.decode(tokens[2:end]) for end in (len(tokens) - 1, len(tokens))]
+        assert not set("so") & set(spelt[0])
+        assert set("so") & set(spelt[1]) or len(tokens) == 12
+        ended += bool(set("so") & set(spelt[1]))
+        assert "".join(found.stream(PROMPT, seed)) == found.answer(PROMPT, seed)
+    assert ended
+
+
+def test_the_generation_config_of_the_folder_changes_nothing(base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    own = {"do_sample": True, "repetition_penalty": 3.0, "min_p": 0.1}
+    GenerationConfig(**own).save_pretrained(folder)
+    found, plain = (generator(path, max_tokens=12) for path in (folder, base))
+    for seed in range(4):
+        assert found._generate(PROMPT, seed).tolist() == plain._generate(PROMPT, seed).tolist()
 
 
 def test_a_failure_reaches_whoever_reads_the_stream(base: Path) -> None:
