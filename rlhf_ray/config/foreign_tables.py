@@ -42,6 +42,10 @@ vf_coef                           critic.learning_rate             the critic ha
 response_length                   rollout.max_tokens
 max_new_tokens                    rollout.max_tokens
 max_completion_length             rollout.max_tokens
+min_new_tokens                    rollout.min_tokens
+output_min_length                 rollout.length_sampler           min
+output_max_length                 rollout.length_sampler           max, never drawn itself
+missing_eos_penalty               ppo.missing_eos_penalty
 max_prompt_length                 rollout.max_prompt_tokens
 use_vllm                          rollout.engine                   vllm
 vllm_mode                         generators.num                   generators are processes of their own
@@ -267,6 +271,7 @@ actor_rollout_ref.rollout.n                            ppo.samples_per_prompt
 actor_rollout_ref.rollout.temperature                  rollout.temperature
 actor_rollout_ref.rollout.top_k                        rollout.top_k                    -1 there is 0 here
 actor_rollout_ref.rollout.top_p                        rollout.top_p
+actor_rollout_ref.rollout.ignore_eos                   rollout.ignore_eos
 actor_rollout_ref.rollout.dtype                        rollout.dtype
 actor_rollout_ref.rollout.prompt_length                rollout.max_prompt_tokens
 actor_rollout_ref.rollout.response_length              rollout.max_tokens

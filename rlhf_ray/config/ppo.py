@@ -211,6 +211,12 @@ class PpoConfig(Section):
         description="Token that gets the score; first_pad: the one after the last, if there is "
         "room below rollout.max_tokens.",
     )
+    missing_eos_penalty: float = Field(
+        default=0.0,
+        ge=0,
+        description="Subtracted from the score of a response that did not end by itself, after "
+        "baseline, scaling and clip of the sources; score units.",
+    )
     max_staleness: int = Field(
         default=0, ge=0, le=0, description="Versions a rollout may lag; 0: on-policy."
     )

@@ -173,6 +173,7 @@ class Config(Section):
         if self.cluster.gpus_per_actor < 1:
             self._groups_are_one_rank()
         self._truncation_is_corrected()
+        self._responses_can_end()
         if self.cluster.mode == "inline":
             self._inline_is_one_process()
         return self
@@ -258,6 +259,15 @@ class Config(Section):
                 f"learner ({self.model.dtype}, quantization {self.model.quantization}) round "
                 "differently and so do not keep the same tokens. Set ppo.importance_cap (2 is "
                 "usual), which weighs that out, or float32 on both sides, or neither of the two"
+            )
+
+    def _responses_can_end(self) -> None:
+        penalty = self.ppo.missing_eos_penalty
+        if penalty and self.rollout.ignore_eos and not self.rollout.stop:
+            raise ValueError(
+                f"ppo.missing_eos_penalty {penalty:g} would fall on every response, as with "
+                "rollout.ignore_eos none ends by itself; set one of them, or stop strings in "
+                "rollout.stop"
             )
 
     def _inline_is_one_process(self) -> None:

@@ -153,7 +153,9 @@ class PpoLoop:
             batch = sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
         _require_whole(batch, config.ppo.batch_size, self._state.version)
         self._guard.check(batch)
-        batch, self._reward_moments = with_scores(batch, config.rewards, self._state.reward_moments)
+        batch, self._reward_moments = with_scores(
+            batch, config.rewards, self._state.reward_moments, config.ppo.missing_eos_penalty
+        )
         return batch
 
     async def _score(self, shard: Shard) -> ScoredShard:

@@ -21,9 +21,15 @@ def joined(parts: Sequence[RawScores]) -> RawScores:
 
 
 def with_scores(
-    batch: Sequence[ScoredShard], sources: Sequence[SourceConfig], moments: PlainMoments
+    batch: Sequence[ScoredShard],
+    sources: Sequence[SourceConfig],
+    moments: PlainMoments,
+    missing_eos_penalty: float = 0.0,
 ) -> tuple[list[ScoredShard], PlainMoments]:
     """A whole batch, in prompt order, with what is learnt from; and the moments after it.
+
+    The penalty comes last, off the combined score of each response that did not end by itself:
+    no source's moments, clip or raw score know of it, and one without a score gets it as well.
 
     Raises:
         DivergenceError: no source scored any response.
@@ -31,8 +37,14 @@ def with_scores(
     known = {name: Moments(*values) for name, values in moments.items()}
     combined = combine(sources, joined([scored.raw_scores for scored in batch]), known)
     scores = iter(combined.scores)
+    penalties = {True: 0.0, False: missing_eos_penalty}
     filled = [
-        replace(scored, scores=tuple(next(scores) for _ in scored.shard.info.positions))
+        replace(
+            scored,
+            scores=tuple(
+                next(scores) - penalties[stopped] for stopped in scored.shard.info.stopped
+            ),
+        )
         for scored in batch
     ]
     plain = {

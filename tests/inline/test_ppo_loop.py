@@ -9,8 +9,9 @@ import pytest
 from harness import Harness, make_config
 
 from rlhf_ray.driver.checkpoint import Checkpoints
-from rlhf_ray.engines.fake import FakeEngine
+from rlhf_ray.engines.fake import SHORT, FakeEngine
 from rlhf_ray.errors import ActorFailure
+from rlhf_ray.models.ending import Ending
 
 
 def test_an_iteration_generates_scores_learns_commits_and_publishes(tmp_path: Path) -> None:
@@ -200,13 +201,13 @@ def test_the_seed_decides_the_metrics(tmp_path: Path) -> None:
     assert one.metrics() != seeded.metrics()
 
 
-def test_number_and_order_of_generators_change_nothing(tmp_path: Path) -> None:
-    one = Harness(make_config(tmp_path / "one"))
+@pytest.mark.parametrize("ending", [SHORT, Ending(8, strings=("7",), limits=(2, 8))])
+def test_number_and_order_of_generators_change_nothing(tmp_path: Path, ending: Ending) -> None:
+    one = Harness(make_config(tmp_path / "one"), [FakeEngine(ending=ending)])
     one.run()
     delays = (0.02, 0.0, 0.01)
-    three = Harness(
-        make_config(tmp_path / "three"), [FakeEngine(delay_s=delay) for delay in delays]
-    )
+    engines = [FakeEngine(ending=ending, delay_s=delay) for delay in delays]
+    three = Harness(make_config(tmp_path / "three"), engines)
     three.run()
     assert [engine.calls["sample"] for engine in one.engines] != [0]
     assert all(engine.calls["sample"] > 2 for engine in three.engines)
@@ -214,6 +215,25 @@ def test_number_and_order_of_generators_change_nothing(tmp_path: Path) -> None:
     assert any(a > b for a, b in pairwise(done) if a[0] == b[0]), "the order must have differed"
     assert three.metrics() == one.metrics()
     assert three.records("completions") == one.records("completions")
+
+
+def test_what_does_not_end_is_learnt_with_a_penalty_and_logged_without(tmp_path: Path) -> None:
+    plain, penalised = (
+        Harness(make_config(tmp_path / str(p), missing_eos_penalty=p, iterations=1))
+        for p in (0.0, 0.5)
+    )
+    for harness in (plain, penalised):
+        harness.run()
+    (before,), (after,) = plain.metrics(), penalised.metrics()
+    assert 0 < before["response_length/eos_share"] < 1
+    paid = 0.5 * (1 - before["response_length/eos_share"])
+    assert after["objective/scores"] == before["objective/scores"]
+    assert after["objective/rlhf_reward"] == pytest.approx(before["objective/rlhf_reward"] - paid)
+    assert after["objective/non_score_reward"] == pytest.approx(
+        before["objective/non_score_reward"]
+    )
+    raw = [[r["score"] for r in h.records("completions")] for h in (plain, penalised)]
+    assert raw[0] == raw[1]
 
 
 def test_the_kl_coefficient_follows_the_controller(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""What a config may say of how responses are sampled and end."""
+
+import pytest
+
+from rlhf_ray.config.load import load
+from rlhf_ray.errors import ConfigError
+
+SAMPLER = "rollout.length_sampler={min: 32, max: 128}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.min_tokens=65"], r"rollout\.min_tokens 65 exceeds rollout\.max_tokens 64"),
+        ([SAMPLER], r"rollout\.length_sampler\.max 128 exceeds rollout\.max_tokens 64"),
+        (
+            ["rollout.max_tokens=128", SAMPLER, "rollout.min_tokens=33"],
+            r"rollout\.min_tokens 33 exceeds rollout\.length_sampler\.min 32",
+        ),
+        (["rollout.length_sampler={min: 9, max: 9}"], r"min 9 must be below its max 9"),
+        (["rollout.length_sampler={min: 0, max: 9}"], r"rollout\.length_sampler\.min"),
+        (["rollout.length_sampler={min: 9}"], r"rollout\.length_sampler\.max: Field required"),
+        (['rollout.stop=["\\n", ""]'], r"rollout\.stop: holds an empty string"),
+        (
+            ["rollout.ignore_eos=true", "rollout.min_tokens=4"],
+            r"min_tokens 4 keeps .*ignore_eos lets .*; set one",
+        ),
+        (
+            ["rollout.ignore_eos=true", "ppo.missing_eos_penalty=1.0"],
+            r"missing_eos_penalty 1 would fall on every response",
+        ),
+        (["ppo.missing_eos_penalty=-1.0"], r"ppo\.missing_eos_penalty"),
+        (
+            ["rollout.repetition_penalty=1.1"],
+            r"rollout\.repetition_penalty 1\.1 would draw .* leave it out",
+        ),
+        (["rollout.min_p=0.1"], r"rollout\.min_p 0\.1 would draw"),
+        (["rollout.logit_bias={7: -100}"], r"rollout\.logit_bias \{7: -100\} would draw"),
+        (
+            ["rollout.engine_args.override_generation_config={repetition_penalty: 1.1}"],
+            r"engine_args\.override_generation_config \{'repetition_penalty': 1\.1\} would draw",
+        ),
+        (
+            ["rollout.engine_args.logits_processors=[mine:Processor]"],
+            r"engine_args\.logits_processors \['mine:Processor'\] would draw",
+        ),
+        (
+            ["rollout.engine_args.generation_config=auto"],
+            r"may not contain 'generation_config' \(set by rollout",
+        ),
+        (
+            ["rollout.engine_args.skip_tokenizer_init=true"],
+            r"may not contain 'skip_tokenizer_init' \(set by rollout\.stop",
+        ),
+    ],
+)
+def test_what_cannot_be_or_would_bias_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, overrides)
+
+
+def test_what_is_corrected_or_distorts_nothing_is_taken() -> None:
+    overrides = ["rollout.max_tokens=128", SAMPLER, "rollout.min_tokens=32"]
+    rollout = load(None, [*overrides, 'rollout.stop=["\\nQuestion:"]']).rollout
+    assert rollout.length_sampler is not None
+    assert (rollout.length_sampler.min, rollout.length_sampler.max) == (32, 128)
+    assert rollout.stop == ["\nQuestion:"]
+    stackllama = load(None, ["rollout.max_tokens=128", SAMPLER, "rollout.ignore_eos=true"])
+    assert stackllama.rollout.ignore_eos
+    load(None, ["rollout.min_tokens=64"])
+    load(None, ["rollout.ignore_eos=true", "rollout.stop=[x]", "ppo.missing_eos_penalty=1.0"])
