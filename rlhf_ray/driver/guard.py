@@ -1,10 +1,10 @@
-"""What must hold before a batch is learnt."""
+"""What must hold before a batch is learnt, and before what was learnt is committed."""
 
 import math
 from collections.abc import Mapping, Sequence
 
-from rlhf_ray.errors import DivergenceError, WeightSyncError
-from rlhf_ray.types import ScoredShard
+from rlhf_ray.errors import DivergenceError, RlhfError, WeightSyncError
+from rlhf_ray.types import ScoredShard, StepReport
 
 CALIBRATION_FACTOR = 10.0
 FLOOR, CEILING = 1e-4, 0.01
@@ -62,4 +62,41 @@ def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
         raise DivergenceError(
             f"Iteration {iteration}: {', '.join(broken)} not finite. The last commit is whole; "
             "lower ppo.learning_rate or critic.learning_rate, or raise ppo.kl_coef, and go on"
+        )
+
+
+def num_rollouts(batch: Sequence[ScoredShard]) -> int:
+    """Samples of a batch."""
+    return sum(len(scored.shard.info.positions) for scored in batch)
+
+
+def require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -> None:
+    """A sample is never lost or learnt twice, and each is of the current policy.
+
+    Raises:
+        RlhfError: a sample is missing, there twice, or of another version.
+    """
+    positions = sorted(position for scored in batch for position in scored.shard.info.positions)
+    if positions != list(range(batch_size)):
+        raise RlhfError(
+            f"The batch holds {len(positions)} samples ({len(set(positions))} distinct) where "
+            f"{batch_size} were asked for: a shard was lost or came twice"
+        )
+    stale = {v for scored in batch for v in scored.shard.info.versions} - {version}
+    if stale:
+        raise RlhfError(
+            f"The batch holds samples of versions {sorted(stale)}, {version} is current"
+        )
+
+
+def require_all_learnt(report: StepReport, num_samples: int) -> None:
+    """Every sample is learnt once.
+
+    Raises:
+        RlhfError: a group learnt fewer, or more.
+    """
+    if report.samples_learnt != num_samples:
+        raise RlhfError(
+            f"A learner group learnt {report.samples_learnt} of the {num_samples} samples that "
+            "were generated: its ranks did not share the batch out once"
         )

@@ -18,9 +18,8 @@ def iteration_metrics(
     stats: AssembledStats,
     reports: Sequence[StepReport],
     kl_coef: float,
-    seconds: float,
 ) -> dict[str, float]:
-    """Metrics of one iteration, by registered name.
+    """Metrics of one iteration but for its time, by registered name.
 
     Args:
         sources: of the rewards.
@@ -28,7 +27,6 @@ def iteration_metrics(
         stats: their sums over all ranks.
         reports: of the policy's and the critic's learning.
         kl_coef: coefficient that the token rewards were made with.
-        seconds: whole iteration.
     """
     lengths = [length for scored in batch for length in scored.shard.info.response_lengths]
     stopped = [stop for scored in batch for stop in scored.shard.info.stopped]
@@ -48,13 +46,19 @@ def iteration_metrics(
         "response_length/eos_share": fmean(stopped),
         "sampler/gap_mean": sum(g.mean * g.num_tokens for g in gaps) / stats.num_tokens,
         "sampler/gap_max": max(gap.largest for gap in gaps),
-        "timing_s/iteration": seconds,
-        "throughput/episodes_per_s": stats.num_samples / seconds,
-        "throughput/tokens_per_s": stats.num_tokens / seconds,
     }
     for report in reports:
         metrics |= report.metrics
     return metrics
+
+
+def pace_metrics(stats: AssembledStats, seconds: float) -> dict[str, float]:
+    """Time and throughput of an iteration that took ``seconds`` in all, by registered name."""
+    return {
+        "timing_s/iteration": seconds,
+        "throughput/episodes_per_s": stats.num_samples / seconds,
+        "throughput/tokens_per_s": stats.num_tokens / seconds,
+    }
 
 
 def run_summary(history: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,17 @@ from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import PromptCursor, sample_requests, shard_requests
 from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.guard import SamplerGapGuard, refuse_non_finite
-from rlhf_ray.driver.metrics import iteration_metrics, run_summary
+from rlhf_ray.driver.guard import (
+    SamplerGapGuard,
+    num_rollouts,
+    refuse_non_finite,
+    require_all_learnt,
+    require_whole,
+)
+from rlhf_ray.driver.metrics import iteration_metrics, pace_metrics, run_summary
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.scoring import PlainMoments, with_scores
 from rlhf_ray.driver.weight_sync import WeightSync
-from rlhf_ray.errors import RlhfError
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.roles import Critic, Generators, Policy, Reference, RewardScorer
@@ -129,9 +134,11 @@ class PpoLoop:
         started = time.time()
         batch = await self._rollout(iteration)
         stats, reports = await self._learn(batch, iteration)
+        metrics = iteration_metrics(self._config.rewards, batch, stats, reports, self._kl.coef)
         await self._commit(batch, stats, reports, iteration)
         await self._publish(iteration)
-        await self._record(batch, stats, reports, iteration, time.time() - started)
+        metrics |= pace_metrics(stats, time.time() - started)
+        await self._record(batch, metrics, iteration)
         if iteration == self._config.ppo.iterations or iteration % self._config.ppo.save_every == 0:
             await self._save()
         if self._evaluation_is_due():
@@ -151,7 +158,7 @@ class PpoLoop:
                 scoring.append(asyncio.ensure_future(self._score(shard)))
         with self._recorder.phase("score", iteration):
             batch = sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
-        _require_whole(batch, config.ppo.batch_size, self._state.version)
+        require_whole(batch, config.ppo.batch_size, self._state.version)
         self._guard.check(batch)
         batch, self._reward_moments = with_scores(
             batch, config.rewards, self._state.reward_moments, config.ppo.missing_eos_penalty
@@ -185,7 +192,7 @@ class PpoLoop:
             reports = await asyncio.gather(*(learner.learn(mean, std) for learner in learners))
         for report in reports:
             refuse_non_finite(report.metrics, iteration)
-            _require_all_learnt(report, _num_rollouts(batch))
+            require_all_learnt(report, num_rollouts(batch))
         return stats, reports
 
     async def _commit(
@@ -196,7 +203,6 @@ class PpoLoop:
         iteration: int,
     ) -> None:
         """Make the iteration's outcome the state that everything starts from."""
-        self._kl_coef_used = self._kl.coef
         per_token = self._config.ppo.kl_target_per_token is not None
         num_kls = stats.num_tokens if per_token else stats.num_samples
         self._kl.update(stats.kl_total / num_kls, stats.num_samples)
@@ -206,7 +212,7 @@ class PpoLoop:
             iteration=iteration,
             version=state.version + 1,
             prompts_drawn=state.prompts_drawn + self._config.num_prompts_per_iteration,
-            samples_generated=state.samples_generated + _num_rollouts(batch),
+            samples_generated=state.samples_generated + num_rollouts(batch),
             samples_learnt=state.samples_learnt + reports[0].samples_learnt,
             kl_coef=self._kl.coef,
             # A bound that was given holds for as long as it is given.
@@ -237,17 +243,10 @@ class PpoLoop:
             await self._sync.publish(self._roles.generators.members, self._state.version)
 
     async def _record(
-        self,
-        batch: Sequence[ScoredShard],
-        stats: AssembledStats,
-        reports: Sequence[StepReport],
-        iteration: int,
-        seconds: float,
+        self, batch: Sequence[ScoredShard], metrics: Mapping[str, float], iteration: int
     ) -> None:
-        metrics = iteration_metrics(
-            self._config.rewards, batch, stats, reports, self._kl_coef_used, seconds
-        )
-        metrics |= {"policy/version": self._state.version, "episode": self._state.samples_learnt}
+        state = self._state
+        metrics = {**metrics, "policy/version": state.version, "episode": state.samples_learnt}
         self._recorder.log(iteration, metrics)
         rollouts = await self._roles.fetch(batch[0].shard.rollouts)
         scores = raw_sums(self._config.rewards, batch[0].raw_scores)
@@ -293,30 +292,3 @@ def _kl_controller(config: Config) -> KLController:
 def _whitens(config: Config) -> bool:
     chosen = config.ppo.whiten_advantages
     return resolve(config.ppo.advantage).whitened if chosen is None else chosen
-
-
-def _num_rollouts(batch: Sequence[ScoredShard]) -> int:
-    return sum(len(scored.shard.info.positions) for scored in batch)
-
-
-def _require_all_learnt(report: StepReport, num_rollouts: int) -> None:
-    if report.samples_learnt != num_rollouts:
-        raise RlhfError(
-            f"A learner group learnt {report.samples_learnt} of the {num_rollouts} samples that "
-            "were generated: its ranks did not share the batch out once"
-        )
-
-
-def _require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -> None:
-    """A sample is never lost or learnt twice, and each is of the current policy."""
-    positions = sorted(position for scored in batch for position in scored.shard.info.positions)
-    if positions != list(range(batch_size)):
-        raise RlhfError(
-            f"The batch holds {len(positions)} samples ({len(set(positions))} distinct) where "
-            f"{batch_size} were asked for: a shard was lost or came twice"
-        )
-    stale = {v for scored in batch for v in scored.shard.info.versions} - {version}
-    if stale:
-        raise RlhfError(
-            f"The batch holds samples of versions {sorted(stale)}, {version} is current"
-        )

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import Config
-from rlhf_ray.driver.metrics import iteration_metrics, run_summary
+from rlhf_ray.driver.metrics import iteration_metrics, pace_metrics, run_summary
 from rlhf_ray.driver.ppo_loop import RunState
 from rlhf_ray.observability.metrics import check
 from rlhf_ray.types import AssembledStats, Gap, ScoredShard, Shard, ShardInfo, StepReport
@@ -35,7 +35,8 @@ def test_an_iteration_in_numbers() -> None:
         StepReport({"loss/value_avg": 0.25}, 3, 15),
     ]
     sources = Config().rewards
-    metrics = iteration_metrics(sources, batch, stats, reports, kl_coef=0.2, seconds=5.0)
+    metrics = iteration_metrics(sources, batch, stats, reports, kl_coef=0.2)
+    metrics |= pace_metrics(stats, seconds=5.0)
     check(metrics)  # every name is registered
     assert metrics == pytest.approx(
         {
