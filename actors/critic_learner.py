@@ -9,7 +9,7 @@ import numpy as np
 from peft import PeftModel
 from torch import Tensor
 
-from actors.learner import Learner, Sums
+from actors.learner import Learner
 from rlhf_ray.algorithms.assembly import Assembled
 from rlhf_ray.algorithms.experience import Experience, response_logits
 from rlhf_ray.algorithms.losses import value_loss
@@ -29,6 +29,8 @@ from rlhf_ray.types import AssembledStats, Rollout
 
 class CriticLearner(Learner):
     """Trains an adapter and a value head, which starts at zero or, by critic.init, as scores."""
+
+    grad_norm_name = "val/grad_norm"
 
     def _build_model(self) -> Any:
         config = self._config
@@ -105,11 +107,8 @@ class CriticLearner(Learner):
             "val/clipfrac_avg": stats["clipfrac"],
         }
 
-    def _report(self, sums: Sums) -> dict[str, float]:
-        return {
-            "val/grad_norm": sums["grad_norm"],
-            "val/explained_variance": self._explained_variance,
-        }
+    def _report(self) -> dict[str, float]:
+        return {"val/explained_variance": self._explained_variance}
 
     def _peft_files(self) -> dict[str, bytes]:
         module = self._engine.module.classifier

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from rlhf_ray.algorithms.repetition import distinct_bigrams, repeats_a_token
 from rlhf_ray.engines.protocols import GenerationEngine, Sampled
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.types import (
@@ -66,12 +67,15 @@ class Generator:
             self._rollout(sample, result, request.version)
             for sample, result in zip(request.samples, sampled, strict=True)
         ]
+        responses = [rollout.response_ids.tolist() for rollout in rollouts]
         return rollouts, ShardInfo(
             index=request.index,
             positions=tuple(rollout.position for rollout in rollouts),
             response_lengths=tuple(len(rollout.response_ids) for rollout in rollouts),
             stopped=tuple(rollout.finish_reason == "stop" for rollout in rollouts),
             versions=tuple(rollout.version for rollout in rollouts),
+            repeating=tuple(map(repeats_a_token, responses)),
+            distinct_bigrams=tuple(map(distinct_bigrams, responses)),
         )
 
     def _rollout(self, sample: SampleRequest, result: Sampled, version: int) -> Rollout:

@@ -3,6 +3,8 @@
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from operator import add
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -21,12 +23,14 @@ from rlhf_ray.models.forward import sequence_of
 from rlhf_ray.types import AssembledStats, Rollout, StepReport
 
 LEARNER_STATE = "learner.safetensors"
-Sums = dict[str, float]
 EngineKind = Literal["deepspeed", "torch"]
 
 
 class Learner(ABC):
     """One rank of a learner group. ``start`` comes first, on all ranks at once."""
+
+    grad_norm_name: str
+    """Metric of its gradient norm."""
 
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         self._name = name
@@ -49,11 +53,11 @@ class Learner(ABC):
 
     @abstractmethod
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss of a micro-batch and its means over real tokens, by metric name."""
+        """Loss of a micro-batch and what `Tally.add` takes of it, by metric name."""
 
     @abstractmethod
-    def _report(self, sums: Sums) -> dict[str, float]:
-        """Metrics that are not means over tokens."""
+    def _report(self) -> dict[str, float]:
+        """Metrics of the iteration that are not of micro-batches."""
 
     def free_port(self) -> int:
         """A port on this rank's machine, for the group to meet at."""
@@ -166,16 +170,18 @@ class Learner(ABC):
             advantage_std: over the whole batch, all ranks, unbiased.
         """
         self._whiten(advantage_mean, advantage_std)
-        sums: Sums = {}
+        stepped, norms = Tally(), []
         for _ in range(self._config.ppo.epochs):
             for index, num_tokens in enumerate(self._mini_batch_tokens):
-                self._step(self._micro_batches(index), num_tokens, sums)
-        tokens = sums.pop("tokens")
-        steps = self._config.ppo.epochs * len(self._mini_batch_tokens)
-        grad_norm = sums.pop("grad_norm") / steps
-        metrics = {name: total / tokens for name, total in sums.items() if not name.startswith("=")}
+                mini_batch = self._backward(self._micro_batches(index), num_tokens)
+                if self._moves_weights(mini_batch, num_tokens):
+                    norms.append(self._engine.step())
+                    stepped.merge(mini_batch)
+                else:
+                    self._engine.discard()
+        norm = {self.grad_norm_name: fmean(norms)} if norms else {}
         return StepReport(
-            metrics=metrics | self._report(sums | {"grad_norm": grad_norm}),
+            metrics=stepped.means() | norm | self._report(),
             samples_learnt=sum(len(rows) for rows in self._my_rows),
             num_tokens=self._experience.num_tokens,
         )
@@ -190,24 +196,27 @@ class Learner(ABC):
             batch = self._experience.rows(torch.tensor([first + row for row in rows]))
             yield to_device(batch, self._engine.device)
 
-    def _step(self, batches: Iterator[Experience], num_tokens: int, sums: Sums) -> None:
-        """One optimizer step over a mini-batch.
+    def _backward(self, batches: Iterator[Experience], num_tokens: int) -> "Tally":
+        """Gradients of a mini-batch of ``num_tokens``, all ranks together.
 
         The denominator is the mini-batch's token count over the number of ranks, because the
         engine averages over ranks: the step is that of one process with all rows.
         """
-        remaining = list(batches)
+        tally, remaining = Tally(), list(batches)
         for number, batch in enumerate(remaining, start=1):
             loss, means = self._loss(batch, num_tokens / self._engine.world_size)
             self._engine.backward(loss, last=number == len(remaining))
-            tokens = batch.num_tokens
-            sums["tokens"] = sums.get("tokens", 0.0) + tokens
-            for name, mean in means.items():
-                if name.startswith("="):  # a maximum, not a mean
-                    sums[name] = max(sums.get(name, float("-inf")), float(mean))
-                else:
-                    sums[name] = sums.get(name, 0.0) + float(mean) * tokens
-        sums["grad_norm"] = sums.get("grad_norm", 0.0) + self._engine.step()
+            tally.add(means, batch.num_tokens)
+        return tally
+
+    def _moves_weights(self, mini_batch: "Tally", num_tokens: int) -> bool:
+        """Whether to step on a mini-batch; every rank must say the same.
+
+        Args:
+            mini_batch: this rank's rows of it.
+            num_tokens: of the whole of it, all ranks.
+        """
+        return True
 
     def state(self) -> tuple[dict[str, bytes], None]:
         """Optimizer state and PEFT folder as files; all ranks call, rank 0's is the one to keep."""
@@ -222,6 +231,41 @@ class Learner(ABC):
     def load(self, files: Mapping[str, bytes]) -> None:
         """Go back to a state, whatever number of ranks made it."""
         self._engine.import_state(tensors_from_bytes(files[LEARNER_STATE]))
+
+
+class Tally:
+    """Metrics of micro-batches: means over tokens, and maxima of names that end in ``_max``."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._totals: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, Tensor], num_tokens: int) -> None:
+        """Count a micro-batch."""
+        self._num_tokens += num_tokens
+        for name, value in metrics.items():
+            self._count(name, float(value) * (1 if name.endswith("_max") else num_tokens))
+
+    def merge(self, other: "Tally") -> None:
+        """Count what another one counted."""
+        self._num_tokens += other._num_tokens
+        for name, total in other._totals.items():
+            self._count(name, total)
+
+    def _count(self, name: str, total: float) -> None:
+        together = max if name.endswith("_max") else add
+        self._totals[name] = together(self._totals[name], total) if name in self._totals else total
+
+    def total(self, name: str) -> float:
+        """Sum over tokens."""
+        return self._totals[name]
+
+    def means(self) -> dict[str, float]:
+        """Every metric; none where nothing was counted."""
+        return {
+            name: total if name.endswith("_max") else total / self._num_tokens
+            for name, total in self._totals.items()
+        }
 
 
 def assembler(config: Config) -> Assembler:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.learner import EngineKind, Learner, Sums
+from actors.learner import EngineKind, Learner, Tally
 from rlhf_ray.algorithms.assembly import Assembled
 from rlhf_ray.algorithms.correction import truncated_importance_weights
 from rlhf_ray.algorithms.experience import Experience
@@ -47,10 +48,13 @@ PROBE_SCALES = [1e-3 * 1.5**step for step in range(18)]
 class PolicyLearner(Learner):
     """Trains the adapter; dropout off, log-probs by the rule that the engine draws by."""
 
+    grad_norm_name = "policy/grad_norm"
+
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         super().__init__(name, config, model_path, engine)
         self._policy_loss = resolve_policy_loss(config.ppo.policy_loss)
         self._rule = sampling_rule(config.rollout, stop_token_ids(model_path, config.template))
+        self._ratios: list[float] = []  # mean of each mini-batch, all ranks together
 
     def _build_model(self) -> Any:
         config = self._config
@@ -128,7 +132,7 @@ class PolicyLearner(Learner):
             "policy/clipfrac_avg": stats["clipfrac"],
             "policy/entropy_avg": masked_mean(entropy_BT.detach(), batch.mask_BT),
             "val/ratio": stats["ratio"],
-            "=val/ratio_max": stats["ratio_max"],
+            "val/ratio_max": stats["ratio_max"],
         }
         if ppo.entropy_coef:
             loss = loss - ppo.entropy_coef * masked_sum(entropy_BT, batch.mask_BT) / num_tokens
@@ -150,8 +154,24 @@ class PolicyLearner(Learner):
             batch.old_logprobs_BT, batch.rollout_logprobs_BT, batch.mask_BT, cap
         )
 
-    def _report(self, sums: Sums) -> dict[str, float]:
-        return {"policy/grad_norm": sums["grad_norm"], "val/ratio_max": sums["=val/ratio_max"]}
+    def _moves_weights(self, mini_batch: Tally, num_tokens: int) -> bool:
+        """Not where its mean ratio, over the tokens of all ranks, exceeds guards.ratio."""
+        guard = self._config.guards.ratio
+        if guard.action == "off":
+            return True
+        mean = self._engine.sum_over_ranks(mini_batch.total("val/ratio")) / num_tokens
+        self._ratios.append(math.inf if math.isnan(mean) else mean)
+        return guard.action == "warn" or self._ratios[-1] <= guard.max_mean
+
+    def _report(self) -> dict[str, float]:
+        ratios, self._ratios = self._ratios, []
+        if not ratios:
+            return {}
+        bound = self._config.guards.ratio.max_mean
+        return {
+            "val/ratio_minibatch_max": max(ratios),
+            "policy/ratio_exceeded": float(sum(ratio > bound for ratio in ratios)),
+        }
 
     def adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:
         """The current adapter: its bytes, and what it is. All ranks call."""

@@ -92,6 +92,10 @@ class ShardInfo:
     """[N] whether the response ended by itself."""
     versions: tuple[int, ...]
     """[N] adapter version that sampled each."""
+    repeating: tuple[bool, ...] = ()
+    """[N] whether it repeats a token `repetition.RUN` times or more in a row."""
+    distinct_bigrams: tuple[float, ...] = ()
+    """[N] share of distinct bigrams within the response."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,7 @@ chat_template_kwargs              template.kwargs
 kl_penalty                        ppo.kl_estimator                 kl: k1, mse: k2
 beta                              ppo.kl_coef                      GRPO's: with kl_in: loss and kl_estimator: k3
 epsilon_high                      ppo.clip_range_high
+ratio_threshold                   guards.ratio.max_mean
 delta                             ppo.dual_clip
 vllm_importance_sampling_cap      ppo.importance_cap
 """  # noqa: E501

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.cluster import ClusterConfig
 from rlhf_ray.config.data import DataConfig, PrepareConfig
+from rlhf_ray.config.guards import GuardsConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.config.ppo import (
     WITHOUT_CRITIC,
@@ -55,6 +56,7 @@ class Config(Section):
     reference: ReferenceConfig = Field(default=ReferenceConfig(), description="Frozen reference.")
     ppo: PpoConfig = Field(default=PpoConfig(), description="The algorithm.")
     rollout: RolloutConfig = Field(default=RolloutConfig(), description="Sampling.")
+    guards: GuardsConfig = Field(default=GuardsConfig(), description="What watches over PPO.")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="SFT against PPO.")
     trackers: TrackersConfig = Field(
         default=TrackersConfig(), description="Who else is told the metrics."

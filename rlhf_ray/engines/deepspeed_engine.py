@@ -100,6 +100,18 @@ class DeepSpeedEngine:
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
+    def discard(self) -> None:
+        """Drop the gradients: DeepSpeed frees them in a step alone, so take one and undo it."""
+        state = self.export_state()
+        self.step()
+        self.import_state(state)
+
+    def sum_over_ranks(self, value: float) -> float:
+        """The sum over the group, in float64."""
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
     def export_state(self) -> dict[str, torch.Tensor]:
         """fp32 weights and moments under parameter names, the same at any number of ranks."""
         return adam_state(
@@ -117,6 +129,9 @@ class DeepSpeedEngine:
         for entry in self._adam().state.values():
             if "step" in entry:
                 entry["step"] = torch.tensor(float(self._num_steps))
+            for key in MOMENTS if not self._num_steps else ():
+                if key in entry:
+                    entry[key].zero_()  # the state of a beginning has none to replace them
 
     def _make_moments(self) -> None:
         """Adam makes its moments in its first step: take one that moves nothing."""

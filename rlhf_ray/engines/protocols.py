@@ -71,6 +71,14 @@ class TrainingEngine(Protocol):
         """Take an optimizer step; returns the gradient norm before clipping."""
         ...
 
+    def discard(self) -> None:
+        """Drop the gradients instead of a step; neither weights nor moments move."""
+        ...
+
+    def sum_over_ranks(self, value: float) -> float:
+        """The sum of what each rank gives, in float64 and the same on all; every rank calls."""
+        ...
+
     def export_state(self) -> dict[str, torch.Tensor]:
         """Trainable weights (fp32) and Adam moments under parameter names; every rank calls."""
         ...

@@ -46,6 +46,14 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def sum_over_ranks(self, value: float) -> float:
+        """There is one rank."""
+        return value
+
     def export_state(self) -> dict[str, torch.Tensor]:
         """Weights and moments under parameter names."""
         return adam_state(

@@ -116,6 +116,20 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "over the iteration's response tokens",
         "1 - var(returns - values) / var(returns): 1: a perfect critic, 0: one that knows nothing.",
     ),
+    (
+        "val/ratio_minibatch_max",
+        "1",
+        "maximum over the iteration's mini-batches",
+        "Largest mean of pi / pi_old over the tokens of a mini-batch, which guards.ratio bounds; "
+        "infinite where it was NaN.",
+    ),
+    (
+        "policy/ratio_exceeded",
+        "1",
+        _SUM,
+        "Mini-batches over guards.ratio.max_mean; none of them moved the weights, unless "
+        "guards.ratio.action is warn.",
+    ),
     ("policy/grad_norm", "1", _BATCHES, "Policy's gradient norm before clipping."),
     ("val/grad_norm", "1", _BATCHES, "Critic's gradient norm before clipping."),
     ("response_length/mean", "tokens", _SAMPLES, "Response length."),
@@ -125,6 +139,19 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "share",
         "over samples",
         "Share of responses that ended by themselves, not at the token limit.",
+    ),
+    (
+        "response/repeating_share",
+        "share",
+        "over samples",
+        "Share of responses that repeat a token four times or more in a row; near 0 in a healthy "
+        "run, near 1 where the reward is gamed.",
+    ),
+    (
+        "response/distinct_bigrams",
+        "share",
+        _SAMPLES,
+        "Distinct-2: share of distinct bigrams within a response; falls where texts repeat.",
     ),
     (
         "sampler/gap_mean",
@@ -154,6 +181,12 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
     ),
     ("policy/version", "1", _LAST, "Adapter version that this iteration committed."),
     ("episode", "1", "sum since the start", "Rollouts learnt so far."),
+    (
+        "episode_set_aside",
+        "1",
+        "sum since the start",
+        "Rollouts whose learning guards.loss_spike rolled back so far.",
+    ),
     ("eval/score", "1", _HELD_OUT, "Raw score (weighted sum) on held-out prompts."),
     ("eval/gold", "1", _HELD_OUT, "Gold score, where the data has one; never trained on."),
     ("eval/kl", "nats", _HELD_OUT, "KL to the reference per response, as objective/kl."),

@@ -36,22 +36,42 @@ def build(recompute: bool = False) -> Any:
     return recompute_activations(model) if recompute else model
 
 
-def take_steps(engine: Any, first: int) -> list[float]:
-    """Learn the batches ``first`` to ``first + STEPS``, two micro-batches each; gradient norms."""
+def take_steps(engine: Any, first: int, discarding: bool = False) -> list[float]:
+    """Learn the batches ``first`` to ``first + STEPS``; gradient norms.
+
+    Args:
+        engine: one rank's.
+        first: number of the first batch.
+        discarding: whether the gradients of another batch are dropped before each step, and such
+            as are not finite as well.
+    """
     token_logprobs.CHUNK_LOGITS = 2 * VOCABULARY
-    num_tokens = int((LENGTH - PROMPT_LENGTHS_B).sum())
     norms = []
     for number in range(first, first + STEPS):
-        generator = torch.Generator().manual_seed(number)
-        ids_BS = torch.randint(0, VOCABULARY, (4, LENGTH), generator=generator)
-        mine = range(engine.rank, 4, engine.world_size)
-        micro_batches = torch.tensor(mine).chunk(2)
-        for index, rows in enumerate(micro_batches):
-            logprobs_BT = response_logprobs(engine.model, ids_BS[rows], PROMPT_LENGTHS_B[rows])
-            loss = -logprobs_BT.sum() / (num_tokens / engine.world_size)
-            engine.backward(loss, last=index == len(micro_batches) - 1)
+        for scale in (1.0, float("nan")) if discarding else ():
+            backward(engine, 100 + number, scale)
+            engine.discard()
+        backward(engine, number)
         norms.append(engine.step())
     return norms
+
+
+def backward(engine: Any, number: int, scale: float = 1.0) -> None:
+    """Gradients of a batch, two micro-batches, all ranks together."""
+    num_tokens = int(engine.sum_over_ranks(float((LENGTH - my_prompts(engine)).sum())))
+    generator = torch.Generator().manual_seed(number)
+    ids_BS = torch.randint(0, VOCABULARY, (4, LENGTH), generator=generator)
+    mine = range(engine.rank, 4, engine.world_size)
+    micro_batches = torch.tensor(mine).chunk(2)
+    for index, rows in enumerate(micro_batches):
+        logprobs_BT = response_logprobs(engine.model, ids_BS[rows], PROMPT_LENGTHS_B[rows])
+        loss = -logprobs_BT.sum() / (num_tokens / engine.world_size)
+        engine.backward(scale * loss, last=index == len(micro_batches) - 1)
+
+
+def my_prompts(engine: Any) -> Tensor:
+    """Prompt lengths of the rows that are a rank's."""
+    return PROMPT_LENGTHS_B[engine.rank :: engine.world_size]
 
 
 def response_logprobs(model: Any, ids_BS: Tensor, prompt_lengths_B: Tensor) -> Tensor:
@@ -73,6 +93,7 @@ def rank_main(
     recompute: bool,
     state: Any,
     first: int,
+    discarding: bool,
     queue: Any,
 ) -> None:
     torch.set_num_threads(1)
@@ -86,7 +107,7 @@ def rank_main(
     )
     if state is not None:
         engine.import_state({name: torch.from_numpy(value) for name, value in state.items()})
-    norms = take_steps(engine, first)
+    norms = take_steps(engine, first, discarding)
     exported = {name: value.numpy() for name, value in engine.export_state().items()}
     if rank == 0:
         queue.put((norms, exported))

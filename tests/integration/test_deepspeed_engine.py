@@ -23,7 +23,12 @@ BUFFERS, BUFFER = Path("/dev/shm"), "deepspeed_allreduce_buffer_*"
 
 
 def learn(
-    world_size: int, zero_stage: int, recompute: bool, state: Any, first: int
+    world_size: int,
+    zero_stage: int,
+    recompute: bool = False,
+    state: Any = None,
+    first: int = 0,
+    discarding: bool = False,
 ) -> tuple[list[float], Any]:
     """Run a group of ranks in processes; gradient norms and state of rank 0."""
     context = multiprocessing.get_context("spawn")
@@ -34,7 +39,7 @@ def learn(
     ranks = [
         context.Process(
             target=rank_main,
-            args=(rank, world_size, port, zero_stage, recompute, state, first, queue),
+            args=(rank, world_size, port, zero_stage, recompute, state, first, discarding, queue),
         )
         for rank in range(world_size)
     ]
@@ -81,6 +86,19 @@ def test_steps_and_state_do_not_depend_on_ranks_or_sharding(
     assert first_norms + then_norms == pytest.approx(expected_norms, rel=1e-4)
     assert set(state) == set(expected)
     assert int(state["num_steps"]) == 2 * STEPS
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            torch.from_numpy(state[name]), value, rtol=1e-4, atol=2e-5, msg=name
+        )
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_gradients_that_are_discarded_leave_nothing_behind(zero_stage: int) -> None:
+    engine = TorchEngine(build(), **OPTIMIZER)
+    expected_norms, expected = take_steps(engine, 0), engine.export_state()
+    norms, state = learn(2, zero_stage, discarding=True)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
+    assert int(state["num_steps"]) == STEPS
     for name, value in expected.items():
         torch.testing.assert_close(
             torch.from_numpy(state[name]), value, rtol=1e-4, atol=2e-5, msg=name
