@@ -21,6 +21,10 @@ class PromptCursor:
         self._prompts = prompts
         self._seed = seed
 
+    def __len__(self) -> int:
+        """Prompts of a pass."""
+        return len(self._prompts)
+
     def take(self, first: int, count: int) -> list[Prompt]:
         """Prompts number ``first`` to ``first + count`` of the endless sequence."""
         size = len(self._prompts)

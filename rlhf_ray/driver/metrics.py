@@ -1,10 +1,12 @@
 """What an iteration, and a whole run, came to."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from rlhf_ray.config.rewards import SourceConfig
+from rlhf_ray.driver.alarms import GUARDS
 from rlhf_ray.driver.scoring import joined, score_metrics
 from rlhf_ray.types import AssembledStats, ScoredShard, StepReport
 
@@ -30,6 +32,8 @@ def iteration_metrics(
     """
     lengths = [length for scored in batch for length in scored.shard.info.response_lengths]
     stopped = [stop for scored in batch for stop in scored.shard.info.stopped]
+    repeating = [repeats for scored in batch for repeats in scored.shard.info.repeating]
+    distinct = [share for scored in batch for share in scored.shard.info.distinct_bigrams]
     gaps = [scored.gap for scored in batch]
     kl = stats.kl_total / stats.num_samples
     learnt_from = sum(score for scored in batch for score in scored.scores)
@@ -44,6 +48,8 @@ def iteration_metrics(
         "response_length/mean": fmean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/eos_share": fmean(stopped),
+        "response/repeating_share": fmean(repeating),
+        "response/distinct_bigrams": fmean(distinct),
         "sampler/gap_mean": sum(g.mean * g.num_tokens for g in gaps) / stats.num_tokens,
         "sampler/gap_max": max(gap.largest for gap in gaps),
     }
@@ -61,12 +67,17 @@ def pace_metrics(stats: AssembledStats, seconds: float) -> dict[str, float]:
     }
 
 
-def run_summary(history: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> dict[str, Any]:
+def run_summary(
+    history: Sequence[Mapping[str, Any]],
+    state: Mapping[str, Any],
+    warnings: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """``ppo/summary.json``: the run in numbers.
 
     Args:
         history: every iteration's metrics.
         state: the final RunState as a mapping.
+        warnings: what the guards saw, a record an iteration and guard.
     """
 
     def mean(name: str, part: slice) -> float:
@@ -85,9 +96,11 @@ def run_summary(history: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) 
         "kl_last": mean("objective/kl", last),
         "samples_generated": state["samples_generated"],
         "samples_learnt": state["samples_learnt"],
+        "samples_set_aside": state["samples_set_aside"],
         "samples_requeued": state["samples_requeued"],
         "generator_restarts": state["generator_restarts"],
         "adapter_version": state["version"],
         "best_eval_score": state["best_score"],
+        "guards": dict.fromkeys(GUARDS, 0) | Counter(record["guard"] for record in warnings),
         "seconds": seconds | {"total": total},
     }

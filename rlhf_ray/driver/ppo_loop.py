@@ -8,31 +8,34 @@
 Each finished shard is scored while others still generate. An iteration starts from the last
 commit and ends in the next one, which the driver holds; generators only ever serve committed
 adapters. Every `ppo.save_every` iterations the commit is written to the run's folder as well.
+Before it is committed, the guards look at an iteration: they may stop the run, or ask to go back.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.algorithms.kl_controller import AdaptiveKL, FixedKL, KLController
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
+from rlhf_ray.driver.alarms import remembered
 from rlhf_ray.driver.batches import PromptCursor, sample_requests, shard_requests
 from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.guard import (
     SamplerGapGuard,
     num_rollouts,
-    refuse_non_finite,
     require_all_learnt,
     require_whole,
 )
 from rlhf_ray.driver.metrics import iteration_metrics, pace_metrics, run_summary
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.driver.scoring import PlainMoments, with_scores
+from rlhf_ray.driver.run_state import RunState
+from rlhf_ray.driver.scoring import with_scores
+from rlhf_ray.driver.watch import Watch
 from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
@@ -57,34 +60,6 @@ class Roles:
     def learners(self) -> dict[str, Policy | Critic]:
         """The groups that learn, by the names under which they are committed; policy first."""
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """What a commit holds besides the learners."""
-
-    iteration: int = 0
-    """Iterations done."""
-    version: int = 0
-    """Adapter version."""
-    prompts_drawn: int = 0
-    """Data cursor: prompts learnt from."""
-    samples_generated: int = 0
-    """Rollouts that came from generators and belong to a batch."""
-    samples_learnt: int = 0
-    """Rollouts that were learnt from."""
-    samples_requeued: int = 0
-    """Rollouts that were handed back by a generator and sampled again."""
-    generator_restarts: int = 0
-    """Generators that were started anew."""
-    kl_coef: float = 0.0
-    """Coefficient of the next iteration."""
-    gap_bound: float | None = None
-    """Bound on the sampler gap, once calibrated."""
-    reward_moments: PlainMoments = field(default_factory=dict)
-    """Running moments of the reward sources that are scaled by them."""
-    best_score: float | None = None
-    """Best held-out score so far."""
 
 
 class PpoLoop:
@@ -114,6 +89,7 @@ class PpoLoop:
         self._guard = SamplerGapGuard(
             config.engine_is_exact, config.rollout.max_gap or state.gap_bound
         )
+        self._watch = Watch(config.guards, recorder)
         self._kl = _kl_controller(config)
         self._whitens = _whitens(config)
         if state.iteration:
@@ -121,13 +97,18 @@ class PpoLoop:
 
     async def run(self) -> dict[str, Any]:
         """Prove the generators, then iterate to the end; returns the summary."""
+        config = self._config
+        self._watch.run(config.ppo.iterations * config.num_prompts_per_iteration, len(self._cursor))
+        if config.guards.loss_spike.action == "rollback":
+            await self._hold_commit()  # what the first iteration goes back to
         await self._sync.prove(self._roles.generators.members)
         await self._sync.publish(self._roles.generators.members, self._state.version)
         if self._evaluation_is_due():
             await self._evaluate()
-        while self._state.iteration < self._config.ppo.iterations:
+        while self._state.iteration < config.ppo.iterations:
             await self._iterate()
-        return run_summary(self._recorder.history(), asdict(self._state))
+        recorder = self._recorder
+        return run_summary(recorder.history(), asdict(self._state), recorder.warnings())
 
     async def _iterate(self) -> None:
         iteration = self._state.iteration + 1
@@ -135,7 +116,11 @@ class PpoLoop:
         batch = await self._rollout(iteration)
         stats, reports = await self._learn(batch, iteration)
         metrics = iteration_metrics(self._config.rewards, batch, stats, reports, self._kl.coef)
-        await self._commit(batch, stats, reports, iteration)
+        state = self._state
+        if self._watch.asks_to_go_back(iteration, metrics, state.losses, state.rollbacks_in_a_row):
+            await self._go_back(batch, iteration)
+        else:
+            await self._commit(batch, stats, metrics, iteration)
         await self._publish(iteration)
         metrics |= pace_metrics(stats, time.time() - started)
         await self._record(batch, metrics, iteration)
@@ -191,7 +176,6 @@ class PpoLoop:
             mean, std = (moments.mean, moments.std()) if self._whitens else (0.0, 1.0)
             reports = await asyncio.gather(*(learner.learn(mean, std) for learner in learners))
         for report in reports:
-            refuse_non_finite(report.metrics, iteration)
             require_all_learnt(report, num_rollouts(batch))
         return stats, reports
 
@@ -199,31 +183,58 @@ class PpoLoop:
         self,
         batch: Sequence[ScoredShard],
         stats: AssembledStats,
-        reports: Sequence[StepReport],
+        metrics: Mapping[str, float],
         iteration: int,
     ) -> None:
         """Make the iteration's outcome the state that everything starts from."""
         per_token = self._config.ppo.kl_target_per_token is not None
         num_kls = stats.num_tokens if per_token else stats.num_samples
         self._kl.update(stats.kl_total / num_kls, stats.num_samples)
-        state = self._state
+        state, window = self._state, self._config.guards.loss_spike.window
         self._state = replace(
+            self._state_behind(batch, iteration),
+            samples_learnt=state.samples_learnt + num_rollouts(batch),
+            reward_moments=self._reward_moments,
+            losses=remembered(state.losses, metrics, window),
+            rollbacks_in_a_row=0,
+        )
+        with self._recorder.phase("commit", iteration):
+            await self._hold_commit()
+
+    async def _go_back(self, batch: Sequence[ScoredShard], iteration: int) -> None:
+        """Make the last commit the next version again; the batch is set aside."""
+        state, groups = self._state, self._last_commit.groups
+        self._state = replace(
+            self._state_behind(batch, iteration),
+            samples_set_aside=state.samples_set_aside + num_rollouts(batch),
+            rollbacks_in_a_row=state.rollbacks_in_a_row + 1,
+        )
+        with self._recorder.phase("commit", iteration):
+            learners = self._roles.learners
+            await asyncio.gather(
+                *(learner.load(groups[name]) for name, learner in learners.items())
+            )
+            self._last_commit = Commit(self._state.version, groups, asdict(self._state))
+
+    def _state_behind(self, batch: Sequence[ScoredShard], iteration: int) -> RunState:
+        """What holds after an iteration, whatever became of its batch."""
+        state = self._state
+        return replace(
             state,
             iteration=iteration,
             version=state.version + 1,
             prompts_drawn=state.prompts_drawn + self._config.num_prompts_per_iteration,
             samples_generated=state.samples_generated + num_rollouts(batch),
-            samples_learnt=state.samples_learnt + reports[0].samples_learnt,
             kl_coef=self._kl.coef,
             # A bound that was given holds for as long as it is given.
             gap_bound=state.gap_bound if self._config.rollout.max_gap else self._guard.bound,
-            reward_moments=self._reward_moments,
         )
-        with self._recorder.phase("commit", iteration):
-            learners = self._roles.learners
-            states = await asyncio.gather(*(learner.state() for learner in learners.values()))
-            groups = dict(zip(learners, states, strict=True))
-            self._last_commit = Commit(self._state.version, groups, asdict(self._state))
+
+    async def _hold_commit(self) -> None:
+        learners = self._roles.learners
+        states = await asyncio.gather(*(learner.state() for learner in learners.values()))
+        groups = dict(zip(learners, states, strict=True))
+        self._last_commit = Commit(self._state.version, groups, asdict(self._state))
 
     async def _save(self) -> None:
         """Write the last commit to the run's folder, as the last act of its iteration.
@@ -246,7 +257,12 @@ class PpoLoop:
         self, batch: Sequence[ScoredShard], metrics: Mapping[str, float], iteration: int
     ) -> None:
         state = self._state
-        metrics = {**metrics, "policy/version": state.version, "episode": state.samples_learnt}
+        metrics = {
+            **metrics,
+            "policy/version": state.version,
+            "episode": state.samples_learnt,
+            "episode_set_aside": state.samples_set_aside,
+        }
         self._recorder.log(iteration, metrics)
         rollouts = await self._roles.fetch(batch[0].shard.rollouts)
         scores = raw_sums(self._config.rewards, batch[0].raw_scores)

@@ -1,4 +1,4 @@
-"""What the loop leaves for people: metrics, completions, evaluations, spans."""
+"""What the loop leaves for people: metrics, completions, evaluations, warnings, spans."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +29,13 @@ class Recorder:
             resume_after: last iteration whose records stay; None: a new run.
         """
         self._metrics_path, self._evals_path = folder / "metrics.jsonl", folder / "eval.jsonl"
-        metrics, self._evals, self._completions = (
+        self._warnings_path = folder / "warnings.jsonl"
+        metrics, self._evals, self._completions, self._warnings = (
             JsonlSink(folder / name)
-            for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl")
+            for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl", "warnings.jsonl")
         )
         kept = -1 if resume_after is None else resume_after
-        for sink in (metrics, self._evals, self._completions):
+        for sink in (metrics, self._evals, self._completions, self._warnings):
             sink.truncate_after("iteration", kept)
         local: list[Sink] = []
         if settings.tensorboard:
@@ -90,6 +91,14 @@ class Recorder:
         if iteration % self._completions_every == 0:
             current().table("completions", iteration, rows)
 
+    def warning(self, record: Mapping[str, Any]) -> None:
+        """What a guard saw in an iteration."""
+        self._warnings.append(record)
+
+    def warnings(self) -> list[dict[str, Any]]:
+        """What the guards saw so far."""
+        return read_jsonl(self._warnings_path)
+
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """A held-out evaluation with its table of samples."""
         self._evals.append(record)
@@ -108,3 +117,4 @@ class Recorder:
         self._sinks.close()
         self._evals.close()
         self._completions.close()
+        self._warnings.close()

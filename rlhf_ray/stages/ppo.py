@@ -15,8 +15,9 @@ from rlhf_ray.data.rows import Loaded
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.ppo_loop import PpoLoop, Roles, RunState
+from rlhf_ray.driver.ppo_loop import PpoLoop, Roles
 from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders

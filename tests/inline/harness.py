@@ -16,8 +16,9 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.ppo_loop import PpoLoop, Roles, RunState
+from rlhf_ray.driver.ppo_loop import PpoLoop, Roles
 from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.observability.progress import Bar
@@ -51,7 +52,7 @@ class SpyGenerator(GeneratorClient):
         return await super().publish(update)
 
 
-def make_config(folder: Path, **ppo: Any) -> Config:
+def make_config(folder: Path, guards: dict[str, Any] | None = None, **ppo: Any) -> Config:
     """A run of six iterations of eight rollouts, two of a prompt, in shards of three."""
     values = {
         "run": {"dir": str(folder)},
@@ -74,6 +75,7 @@ def make_config(folder: Path, **ppo: Any) -> Config:
             "kl_horizon": 80,
             **ppo,
         },
+        "guards": guards or {},
     }
     return resolve(values)
 

@@ -5,7 +5,7 @@ import pytest
 
 from rlhf_ray.config import Config
 from rlhf_ray.driver.metrics import iteration_metrics, pace_metrics, run_summary
-from rlhf_ray.driver.ppo_loop import RunState
+from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.observability.metrics import check
 from rlhf_ray.types import AssembledStats, Gap, ScoredShard, Shard, ShardInfo, StepReport
 
@@ -14,7 +14,15 @@ def shard(
     index: int, scores: tuple[float, ...], lengths: tuple[int, ...], gap: float
 ) -> ScoredShard:
     stopped = tuple(length < 8 for length in lengths)
-    info = ShardInfo(index, tuple(range(len(scores))), lengths, stopped, (0,) * len(scores))
+    info = ShardInfo(
+        index=index,
+        positions=tuple(range(len(scores))),
+        response_lengths=lengths,
+        stopped=stopped,
+        versions=(0,) * len(scores),
+        repeating=tuple(length > 6 for length in lengths),
+        distinct_bigrams=tuple(2 / length for length in lengths),
+    )
     gaps = Gap(gap, 2 * gap, sum(lengths))
     return ScoredShard(Shard(info, None), {"model": scores}, None, None, None, gaps, scores)
 
@@ -53,6 +61,8 @@ def test_an_iteration_in_numbers() -> None:
             "response_length/mean": 5.0,
             "response_length/max": 8.0,
             "response_length/eos_share": 2 / 3,
+            "response/repeating_share": 1 / 3,  # of samples, however they are cut into shards
+            "response/distinct_bigrams": (1 + 0.25 + 0.4) / 3,
             "sampler/gap_mean": 0.02,  # (10 * .01 + 5 * .04) / 15
             "sampler/gap_max": 0.08,
             "timing_s/iteration": 5.0,
@@ -81,13 +91,19 @@ def test_a_run_in_numbers() -> None:
     state = RunState(
         iteration=7,
         version=7,
-        samples_generated=56,
+        samples_generated=64,
         samples_learnt=56,
+        samples_set_aside=8,
         samples_requeued=3,
         generator_restarts=1,
         best_score=6.5,
     )
-    summary = run_summary([record(number) for number in range(1, 8)], asdict(state))
+    warnings = [
+        {"iteration": 0, "guard": "prompt_reuse"},
+        {"iteration": 2, "guard": "ratio"},
+        {"iteration": 3, "guard": "ratio"},
+    ]
+    summary = run_summary([record(number) for number in range(1, 8)], asdict(state), warnings)
     assert summary == {
         "iterations": 7,
         "episodes": 56,
@@ -95,12 +111,20 @@ def test_a_run_in_numbers() -> None:
         "reward_first": 3.0,  # of 1 to 5
         "reward_last": 5.0,  # of 3 to 7
         "kl_last": 10.0,
-        "samples_generated": 56,
+        "samples_generated": 64,
         "samples_learnt": 56,
+        "samples_set_aside": 8,
         "samples_requeued": 3,
         "generator_restarts": 1,
         "adapter_version": 7,
         "best_eval_score": 6.5,
+        "guards": {
+            "repetition": 0,
+            "negative_kl": 0,
+            "ratio": 2,  # iterations
+            "loss_spike": 0,
+            "prompt_reuse": 1,
+        },
         "seconds": {
             "gen": 3.5,
             "score": 3.5,
@@ -114,5 +138,5 @@ def test_a_run_in_numbers() -> None:
 
 
 def test_a_run_of_one_iteration_has_the_same_first_and_last() -> None:
-    summary = run_summary([record(1)], asdict(RunState(iteration=1, version=1)))
+    summary = run_summary([record(1)], asdict(RunState(iteration=1, version=1)), [])
     assert summary["reward_first"] == summary["reward_last"] == 1.0
