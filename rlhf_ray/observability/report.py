@@ -68,6 +68,7 @@ def render(files: RunFiles) -> str:
         status=_status(files),
         cards=list(_cards(files)),
         charts=sections.ppo_charts(files),
+        warnings=sections.warnings(files),
         supervised=sections.supervised(files),
         data=files.summaries.get("prepare", {}),
         quality=report_quality.quality_charts(files),

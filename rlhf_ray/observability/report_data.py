@@ -45,6 +45,8 @@ class RunFiles:
     """ppo/eval.jsonl."""
     completions: Sequence[Record]
     """ppo/completions.jsonl."""
+    warnings: Sequence[Record]
+    """ppo/warnings.jsonl: what the guards saw."""
     samples: Sequence[Record]
     """evaluate/samples.jsonl."""
     quality: Mapping[str, Record]
@@ -94,6 +96,7 @@ def read(run_dir: Path) -> RunFiles:
         metrics={stage: records for stage, records in metrics.items() if records},
         evaluations=read_jsonl(run_dir / "ppo" / "eval.jsonl"),
         completions=read_jsonl(run_dir / "ppo" / "completions.jsonl"),
+        warnings=read_jsonl(run_dir / "ppo" / "warnings.jsonl"),
         samples=read_jsonl(run_dir / "evaluate" / "samples.jsonl"),
         quality=_read_quality(run_dir),
         spans=spans,

@@ -66,6 +66,8 @@ _PPO_CHARTS = (
     _Plan("Value loss", {"loss/value_avg": "critic"}),
     _Plan("Clip fraction", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "critic"}),
     _Plan("Explained variance of the critic", {"val/explained_variance": "critic"}),
+    _Plan("Repeating responses", {"response/repeating_share": "training rollouts"}),
+    _Plan("Distinct bigrams", {"response/distinct_bigrams": "training rollouts"}),
     _Plan("KL coefficient", {"objective/kl_coef": "coefficient"}),
     _Plan("Gap between engine and learner", {"sampler/gap_mean": "gap"}),
 )
@@ -95,6 +97,24 @@ def ppo_charts(files: RunFiles) -> list[Chart]:
             svg = Markup(curves(plan.title, lines, "iteration"))
             charts.append(Chart(f"{plan.title}{_unit(names[0])}", svg, _caption(names)))
     return charts
+
+
+def warnings(files: RunFiles) -> list[dict[str, Any]]:
+    """Each guard that fired: in how many iterations, the first and the last, and its last words."""
+    by_guard: dict[str, list[Record]] = {}
+    for record in files.warnings:
+        by_guard.setdefault(str(record.get("guard", "–")).replace("_", " "), []).append(record)
+    return [
+        {
+            "guard": guard,
+            "count": len(records),
+            "first": records[0].get("iteration", "–"),
+            "last": records[-1].get("iteration", "–"),
+            "action": records[-1].get("action", "–"),
+            "text": _short(records[-1].get("text", "")),
+        }
+        for guard, records in by_guard.items()
+    ]
 
 
 def supervised(files: RunFiles) -> list[Supervised]:

@@ -92,6 +92,25 @@ def test_texts_of_the_run_are_escaped(run_dir: Path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_what_the_guards_saw_is_shown_by_guard(run_dir: Path):
+    assert "Warnings" not in Page(_build(run_dir)).headings
+    seen = [(0, "prompt_reuse"), (3, "loss_spike"), (7, "ratio"), (9, "loss_spike")]
+    records = [
+        {"iteration": n, "guard": guard, "action": "warn", "numbers": {}, "text": f"<{guard} {n}>"}
+        for n, guard in seen
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (run_dir / "ppo" / "warnings.jsonl").write_text(lines)
+    html = _build(run_dir)
+    headings = Page(html).headings
+    assert headings.index("Warnings") == headings.index("PPO over iterations") + 1
+    assert html.count("&lt;") == 3, "one row a guard, its text escaped"
+    row = next(line for line in html.splitlines() if "<td>loss spike</td>" in line)
+    assert "&lt;loss_spike 9&gt;" in row
+    assert re.findall(r'<td class="number">(\d+)</td>', row) == ["2", "3", "9"]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_credentials_in_the_config_are_hidden(run_dir: Path):
     html = _build(run_dir)
     assert "hf_do_not_show" not in html
