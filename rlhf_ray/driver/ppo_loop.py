@@ -98,7 +98,8 @@ class PpoLoop:
     async def run(self) -> dict[str, Any]:
         """Prove the generators, then iterate to the end; returns the summary."""
         config = self._config
-        self._watch.run(config.ppo.iterations * config.num_prompts_per_iteration, len(self._cursor))
+        num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
+        self._watch.check_prompts(num_drawn, len(self._cursor))
         if config.guards.loss_spike.action == "rollback":
             await self._hold_commit()  # what the first iteration goes back to
         await self._sync.prove(self._roles.generators.members)

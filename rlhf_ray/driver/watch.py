@@ -18,7 +18,7 @@ class Watch:
         self._recorder = recorder
         self._last_told: dict[str, int] = {}
 
-    def run(self, num_drawn: int, num_prompts: int) -> None:
+    def check_prompts(self, num_drawn: int, num_prompts: int) -> None:
         """Warn once of a run that passes over its prompts more than once.
 
         Args:
