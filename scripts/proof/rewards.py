@@ -1,0 +1,12 @@
+"""A reward of a few lines: how often a word is said."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+WORD = "work"
+
+
+def count_word(completions: Sequence[str], **_: Any) -> list[float]:
+    """How often each response has `WORD`."""
+    return [float(len(re.findall(rf"\b{WORD}\b", text))) for text in completions]
