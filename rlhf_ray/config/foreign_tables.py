@@ -80,9 +80,12 @@ vllm_importance_sampling_cap      ppo.importance_cap
 TRL_SUPERVISED = """
 per_device_train_batch_size  {stage}.batch_size           theirs is of one device, ours of all together
 gradient_accumulation_steps  {stage}.trainer              ours divides {stage}.batch_size by it
-num_train_epochs             {stage}.steps                ours counts optimizer steps
+num_train_epochs             {stage}.epochs
 max_steps                    {stage}.steps
-lr_scheduler_type            {stage}.scheduler
+lr_scheduler_type            {stage}.scheduler            cosine_with_min_lr: cosine, with {stage}.final_lr_share
+warmup_ratio                 {stage}.warmup_share
+eval_strategy                {stage}.eval_every           steps or epoch
+eval_steps                   {stage}.eval_every
 report_to                    trackers                     a section for each tracker
 output_dir                   run.dir
 max_length                   model.max_length

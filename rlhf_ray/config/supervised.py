@@ -1,6 +1,6 @@
 """The supervised stages: pretrain, sft, reward, dpo."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,9 +18,12 @@ _OWNED = {
     "learning_rate": "{section}.learning_rate",
     "lr_scheduler_type": "{section}.scheduler",
     "warmup_steps": "{section}.warmup_steps",
+    "warmup_ratio": "{section}.warmup_share",
     "weight_decay": "{section}.weight_decay",
     "seed": "run.seed",
-    "num_train_epochs": "{section}.steps",
+    "num_train_epochs": "{section}.epochs",
+    "eval_strategy": "{section}.eval_every",
+    "eval_steps": "{section}.eval_every",
     "gradient_checkpointing": "{section}.gradient_checkpointing",
     "gradient_checkpointing_kwargs": "{section}.gradient_checkpointing",
     "bf16": "model.dtype",
@@ -45,6 +48,9 @@ class SupervisedConfig(Section):
     """What transformers.Trainer is told."""
 
     steps: int = Field(default=300, ge=1, description="Optimizer steps.")
+    epochs: float | None = Field(
+        default=None, gt=0, description="Passes over the training rows, instead of `steps`."
+    )
     batch_size: int = Field(
         default=16, ge=1, description="Global batch, sequences (pairs for reward)."
     )
@@ -52,13 +58,29 @@ class SupervisedConfig(Section):
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Its decay."
     )
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+    final_lr_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Where cosine ends, as a share of the peak learning rate.",
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps of linear warm-up; with warmup_share, the least."
+    )
+    warmup_share: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of all steps that is warm-up."
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     train_workers: int = changeable(1, ge=1, description="Data-parallel training processes.")
     gradient_checkpointing: bool = changeable(
         False, description="Recompute activations: less memory."
     )
     eval_rows: int = Field(default=200, ge=1, description="Held-out rows for before/after numbers.")
+    eval_every: Annotated[int, Field(ge=1)] | Literal["epoch"] | None = Field(
+        default=None,
+        description="Optimizer steps between two evaluations on the held-out rows, or `epoch`; "
+        "none: before and after alone.",
+    )
     trainer: dict[str, Any] = Field(default={}, description="Further TrainingArguments.")
 
     @field_validator("trainer")
@@ -67,6 +89,20 @@ class SupervisedConfig(Section):
         section = cls.__name__.removesuffix("Config").lower()
         owned = {key: value.format(section=section) for key, value in _OWNED.items()}
         return refuse_owned(f"{section}.trainer", trainer, owned)
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Steps of warm-up in a training of so many."""
+        return max(self.warmup_steps, round(self.warmup_share * num_steps))
+
+    @model_validator(mode="after")
+    def _end_of_cosine(self) -> Self:
+        if self.final_lr_share and self.scheduler != "cosine":
+            section = type(self).__name__.removesuffix("Config").lower()
+            raise ValueError(
+                f"{section}.final_lr_share {self.final_lr_share:g} is for {section}.scheduler "
+                f"cosine, got {self.scheduler}; leave it out"
+            )
+        return self
 
 
 class PretrainConfig(SupervisedConfig):

@@ -193,7 +193,13 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("eval/length", "tokens", _HELD_OUT, "Response length on held-out prompts."),
     ("data/skipped", "1", "sum since the start", "Prompts set aside as unusable."),
     ("loss", "nats", "mean since the last record", "Training loss of a supervised stage."),
-    ("eval_loss", "nats", "mean over held-out rows", "Held-out loss of a supervised stage."),
+    (
+        "eval_loss",
+        "nats",
+        "mean over held-out rows, or their tokens",
+        "Held-out loss of a supervised stage; of a language model, per token.",
+    ),
+    ("eval_perplexity", "1", "over held-out tokens", "exp(eval_loss) of a language model."),
     (
         "eval_accuracy",
         "share",

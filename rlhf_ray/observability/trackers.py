@@ -162,7 +162,8 @@ class Trackers:
     def forget(self, stage: str) -> None:
         """A stage that was finished is done anew: its steps are told again."""
         for tracker in self._trackers:
-            tracker.forget(stage)
+            for stream in (stage, f"{stage}/eval"):
+                tracker.forget(stream)
 
     def close(self, failed: bool) -> None:
         """End every tracker's run."""
@@ -208,7 +209,7 @@ def _catch_up_with_finished_stages(trackers: Trackers, folder: Path) -> None:
         stage = summary.parent.name
         step_key = "iteration" if stage == "ppo" else "step"
         trackers.sinks(stage, step_key, read_jsonl(summary.with_name("metrics.jsonl")))
-        # Of PPO alone; its `Recorder` tells them as this part.
+        # PPO's `Recorder`, and the supervised stages, tell them as this part.
         evaluations = read_jsonl(summary.with_name("eval.jsonl"))
         trackers.sinks(stage, step_key, evaluations, part="/eval")
 

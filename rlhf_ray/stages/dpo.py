@@ -125,7 +125,7 @@ def run(config: Config) -> dict[str, Any]:
         "accuracy": numbers["after_accuracy"],
         "loss_before": numbers["before_loss"],
         "loss_after": numbers["after_loss"],
-        "steps": config.dpo.steps,
+        "steps": numbers["steps"],
         "seconds": time.monotonic() - start_s,
     }
     run_folder.write_summary("dpo", summary)

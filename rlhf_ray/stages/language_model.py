@@ -18,7 +18,14 @@ from rlhf_ray.data.tables import TOKEN_IDS, on_disk
 from rlhf_ray.errors import DataError
 from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.run_folder import RunFolder
-from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, RowTrainer, Training
+from rlhf_ray.stages.training import (
+    HELD_OUT,
+    HELD_OUT_SHARE,
+    TOKEN_LOSS,
+    TRAIN,
+    RowTrainer,
+    Training,
+)
 
 _COLUMNS = {
     "concat": ("input_ids", "labels"),
@@ -43,9 +50,10 @@ class LanguageModelTrainer(RowTrainer):
 
 
 def token_loss(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean loss of all labels, nats a token."""
+    """Mean loss of all labels, nats a token, and its perplexity."""
     sums_B2: Any = prediction.predictions
-    return {"token_loss": float(sums_B2[:, 0].sum() / sums_B2[:, 1].sum())}
+    loss = float(sums_B2[:, 0].sum() / sums_B2[:, 1].sum())
+    return {TOKEN_LOSS: loss, "perplexity": math.exp(loss)}
 
 
 class LanguageModelTraining(Training):
@@ -140,10 +148,8 @@ def _blocks(
 
 def language_model_numbers(numbers: Mapping[str, float]) -> dict[str, float]:
     """Held-out loss (nats a token) and perplexity, exp(loss), before and after."""
-    before, after = numbers["before_token_loss"], numbers["after_token_loss"]
     return {
-        "loss_before": before,
-        "loss_after": after,
-        "perplexity_before": math.exp(before),
-        "perplexity_after": math.exp(after),
+        f"{name}_{when}": numbers[f"{when}_{name}"]
+        for name in ("loss", "perplexity")
+        for when in ("before", "after")
     }

@@ -70,8 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     summary = {
         **language_model_numbers(numbers),
         "rows": counts,
-        "steps": settings.steps,
-        "tokens": settings.steps * settings.batch_size * settings.block_size,
+        "steps": numbers["steps"],
+        "tokens": numbers["steps"] * settings.batch_size * settings.block_size,
         "parameters": numbers["parameters"],
         "seconds": time.monotonic() - start_s,
     }

@@ -128,5 +128,5 @@ def _train(folder: RunFolder) -> dict[str, Any]:
         "rows": counts,
         "accuracy": numbers["after_accuracy"],
         "accuracy_before": numbers["before_accuracy"],
-        "steps": folder.config.reward.steps,
+        "steps": numbers["steps"],
     }

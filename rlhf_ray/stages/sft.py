@@ -85,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
         "rows": counts,
         "trainable_parameters": numbers["trainable_parameters"],
         "parameters": numbers["parameters"],
-        "steps": settings.steps,
+        "steps": numbers["steps"],
     }
     if not training.all_weights:
         adapter, out = str(training.folder / "adapter"), training.folder / "model"

@@ -1,10 +1,12 @@
 """Runs a supervised stage from the driver: in Ray Train's TorchTrainer, or inline."""
 
+import math
 import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
-from rlhf_ray.stages.training import Training, refuse_unknown_arguments, steps_done, train
+from rlhf_ray.stages.training import TRAIN, Training, refuse_unknown_arguments, steps_done, train
 
 T = TypeVar("T", bound=Training)
 
@@ -46,6 +48,22 @@ def open_training(kind: type[T], config: Config, base: str) -> T:
     return training
 
 
+def with_steps(training: Training, num_rows: int) -> Training:
+    """The same work with ``<stage>.steps`` of its own where ``<stage>.epochs`` is given.
+
+    Args:
+        training: from `open_training`.
+        num_rows: to train on; the last batch of a pass may be a smaller one.
+    """
+    settings = training.settings
+    if settings.epochs is None:
+        return training
+    steps = math.ceil(settings.epochs * math.ceil(num_rows / settings.batch_size))
+    section = settings.model_copy(update={"steps": steps})
+    config = training.config.model_copy(update={training.name: section})
+    return replace(training, config=config)
+
+
 def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, float]:
     """Train one stage to its end, showing progress; what training alone needed is removed then.
 
@@ -69,8 +87,10 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, f
         shutil.rmtree(training.data, ignore_errors=True)
         for split, rows in data.items():
             rows.save_to_disk(str(training.data / split))
+    training = with_steps(training, len(data[TRAIN]))
     done = steps_done(training)
-    JsonlSink(training.metrics_file).truncate_after("step", done)
+    for file in (training.metrics_file, training.evaluations_file):
+        JsonlSink(file).truncate_after("step", done)
     inline = training.config.cluster.mode == "inline"
     progress = Progress(training.config.run.stages)
     with (
@@ -83,24 +103,42 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, f
     return results
 
 
+@dataclass
+class _Stream:
+    """A file of metrics as it grows, and who is told what appears in it."""
+
+    file: Path
+    sinks: Sinks
+    num_seen: int
+
+    def news(self) -> Iterator[tuple[int, Mapping[str, float]]]:
+        """Step and metrics of each line that is new; the sinks are told first."""
+        records = read_jsonl(self.file)
+        for record in records[self.num_seen :]:
+            step, metrics = record["step"], numbers(record)
+            self.sinks.log(step, metrics)
+            yield step, metrics
+        self.num_seen = len(records)
+
+
 @contextmanager
 def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
-    """Pass on the metrics as lines appear in a file that another process may write."""
-    tracked = current().sinks(training.name, "step", read_jsonl(training.metrics_file))
+    """Pass on the metrics as lines appear in files that another process may write."""
     local = []
     if training.config.trackers.tensorboard:
         local.append(TensorBoardSink(training.folder / "tensorboard", purge_step=done + 1))
-    sinks, seen, ended = Sinks([*local, *tracked]), done, threading.Event()
+    streams = []
+    for file, part in ((training.metrics_file, ""), (training.evaluations_file, "/eval")):
+        known = read_jsonl(file)
+        tracked = current().sinks(training.name, "step", known, part)
+        streams.append(_Stream(file, Sinks([*local, *tracked]), len(known)))
+    ended = threading.Event()
 
     def look() -> None:
-        nonlocal seen
-        for record in read_jsonl(training.metrics_file):
-            if record["step"] <= seen:
-                continue
-            seen, metrics = record["step"], numbers(record)
-            sinks.log(seen, metrics)
-            if "loss" in metrics:
-                bar.advance(seen - bar.done, loss=metrics["loss"])
+        for stream in streams:
+            for step, metrics in stream.news():
+                if "loss" in metrics:
+                    bar.advance(step - bar.done, loss=metrics["loss"])
 
     def follow() -> None:
         while not ended.wait(FOLLOW_INTERVAL_S):
@@ -114,7 +152,8 @@ def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
         ended.set()
         thread.join()
         look()
-        sinks.close()
+        for sink in local:
+            sink.close()
     if bar.total is not None and bar.total > bar.done:
         bar.advance(bar.total - bar.done)  # not every step is logged
 

@@ -10,6 +10,7 @@ import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,12 @@ TRAIN, HELD_OUT = "train", "held_out"
 
 HELD_OUT_SHARE = 0.05
 """Share of the rows, the last ones, that is held out where the data has no held-out set."""
+
+TOKEN_LOSS = "token_loss"
+"""Name under which `Training.metrics` gives a loss that is a mean over tokens, not over rows."""
+
+HELD_OUT_METRICS = (TOKEN_LOSS, "perplexity", "accuracy", "auc", "correlation")
+"""What `Training.metrics` may give besides the loss of a held-out row."""
 
 
 class RowTrainer(Trainer):
@@ -117,7 +124,7 @@ class Training(ABC):
 
     @property
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """Computes ``accuracy`` or ``token_loss`` on the held-out rows; None: their loss alone."""
+        """Computes some of `HELD_OUT_METRICS` on the held-out rows; None: their loss alone."""
         return None
 
     @property
@@ -135,6 +142,11 @@ class Training(ABC):
         """Where each logged step goes, as one JSON line."""
         return self.folder / "metrics.jsonl"
 
+    @property
+    def evaluations_file(self) -> Path:
+        """Where each evaluation goes, as one JSON line, with ``<stage>.eval_every``."""
+        return self.folder / "eval.jsonl"
+
 
 def train(training: Training, num_processes: int) -> dict[str, float]:
     """Train one stage in this process, as one of ``num_processes`` that all call this.
@@ -142,8 +154,9 @@ def train(training: Training, num_processes: int) -> dict[str, float]:
     Goes on from the last checkpoint in ``training.checkpoints`` where there is one.
 
     Returns:
-        ``before_loss`` and ``after_loss`` on the held-out rows (and what
-        `Training.metrics` gives), ``parameters`` and ``trainable_parameters``.
+        ``before_loss`` and ``after_loss`` on the held-out rows (a mean over tokens for language
+        models, and what else `Training.metrics` gives), ``steps``, and ``parameters`` and
+        ``trainable_parameters``.
 
     Raises:
         ConfigError: the stage's folder is not visible here, or a TrainingArguments value is wrong.
@@ -152,6 +165,7 @@ def train(training: Training, num_processes: int) -> dict[str, float]:
     _require_folder(training)
     transformers.set_seed(training.config.run.seed)
     model = training.load_model()
+    step_log = _StepLog(training)
     trainer = training.trainer(
         model=model,
         args=arguments(training, num_processes),
@@ -159,20 +173,28 @@ def train(training: Training, num_processes: int) -> dict[str, float]:
         eval_dataset=_load(training, HELD_OUT),
         data_collator=training.collate,
         compute_metrics=training.metrics,
-        callbacks=[_StepLog(training)],
+        callbacks=[step_log],
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(training)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    before = next(log for log in trainer.state.log_history if "eval_loss" in log)
-    after = trainer.evaluate()
-    sizes = {
+    with closing(step_log):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+        is_done = evaluations[-1]["step"] == trainer.state.global_step
+        before, after = evaluations[0], evaluations[-1] if is_done else trainer.evaluate()
+    sizes: dict[str, float] = {
+        "steps": trainer.state.global_step,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     if trainer.is_world_process_zero():
         training.save(trainer.model)
-    return _held_out_numbers("before", before) | _held_out_numbers("after", after) | sizes
+    found = {"before": _held_out_numbers(before), "after": _held_out_numbers(after)}
+    return sizes | {
+        f"{when}_{name}": value
+        for when, numbers in found.items()
+        for name, value in numbers.items()
+    }
 
 
 def arguments(training: Training, num_processes: int) -> TrainingArguments:
@@ -206,7 +228,7 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
         "per_device_train_batch_size": per_process,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.scheduler,
-        "warmup_steps": settings.warmup_steps,
+        "warmup_steps": settings.num_warmup_steps(settings.steps),
         "weight_decay": settings.weight_decay,
         "seed": training.config.run.seed,
         "gradient_checkpointing": settings.gradient_checkpointing,
@@ -222,6 +244,14 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
     }
     if training.autocast:
         owned[training.autocast] = True
+    if settings.final_lr_share:
+        further = settings.trainer.get("lr_scheduler_kwargs") or {}
+        owned["lr_scheduler_type"] = "cosine_with_min_lr"
+        owned["lr_scheduler_kwargs"] = {**further, "min_lr_rate": settings.final_lr_share}
+    if settings.eval_every == "epoch":
+        owned["eval_strategy"] = "epoch"
+    elif settings.eval_every is not None:
+        owned |= {"eval_strategy": "steps", "eval_steps": settings.eval_every}
     try:
         return TrainingArguments(**{**defaults, **settings.trainer, **owned})
     except (ValueError, TypeError) as error:
@@ -266,19 +296,31 @@ def _checkpoints(training: Training) -> list[tuple[int, Path]]:
 
 
 class _StepLog(TrainerCallback):
-    """Writes ``{step, loss, learning_rate, grad_norm}`` lines, and stops on a loss gone wrong."""
+    """Writes ``{step, loss, learning_rate, grad_norm}`` lines, and stops on a loss gone wrong.
+
+    With ``<stage>.eval_every`` also ``{step, eval_loss, ...}`` lines, in a file of their own.
+    """
 
     def __init__(self, training: Training) -> None:
         self._training = training
         self._sink = JsonlSink(training.metrics_file, step_key="step")
+        self._evaluations = JsonlSink(training.evaluations_file, step_key="step")
+        self._is_new = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A training that goes on is evaluated at once, as it was when its checkpoint was saved.
+        self._is_new = state.global_step == 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._is_new = True
         if state.global_step >= state.max_steps:
             control.should_save = False  # the stage's result follows at once
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
+        if logs is not None and "eval_loss" in logs:
+            self._log_evaluation(state, logs)
         if logs is None or "loss" not in logs:
             return
         values = {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm")}
@@ -292,8 +334,17 @@ class _StepLog(TrainerCallback):
                 f"{name}.warmup_steps"
             )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def _log_evaluation(self, state: Any, logs: Mapping[str, Any]) -> None:
+        if self._training.settings.eval_every is None or not self._is_new:
+            return
+        if state.is_world_process_zero:
+            numbers = _held_out_numbers(logs).items()
+            self._evaluations.log(state.global_step, {f"eval_{n}": value for n, value in numbers})
+
+    def close(self) -> None:
+        """Close the files."""
         self._sink.close()
+        self._evaluations.close()
 
 
 def _require_folder(training: Training) -> None:
@@ -310,9 +361,8 @@ def _load(training: Training, split: str) -> Dataset:
     return data
 
 
-def _held_out_numbers(when: str, evaluation: Mapping[str, float]) -> dict[str, float]:
-    return {
-        f"{when}_{name}": evaluation[f"eval_{name}"]
-        for name in ("loss", "token_loss", "accuracy")
-        if f"eval_{name}" in evaluation
-    }
+def _held_out_numbers(evaluation: Mapping[str, float]) -> dict[str, float]:
+    """What an evaluation found: `loss`, a mean over tokens where that is known, and others."""
+    found = {name: evaluation.get(f"eval_{name}") for name in ("loss", *HELD_OUT_METRICS)}
+    known = {name: value for name, value in found.items() if value is not None}
+    return known | {"loss": known.pop(TOKEN_LOSS, known["loss"])}
