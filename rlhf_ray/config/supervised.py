@@ -83,10 +83,15 @@ class SupervisedConfig(Section):
     )
     trainer: dict[str, Any] = Field(default={}, description="Further TrainingArguments.")
 
+    @classmethod
+    def section(cls) -> str:
+        """Name of the stage and of its section."""
+        return cls.__name__.removesuffix("Config").lower()
+
     @field_validator("trainer")
     @classmethod
     def _own_keys(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        section = cls.__name__.removesuffix("Config").lower()
+        section = cls.section()
         owned = {key: value.format(section=section) for key, value in _OWNED.items()}
         return refuse_owned(f"{section}.trainer", trainer, owned)
 
@@ -97,7 +102,7 @@ class SupervisedConfig(Section):
     @model_validator(mode="after")
     def _end_of_cosine(self) -> Self:
         if self.final_lr_share and self.scheduler != "cosine":
-            section = type(self).__name__.removesuffix("Config").lower()
+            section = self.section()
             raise ValueError(
                 f"{section}.final_lr_share {self.final_lr_share:g} is for {section}.scheduler "
                 f"cosine, got {self.scheduler}; leave it out"
@@ -105,14 +110,37 @@ class SupervisedConfig(Section):
         return self
 
 
-class PretrainConfig(SupervisedConfig):
+class UnfreezeConfig(SupervisedConfig):
+    """A stage that may train some of the model's own weights and leave the others."""
+
+    unfreeze: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Modules that are trained, by the beginning of their names, such as "
+        "[transformer.h.11, transformer.ln_f]; all others are frozen. None: all are trained, "
+        "with tuning full.",
+    )
+
+    @model_validator(mode="after")
+    def _unfreezes_weights(self) -> Self:
+        tuning = getattr(self, "tuning", "full")
+        if self.unfreeze is not None and tuning != "full":
+            section = self.section()
+            raise ValueError(
+                f"{section}.unfreeze names weights of the model, and {section}.tuning {tuning} "
+                f"trains none of them; set {section}.tuning=full, or leave it out"
+            )
+        return self
+
+
+class PretrainConfig(UnfreezeConfig):
     """Causal language modelling on packed text, all weights trained."""
 
     block_size: int = Field(default=128, ge=8, description="Tokens of a packed block.")
     packing: Packing = Field(default="isolate", description=_PACKING)
 
 
-class SftConfig(SupervisedConfig):
+class SftConfig(UnfreezeConfig):
     """Supervised fine-tuning on question and answer, packed."""
 
     path: str | None = Field(default=None, description="A ready SFT model: the stage is skipped.")
@@ -146,7 +174,7 @@ class PairsConfig(SupervisedConfig):
     )
 
 
-class RewardConfig(PairsConfig):
+class RewardConfig(PairsConfig, UnfreezeConfig):
     """Pairwise reward model, and the scorers that serve it in PPO."""
 
     path: str | None = Field(

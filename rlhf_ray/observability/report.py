@@ -71,6 +71,8 @@ def render(files: RunFiles) -> str:
         warnings=sections.warnings(files),
         supervised=sections.supervised(files),
         data=files.summaries.get("prepare", {}),
+        decimals={"held-out perplexity": 2},
+        data=files.summaries.get("prepare"),
         quality=report_quality.quality_charts(files),
         duplicates=report_quality.duplicates(files),
         row_counts=report_quality.row_counts(files),
@@ -107,10 +109,12 @@ def verdict(files: RunFiles) -> str:
     return f"Finished so far: {done}." if done else "No stage has finished yet."
 
 
-def figure(value: float | None) -> str:
-    """A number to three significant digits, with thousands separators; a dash where unknown."""
+def figure(value: float | None, decimals: int | None = None) -> str:
+    """A number to three significant digits, or so many decimals; a dash where unknown."""
     if value is None:
         return "–"
+    if decimals is not None:
+        return f"{value:,.{decimals}f}"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 

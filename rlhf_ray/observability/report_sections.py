@@ -45,6 +45,8 @@ class Supervised:
     rows: Sequence[tuple[str, float | None, float | None]]
     """Figure, before, after."""
     facts: Sequence[tuple[str, float]]
+    groups: Sequence[Mapping[str, Any]]
+    """Parameters by module: name, parameters, trainable."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def supervised(files: RunFiles) -> list[Supervised]:
         known = [(name, value) for name in facts if (value := number(summary, name)) is not None]
         if chart or rows or known:
             named = [(name.replace("_", " "), value) for name, value in known]
-            found.append(Supervised(title, chart, rows, named))
+            groups = summary.get("parameter_groups", ())
+            found.append(Supervised(title, chart, rows, named, groups))
     return found
 
 

@@ -24,7 +24,7 @@ from rlhf_ray.stages.pairs import (
 )
 from rlhf_ray.stages.run_folder import RunFolder
 from rlhf_ray.stages.supervised import open_training, run_training
-from rlhf_ray.stages.training import HELD_OUT, TRAIN
+from rlhf_ray.stages.training import HELD_OUT, TRAIN, sizes
 
 
 class DpoTrainer(PairTrainer):
@@ -125,7 +125,7 @@ def run(config: Config) -> dict[str, Any]:
         "accuracy": numbers["after_accuracy"],
         "loss_before": numbers["before_loss"],
         "loss_after": numbers["after_loss"],
-        "steps": numbers["steps"],
+        **sizes(numbers),
         "seconds": time.monotonic() - start_s,
     }
     run_folder.write_summary("dpo", summary)

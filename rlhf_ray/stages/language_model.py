@@ -25,6 +25,7 @@ from rlhf_ray.stages.training import (
     TRAIN,
     RowTrainer,
     Training,
+    sizes,
 )
 
 _COLUMNS = {
@@ -146,10 +147,11 @@ def _blocks(
     return (block for block in blocks if any(label != IGNORED for label in block.labels[1:]))
 
 
-def language_model_numbers(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Held-out loss (nats a token) and perplexity, exp(loss), before and after."""
-    return {
+def language_model_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Held-out loss (nats a token) and perplexity, exp(loss), before and after; steps and sizes."""
+    held_out = {
         f"{name}_{when}": numbers[f"{when}_{name}"]
         for name in ("loss", "perplexity")
         for when in ("before", "after")
     }
+    return held_out | sizes(numbers)

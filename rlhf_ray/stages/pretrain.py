@@ -30,7 +30,7 @@ class PretrainTraining(LanguageModelTraining):
         return True
 
     def load_model(self) -> Any:
-        return loading.load_causal_lm(self.base, self.model_settings)
+        return self.partly_frozen(loading.load_causal_lm(self.base, self.model_settings))
 
     def save(self, model: Any) -> None:
         self.save_whole(model)
@@ -70,9 +70,7 @@ def run(config: Config) -> dict[str, Any]:
     summary = {
         **language_model_numbers(numbers),
         "rows": counts,
-        "steps": numbers["steps"],
         "tokens": numbers["steps"] * settings.batch_size * settings.block_size,
-        "parameters": numbers["parameters"],
         "seconds": time.monotonic() - start_s,
     }
     run_folder.write_summary("pretrain", summary)

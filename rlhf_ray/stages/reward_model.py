@@ -20,7 +20,7 @@ from rlhf_ray.stages.pairs import (
 from rlhf_ray.stages.reward_benchmark import benchmark
 from rlhf_ray.stages.run_folder import RunFolder, absolute
 from rlhf_ray.stages.supervised import open_training, run_training
-from rlhf_ray.stages.training import HELD_OUT, TRAIN
+from rlhf_ray.stages.training import HELD_OUT, TRAIN, sizes
 
 
 class RewardTrainer(PairTrainer):
@@ -61,7 +61,7 @@ class RewardTraining(PairTraining):
         # The model finds the end of a text by looking for padding.
         model.config.pad_token_id = self._pad_id
         if self.all_weights:
-            return model
+            return self.partly_frozen(model, "score")
         model, lora = ready_for_adapter(model, settings), self.config.reward.lora
         return adapters.attach(model, lora, "SEQ_CLS", seed=seed, dropout=lora.dropout)
 
@@ -128,5 +128,5 @@ def _train(folder: RunFolder) -> dict[str, Any]:
         "rows": counts,
         "accuracy": numbers["after_accuracy"],
         "accuracy_before": numbers["before_accuracy"],
-        "steps": numbers["steps"],
+        **sizes(numbers),
     }

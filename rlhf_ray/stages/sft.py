@@ -34,7 +34,7 @@ class SftTraining(LanguageModelTraining):
         settings = self.model_settings
         model = loading.load_causal_lm(self.base, settings, quantized=True)
         if self.all_weights:
-            return model
+            return self.partly_frozen(model)
         lora = self.config.sft.lora
         return adapters.attach(
             ready_for_adapter(model, settings),
@@ -83,9 +83,6 @@ def run(config: Config) -> dict[str, Any]:
     summary = {
         **language_model_numbers(numbers),
         "rows": counts,
-        "trainable_parameters": numbers["trainable_parameters"],
-        "parameters": numbers["parameters"],
-        "steps": numbers["steps"],
     }
     if not training.all_weights:
         adapter, out = str(training.folder / "adapter"), training.folder / "model"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -16,6 +16,7 @@ from datasets import Dataset
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, DataError, PlacementError, RlhfError
 from rlhf_ray.models import folders
+from rlhf_ray.models.parameters import ParameterGroup, parameter_table
 from rlhf_ray.observability import quiet
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
@@ -64,7 +65,7 @@ def with_steps(training: Training, num_rows: int) -> Training:
     return replace(training, config=config)
 
 
-def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, float]:
+def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, Any]:
     """Train one stage to its end, showing progress; what training alone needed is removed then.
 
     Args:
@@ -100,6 +101,7 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, f
         results = _train_inline(training) if inline else _train_on_ray(training)
     shutil.rmtree(training.data, ignore_errors=True)
     shutil.rmtree(training.checkpoints, ignore_errors=True)
+    progress.say(parameter_table([ParameterGroup(**g) for g in results["parameter_groups"]]))
     return results
 
 
@@ -158,12 +160,12 @@ def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
         bar.advance(bar.total - bar.done)  # not every step is logged
 
 
-def _train_inline(training: Training) -> dict[str, float]:
+def _train_inline(training: Training) -> dict[str, Any]:
     torch.set_num_threads(_num_threads(1))
     return train(training, 1)
 
 
-def _train_on_ray(training: Training) -> dict[str, float]:
+def _train_on_ray(training: Training) -> dict[str, Any]:
     # Paths in the config are relative to where the run was started, not to a worker's folder.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -193,7 +195,7 @@ def _train_on_ray(training: Training) -> dict[str, float]:
     return numbers
 
 
-def _train_worker(loop_config: Mapping[str, Training]) -> dict[str, float]:
+def _train_worker(loop_config: Mapping[str, Training]) -> dict[str, Any]:
     """Runs in each process that Ray Train starts."""
     quiet.silence_dependencies()
     from ray.train import get_context

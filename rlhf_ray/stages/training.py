@@ -30,6 +30,8 @@ from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.errors import ConfigError, DivergenceError
 from rlhf_ray.models import loading
+from rlhf_ray.models.freezing import train_only
+from rlhf_ray.models.parameters import parameter_groups
 from rlhf_ray.observability.sinks import JsonlSink
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -43,6 +45,9 @@ TOKEN_LOSS = "token_loss"
 
 HELD_OUT_METRICS = (TOKEN_LOSS, "perplexity", "accuracy", "auc", "correlation")
 """What `Training.metrics` may give besides the loss of a held-out row."""
+
+
+_SIZES = ("steps", "parameters", "trainable_parameters", "parameter_groups")
 
 
 class RowTrainer(Trainer):
@@ -105,6 +110,13 @@ class Training(ABC):
     def load_model(self) -> Any:
         """The model, its trainable weights requiring gradients."""
 
+    def partly_frozen(self, model: Any, *also_trained: str) -> Any:
+        """The model with what ``<stage>.unfreeze`` leaves out frozen; the given modules never."""
+        prefixes = getattr(self.settings, "unfreeze", None)
+        if prefixes is not None:
+            train_only(model, [*prefixes, *also_trained], f"{self.name}.unfreeze")
+        return model
+
     def trainer(self, **parts: Any) -> Trainer:
         """The Trainer over the given parts; a stage with a loss of its own returns its own."""
         return Trainer(**parts)
@@ -148,15 +160,15 @@ class Training(ABC):
         return self.folder / "eval.jsonl"
 
 
-def train(training: Training, num_processes: int) -> dict[str, float]:
+def train(training: Training, num_processes: int) -> dict[str, Any]:
     """Train one stage in this process, as one of ``num_processes`` that all call this.
 
     Goes on from the last checkpoint in ``training.checkpoints`` where there is one.
 
     Returns:
         ``before_loss`` and ``after_loss`` on the held-out rows (a mean over tokens for language
-        models, and what else `Training.metrics` gives), ``steps``, and ``parameters`` and
-        ``trainable_parameters``.
+        models, and what else `Training.metrics` gives), ``steps``; ``parameters``,
+        ``trainable_parameters``, and these by module as ``parameter_groups``.
 
     Raises:
         ConfigError: the stage's folder is not visible here, or a TrainingArguments value is wrong.
@@ -182,19 +194,26 @@ def train(training: Training, num_processes: int) -> dict[str, float]:
         evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
         is_done = evaluations[-1]["step"] == trainer.state.global_step
         before, after = evaluations[0], evaluations[-1] if is_done else trainer.evaluate()
-    sizes: dict[str, float] = {
+    groups = parameter_groups(model)
+    counts = {
         "steps": trainer.state.global_step,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(group.parameters for group in groups),
+        "trainable_parameters": sum(group.trainable for group in groups),
+        "parameter_groups": [dataclasses.asdict(group) for group in groups],
     }
     if trainer.is_world_process_zero():
         training.save(trainer.model)
     found = {"before": _held_out_numbers(before), "after": _held_out_numbers(after)}
-    return sizes | {
+    return counts | {
         f"{when}_{name}": value
         for when, numbers in found.items()
         for name, value in numbers.items()
     }
+
+
+def sizes(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `train` returns, what every stage's summary says: steps and parameters."""
+    return {name: numbers[name] for name in _SIZES}
 
 
 def arguments(training: Training, num_processes: int) -> TrainingArguments:

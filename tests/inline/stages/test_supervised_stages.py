@@ -16,7 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rlhf_ray.config import Config
+from rlhf_ray.config import Config, resolve
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import adapters, heads, loading, tiny
@@ -276,3 +276,29 @@ def test_a_given_model_is_pretrained_as_it_is(make_run: Any, tmp_path: Path) -> 
     assert not (folder / "base").exists()
     saved = loading.load_causal_lm(str(folder / "model"), config.model)
     assert saved.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_with_unfreeze_the_other_weights_stay(trained_run: Trained, make_run: Any) -> None:
+    source, _ = trained_run
+    base = str(folder_of(source) / "pretrain" / "model")
+    keys = {"steps": 2, "batch_size": 8, "tuning": "full", "unfreeze": ["model.norm"]}
+    config = make_run(model={"path": base, "max_length": 64}, sft=keys, reward=keys)
+    before = load_file(f"{base}/model.safetensors")
+    summary = sft.run(config)
+    assert summary["trainable_parameters"] == 32
+    assert {"name": "model.norm", "parameters": 32, "trainable": 32} in summary["parameter_groups"]
+    tuned = load_file(folder_of(config) / "sft" / "model" / "model.safetensors")
+    assert {name for name in tuned if not torch.equal(tuned[name], before[name])} == {
+        "model.norm.weight"
+    }
+    assert reward_model.run(config)["trainable_parameters"] == 64  # the head as well
+    wrong = make_run(
+        "wrong", model={"path": base, "max_length": 64}, sft=keys | {"unfreeze": ["x"]}
+    )
+    with pytest.raises(ConfigError, match=r"sft\.unfreeze: no module of the model is named 'x'"):
+        sft.run(wrong)
+
+
+def test_unfreeze_without_full_tuning_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"sft\.unfreeze names weights .* sft\.tuning lora"):
+        resolve({"sft": {"unfreeze": ["model.norm"]}})

@@ -203,6 +203,23 @@ def test_values_that_are_null_leave_gaps(run_dir: Path):
     assert "Value loss" not in html
 
 
+def test_perplexities_have_two_decimals(run_dir: Path):
+    html = _build(run_dir)
+    assert ">522.40<" in html
+    assert ">4.61<" in html
+
+
+def test_what_a_stage_trains_is_listed_by_module(run_dir: Path):
+    summary = run_dir / "sft" / "summary.json"
+    groups = [{"name": "transformer.h.11", "parameters": 4000, "trainable": 1000}]
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"parameter_groups": groups}))
+    html = _build(run_dir)
+    assert html.count("Parameters by module") == 1
+    row = re.search(r"<td>transformer\.h\.11</td>.*", html)
+    assert row is not None
+    assert re.findall(r">([\d.,%]+)<", row[0]) == ["4,000", "1,000", "25.00%"]
+
+
 @pytest.mark.parametrize("makes_folder", [False, True])
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, makes_folder: bool):
     folder = tmp_path / "nothing"
