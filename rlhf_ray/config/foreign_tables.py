@@ -90,7 +90,7 @@ report_to                    trackers                     a section for each tra
 output_dir                   run.dir
 max_length                   model.max_length
 max_seq_length               model.max_length
-packing                      {stage}.packing              isolate or concat; rows always are packed
+packing                      {stage}.packing              isolate or concat; false: none
 center_rewards_coefficient   reward.centre
 loss_type                    dpo.loss
 model_name_or_path           model.path

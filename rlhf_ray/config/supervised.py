@@ -37,11 +37,12 @@ _OWNED = {
 }
 
 
-Packing = Literal["isolate", "concat"]
+Packing = Literal["isolate", "concat", "none"]
 _PACKING = (
     "isolate: whole texts that do not see each other, padded; concat: texts end to end, cut into "
-    "equal blocks (as StackLLaMA does)."
+    "equal blocks (as StackLLaMA does); none: one text a row, padded to the longest of the batch."
 )
+_BLOCK_SIZE = "Tokens of a packed block; without packing, of the longest text."
 
 
 class SupervisedConfig(Section):
@@ -136,7 +137,7 @@ class UnfreezeConfig(SupervisedConfig):
 class PretrainConfig(UnfreezeConfig):
     """Causal language modelling on packed text, all weights trained."""
 
-    block_size: int = Field(default=128, ge=8, description="Tokens of a packed block.")
+    block_size: int = Field(default=128, ge=8, description=_BLOCK_SIZE)
     packing: Packing = Field(default="isolate", description=_PACKING)
 
 
@@ -144,7 +145,7 @@ class SftConfig(UnfreezeConfig):
     """Supervised fine-tuning on question and answer, packed."""
 
     path: str | None = Field(default=None, description="A ready SFT model: the stage is skipped.")
-    block_size: int = Field(default=128, ge=8, description="Tokens of a packed block.")
+    block_size: int = Field(default=128, ge=8, description=_BLOCK_SIZE)
     packing: Packing = Field(default="isolate", description=_PACKING)
     loss_on: Literal["all", "completion", "assistant"] = Field(
         default="all",

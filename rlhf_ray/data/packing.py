@@ -86,21 +86,37 @@ def isolated(
         pad_id: fills the rest of a block; a text of its own, not learnt.
     """
     blocks: list[Block] = []
-    for token_ids, learnt in documents:
-        for start in range(0, len(token_ids), block_size):
-            piece = slice(start, start + block_size)
-            size = len(token_ids[piece])
-            fitting = [block for block in blocks if len(block.input_ids) + size <= block_size]
-            block = max(fitting, key=lambda block: len(block.input_ids), default=None)
-            if block is None:
-                block = Block()
-                blocks.append(block)
-            block.add(token_ids[piece], learnt[piece])
+    for token_ids, learnt in _pieces(documents, block_size):
+        size = len(token_ids)
+        fitting = [block for block in blocks if len(block.input_ids) + size <= block_size]
+        block = max(fitting, key=lambda block: len(block.input_ids), default=None)
+        if block is None:
+            block = Block()
+            blocks.append(block)
+        block.add(token_ids, learnt)
         if len(blocks) > MAX_OPEN_BLOCKS:
             fullest = max(blocks, key=lambda block: len(block.input_ids))
             blocks.remove(fullest)
-            yield _padded(fullest, block_size, pad_id)
-    yield from (_padded(block, block_size, pad_id) for block in blocks)
+            yield padded(fullest, block_size, pad_id)
+    yield from (padded(block, block_size, pad_id) for block in blocks)
+
+
+def unpacked(
+    documents: Iterable[tuple[Sequence[int], Sequence[int]]], block_size: int
+) -> Iterator[Block]:
+    """A block a text, as long as the text; one longer than ``block_size`` is cut into pieces."""
+    for token_ids, learnt in _pieces(documents, block_size):
+        block = Block()
+        block.add(token_ids, learnt)
+        yield block
+
+
+def padded(block: Block, size: int, pad_id: int) -> Block:
+    """The block filled up to ``size`` tokens, by a text of its own that is not learnt."""
+    missing = size - len(block.input_ids)
+    if missing:
+        block.add([pad_id] * missing, [0] * missing)
+    return block
 
 
 def labels_of(token_ids: Sequence[int], learnt: Sequence[int]) -> list[int]:
@@ -109,11 +125,14 @@ def labels_of(token_ids: Sequence[int], learnt: Sequence[int]) -> list[int]:
     return [token_id if is_learnt else IGNORED for token_id, is_learnt in pairs]
 
 
-def _padded(block: Block, block_size: int, pad_id: int) -> Block:
-    missing = block_size - len(block.input_ids)
-    if missing:
-        block.add([pad_id] * missing, [0] * missing)
-    return block
+def _pieces(
+    documents: Iterable[tuple[Sequence[int], Sequence[int]]], size: int
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Texts, the longer ones cut into pieces of at most ``size`` tokens."""
+    for token_ids, learnt in documents:
+        for start in range(0, len(token_ids), size):
+            piece = slice(start, start + size)
+            yield token_ids[piece], learnt[piece]
 
 
 def _cut(runs: Iterable[Sequence], block_size: int) -> Iterator[list]:

@@ -12,16 +12,16 @@ from transformers import EvalPrediction, Trainer
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
-from rlhf_ray.data.packing import IGNORED, Block, concatenated, isolated
+from rlhf_ray.data.packing import IGNORED, Block, concatenated, isolated, padded, unpacked
 from rlhf_ray.data.rows import Loaded
 from rlhf_ray.data.tables import TOKEN_IDS, on_disk
 from rlhf_ray.errors import DataError
 from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.stages.step_log import TOKEN_LOSS
 from rlhf_ray.stages.training import (
     HELD_OUT,
     HELD_OUT_SHARE,
-    TOKEN_LOSS,
     TRAIN,
     RowTrainer,
     Training,
@@ -31,6 +31,7 @@ from rlhf_ray.stages.training import (
 _COLUMNS = {
     "concat": ("input_ids", "labels"),
     "isolate": ("input_ids", "labels", "position_ids"),
+    "none": ("input_ids", "labels", "position_ids"),
 }
 """Packing -> what a block gives to the model."""
 
@@ -58,7 +59,11 @@ def token_loss(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class LanguageModelTraining(Training):
-    """Training on packed blocks of one length."""
+    """Training on packed blocks of one length, or on single texts."""
+
+    @property
+    def settings(self) -> PretrainConfig | SftConfig:
+        return getattr(self.config, self.name)
 
     def trainer(self, **parts: Any) -> Trainer:
         return LanguageModelTrainer(**parts)
@@ -73,6 +78,9 @@ class LanguageModelTraining(Training):
         No attention mask: texts that do not see each other are told by their positions alone. Flash
         attention reads these in a single row only, so there a batch becomes one.
         """
+        if self.settings.packing == "none":
+            longest = max(len(row["input_ids"]) for row in rows)
+            rows = [vars(padded(Block(**row), longest, self._pad_id)) for row in rows]
         batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
         if "position_ids" in batch and "flash" in self.config.model.attn_implementation:
             return {name: tensor.view(1, -1) for name, tensor in batch.items()}
@@ -141,8 +149,10 @@ def _blocks(
     texts = ((row["token_ids"], row["learnt"]) for row in rows)
     if settings.packing == "concat":
         blocks = concatenated(texts, settings.block_size)
-    else:
+    elif settings.packing == "isolate":
         blocks = isolated(texts, settings.block_size, pad_id)
+    else:
+        blocks = unpacked(texts, settings.block_size)
     # The first label of a block is predicted by nothing.
     return (block for block in blocks if any(label != IGNORED for label in block.labels[1:]))
 

@@ -1,6 +1,5 @@
 """What reward and dpo share: pairs of answers of which people preferred one."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,10 +73,6 @@ class PairTraining(Training):
     def save(self, model: Any) -> None:
         tokenizer = loading.load_tokenizer(self.base)
         loading.save_adapter(model, tokenizer, self.folder / "model", self.base)
-
-    @functools.cached_property
-    def _pad_id(self) -> int:
-        return int(loading.load_tokenizer(self.base).pad_token_id)  # type: ignore[arg-type]
 
 
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:

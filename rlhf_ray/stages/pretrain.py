@@ -70,9 +70,10 @@ def run(config: Config) -> dict[str, Any]:
     summary = {
         **language_model_numbers(numbers),
         "rows": counts,
-        "tokens": numbers["steps"] * settings.batch_size * settings.block_size,
         "seconds": time.monotonic() - start_s,
     }
+    if settings.packing != "none":  # there each row has as many as its text
+        summary["tokens"] = numbers["steps"] * settings.batch_size * settings.block_size
     run_folder.write_summary("pretrain", summary)
     return summary
 

@@ -75,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
         settings.loss_on,
         name="sft's texts",
         # Plain concatenation lets a text go on in the next block, so there none is too long.
-        max_tokens=settings.block_size if settings.packing == "isolate" else None,
+        max_tokens=None if settings.packing == "concat" else settings.block_size,
         overlong=config.data.overlong,
     )
     blocks = packed_blocks("sft", documents, settings, pad_id(tokenizer))

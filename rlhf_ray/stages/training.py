@@ -5,8 +5,8 @@ The same function runs in Ray Train's workers and, inline, in the driver's own p
 
 import dataclasses
 import difflib
+import functools
 import json
-import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,31 +21,24 @@ from transformers import (
     EvalPrediction,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.config.supervised import SupervisedConfig
-from rlhf_ray.errors import ConfigError, DivergenceError
+from rlhf_ray.data.tokens import pad_id
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import loading
 from rlhf_ray.models.freezing import train_only
 from rlhf_ray.models.parameters import parameter_groups
-from rlhf_ray.observability.sinks import JsonlSink
+from rlhf_ray.stages.step_log import StepLog, held_out_numbers
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Names of the two tokenised data sets of a stage."""
 
 HELD_OUT_SHARE = 0.05
 """Share of the rows, the last ones, that is held out where the data has no held-out set."""
-
-TOKEN_LOSS = "token_loss"
-"""Name under which `Training.metrics` gives a loss that is a mean over tokens, not over rows."""
-
-HELD_OUT_METRICS = (TOKEN_LOSS, "perplexity", "accuracy", "auc", "correlation")
-"""What `Training.metrics` may give besides the loss of a held-out row."""
-
 
 _SIZES = ("steps", "parameters", "trainable_parameters", "parameter_groups")
 
@@ -139,6 +132,10 @@ class Training(ABC):
         """Computes some of `HELD_OUT_METRICS` on the held-out rows; None: their loss alone."""
         return None
 
+    @functools.cached_property
+    def _pad_id(self) -> int:
+        return pad_id(loading.load_tokenizer(self.base))
+
     @property
     def data(self) -> Path:
         """Folder of the tokenised data sets."""
@@ -177,7 +174,7 @@ def train(training: Training, num_processes: int) -> dict[str, Any]:
     _require_folder(training)
     transformers.set_seed(training.config.run.seed)
     model = training.load_model()
-    step_log = _StepLog(training)
+    step_log = StepLog(training)
     trainer = training.trainer(
         model=model,
         args=arguments(training, num_processes),
@@ -203,7 +200,7 @@ def train(training: Training, num_processes: int) -> dict[str, Any]:
     }
     if trainer.is_world_process_zero():
         training.save(trainer.model)
-    found = {"before": _held_out_numbers(before), "after": _held_out_numbers(after)}
+    found = {"before": held_out_numbers(before), "after": held_out_numbers(after)}
     return counts | {
         f"{when}_{name}": value
         for when, numbers in found.items()
@@ -314,58 +311,6 @@ def _checkpoints(training: Training) -> list[tuple[int, Path]]:
     return found
 
 
-class _StepLog(TrainerCallback):
-    """Writes ``{step, loss, learning_rate, grad_norm}`` lines, and stops on a loss gone wrong.
-
-    With ``<stage>.eval_every`` also ``{step, eval_loss, ...}`` lines, in a file of their own.
-    """
-
-    def __init__(self, training: Training) -> None:
-        self._training = training
-        self._sink = JsonlSink(training.metrics_file, step_key="step")
-        self._evaluations = JsonlSink(training.evaluations_file, step_key="step")
-        self._is_new = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A training that goes on is evaluated at once, as it was when its checkpoint was saved.
-        self._is_new = state.global_step == 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._is_new = True
-        if state.global_step >= state.max_steps:
-            control.should_save = False  # the stage's result follows at once
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
-    ) -> None:
-        if logs is not None and "eval_loss" in logs:
-            self._log_evaluation(state, logs)
-        if logs is None or "loss" not in logs:
-            return
-        values = {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm")}
-        if state.is_world_process_zero:
-            self._sink.log(state.global_step, values)
-        if not math.isfinite(values["loss"]):
-            name = self._training.name
-            raise DivergenceError(
-                f"{name}: the loss of step {state.global_step} is {values['loss']}; lower "
-                f"{name}.learning_rate {self._training.settings.learning_rate:g} or add "
-                f"{name}.warmup_steps"
-            )
-
-    def _log_evaluation(self, state: Any, logs: Mapping[str, Any]) -> None:
-        if self._training.settings.eval_every is None or not self._is_new:
-            return
-        if state.is_world_process_zero:
-            numbers = _held_out_numbers(logs).items()
-            self._evaluations.log(state.global_step, {f"eval_{n}": value for n, value in numbers})
-
-    def close(self) -> None:
-        """Close the files."""
-        self._sink.close()
-        self._evaluations.close()
-
-
 def _require_folder(training: Training) -> None:
     if not training.data.is_dir():
         raise ConfigError(
@@ -378,10 +323,3 @@ def _load(training: Training, split: str) -> Dataset:
     data = load_from_disk(str(training.data / split))
     assert isinstance(data, Dataset)
     return data
-
-
-def _held_out_numbers(evaluation: Mapping[str, float]) -> dict[str, float]:
-    """What an evaluation found: `loss`, a mean over tokens where that is known, and others."""
-    found = {name: evaluation.get(f"eval_{name}") for name in ("loss", *HELD_OUT_METRICS)}
-    known = {name: value for name, value in found.items() if value is not None}
-    return known | {"loss": known.pop(TOKEN_LOSS, known["loss"])}

@@ -12,9 +12,9 @@ from transformers import EvalPrediction
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import SftConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models import heads
+from rlhf_ray.models import heads, loading
 from rlhf_ray.stages import sft
-from rlhf_ray.stages.language_model import packed_blocks
+from rlhf_ray.stages.language_model import LanguageModelTrainer, packed_blocks
 from rlhf_ray.stages.pairs import pair_accuracy
 from rlhf_ray.stages.reward_model import RewardTrainer, RewardTraining
 
@@ -98,6 +98,33 @@ def test_blocks_of_isolated_texts_reach_the_model_with_their_positions(
     flash = make_run("flash", model={"attn_implementation": "flash_attention_2", "max_length": 64})
     flat = sft.SftTraining(flash, tmp_path, "base").collate([blocks["train"][0]] * 2)
     assert {tuple(tensor.shape) for tensor in flat.values()} == {(1, 16)}
+
+
+def test_without_packing_a_batch_is_padded_and_its_texts_have_the_loss_of_isolated_ones(
+    trained_run: Trained, make_run: Any
+) -> None:
+    source, _ = trained_run
+    base = str(folder_of(source) / "pretrain" / "model")
+    model = loading.load_causal_lm(base, source.model)
+    texts = [list(range(10 + i, 10 + i + 3 + i % 9)) for i in range(40)]
+    documents = Dataset.from_dict({"token_ids": texts, "learnt": [[1] * len(t) for t in texts]})
+    losses, means = [], []
+    for packing in ("isolate", "none"):
+        config = make_run(packing, sft={"packing": packing, "block_size": 16})
+        training = sft.SftTraining(config, folder_of(config), base)
+        blocks = packed_blocks("sft", documents, config.sft, pad_id=0)["train"]
+        batch = training.collate(list(blocks))
+        if packing == "none":
+            assert batch["input_ids"].shape == (38, 11)  # the longest text, not the block
+            assert batch["input_ids"][0].tolist() == [10, 11, 12] + [0] * 8
+            assert batch["labels"][0].tolist() == [-100, 11, 12] + [-100] * 8
+        with torch.no_grad():
+            means.append(model(**batch).loss.item())
+            _, sums_B2 = LanguageModelTrainer.predict_rows(None, model, batch)  # type: ignore[arg-type]
+        losses.append(sums_B2.sum(0))
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-3, rtol=1e-6)
+    assert losses[0][1] == sum(len(text) - 1 for text in texts[:38])
+    assert means[0] == pytest.approx(means[1], rel=1e-6)
 
 
 def test_blocks_of_which_nothing_is_learnt_are_left_out() -> None:

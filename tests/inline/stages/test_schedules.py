@@ -128,7 +128,7 @@ def test_the_curve_of_evaluations_begins_before_and_ends_after(make_run: MakeRun
 def test_evaluated_after_each_epoch_a_killed_stage_has_the_curve_of_a_whole_one(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {"epochs": 3.0, "eval_every": "epoch", "trainer": {"save_steps": 3}}
+    keys = {"epochs": 3.0, "eval_every": "epoch", "packing": "none", "trainer": {"save_steps": 3}}
     configs = [make_run(name, sft=keys) for name in ("whole", "killed")]
     for config in configs:
         pretrain.run(config)
@@ -139,13 +139,13 @@ def test_evaluated_after_each_epoch_a_killed_stage_has_the_curve_of_a_whole_one(
     class Killed(BaseException):
         pass
 
-    class Killer(training._StepLog):
+    class Killer(training.StepLog):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == per_epoch + 4:
                 raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_StepLog", Killer)
+        patch.setattr(training, "StepLog", Killer)
         with pytest.raises(Killed):
             sft.run(configs[1])
     sft.run(configs[1])

@@ -32,12 +32,12 @@ class Killed(BaseException):
 def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training die at the end of a step, after what the Trainer saves at it."""
 
-    class _Killer(training._StepLog):
+    class _Killer(training.StepLog):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == step:
                 raise Killed
 
-    monkeypatch.setattr(training, "_StepLog", _Killer)
+    monkeypatch.setattr(training, "StepLog", _Killer)
 
 
 def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:

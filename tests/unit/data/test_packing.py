@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from rlhf_ray.data import packing
-from rlhf_ray.data.packing import IGNORED, concatenated, isolated, labels_of, pack
+from rlhf_ray.data.packing import IGNORED, concatenated, isolated, labels_of, pack, unpacked
 
 PAD = 99
 SHAPE = {
@@ -84,6 +84,14 @@ class TestIsolated:
         found = sorted(i for block in blocks for i in block.input_ids if i != PAD)
         assert found == sorted(i for token_ids, _ in documents for i in token_ids)
         assert {len(block.input_ids) for block in blocks} == {6}
+
+
+def test_unpacked_texts_have_a_block_each_and_long_ones_several() -> None:
+    documents = [([1, 2], [1, 1]), ([3, 4, 5, 6], [0, 1, 0, 1])]
+    blocks = list(unpacked(documents, block_size=3))
+    assert [block.input_ids for block in blocks] == [[1, 2], [3, 4, 5], [6]]
+    assert [block.labels for block in blocks] == [[IGNORED, 2], [IGNORED, 4, IGNORED], [IGNORED]]
+    assert [block.position_ids for block in blocks] == [[0, 1], [0, 1, 2], [0]]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
