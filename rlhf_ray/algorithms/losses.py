@@ -180,6 +180,27 @@ def pairwise_reward_loss(
     return -F.logsigmoid(gap_B).mean() + centre * (chosen_B + rejected_B).square().mean()
 
 
+def pointwise_reward_loss(
+    scores_B: Tensor, targets_B: Tensor, kind: Literal["bce", "mse"]
+) -> Tensor:
+    """Loss of a reward model on single answers, a mean over them.
+
+        bce: -t log sigmoid(s) - (1 - t) log sigmoid(-s), t = 1 for a liked answer, else 0
+        mse: (s - t)^2, t a rating, on whose scale scores then are
+
+    Returns:
+        fp32 scalar.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    require_same_shape(scores_B=scores_B, targets_B=targets_B)
+    scores_B, targets_B = scores_B.float(), targets_B.float()
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(scores_B, targets_B)
+    return F.mse_loss(scores_B, targets_B)
+
+
 def dpo_loss(
     chosen_B: Tensor,
     rejected_B: Tensor,

@@ -123,6 +123,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _ratings_are_given(self) -> "Config":
+        is_rated = self.reward.loss != "pairwise" and self.reward.path is None
+        if is_rated and self.data.preferences is None:
+            raise ValueError(
+                f"reward.loss {self.reward.loss} learns single answers, and prepare writes pairs; "
+                "name a set in data.preferences with the columns prompt, completion and label "
+                "(bce) or score (mse)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sources_give_up_in_time(self) -> "Config":
         for source in self.rewards:
             if isinstance(source, EndpointConfig):

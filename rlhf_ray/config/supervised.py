@@ -166,7 +166,7 @@ class PairsConfig(SupervisedConfig):
     """Training on pairs of answers of which one was preferred."""
 
     max_pairs: int | None = Field(
-        default=None, ge=1, description="Use at most this many training pairs."
+        default=None, ge=1, description="Use at most this many training pairs, or single answers."
     )
     judge: PairJudgeConfig | None = Field(
         default=None,
@@ -175,8 +175,11 @@ class PairsConfig(SupervisedConfig):
     )
 
 
+PointwiseLoss = Literal["bce", "mse"]
+
+
 class RewardConfig(PairsConfig, UnfreezeConfig):
-    """Pairwise reward model, and the scorers that serve it in PPO."""
+    """Reward model, and the scorers that serve it in PPO."""
 
     path: str | None = Field(
         default=None,
@@ -188,8 +191,16 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
         "measured, a given one too: for example RewardBench.",
     )
     num_workers: int = changeable(1, ge=1, description="Scorer processes.")
+    loss: Literal["pairwise"] | PointwiseLoss = Field(
+        default="pairwise",
+        description="What is learnt: of pairs, which answer is better; of single answers in "
+        "data.preferences, whether they were liked (bce, column `label`: true or false), or how "
+        "they were rated (mse, column `score`: a number).",
+    )
     centre: float = Field(
-        default=0.0, ge=0, description="Weight of mean((r_chosen + r_rejected)^2)."
+        default=0.0,
+        ge=0,
+        description="Weight of mean((r_chosen + r_rejected)^2), with loss pairwise.",
     )
     tuning: Tuning = Field(
         default="lora", description="lora: an adapter and the head; full: all weights."
@@ -198,6 +209,16 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
         default=LoraConfig(r=8, alpha=32.0, dropout=0.1),
         description="Adapter, with tuning lora; the head is trained in full.",
     )
+
+    @model_validator(mode="after")
+    def _pairs_alone(self) -> Self:
+        for key in ("centre", "judge"):
+            if self.loss != "pairwise" and getattr(self, key):
+                raise ValueError(
+                    f"reward.{key} is of pairs, and reward.loss {self.loss} reads single answers; "
+                    f"leave it out, or set reward.loss=pairwise"
+                )
+        return self
 
 
 class DpoConfig(PairsConfig):

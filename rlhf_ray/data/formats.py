@@ -23,7 +23,7 @@ from rlhf_ray.data.row_tally import BadRow
 from rlhf_ray.data.rows import Message, PromptLike, Row, text_of, truth_of
 from rlhf_ray.errors import DataError
 
-Use = Literal["pretrain", "sft", "preferences", "prompts"]
+Use = Literal["pretrain", "sft", "preferences", "ratings", "prompts"]
 """What the rows are for."""
 
 _COLUMNS: Mapping[str, tuple[tuple[str, ...], ...]] = {
@@ -46,6 +46,7 @@ _READABLE: Mapping[Use, tuple[str, ...]] = {
     "pretrain": tuple(name for name in _COLUMNS if name != "verl"),
     "sft": tuple(name for name in _COLUMNS if name != "verl"),
     "preferences": ("stack_exchange", "preference", "unpaired"),
+    "ratings": ("stack_exchange", "unpaired", "prompt_completion"),
     "prompts": tuple(name for name in _COLUMNS if name != "text"),
 }
 
@@ -69,7 +70,7 @@ class Reading:
     @property
     def needs_answer(self) -> bool:
         """Whether a prompt alone is of no use."""
-        return self.use in ("pretrain", "sft")
+        return self.use in ("pretrain", "sft", "ratings")
 
 
 def tell(columns: Collection[str], asked: Format, reading: Reading) -> str:
@@ -161,7 +162,7 @@ def _labelled(row: Row, reading: Reading) -> Iterator[Row]:
 
 def _unpaired(row: Row, reading: Reading) -> Iterator[Row]:
     for found in _labelled(row, reading):
-        is_example = found["label"] or reading.use == "prompts"
+        is_example = found["label"] or reading.use in ("ratings", "prompts")
         yield found if is_example else {"_unused": "label_false"}
 
 

@@ -60,7 +60,7 @@ def load_pairs(
             if longest > max_length and overlong == "drop":
                 tally.drop_bad("overlong")
                 continue
-            num_prompt, chosen, rejected = _cut(sides, max_length)
+            num_prompt, (chosen, rejected) = cut(sides, max_length)
             if chosen == rejected:
                 tally.drop_bad("equal")
                 continue
@@ -98,15 +98,14 @@ def _layouts(row: Row, renderer: Renderer) -> list[Layout]:
     return [renderer.answered(prompt, answer, question) for answer in answers]
 
 
-def _cut(sides: Sequence[Rendered], max_length: int) -> tuple[int, list[int], list[int]]:
-    """Prompt tokens, and both sides cut to ``max_length`` with the same prompt and their ends."""
+def cut(sides: Sequence[Rendered], max_length: int) -> tuple[int, list[list[int]]]:
+    """Prompt tokens, and texts cut to ``max_length`` with the same prompt and their ends."""
     room = max_length - 1
     num_prompt = sides[0].num_prompt_tokens
     prompt = sides[0].token_ids[:num_prompt]
     answers = [side.token_ids[num_prompt:-1] for side in sides]
     kept = min(num_prompt, max(room // 2, room - max(map(len, answers))))
-    chosen, rejected = (
+    return kept, [
         [*prompt[num_prompt - kept :], *answer[: room - kept], side.token_ids[-1]]
         for answer, side in zip(answers, sides, strict=True)
-    )
-    return kept, chosen, rejected
+    ]

@@ -206,6 +206,18 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "over held-out pairs",
         "Share of pairs whose better answer the reward model scores higher.",
     ),
+    (
+        "eval_auc",
+        "share",
+        "over held-out answers",
+        "Share of pairs of a liked and a disliked answer of which the liked one scores higher.",
+    ),
+    (
+        "eval_correlation",
+        "1",
+        "over held-out answers",
+        "Pearson's correlation of the reward model's scores with the ratings.",
+    ),
     ("learning_rate", "1", _LAST, "Learning rate of a supervised stage."),
     ("grad_norm", "1", _LAST, "Gradient norm of a supervised stage before clipping."),
     ("epoch", "1", _LAST, "Passes over a supervised stage's data so far."),

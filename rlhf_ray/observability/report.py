@@ -72,7 +72,6 @@ def render(files: RunFiles) -> str:
         supervised=sections.supervised(files),
         data=files.summaries.get("prepare", {}),
         decimals={"held-out perplexity": 2},
-        data=files.summaries.get("prepare"),
         quality=report_quality.quality_charts(files),
         duplicates=report_quality.duplicates(files),
         row_counts=report_quality.row_counts(files),

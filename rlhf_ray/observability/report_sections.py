@@ -77,7 +77,12 @@ _PPO_CHARTS = (
 _SUPERVISED = (
     ("pretrain", "Pretraining", ("perplexity",), ("steps", "tokens", "parameters")),
     ("sft", "Supervised fine-tuning", ("loss", "perplexity"), ("steps", "trainable_parameters")),
-    ("reward", "Reward model", ("accuracy",), ("pairs_train", "pairs_eval")),
+    (
+        "reward",
+        "Reward model",
+        ("accuracy", "auc", "correlation"),
+        ("pairs_train", "pairs_eval", "rows_train", "rows_eval"),
+    ),
     ("dpo", "Direct preference optimisation", ("loss",), ("pairs_train", "pairs_eval")),
 )
 

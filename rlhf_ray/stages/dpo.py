@@ -99,6 +99,9 @@ class DpoTraining(PairTraining):
             dropout=lora.dropout,
         )
 
+    def save(self, model: Any) -> None:
+        self.save_adapter(model)
+
     def trainer(self, **parts: Any) -> Trainer:
         return DpoTrainer(self.config.dpo, **parts)
 

@@ -1,10 +1,11 @@
 """What reward and dpo share: pairs of answers of which people preferred one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction
 
 from rlhf_ray.config.supervised import PairsConfig
@@ -49,30 +50,31 @@ class PairTraining(Training):
             ``input_ids``, ``attention_mask`` and ``position_ids``, each `_BPS`; ``prompt_lengths``,
             `_B`.
         """
-        longest = max(len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids"))
-        shape = (len(rows), 2, longest)
-        input_ids_BPS = torch.full(shape, self._pad_id)
-        attention_BPS = torch.zeros(shape, dtype=torch.long)
-        for index, row in enumerate(rows):
-            for place, side in ((CHOSEN, "chosen_ids"), (REJECTED, "rejected_ids")):
-                ids = torch.tensor(row[side])
-                input_ids_BPS[index, place, : len(ids)] = ids
-                attention_BPS[index, place, : len(ids)] = 1
-        positions = position_ids(attention_BPS.flatten(0, 1)).view(shape)
-        return {
-            "input_ids": input_ids_BPS,
-            "attention_mask": attention_BPS,
-            "position_ids": positions,
-            "prompt_lengths": torch.tensor([row["num_prompt_tokens"] for row in rows]),
-        }
+        sides = [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")]
+        flat = padded_texts(sides, self._pad_id)
+        texts = {name: tensor_NS.view(len(rows), 2, -1) for name, tensor_NS in flat.items()}
+        prompts_B = torch.tensor([row["num_prompt_tokens"] for row in rows])
+        return texts | {"prompt_lengths": prompts_B}
 
     @property
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
         return pair_accuracy
 
-    def save(self, model: Any) -> None:
-        tokenizer = loading.load_tokenizer(self.base)
-        loading.save_adapter(model, tokenizer, self.folder / "model", self.base)
+
+def padded_texts(token_lists: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Texts padded on the right to the longest of them.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``position_ids``, each `_NS`.
+    """
+    input_ids_NS = pad_sequence([torch.tensor(ids) for ids in token_lists], True, pad_id)
+    lengths_N1 = torch.tensor([[len(ids)] for ids in token_lists])
+    attention_NS = (torch.arange(input_ids_NS.shape[1]) < lengths_N1).long()
+    return {
+        "input_ids": input_ids_NS,
+        "attention_mask": attention_NS,
+        "position_ids": position_ids(attention_NS),
+    }
 
 
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -108,24 +110,36 @@ def load_training_pairs(
 def _pair_rows(training: PairTraining) -> dict[str, Loaded]:
     """Rows to train on and held out: the user's own, the last of them held out, or prepare's."""
     config, settings = training.config, training.settings
+    seed = config.run.seed
     if config.data.preferences is None:
         run_folder = RunFolder(config)
         train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
-        marks = []
+        return _limited(Loaded(train_rows), held_out, settings, seed)
+    if settings.judge is not None:
+        loaded = judged_rows(config, training.name, settings.judge)
     else:
-        if settings.judge is not None:
-            loaded = judged_rows(config, training.name, settings.judge)
-        else:
-            loaded = own_rows(config, "preferences", "preferences")
-        rows, marks = loaded.table, list(loaded.marks)
-        num_held_out = min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
-        cut = max(0, len(rows) - num_held_out)
-        train_rows, held_out = rows.select(range(cut)), rows.select(range(cut, len(rows)))
-    seed = config.run.seed
-    chosen = _at_most(train_rows, settings.max_pairs, seed)
-    if len(chosen) < len(train_rows):
+        loaded = own_rows(config, "preferences", "preferences")
+    return parts_of(loaded, settings, seed)
+
+
+def parts_of(loaded: Loaded, settings: PairsConfig, seed: int) -> dict[str, Loaded]:
+    """The user's own rows to train on, and the last of them held out."""
+    rows = loaded.table
+    num_held_out = min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
+    cut = max(0, len(rows) - num_held_out)
+    train_rows = Loaded(rows.select(range(cut)), loaded.marks)
+    return _limited(train_rows, rows.select(range(cut, len(rows))), settings, seed)
+
+
+def _limited(
+    train_rows: Loaded, held_out: Dataset, settings: PairsConfig, seed: int
+) -> dict[str, Loaded]:
+    """Both parts with at most as many rows as the config says."""
+    chosen, marks = _at_most(train_rows.table, settings.max_pairs, seed), list(train_rows.marks)
+    num_left_out = len(train_rows.table) - len(chosen)
+    if num_left_out:
         # Good rows all the same: the share of bad ones is one of the whole set.
-        marks.append({"_unused": "over_max_pairs", "_num": len(train_rows) - len(chosen)})
+        marks.append({"_unused": "over_max_pairs", "_num": num_left_out})
     return {
         TRAIN: Loaded(chosen, marks),
         HELD_OUT: Loaded(_at_most(held_out, settings.eval_rows, seed)),

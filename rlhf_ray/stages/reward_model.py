@@ -1,13 +1,15 @@
-"""Stage 4: a reward model learns from pairs of answers which one people preferred."""
+"""Stage 4: a reward model learns which answers people preferred, or how they rated each."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 
 from rlhf_ray.algorithms.losses import pairwise_reward_loss
 from rlhf_ray.config import Config
+from rlhf_ray.config.supervised import PointwiseLoss
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.quantization import ready_for_adapter
 from rlhf_ray.stages.pairs import (
@@ -17,10 +19,11 @@ from rlhf_ray.stages.pairs import (
     PairTraining,
     load_training_pairs,
 )
+from rlhf_ray.stages.ratings import RatingTrainer, agreement, load_training_ratings, rated_batch
 from rlhf_ray.stages.reward_benchmark import benchmark
 from rlhf_ray.stages.run_folder import RunFolder, absolute
 from rlhf_ray.stages.supervised import open_training, run_training
-from rlhf_ray.stages.training import HELD_OUT, TRAIN, sizes
+from rlhf_ray.stages.training import HELD_OUT, TRAIN, Training, sizes
 
 
 class RewardTrainer(PairTrainer):
@@ -46,7 +49,7 @@ class RewardTrainer(PairTrainer):
         return (loss, scores_BP) if return_outputs else loss
 
 
-class RewardTraining(PairTraining):
+class _RewardModel(Training):
     """A LoRA adapter and a head over the SFT model, which may be quantised; or all weights."""
 
     name = "reward"
@@ -69,18 +72,41 @@ class RewardTraining(PairTraining):
         if self.all_weights:
             self.save_whole(model)
         else:
-            super().save(model)
+            self.save_adapter(model)
+
+
+class RewardTraining(_RewardModel, PairTraining):
+    """On pairs of answers of which one was preferred."""
 
     def trainer(self, **parts: Any) -> Trainer:
         return RewardTrainer(self.config.reward.centre, **parts)
+
+
+class RatedRewardTraining(_RewardModel):
+    """On single answers with a label or a rating."""
+
+    @property
+    def _kind(self) -> PointwiseLoss:
+        assert self.config.reward.loss != "pairwise"
+        return self.config.reward.loss
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return rated_batch(rows, self._pad_id)
+
+    @property
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        return agreement(self._kind)
+
+    def trainer(self, **parts: Any) -> Trainer:
+        return RatingTrainer(self._kind, **parts)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train a reward model on the SFT model, or take the given one; measure it by the benchmark.
 
     Returns:
-        The summary: of the training (pairs_train, pairs_eval, held-out accuracy after and before,
-        steps, seconds), and ``benchmark`` where there is one.
+        The summary: of the training (what `_train` returns, seconds), and ``benchmark`` where
+        there is one.
 
     Raises:
         RlhfError: no usable data or model, or the training failed.
@@ -117,16 +143,24 @@ def _train(folder: RunFolder) -> dict[str, Any]:
     """Write ``reward/model`` with its head: a PEFT folder, or a whole model with tuning full.
 
     Returns:
-        pairs_train, pairs_eval, counts of rows, held-out accuracy after and before, steps.
+        pairs_train and pairs_eval (rated answers: rows_train and rows_eval), counts of rows,
+        held-out accuracy (labels: auc, ratings: correlation) after and before, steps and sizes.
     """
-    training = open_training(RewardTraining, folder.config, folder.sft_model())
-    pairs, counts = load_training_pairs(training)
-    numbers = run_training(training, pairs)
+    config, settings = folder.config, folder.config.reward
+    if settings.loss == "pairwise":
+        training = open_training(RewardTraining, config, folder.sft_model())
+        data, counts = load_training_pairs(training)
+        unit, measure = "pairs", "accuracy"
+    else:
+        training = open_training(RatedRewardTraining, config, folder.sft_model())
+        data, counts = load_training_ratings(training, settings)
+        unit, measure = "rows", "auc" if settings.loss == "bce" else "correlation"
+    numbers = run_training(training, data)
     return {
-        "pairs_train": len(pairs[TRAIN]),
-        "pairs_eval": len(pairs[HELD_OUT]),
+        f"{unit}_train": len(data[TRAIN]),
+        f"{unit}_eval": len(data[HELD_OUT]),
         "rows": counts,
-        "accuracy": numbers["after_accuracy"],
-        "accuracy_before": numbers["before_accuracy"],
+        measure: numbers[f"after_{measure}"],
+        f"{measure}_before": numbers[f"before_{measure}"],
         **sizes(numbers),
     }

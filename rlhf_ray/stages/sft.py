@@ -47,9 +47,8 @@ class SftTraining(LanguageModelTraining):
     def save(self, model: Any) -> None:
         if self.all_weights:
             self.save_whole(model)
-            return
-        tokenizer = loading.load_tokenizer(self.base)
-        loading.save_adapter(model, tokenizer, self.folder / "adapter", self.base)
+        else:
+            self.save_adapter(model, "adapter")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -127,6 +127,11 @@ class Training(ABC):
         model.to(getattr(torch, self.config.model.dtype))
         loading.save_model(model, loading.load_tokenizer(self.base), self.folder / "model")
 
+    def save_adapter(self, model: Any, name: str = "model") -> None:
+        """Write an adapter into a folder of the stage's."""
+        tokenizer = loading.load_tokenizer(self.base)
+        loading.save_adapter(model, tokenizer, self.folder / name, self.base)
+
     @property
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
         """Computes some of `HELD_OUT_METRICS` on the held-out rows; None: their loss alone."""

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.advantages import gae
 from rlhf_ray.algorithms.logprobs import token_logprobs
-from rlhf_ray.algorithms.losses import dpo_loss, pairwise_reward_loss, policy_loss, value_loss
+from rlhf_ray.algorithms.losses import (
+    dpo_loss,
+    pairwise_reward_loss,
+    pointwise_reward_loss,
+    policy_loss,
+    value_loss,
+)
 from rlhf_ray.algorithms.rewards import token_rewards
 
 NAN, INF = float("nan"), float("inf")
@@ -287,6 +293,20 @@ def test_pairwise_margin_and_centring_by_hand() -> None:
     # Sums 3 and 1: + .1 * (9 + 1) / 2 on top of (.313262 + 1.313262) / 2.
     centred = pairwise_reward_loss(chosen_B, rejected_B, centre=0.1)
     assert centred.item() == pytest.approx(0.813262 + 0.5, abs=1e-6)
+
+
+def test_pointwise_losses_by_hand() -> None:
+    scores_B = torch.tensor([1.0, -0.5], dtype=torch.bfloat16)
+    # A liked answer at 1, a disliked one at -.5: (.313262 + .474077) / 2.
+    loss = pointwise_reward_loss(scores_B, torch.tensor([1.0, 0.0]), "bce")
+    assert loss.item() == pytest.approx(0.393669, abs=1e-6)
+    # Both the wrong way round: (1.313262 + .974077) / 2.
+    loss = pointwise_reward_loss(scores_B, torch.tensor([0.0, 1.0]), "bce")
+    assert loss.item() == pytest.approx(1.143669, abs=1e-6)
+    # Ratings 3 and 0: (4 + .25) / 2.
+    assert pointwise_reward_loss(scores_B, torch.tensor([3.0, 0.0]), "mse").item() == 2.125
+    with pytest.raises(ValueError, match="shape"):
+        pointwise_reward_loss(scores_B, torch.zeros(2, 1), "mse")
 
 
 def test_pairwise_loss_is_finite_where_a_naive_sigmoid_is_not() -> None:
