@@ -229,11 +229,21 @@ def serve(
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Resolve and validate a config; print what would run where."""
-    from rlhf_ray.stages.plan import describe
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+) -> None:
+    """Resolve and validate a config; print what would run where, and how large its models are."""
+    from rlhf_ray.stages import plan as planning
 
-    typer.echo(describe(read_config(config, overrides)))
+    resolved = read_config(config, overrides)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(planning.as_json(resolved), indent=2))
+    else:
+        typer.echo(planning.describe(resolved))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The command line: what it loads, what it prints, its exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -72,6 +73,36 @@ def test_plan_says_over_how_many_gpus_a_generator_is_spread() -> None:
     preset = Path(__file__).parents[2] / "configs" / "models" / "qwen25_32b_tp.yaml"
     result = CliRunner().invoke(cli.app, ["plan", str(preset)])
     assert "generator          2  vllm, adapter serving, over 4 GPUs each" in result.output
+
+
+def test_plan_says_how_large_models_are_and_what_is_trained(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    keys = [
+        f"model.path={tmp_path / 'llama'}",
+        "model.dtype=bfloat16",
+        "model.quantization=int8",
+        "run.stages=[sft, reward, ppo]",
+        "sft.lora.target_modules=[q_proj, v_proj]",
+        "ppo.advantage=rloo",
+        "ppo.samples_per_prompt=4",
+    ]
+    path = str(tmp_path / "c.yaml")
+    Path(path).write_text("{}\n")
+    found = json.loads(CliRunner().invoke(cli.app, ["plan", path, *keys, "--json"]).output)
+    (model,) = found["models"]
+    assert model["parameters"] == 6_738_415_616
+    assert model["weights_bytes"] == 2 * 6_738_415_616
+    trainings = {part["stage"]: part for part in found["trainings"]}
+    assert list(trainings) == ["sft", "reward", "ppo policy"]
+    assert trainings["sft"]["trainable"] == 8_388_608
+    assert trainings["sft"]["training_bytes"] == 16 * 8_388_608
+    assert trainings["sft"]["weights_bytes"] == 6_476_005_376 + 4 * 262_410_240
+    assert trainings["ppo policy"]["weights_bytes"] == 6_476_005_376 + 2 * 262_410_240
+    text = CliRunner().invoke(cli.app, ["plan", path, *keys]).output
+    assert re.search(r"model\.path +6,738,415,616 +13\.48 GB  /", text)
+    assert re.search(r"sft +8,388,608 +7\.53 GB +0\.13 GB", text)
 
 
 def test_schema_is_json_and_describes_every_key() -> None:
