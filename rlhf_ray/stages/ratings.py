@@ -12,9 +12,9 @@ from rlhf_ray.algorithms.losses import pointwise_reward_loss
 from rlhf_ray.config.supervised import PointwiseLoss, RewardConfig
 from rlhf_ray.data.ratings import Worth, load_ratings
 from rlhf_ray.data.render import Renderer
-from rlhf_ray.data.sources import load_rows
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import loading
+from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.pairs import padded_texts, parts_of
 from rlhf_ray.stages.training import HELD_OUT, RowTrainer, Training
 
@@ -85,9 +85,8 @@ def load_training_ratings(
         DataError: no rows, too many that cannot be used, or held-out rows all worth the same.
     """
     config = training.config
-    assert config.data.preferences is not None, "refused when the config is read"
     assert settings.loss != "pairwise"
-    loaded = load_rows(config.data.preferences, "ratings", seed=config.run.seed)
+    loaded = own_rows(config, "preferences", "ratings")
     renderer = Renderer(loading.load_tokenizer(training.base), config.template)
     worth = WORTH[settings.loss]
     ratings: dict[str, Dataset] = {}
