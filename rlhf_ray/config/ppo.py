@@ -261,10 +261,3 @@ def _require_known(what: str, name: str, known: tuple[str, ...]) -> str:
             f"{name!r} is not {what}: it must be {', '.join(known)} or module:name of a function"
         )
     return name
-
-
-class EvaluateConfig(Section):
-    """Comparison of the SFT model and the PPO policy on held-out prompts."""
-
-    num_prompts: int = changeable(200, ge=1, description="Held-out prompts.")
-    bootstrap: int = changeable(2000, ge=100, description="Resamples of the 95% interval.")

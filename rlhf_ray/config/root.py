@@ -6,12 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.cluster import ClusterConfig
 from rlhf_ray.config.data import DataConfig, PrepareConfig
+from rlhf_ray.config.evaluate import EvaluateConfig
 from rlhf_ray.config.guards import GuardsConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.config.ppo import (
     WITHOUT_CRITIC,
     CriticConfig,
-    EvaluateConfig,
     PolicyConfig,
     PpoConfig,
     ReferenceConfig,
