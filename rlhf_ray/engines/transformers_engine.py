@@ -4,13 +4,12 @@ Rows are left-padded here, because all of a batch decode at the same step.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from rlhf_ray.algorithms.sampling import SamplingRule
@@ -18,9 +17,9 @@ from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.adapters import (
+    AdapterSlot,
     adapter_state,
     digest,
-    load_adapter_state,
     tensors_from_bytes,
 )
 from rlhf_ray.models.ending import Ending
@@ -65,25 +64,21 @@ class TransformersEngine:
 
     def __init__(self, settings: TransformersSettings) -> None:
         self._settings = settings
-        self._model: Any = None
-        self._peft_config: Mapping[str, Any] | None = None
+        self._slot: Any = None
 
     async def start(self) -> None:
         """Load the base and its tokenizer."""
         self._tokenizer: Any = load_tokenizer(self._settings.model)
-        self._model = load_causal_lm(self._settings.model, self._settings.settings)
+        model = load_causal_lm(self._settings.model, self._settings.settings)
         if torch.cuda.is_available():
-            self._model.cuda()
+            model.cuda()
+        self._slot = AdapterSlot(model)
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """Put the adapter into the model; read it back from there."""
         started = time.perf_counter()
-        if self._peft_config != update.peft_config:
-            base = self._model if self._peft_config is None else self._model.unload()
-            self._model = get_peft_model(base, LoraConfig(**update.peft_config)).eval()
-            self._peft_config = update.peft_config
-        load_adapter_state(self._model, tensors_from_bytes(update.tensors))
-        held = adapter_state(self._model)
+        self._slot.put(update.peft_config, tensors_from_bytes(update.tensors))
+        held = adapter_state(self._slot.model)
         return ServedAdapter(
             version=update.version,
             num_modules=sum(name.endswith("lora_A.weight") for name in held),
@@ -94,7 +89,7 @@ class TransformersEngine:
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
         """Sample one response per request, all in one batch."""
-        if self._peft_config is None:
+        if self._slot.is_empty:
             raise WeightSyncError("The engine was asked to sample before it was given an adapter")
         limits = [self._settings.ending.limit(request.seed) for request in requests]
         uniforms_BT = torch.stack([_uniforms(request.seed, max(limits)) for request in requests])
@@ -105,14 +100,14 @@ class TransformersEngine:
         self, requests: Sequence[SampleRequest], limits: Sequence[int], uniforms_BT: Tensor
     ) -> list[Sampled]:
         ids_BS, attention_BS = _left_pad([r.prompt.token_ids for r in requests])
-        device = self._model.device
+        device = self._slot.model.device
         ids_BS, attention_BS = ids_BS.to(device), attention_BS.to(device)
         uniforms_BT = uniforms_BT.to(device)
         cache, logprobs = None, []
         rows = [_Row(limit) for limit in limits]
         for step in range(max(limits)):
             positions_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-            output = self._model(
+            output = self._slot.model(
                 input_ids=ids_BS,
                 attention_mask=attention_BS,
                 position_ids=positions_BS,
@@ -148,7 +143,7 @@ class TransformersEngine:
 
     async def stop(self) -> None:
         """Drop the model."""
-        self._model = None
+        self._slot = None
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

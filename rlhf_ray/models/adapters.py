@@ -93,6 +93,40 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> N
     _set_state(model, dict(state))
 
 
+class AdapterSlot:
+    """A loaded base that has one adapter at a time, for inference.
+
+    Args:
+        base: the model; it is changed in place.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.model = base
+        """The base, in a PEFT wrapper once it has an adapter."""
+        self._peft_config: Mapping[str, Any] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no adapter was put in yet."""
+        return self._peft_config is None
+
+    def put(self, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+        """Replace the adapter.
+
+        Args:
+            settings: its PEFT config as plain values.
+            state: its tensors under PEFT's names.
+
+        Raises:
+            ConfigError: tensors and config do not belong together.
+        """
+        if self._peft_config != settings:
+            base = self.model if self.is_empty else self.model.unload()
+            self.model = get_peft_model(base, PeftLoraConfig(**settings)).eval()
+            self._peft_config = settings
+        load_adapter_state(self.model, state)
+
+
 def servable_rank(rank: int) -> int:
     """The least rank that vLLM can be set up for and that holds adapters of ``rank``.
 
@@ -183,6 +217,7 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 __all__ = [
+    "AdapterSlot",
     "TensorDict",
     "adapter_state",
     "attach",

@@ -1,0 +1,50 @@
+"""How likely given answers are, under any adapter of one base."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_ray.config import Config
+from rlhf_ray.models.adapters import AdapterSlot, tensors_from_bytes
+from rlhf_ray.models.forward import response_logprobs
+from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.models.token_logprobs import PLAIN, answer_with_logprobs
+from rlhf_ray.types import Rollout
+
+
+class Likelihood:
+    """The SFT model, frozen, and the adapter that it holds."""
+
+    def __init__(self, name: str, config: Config, model_path: str) -> None:
+        self._name = name
+        self._max_tokens = config.ppo.max_tokens_per_micro_batch
+        model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
+        if torch.cuda.is_available():
+            model.cuda()
+        self._slot = AdapterSlot(model)
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def start(self) -> None:
+        """Ready as soon as it is made."""
+
+    def hold(self, peft_config: Mapping[str, Any], tensors: bytes) -> None:
+        """Compute with this adapter from now on; its safetensors bytes, under PEFT's names."""
+        self._slot.put(peft_config, tensors_from_bytes(tensors))
+
+    def loss(self, answers: Sequence[Rollout]) -> tuple[float, int]:
+        """Summed loss of the answers' tokens, nats, and their number.
+
+        Whatever the run samples by: temperature 1, every token.
+        """
+        logprobs = response_logprobs(
+            self._slot.model,
+            answers,
+            rule=PLAIN,
+            max_tokens=self._max_tokens,
+            device=self._slot.model.device,
+        )
+        return -float(sum(row.sum(dtype=np.float64) for row in logprobs)), sum(map(len, logprobs))
