@@ -57,7 +57,7 @@ class Config(Section):
     ppo: PpoConfig = Field(default=PpoConfig(), description="The algorithm.")
     rollout: RolloutConfig = Field(default=RolloutConfig(), description="Sampling.")
     guards: GuardsConfig = Field(default=GuardsConfig(), description="What watches over PPO.")
-    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="SFT against PPO.")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Models compared.")
     trackers: TrackersConfig = Field(
         default=TrackersConfig(), description="Who else is told the metrics."
     )

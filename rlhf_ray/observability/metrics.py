@@ -221,16 +221,38 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("learning_rate", "1", _LAST, "Learning rate of a supervised stage."),
     ("grad_norm", "1", _LAST, "Gradient norm of a supervised stage before clipping."),
     ("epoch", "1", _LAST, "Passes over a supervised stage's data so far."),
+    (
+        "win_rate/<model>",
+        "share",
+        _HELD_OUT,
+        "Of the stage evaluate: how often a model's answer is better than sft's, ties half.",
+    ),
+    ("elo/<model>", "points", _HELD_OUT, "Elo rating among the compared models; sft has 1000."),
+    ("reward_mean/<model>", "1", _HELD_OUT, "Raw score (weighted sum) of a model's answers."),
+    ("gold_mean/<model>", "1", _HELD_OUT, "Gold score of a model's answers."),
+    ("rouge_mean/<model>", "1", _HELD_OUT, "ROUGE-L of a model's answers, against given ones."),
+    (
+        "perplexity/<model>",
+        "1",
+        "over the tokens of given answers",
+        "exp of a model's mean loss on the answers that the held-out rows bring along.",
+    ),
+    (
+        "instruction_pass_rate/<model>",
+        "share",
+        "mean over instructions",
+        "Share of a model's answers that do what the instruction says, by a program's check.",
+    ),
 )
 
 METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}
 
-_FAMILIES = tuple(name.removesuffix("<source>") for name in METRICS if name.endswith("/<source>"))
-"""What the names of a metric that there is once a reward source begin with."""
+_FAMILIES = tuple(name.partition("<")[0] for name in METRICS if name.endswith(">"))
+"""What the names of a metric that there is once a reward source, or once a model, begin with."""
 
 
 def is_registered(name: str) -> bool:
-    """Whether a metric is in the registry, by itself or as that of a reward source."""
+    """Whether a metric is in the registry, by itself or as that of a source or a model."""
     return name in METRICS or name.startswith(_FAMILIES)
 
 

@@ -1,89 +1,98 @@
-"""Stage evaluate: SFT against what PPO and DPO made of it, same held-out prompts and seeds."""
+"""Stage evaluate: SFT against what was made of it, same held-out prompts and seeds."""
 
 import asyncio
 import json
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from math import comb
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
-from rlhf_ray.cluster.role_clients import GeneratorPool, ScorerClient
 from rlhf_ray.config import Config
+from rlhf_ray.data.held_out_answers import given_answers, references
+from rlhf_ray.data.instructions import Instruction, load_instructions
+from rlhf_ray.data.render import Renderer
 from rlhf_ray.data.synthetic import gold_score
-from rlhf_ray.driver.batches import sample_requests, shard_requests
 from rlhf_ray.driver.checkpoint import Checkpoints
-from rlhf_ray.driver.scoring import mean_score
-from rlhf_ray.driver.weight_sync import publish_to
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.adapters import digest, tensors_from_bytes, tensors_to_bytes
-from rlhf_ray.models.folders import ADAPTER_CONFIG
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.observability.progress import Bar, Progress
-from rlhf_ray.rewards.combine import raw_sums
+from rlhf_ray.rewards.rouge import rouge
+from rlhf_ray.stages.compared_models import AdapterFiles, compared_models
+from rlhf_ray.stages.comparison import (
+    SCORES,
+    Samples,
+    follow,
+    outcomes_by_judge,
+    outcomes_by_score,
+    summarize,
+)
+from rlhf_ray.stages.conversation import prompt_ids
+from rlhf_ray.stages.evaluation_answers import (
+    SAMPLES_PER_INSTRUCTION,
+    answers_of_models,
+    perplexities,
+)
+from rlhf_ray.stages.evaluation_records import metrics_of, table, tell
 from rlhf_ray.stages.ppo import held_out_prompts
-from rlhf_ray.stages.ppo_roles import RoleSpawner, spawn_generators, spawn_scorers
 from rlhf_ray.stages.run_folder import RunFolder, write_atomically
-from rlhf_ray.types import AdapterUpdate, Prompt, Rollout
-
-Sample = dict[str, Any]
+from rlhf_ray.types import Prompt
 
 
 def run(config: Config) -> dict[str, Any]:
     """Sample every model, rate, compare; returns the summary that it wrote.
 
     Raises:
-        DataError: there is no trained policy.
+        DataError: there is no trained policy, or something that the config asks for.
     """
     started = time.monotonic()
     folder = RunFolder(config)
-    folder.stage("evaluate")
-    policy_model = folder.sft_model()
-    saved = Checkpoints(folder.path / "checkpoints", config.ppo.keep_checkpoints, {}).latest()
-    trained = _dpo_policy(folder) | ({"ppo": saved.policy} if saved else {})
-    if not trained:
-        raise DataError(
-            f"{folder.path}/checkpoints holds no policy: run the stage ppo first, or dpo"
-        )
-    adapters = {"sft": zero_adapter(next(iter(trained.values()))), **trained}
-    prompts = held_out_prompts(
-        config, folder, load_tokenizer(policy_model), config.evaluate.num_prompts
-    )
-
-    progress = Progress(config.run.stages)
-    with progress.stage("evaluate", len(adapters) * len(prompts), "sample") as bar:
-        compare = partial(_sample_models, config, policy_model, folder.reward_model(), adapters)
-        samples = asyncio.run(compare(prompts, bar))
+    sft_model, settings = folder.sft_model(), config.evaluate
+    tokenizer = load_tokenizer(sft_model)
+    newest = Checkpoints(folder.path / "checkpoints", config.ppo.keep_checkpoints, {}).latest()
+    adapters = compared_models(folder, newest)
+    prompts = held_out_prompts(config, folder, tokenizer, settings.num_prompts)
     has_gold = is_synthetic(config, folder)
-    if has_gold:
-        _add_gold(samples)
-    _write_samples(folder, samples, prompts)
-    summary = summarize(samples, config.evaluate.bootstrap, config.run.seed) | {
+    judged_by = _judged_by(config, has_gold, prompts)
+    instructions = load_instructions(settings.instructions) if settings.instructions else ()
+    told = instructed_prompts(config, tokenizer, instructions)
+
+    total = len(adapters) * (len(prompts) + SAMPLES_PER_INSTRUCTION * len(told))
+    with Progress(config.run.stages).stage("evaluate", total, "sample") as bar:
+        reward_model = folder.reward_model()
+        answers = asyncio.run(
+            answers_of_models(config, sft_model, reward_model, adapters, prompts, told, bar)
+        )
+        samples = {name: given.held_out for name, given in answers.items()}
+        _add_scores(samples, [*judged_by, *(["gold"] if has_gold else [])])
+        outcomes = {judge: _outcomes(config, judge, samples, bar) for judge in judged_by}
+        perplexity = _perplexities(config, sft_model, tokenizer, adapters, prompts, bar)
+    summary = summarize(samples, outcomes, settings.bootstrap, config.run.seed)
+    followed = follow(instructions, answers)
+    for name, model in summary["models"].items():
+        if perplexity:
+            model["perplexity"] = perplexity[name]
+        if followed:
+            model["instruction_pass_rate"] = fmean(
+                row["models"][name]["pass_rate"] for row in followed
+            )
+    version = newest.version if newest else None
+    _write_lines(folder, "samples", _side_by_side(samples, prompts))
+    _write_lines(folder, "instructions", followed)
+    tell(config, folder.stage("evaluate"), version or 0, metrics_of(summary))
+    summary |= {
         "num_prompts": len(prompts),
-        "judge": "gold" if has_gold else "reward",
-        "policy_version": saved.version if saved else None,
+        "policy_version": version,
+        "asked": settings.asked,
         "seconds": time.monotonic() - started,
     }
     folder.write_summary("evaluate", summary)
+    Console().print(table(summary))
     return summary
-
-
-def _dpo_policy(folder: RunFolder) -> dict[str, dict[str, bytes]]:
-    """The stage dpo's adapter as files, under its name; empty where that stage has not run."""
-    if folder.summary("dpo") is None:
-        return {}
-    model = folder.path / "dpo" / "model"
-    names = (ADAPTER_CONFIG, "adapter_model.safetensors")
-    return {"dpo": {name: (model / name).read_bytes() for name in names}}
-
-
-def zero_adapter(files: dict[str, bytes]) -> dict[str, bytes]:
-    """An adapter of the same shape that leaves the SFT model as it is."""
-    state = tensors_from_bytes(files["adapter_model.safetensors"])
-    zero = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in state.items()}
-    return {**files, "adapter_model.safetensors": tensors_to_bytes(zero)}
 
 
 def is_synthetic(config: Config, folder: RunFolder) -> bool:
@@ -93,127 +102,106 @@ def is_synthetic(config: Config, folder: RunFolder) -> bool:
     return own is None and prepared is not None and bool(prepared["synthetic"])
 
 
-async def _sample_models(
-    config: Config,
-    policy_model: str,
-    reward_model: str | None,
-    adapters: dict[str, dict[str, bytes]],
-    prompts: Sequence[Prompt],
-    bar: Bar,
-) -> dict[str, list[Sample]]:
-    spawner = RoleSpawner(config, lambda *_: None)
-    generators = spawn_generators(spawner, config, policy_model)
-    scorers = spawn_scorers(spawner, config, reward_model, policy_model)
-    try:
-        await spawner.start_all([])
-        return {
-            name: await _sample_one(
-                config, generators, scorers, spawner, version, files, prompts, bar
-            )
-            for version, (name, files) in enumerate(adapters.items())
-        }
-    finally:
-        await spawner.stop_all()
-
-
-async def _sample_one(
-    config: Config,
-    generators: GeneratorPool,
-    scorers: ScorerClient,
-    spawner: RoleSpawner,
-    version: int,
-    files: dict[str, bytes],
-    prompts: Sequence[Prompt],
-    bar: Bar,
-) -> list[Sample]:
-    tensors = files["adapter_model.safetensors"]
-    update = AdapterUpdate(
-        version,
-        digest(tensors_from_bytes(tensors)),
-        json.loads(files["adapter_config.json"]),
-        tensors,
-    )
-    await asyncio.gather(*(publish_to(generator, update) for generator in generators.members))
-    requests = shard_requests(
-        sample_requests(prompts, 1, config.run.seed, "evaluate"), config.rollout.shard_size, version
-    )
-    samples: list[Sample] = []
-    async for shard in generators.generate(requests):
-        scores = raw_sums(config.rewards, await scorers.score(shard))
-        rollouts: list[Rollout] = await spawner.fetch(shard.rollouts)
-        samples += [
-            {"position": r.position, "prompt": r.prompt, "text": r.text, "reward": score}
-            for r, score in zip(rollouts, scores, strict=True)
-        ]
-        bar.advance(len(rollouts))
-    return sorted(samples, key=lambda sample: sample["position"])
-
-
-def _add_gold(samples: dict[str, list[Sample]]) -> None:
-    for rows in samples.values():
-        for row in rows:
-            row["gold"] = gold_score(row["prompt"].fields["question"], row["text"])
-
-
-def _write_samples(
-    folder: RunFolder, samples: dict[str, list[Sample]], prompts: Sequence[Prompt]
-) -> None:
-    lines = []
-    for index, prompt in enumerate(prompts):
-        sides = {
-            name: {
-                key: rows[index][key] for key in ("text", "reward", "gold") if key in rows[index]
-            }
-            for name, rows in samples.items()
-        }
-        lines.append(json.dumps({"prompt": prompt.text, **sides}))
-    write_atomically(folder.stage("evaluate") / "samples.jsonl", "\n".join(lines) + "\n")
-
-
-def summarize(samples: dict[str, list[Sample]], resamples: int, seed: int) -> dict[str, Any]:
-    """Means of each model and win rates over sft, judged by gold score if there is one.
-
-    ``win_rate`` is that of the last model: ppo where it ran. A response without a reward counts in
-    no mean, and its prompt in no win rate.
+def instructed_prompts(
+    config: Config, tokenizer: Any, instructions: Sequence[Instruction]
+) -> list[Prompt]:
+    """What a user says, laid out as in a conversation.
 
     Raises:
-        RlhfError: nothing is left to compare.
+        DataError: one leaves no room for an answer.
     """
-    judge = "gold" if "gold" in samples["sft"][0] else "reward"
-    models: dict[str, dict[str, Any]] = {}
-    for name, rows in samples.items():
-        models[name] = {"reward_mean": mean_score([row["reward"] for row in rows])}
-        if judge == "gold":
-            models[name]["gold_mean"] = fmean(row["gold"] for row in rows)
-        if name != "sft":
-            models[name]["win_rate"] = _win_rate(rows, samples["sft"], judge, resamples, seed)
-    last = next(reversed(models))
-    return {"models": models, "win_rate": models[last]["win_rate"]}
+    room = config.model.max_length - config.rollout.max_tokens
+    prompts = []
+    for index, instruction in enumerate(instructions):
+        messages = [{"role": "user", "content": instruction.prompt}]
+        ids = prompt_ids(config, tokenizer, messages)
+        if len(ids) > room:
+            raise DataError(
+                f"evaluate.instructions: {instruction.prompt[:80]!r} has {len(ids)} tokens, and "
+                f"model.max_length less rollout.max_tokens leaves {room}; shorten it, or raise "
+                "model.max_length"
+            )
+        prompts.append(Prompt(f"instruction-{index}", instruction.prompt, tuple(ids)))
+    return prompts
 
 
-def _win_rate(
-    ours: list[Sample], theirs: list[Sample], judge: str, resamples: int, seed: int
-) -> dict[str, Any]:
-    pairs = [(a[judge], b[judge]) for a, b in zip(ours, theirs, strict=True)]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if not known:
+def _judged_by(config: Config, has_gold: bool, prompts: Sequence[Prompt]) -> Sequence[str]:
+    """What decides which answer is better.
+
+    Raises:
+        DataError: the held-out rows have not what it needs.
+    """
+    judged_by = config.evaluate.judged_by
+    if judged_by is None:
+        return ["gold" if has_gold else "reward"]
+    if "gold" in judged_by and not has_gold:
         raise DataError(
-            f"For none of the {len(pairs)} held-out prompts do the sources of rewards have a score "
-            "of both models' responses; see docs/rewards.md on missing scores"
+            "evaluate.judged_by names gold, which is known of the synthetic site's questions alone "
+            "(prepare without prepare.posts, and neither data.prompts nor data.eval); leave it out"
         )
-    wins = np.array([win(a, b) for a, b in known])
-    low, high = bootstrap_interval(wins, resamples, seed)
-    return {"value": float(wins.mean()), "ci95": [low, high]}
+    if "rouge" in judged_by and not any(map(references, prompts)):
+        raise DataError(
+            f"evaluate.judged_by names rouge, and none of the {len(prompts)} held-out prompts has "
+            "a text in a column reference, completion or chosen; name one in the data set's "
+            "columns, for example columns: {reference: <its name>}"
+        )
+    return judged_by
 
 
-def win(ours: float, theirs: float) -> float:
-    """1 for a win, 0 for a loss, a half for a tie."""
-    return 0.5 if ours == theirs else float(ours > theirs)
+def _add_scores(samples: Samples, names: Sequence[str]) -> None:
+    for row in chain.from_iterable(samples.values()):
+        if "gold" in names:
+            row["gold"] = gold_score(row["prompt"].fields["question"], row["text"])
+        if "rouge" in names:
+            texts = references(row["prompt"])
+            scores = [rouge("rougeL", row["text"], text) for text in texts]
+            row["rouge"] = max(scores, default=None)
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """95% percentile interval of the mean, by resampling the prompts."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), size=(resamples, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+def _outcomes(config: Config, judge: str, samples: Samples, bar: Bar) -> np.ndarray:
+    if judge != "judge":
+        return outcomes_by_score(samples, judge)
+    assert config.evaluate.judge is not None, "refused when the config is read"
+    num_pairs = comb(len(samples), 2) * len(next(iter(samples.values())))
+    bar.restart(num_pairs, "verdict")
+    return asyncio.run(outcomes_by_judge(config.evaluate.judge, samples, bar))
+
+
+def _perplexities(
+    config: Config,
+    sft_model: str,
+    tokenizer: Any,
+    adapters: Mapping[str, AdapterFiles],
+    prompts: Sequence[Prompt],
+    bar: Bar,
+) -> dict[str, float]:
+    """Of each model on the answers that the held-out rows bring along; empty where none does."""
+    renderer = Renderer(tokenizer, config.template)
+    answers = given_answers(prompts, renderer, config.model.max_length)
+    if not answers:
+        return {}
+    bar.restart(len(adapters) * len(answers), "given answer")
+    return asyncio.run(perplexities(config, sft_model, adapters, answers, bar))
+
+
+def _side_by_side(samples: Samples, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """A line for each prompt with every model's answer and its scores."""
+    return [
+        {
+            "prompt": prompt.text,
+            **{
+                name: {key: rows[index][key] for key in ("text", *SCORES) if key in rows[index]}
+                for name, rows in samples.items()
+            },
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _write_lines(folder: RunFolder, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A JSON Lines file of the stage; none where there are no rows."""
+    path = folder.stage("evaluate") / f"{name}.jsonl"
+    if rows:
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.unlink(missing_ok=True)

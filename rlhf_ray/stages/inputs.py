@@ -1,6 +1,7 @@
 """What a run reads from outside is looked for before its first stage, not hours later."""
 
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from rlhf_ray.algorithms.estimators import resolve
 from rlhf_ray.algorithms.losses import resolve_policy_loss
@@ -11,10 +12,12 @@ from rlhf_ray.config.rewards import (
     FunctionSourceConfig,
     ModelSourceConfig,
 )
+from rlhf_ray.data.instructions import load_instructions
 from rlhf_ray.data.readers import read
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import locate
 from rlhf_ray.plugins import load_function
+from rlhf_ray.stages.run_models import POLICIES
 
 TRAINED_OR_SAMPLED = {"pretrain", "sft", "reward", "dpo", "ppo", "evaluate"}
 READERS = {
@@ -42,6 +45,8 @@ def require_inputs(config: Config, stages: Collection[str]) -> None:
             _require_rows(f"data.{use}", getattr(config.data, use) or ())
     if "reward" in stages:
         _require_rows("reward.benchmark", config.reward.benchmark or ())
+    if "evaluate" in stages:
+        _require_compared(config)
     if "ppo" in stages:
         resolve(config.ppo.advantage)
         resolve_policy_loss(config.ppo.policy_loss)
@@ -54,6 +59,19 @@ def _require_rows(key: str, sources: Sequence[DataSource]) -> None:
     for source in sources:
         if next(read(source), None) is None:
             raise DataError(f"{key}: {source.path} holds no rows")
+
+
+def _require_compared(config: Config) -> None:
+    """Folders of models from elsewhere, and the user's own instructions."""
+    for name in config.evaluate.models or ():
+        is_own = name in POLICIES or name.startswith("ppo@")
+        if not is_own and not Path(name).is_dir():
+            raise DataError(
+                f"evaluate.models names {name}, which is no folder; name {', '.join(POLICIES)}, a "
+                "commit such as ppo@12 or ppo@best, or the folder of an adapter"
+            )
+    if config.evaluate.instructions is not None:
+        load_instructions(config.evaluate.instructions)
 
 
 def _models(config: Config) -> Iterator[str]:

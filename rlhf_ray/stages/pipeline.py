@@ -147,7 +147,8 @@ def _finished(folder: RunFolder, stage: str) -> bool:
     if stage == "evaluate" and summary is not None:
         policy, has_dpo = folder.summary("ppo"), folder.summary("dpo") is not None
         is_newest = policy is None or summary["policy_version"] == policy["adapter_version"]
-        return is_newest and has_dpo <= ("dpo" in summary["models"])
+        awaits_dpo = has_dpo and config.evaluate.models is None and "dpo" not in summary["models"]
+        return is_newest and not awaits_dpo and summary.get("asked") == config.evaluate.asked
     return summary is not None
 
 

@@ -109,7 +109,7 @@ def test_the_summaries_hold_the_promised_keys(finished: Config) -> None:
     assert set(summary(finished, "reward")) >= {"pairs_train", "pairs_eval", "accuracy"}
     evaluate = summary(finished, "evaluate")
     assert set(evaluate["models"]) == {"sft", "ppo"}
-    assert set(evaluate["models"]["sft"]) == {"reward_mean", "gold_mean"}
+    assert set(evaluate["models"]["sft"]) == {"reward_mean", "gold_mean", "perplexity"}
     assert evaluate["models"]["ppo"]["win_rate"] == evaluate["win_rate"]
     low, high = evaluate["win_rate"]["ci95"]
     assert 0 <= low <= evaluate["win_rate"]["value"] <= high <= 1

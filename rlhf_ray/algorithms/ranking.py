@@ -1,0 +1,151 @@
+"""Who is better, from who won: win rates and Elo ratings of M models on N prompts. NumPy alone.
+
+An outcome is 1 for a win, 0 for a loss, a half for a tie, NaN where it is not known. Intervals come
+from resampling the prompts (Efron 1979, doi:10.1214/aos/1176344552), the same ones for every model:
+models answer the same prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+ELO_SCALE = 400 / np.log(10)
+"""Elo points of one unit of log-odds: 400 points are odds of ten to one."""
+VIRTUAL_WINS = 0.5
+"""Wins added to each side of a pair (Haldane 1956): a model that never loses has no finite rating,
+and would have one in some resamples only."""
+_MOST_STEPS = 10_000
+_CONVERGED = 1e-9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers with the ends of their 95% intervals; arrays of one shape."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def outcomes_of_scores(scores_MN: np.ndarray) -> np.ndarray:
+    """Each model against each other, `_MMN`: the higher score wins; NaN where one has none.
+
+    Example:
+        >>> outcomes_of_scores(np.array([[1.0, 2.0], [0.0, 2.0]]))[0, 1].tolist()
+        [1.0, 0.5]
+    """
+    difference_MMN = scores_MN[:, None] - scores_MN[None]
+    return np.where(np.isnan(difference_MMN), np.nan, (np.sign(difference_MMN) + 1) / 2)
+
+
+def resampled_prompts(num_prompts: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each prompt is drawn in each of R resamples of the same size, `_RN`."""
+    picks_RN = np.random.default_rng(seed).integers(0, num_prompts, size=(resamples, num_prompts))
+    places = picks_RN + num_prompts * np.arange(resamples)[:, None]
+    drawn = np.bincount(places.ravel(), minlength=resamples * num_prompts)
+    return drawn.reshape(resamples, num_prompts)
+
+
+def win_rates(outcomes_MMN: np.ndarray, resamples: int, seed: int) -> Estimate:
+    """Mean outcome of each model against each other, `_MM`; NaN where none is known."""
+    whole = _rates(*_tallies(outcomes_MMN, np.ones((1, outcomes_MMN.shape[-1]))))[0]
+    drawn_RN = resampled_prompts(outcomes_MMN.shape[-1], resamples, seed)
+    return _with_interval(whole, _rates(*_tallies(outcomes_MMN, drawn_RN)))
+
+
+def elo(
+    outcomes_MMN: np.ndarray, resamples: int, seed: int, anchor: int = 0, anchored_at: float = 1000
+) -> Estimate:
+    """Elo rating of each model, `_M`.
+
+    Args:
+        outcomes_MMN: each model against each other.
+        resamples: of the prompts.
+        seed: of the resampling.
+        anchor: the model whose rating is known, and so has no interval.
+        anchored_at: its rating.
+    """
+
+    def ratings(drawn_RN: np.ndarray) -> np.ndarray:
+        strengths_RM = bradley_terry(_tallies(outcomes_MMN, drawn_RN)[0])
+        return anchored_at + ELO_SCALE * (strengths_RM - strengths_RM[:, anchor, None])
+
+    num_prompts = outcomes_MMN.shape[-1]
+    whole = ratings(np.ones((1, num_prompts)))[0]
+    return _with_interval(whole, ratings(resampled_prompts(num_prompts, resamples, seed)))
+
+
+def bradley_terry(wins_RMM: np.ndarray) -> np.ndarray:
+    """Maximum-likelihood strengths of M models in R tables of wins, `_RM`, as log-odds, mean 0.
+
+    P(i beats j) = 1 / (1 + exp(s_j - s_i)) (Bradley and Terry 1952, doi:10.2307/2334029), solved by
+    the MM algorithm (Hunter 2004, doi:10.1214/aos/1079120141, equation 3).
+
+    Args:
+        wins_RMM: how often the row's model beat the column's; a tie is half a win for both. Each
+            side gets `VIRTUAL_WINS` more.
+    """
+    num_models = wins_RMM.shape[-1]
+    virtual_MM = VIRTUAL_WINS * (1 - np.eye(num_models))
+    wins_RMM = wins_RMM * (1 - np.eye(num_models)) + virtual_MM
+    games_RMM = wins_RMM + wins_RMM.transpose(0, 2, 1)
+    total_RM = wins_RMM.sum(2)
+    strengths_RM = np.zeros_like(total_RM)
+    for _ in range(_MOST_STEPS):
+        odds_RM = np.exp(strengths_RM)
+        shares_RM = (games_RMM / (odds_RM[:, :, None] + odds_RM[:, None])).sum(2)
+        new_RM = np.log(total_RM / shares_RM)
+        new_RM -= new_RM.mean(1, keepdims=True)
+        change = np.abs(new_RM - strengths_RM).max()
+        strengths_RM = new_RM
+        if change < _CONVERGED:
+            break
+    return strengths_RM
+
+
+def win_probability(elo_difference: float) -> float:
+    """How often the model that is so many points ahead wins."""
+    return float(1 / (1 + np.exp(-elo_difference / ELO_SCALE)))
+
+
+def outcomes_of_pairs(
+    num_models: int, pairs: Sequence[tuple[int, int, Sequence[float | None]]]
+) -> np.ndarray:
+    """Outcomes that a judge gave pair by pair, `_MMN`.
+
+    Args:
+        num_models: M.
+        pairs: for two models the first one's outcome on each prompt; None: not known.
+    """
+    num_prompts = len(pairs[0][2])
+    outcomes_MMN = np.full((num_models, num_models, num_prompts), np.nan)
+    for first, second, of_first in pairs:
+        outcomes_MMN[first, second] = np.array(of_first, dtype=float)
+        outcomes_MMN[second, first] = 1 - outcomes_MMN[first, second]
+    return outcomes_MMN
+
+
+def _tallies(outcomes_MMN: np.ndarray, drawn_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wins and known games of each pair in each resample, `_RMM`."""
+    num_models, _, num_prompts = outcomes_MMN.shape
+    flat = outcomes_MMN.reshape(-1, num_prompts)
+    known = ~np.isnan(flat)
+    shape = (len(drawn_RN), num_models, num_models)
+    wins = drawn_RN @ np.where(known, flat, 0).T
+    return wins.reshape(shape), (drawn_RN @ known.T.astype(float)).reshape(shape)
+
+
+def _rates(wins_RMM: np.ndarray, games_RMM: np.ndarray) -> np.ndarray:
+    rates_RMM = np.full_like(wins_RMM, np.nan)
+    np.divide(wins_RMM, games_RMM, out=rates_RMM, where=games_RMM > 0)
+    return rates_RMM
+
+
+def _with_interval(value: np.ndarray, resampled: np.ndarray) -> Estimate:
+    """95% percentile interval; a pair of which some resample knows no game is left out there."""
+    known = ~np.isnan(value)
+    low, high = np.full_like(value, np.nan), np.full_like(value, np.nan)
+    if known.any():
+        low[known], high[known] = np.nanpercentile(resampled[:, known], [2.5, 97.5], axis=0)
+    return Estimate(value, low, high)
