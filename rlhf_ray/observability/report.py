@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rlhf_ray.errors import DataError
-from rlhf_ray.observability import report_quality
+from rlhf_ray.observability import report_evaluation, report_quality
 from rlhf_ray.observability import report_sections as sections
 from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.observability.report_data import RunFiles, number, read
@@ -59,6 +59,7 @@ def render(files: RunFiles) -> str:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = figure
+    environment.filters["model_title"] = sections.model_title
     return environment.get_template("report.html.j2").render(
         name=files.name,
         started=files.started,
@@ -75,6 +76,9 @@ def render(files: RunFiles) -> str:
         quality=report_quality.quality_charts(files),
         duplicates=report_quality.duplicates(files),
         row_counts=report_quality.row_counts(files),
+        judged=report_evaluation.judged(files),
+        model_numbers=report_evaluation.numbers(files),
+        instructions=report_evaluation.instructions(files),
         samples=sections.samples(files),
         num_samples=len(files.samples),
         prompts=sections.fixed_prompts(files),
@@ -88,7 +92,7 @@ def verdict(files: RunFiles) -> str:
     """The run's outcome in a sentence."""
     if win_rate := _win_rate(files):
         rate, low, high = win_rate
-        name = _final_model(files).upper()
+        name = sections.model_title(_final_model(files))
         if low > 0.5:
             outcome = f"{name} beats SFT on held-out questions"
         elif high < 0.5:
@@ -178,7 +182,7 @@ def _cards(files: RunFiles) -> Iterator[Card]:
 
 def _evaluation_cards(files: RunFiles) -> Iterator[Card]:
     evaluation, final = files.summaries.get("evaluate"), _final_model(files)
-    name = final.upper()
+    name = sections.model_title(final)
     if win_rate := _win_rate(files):
         rate, low, high = win_rate
         yield Card(
@@ -236,8 +240,8 @@ def _ppo_cards(files: RunFiles) -> Iterator[Card]:
 
 def _final_model(files: RunFiles) -> str:
     """The model that the evaluation's win rate is about."""
-    models = files.summaries.get("evaluate", {}).get("models", ())
-    return "dpo" if "dpo" in models and "ppo" not in models else "ppo"
+    models = list(files.summaries.get("evaluate", {}).get("models", ()))
+    return "ppo" if "ppo" in models or not models else models[-1]
 
 
 def _win_rate(files: RunFiles) -> tuple[float, float, float] | None:

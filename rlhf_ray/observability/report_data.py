@@ -49,6 +49,8 @@ class RunFiles:
     """ppo/warnings.jsonl: what the guards saw."""
     samples: Sequence[Record]
     """evaluate/samples.jsonl."""
+    instructions: Sequence[Record]
+    """evaluate/instructions.jsonl."""
     quality: Mapping[str, Record]
     """What texts are like: prepare/quality.json, and data/<key>.json of sets of the user's own."""
     spans: Sequence[Span]
@@ -98,6 +100,7 @@ def read(run_dir: Path) -> RunFiles:
         completions=read_jsonl(run_dir / "ppo" / "completions.jsonl"),
         warnings=read_jsonl(run_dir / "ppo" / "warnings.jsonl"),
         samples=read_jsonl(run_dir / "evaluate" / "samples.jsonl"),
+        instructions=read_jsonl(run_dir / "evaluate" / "instructions.jsonl"),
         quality=_read_quality(run_dir),
         spans=spans,
         phase_totals=phase_totals(run_dir / "trace.json"),

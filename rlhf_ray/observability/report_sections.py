@@ -150,19 +150,24 @@ def samples(files: RunFiles) -> list[dict[str, Any]]:
     for record in files.samples[:_MAX_SAMPLES]:
         answers = [
             {
-                "model": model.upper(),
-                "text": _short(record[model].get("text", "")),
+                "model": model_title(model),
+                "text": _short(answer.get("text", "")),
                 "scores": [
                     (name, value)
-                    for name in ("reward", "gold")
-                    if (value := number(record[model], name)) is not None
+                    for name in ("reward", "gold", "rouge")
+                    if (value := number(answer, name)) is not None
                 ],
             }
-            for model in ("sft", "dpo", "ppo")
-            if isinstance(record.get(model), dict)
+            for model, answer in record.items()
+            if isinstance(answer, dict)
         ]
         shown.append({"prompt": _short(record.get("prompt", "")), "answers": answers})
     return shown
+
+
+def model_title(name: str) -> str:
+    """A model of the run in capitals; a folder as it is written."""
+    return name.upper() if name.partition("@")[0] in ("sft", "dpo", "ppo") else name
 
 
 def fixed_prompts(files: RunFiles) -> list[dict[str, Any]]:

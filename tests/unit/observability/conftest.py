@@ -52,6 +52,17 @@ QUALITY = {
 }
 
 
+INSTRUCTION = {
+    "prompt": "Name animals. Every word begins with c.",
+    "check": "words_begin_with",
+    "args": {"letter": "c"},
+    "models": {
+        "sft": {"pass_rate": 0.25, "text": "Cats and dogs."},
+        "ppo": {"pass_rate": 0.75, "text": "Cats, cows."},
+    },
+}
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Folder of a finished run."""
@@ -87,6 +98,7 @@ def write_run(folder: Path) -> None:
     _write_lines(folder / "ppo" / "eval.jsonl", (_evaluation(i) for i in range(0, 61, 10)))
     _write_lines(folder / "ppo" / "completions.jsonl", (_completion(i) for i in iterations()))
     _write_lines(folder / "evaluate" / "samples.jsonl", (_sample(index) for index in range(20)))
+    _write_lines(folder / "evaluate" / "instructions.jsonl", [INSTRUCTION])
     _write_trace(folder / "trace.json")
 
 
@@ -149,6 +161,18 @@ def _summaries() -> dict[str, dict[str, Any]]:
                 "ppo": {"reward_mean": 0.86, "gold_mean": 0.67},
             },
             "win_rate": {"value": 0.78, "ci95": [0.74, 0.82]},
+            "judges": {
+                "gold": {
+                    "win_rates": {
+                        "sft": {"ppo": {"value": 0.22, "ci95": [0.18, 0.26]}},
+                        "ppo": {"sft": {"value": 0.78, "ci95": [0.74, 0.82]}},
+                    },
+                    "elo": {
+                        "sft": {"value": 1000.0, "ci95": [1000.0, 1000.0]},
+                        "ppo": {"value": 1219.9, "ci95": [1181.7, 1263.4]},
+                    },
+                }
+            },
             "seconds": 21.0,
         },
     }

@@ -14,6 +14,8 @@ from rlhf_ray.observability.report_data import read
 SECTIONS = [
     "PPO over iterations",
     "Supervised stages",
+    "Models compared",
+    "Instructions followed",
     "Answers before and after",
     "Fixed prompts across versions",
     "Last training rollouts",
@@ -145,7 +147,7 @@ def test_what_is_missing_is_left_out(run_dir: Path, missing: str):
         "config.yaml": ["Config"],
         "trace.json": ["Where the time went"],
         "prepare": ["Data"],
-        "evaluate": ["Answers before and after"],
+        "evaluate": ["Models compared", "Instructions followed", "Answers before and after"],
         "evaluate/samples.jsonl": ["Answers before and after"],
         "ppo": [SECTIONS[0], "Fixed prompts across versions", "Last training rollouts"],
         "ppo/eval.jsonl": ["Fixed prompts across versions"],
@@ -179,6 +181,25 @@ def test_a_stage_given_by_path_is_not_awaited(run_dir: Path):
     with (run_dir / "config.yaml").open("a") as file:
         file.write("sft: {path: models/sft}\nreward: {path: models/reward}\n")
     assert read(run_dir).pending() == ["pretrain", "ppo", "evaluate"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_model_is_ranked_and_answers_side_by_side(run_dir: Path):
+    html = _build(run_dir)
+    assert html.index("1220") < html.index("1000</td>"), "the best model first"
+    assert "1182 to 1263" in html
+    assert re.search(r"<td[^>]*>0\.22<span[^>]*>0\.18 to 0\.26", html)
+    assert "words begin with c" in html
+    assert "75%" in html
+    evaluation = json.loads((run_dir / "evaluate" / "summary.json").read_text())
+    evaluation["models"] = {"sft": {}, "ppo@7": {"reward_mean": 0.5}, "runs/b/policy": {}}
+    (run_dir / "evaluate" / "summary.json").write_text(json.dumps(evaluation))
+    sample = {"prompt": "p", "sft": {"text": "s"}, "runs/b/policy": {"text": "o", "rouge": 0.5}}
+    (run_dir / "evaluate" / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    html = _build(run_dir)
+    assert "<b>runs/b/policy</b> · rouge 0.50" in html
+    assert "runs/b/policy beats SFT on held-out questions" in html
+    assert "PPO@7" in html
 
 
 @pytest.mark.parametrize(
