@@ -37,10 +37,13 @@ from rlhf_ray.stages.evaluation_answers import (
     answers_of_models,
     perplexities,
 )
-from rlhf_ray.stages.evaluation_records import metrics_of, table, tell
+from rlhf_ray.stages.evaluation_records import metrics_of, tables, tell
 from rlhf_ray.stages.ppo import held_out_prompts
 from rlhf_ray.stages.run_folder import RunFolder, write_atomically
 from rlhf_ray.types import Prompt
+
+LOG_WIDTH = 100
+"""Columns of a log, which has none of its own."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -91,8 +94,16 @@ def run(config: Config) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     folder.write_summary("evaluate", summary)
-    Console().print(table(summary))
+    _show(summary)
     return summary
+
+
+def _show(summary: Mapping[str, Any]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    for view in tables(summary):
+        console.print(view)
 
 
 def is_synthetic(config: Config, folder: RunFolder) -> bool:

@@ -1,21 +1,29 @@
-"""What an evaluation leaves besides its summary: metrics for trackers, a table for the terminal."""
+"""What an evaluation leaves besides its summary: metrics for trackers, tables for the terminal."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from rlhf_ray.config import Config
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.trackers import current
+from rlhf_ray.stages.compared_models import SFT
 
 Summary = Mapping[str, Any]
 
-NUMBERS = ("reward_mean", "gold_mean", "rouge_mean", "perplexity", "instruction_pass_rate")
-"""Plain numbers that a model may have in the summary; metrics of the same names."""
+NUMBERS = {
+    "reward_mean": "reward",
+    "gold_mean": "gold",
+    "rouge_mean": "ROUGE-L",
+    "perplexity": "perplexity",
+    "instruction_pass_rate": "followed",
+}
+"""Plain number that a model may have in the summary, and a metric -> its heading in a table."""
 
 
 def metrics_of(summary: Summary) -> dict[str, float]:
@@ -54,38 +62,42 @@ def tell(config: Config, folder: Path, version: int, metrics: Mapping[str, float
     sinks.close()
 
 
-def table(summary: Summary) -> Table:
-    """A row a model for the terminal."""
-    judge, *others = summary["judges"]
-    numbers = [
-        name for name in NUMBERS if any(name in model for model in summary["models"].values())
-    ]
-    view = Table(title=f"{summary['num_prompts']} held-out prompts, judged by {judge}")
+def tables(summary: Summary) -> Iterator[Table]:
+    """For the terminal: a row a model; all numbers and what the first judge says, then the others.
+
+    They fit 100 columns, names of models apart, which fold.
+    """
+    first, *others = summary["judges"]
+    models = summary["models"]
+    numbers = [name for name in NUMBERS if any(name in model for model in models.values())]
+    view = _ranking(f"{summary['num_prompts']} held-out prompts, judged by {first}", numbers)
+    for name, model in models.items():
+        plain = (f"{model[number]:.3g}" if number in model else "–" for number in numbers)
+        view.add_row(*_rank(summary["judges"][first], name), *plain)
+    yield view
+    for judge in others:
+        view = _ranking(f"judged by {judge}", ())
+        for name in models:
+            view.add_row(*_rank(summary["judges"][judge], name))
+        yield view
+
+
+def _ranking(title: str, numbers: Iterable[str]) -> Table:
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     view.add_column("model", overflow="fold")
-    headings = ["win rate over sft", "Elo", *(f"win rate by {other}" for other in others)]
-    for heading in (*headings, *(name.replace("_", " ") for name in numbers)):
-        view.add_column(heading, justify="right")
-    for name, model in summary["models"].items():
-        view.add_row(
-            escape(name),
-            _with_interval(model.get("win_rate"), ".2f"),
-            _with_interval(summary["judges"][judge]["elo"][name], ".0f"),
-            *(_over_sft(summary["judges"][other], name) for other in others),
-            *(f"{model[number]:.3g}" if number in model else "–" for number in numbers),
-        )
+    for heading in ("win rate over sft", "Elo", *(NUMBERS[number] for number in numbers)):
+        view.add_column(heading, justify="right", no_wrap=True)
     return view
 
 
-def _over_sft(judged: Mapping[str, Any], name: str) -> str:
-    rate = judged["win_rates"][name].get("sft")
-    return "–" if rate is None else f"{rate['value']:.2f}"
+def _rank(judged: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    """Name, win rate over sft and rating, with their intervals."""
+    rate, rating = judged["win_rates"][name].get(SFT), judged["elo"][name]
+    return escape(name), _with_interval(rate, ".2f"), _with_interval(rating, ".0f")
 
 
 def _with_interval(estimate: Mapping[str, Any] | None, form: str) -> str:
-    """A value above its interval, so that several fit side by side."""
     if estimate is None:
         return "–"
-    low, high = estimate["ci95"]
-    if low == high:
-        return f"{estimate['value']:{form}}"
-    return f"{estimate['value']:{form}} ({low:{form}} to {high:{form}})"
+    value, (low, high) = estimate["value"], estimate["ci95"]
+    return f"{value:{form}}" + (f" ({low:{form}}–{high:{form}})" if low < high else "")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import copy_of
 from fakes import FakePolicy
 from harness import Harness, make_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -113,3 +114,16 @@ def test_tensorboard_can_be_turned_off(tmp_path: Path, config_file: Path) -> Non
     stages = "run.stages=[prepare, pretrain]"
     pipeline.run(load(config_file, [f"run.dir={folder}", stages, "trackers.tensorboard=false"]))
     assert not list(folder.rglob("tensorboard"))
+
+
+def test_an_evaluation_is_told_at_the_version_of_its_policy_and_anew_when_it_is_done_anew(
+    told: Told, tmp_path: Path, whole_run: Path
+) -> None:
+    config = load(copy_of(whole_run, tmp_path) / "config.yaml", [f"run.dir={tmp_path}/run"])
+    pipeline.run_single(config, "evaluate")
+    assert told.steps("evaluate/win_rate/ppo") == [1, 1]  # the finished stage's, then the new one's
+    assert told.steps("evaluate/perplexity/sft") == [1, 1]
+    assert {axis for axis, _, m in told.metrics if "evaluate/elo/ppo" in m} == {"evaluate/step"}
+    summary = json.loads((tmp_path / "run" / "evaluate" / "summary.json").read_text())
+    rates = [m["evaluate/win_rate/ppo"] for _, _, m in told.metrics if "evaluate/elo/ppo" in m]
+    assert rates == [summary["win_rate"]["value"]] * 2
