@@ -15,79 +15,28 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from faulty_engine import LONG, TEMPERATURE, FaultyEngine
 from transformers import GenerationConfig
 
 from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
-from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.cluster.role_clients import GeneratorClient, PolicyClient
 from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.guard import SamplerGapGuard
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
-from rlhf_ray.engines.vllm_engine import VllmEngine, VllmSettings
+from rlhf_ray.engines.vllm_engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import stop_token_ids
-from rlhf_ray.types import AdapterUpdate, Gap, Prompt, ScoredShard, ServedAdapter, ShardRequest
+from rlhf_ray.types import Gap, Prompt, ScoredShard, ShardRequest
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
-TEMPERATURE = 0.7
-WRONG_RULES = {
-    "wrong temperature": SamplingRule(1.0),
-    "truncated": SamplingRule(TEMPERATURE, top_p=0.5),
-}
-LONG = Ending(max_tokens=32)
 CANARY_TOKENS = 260
 """Over two blocks of the prefix cache, which holds 128 tokens a block on CPU."""
-
-
-class FaultyEngine(VllmEngine):
-    """vLLM with faults on this side of its process, until ``fault`` is None again."""
-
-    fault: str | None = None
-
-    async def plant(self, fault: str | None, *, lies: bool = False) -> None:
-        """Switch a fault on, or all of them off with None."""
-        self.fault = fault
-        self.draw_by(WRONG_RULES.get(fault or "", SamplingRule(TEMPERATURE)))
-        await self._engine.collective_rpc("plant", args=(fault, lies))
-
-    def draw_by(self, rule: SamplingRule, ending: Ending = LONG) -> None:
-        """Sample by another rule, and to another end, from now on."""
-        self._settings = dataclasses.replace(self._settings, rule=rule, ending=ending)
-
-    async def serve(self, update: AdapterUpdate) -> ServedAdapter:
-        """As the honest engine, but for caches that are kept."""
-        if self.fault not in ("caches kept", "caches kept and it says so"):
-            return await super().serve(update)
-        honest = self._engine
-        self._engine = _KeepsCaches(honest, claims_cleared=self.fault == "caches kept")  # type: ignore[assignment]
-        try:
-            return await super().serve(update)
-        finally:
-            self._engine = honest
-            self._adapter_name = "policy"
-
-
-class _KeepsCaches:
-    """AsyncLLM whose prefix cache outlives a change of adapter."""
-
-    def __init__(self, engine: Any, claims_cleared: bool) -> None:
-        self._engine = engine
-        self._claims_cleared = claims_cleared
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
-        await self._engine.pause_generation(mode=mode, clear_cache=False)
-
-    async def reset_prefix_cache(self) -> bool:
-        return self._claims_cleared
 
 
 @dataclass(frozen=True)
