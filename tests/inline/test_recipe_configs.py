@@ -1,0 +1,126 @@
+"""The recipe's configs run for two steps in this process, with a tiny model in the place of theirs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import build_tiny
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_ray.config import load
+from rlhf_ray.models.loading import load_tokenizer, save_model
+from rlhf_ray.stages import pipeline
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TEXTS = [f"Question: how do I sort list {i}?\n\nAnswer: call sorted(x{i})." for i in range(60)]
+INLINE = ("cluster.mode=inline", "rollout.engine=transformers", "sft.train_workers=1")
+TRAINING = ("steps=2", "batch_size=2", "eval_rows=4", "train_workers=1")
+PPO = (
+    *("ppo.iterations=2", "ppo.batch_size=4", "ppo.mini_batch_size=4", "ppo.eval_prompts=8"),
+    *("policy.num_ranks=1", "critic.num_ranks=1", "reference.num_workers=1", "generators.num=1"),
+    *("reward.num_workers=1", "rollout.shard_size=4", "evaluate.num_prompts=4"),
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, a reward model and a classifier of it, and rows of every kind."""
+    folder = tmp_path_factory.mktemp("files")
+    base = build_tiny(folder / "llama", TEXTS)
+    for name, num_labels in (("reward", 1), ("classifier", 2)):
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels)
+        model.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"} if num_labels == 2 else {0: "score"}
+        save_model(model, load_tokenizer(base), folder / name)
+    rows = [
+        {
+            "text": text,
+            "prompt": text.partition("Answer")[0],
+            "label": "call sorted",
+            "chosen": text.partition("Answer: ")[2],
+            "rejected": "no idea",
+        }
+        for text in TEXTS
+    ]
+    for name, columns in {
+        "texts": ("text",),
+        "prompts": ("prompt", "label"),
+        "pairs": ("prompt", "chosen", "rejected"),
+    }.items():
+        lines = [json.dumps({column: row[column] for column in columns}) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def small(stage: str) -> tuple[str, ...]:
+    return tuple(f"{stage}.{setting}" for setting in TRAINING)
+
+
+STACKLLAMA_PPO = (
+    *PPO,
+    *("sft.path={files}/llama", "reward.path={files}/reward"),
+    "data.prompts.path={files}/prompts.jsonl",
+)
+CASES = {
+    "stackllama/prepare.yaml": ("prepare.num_questions=60",),
+    "stackllama/sft.yaml": (
+        *small("sft"),
+        "sft.block_size=64",
+        "data.sft.path={files}/pairs.jsonl",
+    ),
+    "stackllama/reward.yaml": (
+        *small("reward"),
+        "reward.epochs=null",
+        "reward.eval_every=1",
+        "data.preferences.path={files}/pairs.jsonl",
+    ),
+    "stackllama/ppo_3x8_a100.yaml": STACKLLAMA_PPO,
+    "stackllama/ppo_1x8_a100.yaml": STACKLLAMA_PPO,
+    "stackllama/ppo_1_gpu.yaml": STACKLLAMA_PPO,
+    "domain_pretraining.yaml": (
+        *small("pretrain"),
+        "pretrain.epochs=null",
+        "data.pretrain={{path: {files}/texts.jsonl}}",
+        "pretrain.block_size=32",
+    ),
+    "sentiment.yaml": (
+        *small("sft"),
+        *PPO,
+        "sft.epochs=null",
+        "sft.block_size=32",
+        "data.sft.path={files}/texts.jsonl",
+        "data.prompts={{path: {files}/prompts.jsonl, format: prompt_completion}}",
+        "rewards=[{{type: classifier, path: {files}/classifier}}]",
+    ),
+    "summarisation.yaml": (
+        *small("sft"),
+        *PPO,
+        "sft.epochs=null",
+        "sft.block_size=64",
+        "data.sft.path={files}/prompts.jsonl",
+        "data.prompts={{path: {files}/prompts.jsonl}}",
+    ),
+}
+"""Config -> what makes it small: fewer and smaller steps, other files; placement of one process."""
+
+
+def test_every_config_of_the_recipe_is_here() -> None:
+    jobs = {*CONFIGS.glob("stackllama/*.yaml"), *CONFIGS.glob("*.yaml")}
+    shared = {"llama_7b.yaml", "ppo.yaml"}
+    elsewhere = {"quickstart.yaml", "stack_exchange_cpu.yaml"}  # they are small as they stand
+    names = {str(path.relative_to(CONFIGS)) for path in jobs if path.name not in shared | elsewhere}
+    assert names == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_runs_for_two_steps(name: str, files: Path, tmp_path: Path) -> None:
+    given = [override.format(files=files) for override in CASES[name]]
+    model = [f"model.path={files}/llama"]
+    config = load(CONFIGS / name, [f"run.dir={tmp_path}/run", *INLINE, *model, *given])
+    pipeline.run(config)
+    for stage in config.run.stages:
+        if stage != "report":
+            assert (tmp_path / "run" / stage / "summary.json").is_file(), stage
+    if "ppo" in config.run.stages:
+        summary = json.loads((tmp_path / "run" / "ppo" / "summary.json").read_text())
+        assert summary["iterations"] == 2
+        assert summary["samples_learnt"] == summary["samples_generated"] == 8
