@@ -1,0 +1,53 @@
+"""One of several processes that train a supervised stage together, started by its tests."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from rlhf_ray.config import load
+from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.texts import load_documents
+from rlhf_ray.data.tokens import pad_id
+from rlhf_ray.models import loading
+from rlhf_ray.stages.language_model import packed_blocks, text_rows
+from rlhf_ray.stages.pairs import load_training_pairs
+from rlhf_ray.stages.reward_model import RewardTraining
+from rlhf_ray.stages.sft import SftTraining
+from rlhf_ray.stages.supervised import open_training
+from rlhf_ray.stages.training import train
+
+
+def main(config_file: str, stage: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    config = load(Path(config_file), [])
+    training = open_training(
+        {"sft": SftTraining, "reward": RewardTraining}[stage], config, str(config.model.path)
+    )
+    if rank == 0:
+        if isinstance(training, RewardTraining):
+            data, _ = load_training_pairs(training)
+        else:
+            tokenizer = loading.load_tokenizer(training.base)
+            renderer = Renderer(tokenizer, config.template)
+            documents, _ = load_documents(text_rows(config, "sft"), renderer)
+            data = packed_blocks("sft", documents, config.sft, pad_id(tokenizer))
+        for split, rows in data.items():
+            rows.save_to_disk(str(training.data / split))
+    torch.distributed.barrier()
+    numbers = train(training, world)
+    if rank == 0:
+        Path(out).mkdir()
+        (file,) = training.folder.glob("*/adapter_model.safetensors")
+        Path(out, "weights.safetensors").write_bytes(file.read_bytes())
+        text = json.dumps(numbers | {"processes": world})
+        Path(out, "numbers.json").write_text(text)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,165 @@
+"""Supervised stages in processes of their own: several that train together, and one that is killed.
+
+No Ray: its workers run the same function (`test_supervised_on_ray.py`).
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from rlhf_ray.observability.sinks import read_jsonl
+
+pytestmark = pytest.mark.integration
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 1,
+    "num_heads": 2,
+}
+TRAINED_BY_ALL = Path(__file__).with_name("supervised_ranks.py")
+
+
+def write_run(folder: Path, **sections: object) -> Path:
+    """A config of a tiny model in one process, with the sets that prepare would have left."""
+    answers, pairs = [], []
+    for index in range(120):
+        word = ("red", "blue", "green", "black")[index % 4]
+        question = {"question_id": index, "question": f"{word}?", "prompt": f"Q: {word}?\n\nA: "}
+        good, bad = f"{word} {word}, thanks", f"no {word}"
+        answers.append(question | {"completion": good, "score": 2, "preferred": True})
+        pairs.append(question | {"chosen": good, "rejected": bad})
+    for name, rows in {
+        "finetune": answers,
+        "reward": pairs[:100],
+        "evaluation": pairs[100:],
+    }.items():
+        Dataset.from_list(rows).save_to_disk(str(folder / "prepare" / name))
+    values = {
+        "run": {"dir": str(folder)},
+        "cluster": {"mode": "inline"},
+        "rollout": {"engine": "transformers", "max_prompt_tokens": 32, "max_tokens": 32},
+        "model": {"max_length": 64, "tiny": TINY},
+        "pretrain": {"steps": 4, "batch_size": 4, "block_size": 32, "learning_rate": 0.01},
+    } | sections
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(values))
+    return config
+
+
+def command(config: Path, stage: str) -> list[str]:
+    main = "from rlhf_ray.cli import main; main()"
+    return [sys.executable, "-c", main, stage, str(config)]
+
+
+def run_stage(config: Path, stage: str) -> None:
+    subprocess.run(command(config, stage), check=True, capture_output=True, timeout=300)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train_together(config: Path, stage: str, num_processes: int, out: Path) -> dict:
+    """One stage's training by processes that share each step; what rank 0 returned."""
+    shared = {
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(TRAINED_BY_ALL), str(config), stage, str(out)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    return json.loads((out / "numbers.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base for both stages."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    run_stage(write_run(folder), "pretrain")
+    return str(folder / "pretrain" / "model")
+
+
+def on_top_of(base: str, stage: str, keys: dict) -> dict[str, dict]:
+    """Sections of a run whose one stage starts from a model that is there."""
+    given = {"sft": {"path": base}} if stage == "reward" else {}
+    own = keys | ({"block_size": 32} if stage == "sft" else {})
+    return {"model": {"path": base, "max_length": 64}, **given, stage: own}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_two_processes_take_the_step_that_one_takes(
+    tmp_path: Path, pretrained: str, stage: str
+) -> None:
+    # Plain gradient descent: Adam's first step has the size of the learning rate whatever the
+    # gradient, and would make much of a rounding error in a gradient near zero.
+    step = {"steps": 1, "batch_size": 8, "learning_rate": 0.5, "lora": {"dropout": 0.0}}
+    step |= {"scheduler": "constant", "trainer": {"optim": "sgd"}}
+    sections = on_top_of(pretrained, stage, step)
+    found = []
+    for num_processes in (1, 2):
+        config = write_run(tmp_path / str(num_processes), **sections)
+        out = tmp_path / f"out{num_processes}"
+        found.append(train_together(config, stage, num_processes, out))
+        found[-1]["weights"] = load_file(out / "weights.safetensors")
+    one, two = found
+    assert two["processes"] == 2
+    for name in ("before_loss", "after_loss"):
+        assert two[name] == pytest.approx(one[name], abs=1e-6)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=1e-6, rtol=0)
+    assert abs(one["after_loss"] - one["before_loss"]) > 1e-4  # the step was no empty one
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_training_that_is_killed_goes_on_with_the_same_command(
+    tmp_path: Path, pretrained: str, stage: str
+) -> None:
+    keys = {"steps": 60, "batch_size": 4, "trainer": {"save_steps": 10, "logging_steps": 5}}
+    sections = on_top_of(pretrained, stage, keys)
+    whole, killed = (write_run(tmp_path / name, **sections) for name in ("whole", "killed"))
+    run_stage(whole, stage)
+    with subprocess.Popen(command(killed, stage), stdout=subprocess.DEVNULL) as process:
+        folder = tmp_path / "killed" / stage
+        limit = time.monotonic() + 120
+        while not list(folder.glob("trainer/checkpoint-*/trainer_state.json")):
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+    run_stage(killed, stage)
+    curves = [read_jsonl(tmp_path / name / stage / "metrics.jsonl") for name in ("whole", "killed")]
+    assert [record["step"] for record in curves[1]] == list(range(5, 61, 5))
+    assert curves[0] == curves[1]
+    for file in ("model.safetensors", "adapter_model.safetensors"):
+        for part in (tmp_path / "whole" / stage).glob(f"*/{file}"):
+            again = load_file(tmp_path / "killed" / part.relative_to(tmp_path / "whole"))
+            for name, weight in load_file(part).items():
+                assert torch.equal(again[name], weight), name
