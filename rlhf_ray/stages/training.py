@@ -248,8 +248,8 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
         "max_steps": settings.steps,
         "per_device_train_batch_size": per_process,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.scheduler,
-        "warmup_steps": settings.num_warmup_steps(settings.steps),
+        **_schedule(settings),
+        **_evaluations(settings),
         "weight_decay": settings.weight_decay,
         "seed": training.config.run.seed,
         "gradient_checkpointing": settings.gradient_checkpointing,
@@ -265,18 +265,30 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
     }
     if training.autocast:
         owned[training.autocast] = True
-    if settings.final_lr_share:
-        further = settings.trainer.get("lr_scheduler_kwargs") or {}
-        owned["lr_scheduler_type"] = "cosine_with_min_lr"
-        owned["lr_scheduler_kwargs"] = {**further, "min_lr_rate": settings.final_lr_share}
-    if settings.eval_every == "epoch":
-        owned["eval_strategy"] = "epoch"
-    elif settings.eval_every is not None:
-        owned |= {"eval_strategy": "steps", "eval_steps": settings.eval_every}
     try:
         return TrainingArguments(**{**defaults, **settings.trainer, **owned})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{training.name}.trainer: {error}") from error
+
+
+def _schedule(settings: SupervisedConfig) -> dict[str, Any]:
+    warmup_steps = settings.num_warmup_steps(settings.steps)
+    if not settings.final_lr_share:
+        return {"lr_scheduler_type": settings.scheduler, "warmup_steps": warmup_steps}
+    further = settings.trainer.get("lr_scheduler_kwargs") or {}
+    return {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {**further, "min_lr_rate": settings.final_lr_share},
+        "warmup_steps": warmup_steps,
+    }
+
+
+def _evaluations(settings: SupervisedConfig) -> dict[str, Any]:
+    if settings.eval_every is None:
+        return {}
+    if settings.eval_every == "epoch":
+        return {"eval_strategy": "epoch"}
+    return {"eval_strategy": "steps", "eval_steps": settings.eval_every}
 
 
 def refuse_unknown_arguments(training: Training) -> None:
