@@ -59,7 +59,7 @@ def judged(files: RunFiles) -> list[Judged]:
         models = list(record["elo"])
         rates = record["win_rates"]
         rows = [[rates[row].get(column) for column in models] for row in models]
-        found.append(Judged(_JUDGES.get(judge, judge), _ranks(record["elo"]), models, rows))
+        found.append(Judged(_JUDGES[judge], _ranks(record["elo"]), models, rows))
     return found
 
 
