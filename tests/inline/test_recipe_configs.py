@@ -1,4 +1,4 @@
-"""The recipe's configs run for two steps in this process, with a tiny model in the place of theirs."""
+"""The recipe's configs run for two steps in this process, a tiny model in the place of theirs."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ CASES = {
     "stackllama/prepare.yaml": ("prepare.num_questions=60",),
     "stackllama/sft.yaml": (
         *small("sft"),
-        "sft.block_size=64",
+        "sft.block_size=32",
         "data.sft.path={files}/pairs.jsonl",
     ),
     "stackllama/reward.yaml": (

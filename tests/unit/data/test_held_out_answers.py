@@ -34,7 +34,7 @@ def test_tokens_are_those_that_a_stage_trains_on(tokenizer: PreTrainedTokenizerF
     renderer = Renderer(tokenizer)
     prompts, _ = load_prompts(rows, renderer, 8)
     (answer,) = given_answers(prompts, renderer, 100)
-    assert answer.prompt is prompts[1]
+    assert answer.prompt == prompts[1]
     trained = renderer.full("Q: ", "An ox").token_ids
     assert [*answer.prompt.token_ids, *answer.response_ids] == trained
     assert trained[-1] == tokenizer.eos_token_id
