@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from rlhf_ray import cli
@@ -73,6 +74,10 @@ print(json.dumps(outputs))
 """
 
 
+def is_weights(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+
+
 def test_transformers_and_peft_alone_load_what_is_exported(
     policy_run: Config, tmp_path: Path
 ) -> None:
@@ -82,6 +87,10 @@ def test_transformers_and_peft_alone_load_what_is_exported(
             summary = export.run(policy_run, model=model, kind=kind, out=out)  # type: ignore[arg-type]
             assert (summary["survived"] is None) == (kind == "adapter")
             assert not (out / "learner.safetensors").exists()
+    weights = [path.name for path in (tmp_path / "ppo-adapter").iterdir() if is_weights(path)]
+    assert weights == ["adapter_model.safetensors"]
+    held = load_file(tmp_path / "ppo-adapter" / weights[0])
+    assert {"lora_" in name for name in held} == {True}  # nothing of the base
     done = subprocess.run(
         [sys.executable, "-c", LOADS, str(tmp_path), json.dumps(IDS_BS.tolist())],
         capture_output=True,

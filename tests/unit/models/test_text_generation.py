@@ -1,4 +1,6 @@
+import itertools
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,22 @@ def test_pieces_of_a_stream_are_the_answer(base: Path) -> None:
     found = generator(base, max_tokens=12)
     pieces = list(found.stream(PROMPT, seed=3))
     assert "".join(pieces) == found.answer(PROMPT, seed=3)
+
+
+def test_a_piece_comes_before_the_answer_is_done(base: Path) -> None:
+    found = generator(base, max_tokens=40, stop_token_ids=(299,))
+    passes, go_on = itertools.count(1), threading.Event()
+
+    def wait_half_way(*_: object) -> None:
+        if next(passes) == 20:
+            go_on.wait(30)
+
+    found._model.register_forward_pre_hook(wait_half_way)
+    pieces = found.stream(PROMPT, seed=3)
+    first = next(piece for piece in pieces if piece)
+    assert not go_on.is_set()  # 20 of 40 tokens are still to be drawn
+    go_on.set()
+    assert first + "".join(pieces) == found.answer(PROMPT, seed=3)
 
 
 def test_every_stop_token_ends_an_answer(base: Path) -> None:
