@@ -26,6 +26,10 @@ from rlhf_ray.observability.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+CURVES = """![Reward and KL of the runs](recipe_curves.svg)
+
+Lines are means over seeds; bands reach from the lowest seed to the highest.
+"""
 
 
 def main() -> int:
@@ -77,7 +81,7 @@ def _update_docs(out: Path) -> None:
     head, mark, rest = page.read_text(encoding="utf-8").partition("<!-- proof -->\n")
     _, end, tail = rest.partition("<!-- end of proof -->\n")
     claims = (out / "claims.md").read_text(encoding="utf-8")
-    page.write_text(f"{head}{mark}\n{claims}\n{end}{tail}", encoding="utf-8")
+    page.write_text(f"{head}{mark}\n{claims}\n{CURVES}\n{end}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

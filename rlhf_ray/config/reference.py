@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_ray.config.root import Config
+from rlhf_ray.config.units import unit_of
 
 Schema = Mapping[str, Any]
 
@@ -48,8 +49,8 @@ def markdown() -> str:
         title = ", ".join(f"`{key}`" for key in keys) + (f" of type `{kind}`" if kind else "")
         lines += [f"## {title}", ""]
         lines += [sections[name].get("description", ""), ""]
-        lines += ["| key | type | default | resume | meaning |", "|---|---|---|---|---|"]
-        lines += [_row(key, entry, sections) for key, entry in _properties(sections[name])]
+        lines += ["| key | type | unit | default | resume | meaning |", "|---|---|---|---|---|---|"]
+        lines += [_row(keys[0], key, entry, sections) for key, entry in _properties(sections[name])]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -95,12 +96,13 @@ def _class_name(entry: Schema) -> str:
     return entry["$ref"].rpartition("/")[2]
 
 
-def _row(key: str, entry: Schema, sections: Schema) -> str:
+def _row(section: str, key: str, entry: Schema, sections: Schema) -> str:
     may_change = "may change" if entry.get("may_change") else "fixed"
     is_section = "$ref" in entry
     cells = (
         f"`{key}`",
         _kind(entry),
+        (unit_of(section, key) or "") if is_number(entry) else "",
         _default(entry, sections),
         "" if is_section else may_change,
         entry.get("description", "").replace("<", "\\<"),
@@ -130,6 +132,11 @@ def _kind(entry: Schema) -> str:
         text.format(_value(entry[bound])) for bound, text in _BOUNDS.items() if bound in entry
     ]
     return ", ".join([name, *bounds])
+
+
+def is_number(entry: Schema) -> bool:
+    """Whether a value may be a number."""
+    return entry.get("type") in ("integer", "number") or any(map(is_number, _options(entry)))
 
 
 def _default(entry: Schema, sections: Schema) -> str:

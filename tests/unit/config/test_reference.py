@@ -9,6 +9,7 @@ from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.config.load import keys
 from rlhf_ray.config.root import Config
 from rlhf_ray.config.section import Section, changeable
+from rlhf_ray.config.units import UNITS, unit_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -16,14 +17,14 @@ ROOT = Path(__file__).parents[3]
 class Inner(Section):
     """What stands below."""
 
-    size: int = Field(default=2, ge=1, lt=9, description="Bytes a | b.")
+    steps: int = Field(default=2, ge=1, lt=9, description="Steps a | b.")
     kind: Literal["x", "y"] = changeable("x", description="Which <one>.")
 
 
 class Outer(Section):
     """What stands above."""
 
-    one: Inner = Field(default=Inner(size=3), description="First.")
+    one: Inner = Field(default=Inner(steps=3), description="First.")
     many: list[Inner] = Field(default=[], description="Others.", max_length=4)
     maybe: Inner | None = Field(default=None, description="Perhaps.")
     name: str = Field(description="Needed.")
@@ -47,18 +48,31 @@ def test_the_page_is_up_to_date() -> None:
         pytest.fail("docs/config.md is out of date: run scripts/docs.sh")
 
 
+def test_every_number_has_a_unit_and_every_unit_a_number() -> None:
+    numbers, named = set(), set()
+    for section in Config.model_json_schema()["$defs"].values():
+        numbers |= {
+            key for key, entry in section["properties"].items() if reference.is_number(entry)
+        }
+    for name in UNITS:
+        named.add(name.rpartition(".")[2])
+    assert numbers == named
+    assert (unit_of("ppo", "batch_size"), unit_of("sft", "batch_size")) == ("rollouts", "sequences")
+    assert unit_of("rewards[]", "batch_size") == "texts"
+
+
 def test_a_row_tells_type_bounds_default_and_meaning(page: str) -> None:
-    assert "| `size` | integer, ≥ 1, < 9 | `2` | fixed | Bytes a \\| b. |" in page
-    assert "| `kind` | `x` or `y` | `x` | may change | Which \\<one>. |" in page
-    assert "| `name` | text | required | fixed | Needed. |" in page
-    assert "| `rates` | mapping to number | `{a: 0.5}` | fixed | By name. |" in page
-    assert "| `many` | list of (section), at most 4 of them | `[]` | fixed | Others. |" in page
-    assert "| `maybe` | section or `null` | `null` | fixed | Perhaps. |" in page
+    assert "| `steps` | integer, ≥ 1, < 9 | steps | `2` | fixed | Steps a \\| b. |" in page
+    assert "| `kind` | `x` or `y` |  | `x` | may change | Which \\<one>. |" in page
+    assert "| `name` | text |  | required | fixed | Needed. |" in page
+    assert "| `rates` | mapping to number |  | `{a: 0.5}` | fixed | By name. |" in page
+    assert "| `many` | list of (section), at most 4 of them |  | `[]` | fixed | Others. |" in page
+    assert "| `maybe` | section or `null` |  | `null` | fixed | Perhaps. |" in page
 
 
 def test_a_section_names_every_key_that_holds_it_and_what_differs_there(page: str) -> None:
     assert "## `outer.one`, `outer.many[]`, `outer.maybe`\n\nWhat stands below.\n" in page
-    assert "| `one` | section | `{size: 3}` |  | First. |" in page
+    assert "| `one` | section |  | `{steps: 3}` |  | First. |" in page
 
 
 def test_every_key_has_a_row_under_a_heading_that_names_its_section() -> None:
