@@ -23,6 +23,7 @@ from proof.claims import claims_of, draw, row_of, same_curves, write
 from proof.runs import EXPERIMENTS, jobs_of, prepare, train
 
 from rlhf_ray.observability.progress import Progress
+from rlhf_ray.observability.quiet import silence_dependencies
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,7 +70,7 @@ def _in_processes(
 ) -> Iterator[None]:
     """Each in a process of its own: faults and threads are of a process."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, context, silence_dependencies, max_tasks_per_child=1) as pool:
         for future in as_completed([pool.submit(work, *arguments) for arguments in several]):
             yield future.result()
 
