@@ -21,10 +21,8 @@ def _count_pads_as_actions() -> None:
     """
     sample = TransformersEngine.sample
 
-    async def padded(
-        engine: TransformersEngine, requests: Sequence[SampleRequest]
-    ) -> list[Sampled]:
-        responses = await sample(engine, requests)
+    async def padded(self: TransformersEngine, requests: Sequence[SampleRequest]) -> list[Sampled]:
+        responses = await sample(self, requests)
         if requests[0].prompt.id.startswith("canary"):
             return responses
         longest = max(len(response.token_ids) for response in responses)
