@@ -19,9 +19,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from proof.claims import claims_of, draw, row_of, same_curves, write
-from proof.runs import EXPERIMENTS, jobs_of, prepare, train
-
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import silence_dependencies
 
@@ -34,6 +31,10 @@ Lines are means over seeds; bands reach from the lowest seed to the highest.
 
 
 def main() -> int:
+    # Here, because children import this file before they are told to be quiet.
+    from proof.claims import claims_of, draw, row_of, same_curves, write
+    from proof.runs import EXPERIMENTS, jobs_of, prepare, train
+
     arguments = _arguments()
     out, seeds = arguments.out.absolute(), arguments.seeds
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")

@@ -56,8 +56,8 @@ class Claim:
     """What has to hold for every seed."""
 
     text: str
-    figures: Sequence[float]
-    """One a seed."""
+    figures: Sequence[str]
+    """One a seed, as it is shown."""
     holds: bool
 
 
@@ -72,7 +72,11 @@ def claims_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Claim]:
         return [row["reward_last"] - row["reward_first"] for row in by_name[name]]
 
     def every(text: str, figures: Sequence[float], holds: Callable[[float], bool]) -> Claim:
-        return Claim(text, figures, all(map(holds, figures)))
+        return Claim(text, list(map(_shown, figures)), all(map(holds, figures)))
+
+    def detector(text: str, name: str, *, fires: bool) -> Claim:
+        fired = [row["detector_fired"] for row in by_name[name]]
+        return Claim(text, list(map(_word, fired)), all(each == fires for each in fired))
 
     yield every(
         "accuracy of the reward model within .65 and .73",
@@ -86,13 +90,13 @@ def claims_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Claim]:
     yield every("β=0: more reward than β=.2, by", more, lambda figure: figure > 0)
     kls = zip(of("beta_0", "kl_last"), of("beta_0.2", "kl_last"), strict=True)
     yield every("β=0: KL over that of β=.2", [a / b for a, b in kls], lambda ratio: ratio >= 20)
-    yield every("β=0: the detector fires", of("beta_0", "detector_fired"), bool)
-    yield every("β=.2: the detector is silent", of("beta_0.2", "detector_fired"), lambda f: not f)
+    yield detector("β=0: the detector fires", "beta_0", fires=True)
+    yield detector("β=.2: the detector is silent", "beta_0.2", fires=False)
     for name, least in RISE.items():
         text = f"{name}: reward rises by {least:g}"
         yield every(text, rise(name), lambda figure, least=least: figure >= least)
     for name in FAULTS:
-        yield every(f"{name}: caught", of(name, "detector_fired"), bool)
+        yield detector(f"{name}: caught", name, fires=True)
 
 
 def same_curves(jobs: Sequence[Job]) -> Iterator[Claim]:
@@ -105,7 +109,7 @@ def same_curves(jobs: Sequence[Job]) -> Iterator[Claim]:
             for metric in ("objective/scores", "objective/kl", "loss/value_avg")
             for ours, theirs in zip(_curve(job, metric), _curve(oracle, metric), strict=False)
         ]
-        yield Claim(text, [max(differences)], max(differences) < SAME)
+        yield Claim(text, [_shown(max(differences))], max(differences) < SAME)
 
 
 def write(out: Path, rows: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> None:
@@ -118,15 +122,23 @@ def _table(rows: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> Iterat
     yield "| claim | seeds | holds |"
     yield "|---|---|---|"
     for claim in claims:
-        figures = " / ".join(f"{figure:.3g}" for figure in claim.figures)
+        figures = " / ".join(claim.figures)
         yield f"| {claim.text} | {figures} | {'yes' if claim.holds else '**no**'} |"
     yield ""
     yield "| run | seed | reward, first 5 | last 5 | KL, last 5 | KL, most | detector |"
     yield "|---|---|---|---|---|---|---|"
     for row in rows:
-        fired = "fired" if row["detector_fired"] else "silent"
+        fired = _word(row["detector_fired"])
         numbers = " | ".join(f"{row[key]:.2f}" for key in ROW_NUMBERS)
         yield f"| {row['experiment']} | {row['seed']} | {numbers} | {fired} |"
+
+
+def _shown(figure: float) -> str:
+    return f"{figure:.3g}"
+
+
+def _word(fired: bool) -> str:
+    return "fired" if fired else "silent"
 
 
 def draw(jobs: Sequence[Job], path: Path) -> None:
