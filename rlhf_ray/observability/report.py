@@ -75,6 +75,7 @@ def render(files: RunFiles) -> str:
         decimals={"held-out perplexity": 2},
         quality=report_quality.quality_charts(files),
         duplicates=report_quality.duplicates(files),
+        ties=report_quality.ties(files),
         row_counts=report_quality.row_counts(files),
         judged=report_evaluation.judged(files),
         model_numbers=report_evaluation.numbers(files),

@@ -49,6 +49,13 @@ def duplicates(files: RunFiles) -> list[tuple[str, float, float]]:
     return found
 
 
+def ties(files: RunFiles) -> tuple[float, float] | None:
+    """Pairs of answers to one question with equal scores: how many, and their share of all."""
+    counted = files.quality.get("prepare")
+    num_pairs, num_ties = number(counted, "pairs", "pairs"), number(counted, "pairs", "ties")
+    return (num_ties, num_ties / num_pairs) if num_pairs and num_ties is not None else None
+
+
 def _kinds(quality: Record) -> dict[str, Record]:
     return {kind: quality[kind] for kind in _KINDS if isinstance(quality.get(kind), Mapping)}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -140,6 +141,7 @@ class _Sets:
         self._num_questions = self._num_answers = 0
         self._quality: dict[str, Any] = {}
         self._scores: Counter[int] = Counter()
+        self._num_pairs = self._num_ties = 0
 
     def __enter__(self) -> "_Sets":
         with ExitStack() as stack:
@@ -171,6 +173,7 @@ class _Sets:
         for answer in ready.question.answers:
             self._texts["answers"].add(ready.answers[answer.id])
             self._scores[answer.score] += 1
+        self._count_ties(Counter(answer.score for answer in ready.question.answers))
         name = _assign(self._config, question.id)
         rows = _ROWS[name](ready)
         if not rows:
@@ -178,6 +181,11 @@ class _Sets:
         for row in rows:
             self._writers[name].write(row)
         self._num_rows[name] += len(rows)
+
+    def _count_ties(self, scores: Counter[int]) -> None:
+        """Pairs of answers to one question: how many there are, and how many decide nothing."""
+        self._num_pairs += math.comb(scores.total(), 2)
+        self._num_ties += sum(math.comb(num, 2) for num in scores.values())
 
     def finish(self) -> dict[str, Any]:
         """Check the counts, save the sets and quality.json; returns the summary's part on rows.
@@ -190,8 +198,10 @@ class _Sets:
         self._tally.finish()
         _require_rows(self._posts, self._num_questions, self._num_rows)
         _save(self.folder)
-        quality = json.dumps({**self._quality, "scores": histogram(self._scores)}, indent=2)
-        (self.folder / "quality.json").write_text(quality + "\n", encoding="utf-8")
+        ties = {"pairs": self._num_pairs, "ties": self._num_ties}
+        quality = {**self._quality, "scores": histogram(self._scores), "pairs": ties}
+        text = json.dumps(quality, indent=2) + "\n"
+        (self.folder / "quality.json").write_text(text, encoding="utf-8")
         return {
             "questions": self._num_questions,
             "answers": self._num_answers,

@@ -48,6 +48,7 @@ QUALITY = {
         "lengths": [3000, 6000, 6000],
         "languages": {"py": 300, "not named": 7000},
     },
+    "pairs": {"pairs": 2000, "ties": 500},
     "scores": {"-1": 2000, "0": 5000, "1": 8000},
 }
 

@@ -8,6 +8,7 @@ from rlhf_ray.observability.report_quality import (
     duplicates,
     quality_charts,
     row_counts,
+    ties,
 )
 
 
@@ -26,6 +27,14 @@ def test_charts_of_what_prepare_counted(run_dir: Path) -> None:
 
 def test_duplicates(run_dir: Path) -> None:
     assert duplicates(read(run_dir)) == [("questions", 12, 0.003), ("answers", 450, 0.03)]
+
+
+def test_ties(run_dir: Path, tmp_path: Path) -> None:
+    assert ties(read(run_dir)) == (500, 0.25)
+    assert 'equal scores, not learnt from</td><td class="number">500 (25.0%)' in report.render(
+        read(run_dir)
+    )
+    assert ties(read(tmp_path)) is None
 
 
 def test_rows_that_each_stage_used(tmp_path: Path) -> None:

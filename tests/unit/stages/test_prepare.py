@@ -212,6 +212,8 @@ def test_what_the_texts_are_like(tmp_path: Path) -> None:
     assert quality["scores"] == {"-1": 1, "0": 59, "2": 118, "3": 59}
     assert quality["answers"]["languages"] == {"py": 1}
     assert quality["answers"]["lengths"][0] == 237
+    # Four answers are six pairs, one of them a tie; question 1 has five answers.
+    assert quality["pairs"] == {"pairs": 58 * 6 + 10, "ties": 59}
 
 
 def test_progress_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
