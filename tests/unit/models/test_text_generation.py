@@ -43,19 +43,21 @@ def test_pieces_of_a_stream_are_the_answer(base: Path) -> None:
 
 
 def test_a_piece_comes_before_the_answer_is_done(base: Path) -> None:
-    found = generator(base, max_tokens=40, stop_token_ids=(299,))
+    found = generator(base, max_tokens=60, stop_token_ids=(299,))
     passes, go_on = itertools.count(1), threading.Event()
+    waited: list[bool] = []
 
-    def wait_half_way(*_: object) -> None:
-        if next(passes) == 20:
-            go_on.wait(30)
+    def wait_near_the_end(*_: object) -> None:
+        if next(passes) == 50:
+            waited.append(go_on.wait(5))
 
-    found._model.register_forward_pre_hook(wait_half_way)
-    pieces = found.stream(PROMPT, seed=3)
+    found._model.register_forward_pre_hook(wait_near_the_end)
+    pieces = found.stream(PROMPT, seed=1)
     first = next(piece for piece in pieces if piece)
-    assert not go_on.is_set()  # 20 of 40 tokens are still to be drawn
     go_on.set()
-    assert first + "".join(pieces) == found.answer(PROMPT, seed=3)
+    rest = "".join(pieces)
+    assert waited == [True]  # the piece was there while ten tokens were still to be drawn
+    assert first + rest == found.answer(PROMPT, seed=1)
 
 
 def test_every_stop_token_ends_an_answer(base: Path) -> None:
