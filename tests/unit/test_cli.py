@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlhf_ray import cli
+from rlhf_ray.cli.arguments import read_config
 from rlhf_ray.errors import ConfigError
 
 HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "deepspeed", "matplotlib")
@@ -116,12 +117,12 @@ def test_schema_is_json_and_describes_every_key() -> None:
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no run: it has no config\.yaml"):
-        cli.read_config(tmp_path, None)
+        read_config(tmp_path, None)
 
 
 def test_a_run_folder_is_read_as_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("ppo: {gamma: 0.5}\n")
-    assert cli.read_config(tmp_path, ["ppo.epochs=2"]).ppo.gamma == 0.5
+    assert read_config(tmp_path, ["ppo.epochs=2"]).ppo.gamma == 0.5
 
 
 def test_errors_are_one_message_and_their_exit_code(

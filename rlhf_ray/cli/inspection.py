@@ -1,0 +1,60 @@
+"""Commands that look: at a config, a run, a machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_ray.cli.arguments import ConfigPath, Overrides, read_config
+from rlhf_ray.config import Config
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+) -> None:
+    """Resolve and validate a config; print what would run where, and how large its models are."""
+    from rlhf_ray.stages import plan as planning
+
+    resolved = read_config(config, overrides)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(planning.as_json(resolved), indent=2))
+    else:
+        typer.echo(planning.describe(resolved))
+
+
+@app.command()
+def report(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Draw the HTML report of a run again."""
+    from rlhf_ray.observability.report import build
+
+    typer.echo(f"Report: {build(Path(read_config(config, overrides).run.dir))}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine, and say what to fix."""
+    from rlhf_ray import preflight
+
+    raise typer.Exit(preflight.main(["--installed"]))
+
+
+@app.command()
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Tables for people instead: docs/config.md.")
+    ] = False,
+) -> None:
+    """Print the JSON Schema of the config."""
+    import json
+
+    from rlhf_ray.config import reference
+
+    text = reference.markdown() if markdown else json.dumps(Config.model_json_schema(), indent=2)
+    typer.echo(text.rstrip())

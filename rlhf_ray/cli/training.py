@@ -1,0 +1,88 @@
+"""Commands that train: the whole pipeline, one stage, and what is made of its models."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_ray.cli.arguments import ConfigPath, OneModel, Overrides, read_config
+from rlhf_ray.config import Config
+
+app = typer.Typer()
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run the whole pipeline; goes on where an earlier run of the same name stopped."""
+    from rlhf_ray.stages.pipeline import run as run_pipeline
+
+    resolved = read_config(config, overrides)
+    folder = run_pipeline(resolved)
+    if "report" in resolved.run.stages:
+        typer.echo(f"Report: {folder / 'report.html'}")
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(config: ConfigPath, overrides: Overrides = None) -> None:
+        from rlhf_ray.stages.pipeline import run_single
+
+        typer.echo(f"Wrote {run_single(read_config(config, overrides), stage) / stage}")
+
+    return command
+
+
+for _stage, _help in {
+    "prepare": "Turn a Stack Exchange dump into disjoint sets.",
+    "pretrain": "Train a causal language model on packed text.",
+    "sft": "Fine-tune on questions and answers, with LoRA, then merge.",
+    "reward": "Train the pairwise reward model.",
+    "dpo": "Train the policy on pairs directly, without a reward model.",
+    "ppo": "Train the policy by PPO; goes on from its last commit.",
+    "evaluate": "Compare SFT and PPO on held-out questions.",
+}.items():
+    app.command(_stage, help=_help)(_stage_command(_stage))
+
+
+@app.command()
+def merge(config: ConfigPath, overrides: Overrides = None, model: OneModel = "ppo") -> None:
+    """Merge one of the run's adapters into its base."""
+    from rlhf_ray.stages.merge import run as run_merge
+
+    resolved = read_config(config, overrides)
+    summary = run_merge(resolved, model)
+    typer.echo(f"Wrote {summary['model']}; {_survived(resolved, summary['survived'])}")
+
+
+class ExportKind(StrEnum):
+    """What of a model is exported."""
+
+    ADAPTER = "adapter"
+    MERGED = "merged"
+
+
+@app.command()
+def export(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    model: OneModel = "ppo",
+    kind: Annotated[
+        ExportKind, typer.Option(help="The adapter alone, or a whole model.")
+    ] = ExportKind.ADAPTER,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; default export/ in the run's folder.")
+    ] = None,
+) -> None:
+    """Write a model for other tools, with a card that says where it comes from."""
+    from rlhf_ray.stages.export import run as run_export
+
+    resolved = read_config(config, overrides)
+    summary = run_export(resolved, model=model, kind=kind.value, out=out)
+    survived = summary["survived"]
+    note = "" if survived is None else f"; {_survived(resolved, survived)}"
+    typer.echo(f"Wrote {summary['folder']}{note}")
+
+
+def _survived(config: Config, share: float) -> str:
+    return f"{share:.2%} of the weights that it changes kept a change in {config.model.dtype}"
