@@ -18,17 +18,17 @@ from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprob
 from rlhf_ray.stages.pairs import (
     CHOSEN,
     REJECTED,
-    PairTrainer,
     PairTraining,
     load_training_pairs,
 )
 from rlhf_ray.stages.run_folder import RunFolder
 from rlhf_ray.stages.supervised import open_training, run_training
+from rlhf_ray.stages.trainers import RowMeanTrainer
 from rlhf_ray.stages.training import HELD_OUT, TRAIN, sizes
 
 
-class DpoTrainer(PairTrainer):
-    """Implicit rewards of both answers: beta times the log-ratio of policy and reference.
+class DpoTrainer(RowMeanTrainer):
+    """Implicit rewards of both answers, `_BP`: beta times the log-ratio of policy and reference.
 
     The reference is the policy's own base with the adapter off.
     """
@@ -37,13 +37,7 @@ class DpoTrainer(PairTrainer):
         super().__init__(**parts)
         self._settings = settings
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         logprobs_BP = completion_logprobs(model, inputs)
         wrapped: Any = self.accelerator.unwrap_model(model)
         with torch.no_grad(), wrapped.disable_adapter():
@@ -57,7 +51,7 @@ class DpoTrainer(PairTrainer):
             settings.loss,
             settings.label_smoothing,
         )
-        return (loss, settings.beta * log_ratios_BP) if return_outputs else loss
+        return loss, settings.beta * log_ratios_BP
 
 
 def completion_logprobs(model: Any, inputs: dict[str, Tensor]) -> Tensor:

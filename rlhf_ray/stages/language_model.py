@@ -19,11 +19,11 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.run_folder import RunFolder
 from rlhf_ray.stages.step_log import TOKEN_LOSS
+from rlhf_ray.stages.trainers import RowTrainer
 from rlhf_ray.stages.training import (
     HELD_OUT,
     HELD_OUT_SHARE,
     TRAIN,
-    RowTrainer,
     Training,
     sizes,
 )

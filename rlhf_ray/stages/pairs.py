@@ -17,23 +17,10 @@ from rlhf_ray.models.heads import position_ids
 from rlhf_ray.stages.judged_pairs import judged_rows
 from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.run_folder import RunFolder
-from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, RowTrainer, Training
+from rlhf_ray.stages.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Training
 
 CHOSEN, REJECTED = 0, 1
 """Places in the pair dimension, P, of every batch."""
-
-
-class PairTrainer(RowTrainer):
-    """A Trainer whose predictions are what `compute_loss` gives both answers of a pair, `_BP`."""
-
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**parts)
-        # The loss is a mean over the pairs of a batch: let the Trainer average accumulated ones.
-        self.model_accepts_loss_kwargs = False
-
-    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, scores_BP = self.compute_loss(model, inputs, True)
-        return loss, scores_BP
 
 
 class PairTraining(Training):

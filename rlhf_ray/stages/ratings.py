@@ -16,35 +16,24 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.models import loading
 from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.pairs import padded_texts, parts_of
-from rlhf_ray.stages.training import HELD_OUT, RowTrainer, Training
+from rlhf_ray.stages.trainers import RowMeanTrainer
+from rlhf_ray.stages.training import HELD_OUT, Training
 
 WORTH: dict[PointwiseLoss, Worth] = {"bce": "label", "mse": "score"}
 """Loss -> the column that it learns."""
 
 
-class RatingTrainer(RowTrainer):
+class RatingTrainer(RowMeanTrainer):
     """A Trainer whose predictions are each row's score and target, `_B2`."""
 
     def __init__(self, kind: PointwiseLoss, **parts: Any) -> None:
         super().__init__(**parts)
-        # The loss is a mean over the rows of a batch: let the Trainer average accumulated ones.
-        self.model_accepts_loss_kwargs = False
         self._kind: PointwiseLoss = kind
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         texts = {name: tensor for name, tensor in inputs.items() if name != "targets"}
         scores_B = model(**texts).logits.float().squeeze(-1)
         loss = pointwise_reward_loss(scores_B, inputs["targets"], self._kind)
-        return (loss, scores_B) if return_outputs else loss
-
-    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, scores_B = self.compute_loss(model, inputs, True)
         return loss, torch.stack([scores_B, inputs["targets"]], dim=1)
 
 

@@ -15,7 +15,6 @@ from rlhf_ray.models.quantization import ready_for_adapter
 from rlhf_ray.stages.pairs import (
     CHOSEN,
     REJECTED,
-    PairTrainer,
     PairTraining,
     load_training_pairs,
 )
@@ -23,30 +22,25 @@ from rlhf_ray.stages.ratings import RatingTrainer, agreement, load_training_rati
 from rlhf_ray.stages.reward_benchmark import benchmark
 from rlhf_ray.stages.run_folder import RunFolder, absolute
 from rlhf_ray.stages.supervised import open_training, run_training
+from rlhf_ray.stages.trainers import RowMeanTrainer
 from rlhf_ray.stages.training import HELD_OUT, TRAIN, Training, sizes
 
 
-class RewardTrainer(PairTrainer):
-    """Scores both answers of each pair; the pairwise loss."""
+class RewardTrainer(RowMeanTrainer):
+    """Scores both answers of each pair, `_BP`; the pairwise loss."""
 
     def __init__(self, centre: float, **parts: Any) -> None:
         super().__init__(**parts)
         self._centre = centre
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         texts = {name: tensor for name, tensor in inputs.items() if name != "prompt_lengths"}
         flat = {name: tensor.flatten(0, 1) for name, tensor in texts.items()}
         scores_BP = model(**flat).logits.float().view(-1, 2)
         loss = pairwise_reward_loss(
             scores_BP[:, CHOSEN], scores_BP[:, REJECTED], centre=self._centre
         )
-        return (loss, scores_BP) if return_outputs else loss
+        return loss, scores_BP
 
 
 class _RewardModel(Training):

@@ -43,25 +43,6 @@ HELD_OUT_SHARE = 0.05
 _SIZES = ("steps", "parameters", "trainable_parameters", "parameter_groups")
 
 
-class RowTrainer(Trainer):
-    """A Trainer whose predictions are numbers of each held-out row."""
-
-    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a batch, and numbers of its rows, first dimension `B`."""
-        raise NotImplementedError
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, numbers = self.predict_rows(model, self._prepare_inputs(inputs))
-        return loss, numbers, torch.zeros_like(numbers)  # the Trainer wants labels; none are read
-
-
 @dataclasses.dataclass(frozen=True)
 class Training(ABC):
     """One supervised stage as its training processes get it: picklable, paths absolute.

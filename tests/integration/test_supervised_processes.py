@@ -11,51 +11,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from prepared_runs import config_values, write_prepared
 from safetensors.torch import load_file
 
 from rlhf_ray.observability.sinks import read_jsonl
 
 pytestmark = pytest.mark.integration
 
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_layers": 1,
-    "num_heads": 2,
-}
 TRAINED_BY_ALL = Path(__file__).with_name("supervised_ranks.py")
 
 
-def write_run(folder: Path, **sections: object) -> Path:
-    """A config of a tiny model in one process, with the sets that prepare would have left."""
-    answers, pairs = [], []
-    for index in range(120):
-        word = ("red", "blue", "green", "black")[index % 4]
-        question = {"question_id": index, "question": f"{word}?", "prompt": f"Q: {word}?\n\nA: "}
-        good, bad = f"{word} {word}, thanks", f"no {word}"
-        answers.append(question | {"completion": good, "score": 2, "preferred": True})
-        pairs.append(question | {"chosen": good, "rejected": bad})
-    for name, rows in {
-        "finetune": answers,
-        "reward": pairs[:100],
-        "evaluation": pairs[100:],
-    }.items():
-        Dataset.from_list(rows).save_to_disk(str(folder / "prepare" / name))
-    values = {
-        "run": {"dir": str(folder)},
-        "cluster": {"mode": "inline"},
-        "rollout": {"engine": "transformers", "max_prompt_tokens": 32, "max_tokens": 32},
-        "model": {"max_length": 64, "tiny": TINY},
-        "pretrain": {"steps": 4, "batch_size": 4, "block_size": 32, "learning_rate": 0.01},
-    } | sections
+def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A prepared run folder and its config, in a file."""
+    write_prepared(folder)
     config = folder.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(values))
+    config.write_text(yaml.safe_dump(config_values(folder, **sections)))
     return config
 
 
@@ -108,7 +83,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
 def on_top_of(base: str, stage: str, keys: dict) -> dict[str, dict]:
     """Sections of a run whose one stage starts from a model that is there."""
     given = {"sft": {"path": base}} if stage == "reward" else {}
-    own = keys | ({"block_size": 32} if stage == "sft" else {})
+    own = keys | ({"block_size": 32} if stage == "sft" else {"eval_rows": 20})
     return {"model": {"path": base, "max_length": 64}, **given, stage: own}
 
 

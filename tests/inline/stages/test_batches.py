@@ -40,11 +40,10 @@ def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
     ]
     assert batch["attention_mask"].sum(-1).tolist() == [[4, 2], [2, 3]]
     with torch.no_grad():
-        loss, scores_BP = RewardTrainer.compute_loss(
-            _WithoutInit(centre=0.5),
+        loss, scores_BP = RewardTrainer.predict_rows(
+            _WithoutInit(centre=0.5),  # type: ignore[arg-type]
             model,
             batch,
-            True,  # type: ignore[arg-type]
         )
         alone = [
             heads.sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids))).item()

@@ -1,6 +1,5 @@
 """Roles where stop tokens come late or never: what is learnt is what was drawn."""
 
-import asyncio
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -9,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_rollouts import drawn
 from transformers import GenerationConfig
 
 from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
 from rlhf_ray.config import Config
-from rlhf_ray.engines.factory import generation_engine
-from rlhf_ray.models.stopping import stop_token_ids
-from rlhf_ray.types import Prompt, Rollout, SampleRequest
+from rlhf_ray.types import Rollout
 
 MakeConfig = Callable[..., Config]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -51,33 +49,6 @@ def learner(config: Config, model: str) -> PolicyLearner:
     return policy
 
 
-def sampled(policy: PolicyLearner, config: Config, model: str) -> list[Rollout]:
-    engine = generation_engine(config, model, stop_token_ids(model, config.template))
-    requests = [
-        SampleRequest(i, Prompt(str(i), "", tuple(range(20 + i, 26 + 2 * i))), seed=i)
-        for i in range(8)
-    ]
-
-    async def draw() -> list[Any]:
-        await engine.start()
-        tensors, update = policy.adapter(1)
-        await engine.serve(dataclasses.replace(update, tensors=tensors))
-        return await engine.sample(requests)
-
-    return [
-        Rollout(
-            position=request.position,
-            prompt=request.prompt,
-            response_ids=result.token_ids,
-            rollout_logprobs=result.logprobs,
-            finish_reason=result.finish_reason,
-            version=1,
-            text="",
-        )
-        for request, result in zip(requests, asyncio.run(draw()), strict=True)
-    ]
-
-
 def assemble(policy: PolicyLearner, reference: Reference, rollouts: list[Rollout]) -> None:
     old, _ = policy.logprobs(rollouts)
     ref, _ = reference.logprobs(rollouts)
@@ -92,7 +63,7 @@ def test_engine_learner_and_reference_mean_the_same_distribution(
 ) -> None:
     config = make_config(rollout=settings, ppo={"mini_batch_size": 8})
     policy = learner(config, model)
-    rollouts = sampled(policy, config, model)
+    rollouts = drawn(policy, config, model)
     _, gap = policy.logprobs(rollouts)
     assert gap.largest < 1e-4
     reference = Reference("reference-0", config, model)
@@ -109,7 +80,7 @@ def test_an_uncorrected_learner_would_be_far_from_the_engine(
     make_config: MakeConfig, model: str
 ) -> None:
     policy = learner(make_config(rollout={"min_tokens": 5}), model)
-    rollouts = sampled(policy, make_config(rollout={"min_tokens": 5}), model)
+    rollouts = drawn(policy, make_config(rollout={"min_tokens": 5}), model)
     plain = learner(make_config(), model)
     _, gap = plain.logprobs(rollouts)
     assert gap.mean > 0.1
@@ -125,7 +96,7 @@ def test_exactly_the_tokens_that_were_drawn_are_learnt(
     reference, results = Reference("reference-0", config, model), []
     for at_padding in (0.0, 3.0):
         policy = learner(config, model)
-        rollouts = sampled(policy, config, model)
+        rollouts = drawn(policy, config, model)
         assemble(policy, reference, rollouts)
         batch = policy._experience
         lengths = [len(rollout.response_ids) for rollout in rollouts]

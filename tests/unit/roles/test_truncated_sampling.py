@@ -1,21 +1,19 @@
 """Roles under top-k and top-p: log-probs are of the distribution that rollouts are drawn from."""
 
-import asyncio
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from drawn_rollouts import drawn
 
 from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
 from rlhf_ray.config import Config
-from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.models.forward import sequence_of
 from rlhf_ray.models.loading import load_causal_lm
-from rlhf_ray.types import Prompt, Rollout, SampleRequest
+from rlhf_ray.types import Rollout
 
 RULE = {"top_k": 20, "top_p": 0.8, "temperature": 0.9}
 
@@ -23,34 +21,6 @@ RULE = {"top_k": 20, "top_p": 0.8, "temperature": 0.9}
 @pytest.fixture
 def config(make_config: Callable[..., Config]) -> Config:
     return make_config(rollout=RULE, ppo={"mini_batch_size": 8})
-
-
-def sampled(policy: PolicyLearner, config: Config, base: str) -> list[Rollout]:
-    """What an engine draws under the policy's adapter."""
-    engine = generation_engine(config, base, stop_token_ids=(0,))
-    requests = [
-        SampleRequest(i, Prompt(str(i), "", tuple(range(20 + i, 26 + 2 * i))), seed=i)
-        for i in range(8)
-    ]
-
-    async def draw() -> list[Any]:
-        await engine.start()
-        tensors, update = policy.adapter(1)
-        await engine.serve(dataclasses.replace(update, tensors=tensors))
-        return await engine.sample(requests)
-
-    return [
-        Rollout(
-            position=request.position,
-            prompt=request.prompt,
-            response_ids=result.token_ids,
-            rollout_logprobs=result.logprobs,
-            finish_reason=result.finish_reason,
-            version=1,
-            text="",
-        )
-        for request, result in zip(requests, asyncio.run(draw()), strict=True)
-    ]
 
 
 def learn(policy: PolicyLearner, rollouts: list[Rollout], ref_gap: float = 0.0) -> Any:
@@ -104,9 +74,9 @@ def test_engine_and_learner_agree_also_after_learning(
     config: Config, make_learner: Callable[..., Any], base: str
 ) -> None:
     policy = make_learner(PolicyLearner, rollout=RULE, ppo={"mini_batch_size": 8, "epochs": 3})
-    before, _ = policy.logprobs(sampled(policy, config, base))
-    learn(policy, sampled(policy, config, base))
-    rollouts = sampled(policy, config, base)
+    before, _ = policy.logprobs(drawn(policy, config, base))
+    learn(policy, drawn(policy, config, base))
+    rollouts = drawn(policy, config, base)
     after, gap = policy.logprobs(rollouts)
     assert gap.largest < 1e-4
     assert min(row.min() for row in after) > np.log(0.8 / 300) - 20  # no token of probability 0
@@ -119,7 +89,7 @@ def test_the_first_step_starts_at_ratio_one(
     config: Config, make_learner: Callable[..., Any], base: str
 ) -> None:
     policy = make_learner(PolicyLearner, rollout=RULE, ppo={"mini_batch_size": 8})
-    metrics = learn(policy, sampled(policy, config, base)).metrics
+    metrics = learn(policy, drawn(policy, config, base)).metrics
     assert metrics["val/ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["val/ratio_max"] == pytest.approx(1, abs=1e-4)
     # At most that of 20 equally likely tokens, far below the 5.7 of the whole vocabulary of 300.
@@ -133,7 +103,7 @@ def test_a_step_does_not_depend_on_the_micro_batches(
     for max_tokens in (48, 100_000):
         ppo = {"mini_batch_size": 8, "max_tokens_per_micro_batch": max_tokens}
         policy = make_learner(PolicyLearner, rollout=RULE, ppo=ppo)
-        learn(policy, sampled(policy, config, base))
+        learn(policy, drawn(policy, config, base))
         state = policy._engine.export_state()
         moments.append(torch.cat([t.flatten() for n, t in state.items() if n.startswith("exp_a")]))
     assert moments[0].abs().max() > 0
@@ -144,7 +114,7 @@ def test_a_step_makes_good_responses_likelier(
     config: Config, make_learner: Callable[..., Any], base: str
 ) -> None:
     policy = make_learner(PolicyLearner, rollout=RULE, ppo={"mini_batch_size": 8, "epochs": 3})
-    rollouts = sampled(policy, config, base)
+    rollouts = drawn(policy, config, base)
     before, _ = policy.logprobs(rollouts)
     learn(policy, rollouts)
     after, _ = policy.logprobs(rollouts)
