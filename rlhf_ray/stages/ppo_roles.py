@@ -13,6 +13,7 @@ from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
+from rlhf_ray.cluster.layout import demands
 from rlhf_ray.cluster.ray_session import runs_on_ray
 from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, spawn
 from rlhf_ray.cluster.role_clients import (
@@ -26,7 +27,6 @@ from rlhf_ray.cluster.role_clients import (
 )
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
-from rlhf_ray.config.rewards import ClassifierSourceConfig, ModelSourceConfig
 from rlhf_ray.driver.ppo_loop import Roles
 from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.engines.scoring import reward_sources
@@ -37,9 +37,6 @@ from rlhf_ray.stages.run_folder import located
 
 ASYNC_CONCURRENCY = 32
 """Calls that a role whose methods are async works on at a time."""
-
-RUN_MODELS = (ModelSourceConfig, ClassifierSourceConfig)
-"""Sources that compute in the scorer's own process, and want a GPU there."""
 
 
 class RoleSpawner:
@@ -56,10 +53,10 @@ class RoleSpawner:
         """DeepSpeed where ranks are processes; plain PyTorch in this one."""
         return "deepspeed" if self._on_ray else "torch"
 
-    def spawn(
-        self, role_class: type, role: str, count: int, *args: Any, num_gpus: int = 1
-    ) -> list[Worker]:
+    def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
         """Workers ``role-0`` to ``role-<count - 1>``, not started; GPUs where there are any."""
+        gpus = {demand.role: demand.gpus for demand in demands(self._config)}
+        num_gpus = gpus.get(role, self._config.placement.gpus)
         workers = [
             self._spawn_one(role_class, f"{role}-{i}", *args, num_gpus=num_gpus)
             for i in range(count)
@@ -67,16 +64,15 @@ class RoleSpawner:
         self.workers.extend(workers)
         return workers
 
-    def _spawn_one(self, role_class: type, name: str, *args: Any, num_gpus: int) -> Worker:
+    def _spawn_one(self, role_class: type, name: str, *args: Any, num_gpus: float) -> Worker:
         if not self._on_ray:
             return InlineWorker(name, role_class(name, *args), self._on_call)
-        share = self._config.cluster.gpus_per_actor
         return spawn(
             role_class,
             name,
             *args,
             num_cpus=1,
-            num_gpus=num_gpus * share if torch.cuda.is_available() else 0,
+            num_gpus=num_gpus if torch.cuda.is_available() else 0,
             concurrency=ASYNC_CONCURRENCY if role_class in (Generator, RewardScorer) else 1,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,
@@ -130,7 +126,6 @@ def spawn_generators(spawner: RoleSpawner, config: Config, base: str) -> Generat
         config.generators.num,
         partial(generation_engine, config, base, stop),
         partial(load_tokenizer, base),
-        num_gpus=config.generators.tensor_parallel_size,
     )
     clients = [GeneratorClient(worker) for worker in workers]
     return GeneratorPool(clients, config.generators.max_in_flight)
@@ -148,7 +143,6 @@ def spawn_scorers(
         config.reward.num_workers,
         sources,
         partial(reward_sources, config, reward_model, policy_model),
-        num_gpus=int(any(isinstance(source, RUN_MODELS) for source in sources)),
     )
     return ScorerClient(workers)
 
