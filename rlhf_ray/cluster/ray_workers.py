@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from rlhf_ray.cluster.workers import OnCall
 from rlhf_ray.errors import ActorFailure, RlhfError
@@ -84,12 +85,18 @@ def spawn(
     *args: Any,
     num_cpus: float,
     num_gpus: float,
+    strategy: SchedulingStrategyT,
     concurrency: int,
     timeout_s: float,
     on_call: OnCall,
 ) -> RayWorker:
     """Start a role's class as a named actor."""
-    options: dict[str, Any] = {"name": name, "num_cpus": num_cpus, "num_gpus": num_gpus}
+    options: dict[str, Any] = {
+        "name": name,
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "scheduling_strategy": strategy,
+    }
     if concurrency > 1:
         options["max_concurrency"] = concurrency
     actor = ray.remote(role_class).options(**options).remote(name, *args)

@@ -16,13 +16,6 @@ class ClusterConfig(Section):
     threads_per_actor: int = changeable(
         1, ge=1, description="CPU threads of each role's process (local mode)."
     )
-    gpus_per_actor: float = changeable(
-        1.0,
-        gt=0,
-        le=1,
-        description="GPUs of each role's process, where there are any; a part: several share one, "
-        "and rollout.engine_args.gpu_memory_utilization says what a generator takes of it.",
-    )
     start_timeout_s: float = changeable(
         300.0, gt=0, description="Deadline for a role's process to be ready, seconds."
     )

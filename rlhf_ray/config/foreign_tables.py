@@ -213,6 +213,9 @@ wandb_org                            trackers.wandb.entity
 wandb_group                          trackers.wandb.group
 wandb_run_name                       run.name
 use_tensorboard                      trackers.tensorboard
+colocate_all_models                  placement.gpus                   a part: roles share GPUs
+colocate_critic_reward               placement.share                  [[critic, reward]], each with placement.ROLE.gpus below 1
+colocate_actor_ref                   reference.kind                   policy_base: one copy serves both
 remote_rm_url                        rewards                          {type: remote, url: ...}; a Python file: {type: function, signature: openrlhf}
 reward.remote_url                    rewards                          {type: remote, url: ...}; a Python file: {type: function, signature: openrlhf}
 label_key                            data.prompts.columns             {label: their column}

@@ -9,6 +9,7 @@ from rlhf_ray.config.data import DataConfig, PrepareConfig
 from rlhf_ray.config.evaluate import EvaluateConfig
 from rlhf_ray.config.guards import GuardsConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
+from rlhf_ray.config.placement import PlacementConfig
 from rlhf_ray.config.ppo import (
     WITHOUT_CRITIC,
     CriticConfig,
@@ -36,6 +37,9 @@ class Config(Section):
 
     run: RunConfig = Field(default=RunConfig(), description="The run.")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray, deadlines, threads.")
+    placement: PlacementConfig = Field(
+        default=PlacementConfig(), description="Which GPUs the roles get."
+    )
     model: ModelConfig = Field(default=ModelConfig(), description="The base model.")
     prepare: PrepareConfig = Field(default=PrepareConfig(), description="Dump to data sets.")
     data: DataConfig = Field(default=DataConfig(), description="The user's own data sets.")
@@ -104,8 +108,12 @@ class Config(Section):
         is_source = any(
             isinstance(source, ModelSourceConfig) and source.path is None for source in self.rewards
         )
-        has_critic = self.ppo.advantage not in WITHOUT_CRITIC
-        return is_source or (has_critic and self.critic.init == "reward")
+        return is_source or (self.may_have_critic and self.critic.init == "reward")
+
+    @property
+    def may_have_critic(self) -> bool:
+        """Whether the advantage needs values; a function of the user's own is taken to."""
+        return self.ppo.advantage not in WITHOUT_CRITIC
 
     @field_validator("rewards")
     @classmethod
@@ -183,8 +191,6 @@ class Config(Section):
         self._engine_can_serve_the_policy()
         if self.generators.tensor_parallel_size > 1:
             self._generators_can_be_parallel()
-        if self.cluster.gpus_per_actor < 1:
-            self._groups_are_one_rank()
         self._truncation_is_corrected()
         self._responses_can_end()
         if self.cluster.mode == "inline":
@@ -210,16 +216,6 @@ class Config(Section):
                 f"{quantization} base (model.quantization) takes none; set critic.init=sft"
             )
 
-    def _groups_are_one_rank(self) -> None:
-        """NCCL refuses two ranks of a group on one GPU, when everything is loaded."""
-        for role, group in (("policy", self.policy), ("critic", self.critic)):
-            if group.num_ranks > 1:
-                raise ValueError(
-                    f"cluster.gpus_per_actor {self.cluster.gpus_per_actor:g} would put the "
-                    f"{group.num_ranks} ranks of {role} on one GPU; set {role}.num_ranks to 1, or "
-                    "cluster.gpus_per_actor to 1"
-                )
-
     def _generators_can_be_parallel(self) -> None:
         size = self.generators.tensor_parallel_size
         if self.rollout.engine != "vllm":
@@ -232,11 +228,11 @@ class Config(Section):
                 f"rollout.serving merged cannot be proved with generators.tensor_parallel_size "
                 f"{size}, which gives each GPU a part of every layer; use adapter"
             )
-        if self.cluster.gpus_per_actor < 1:
+        if self.placement.gpus_of("generator") < 1:
             raise ValueError(
-                f"generators.tensor_parallel_size {size} asks for whole GPUs, and "
-                f"cluster.gpus_per_actor {self.cluster.gpus_per_actor:g} for a part of one; set "
-                "one of them to 1"
+                f"generators.tensor_parallel_size {size} asks for whole GPUs, and placement.gpus "
+                f"or placement.generator.gpus for {self.placement.gpus_of('generator'):g} of one; "
+                "set generators.tensor_parallel_size=1 or placement.generator.gpus=1"
             )
 
     def _engine_can_serve_the_policy(self) -> None:

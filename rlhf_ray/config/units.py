@@ -36,7 +36,7 @@ UNITS: Mapping[str, str] = {
         "processes": "train_workers num_workers num_ranks",
         "generators": "num",
         "shards": "max_in_flight",
-        "GPUs": "gpus_per_actor tensor_parallel_size",
+        "GPUs": "gpus tensor_parallel_size",
         "threads": "threads_per_actor",
         "commits": "keep_checkpoints",
         "versions": "max_staleness",

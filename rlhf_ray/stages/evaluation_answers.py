@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.likelihood import Likelihood
+from rlhf_ray.cluster.layout import Demand, demands
 from rlhf_ray.cluster.role_clients import GeneratorPool, ScorerClient
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import sample_requests, shard_requests
@@ -59,6 +60,7 @@ async def answers_of_models(
     asked = sample_requests(held_out, 1, config.run.seed, "evaluate")
     told = sample_requests(instructed, SAMPLES_PER_INSTRUCTION, config.run.seed, "instructions")
     spawner = RoleSpawner(config, lambda *_: None)
+    await spawner.place([d for d in demands(config) if d.role in ("generator", "reward")])
     roles = _Roles(
         config,
         spawn_generators(spawner, _for_largest(config, adapters), sft_model),
@@ -89,6 +91,9 @@ async def perplexities(
 ) -> dict[str, float]:
     """exp of each model's mean loss over the tokens of given answers, at temperature 1."""
     spawner = RoleSpawner(config, lambda *_: None)
+    place = config.placement
+    one = Demand("likelihood", 1, place.gpus_of("reference"), place.reference.labels)
+    await spawner.place([one])
     (worker,) = spawner.spawn(Likelihood, "likelihood", 1, config, sft_model)
     found = {}
     try:

@@ -6,14 +6,14 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-import torch
-
 from actors.critic_learner import CriticLearner
 from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
-from rlhf_ray.cluster.ray_session import runs_on_ray
+from rlhf_ray.cluster.layout import Demand, demands
+from rlhf_ray.cluster.placement import Placement
+from rlhf_ray.cluster.ray_session import joins_cluster, runs_on_ray
 from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, spawn
 from rlhf_ray.cluster.role_clients import (
     CriticClient,
@@ -26,7 +26,6 @@ from rlhf_ray.cluster.role_clients import (
 )
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
-from rlhf_ray.config.rewards import ClassifierSourceConfig, ModelSourceConfig
 from rlhf_ray.driver.ppo_loop import Roles
 from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.engines.scoring import reward_sources
@@ -38,9 +37,6 @@ from rlhf_ray.stages.run_folder import located
 ASYNC_CONCURRENCY = 32
 """Calls that a role whose methods are async works on at a time."""
 
-RUN_MODELS = (ModelSourceConfig, ClassifierSourceConfig)
-"""Sources that compute in the scorer's own process, and want a GPU there."""
-
 
 class RoleSpawner:
     """Starts role classes where the config says, and ends them."""
@@ -49,6 +45,7 @@ class RoleSpawner:
         self._config = config
         self._on_call = on_call
         self._on_ray = runs_on_ray(config)
+        self._placement = Placement(config.placement.timeout_s, may_grow=joins_cluster(config))
         self.workers: list[Worker] = []
 
     @property
@@ -56,27 +53,49 @@ class RoleSpawner:
         """DeepSpeed where ranks are processes; plain PyTorch in this one."""
         return "deepspeed" if self._on_ray else "torch"
 
-    def spawn(
-        self, role_class: type, role: str, count: int, *args: Any, num_gpus: int = 1
-    ) -> list[Worker]:
-        """Workers ``role-0`` to ``role-<count - 1>``, not started; GPUs where there are any."""
-        workers = [
-            self._spawn_one(role_class, f"{role}-{i}", *args, num_gpus=num_gpus)
-            for i in range(count)
-        ]
-        self.workers.extend(workers)
-        return workers
+    async def place(self, asked: Sequence[Demand]) -> None:
+        """Hold a place for each worker that is to be spawned.
 
-    def _spawn_one(self, role_class: type, name: str, *args: Any, num_gpus: int) -> Worker:
+        Raises:
+            PlacementError: what was asked, what the cluster has, and what would fit.
+        """
+        if self._on_ray:
+            await self._placement.reserve(asked)
+
+    async def place_one(self, demand: Demand, rank: int) -> None:
+        """Hold a place for a worker that is spawned later, or again after `free`.
+
+        Raises:
+            PlacementError: as `place` does.
+        """
+        if self._on_ray:
+            await self._placement.reserve_one(demand, rank)
+
+    def free(self, name: str) -> None:
+        """Give up the place of a worker that has ended."""
+        self._placement.release(name)
+
+    def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
+        """Workers ``role-0`` to ``role-<count - 1>``, not started, each in its place."""
+        return [self.spawn_one(role_class, f"{role}-{i}", *args) for i in range(count)]
+
+    def spawn_one(self, role_class: type, name: str, *args: Any) -> Worker:
+        """One worker, not started."""
+        worker = self._made(role_class, name, *args)
+        self.workers.append(worker)
+        return worker
+
+    def _made(self, role_class: type, name: str, *args: Any) -> Worker:
         if not self._on_ray:
             return InlineWorker(name, role_class(name, *args), self._on_call)
-        share = self._config.cluster.gpus_per_actor
+        seat = self._placement.seat(name)
         return spawn(
             role_class,
             name,
             *args,
             num_cpus=1,
-            num_gpus=num_gpus * share if torch.cuda.is_available() else 0,
+            num_gpus=seat.num_gpus if seat else 0,
+            strategy=seat.strategy if seat else None,
             concurrency=ASYNC_CONCURRENCY if role_class in (Generator, RewardScorer) else 1,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,
@@ -105,6 +124,7 @@ class RoleSpawner:
         generators = [w for w in self.workers if w.name.startswith("generator")]
         await asyncio.gather(*(w.call("stop") for w in generators), return_exceptions=True)
         kill([worker for worker in self.workers if isinstance(worker, RayWorker)])
+        self._placement.close()
 
     async def fetch(self, handle: Any) -> Any:
         """Bring data to the driver."""
@@ -130,7 +150,6 @@ def spawn_generators(spawner: RoleSpawner, config: Config, base: str) -> Generat
         config.generators.num,
         partial(generation_engine, config, base, stop),
         partial(load_tokenizer, base),
-        num_gpus=config.generators.tensor_parallel_size,
     )
     clients = [GeneratorClient(worker) for worker in workers]
     return GeneratorPool(clients, config.generators.max_in_flight)
@@ -148,7 +167,6 @@ def spawn_scorers(
         config.reward.num_workers,
         sources,
         partial(reward_sources, config, reward_model, policy_model),
-        num_gpus=int(any(isinstance(source, RUN_MODELS) for source in sources)),
     )
     return ScorerClient(workers)
 
@@ -164,17 +182,19 @@ async def ppo_roles(
     """Every role that the config needs, ready to work; ended on the way out."""
     spawner = RoleSpawner(config, on_call)
     engine = spawner.learner_engine
-    generators = spawn_generators(spawner, config, policy_model)
-    scorer = spawn_scorers(spawner, config, reward_model, policy_model)
-    references = spawner.spawn(
-        Reference, "reference", config.reference.num_processes, config, policy_model
-    )
-    policy = spawner.spawn(
-        PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
-    )
-    num_critics = config.critic.num_ranks if critic_model else 0
-    critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
+    asked = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
     try:
+        await spawner.place(asked)
+        generators = spawn_generators(spawner, config, policy_model)
+        scorer = spawn_scorers(spawner, config, reward_model, policy_model)
+        references = spawner.spawn(
+            Reference, "reference", config.reference.num_processes, config, policy_model
+        )
+        policy = spawner.spawn(
+            PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
+        )
+        num_critics = config.critic.num_ranks if critic_model else 0
+        critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
         await spawner.start_all([group for group in (policy, critic) if group])
         policy_client = PolicyClient(policy, config.policy.zero_stage)
         yield Roles(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from rlhf_ray.cluster.layout import demands
 from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import ModelSourceConfig
 from rlhf_ray.data.preferences import load_pairs
@@ -78,6 +79,7 @@ async def _wins(
     """Whether the chosen answer of each pair scores higher, by subset."""
     alone = config.model_copy(update={"rewards": [ModelSourceConfig(path=model)]})
     spawner = RoleSpawner(config, lambda *_: None)
+    await spawner.place([d for d in demands(alone) if d.role == "reward"])
     scorer = spawn_scorers(spawner, alone, None, policy_model=model)
     size = config.rollout.shard_size
 

@@ -17,6 +17,7 @@ import torch
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
 from rlhf_ray.algorithms.whitening import Moments
+from rlhf_ray.cluster.layout import Demand
 from rlhf_ray.cluster.ray_session import ray_session
 from rlhf_ray.cluster.role_clients import CriticClient, LearnerGroupClient, PolicyClient
 from rlhf_ray.cluster.workers import InlineWorker
@@ -78,14 +79,16 @@ async def scenario(session: Config, model: str) -> dict[str, Learnt]:
     plain, int8 = make_config(), make_config(model={"quantization": "int8"})
     sharded = make_config(policy={"zero_stage": 3})
     spawner = RoleSpawner(session, lambda *_: None)
+    counts = {"one": 1, "two": 2, "sharded": 2, "int8": 1, "int8-again": 1, "critic": 2}
+    await spawner.place([Demand(name, count, 1, is_group=True) for name, count in counts.items()])
     policies = {
-        name: spawner.spawn(PolicyLearner, name, count, config, model, "deepspeed")
-        for name, count, config in (
-            ("one", 1, plain),
-            ("two", 2, plain),
-            ("sharded", 2, sharded),
-            ("int8", 1, int8),
-            ("int8-again", 1, int8),
+        name: spawner.spawn(PolicyLearner, name, counts[name], config, model, "deepspeed")
+        for name, config in (
+            ("one", plain),
+            ("two", plain),
+            ("sharded", sharded),
+            ("int8", int8),
+            ("int8-again", int8),
         )
     }
     critics = spawner.spawn(CriticLearner, "critic", 2, plain, model, "deepspeed")

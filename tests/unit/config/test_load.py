@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf_ray.cluster.layout import demands
 from rlhf_ray.config import Config, dump, load, resolve
 from rlhf_ray.config.load import keys
 from rlhf_ray.errors import ConfigError
@@ -210,10 +211,14 @@ def test_further_combinations_are_refused() -> None:
     assert "tensor_parallel_size 2 needs rollout.engine vllm, got transformers" in message
     message = refused("generators.tensor_parallel_size=2", "rollout.serving=merged")
     assert "rollout.serving merged cannot be proved with generators.tensor_parallel_size" in message
-    message = refused("generators.tensor_parallel_size=2", "cluster.gpus_per_actor=0.5")
-    assert "asks for whole GPUs, and cluster.gpus_per_actor 0.5 for a part of one" in message
-    message = refused("policy.num_ranks=2", "cluster.gpus_per_actor=0.5")
-    assert "cluster.gpus_per_actor 0.5 would put the 2 ranks of policy on one GPU" in message
+    message = refused("generators.tensor_parallel_size=2", "placement.gpus=0.5")
+    assert "asks for whole GPUs, and placement.gpus or placement.generator.gpus for 0.5" in message
+    message = refused("placement.share=[[policy, reward], [reward]]")
+    assert "reward is named twice" in message
+    message = refused("placement.share=[[policies]]")
+    assert "'policies'" in message
+    message = refused("placement.reward.gpus=2")
+    assert "placement.reward.gpus" in message
     message = refused("model.quantization=nf4", "critic.zero_stage=3")
     assert "critic.zero_stage 3 cannot shard a nf4 base" in message
     message = refused("critic.init=reward", "critic.path=some/model")
@@ -286,13 +291,6 @@ def test_configs_are_shipped() -> None:
 )
 def test_presets_fit_the_gpus_that_they_are_for(name: str, num_gpus: int) -> None:
     config = load(next(path for path in SHIPPED if path.stem == name))
-    processes = (
-        config.generators.num * config.generators.tensor_parallel_size
-        + config.policy.num_ranks
-        + config.critic.num_ranks
-        + config.reference.num_workers
-        + config.reward.num_workers
-    )
-    assert processes * config.cluster.gpus_per_actor == num_gpus
+    assert sum(d.workers * d.gpus for d in demands(config)) == num_gpus
     for stage in (config.sft, config.reward):
         assert stage.train_workers <= num_gpus

@@ -13,25 +13,9 @@ from rlhf_ray.stages.ppo_roles import spawn_scorers
 class Spawner:
     """Remembers what it was asked to start."""
 
-    def spawn(self, role_class: type, role: str, count: int, *args: Any, num_gpus: int) -> list:
-        self.count, self.args, self.num_gpus = count, args, num_gpus
+    def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list:
+        self.count, self.args = count, args
         return [None]
-
-
-@pytest.mark.parametrize(
-    ("source", "num_gpus"),
-    [
-        ({"type": "model"}, 1),
-        ({"type": "classifier", "path": "c"}, 1),
-        ({"type": "rouge"}, 0),
-        ({"type": "judge", "url": "http://x", "model": "m"}, 0),
-    ],
-)
-def test_a_scorer_wants_a_gpu_where_it_runs_a_model(source: dict[str, Any], num_gpus: int) -> None:
-    spawner: Any = Spawner()
-    config = resolve({"rewards": [source, {"type": "rouge", "name": "r"}]})
-    spawn_scorers(spawner, config, "reward", "policy")
-    assert spawner.num_gpus == num_gpus
 
 
 def test_files_are_named_by_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

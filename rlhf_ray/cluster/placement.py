@@ -1,0 +1,201 @@
+"""The places of a layout, held on a live cluster by Ray's placement groups."""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_ray.cluster.bundles import Bundle, placement_groups, worker_name
+from rlhf_ray.cluster.layout import Demand, Node, Place, lay_out
+from rlhf_ray.errors import PlacementError
+
+POLL_S = 1.0
+"""Between two looks at what is free."""
+WAIT_S = 0.01
+"""Between two looks at a placement group; Ray makes one in 6 ms where there is room."""
+NODE_ID = "ray.io/node-id"
+
+
+@dataclass(frozen=True)
+class LiveNode:
+    """A node of the cluster that this process belongs to."""
+
+    id: str
+    node: Node
+    free: int
+    """GPUs that nobody holds a part of."""
+
+
+@dataclass(eq=False)
+class _Group:
+    """A placement group and those who sit in it."""
+
+    handle: PlacementGroup
+    workers: set[str]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where Ray is to put an actor."""
+
+    num_gpus: float
+    group: _Group
+    bundle: int
+
+    @property
+    def strategy(self) -> PlacementGroupSchedulingStrategy:
+        """As Ray's options want it."""
+        return PlacementGroupSchedulingStrategy(self.group.handle, self.bundle)
+
+
+def live_nodes() -> list[LiveNode]:
+    """Nodes that are alive, by address."""
+    available = ray._private.state.available_resources_per_node()  # type: ignore[attr-defined]
+    return [
+        LiveNode(
+            id=entry["NodeID"],
+            node=Node(
+                name=entry["NodeManagerAddress"],
+                gpus=int(entry["Resources"].get("GPU", 0)),
+                labels=entry["Labels"],
+            ),
+            free=int(available.get(entry["NodeID"], {}).get("GPU", 0)),
+        )
+        for entry in sorted(ray.nodes(), key=lambda e: (e["NodeManagerAddress"], e["NodeID"]))
+        if entry["Alive"]
+    ]
+
+
+class Placement:
+    """The seats of a run's workers; none on a cluster without GPUs, where any CPU will do."""
+
+    def __init__(self, timeout_s: float, *, may_grow: bool) -> None:
+        """Args: how long to wait for room; whether nodes may join."""
+        self._timeout_s = timeout_s
+        self._may_grow = may_grow
+        self._seats: dict[str, Seat] = {}
+        self._spare: dict[str, list[Seat]] = defaultdict(list)
+        """Role -> seats left by its workers, on GPUs that others are on as well."""
+
+    def seat(self, worker: str) -> Seat | None:
+        """Where a worker is to go; None: anywhere."""
+        return self._seats.get(worker)
+
+    async def reserve(self, demands: Sequence[Demand]) -> None:
+        """Hold a place for every worker.
+
+        Raises:
+            PlacementError: what was asked, what the cluster has, and what would fit.
+        """
+        await self._reserve(demands, 0)
+
+    async def reserve_one(self, demand: Demand, rank: int) -> None:
+        """Hold a place for one worker that joins, or that comes back after `release`.
+
+        Raises:
+            PlacementError: as `reserve` does.
+        """
+        spare = self._spare[demand.role]
+        if spare:
+            worker, seat = f"{demand.role}-{rank}", spare.pop()
+            seat.group.workers.add(worker)
+            self._seats[worker] = seat
+        else:
+            await self._reserve([replace(demand, workers=1)], rank)
+
+    def release(self, worker: str) -> None:
+        """Give up the place of a worker that has ended.
+
+        On a GPU with others it is kept for the next worker of its role.
+        """
+        seat = self._seats.pop(worker, None)
+        if seat is None:
+            return
+        seat.group.workers.discard(worker)
+        if seat.group.workers:
+            self._spare[worker.rpartition("-")[0]].append(seat)
+        else:
+            remove_placement_group(seat.group.handle)
+
+    def close(self) -> None:
+        """Give up every place."""
+        for worker in [*self._seats]:
+            self.release(worker)
+        self._spare.clear()
+
+    async def _reserve(self, demands: Sequence[Demand], first_rank: int) -> None:
+        if not any(live.node.gpus for live in live_nodes()):
+            return
+        deadline = time.monotonic() + self._timeout_s
+        places, nodes = await self._laid_out(demands, deadline)
+        moved = [replace(place, rank=place.rank + first_rank) for place in places]
+        groups = [self._hold(bundles, nodes, moved) for bundles in placement_groups(moved)]
+        try:
+            for group in groups:
+                await self._wait(group, deadline)
+        except BaseException:
+            for place in moved:
+                self.release(worker_name(place))
+            raise
+
+    async def _laid_out(
+        self, demands: Sequence[Demand], deadline: float
+    ) -> tuple[list[Place], list[LiveNode]]:
+        """Places on GPUs that are free, as soon as there are enough."""
+        while True:
+            nodes = live_nodes()
+            try:
+                return lay_out(demands, [replace(n.node, gpus=n.free) for n in nodes]), nodes
+            except PlacementError as error:
+                if time.monotonic() >= deadline:
+                    waited = f"Waited {self._timeout_s:g} s for room (placement.timeout_s)"
+                    raise PlacementError(f"{error}. {_in_use(nodes)}{waited}") from None
+            if not self._may_grow:
+                lay_out(demands, [live.node for live in nodes])
+            await asyncio.sleep(POLL_S)
+
+    def _hold(
+        self, bundles: Sequence[Bundle], nodes: Sequence[LiveNode], places: Sequence[Place]
+    ) -> _Group:
+        handle = placement_group(
+            [bundle.resources for bundle in bundles],
+            bundle_label_selector=[{NODE_ID: nodes[bundle.node].id} for bundle in bundles],
+        )
+        shares = {worker_name(place): place.share for place in places}
+        group = _Group(handle, {worker for bundle in bundles for worker in bundle.workers})
+        for index, bundle in enumerate(bundles):
+            for worker in bundle.workers:
+                self._seats[worker] = Seat(shares[worker], group, index)
+        return group
+
+    async def _wait(self, group: _Group, deadline: float) -> None:
+        """Until Ray has reserved it.
+
+        Raises:
+            PlacementError: it did not in time.
+        """
+        while not group.handle.wait(0):
+            if time.monotonic() >= deadline:
+                bundles = list(ray.util.placement_group_table(group.handle)["bundles"].values())
+                raise PlacementError(
+                    f"Ray did not reserve places for {', '.join(sorted(group.workers))} within "
+                    f"{self._timeout_s:g} s (placement.timeout_s), though the GPUs were free: the "
+                    "nodes have too few CPUs (each worker needs one), or somebody else was faster. "
+                    f"Asked: {bundles}. {_in_use(live_nodes())}Try again"
+                )
+            await asyncio.sleep(WAIT_S)
+
+
+def _in_use(nodes: Sequence[LiveNode]) -> str:
+    """GPUs that others hold, where there are any."""
+    held = [
+        f"{live.node.name} {live.node.gpus - live.free} of {live.node.gpus}"
+        for live in nodes
+        if live.free < live.node.gpus
+    ]
+    return f"In use by others: {', '.join(held)}. " if held else ""

@@ -1,0 +1,173 @@
+"""Layouts on simulated clusters: who sits where, and PPO on three nodes of eight declared GPUs."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.util.state import list_placement_groups
+from simulated_clusters import simulated_cluster
+
+from rlhf_ray.cluster.layout import Demand, Place, demands, lay_out
+from rlhf_ray.cluster.placement import LiveNode, live_nodes
+from rlhf_ray.cluster.ray_session import ray_session
+from rlhf_ray.cluster.ray_workers import RayWorker
+from rlhf_ray.config import Config, load
+from rlhf_ray.errors import PlacementError
+from rlhf_ray.stages.ppo_roles import RoleSpawner
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(590)]
+
+CONFIG = Path(__file__).parents[2] / "configs" / "stackllama" / "ppo_3x8_a100.yaml"
+TRAIN, ROLLOUT = {"role": "train"}, {"role": "rollout"}
+Seats = dict[str, tuple[str, list[int]]]
+"""Worker -> the id of its node, its GPUs."""
+
+
+class Sitter:
+    """An actor that does nothing but be somewhere."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+
+def where(_actor: Any) -> tuple[str, list[int]]:
+    context = ray.get_runtime_context()
+    return context.get_node_id(), sorted(int(index) for index in ray.get_gpu_ids())
+
+
+async def seats(workers: Sequence[Any]) -> Seats:
+    assert all(isinstance(worker, RayWorker) for worker in workers)
+    told = [worker.actor.__ray_call__.remote(where) for worker in workers]
+    return dict(zip([worker.name for worker in workers], await asyncio.gather(*told), strict=True))
+
+
+def expected(asked: Sequence[Demand], nodes: Sequence[LiveNode]) -> Seats:
+    places: list[Place] = lay_out(asked, [live.node for live in nodes])
+    return {f"{p.role}-{p.rank}": (nodes[p.node].id, list(p.gpus)) for p in places}
+
+
+def nodes_of(found: Seats, role: str) -> list[str]:
+    return [node for name, (node, _) in found.items() if name.startswith(f"{role}-")]
+
+
+def config_of(*overrides: str) -> Config:
+    return load(CONFIG, ["placement.timeout_s=3", *overrides])
+
+
+def groups_left() -> int:
+    return sum(group.state != "REMOVED" for group in list_placement_groups())
+
+
+@pytest.fixture(scope="module")
+def by_value() -> Iterator[None]:
+    """Actors of this file run where this file cannot be imported."""
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture(scope="module")
+def three_by_eight(by_value: None) -> Iterator[None]:
+    nodes = [{"num_gpus": 8, "labels": labels} for labels in (TRAIN, ROLLOUT, TRAIN)]
+    with simulated_cluster(nodes):
+        yield
+
+
+@pytest.mark.usefixtures("three_by_eight")
+async def test_24_actors_sit_where_the_layout_says_and_generators_come_and_go() -> None:
+    config = config_of()
+    asked = demands(config)
+    with ray_session(config):
+        nodes = live_nodes()
+        rollout_node = next(n.id for n in nodes if n.node.labels.get("role") == "rollout")
+        spawner = RoleSpawner(config, lambda *_: None)
+        await spawner.place(asked)
+        for demand in asked:
+            spawner.spawn(Sitter, demand.role, demand.workers)
+        found = await seats(spawner.workers)
+        assert found == expected(asked, nodes)
+        assert len({(node, *gpus) for node, gpus in found.values()}) == 24, "a GPU has two actors"
+        assert nodes_of(found, "generator") == [rollout_node] * 8
+        policy_node, other_node = nodes_of(found, "policy")[0], nodes_of(found, "critic")[0]
+        assert nodes_of(found, "policy") == [policy_node] * 8
+        for role, count in (("critic", 4), ("reference", 2), ("reward", 2)):
+            assert nodes_of(found, role) == [other_node] * count
+        assert len({policy_node, rollout_node, other_node}) == 3
+
+        generator = next(demand for demand in asked if demand.role == "generator")
+        with pytest.raises(PlacementError, match="generator 1 x 1"):
+            await spawner.place_one(generator, 8)
+        left = next(worker for worker in spawner.workers if worker.name == "generator-3")
+        spawner.workers.remove(left)
+        ray.kill(left.actor)
+        spawner.free(left.name)
+        await spawner.place_one(generator, 8)
+        joined = await seats([spawner.spawn_one(Sitter, "generator-8")])
+        assert joined == {"generator-8": found["generator-3"]}
+        await spawner.stop_all()
+        assert groups_left() == 0
+
+
+@pytest.mark.usefixtures("three_by_eight")
+async def test_halves_share_gpus_and_ranks_of_a_group_do_not() -> None:
+    asked = [
+        Demand("critic", 4, 0.5, TRAIN, is_group=True),
+        Demand("reference", 2, 0.5, TRAIN),
+        Demand("reward", 2, 0, TRAIN),
+        Demand("generator", 2, 4, ROLLOUT),
+    ]
+    config = config_of()
+    with ray_session(config):
+        spawner = RoleSpawner(config, lambda *_: None)
+        await spawner.place(asked)
+        for demand in asked:
+            spawner.spawn(Sitter, demand.role, demand.workers)
+        assert await seats(spawner.workers) == expected(asked, live_nodes())
+        await spawner.stop_all()
+
+
+@pytest.mark.usefixtures("three_by_eight")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["generators.num=9"], "It would fit with generators.num=8 or "),
+        (["placement.policy.labels={role: learn}"], "with placement.policy.labels={} or "),
+        (["generators.tensor_parallel_size=16"], "fit with "),
+    ],
+)
+async def test_what_does_not_fit_is_told_within_the_deadline(
+    overrides: list[str], message: str
+) -> None:
+    config = config_of(*overrides)
+    with ray_session(config):
+        spawner = RoleSpawner(config, lambda *_: None)
+        started = time.monotonic()
+        with pytest.raises(PlacementError) as error:
+            await spawner.place(demands(config))
+        assert 3 <= time.monotonic() - started < 6
+        assert message in str(error.value)
+        assert "role=train" in str(error.value), "what the cluster has"
+        assert "placement.timeout_s" in str(error.value)
+        assert groups_left() == 0
+
+
+@pytest.mark.usefixtures("three_by_eight")
+async def test_gpus_of_others_are_told_and_waited_for() -> None:
+    config = config_of()
+    with ray_session(config):
+        others = RoleSpawner(config, lambda *_: None)
+        await others.place([Demand("generator", 2, 1, ROLLOUT)])
+        spawner = RoleSpawner(config, lambda *_: None)
+        with pytest.raises(PlacementError, match=r"In use by others: \S+ 2 of 8"):
+            await spawner.place(demands(config))
+        waiting = asyncio.create_task(spawner.place(demands(config)))
+        await asyncio.sleep(0.5)
+        await others.stop_all()
+        await waiting
+        await spawner.stop_all()
