@@ -1,8 +1,8 @@
 """Who carries out the roles of a PPO run: actors in Ray, or objects in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,6 @@ from rlhf_ray.cluster.ray_session import runs_on_ray
 from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, spawn
 from rlhf_ray.cluster.role_clients import (
     CriticClient,
-    GeneratorClient,
-    GeneratorPool,
     PolicyBaseClient,
     PolicyClient,
     ReferenceClient,
@@ -28,18 +26,23 @@ from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import ClassifierSourceConfig, ModelSourceConfig
 from rlhf_ray.driver.ppo_loop import Roles
-from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.engines.scoring import reward_sources
 from rlhf_ray.errors import ActorFailure
-from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.stages.generator_factory import spawn_generators
 from rlhf_ray.stages.run_folder import located
 
 ASYNC_CONCURRENCY = 32
 """Calls that a role whose methods are async works on at a time."""
 
+END_TIMEOUT_S = 10.0
+"""For a worker that is ended alone to free what it holds."""
+
 RUN_MODELS = (ModelSourceConfig, ClassifierSourceConfig)
 """Sources that compute in the scorer's own process, and want a GPU there."""
+
+
+Resources = dict[str, float]
+"""Ray's names of resources -> how much of each."""
 
 
 class RoleSpawner:
@@ -50,6 +53,8 @@ class RoleSpawner:
         self._on_call = on_call
         self._on_ray = runs_on_ray(config)
         self.workers: list[Worker] = []
+        self.held: dict[str, Resources] = {}
+        """Worker's name -> what Ray keeps for it."""
 
     @property
     def learner_engine(self) -> str:
@@ -60,23 +65,31 @@ class RoleSpawner:
         self, role_class: type, role: str, count: int, *args: Any, num_gpus: int = 1
     ) -> list[Worker]:
         """Workers ``role-0`` to ``role-<count - 1>``, not started; GPUs where there are any."""
-        workers = [
-            self._spawn_one(role_class, f"{role}-{i}", *args, num_gpus=num_gpus)
-            for i in range(count)
-        ]
-        self.workers.extend(workers)
-        return workers
+        names = [f"{role}-{i}" for i in range(count)]
+        return [self.spawn_one(role_class, name, *args, num_gpus=num_gpus) for name in names]
 
-    def _spawn_one(self, role_class: type, name: str, *args: Any, num_gpus: int) -> Worker:
+    def spawn_one(self, role_class: type, name: str, *args: Any, num_gpus: int = 1) -> Worker:
+        """One worker, not started."""
+        resources = self.resources(num_gpus)
+        worker = self._made(role_class, name, *args, resources=resources)
+        self.workers.append(worker)
+        self.held[name] = resources
+        return worker
+
+    def resources(self, num_gpus: int) -> Resources:
+        """What a worker on ``num_gpus`` GPUs asks Ray for."""
+        gpus = num_gpus * self._config.cluster.gpus_per_actor if torch.cuda.is_available() else 0
+        return {"CPU": 1, "GPU": gpus}
+
+    def _made(self, role_class: type, name: str, *args: Any, resources: Resources) -> Worker:
         if not self._on_ray:
             return InlineWorker(name, role_class(name, *args), self._on_call)
-        share = self._config.cluster.gpus_per_actor
         return spawn(
             role_class,
             name,
             *args,
-            num_cpus=1,
-            num_gpus=num_gpus * share if torch.cuda.is_available() else 0,
+            num_cpus=resources["CPU"],
+            num_gpus=resources["GPU"],
             concurrency=ASYNC_CONCURRENCY if role_class in (Generator, RewardScorer) else 1,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,
@@ -100,6 +113,30 @@ class RoleSpawner:
                 f"{', '.join(worker.name for worker in self.workers)}"
             ) from None
 
+    async def start_one(self, worker: Worker) -> None:
+        """Start a worker that belongs to no group.
+
+        Raises:
+            ActorFailure: it was not ready before cluster.start_timeout_s.
+        """
+        deadline = self._config.cluster.start_timeout_s
+        try:
+            await asyncio.wait_for(worker.call("start"), deadline)
+        except TimeoutError:
+            raise ActorFailure(
+                f"{worker.name} was not ready within {deadline:g} s (cluster.start_timeout_s)"
+            ) from None
+
+    async def end_one(self, worker: Worker) -> None:
+        """Let a worker free what it holds, if it still answers, then end its actor."""
+        with suppress(Exception):  # whatever is wrong with it: it goes
+            await asyncio.wait_for(worker.call("stop"), END_TIMEOUT_S)
+        if isinstance(worker, RayWorker):
+            kill([worker])
+        if worker in self.workers:
+            self.workers.remove(worker)
+            del self.held[worker.name]
+
     async def stop_all(self) -> None:
         """Let generators end their engines, then end every actor."""
         generators = [w for w in self.workers if w.name.startswith("generator")]
@@ -119,21 +156,6 @@ async def _start_group(ranks: Sequence[Worker]) -> None:
             for rank, worker in enumerate(ranks)
         )
     )
-
-
-def spawn_generators(spawner: RoleSpawner, config: Config, base: str) -> GeneratorPool:
-    """Generators over a base model, not started."""
-    stop = stop_token_ids(base, config.template)
-    workers = spawner.spawn(
-        Generator,
-        "generator",
-        config.generators.num,
-        partial(generation_engine, config, base, stop),
-        partial(load_tokenizer, base),
-        num_gpus=config.generators.tensor_parallel_size,
-    )
-    clients = [GeneratorClient(worker) for worker in workers]
-    return GeneratorPool(clients, config.generators.max_in_flight)
 
 
 def spawn_scorers(
@@ -160,11 +182,13 @@ async def ppo_roles(
     reward_model: str | None,
     critic_model: str | None,
     on_call: OnCall,
+    tell: Callable[[str], None],
 ) -> AsyncIterator[Roles]:
     """Every role that the config needs, ready to work; ended on the way out."""
     spawner = RoleSpawner(config, on_call)
     engine = spawner.learner_engine
-    generators = spawn_generators(spawner, config, policy_model)
+    autoscale = config.rollout.autoscale
+    generators = spawn_generators(spawner, config, policy_model, tell, autoscale)
     scorer = spawn_scorers(spawner, config, reward_model, policy_model)
     references = spawner.spawn(
         Reference, "reference", config.reference.num_processes, config, policy_model
@@ -188,4 +212,5 @@ async def ppo_roles(
             fetch=spawner.fetch,
         )
     finally:
+        await generators.close()
         await spawner.stop_all()
