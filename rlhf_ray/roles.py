@@ -3,13 +3,15 @@
 Every method raises ActorFailure when its role dies or misses its deadline.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol
 
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
     Gap,
+    GeneratorsReport,
+    GeneratorStatus,
     Handle,
     ProbeComparison,
     RawScores,
@@ -39,16 +41,48 @@ class Generator(Protocol):
         ...
 
 
-class Generators(Protocol):
-    """All generators of a run."""
+Proof = Callable[[Generator], Awaitable[None]]
+"""Raises WeightSyncError where a generator does not apply adapters as the learner does."""
 
-    @property
-    def members(self) -> Sequence[Generator]:
-        """Those of now."""
+
+class Generators(Protocol):
+    """All generators of a run, however many there are at a time.
+
+    Whoever joins, or comes back, passes the proof and serves the adapter that was published last
+    before it gets its first prompt; one that fails is started anew, and others do what it did not
+    finish. ActorFailure means that none is left.
+    """
+
+    async def prove(self, proof: Proof) -> None:
+        """Use those that pass, and ask the same of all who join later.
+
+        Raises:
+            WeightSyncError: none passes.
+        """
+        ...
+
+    async def publish(self, update: AdapterUpdate) -> None:
+        """Have all serve an adapter; returns when each of now does, or is out.
+
+        Raises:
+            WeightSyncError: none does.
+        """
         ...
 
     def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
-        """Sample shards on whichever generator is free; yields each as it is done."""
+        """Sample shards on whichever generator is free; yields each once, as it is done."""
+        ...
+
+    def scale_to(self, num: int) -> None:
+        """Want so many generators; they join and leave in the background."""
+        ...
+
+    def statuses(self) -> list[GeneratorStatus]:
+        """How each is."""
+        ...
+
+    def report(self) -> GeneratorsReport:
+        """How they are together."""
         ...
 
 

@@ -86,6 +86,15 @@ class Placement:
         """Where a worker is to go; None: anywhere."""
         return self._seats.get(worker)
 
+    def resources(self, demands: Sequence[Demand]) -> list[dict[str, float]]:
+        """What each worker asks Ray for."""
+        has_gpus = any(live.node.gpus for live in live_nodes())
+        return [
+            {"CPU": 1.0} | ({"GPU": demand.gpus} if demand.gpus and has_gpus else {})
+            for demand in demands
+            for _ in range(demand.workers)
+        ]
+
     async def reserve(self, demands: Sequence[Demand]) -> None:
         """Hold a place for every worker.
 

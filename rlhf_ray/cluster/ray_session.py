@@ -91,8 +91,9 @@ def num_logical_cpus(config: Config) -> int:
 
     Roles share the real cores: five one-CPU actors would not fit a two-core machine.
     """
+    autoscale = config.rollout.autoscale
     ppo = (
-        config.generators.num
+        max(config.generators.num, autoscale.maximum if autoscale else 0)
         + config.policy.num_ranks
         + config.critic.num_ranks
         + config.reference.num_processes

@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
@@ -110,6 +111,14 @@ def kill(workers: list[RayWorker]) -> None:
             ray.kill(worker.actor)
         except RayError:
             continue
+
+
+def ask_for_room(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Have Ray's autoscaler, where there is one, keep nodes on which all bundles fit at once.
+
+    It counts what runs already as part of them. None: it keeps nodes for nothing.
+    """
+    request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -29,59 +29,17 @@ class GeneratorClient:
     """One generator."""
 
     def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+        self.worker = worker
         self.name = worker.name
 
     async def generate(self, request: ShardRequest) -> Shard:
         """Sample a shard; its rollouts stay in the object store."""
-        rollouts, info = await self._worker.call_split("generate", request)
+        rollouts, info = await self.worker.call_split("generate", request)
         return Shard(info, rollouts)
 
     async def publish(self, update: AdapterUpdate) -> ServedAdapter:
         """Serve an adapter; its bytes go straight from where they are."""
-        return await self._worker.call("publish", replace(update, tensors=None), update.tensors)
-
-
-class GeneratorPool:
-    """Hands shards to whichever generator has room, longest prompts first."""
-
-    def __init__(self, members: Sequence[GeneratorClient], max_in_flight: int) -> None:
-        """Args: the generators; most shards at one generator at a time."""
-        self.members = members
-        self._max_in_flight = max_in_flight
-
-    async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
-        """Yield each shard as it is done; the order of generation changes nothing but the time."""
-        waiting = sorted(requests, key=_prompt_tokens)
-        done: asyncio.Queue[Shard | BaseException] = asyncio.Queue()
-
-        async def serve(generator: GeneratorClient) -> None:
-            try:
-                while waiting:
-                    await done.put(await generator.generate(waiting.pop()))
-            except BaseException as error:
-                await done.put(error)
-                raise
-
-        lanes = [
-            asyncio.ensure_future(serve(generator))
-            for _ in range(self._max_in_flight)
-            for generator in self.members  # one shard each before anyone gets a second
-        ]
-        try:
-            for _ in requests:
-                result = await done.get()
-                if isinstance(result, BaseException):
-                    raise result
-                yield result
-        finally:
-            for lane in lanes:
-                lane.cancel()
-            await asyncio.gather(*lanes, return_exceptions=True)
-
-
-def _prompt_tokens(request: ShardRequest) -> int:
-    return sum(len(sample.prompt.token_ids) for sample in request.samples)
+        return await self.worker.call("publish", replace(update, tensors=None), update.tensors)
 
 
 class _RoundRobin:

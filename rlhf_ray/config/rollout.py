@@ -17,6 +17,18 @@ class GeneratorsConfig(Section):
         1, ge=1, description="GPUs of one generator, all of one node (vLLM alone)."
     )
     max_in_flight: int = changeable(8, ge=1, description="Shards at one generator at a time.")
+    max_restarts: int = changeable(
+        10,
+        ge=0,
+        description="Generators that are started anew after they failed, all together, before the "
+        "stage does without them.",
+    )
+    drain_timeout_s: float = changeable(
+        60.0,
+        ge=0,
+        description="How long a generator that leaves may go on with what it has begun before "
+        "others do it, seconds.",
+    )
 
 
 UNCORRECTED = {
@@ -59,6 +71,25 @@ class LengthSamplerConfig(Section):
             raise ValueError(
                 f"rollout.length_sampler.min {self.min} must be below its max {self.max}, which is "
                 "never drawn itself"
+            )
+        return self
+
+
+class AutoscaleConfig(Section):
+    """Generators by who waits for whom: more where learners do, fewer where generators do."""
+
+    minimum: int = changeable(1, ge=1, description="Fewest generators.")
+    maximum: int = changeable(8, ge=1, description="Most generators.")
+    iterations: int = changeable(
+        5, ge=1, description="Iterations with as many generators before their number changes."
+    )
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> "AutoscaleConfig":
+        if self.minimum > self.maximum:
+            raise ValueError(
+                f"rollout.autoscale.minimum {self.minimum} exceeds rollout.autoscale.maximum "
+                f"{self.maximum}; lower it, or raise that"
             )
         return self
 
@@ -119,6 +150,11 @@ class RolloutConfig(Section):
         gt=0,
         description="Most mean |engine - learner| log-prob, nats a token, in the proof and in "
         "every shard; none: as data types allow, calibrated on the first iteration.",
+    )
+    autoscale: AutoscaleConfig | None = changeable(
+        None,
+        description="Changes the number of generators while PPO runs; none: it stays as "
+        "generators.num, or the command scale, says.",
     )
     engine_args: dict[str, Any] = changeable({}, description="Further vLLM engine arguments.")
 

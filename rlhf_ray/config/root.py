@@ -24,7 +24,7 @@ from rlhf_ray.config.rewards import (
     refuse_equal_names,
     refuse_slow,
 )
-from rlhf_ray.config.rollout import GeneratorsConfig, RolloutConfig
+from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig, RolloutConfig
 from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
@@ -193,6 +193,8 @@ class Config(Section):
             self._generators_can_be_parallel()
         self._truncation_is_corrected()
         self._responses_can_end()
+        if self.rollout.autoscale is not None:
+            self._generators_start_within_bounds(self.rollout.autoscale)
         if self.cluster.mode == "inline":
             self._inline_is_one_process()
         return self
@@ -215,6 +217,16 @@ class Config(Section):
                 f"critic.init reward folds the reward model's adapter into its base, and a "
                 f"{quantization} base (model.quantization) takes none; set critic.init=sft"
             )
+
+    def _generators_start_within_bounds(self, bounds: AutoscaleConfig) -> None:
+        num = self.generators.num
+        if not bounds.minimum <= num <= bounds.maximum:
+            raise ValueError(
+                f"generators.num {num} is outside rollout.autoscale.minimum {bounds.minimum} and "
+                f"rollout.autoscale.maximum {bounds.maximum}; set it between them"
+            )
+        if self.cluster.mode == "inline":
+            raise ValueError("cluster.mode inline is one process; leave out rollout.autoscale")
 
     def _generators_can_be_parallel(self) -> None:
         size = self.generators.tensor_parallel_size

@@ -8,7 +8,7 @@ PURE = "–"
 UNITS: Mapping[str, str] = {
     name: unit
     for unit, names in {
-        "seconds": "start_timeout_s call_timeout_s timeout_s retry_wait_s",
+        "seconds": "start_timeout_s call_timeout_s drain_timeout_s timeout_s retry_wait_s",
         "MB": "object_store_mb",
         "GiB": "kv_cache_gb",
         "tokens": "max_length block_size max_tokens max_prompt_tokens min_tokens min max "
@@ -34,7 +34,8 @@ UNITS: Mapping[str, str] = {
         "score": "baseline lowest highest bad_answer_score missing_eos_penalty",
         "deviations": "clip",
         "processes": "train_workers num_workers num_ranks",
-        "generators": "num",
+        "generators": "num minimum maximum",
+        "restarts": "max_restarts",
         "shards": "max_in_flight",
         "GPUs": "gpus tensor_parallel_size",
         "threads": "threads_per_actor",

@@ -7,8 +7,9 @@ from typing import Any
 
 from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.driver.alarms import GUARDS
+from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.scoring import joined, score_metrics
-from rlhf_ray.types import AssembledStats, ScoredShard, StepReport
+from rlhf_ray.types import AssembledStats, GeneratorsReport, ScoredShard, StepReport
 
 EDGE = 5
 """Iterations that the first and last means of a summary are over."""
@@ -64,6 +65,23 @@ def pace_metrics(stats: AssembledStats, seconds: float) -> dict[str, float]:
         "timing_s/iteration": seconds,
         "throughput/episodes_per_s": stats.num_samples / seconds,
         "throughput/tokens_per_s": stats.num_tokens / seconds,
+    }
+
+
+def generator_metrics(report: GeneratorsReport, state: RunState) -> dict[str, float]:
+    """How the generators are after an iteration, by registered name.
+
+    Args:
+        report: of this process.
+        state: of the run, with the counts of earlier processes.
+    """
+    return {
+        "generators/ready": report.ready,
+        "generators/target": report.target,
+        "generators/queue_depth": report.idle.queue_depth,
+        "generators/idle_share": report.idle.generators,
+        "generators/restarts": state.generator_restarts,
+        "generators/requeued": state.samples_requeued,
     }
 
 

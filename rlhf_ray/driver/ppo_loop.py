@@ -31,7 +31,7 @@ from rlhf_ray.driver.guard import (
     require_all_learnt,
     require_whole,
 )
-from rlhf_ray.driver.metrics import iteration_metrics, pace_metrics, run_summary
+from rlhf_ray.driver.metrics import generator_metrics, iteration_metrics, pace_metrics, run_summary
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.scoring import with_scores
@@ -84,7 +84,7 @@ class PpoLoop:
         self._evaluator = evaluator
         self._checkpoints = checkpoints
         self._recorder = recorder
-        self._state = state
+        self._state = self._first_state = state
         self._bar = progress_bar
         self._guard = SamplerGapGuard(
             config.engine_is_exact, config.rollout.max_gap or state.gap_bound
@@ -102,12 +102,13 @@ class PpoLoop:
         self._watch.check_prompts(num_drawn, len(self._cursor))
         if config.guards.loss_spike.action == "rollback":
             await self._hold_commit()  # what the first iteration goes back to
-        await self._sync.prove(self._roles.generators.members)
-        await self._sync.publish(self._roles.generators.members, self._state.version)
+        await self._roles.generators.prove(await self._sync.proof())
+        await self._publish()
         if self._evaluation_is_due():
             await self._evaluate()
         while self._state.iteration < config.ppo.iterations:
             await self._iterate()
+        self._state = replace(self._state, **self._generators_so_far())
         recorder = self._recorder
         return run_summary(recorder.history(), asdict(self._state), recorder.warnings())
 
@@ -122,7 +123,9 @@ class PpoLoop:
             await self._go_back(batch, iteration)
         else:
             await self._commit(batch, stats, metrics, iteration)
-        await self._publish(iteration)
+        with self._recorder.phase("sync", iteration):
+            await self._publish()
+        metrics |= generator_metrics(self._roles.generators.report(), self._state)
         metrics |= pace_metrics(stats, time.time() - started)
         await self._record(batch, metrics, iteration)
         if iteration == self._config.ppo.iterations or iteration % self._config.ppo.save_every == 0:
@@ -226,10 +229,19 @@ class PpoLoop:
             version=state.version + 1,
             prompts_drawn=state.prompts_drawn + self._config.num_prompts_per_iteration,
             samples_generated=state.samples_generated + num_rollouts(batch),
+            **self._generators_so_far(),
             kl_coef=self._kl.coef,
             # A bound that was given holds for as long as it is given.
             gap_bound=state.gap_bound if self._config.rollout.max_gap else self._guard.bound,
         )
+
+    def _generators_so_far(self) -> dict[str, int]:
+        """What the run's generators came to, those of earlier processes too."""
+        report, before = self._roles.generators.report(), self._first_state
+        return {
+            "samples_requeued": before.samples_requeued + report.samples_requeued,
+            "generator_restarts": before.generator_restarts + report.restarts,
+        }
 
     async def _hold_commit(self) -> None:
         learners = self._roles.learners
@@ -250,9 +262,9 @@ class PpoLoop:
             }
             self._checkpoints.save(commit.version, groups, commit.progress)
 
-    async def _publish(self, iteration: int) -> None:
-        with self._recorder.phase("sync", iteration):
-            await self._sync.publish(self._roles.generators.members, self._state.version)
+    async def _publish(self) -> None:
+        adapter = await self._roles.policy.adapter(self._state.version)
+        await self._roles.generators.publish(adapter)
 
     async def _record(
         self, batch: Sequence[ScoredShard], metrics: Mapping[str, float], iteration: int

@@ -6,14 +6,13 @@ use, that a known probe moves it exactly as it moves the learner; and at every p
 reads back from its engine what is applied.
 """
 
-import asyncio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.driver.batches import sample_requests
 from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.roles import Generator, Policy
+from rlhf_ray.roles import Generator, Policy, Proof
 from rlhf_ray.types import AdapterUpdate, ProbeComparison, Prompt, SampleRequest, ShardRequest
 
 NUM_CANARIES = 4
@@ -49,7 +48,7 @@ def canary_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> li
 
 @dataclass(frozen=True)
 class WeightSync:
-    """Sends the policy's adapter to generators and refuses those that do not serve it."""
+    """Knows the policy, and refuses generators that do not sample from it."""
 
     policy: Policy
     canaries: Sequence[SampleRequest]
@@ -57,17 +56,15 @@ class WeightSync:
     max_gap: float | None = None
     """Nats a token that the config allows between engine and learner; None: as it is exact."""
 
-    async def prove(self, generators: Sequence[Generator]) -> None:
-        """Show that each generator applies adapters as the learner does.
+    async def proof(self) -> Proof:
+        """What a generator has to pass before it is used: it applies adapters as the learner does.
 
         The zero adapter goes first and fills the caches; the probe then finds them.
-
-        Raises:
-            WeightSyncError: saying what a generator did instead.
         """
         zero = await self.policy.zero_adapter(PROOF_VERSION)
         probe = await self.policy.probe(PROOF_VERSION, self.canaries)
-        for generator in generators:
+
+        async def prove(generator: Generator) -> None:
             await publish_to(generator, zero)
             at_rest = await self._sample_and_compare(generator, zero)
             self._check_error(generator, at_rest)
@@ -76,15 +73,7 @@ class WeightSync:
             self._check_shift(generator, comparison, at_rest.error)
             self._check_error(generator, comparison)
 
-    async def publish(self, generators: Sequence[Generator], version: int) -> AdapterUpdate:
-        """Send the current adapter as ``version`` to all; they sample again once they serve it.
-
-        Raises:
-            WeightSyncError: a generator holds something else.
-        """
-        update = await self.policy.adapter(version)
-        await asyncio.gather(*(publish_to(generator, update) for generator in generators))
-        return update
+        return prove
 
     async def _sample_and_compare(
         self, generator: Generator, update: AdapterUpdate

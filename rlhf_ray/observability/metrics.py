@@ -179,6 +179,27 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         _LAST,
         "Response tokens learnt per second of the iteration.",
     ),
+    ("generators/ready", "1", _LAST, "Generators that got prompts when the adapter was published."),
+    ("generators/target", "1", _LAST, "Generators that are wanted."),
+    (
+        "generators/queue_depth",
+        "shards",
+        "mean over the time of generation",
+        "Shards that waited for a generator.",
+    ),
+    (
+        "generators/idle_share",
+        "share",
+        "mean over generators and the time between two publications",
+        "Share of the time in which a generator had nothing to sample, as others learnt.",
+    ),
+    ("generators/restarts", "1", "sum since the start", "Generators that were started anew."),
+    (
+        "generators/requeued",
+        "1",
+        "sum since the start",
+        "Rollouts that a generator handed back, and others sampled.",
+    ),
     ("policy/version", "1", _LAST, "Adapter version that this iteration committed."),
     ("episode", "1", "sum since the start", "Rollouts learnt so far."),
     (

@@ -65,10 +65,13 @@ def run(config: Config) -> dict[str, Any]:
     told = instructed_prompts(config, tokenizer, instructions)
 
     total = len(adapters) * (len(prompts) + SAMPLES_PER_INSTRUCTION * len(told))
-    with Progress(config.run.stages).stage("evaluate", total, "sample") as bar:
+    progress = Progress(config.run.stages)
+    with progress.stage("evaluate", total, "sample") as bar:
         reward_model = folder.reward_model()
         answers = asyncio.run(
-            answers_of_models(config, sft_model, reward_model, adapters, prompts, told, bar)
+            answers_of_models(
+                config, sft_model, reward_model, adapters, prompts, told, bar, progress.say
+            )
         )
         samples = {name: given.held_out for name, given in answers.items()}
         _add_scores(samples, [*judged_by, *(["gold"] if has_gold else [])])

@@ -1,24 +1,24 @@
 """Every compared model's answers to the same prompts under the same seeds, and its perplexity."""
 
-import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.likelihood import Likelihood
+from rlhf_ray.cluster.generator_pool import GeneratorPool
 from rlhf_ray.cluster.layout import Demand, demands
-from rlhf_ray.cluster.role_clients import GeneratorPool, ScorerClient
+from rlhf_ray.cluster.role_clients import ScorerClient
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import sample_requests, shard_requests
-from rlhf_ray.driver.weight_sync import publish_to
 from rlhf_ray.models.adapters import digest, tensors_from_bytes
 from rlhf_ray.models.folders import ADAPTER_CONFIG
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.stages.compared_models import WEIGHTS, AdapterFiles
-from rlhf_ray.stages.ppo_roles import RoleSpawner, spawn_generators, spawn_scorers
+from rlhf_ray.stages.generator_factory import spawn_generators
+from rlhf_ray.stages.ppo_roles import RoleSpawner, spawn_scorers
 from rlhf_ray.types import AdapterUpdate, Prompt, Rollout, SampleRequest, Shard
 
 Sample = dict[str, Any]
@@ -55,6 +55,7 @@ async def answers_of_models(
     held_out: Sequence[Prompt],
     instructed: Sequence[Prompt],
     bar: Bar,
+    tell: Callable[[str], None],
 ) -> dict[str, Answers]:
     """Serve one model after the other and ask it everything."""
     asked = sample_requests(held_out, 1, config.run.seed, "evaluate")
@@ -63,7 +64,7 @@ async def answers_of_models(
     await spawner.place([d for d in demands(config) if d.role in ("generator", "reward")])
     roles = _Roles(
         config,
-        spawn_generators(spawner, _for_largest(config, adapters), sft_model),
+        spawn_generators(spawner, _for_largest(config, adapters), sft_model, tell),
         spawn_scorers(spawner, config, reward_model, sft_model),
         spawner,
     )
@@ -71,13 +72,11 @@ async def answers_of_models(
     try:
         await spawner.start_all([])
         for version, (name, files) in enumerate(adapters.items()):
-            update = _update(version, files)
-            await asyncio.gather(
-                *(publish_to(member, update) for member in roles.generators.members)
-            )
+            await roles.generators.publish(_update(version, files))
             held_out_samples = await _scored(roles, asked, version, bar)
             answers[name] = Answers(held_out_samples, await _texts(roles, told, version, bar))
     finally:
+        await roles.generators.close()
         await spawner.stop_all()
     return answers
 

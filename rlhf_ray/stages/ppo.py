@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
 
     async def train(bar: Bar) -> dict[str, Any]:
         async with ppo_roles(
-            config, policy_model, reward_model, critic_model, recorder.span
+            config, policy_model, reward_model, critic_model, recorder.span, progress.say
         ) as roles:
             await _restore(roles, saved)
             progress.say("ppo: every role is ready; proving that generators serve what is sent")

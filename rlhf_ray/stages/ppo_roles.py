@@ -1,8 +1,9 @@
 """Who carries out the roles of a PPO run: actors in Ray, or objects in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,9 @@ from actors.reward_scorer import RewardScorer
 from rlhf_ray.cluster.layout import Demand, demands
 from rlhf_ray.cluster.placement import Placement
 from rlhf_ray.cluster.ray_session import joins_cluster, runs_on_ray
-from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, spawn
+from rlhf_ray.cluster.ray_workers import RayWorker, ask_for_room, fetch, kill, spawn
 from rlhf_ray.cluster.role_clients import (
     CriticClient,
-    GeneratorClient,
-    GeneratorPool,
     PolicyBaseClient,
     PolicyClient,
     ReferenceClient,
@@ -27,15 +26,16 @@ from rlhf_ray.cluster.role_clients import (
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.driver.ppo_loop import Roles
-from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.engines.scoring import reward_sources
 from rlhf_ray.errors import ActorFailure
-from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.stages.generator_factory import spawn_generators
 from rlhf_ray.stages.run_folder import located
 
 ASYNC_CONCURRENCY = 32
 """Calls that a role whose methods are async works on at a time."""
+
+END_TIMEOUT_S = 10.0
+"""For a worker that is ended alone to free what it holds."""
 
 
 class RoleSpawner:
@@ -47,6 +47,7 @@ class RoleSpawner:
         self._on_ray = runs_on_ray(config)
         self._placement = Placement(config.placement.timeout_s, may_grow=joins_cluster(config))
         self.workers: list[Worker] = []
+        self._asked: Sequence[Demand] = []
 
     @property
     def learner_engine(self) -> str:
@@ -59,11 +60,12 @@ class RoleSpawner:
         Raises:
             PlacementError: what was asked, what the cluster has, and what would fit.
         """
+        self._asked = asked
         if self._on_ray:
             await self._placement.reserve(asked)
 
     async def place_one(self, demand: Demand, rank: int) -> None:
-        """Hold a place for a worker that is spawned later, or again after `free`.
+        """Hold a place for a worker that is spawned later, or again.
 
         Raises:
             PlacementError: as `place` does.
@@ -71,9 +73,14 @@ class RoleSpawner:
         if self._on_ray:
             await self._placement.reserve_one(demand, rank)
 
-    def free(self, name: str) -> None:
-        """Give up the place of a worker that has ended."""
-        self._placement.release(name)
+    def make_room(self, num_generators: int) -> None:
+        """Have Ray's autoscaler keep room for so many besides all others; 0: for nothing more."""
+        if self._on_ray:
+            asked = [
+                replace(demand, workers=num_generators) if demand.role == "generator" else demand
+                for demand in (self._asked if num_generators else [])
+            ]
+            ask_for_room(self._placement.resources(asked))
 
     def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
         """Workers ``role-0`` to ``role-<count - 1>``, not started, each in its place."""
@@ -119,6 +126,30 @@ class RoleSpawner:
                 f"{', '.join(worker.name for worker in self.workers)}"
             ) from None
 
+    async def start_one(self, worker: Worker) -> None:
+        """Start a worker that belongs to no group.
+
+        Raises:
+            ActorFailure: it was not ready before cluster.start_timeout_s.
+        """
+        deadline = self._config.cluster.start_timeout_s
+        try:
+            await asyncio.wait_for(worker.call("start"), deadline)
+        except TimeoutError:
+            raise ActorFailure(
+                f"{worker.name} was not ready within {deadline:g} s (cluster.start_timeout_s)"
+            ) from None
+
+    async def end_one(self, worker: Worker) -> None:
+        """Let a worker free what it holds, if it still answers, then end its actor."""
+        with suppress(Exception):  # whatever is wrong with it: it goes
+            await asyncio.wait_for(worker.call("stop"), END_TIMEOUT_S)
+        if isinstance(worker, RayWorker):
+            kill([worker])
+        if worker in self.workers:
+            self.workers.remove(worker)
+            self._placement.release(worker.name)
+
     async def stop_all(self) -> None:
         """Let generators end their engines, then end every actor."""
         generators = [w for w in self.workers if w.name.startswith("generator")]
@@ -139,20 +170,6 @@ async def _start_group(ranks: Sequence[Worker]) -> None:
             for rank, worker in enumerate(ranks)
         )
     )
-
-
-def spawn_generators(spawner: RoleSpawner, config: Config, base: str) -> GeneratorPool:
-    """Generators over a base model, not started."""
-    stop = stop_token_ids(base, config.template)
-    workers = spawner.spawn(
-        Generator,
-        "generator",
-        config.generators.num,
-        partial(generation_engine, config, base, stop),
-        partial(load_tokenizer, base),
-    )
-    clients = [GeneratorClient(worker) for worker in workers]
-    return GeneratorPool(clients, config.generators.max_in_flight)
 
 
 def spawn_scorers(
@@ -178,23 +195,24 @@ async def ppo_roles(
     reward_model: str | None,
     critic_model: str | None,
     on_call: OnCall,
+    tell: Callable[[str], None],
 ) -> AsyncIterator[Roles]:
     """Every role that the config needs, ready to work; ended on the way out."""
     spawner = RoleSpawner(config, on_call)
     engine = spawner.learner_engine
     asked = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
+    await spawner.place(asked)
+    generators = spawn_generators(spawner, config, policy_model, tell, config.rollout.autoscale)
+    scorer = spawn_scorers(spawner, config, reward_model, policy_model)
+    references = spawner.spawn(
+        Reference, "reference", config.reference.num_processes, config, policy_model
+    )
+    policy = spawner.spawn(
+        PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
+    )
+    num_critics = config.critic.num_ranks if critic_model else 0
+    critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
     try:
-        await spawner.place(asked)
-        generators = spawn_generators(spawner, config, policy_model)
-        scorer = spawn_scorers(spawner, config, reward_model, policy_model)
-        references = spawner.spawn(
-            Reference, "reference", config.reference.num_processes, config, policy_model
-        )
-        policy = spawner.spawn(
-            PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
-        )
-        num_critics = config.critic.num_ranks if critic_model else 0
-        critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
         await spawner.start_all([group for group in (policy, critic) if group])
         policy_client = PolicyClient(policy, config.policy.zero_stage)
         yield Roles(
@@ -208,4 +226,5 @@ async def ppo_roles(
             fetch=spawner.fetch,
         )
     finally:
+        await generators.close()
         await spawner.stop_all()

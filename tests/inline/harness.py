@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from fakes import Events, FakeCritic, FakePolicy, FakeReference, FakeScorer, Tokenizer
 
 from actors.generator import Generator
-from rlhf_ray.cluster.role_clients import GeneratorClient, GeneratorPool
+from rlhf_ray.cluster.generator_pool import GeneratorPool
+from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.batches import PromptCursor
@@ -19,7 +20,7 @@ from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.ppo_loop import PpoLoop, Roles
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.run_state import RunState
-from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
+from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.observability.tracing import Tracer
@@ -52,7 +53,33 @@ class SpyGenerator(GeneratorClient):
         return await super().publish(update)
 
 
-def make_config(folder: Path, guards: dict[str, Any] | None = None, **ppo: Any) -> Config:
+class Processes:
+    """Starts generators over fake engines; `engines` makes that of each new one."""
+
+    def __init__(self, events: Events, engines: Callable[[], FakeEngine] = FakeEngine) -> None:
+        self.num_wanted = 0
+        self._events = events
+        self.engines = engines
+
+    async def start(self, name: str) -> SpyGenerator:
+        return await self.over(self.engines(), name)
+
+    async def over(self, engine: FakeEngine, name: str) -> SpyGenerator:
+        generator = Generator(name, lambda: engine, Tokenizer)
+        self._events.append(("start", name))
+        await generator.start()
+        return SpyGenerator(InlineWorker(name, generator, lambda *_: None), self._events)
+
+    async def end(self, generator: GeneratorClient) -> None:
+        self._events.append(("end", generator.name))
+
+    def make_room(self, num: int) -> None:
+        self.num_wanted = num
+
+
+def make_config(
+    folder: Path, guards: dict[str, Any] | None = None, max_restarts: int = 0, **ppo: Any
+) -> Config:
     """A run of six iterations of eight rollouts, two of a prompt, in shards of three."""
     values = {
         "run": {"dir": str(folder)},
@@ -76,6 +103,7 @@ def make_config(folder: Path, guards: dict[str, Any] | None = None, **ppo: Any) 
             **ppo,
         },
         "guards": guards or {},
+        "generators": {"max_in_flight": 2, "max_restarts": max_restarts},
     }
     return resolve(values)
 
@@ -101,6 +129,9 @@ class Harness:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", config.ppo.keep_checkpoints, {"policy": {}}
         )
+        self.told: list[str] = []
+        """Lines about generators."""
+        self.processes = Processes(self.events)
         self._pool = pool
         self._scorer = scorer
 
@@ -129,6 +160,7 @@ class Harness:
         try:
             return await self.loop.run()
         finally:
+            await self.generators.close()
             recorder.close()
             tracer.close()
 
@@ -138,15 +170,16 @@ class Harness:
             await self.critic.load(saved.critic)
 
     async def _roles(self) -> Roles:
-        members = []
-        for number, engine in enumerate(self.engines):
-            name = f"generator-{number}"
-            generator = Generator(name, lambda engine=engine: engine, Tokenizer)
-            await generator.start()
-            worker = InlineWorker(name, generator, lambda *_: None)
-            members.append(SpyGenerator(worker, self.events))
+        members = [
+            await self.processes.over(engine, f"generator-{number}")
+            for number, engine in enumerate(self.engines)
+        ]
+        settings = self.config.generators
+        self.generators = self._pool(
+            members, self.processes, publish_to, settings, first_wait_s=0.0, tell=self.told.append
+        )
         return Roles(
-            generators=self._pool(members, max_in_flight=2),
+            generators=self.generators,
             scorer=self._scorer(self.events),
             reference=FakeReference(),
             policy=self.policy,
@@ -155,9 +188,13 @@ class Harness:
         )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every iteration's metrics without the times, which never repeat."""
+        """Every iteration's metrics without what is of the clock, which never repeats."""
         return [
-            {k: v for k, v in record.items() if not k.startswith(("timing_s/", "throughput/"))}
+            {
+                k: v
+                for k, v in record.items()
+                if not k.startswith(("timing_s/", "throughput/", "generators/"))
+            }
             for record in self.records("metrics")
         ]
 

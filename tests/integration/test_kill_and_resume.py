@@ -36,7 +36,7 @@ rollout:
   max_tokens: 16
   shard_size: 4
 """
-VARIES = ("timing_s/", "throughput/")
+VARIES = ("timing_s/", "throughput/", "generators/")
 """Metrics that are of the clock."""
 
 

@@ -104,9 +104,7 @@ async def test_24_actors_sit_where_the_layout_says_and_generators_come_and_go() 
         with pytest.raises(PlacementError, match="generator 1 x 1"):
             await spawner.place_one(generator, 8)
         left = next(worker for worker in spawner.workers if worker.name == "generator-3")
-        spawner.workers.remove(left)
-        ray.kill(left.actor)
-        spawner.free(left.name)
+        await spawner.end_one(left)
         await spawner.place_one(generator, 8)
         joined = await seats([spawner.spawn_one(Sitter, "generator-8")])
         assert joined == {"generator-8": found["generator-3"]}

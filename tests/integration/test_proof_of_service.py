@@ -24,14 +24,14 @@ from rlhf_ray.cluster.role_clients import GeneratorClient, PolicyClient
 from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.guard import SamplerGapGuard
-from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
+from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
 from rlhf_ray.engines.vllm_engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import stop_token_ids
-from rlhf_ray.types import Gap, Prompt, ScoredShard, ShardRequest
+from rlhf_ray.types import AdapterUpdate, Gap, Prompt, ScoredShard, ShardRequest
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
@@ -49,6 +49,16 @@ class Setup:
     learner: PolicyLearner
     policy: PolicyClient
     sync: WeightSync
+
+    async def prove(self) -> None:
+        """Have the generator pass the proof."""
+        await (await self.sync.proof())(self.generator)
+
+    async def publish(self, version: int) -> AdapterUpdate:
+        """Send the learner's adapter to the generator."""
+        update = await self.policy.adapter(version)
+        await publish_to(self.generator, update)
+        return update
 
     async def sample(self, version: int) -> Any:
         """A shard of the canaries under the version that is served."""
@@ -185,13 +195,13 @@ async def test_an_engine_that_never_applied_any_adapter_is_seen(setup: Setup) ->
     await setup.engine.plant("ignored")
     move(setup.learner, seed=0)
     with pytest.raises(WeightSyncError, match="its engine holds 0 modules"):
-        await setup.sync.publish([setup.generator], version=1)
+        await setup.publish(version=1)
 
 
 async def test_an_honest_generator_passes(setup: Setup) -> None:
-    await setup.sync.prove([setup.generator])
+    await setup.prove()
     move(setup.learner, seed=1)
-    update = await setup.sync.publish([setup.generator], version=1)
+    update = await setup.publish(version=1)
     comparison = await setup.policy.compare(update, await setup.sample(version=1))
     exact = setup.config.engine_is_exact
     assert abs(comparison.shift) > 0.1, "the adapter must change something"
@@ -208,30 +218,30 @@ async def test_an_adapter_that_is_not_applied_is_seen_in_the_engine(
     setup: Setup, fault: str
 ) -> None:
     move(setup.learner, seed=2)
-    await setup.sync.publish([setup.generator], version=1)
+    await setup.publish(version=1)
     await setup.engine.plant(fault)
     move(setup.learner, seed=3)
     with pytest.raises(WeightSyncError, match=r"its engine holds \d+ modules with digest"):
-        await setup.sync.publish([setup.generator], version=2)
+        await setup.publish(version=2)
 
 
 @pytest.mark.parametrize("fault", ["ignored", "stale", "half"])
 async def test_an_adapter_that_is_not_applied_fails_the_probe(setup: Setup, fault: str) -> None:
     await setup.engine.plant(fault, lies=True)
     with pytest.raises(WeightSyncError, match=r"does not apply the probe|another distribution"):
-        await setup.sync.prove([setup.generator])
+        await setup.prove()
 
 
 async def test_a_stale_adapter_is_not_learnt_from(setup: Setup) -> None:
     guard = SamplerGapGuard(setup.config.engine_is_exact)
     move(setup.learner, seed=4)
-    await setup.sync.publish([setup.generator], version=1)
+    await setup.publish(version=1)
     shard = await setup.sample(version=1)
     _, gap = await setup.policy.logprobs(shard)
     guard.check([scored(shard, gap)])
     await setup.engine.plant("stale", lies=True)
     move(setup.learner, seed=5)
-    await setup.sync.publish([setup.generator], version=2)
+    await setup.publish(version=2)
     shard = await setup.sample(version=2)
     _, gap = await setup.policy.logprobs(shard)
     with pytest.raises(WeightSyncError, match="does not sample from the policy"):
@@ -241,20 +251,20 @@ async def test_a_stale_adapter_is_not_learnt_from(setup: Setup) -> None:
 async def test_a_prefix_cache_that_hides_the_adapter_fails_the_probe(setup: Setup) -> None:
     await setup.engine.plant("caches kept")
     with pytest.raises(WeightSyncError, match=r"does not apply the probe|another distribution"):
-        await setup.sync.prove([setup.generator])
+        await setup.prove()
 
 
 async def test_a_prefix_cache_that_was_not_cleared_is_refused(setup: Setup) -> None:
     await setup.engine.plant("caches kept and it says so")
     with pytest.raises(WeightSyncError, match="its prefix cache was not cleared"):
-        await setup.sync.publish([setup.generator], version=1)
+        await setup.publish(version=1)
 
 
 @pytest.mark.parametrize("fault", ["wrong temperature", "truncated", "raw logprobs"])
 async def test_another_distribution_fails_the_proof(setup: Setup, fault: str) -> None:
     await setup.engine.plant(fault)
     with pytest.raises(WeightSyncError, match="samples from another distribution"):
-        await setup.sync.prove([setup.generator])
+        await setup.prove()
 
 
 async def test_an_adapter_of_two_modules_is_served_right(setup: Setup, llama: str) -> None:
@@ -267,10 +277,10 @@ async def test_an_adapter_of_two_modules_is_served_right(setup: Setup, llama: st
     generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
     narrow = make_setup(config, llama, setup.engine, generator)
     move(setup.learner, seed=7)
-    await setup.sync.publish([setup.generator], version=1)  # its other modules must go again
-    await narrow.sync.prove([narrow.generator])
+    await setup.publish(version=1)  # its other modules must go again
+    await narrow.prove()
     move(narrow.learner, seed=6)
-    await narrow.sync.publish([narrow.generator], version=1)
+    await narrow.publish(version=1)
     gap = await narrow.gap(version=1)
     assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.05)
 
@@ -283,9 +293,9 @@ async def test_the_likeliest_tokens_are_the_same_on_both_sides(setup: Setup, lla
     generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
     truncated = make_setup(config, llama, setup.engine, generator)
     truncated.engine.draw_by(sampling_rule(config.rollout, stop_token_ids(llama)))
-    await truncated.sync.prove([truncated.generator])
+    await truncated.prove()
     move(truncated.learner, seed=8)
-    await truncated.sync.publish([truncated.generator], version=1)
+    await truncated.publish(version=1)
     gap = await truncated.gap(version=1)
     assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.1)
 
@@ -304,9 +314,9 @@ async def test_ends_and_lengths_are_as_the_config_says_on_both_sides(
     generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
     late = make_setup(config, model, setup.engine, generator)
     late.engine.draw_by(rule, ending)
-    await late.sync.prove([late.generator])
+    await late.prove()
     move(late.learner, seed=9)
-    await late.sync.publish([late.generator], version=1)
+    await late.publish(version=1)
     samples = [
         dataclasses.replace(canary, position=4 * row + place, seed=row)
         for row in range(4)

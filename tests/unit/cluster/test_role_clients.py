@@ -1,7 +1,6 @@
 """Who of a group is called, and what is passed, over workers that write it down."""
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from rlhf_ray.cluster.role_clients import (
     CriticClient,
     GeneratorClient,
-    GeneratorPool,
     PolicyBaseClient,
     PolicyClient,
     ReferenceClient,
@@ -17,17 +15,13 @@ from rlhf_ray.cluster.role_clients import (
     merge_reports,
 )
 from rlhf_ray.cluster.workers import InlineWorker
-from rlhf_ray.errors import ActorFailure
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
     Gap,
-    Prompt,
-    SampleRequest,
     ScoredShard,
     Shard,
     ShardInfo,
-    ShardRequest,
     StepReport,
 )
 
@@ -51,91 +45,6 @@ class FakeWorker:
 
     async def call_split(self, method: str, *args: Any) -> tuple[Any, Any]:
         return await self.call(method, *args)
-
-
-class FakeGenerator(GeneratorClient):
-    """Takes a while for a shard; fails on the shards that it was told to."""
-
-    def __init__(self, name: str, seconds: float, fails_on: frozenset[int] = frozenset()) -> None:
-        self.name = name
-        self.started: list[int] = []
-        self.ended: list[int] = []
-        self.most_at_once = 0
-        self._seconds = seconds
-        self._fails_on = fails_on
-
-    async def generate(self, request: ShardRequest) -> Shard:
-        self.started.append(request.index)
-        self.most_at_once = max(self.most_at_once, len(self.started) - len(self.ended))
-        await asyncio.sleep(self._seconds)
-        if request.index in self._fails_on:
-            raise ActorFailure(f"{self.name} died on shard {request.index}")
-        self.ended.append(request.index)
-        info = ShardInfo(request.index, (request.index,), (1,), (True,), (request.version,))
-        return Shard(info, self.name)
-
-
-def requests(*prompt_lengths: int) -> list[ShardRequest]:
-    """One shard a prompt."""
-    return [
-        ShardRequest(i, (SampleRequest(i, Prompt(str(i), "", (1,) * length), 0),), 0)
-        for i, length in enumerate(prompt_lengths)
-    ]
-
-
-async def collect(pool: GeneratorPool, shards: list[ShardRequest]) -> list[int]:
-    return [shard.info.index async for shard in pool.generate(shards)]
-
-
-class TestGeneratorPool:
-    def test_every_shard_comes_once_from_generators_of_unequal_speed(self) -> None:
-        fast, slow = FakeGenerator("fast", 0.01), FakeGenerator("slow", 0.15)
-        done = asyncio.run(collect(GeneratorPool([slow, fast], 1), requests(*[3] * 8)))
-        assert sorted(done) == list(range(8))
-        assert sorted(fast.ended + slow.ended) == list(range(8))
-        assert len(slow.ended) == 1, "the slow one must not hold up more than it has begun"
-
-    def test_shards_are_yielded_as_they_are_done(self) -> None:
-        fast, slow = FakeGenerator("fast", 0.01), FakeGenerator("slow", 0.15)
-
-        async def first() -> tuple[int, float]:
-            started = time.perf_counter()
-            async for shard in GeneratorPool([slow, fast], 1).generate(requests(3, 3)):
-                return shard.rollouts, time.perf_counter() - started
-            raise AssertionError
-
-        name, seconds = asyncio.run(first())
-        assert name == "fast"
-        assert seconds < 0.1
-
-    def test_longest_prompts_go_first(self) -> None:
-        generator = FakeGenerator("one", 0.0)
-        asyncio.run(collect(GeneratorPool([generator], 1), requests(2, 9, 5)))
-        assert generator.started == [1, 2, 0]
-
-    def test_everyone_gets_a_shard_before_anyone_gets_a_second(self) -> None:
-        generators = [FakeGenerator(str(i), 0.01) for i in range(3)]
-        asyncio.run(collect(GeneratorPool(generators, 8), requests(1, 1, 1)))
-        assert [len(generator.ended) for generator in generators] == [1, 1, 1]
-
-    @pytest.mark.parametrize("max_in_flight", [1, 3])
-    def test_no_generator_gets_more_than_its_share_at_a_time(self, max_in_flight: int) -> None:
-        generator = FakeGenerator("one", 0.002)
-        asyncio.run(collect(GeneratorPool([generator], max_in_flight), requests(*[1] * 7)))
-        assert generator.most_at_once == max_in_flight
-
-    def test_an_error_in_one_lane_surfaces_and_ends_the_others(self) -> None:
-        broken = FakeGenerator("broken", 0.01, frozenset(range(4)))
-        slow = FakeGenerator("slow", 5.0)
-        started = time.perf_counter()
-        with pytest.raises(ActorFailure, match="broken died on shard"):
-            asyncio.run(collect(GeneratorPool([broken, slow], 1), requests(1, 1, 1, 1)))
-        assert time.perf_counter() - started < 2
-        assert len(slow.started) == 1
-        assert slow.ended == []
-
-    def test_no_request_is_no_shard(self) -> None:
-        assert asyncio.run(collect(GeneratorPool([FakeGenerator("one", 0)], 2), [])) == []
 
 
 def test_a_generator_gets_the_bytes_beside_the_description() -> None:

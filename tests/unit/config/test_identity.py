@@ -24,6 +24,8 @@ def test_the_same_config_is_the_same_run() -> None:
         "ppo.iterations=7",
         "ppo.save_every=1",
         "generators.num=4",
+        "generators.max_restarts=0",
+        "rollout.autoscale={maximum: 4}",
         "policy.num_ranks=2",
         "policy.zero_stage=3",
         "cluster.mode=ray",

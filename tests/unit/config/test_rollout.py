@@ -11,6 +11,18 @@ SAMPLER = "rollout.length_sampler={min: 32, max: 128}"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["rollout.autoscale={minimum: 3, maximum: 2}"],
+            r"autoscale\.minimum 3 exceeds rollout\.autoscale\.maximum 2",
+        ),
+        (
+            ["rollout.autoscale={minimum: 2, maximum: 4}"],
+            r"generators\.num 1 is outside rollout\.autoscale\.minimum 2 and .*maximum 4",
+        ),
+        (
+            ["rollout.autoscale={}", "cluster.mode=inline", "rollout.engine=transformers"],
+            r"inline is one process; leave out rollout\.autoscale",
+        ),
         (["rollout.min_tokens=65"], r"rollout\.min_tokens 65 exceeds rollout\.max_tokens 64"),
         ([SAMPLER], r"rollout\.length_sampler\.max 128 exceeds rollout\.max_tokens 64"),
         (

@@ -12,7 +12,7 @@ from actors.generator import Generator
 from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.cluster.workers import InlineWorker
-from rlhf_ray.driver.weight_sync import NUM_CANARIES, WeightSync, canary_requests
+from rlhf_ray.driver.weight_sync import NUM_CANARIES, WeightSync, canary_requests, publish_to
 from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
@@ -246,13 +246,17 @@ async def prove(
 ) -> None:
     """Prove fresh generators over engines."""
     generators = await _generators(engines or [engine])
-    await WeightSync(policy or FakePolicy(), CANARIES, exact, max_gap).prove(generators)
+    proof = await WeightSync(policy or FakePolicy(), CANARIES, exact, max_gap).proof()
+    for generator in generators:
+        await proof(generator)
 
 
 async def publish(engines: Sequence[FakeEngine], policy: FakePolicy, version: int) -> AdapterUpdate:
     """Publish to fresh generators over engines, without a proof."""
-    generators = await _generators(engines)
-    return await WeightSync(policy, CANARIES, True).publish(generators, version)
+    update = await policy.adapter(version)
+    for generator in await _generators(engines):
+        await publish_to(generator, update)
+    return update
 
 
 async def _generators(engines: Sequence[FakeEngine]) -> list[GeneratorClient]:

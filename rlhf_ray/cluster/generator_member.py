@@ -1,0 +1,62 @@
+"""One generator of a pool, and who starts and ends its process."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rlhf_ray.cluster.generator_life import Life
+from rlhf_ray.cluster.role_clients import GeneratorClient
+from rlhf_ray.types import AdapterUpdate, GeneratorStatus
+
+
+class Factory(Protocol):
+    """Starts and ends the processes of generators."""
+
+    async def start(self, name: str) -> GeneratorClient:
+        """A generator that has loaded its base; leaves no process behind where that fails.
+
+        Raises:
+            PlacementError: there is no room for it.
+        """
+        ...
+
+    async def end(self, generator: GeneratorClient) -> None:
+        """End a process, also one that does not answer or has died; never raises."""
+        ...
+
+    def make_room(self, num: int) -> None:
+        """Have the cluster grow until so many generators fit, where it can; 0: no more than is."""
+        ...
+
+
+@dataclass(eq=False)
+class Member:
+    """What a pool knows of a generator."""
+
+    name: str
+    client: GeneratorClient | None = None
+    """None: it has no process."""
+    life: Life = field(default_factory=Life)
+    serves: AdapterUpdate | None = None
+    restarts: int = 0
+    failures: int = 0
+    """Since it last finished a shard."""
+    calls: set[asyncio.Future[Any]] = field(default_factory=set)
+    """What it samples."""
+    change: asyncio.Future[None] | None = None
+    """What starts, replaces or ends it, while that goes on."""
+
+    @property
+    def load(self) -> int:
+        """Shards that it samples."""
+        return len(self.calls)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it can be talked to, and nobody else is about to change it."""
+        return self.change is None and self.life.state in ("starting", "stale", "ready")
+
+    def status(self) -> GeneratorStatus:
+        """As people see it."""
+        version = self.serves.version if self.serves is not None else None
+        return GeneratorStatus(self.name, self.life.state, version, self.restarts)
