@@ -1,4 +1,4 @@
-"""transformers.Trainer with predictions of our own: numbers of each row, so that means are exact."""
+"""transformers.Trainer whose predictions are numbers of each row, so that means are exact."""
 
 from abc import ABC, abstractmethod
 from typing import Any
