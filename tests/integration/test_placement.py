@@ -16,8 +16,9 @@ from rlhf_ray.cluster.layout import Demand, Place, demands, lay_out
 from rlhf_ray.cluster.placement import LiveNode, live_nodes
 from rlhf_ray.cluster.ray_session import ray_session
 from rlhf_ray.cluster.ray_workers import RayWorker
-from rlhf_ray.config import Config, load
-from rlhf_ray.errors import PlacementError
+from rlhf_ray.config import Config, load, resolve
+from rlhf_ray.engines.factory import generation_engine
+from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.stages import ppo
 from rlhf_ray.stages.ppo_roles import RoleSpawner
 
@@ -208,3 +209,9 @@ def test_ppo_takes_two_iterations_on_three_nodes_of_eight(
     assert len(found) == 24
     assert summary["iterations"] == summary["adapter_version"] == 2
     assert summary["samples_generated"] == summary["samples_learnt"] == 32
+
+
+async def test_an_engine_that_cannot_sleep_takes_no_turns(llama: str) -> None:
+    config = resolve({"placement": {"gpus": 0.5, "turns": True}, "model": {"path": llama}})
+    with pytest.raises(ConfigError, match=r"placement.turns needs an engine that can sleep"):
+        await generation_engine(config, llama, (0,)).start()
