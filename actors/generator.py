@@ -1,6 +1,7 @@
 """The generator: an engine, the adapter that it serves, and that adapter's version."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from rlhf_ray.algorithms.repetition import distinct_bigrams, repeats_a_token
@@ -29,6 +30,8 @@ class Generator:
         self._engine = make_engine()
         self._tokenizer = make_tokenizer()
         self._version: int | None = None
+        self._update: AdapterUpdate | None = None
+        """What it serves, to be served anew after a sleep."""
 
     def __repr__(self) -> str:
         return self._name
@@ -45,11 +48,30 @@ class Generator:
             tensors: the safetensors bytes.
         """
         self._version = None  # until the engine has said what it serves
-        served = await self._engine.serve(
-            AdapterUpdate(update.version, update.digest, update.peft_config, tensors)
-        )
-        self._version = update.version
+        whole = replace(update, tensors=tensors)
+        served = await self._engine.serve(whole)
+        self._version, self._update = update.version, whole
         return served
+
+    async def sleep(self) -> None:
+        """Leave the GPU to others."""
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        """Take the GPU again, and serve what was served.
+
+        Raises:
+            WeightSyncError: the engine holds something else then.
+        """
+        await self._engine.wake()
+        if self._update is None:
+            return
+        served = await self._engine.serve(self._update)
+        if served.digest != self._update.digest:
+            raise WeightSyncError(
+                f"{self._name} woke up with digest {served.digest} instead of version "
+                f"{self._update.version}, {self._update.digest}"
+            )
 
     async def generate(self, request: ShardRequest) -> tuple[list[Rollout], ShardInfo]:
         """Sample a shard.

@@ -218,6 +218,14 @@ class Learner(ABC):
         """
         return True
 
+    def sleep(self) -> None:
+        """Leave the GPU to others."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Take the GPU again."""
+        self._engine.wake()
+
     def state(self) -> tuple[dict[str, bytes], None]:
         """Optimizer state and PEFT folder as files; all ranks call, rank 0's is the one to keep."""
         state = self._engine.export_state()

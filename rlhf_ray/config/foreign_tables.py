@@ -48,7 +48,8 @@ output_max_length                 rollout.length_sampler           max, never dr
 missing_eos_penalty               ppo.missing_eos_penalty
 max_prompt_length                 rollout.max_prompt_tokens
 use_vllm                          rollout.engine                   vllm
-vllm_mode                         generators.num                   generators are processes of their own
+vllm_mode                         placement.turns                  generators are processes of their own; colocate: they share GPUs by turns
+vllm_enable_sleep_mode            placement.turns                  generators and learners
 vllm_tensor_parallel_size         generators.tensor_parallel_size
 vllm_gpu_memory_utilization       rollout.engine_args              {gpu_memory_utilization: 0.9}
 log_with                          trackers                         a section for each tracker
@@ -214,6 +215,8 @@ wandb_group                          trackers.wandb.group
 wandb_run_name                       run.name
 use_tensorboard                      trackers.tensorboard
 colocate_all_models                  placement.gpus                   a part: roles share GPUs
+vllm_enable_sleep                    placement.turns                  generators and learners
+deepspeed_enable_sleep               placement.turns                  generators and learners
 colocate_critic_reward               placement.share                  [[critic, reward]], each with placement.ROLE.gpus below 1
 colocate_actor_ref                   reference.kind                   policy_base: one copy serves both
 remote_rm_url                        rewards                          {type: remote, url: ...}; a Python file: {type: function, signature: openrlhf}
@@ -273,6 +276,7 @@ actor_rollout_ref.actor.ppo_max_token_len_per_gpu      ppo.max_tokens_per_micro_
 actor_rollout_ref.actor.ppo_epochs                     ppo.epochs
 actor_rollout_ref.actor.clip_ratio                     ppo.clip_range
 actor_rollout_ref.actor.grad_clip                      ppo.max_grad_norm
+actor_rollout_ref.hybrid_engine                        placement.turns                  generators and learners are processes of their own
 actor_rollout_ref.rollout.name                         rollout.engine
 actor_rollout_ref.rollout.n                            ppo.samples_per_prompt
 actor_rollout_ref.rollout.temperature                  rollout.temperature

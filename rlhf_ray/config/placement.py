@@ -53,6 +53,11 @@ class PlacementConfig(Section):
         description="Sets of roles, such as [[critic, reference]]: a GPU is shared within a set "
         "alone, or among roles of none. Ranks of one group never share one.",
     )
+    turns: bool = changeable(
+        False,
+        description="Generators and learners (policy, critic) take turns on GPUs that they share: "
+        "the others' weights wait in main memory.",
+    )
     timeout_s: float = changeable(
         300.0, gt=0, description="Deadline for the cluster to have room for all of them, seconds."
     )

@@ -191,6 +191,8 @@ class Config(Section):
         self._engine_can_serve_the_policy()
         if self.generators.tensor_parallel_size > 1:
             self._generators_can_be_parallel()
+        if self.placement.turns:
+            self._turns_are_possible()
         self._truncation_is_corrected()
         self._responses_can_end()
         if self.rollout.autoscale is not None:
@@ -246,6 +248,26 @@ class Config(Section):
                 f"or placement.generator.gpus for {self.placement.gpus_of('generator'):g} of one; "
                 "set generators.tensor_parallel_size=1 or placement.generator.gpus=1"
             )
+
+    def _turns_are_possible(self) -> None:
+        """Refuse turns of roles that do not share, and of weights that cannot leave their GPU."""
+        for role in ("policy", "generator"):
+            if self.placement.gpus_of(role) == 1:
+                raise ValueError(
+                    f"placement.turns is for GPUs that are shared, and each {role} has one of its "
+                    "own; set placement.gpus=0.5"
+                )
+        if self.model.quantization != "none":
+            raise ValueError(
+                f"placement.turns moves learners' weights to main memory, which "
+                f"model.quantization {self.model.quantization} does not allow; set it to none"
+            )
+        for role, group in (("policy", self.policy), ("critic", self.critic)):
+            if group.zero_stage == 3:
+                raise ValueError(
+                    f"placement.turns moves whole weights, which {role}.zero_stage 3 spreads over "
+                    "ranks; set it to 2"
+                )
 
     def _engine_can_serve_the_policy(self) -> None:
         outside = {"embed_tokens", "lm_head", "wte", "wpe", "embed_out", "score", "classifier"}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rlhf_ray.engines.adam_state import MOMENTS, adam_state, load_adam_state
+from rlhf_ray.engines.frozen_weights import move_frozen
 
 
 def join_group(
@@ -105,6 +106,14 @@ class DeepSpeedEngine:
         state = self.export_state()
         self.step()
         self.import_state(state)
+
+    def sleep(self) -> None:
+        """Frozen weights wait in main memory."""
+        move_frozen(self.module, torch.device("cpu"))
+
+    def wake(self) -> None:
+        """Frozen weights return."""
+        move_frozen(self.module, self.device)
 
     def sum_over_ranks(self, value: float) -> float:
         """The sum over the group, in float64."""

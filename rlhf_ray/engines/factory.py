@@ -48,6 +48,7 @@ def generation_engine(
             rule=rule,
             ending=ending,
             tensor_parallel_size=config.generators.tensor_parallel_size,
+            takes_turns=config.placement.turns,
             kv_cache_gb=rollout.kv_cache_gb,
             trust_remote_code=config.model.trust_remote_code,
             rope_parameters=rope_parameters(model, config.model),

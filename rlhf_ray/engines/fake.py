@@ -139,6 +139,16 @@ class FakeEngine:
             finish_reason=reason,
         )
 
+    async def sleep(self) -> None:
+        """Forget the adapter, and refuse everything until `wake`."""
+        self._require_running("sleep")
+        self.held, self._running = None, False
+
+    async def wake(self) -> None:
+        """Be ready again, without an adapter."""
+        self.calls["wake"] += 1
+        self._running = True
+
     async def stop(self) -> None:
         """Be ready no more."""
         self.calls["stop"] += 1

@@ -39,6 +39,14 @@ class GenerationEngine(Protocol):
         """Serve an adapter (``update.tensors`` holds the bytes); read back what is applied."""
         ...
 
+    async def sleep(self) -> None:
+        """Leave the GPU to others; nothing is sampled or served until `wake`."""
+        ...
+
+    async def wake(self) -> None:
+        """Take the GPU again; an adapter must be served anew."""
+        ...
+
     async def stop(self) -> None:
         """Free everything."""
         ...
@@ -73,6 +81,14 @@ class TrainingEngine(Protocol):
 
     def discard(self) -> None:
         """Drop the gradients instead of a step; neither weights nor moments move."""
+        ...
+
+    def sleep(self) -> None:
+        """Leave the GPU to others, as far as what is not trained goes."""
+        ...
+
+    def wake(self) -> None:
+        """Take the GPU again."""
         ...
 
     def sum_over_ranks(self, value: float) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rlhf_ray.engines.adam_state import adam_state, load_adam_state
+from rlhf_ray.engines.frozen_weights import move_frozen
 
 
 class TorchEngine:
@@ -28,7 +29,7 @@ class TorchEngine:
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        return next(self.module.parameters()).device
+        return next(iter(self._trainable.values())).device
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
@@ -49,6 +50,14 @@ class TorchEngine:
     def discard(self) -> None:
         """Drop the gradients."""
         self._optimizer.zero_grad(set_to_none=True)
+
+    def sleep(self) -> None:
+        """Frozen weights wait in main memory."""
+        move_frozen(self.module, torch.device("cpu"))
+
+    def wake(self) -> None:
+        """Frozen weights return."""
+        move_frozen(self.module, self.device)
 
     def sum_over_ranks(self, value: float) -> float:
         """There is one rank."""

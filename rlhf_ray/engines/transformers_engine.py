@@ -70,9 +70,19 @@ class TransformersEngine:
         """Load the base and its tokenizer."""
         self._tokenizer: Any = load_tokenizer(self._settings.model)
         model = load_causal_lm(self._settings.model, self._settings.settings)
-        if torch.cuda.is_available():
-            model.cuda()
         self._slot = AdapterSlot(model)
+        await self.wake()
+
+    async def wake(self) -> None:
+        """Take the GPU, where there is one."""
+        if torch.cuda.is_available():
+            self._slot.model.cuda()
+
+    async def sleep(self) -> None:
+        """Wait in main memory."""
+        if torch.cuda.is_available():
+            self._slot.model.cpu()
+            torch.cuda.empty_cache()
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """Put the adapter into the model; read it back from there."""

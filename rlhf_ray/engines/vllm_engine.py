@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rlhf_ray.algorithms.sampling import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm_extension import ADAPTER_ID
-from rlhf_ray.errors import ActorFailure, WeightSyncError
+from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
 from rlhf_ray.models.adapters import refuse_unservable, servable_rank
 from rlhf_ray.models.ending import Ending
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
@@ -53,6 +53,8 @@ class VllmSettings:
     """KV cache of a CPU engine, GiB."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    takes_turns: bool = False
+    """Whether it must be able to sleep."""
     extension: str = _EXTENSION
     """Class mixed into the workers."""
     rope_parameters: dict[str, Any] | None = None
@@ -70,7 +72,16 @@ class VllmEngine:
         self._adapter_name: str | None = None
 
     async def start(self) -> None:
-        """Start the engine's process and load the base."""
+        """Start the engine's process and load the base.
+
+        Raises:
+            ConfigError: it was to take turns, and vLLM cannot sleep here.
+        """
+        if self._settings.takes_turns and not current_platform.is_sleep_mode_available():
+            raise ConfigError(
+                "placement.turns needs an engine that can sleep, and vLLM cannot on "
+                f"{current_platform.device_type}; leave it out, or set rollout.engine=transformers"
+            )
         self._engine = AsyncLLM.from_engine_args(self._engine_args())
         # The eos ids of the model's folder: with min_tokens, vLLM would keep them from being drawn
         # as well, where learner and reference know of our stop tokens alone.
@@ -89,6 +100,7 @@ class VllmEngine:
             "generation_config": "vllm",
             "trust_remote_code": settings.trust_remote_code,
             "disable_log_stats": True,
+            "enable_sleep_mode": settings.takes_turns,
         }
         if settings.serving == "adapter":
             args |= {
@@ -195,6 +207,16 @@ class VllmEngine:
             caches_cleared=bool(cleared),
             seconds=time.perf_counter() - started,
         )
+
+    async def sleep(self) -> None:
+        """Weights to main memory; the caches are dropped."""
+        with _death_is_a_failure("falling asleep"):
+            await self._engine.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Weights back; the caches are empty."""
+        with _death_is_a_failure("waking"):
+            await self._engine.wake_up()
 
     async def stop(self) -> None:
         """End the engine's process."""

@@ -1,7 +1,7 @@
 """Who carries out the roles of a PPO run: actors in Ray, or objects in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from rlhf_ray.cluster.role_clients import (
     ReferenceClient,
     ScorerClient,
 )
+from rlhf_ray.cluster.turns import Turns, TurnWorker
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.driver.ppo_loop import Roles
@@ -38,6 +39,10 @@ END_TIMEOUT_S = 10.0
 """For a worker that is ended alone to free what it holds."""
 
 
+SIDES: Mapping[str, str] = {"generator": "generators", "policy": "learners", "critic": "learners"}
+"""Who takes turns with whom, where they do (placement.turns)."""
+
+
 class RoleSpawner:
     """Starts role classes where the config says, and ends them."""
 
@@ -46,6 +51,7 @@ class RoleSpawner:
         self._on_call = on_call
         self._on_ray = runs_on_ray(config)
         self._placement = Placement(config.placement.timeout_s, may_grow=joins_cluster(config))
+        self._turns = Turns() if config.placement.turns else None
         self.workers: list[Worker] = []
         self._asked: Sequence[Demand] = []
 
@@ -90,7 +96,12 @@ class RoleSpawner:
         """One worker, not started."""
         worker = self._made(role_class, name, *args)
         self.workers.append(worker)
-        return worker
+        return self._in_turn(worker)
+
+    def _in_turn(self, worker: Worker) -> Worker:
+        """How others are to call it."""
+        side = SIDES.get(worker.name.rpartition("-")[0])
+        return TurnWorker(worker, self._turns, side) if self._turns and side else worker
 
     def _made(self, role_class: type, name: str, *args: Any) -> Worker:
         if not self._on_ray:
@@ -115,7 +126,7 @@ class RoleSpawner:
             ActorFailure: not all were ready before cluster.start_timeout_s.
         """
         in_groups = {worker.name for group in groups for worker in group}
-        alone = [worker for worker in self.workers if worker.name not in in_groups]
+        alone = [self._in_turn(w) for w in self.workers if w.name not in in_groups]
         deadline = self._config.cluster.start_timeout_s
         starts = [*(worker.call("start") for worker in alone), *map(_start_group, groups)]
         try:
@@ -144,11 +155,11 @@ class RoleSpawner:
         """Let a worker free what it holds, if it still answers, then end its actor."""
         with suppress(Exception):  # whatever is wrong with it: it goes
             await asyncio.wait_for(worker.call("stop"), END_TIMEOUT_S)
-        if isinstance(worker, RayWorker):
-            kill([worker])
-        if worker in self.workers:
-            self.workers.remove(worker)
-            self._placement.release(worker.name)
+        for ended in [w for w in self.workers if w.name == worker.name]:
+            if isinstance(ended, RayWorker):
+                kill([ended])
+            self.workers.remove(ended)
+            self._placement.release(ended.name)
 
     async def stop_all(self) -> None:
         """Let generators end their engines, then end every actor."""

@@ -16,8 +16,10 @@ from rlhf_ray.cluster.layout import Demand, Place, demands, lay_out
 from rlhf_ray.cluster.placement import LiveNode, live_nodes
 from rlhf_ray.cluster.ray_session import ray_session
 from rlhf_ray.cluster.ray_workers import RayWorker
-from rlhf_ray.config import Config, load
-from rlhf_ray.errors import PlacementError
+from rlhf_ray.config import Config, load, resolve
+from rlhf_ray.engines.factory import generation_engine
+from rlhf_ray.errors import ConfigError, PlacementError
+from rlhf_ray.stages import ppo
 from rlhf_ray.stages.ppo_roles import RoleSpawner
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(590)]
@@ -169,3 +171,45 @@ async def test_gpus_of_others_are_told_and_waited_for() -> None:
         await others.stop_all()
         await waiting
         await spawner.stop_all()
+
+
+def test_ppo_takes_two_iterations_on_three_nodes_of_eight(
+    tmp_path: Path,
+    llama: str,
+    reward_model: str,
+    prompts_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    three_by_eight: None,
+) -> None:
+    config = config_of(
+        f"run.dir={tmp_path}",
+        f"model={{path: {llama}, dtype: float32, quantization: none, max_length: 96}}",
+        f"sft.path={llama}",
+        f"reward.path={reward_model}",
+        f"data.prompts.path={prompts_file}",
+        "rollout={engine: transformers, max_prompt_tokens: 64, max_tokens: 8, "
+        "length_sampler: null, shard_size: 2}",
+        "ppo={iterations: 2, batch_size: 16, mini_batch_size: 16, epochs: 1, eval_prompts: 8}",
+    )
+    found: Seats = {}
+    start_all = RoleSpawner.start_all
+
+    async def start_and_look(spawner: RoleSpawner, *args: Any) -> None:
+        await start_all(spawner, *args)
+        found.update(await seats(spawner.workers))
+
+    monkeypatch.setattr(RoleSpawner, "start_all", start_and_look)
+    with ray_session(config):
+        planned = expected(demands(config), live_nodes())
+        summary = ppo.run(config)
+        assert groups_left() == 0
+    assert found == planned
+    assert len(found) == 24
+    assert summary["iterations"] == summary["adapter_version"] == 2
+    assert summary["samples_generated"] == summary["samples_learnt"] == 32
+
+
+async def test_an_engine_that_cannot_sleep_takes_no_turns(llama: str) -> None:
+    config = resolve({"placement": {"gpus": 0.5, "turns": True}, "model": {"path": llama}})
+    with pytest.raises(ConfigError, match=r"placement.turns needs an engine that can sleep"):
+        await generation_engine(config, llama, (0,)).start()

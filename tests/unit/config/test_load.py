@@ -217,6 +217,15 @@ def test_further_combinations_are_refused() -> None:
     assert "reward is named twice" in message
     message = refused("placement.share=[[policies]]")
     assert "'policies'" in message
+    turns = ("placement.turns=true", "placement.gpus=0.5")
+    message = refused(turns[0])
+    assert "placement.turns is for GPUs that are shared, and each policy has one" in message
+    message = refused(*turns, "placement.generator.gpus=1.0")
+    assert "each generator has one" in message
+    message = refused(*turns, "model.quantization=int8")
+    assert "model.quantization int8 does not allow" in message
+    message = refused(*turns, "critic.zero_stage=3")
+    assert "critic.zero_stage 3 spreads over ranks" in message
     message = refused("placement.reward.gpus=2")
     assert "placement.reward.gpus" in message
     message = refused("model.quantization=nf4", "critic.zero_stage=3")

@@ -1,6 +1,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from rlhf_ray.types import (
     RawScores,
     Rollout,
     SampleRequest,
+    ServedAdapter,
     ShardRequest,
 )
 
@@ -95,6 +97,35 @@ class TestGenerator:
         for version in (5, 6):
             with pytest.raises(WeightSyncError, match="serves None"):
                 asyncio.run(generator.generate(request(version)))
+
+    def test_it_wakes_up_serving_what_it_served(self, generator: Generator) -> None:
+        self.publish(generator, update(5))
+        before, _ = asyncio.run(generator.generate(request(5)))
+        asyncio.run(generator.sleep())
+        with pytest.raises(RuntimeError, match="called before start or after stop"):
+            asyncio.run(generator.generate(request(5)))
+        asyncio.run(generator.wake())
+        after, info = asyncio.run(generator.generate(request(5)))
+        assert info.versions == (5, 5, 5)
+        assert [row.text for row in after] == [row.text for row in before]
+
+    def test_it_says_that_it_woke_up_with_something_else(self) -> None:
+        class Drifting(FakeEngine):
+            async def serve(self, update: AdapterUpdate) -> ServedAdapter:
+                served = await super().serve(update)
+                return replace(served, digest="other") if self.calls["wake"] else served
+
+        generator = Generator("generator-0", Drifting, Decoder)
+        asyncio.run(generator.start())
+        self.publish(generator, update(5))
+        asyncio.run(generator.sleep())
+        with pytest.raises(WeightSyncError, match="woke up with digest other instead of version 5"):
+            asyncio.run(generator.wake())
+
+    def test_it_may_sleep_before_it_serves_anything(self, generator: Generator) -> None:
+        asyncio.run(generator.sleep())
+        asyncio.run(generator.wake())
+        assert self.publish(generator, update(0)).version == 0
 
 
 class FixedSource:
