@@ -1,5 +1,6 @@
 """Tiny models that tests share: small enough to train in a second."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,31 @@ def build_tiny(folder: Path, texts: Sequence[str], *, sharp: bool = False) -> st
             model.lm_head.weight.mul_(10)
         loading.save_model(model, loading.load_tokenizer(str(folder)), folder)
     return str(folder)
+
+
+def build_servable(folder: Path, texts: Sequence[str]) -> str:
+    """Write a small Llama that vLLM serves; returns its folder.
+
+    Its logits are not flat, so that temperature and samples matter.
+    """
+    shape = TinyModelConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2)
+    tiny.build(folder, texts, shape, max_length=512, seed=0)
+    model = loading.load_causal_lm(str(folder), ModelConfig())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                deviation = 0.25 if name.startswith("lm_head") else 0.1
+                weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+    loading.save_model(model, loading.load_tokenizer(str(folder)), folder)
+    return str(folder)
+
+
+def write_prompts(path: Path, texts: Sequence[str]) -> Path:
+    """Write a JSON Lines file with the question of each text as a prompt."""
+    rows = [json.dumps({"prompt": text.partition(" Answer")[0]}) for text in texts]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
 
 
 def with_random_adapter(

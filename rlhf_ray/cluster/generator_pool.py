@@ -1,6 +1,6 @@
 """The generators of a run: they join, serve, fail, come back and leave while it goes on.
 
-                 prompts of a batch (ShardQueue)
+                 prompts of a batch (shard_queue)
                         |  longest first, to the least loaded, no more than max_in_flight
                         v
     start --> prove --> publish --> READY --> shards
@@ -21,7 +21,7 @@ from rlhf_ray.cluster.autoscale import next_target
 from rlhf_ray.cluster.generator_member import Factory, Member
 from rlhf_ray.cluster.idle_times import NOTHING_YET, IdleTimes
 from rlhf_ray.cluster.role_clients import GeneratorClient
-from rlhf_ray.cluster.shard_queue import ShardQueue
+from rlhf_ray.cluster.shard_queue import Batch
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError, WeightSyncError
 from rlhf_ray.roles import Proof
@@ -40,14 +40,6 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 
 Serve = Callable[[GeneratorClient, AdapterUpdate], Awaitable[None]]
 """Publishes to one generator and checks what it then holds; raises WeightSyncError."""
-
-
-class _Batch:
-    """Shards that are asked for, and what came of them."""
-
-    def __init__(self, requests: Sequence[ShardRequest]) -> None:
-        self.queue = ShardQueue(requests)
-        self.done: asyncio.Queue[Shard | BaseException] = asyncio.Queue()
 
 
 class GeneratorPool:
@@ -84,7 +76,7 @@ class GeneratorPool:
         self._target = len(first)
         self._proof: Proof | None = None
         self._update: AdapterUpdate | None = None
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._restarts = self._requeued = 0
         self._last_failure: Exception | None = None
         self._times = IdleTimes()
@@ -109,7 +101,7 @@ class GeneratorPool:
     async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
         """Yield each shard as it is done; the order of generation changes nothing but the time."""
         self._require_one_left()
-        batch = self._batch = _Batch(requests)
+        batch = self._batch = Batch(requests)
         self._hand_out()
         try:
             for _ in requests:
@@ -319,7 +311,7 @@ class GeneratorPool:
         self._note()
 
     def _take_in(
-        self, batch: _Batch, member: Member, request: ShardRequest, call: asyncio.Task[Shard]
+        self, batch: Batch, member: Member, request: ShardRequest, call: asyncio.Task[Shard]
     ) -> None:
         """Pass a shard on, unless it came too late: others do it then."""
         member.calls.discard(call)

@@ -1,12 +1,13 @@
-"""Which shards of a batch wait, and who has the others: plain bookkeeping, without waiting."""
+"""Which shards of a batch wait, who has the others, and what came of them."""
 
+import asyncio
 from collections.abc import Sequence
 
-from rlhf_ray.types import ShardRequest
+from rlhf_ray.types import Shard, ShardRequest
 
 
 class ShardQueue:
-    """The shards of one batch: longest prompts first, each with one generator at a time.
+    """Longest prompts first, each shard with one generator at a time: plain bookkeeping.
 
     Args:
         requests: the batch, each shard with an index of its own.
@@ -40,6 +41,15 @@ class ShardQueue:
         back = [self._held.pop(key) for key in keys]
         self._waiting = sorted([*self._waiting, *back], key=_prompt_tokens)
         return sum(len(request.samples) for request in back)
+
+
+class Batch:
+    """Shards that are asked for, and what came of them."""
+
+    def __init__(self, requests: Sequence[ShardRequest]) -> None:
+        self.queue = ShardQueue(requests)
+        self.done: asyncio.Queue[Shard | BaseException] = asyncio.Queue()
+        """Finished shards; an error ends the batch."""
 
 
 def _prompt_tokens(request: ShardRequest) -> int:

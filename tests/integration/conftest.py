@@ -1,6 +1,5 @@
 """Small models, and the command line as a user runs it, with all that it leaves behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,50 +10,24 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 import pytest
 import torch
 from model_families import TEXTS, build
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tiny_models import build_servable, write_prompts
+from transformers import AutoModelForSequenceClassification
 
-from rlhf_ray.config.model import TinyModelConfig
-from rlhf_ray.models import tiny
 from rlhf_ray.models.loading import load_tokenizer, save_model
 
 SHARED_MEMORY = Path("/dev/shm")
 MARK = "RLHF_RAY_TEST_MARK"
 
 
-class BuildLlama(Protocol):
-    """Writes a small Llama; its logits are not flat, so that temperature and samples matter."""
-
-    def __call__(self, folder: Path, *, max_length: int = 512) -> str: ...
-
-
 @pytest.fixture(scope="session")
-def build_llama() -> BuildLlama:
-    def build_one(folder: Path, *, max_length: int = 512) -> str:
-        shape = TinyModelConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2)
-        tiny.build(folder, TEXTS, shape, max_length, seed=0)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if weight.dim() == 2:
-                    deviation = 0.25 if name.startswith("lm_head") else 0.1
-                    weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
-        save_model(model, load_tokenizer(str(folder)), folder)
-        return str(folder)
-
-    return build_one
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory, build_llama: BuildLlama) -> str:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a small Llama with its tokenizer."""
-    return build_llama(tmp_path_factory.mktemp("llama"))
+    return build_servable(tmp_path_factory.mktemp("llama"), TEXTS)
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +49,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSON Lines file with a prompt a row."""
-    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
-    rows = [json.dumps({"prompt": text.partition(" Answer")[0]}) for text in TEXTS]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return path
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "p.jsonl", TEXTS)
 
 
 class CommandLine:
