@@ -28,7 +28,7 @@ class Generator:
         self._name = name
         self._engine = make_engine()
         self._tokenizer = make_tokenizer()
-        self._version: int | None = None
+        self.version: int | None = None
 
     def __repr__(self) -> str:
         return self._name
@@ -44,11 +44,11 @@ class Generator:
             update: what it is; its ``tensors`` handle is of no use here.
             tensors: the safetensors bytes.
         """
-        self._version = None  # until the engine has said what it serves
+        self.version = None  # until the engine has said what it serves
         served = await self._engine.serve(
             AdapterUpdate(update.version, update.digest, update.peft_config, tensors)
         )
-        self._version = update.version
+        self.version = update.version
         return served
 
     async def generate(self, request: ShardRequest) -> tuple[list[Rollout], ShardInfo]:
@@ -57,9 +57,9 @@ class Generator:
         Raises:
             WeightSyncError: another version than the request's is served.
         """
-        if self._version != request.version:
+        if self.version != request.version:
             raise WeightSyncError(
-                f"{self._name} was asked for version {request.version} and serves {self._version}; "
+                f"{self._name} was asked for version {request.version} and serves {self.version}; "
                 "publish the adapter first"
             )
         sampled = await self._engine.sample(request.samples)

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from rlhf_ray.cluster.titles import titled
 from rlhf_ray.cluster.workers import OnCall
 from rlhf_ray.errors import ActorFailure, RlhfError
 from rlhf_ray.types import Handle
@@ -16,11 +17,23 @@ from rlhf_ray.types import Handle
 class RayWorker:
     """A role's class in an actor of its own."""
 
-    def __init__(self, name: str, actor: Any, timeout_s: float, on_call: OnCall) -> None:
+    def __init__(
+        self,
+        name: str,
+        actor: Any,
+        timeout_s: float,
+        on_call: OnCall,
+        *,
+        num_gpus: float,
+        one_at_a_time: bool,
+    ) -> None:
         self.name = name
         self.actor = actor
+        self.num_gpus = num_gpus
         self._timeout_s = timeout_s
         self._on_call = on_call
+        self._one_at_a_time = one_at_a_time
+        self._last_end_s = 0.0
 
     async def address(self) -> str:
         """The address of its node in the cluster."""
@@ -61,7 +74,11 @@ class RayWorker:
             raise
         except RayActorError as error:
             raise ActorFailure(f"{self.name} died during {method}: {_first_line(error)}") from error
-        self._on_call(self.name, method, started, time.time())
+        ended = time.time()
+        # Calls that an actor takes one at a time wait for each other, which is no work.
+        began = max(started, self._last_end_s) if self._one_at_a_time else started
+        self._last_end_s = ended
+        self._on_call(self.name, method, began, ended)
         return result
 
 
@@ -92,8 +109,15 @@ def spawn(
     options: dict[str, Any] = {"name": name, "num_cpus": num_cpus, "num_gpus": num_gpus}
     if concurrency > 1:
         options["max_concurrency"] = concurrency
-    actor = ray.remote(role_class).options(**options).remote(name, *args)
-    return RayWorker(name, actor, timeout_s, on_call)
+    actor = ray.remote(titled(role_class)).options(**options).remote(name, *args)
+    return RayWorker(
+        name,
+        actor,
+        timeout_s,
+        on_call,
+        num_gpus=num_gpus,
+        one_at_a_time=concurrency == 1,
+    )
 
 
 def kill(workers: list[RayWorker]) -> None:

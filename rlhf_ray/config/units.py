@@ -37,6 +37,7 @@ UNITS: Mapping[str, str] = {
         "generators": "num",
         "shards": "max_in_flight",
         "GPUs": "gpus_per_actor tensor_parallel_size",
+        "price": "gpu_hour_price",
         "threads": "threads_per_actor",
         "commits": "keep_checkpoints",
         "versions": "max_staleness",
