@@ -256,3 +256,25 @@ def test_prometheus_has_data_for_every_panel_of_the_dashboard(
             assert values, name
             assert all(map(math.isfinite, values)), name
         assert ask('ALERTS{alertname="RlhfKlHigh"}') == []
+
+
+def test_the_trace_opens_while_the_run_goes_on_with_a_row_an_actor(watched: Watched) -> None:
+    text = (watched.folder / "trace.json").read_text()
+    events = json.loads(text[: text.rindex("\n")].rstrip(",") + "]")
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            span = (event["ts"], event["ts"] + event["dur"], event["name"])
+            spans.setdefault(event["tid"], []).append(span)
+    roles = ("driver", "generator-0", "policy-0", "critic-0", "reference-0", "reward-0")
+    assert {rows[row] for row in spans} == set(roles)
+    driver = next(row for row in spans if rows[row] == "driver")
+    assert {name for _, _, name in spans[driver]} >= {"gen", "score", "learn", "commit", "sync"}
+    for of_row in spans.values():
+        open_until: list[int] = []
+        for start, end, _ in sorted(of_row, key=lambda span: (span[0], -span[1])):
+            while open_until and open_until[-1] <= start:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1], "spans of a row overlap in part"
+            open_until.append(end)
