@@ -51,13 +51,8 @@ def run(config: Config) -> dict[str, Any]:
     saved = checkpoints.latest()
     state = _state_of(saved)
     tracer = Tracer(folder.path / "trace.json", config.run.name)
-    recorder = Recorder(
-        stage,
-        tracer,
-        config.trackers,
-        state.iteration if saved else None,
-        ray_sinks(config.run.name, "driver"),
-    )
+    live = ray_sinks(config.run.name, "driver")
+    recorder = Recorder(stage, tracer, config.trackers, state.iteration if saved else None, live)
 
     progress = Progress(config.run.stages)
 
