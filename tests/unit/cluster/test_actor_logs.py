@@ -1,8 +1,9 @@
 from typing import Any
 
 import pytest
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
-from rlhf_ray.cluster.actor_logs import ActorLog
+from rlhf_ray.cluster.actor_logs import RAYS_OWN, ActorLog, show_warnings
 
 
 @pytest.fixture
@@ -56,3 +57,15 @@ def test_what_every_rank_says_is_shown_once(said: list[str]) -> None:
     for rank in range(8):
         log(batch(f"WARNING: rank {rank} uses 0x{rank:x} buffers", actor=f"policy-{rank} v3 idle"))
     assert said == ["policy-0 v3 idle: WARNING: rank 0 uses 0x0 buffers"]
+
+
+def test_it_takes_the_place_of_rays_own_printing(said: list[str]) -> None:
+    printed: list[Any] = []
+    dispatcher.add_handler(RAYS_OWN, printed.append)
+    try:
+        show_warnings(said.append)
+        dispatcher.emit(batch("WARNING: low on memory", "loading"))
+    finally:
+        dispatcher.remove_handler(RAYS_OWN)
+    assert said == ["policy-0 v3 learning: WARNING: low on memory"]
+    assert printed == []
