@@ -76,6 +76,18 @@ tests:
 """
 
 
+OPTIONAL_TESTS = """
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series: [{series: 'ray_rlhf_ray_cost_per_1000_samples{run="priced"}', values: '3x5'}]
+    promql_expr_test:
+      - expr: EXPR
+        eval_time: 2m
+        exp_samples: [{labels: 'ray_rlhf_ray_cost_per_1000_samples{run="priced"}', value: 3}]
+"""
+
+
 def graphs() -> list[dict[str, Any]]:
     return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
 
@@ -144,8 +156,21 @@ def test_alarms_are_raised_when_they_should_be(tmp_path: Path) -> None:
     write(tmp_path, BOUNDS)
     folder = tmp_path / "prometheus"
     (folder / "tests.yml").write_text(RULE_TESTS, encoding="utf-8")
-    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "tests.yml"]):
-        done = subprocess.run(
-            [str(PROMTOOL), *arguments], cwd=folder, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    promtool(folder, "check", "config", "prometheus.yml")
+    promtool(folder, "test", "rules", "tests.yml")
+
+
+def promtool(folder: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        [str(PROMTOOL), *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="needs promtool: apt-get install prometheus")
+def test_a_metric_that_may_be_absent_has_its_value_alone_where_there_is_one(tmp_path: Path) -> None:
+    (expr,) = (g["targets"][0]["expr"] for g in graphs() if g["title"] == "cost/per_1000_samples")
+    assert "NaN" in expr
+    quoted = json.dumps(expr.replace("$run", "priced"))
+    (tmp_path / "tests.yml").write_text(OPTIONAL_TESTS.replace("EXPR", quoted), encoding="utf-8")
+    promtool(tmp_path, "test", "rules", "tests.yml")
