@@ -29,7 +29,7 @@ class Generator:
         self._name = name
         self._engine = make_engine()
         self._tokenizer = make_tokenizer()
-        self._version: int | None = None
+        self.version: int | None = None
         self._update: AdapterUpdate | None = None
         """What it serves, to be served anew after a sleep."""
 
@@ -47,10 +47,10 @@ class Generator:
             update: what it is; its ``tensors`` handle is of no use here.
             tensors: the safetensors bytes.
         """
-        self._version = None  # until the engine has said what it serves
+        self.version = None  # until the engine has said what it serves
         whole = replace(update, tensors=tensors)
         served = await self._engine.serve(whole)
-        self._version, self._update = update.version, whole
+        self.version, self._update = update.version, whole
         return served
 
     async def sleep(self) -> None:
@@ -79,9 +79,9 @@ class Generator:
         Raises:
             WeightSyncError: another version than the request's is served.
         """
-        if self._version != request.version:
+        if self.version != request.version:
             raise WeightSyncError(
-                f"{self._name} was asked for version {request.version} and serves {self._version}; "
+                f"{self._name} was asked for version {request.version} and serves {self.version}; "
                 "publish the adapter first"
             )
         sampled = await self._engine.sample(request.samples)

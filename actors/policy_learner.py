@@ -54,6 +54,7 @@ class PolicyLearner(Learner):
         super().__init__(name, config, model_path, engine)
         self._policy_loss = resolve_policy_loss(config.ppo.policy_loss)
         self._rule = sampling_rule(config.rollout, stop_token_ids(model_path, config.template))
+        self.version: int | None = None  # of the adapter that was asked for last
         self._ratios: list[float] = []  # mean of each mini-batch, all ranks together
 
     def _build_model(self) -> Any:
@@ -175,6 +176,7 @@ class PolicyLearner(Learner):
 
     def adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:
         """The current adapter: its bytes, and what it is. All ranks call."""
+        self.version = version
         return self._update(version, self._read_adapter())
 
     def zero_adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:

@@ -38,6 +38,23 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def dashboards(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("dashboards"),
+    no_commit_minutes: Annotated[
+        float, typer.Option(min=1, help="Alarm when a run has not committed for so long.")
+    ] = 60.0,
+    max_kl: Annotated[
+        float, typer.Option(min=0, help="Alarm when the KL to the reference is higher, nats.")
+    ] = 50.0,
+) -> None:
+    """Write a Grafana dashboard and Prometheus's configuration with alarms, for Ray's dashboard."""
+    from rlhf_ray.observability.dashboards.files import write
+    from rlhf_ray.observability.dashboards.prometheus import Bounds
+
+    typer.echo(write(out, Bounds(no_commit_minutes, max_kl)))
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine, and say what to fix."""
     from rlhf_ray import preflight

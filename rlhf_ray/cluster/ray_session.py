@@ -9,10 +9,12 @@ from pathlib import Path
 
 import ray
 
+from rlhf_ray.cluster.actor_logs import show_warnings
 from rlhf_ray.cluster.leftovers import ProcessRecord, sweep
 from rlhf_ray.cluster.workers import LOOPBACK
 from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
+from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
 
 NODE_ADDRESS = "127.0.0.2"
@@ -40,6 +42,7 @@ def ray_session(config: Config) -> Iterator[None]:
     record = None if joined else ProcessRecord()
     try:
         _connect(config, joined)
+        show_warnings(Progress().say)
         yield
     finally:
         ray.shutdown()
@@ -64,7 +67,7 @@ def joins_cluster(config: Config) -> bool:
 def _connect(config: Config, joined: bool) -> None:
     shared = {
         "logging_level": logging.ERROR,
-        "log_to_driver": False,
+        "log_to_driver": True,  # of which `show_warnings` picks
         "namespace": f"rlhf_ray-{config.run.name}",
         "runtime_env": {"env_vars": _role_environment(config, joined)},
     }

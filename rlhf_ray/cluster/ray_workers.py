@@ -10,6 +10,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
+from rlhf_ray.cluster.titles import titled
 from rlhf_ray.cluster.workers import OnCall
 from rlhf_ray.errors import ActorFailure, RlhfError
 from rlhf_ray.types import Handle
@@ -18,11 +19,23 @@ from rlhf_ray.types import Handle
 class RayWorker:
     """A role's class in an actor of its own."""
 
-    def __init__(self, name: str, actor: Any, timeout_s: float, on_call: OnCall) -> None:
+    def __init__(
+        self,
+        name: str,
+        actor: Any,
+        timeout_s: float,
+        on_call: OnCall,
+        *,
+        num_gpus: float,
+        one_at_a_time: bool,
+    ) -> None:
         self.name = name
         self.actor = actor
+        self.num_gpus = num_gpus
         self._timeout_s = timeout_s
         self._on_call = on_call
+        self._one_at_a_time = one_at_a_time
+        self._last_end_s = 0.0
 
     async def address(self) -> str:
         """The address of its node in the cluster."""
@@ -63,7 +76,11 @@ class RayWorker:
             raise
         except RayActorError as error:
             raise ActorFailure(f"{self.name} died during {method}: {_first_line(error)}") from error
-        self._on_call(self.name, method, started, time.time())
+        ended = time.time()
+        # Calls that an actor takes one at a time wait for each other, which is no work.
+        began = max(started, self._last_end_s) if self._one_at_a_time else started
+        self._last_end_s = ended
+        self._on_call(self.name, method, began, ended)
         return result
 
 
@@ -100,8 +117,15 @@ def spawn(
     }
     if concurrency > 1:
         options["max_concurrency"] = concurrency
-    actor = ray.remote(role_class).options(**options).remote(name, *args)
-    return RayWorker(name, actor, timeout_s, on_call)
+    actor = ray.remote(titled(role_class)).options(**options).remote(name, *args)
+    return RayWorker(
+        name,
+        actor,
+        timeout_s,
+        on_call,
+        num_gpus=num_gpus,
+        one_at_a_time=concurrency == 1,
+    )
 
 
 def kill(workers: list[RayWorker]) -> None:

@@ -22,6 +22,12 @@ class ClusterConfig(Section):
     call_timeout_s: float = changeable(
         600.0, gt=0, description="Deadline for any one call to a role, seconds."
     )
+    gpu_hour_price: float | None = changeable(
+        None,
+        gt=0,
+        description="Price of one GPU for an hour, in any currency: then the metric "
+        "cost/per_1000_samples is in it.",
+    )
     dashboard: bool = changeable(True, description="Start Ray's dashboard (on 127.0.0.1).")
     object_store_mb: int = changeable(
         512, ge=80, description="Size of the local object store, MB (local mode)."

@@ -38,6 +38,7 @@ UNITS: Mapping[str, str] = {
         "restarts": "max_restarts",
         "shards": "max_in_flight",
         "GPUs": "gpus tensor_parallel_size",
+        "price": "gpu_hour_price",
         "threads": "threads_per_actor",
         "commits": "keep_checkpoints",
         "versions": "max_staleness",

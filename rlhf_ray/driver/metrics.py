@@ -21,6 +21,7 @@ def iteration_metrics(
     stats: AssembledStats,
     reports: Sequence[StepReport],
     kl_coef: float,
+    version: int,
 ) -> dict[str, float]:
     """Metrics of one iteration but for its time, by registered name.
 
@@ -30,11 +31,13 @@ def iteration_metrics(
         stats: their sums over all ranks.
         reports: of the policy's and the critic's learning.
         kl_coef: coefficient that the token rewards were made with.
+        version: of the policy that learnt the batch, before it did.
     """
     lengths = [length for scored in batch for length in scored.shard.info.response_lengths]
     stopped = [stop for scored in batch for stop in scored.shard.info.stopped]
     repeating = [repeats for scored in batch for repeats in scored.shard.info.repeating]
     distinct = [share for scored in batch for share in scored.shard.info.distinct_bigrams]
+    versions = [sampled for scored in batch for sampled in scored.shard.info.versions]
     gaps = [scored.gap for scored in batch]
     kl = stats.kl_total / stats.num_samples
     learnt_from = sum(score for scored in batch for score in scored.scores)
@@ -53,15 +56,28 @@ def iteration_metrics(
         "response/distinct_bigrams": fmean(distinct),
         "sampler/gap_mean": sum(g.mean * g.num_tokens for g in gaps) / stats.num_tokens,
         "sampler/gap_max": max(gap.largest for gap in gaps),
+        "rollout/staleness": float(version - min(versions)),
     }
     for report in reports:
         metrics |= report.metrics
     return metrics
 
 
-def pace_metrics(stats: AssembledStats, seconds: float) -> dict[str, float]:
-    """Time and throughput of an iteration that took ``seconds`` in all, by registered name."""
-    return {
+def pace_metrics(
+    stats: AssembledStats, seconds: float, price_per_hour: float | None
+) -> dict[str, float]:
+    """Time, throughput and cost of an iteration, by registered name.
+
+    Args:
+        stats: of its batch.
+        seconds: that it took in all.
+        price_per_hour: of all GPUs that the run holds; None: not known.
+    """
+    cost = {}
+    if price_per_hour is not None:
+        per_sample = price_per_hour * seconds / 3600 / stats.num_samples
+        cost = {"cost/per_1000_samples": 1000 * per_sample}
+    return cost | {
         "timing_s/iteration": seconds,
         "throughput/episodes_per_s": stats.num_samples / seconds,
         "throughput/tokens_per_s": stats.num_tokens / seconds,

@@ -55,6 +55,8 @@ class Roles:
     """None where the advantages need no values."""
     fetch: Callable[[Handle], Awaitable[Any]]
     """Brings data to the driver: commits to be written, sample texts to be shown."""
+    num_gpus: Callable[[], float]
+    """GPUs that they hold now."""
 
     @property
     def learners(self) -> dict[str, Policy | Critic]:
@@ -102,6 +104,7 @@ class PpoLoop:
         self._watch.check_prompts(num_drawn, len(self._cursor))
         if config.guards.loss_spike.action == "rollback":
             await self._hold_commit()  # what the first iteration goes back to
+        self._recorder.committed()
         await self._roles.generators.prove(await self._sync.proof())
         await self._publish()
         if self._evaluation_is_due():
@@ -117,16 +120,19 @@ class PpoLoop:
         started = time.time()
         batch = await self._rollout(iteration)
         stats, reports = await self._learn(batch, iteration)
-        metrics = iteration_metrics(self._config.rewards, batch, stats, reports, self._kl.coef)
         state = self._state
+        metrics = iteration_metrics(
+            self._config.rewards, batch, stats, reports, self._kl.coef, state.version
+        )
         if self._watch.asks_to_go_back(iteration, metrics, state.losses, state.rollbacks_in_a_row):
             await self._go_back(batch, iteration)
         else:
             await self._commit(batch, stats, metrics, iteration)
+        self._recorder.committed()
         with self._recorder.phase("sync", iteration):
             await self._publish()
         metrics |= generator_metrics(self._roles.generators.report(), self._state)
-        metrics |= pace_metrics(stats, time.time() - started)
+        metrics |= pace_metrics(stats, time.time() - started, self._price_per_hour())
         await self._record(batch, metrics, iteration)
         if iteration == self._config.ppo.iterations or iteration % self._config.ppo.save_every == 0:
             await self._save()
@@ -281,6 +287,10 @@ class PpoLoop:
         scores = raw_sums(self._config.rewards, batch[0].raw_scores)
         self._recorder.completions(iteration, rollouts, scores)
         self._bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
+
+    def _price_per_hour(self) -> float | None:
+        price = self._config.cluster.gpu_hour_price
+        return None if price is None else price * self._roles.num_gpus()
 
     def _evaluation_is_due(self) -> bool:
         """Also where a run goes on from a commit that it did not live to evaluate."""

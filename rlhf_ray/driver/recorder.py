@@ -1,5 +1,6 @@
 """What the loop leaves for people: metrics, completions, evaluations, warnings, spans."""
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.trackers import TrackersConfig
+from rlhf_ray.observability.busy import BusyTime
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.observability.trackers import current, numbers
@@ -19,7 +21,12 @@ class Recorder:
     """Files of the PPO stage; cut back to a commit when a run goes on."""
 
     def __init__(
-        self, folder: Path, tracer: Tracer, settings: TrackersConfig, resume_after: int | None
+        self,
+        folder: Path,
+        tracer: Tracer,
+        settings: TrackersConfig,
+        resume_after: int | None,
+        live: Sequence[Sink] = (),
     ) -> None:
         """
         Args:
@@ -27,7 +34,9 @@ class Recorder:
             tracer: of the run.
             settings: who is told besides the files in the folder.
             resume_after: last iteration whose records stay; None: a new run.
+            live: who shows numbers as they are now; told of all, and of what no file keeps.
         """
+        self._folder = folder
         self._metrics_path, self._evals_path = folder / "metrics.jsonl", folder / "eval.jsonl"
         self._warnings_path = folder / "warnings.jsonl"
         metrics, self._evals, self._completions, self._warnings = (
@@ -42,8 +51,10 @@ class Recorder:
             local.append(TensorBoardSink(folder / "tensorboard", purge_step=kept + 1))
         told = current().sinks("ppo", "iteration", self.history())
         told_evals = current().sinks("ppo", "iteration", read_jsonl(self._evals_path), part="/eval")
-        self._sinks = Sinks([metrics, *local, *told])
-        self._eval_sinks = Sinks([*local, *told_evals])
+        self._sinks = Sinks([metrics, *local, *told, *live])
+        self._eval_sinks = Sinks([*local, *told_evals, *live])
+        self._live = Sinks(live)
+        self._busy = BusyTime(time.time())
         self._completions_every = settings.completions_every
         self._tracer = tracer
         self._iteration = max(kept, 0)
@@ -59,17 +70,32 @@ class Recorder:
         finally:
             ended = time.time()
             self._seconds[name] = self._seconds.get(name, 0.0) + ended - started
-            self.span("driver", name, started, ended)
+            self._tracer.add("driver", name, started, ended, iteration=self._iteration)
 
-    def span(self, row: str, name: str, started: float, ended: float) -> None:
-        """Work of an actor or of the driver, in Unix seconds."""
-        self._tracer.add(row, name, started, ended, iteration=self._iteration)
+    def span(self, actor: str, name: str, started: float, ended: float) -> None:
+        """Work of an actor, in Unix seconds."""
+        self._tracer.add(actor, name, started, ended, iteration=self._iteration)
+        self._busy.add(actor, started, ended)
+
+    def committed(self) -> None:
+        """Now is when the run last reached a state that it can go on from."""
+        self._live.log(self._iteration, {"commit/time": time.time()})
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """An iteration's metrics, with the times of its phases."""
         times = {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         self._sinks.log(iteration, {**metrics, **times})
+        disk = shutil.disk_usage(self._folder)
+        busy = self._busy.shares(time.time())
+        self._live.log(
+            iteration,
+            {
+                "disk/free": disk.free,
+                "disk/free_share": disk.free / disk.total,
+                **{f"actors/busy/{actor}": share for actor, share in busy.items()},
+            },
+        )
 
     def completions(
         self, iteration: int, rollouts: Sequence[Rollout], scores: Sequence[float | None]

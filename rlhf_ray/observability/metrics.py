@@ -160,6 +160,12 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "|rollout - old log-prob|: how far the engine's numbers are from the learner's.",
     ),
     ("sampler/gap_max", "nats", "maximum over response tokens", "Largest such gap of any token."),
+    (
+        "rollout/staleness",
+        "versions",
+        "maximum over samples",
+        "How many versions the policy was ahead of the one that sampled; 0: on-policy.",
+    ),
     ("timing_s/gen", "s", _SUM, "Wall time until the batch's last rollout was there."),
     ("timing_s/score", "s", _SUM, "Wall time of scoring that generation did not hide."),
     ("timing_s/learn", "s", _SUM, "Wall time of the policy's and the critic's updates."),
@@ -200,6 +206,13 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "sum since the start",
         "Rollouts that a generator handed back, and others sampled.",
     ),
+    (
+        "cost/per_1000_samples",
+        "price",
+        _LAST,
+        "What 1,000 rollouts cost: the iteration's hours times the GPUs that the run's actors hold "
+        "times cluster.gpu_hour_price, where that is set.",
+    ),
     ("policy/version", "1", _LAST, "Adapter version that this iteration committed."),
     ("episode", "1", "sum since the start", "Rollouts learnt so far."),
     (
@@ -212,6 +225,20 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("eval/gold", "1", _HELD_OUT, "Gold score, where the data has one; never trained on."),
     ("eval/kl", "nats", _HELD_OUT, "KL to the reference per response, as objective/kl."),
     ("eval/length", "tokens", _HELD_OUT, "Response length on held-out prompts."),
+    (
+        "actors/busy/<actor>",
+        "share",
+        "over the time since the last iteration",
+        "Share of the time in which an actor had something to do. Only in Ray's metrics.",
+    ),
+    (
+        "commit/time",
+        "s",
+        _LAST,
+        "When the run last committed, or began: Unix time. Only in Ray's metrics.",
+    ),
+    ("disk/free", "bytes", _LAST, "Free space where run.dir is. Only in Ray's metrics."),
+    ("disk/free_share", "share", _LAST, "The same of the whole disk. Only in Ray's metrics."),
     ("data/skipped", "1", "sum since the start", "Prompts set aside as unusable."),
     ("loss", "nats", "mean since the last record", "Training loss of a supervised stage."),
     (
@@ -268,13 +295,20 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
 
 METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}
 
-_FAMILIES = tuple(name.partition("<")[0] for name in METRICS if name.endswith(">"))
-"""What the names of a metric that there is once a reward source, or once a model, begin with."""
+_FAMILIES = {name.partition("<")[0]: name for name in METRICS if name.endswith(">")}
+"""Metrics that there are once a source, a model or an actor, by what their names begin with."""
+
+
+def registered_as(name: str) -> str | None:
+    """The registry's name of a metric: its own, or such as ``objective/scores/<source>``."""
+    if name in METRICS:
+        return name
+    return next((_FAMILIES[start] for start in _FAMILIES if name.startswith(start)), None)
 
 
 def is_registered(name: str) -> bool:
-    """Whether a metric is in the registry, by itself or as that of a source or a model."""
-    return name in METRICS or name.startswith(_FAMILIES)
+    """Whether a metric is in the registry, by itself or as that of a source, model or actor."""
+    return registered_as(name) is not None
 
 
 def check(names: Iterable[str]) -> None:
@@ -301,9 +335,9 @@ def markdown_table() -> str:
     lines = [
         "# Metrics",
         "",
-        "Every number in `metrics.jsonl` and `eval.jsonl`, generated from",
+        "Every number in `metrics.jsonl`, `eval.jsonl` and Ray's metrics, generated from",
         "`rlhf_ray/observability/metrics.py`. Unit `1` is a pure number; nats are natural-log",
-        "units of information.",
+        "units of information. [watching.md](watching.md) tells how Prometheus names them.",
         "",
         "| name | unit | taken as | meaning |",
         "|---|---|---|---|",

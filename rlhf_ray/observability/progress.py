@@ -118,7 +118,11 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stages = tuple(stages)
-        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        shown: TextIO = stream or sys.stdout
+        # A job's log is no terminal, whatever FORCE_COLOR says: a live bar would fill it.
+        self._console = Console(
+            file=shown, highlight=False, soft_wrap=True, force_terminal=shown.isatty()
+        )
         self._clock = clock
 
     @contextmanager

@@ -3,17 +3,24 @@
 The file is the format's JSON array without its closing bracket, which the format allows: it can be
 appended to, and a killed run leaves a readable trace. Each event is a line of its own.
 
+An actor is a row. Perfetto drops a span that overlaps another one of its row without lying inside
+it, as the calls of a generator do; it goes to a further row of the same name.
+
 Source: "Trace Event Format", JSON Array Format, complete (X) and metadata (M) events.
 """
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+LANE_MEMORY = 256
+"""Spans of a row that a new one is compared with; those before ended long ago."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,11 @@ class Tracer:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._clock = clock
-        self._thread_ids = _keep_whole_lines(path)
+        self._lanes: dict[str, list[_Lane]] = {}
+        self._num_lanes = 0
+        for thread_id, row in _keep_whole_lines(path).items():
+            self._lanes.setdefault(row, []).append(_Lane(thread_id))
+            self._num_lanes = max(self._num_lanes, thread_id)
         self._file = path.open("a", encoding="utf-8")
         if path.stat().st_size == 0:
             self._file.write("[\n")
@@ -75,20 +86,31 @@ class Tracer:
             end_s: Unix time, seconds.
             args: shown with the span; the report's timeline reads ``iteration``.
         """
-        if row not in self._thread_ids:
-            self._thread_ids[row] = len(self._thread_ids) + 1
-            self._write_name("thread_name", self._thread_ids[row], row)
+        start_us, end_us = round(start_s * 1e6), round(end_s * 1e6)
         self._write(
             {
                 "ph": "X",
                 "name": name,
                 "pid": 1,
-                "tid": self._thread_ids[row],
-                "ts": round(start_s * 1e6),
-                "dur": round((end_s - start_s) * 1e6),
+                "tid": self._lane(row, start_us, end_us),
+                "ts": start_us,
+                "dur": end_us - start_us,
                 "args": args,
             }
         )
+
+    def _lane(self, row: str, start_us: int, end_us: int) -> int:
+        """Thread id of the first lane of a row that has room for a span."""
+        lanes = self._lanes.setdefault(row, [])
+        for lane in lanes:
+            if lane.takes(start_us, end_us):
+                return lane.thread_id
+        self._num_lanes += 1
+        lane = _Lane(self._num_lanes)
+        lane.takes(start_us, end_us)
+        lanes.append(lane)
+        self._write_name("thread_name", lane.thread_id, row)
+        return lane.thread_id
 
     def close(self) -> None:
         """Close the file."""
@@ -100,6 +122,24 @@ class Tracer:
     def _write(self, event: dict[str, Any]) -> None:
         self._file.write(json.dumps(event) + ",\n")
         self._file.flush()
+
+
+class _Lane:
+    """A row of the trace, in which spans lie beside or inside each other."""
+
+    def __init__(self, thread_id: int) -> None:
+        self.thread_id = thread_id
+        self._spans: deque[tuple[int, int]] = deque(maxlen=LANE_MEMORY)
+
+    def takes(self, start_us: int, end_us: int) -> bool:
+        """Take a span, unless it overlaps another one in part."""
+        for start, end in reversed(self._spans):
+            apart = end <= start_us or end_us <= start
+            inside = (start_us <= start and end <= end_us) or (start <= start_us and end_us <= end)
+            if not (apart or inside):
+                return False
+        self._spans.append((start_us, end_us))
+        return True
 
 
 def read_spans(path: str | Path) -> list[Span]:
@@ -164,10 +204,10 @@ def _row_names(events: list[dict[str, Any]]) -> dict[int, str]:
     }
 
 
-def _keep_whole_lines(path: Path) -> dict[str, int]:
-    """Cut a torn last line off an existing trace; return its rows' thread ids by name."""
+def _keep_whole_lines(path: Path) -> dict[int, str]:
+    """Cut a torn last line off an existing trace; return its rows' names by thread id."""
     if not path.exists():
         return {}
     with path.open("r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
-    return {name: thread_id for thread_id, name in _row_names(_read_events(path)).items()}
+    return _row_names(_read_events(path))

@@ -25,6 +25,7 @@ from rlhf_ray.models.folders import BASE_MODEL
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import generation_config
 from rlhf_ray.observability.progress import Bar, Progress
+from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.ppo_roles import ppo_roles
@@ -50,7 +51,8 @@ def run(config: Config) -> dict[str, Any]:
     saved = checkpoints.latest()
     state = _state_of(saved)
     tracer = Tracer(folder.path / "trace.json", config.run.name)
-    recorder = Recorder(stage, tracer, config.trackers, state.iteration if saved else None)
+    live = ray_sinks(config.run.name, "driver")
+    recorder = Recorder(stage, tracer, config.trackers, state.iteration if saved else None, live)
 
     progress = Progress(config.run.stages)
 

@@ -168,6 +168,10 @@ class RoleSpawner:
         kill([worker for worker in self.workers if isinstance(worker, RayWorker)])
         self._placement.close()
 
+    def num_gpus(self) -> float:
+        """GPUs that its actors hold."""
+        return sum(worker.num_gpus for worker in self.workers if isinstance(worker, RayWorker))
+
     async def fetch(self, handle: Any) -> Any:
         """Bring data to the driver."""
         return await fetch(handle) if self._on_ray else handle
@@ -235,6 +239,7 @@ async def ppo_roles(
             policy=policy_client,
             critic=CriticClient(critic, config.critic.zero_stage) if critic else None,
             fetch=spawner.fetch,
+            num_gpus=spawner.num_gpus,
         )
     finally:
         await generators.close()

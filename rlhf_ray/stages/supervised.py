@@ -19,6 +19,7 @@ from rlhf_ray.models import folders
 from rlhf_ray.models.parameters import ParameterGroup, parameter_table
 from rlhf_ray.observability import quiet
 from rlhf_ray.observability.progress import Bar, Progress
+from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
@@ -126,7 +127,7 @@ class _Stream:
 @contextmanager
 def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
     """Pass on the metrics as lines appear in files that another process may write."""
-    local = []
+    local = ray_sinks(training.config.run.name, training.name)
     if training.config.trackers.tensorboard:
         local.append(TensorBoardSink(training.folder / "tensorboard", purge_step=done + 1))
     streams = []

@@ -185,6 +185,7 @@ class Harness:
             policy=self.policy,
             critic=self.critic,
             fetch=_fetch,
+            num_gpus=lambda: 4.0,
         )
 
     def metrics(self) -> list[dict[str, Any]]:

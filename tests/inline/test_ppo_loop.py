@@ -305,3 +305,15 @@ def _last_rollout(events: list[Any]) -> list[Any]:
 
 def _without_times(summary: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in summary.items() if k not in ("seconds", "episodes_per_s")}
+
+
+def test_samples_cost_the_time_of_all_gpus_that_the_actors_hold(tmp_path: Path) -> None:
+    config = make_config(tmp_path, iterations=1)
+    cluster = config.cluster.model_copy(update={"gpu_hour_price": 2.5})
+    run = Harness(config.model_copy(update={"cluster": cluster}))
+    run.run()
+    (record,) = run.records("metrics")
+    # Four GPUs at 2.5 an hour, for eight samples.
+    cost = 1000 * 4 * 2.5 * record["timing_s/iteration"] / 3600 / 8
+    assert record["cost/per_1000_samples"] == pytest.approx(cost)
+    assert record["rollout/staleness"] == 0

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -153,6 +153,12 @@ def _mapped_inodes() -> set[int]:
             continue
         found |= {int(line.split(maxsplit=5)[4]) for line in lines if str(SHARED_MEMORY) in line}
     return found
+
+
+@pytest.fixture(scope="session")
+def new_command_line() -> Callable[[Path, Path], CommandLine]:
+    """Makes a command line over a scratch and a temporary folder, for runs of several tests."""
+    return CommandLine
 
 
 @pytest.fixture

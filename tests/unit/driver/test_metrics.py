@@ -19,7 +19,7 @@ def shard(
         positions=tuple(range(len(scores))),
         response_lengths=lengths,
         stopped=stopped,
-        versions=(0,) * len(scores),
+        versions=(4 - index,) * len(scores),
         repeating=tuple(length > 6 for length in lengths),
         distinct_bigrams=tuple(2 / length for length in lengths),
     )
@@ -43,8 +43,8 @@ def test_an_iteration_in_numbers() -> None:
         StepReport({"loss/value_avg": 0.25}, 3, 15),
     ]
     sources = Config().rewards
-    metrics = iteration_metrics(sources, batch, stats, reports, kl_coef=0.2)
-    metrics |= pace_metrics(stats, seconds=5.0)
+    metrics = iteration_metrics(sources, batch, stats, reports, kl_coef=0.2, version=5)
+    metrics |= pace_metrics(stats, seconds=5.0, price_per_hour=36.0)
     check(metrics)  # every name is registered
     assert metrics == pytest.approx(
         {
@@ -65,6 +65,8 @@ def test_an_iteration_in_numbers() -> None:
             "response/distinct_bigrams": (1 + 0.25 + 0.4) / 3,
             "sampler/gap_mean": 0.02,  # (10 * .01 + 5 * .04) / 15
             "sampler/gap_max": 0.08,
+            "rollout/staleness": 2.0,  # version 5 learns what 4 and 3 sampled
+            "cost/per_1000_samples": 1000 * 0.05 / 3,  # 36 an hour is .01 a second
             "timing_s/iteration": 5.0,
             "throughput/episodes_per_s": 0.6,
             "throughput/tokens_per_s": 3.0,

@@ -39,6 +39,22 @@ def test_a_log_gets_a_line_every_ten_seconds_with_the_eta():
     ]
 
 
+def test_the_log_of_a_job_gets_plain_lines_whatever_colours_are_forced(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    clock, stream = Clock(), io.StringIO()
+    with Progress(stream=stream, clock=clock).stage("ppo", total=4, unit="iteration") as bar:
+        clock.now = 30.0
+        bar.advance(1, reward=0.5)
+    assert stream.getvalue().splitlines() == [
+        "ppo",
+        "ppo 1/4 iterations, 25%, 0:30 elapsed, reward 0.5",
+        "ppo done: 1/4 iterations in 0:30, reward 0.5",
+    ]
+
+
 def test_earlier_work_and_the_start_do_not_count_towards_the_pace():
     clock = Clock()
     progress = Progress(stream=io.StringIO(), clock=clock)

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -76,3 +77,53 @@ def test_totals_count_nested_time_once(path: Path):
 
 def test_no_trace_has_no_totals(path: Path):
     assert phase_totals(path) == {}
+
+
+def lanes(path: Path) -> dict[int, list[tuple[float, float]]]:
+    """Spans of each thread, (start, end) in microseconds."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for event in json.loads(path.read_text().rstrip(",\n") + "]"):
+        if event["ph"] == "X":
+            found.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
+    return found
+
+
+def test_spans_of_one_actor_that_overlap_lie_in_lanes_of_the_same_name(path: Path):
+    tracer = Tracer(path)
+    for start, end in [(0, 4), (2, 5), (4, 8), (5, 9), (3, 10), (0, 20)]:
+        tracer.add("generator-0", "generate", start, end)
+    for spans in lanes(path).values():
+        for (a, b), (c, d) in itertools.combinations(spans, 2):
+            apart, inside = b <= c or d <= a, (a <= c and d <= b) or (c <= a and b <= d)
+            assert apart or inside
+    # 3..10 overlaps spans of both lanes in part; 0..20 holds those of the first.
+    assert [len(spans) for spans in lanes(path).values()] == [3, 2, 1]
+    assert {span.row for span in read_spans(path)} == {"generator-0"}
+    assert len(read_spans(path)) == 6
+
+
+def test_a_run_that_goes_on_fills_the_lanes_that_it_had(path: Path):
+    first = Tracer(path)
+    first.add("generator-0", "generate", 0.0, 4.0)
+    first.add("generator-0", "generate", 1.0, 5.0)
+    first.close()
+    second = Tracer(path)
+    second.add("generator-0", "generate", 10.0, 14.0)
+    second.add("policy-0", "learn", 10.0, 14.0)
+    second.add("generator-0", "generate", 11.0, 15.0)
+    assert [len(spans) for spans in lanes(path).values()] == [2, 2, 1]
+
+
+def test_a_trace_that_a_kill_tore_anywhere_opens_again(path: Path):
+    whole = Tracer(path)
+    whole.add("policy-0", "learn", 0.0, 1.0)
+    whole.close()
+    text = path.read_bytes()
+    for length in range(len(text)):
+        path.write_bytes(text[:length])
+        tracer = Tracer(path)
+        tracer.add("critic-0", "learn", 1.0, 2.0)
+        tracer.close()
+        events = json.loads(path.read_text().rstrip(",\n") + "]")
+        assert events[-1]["ts"] == 1_000_000
+        assert read_spans(path)[-1].row == "critic-0"

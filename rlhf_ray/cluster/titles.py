@@ -1,0 +1,105 @@
+"""Who an actor is and what it does, where people look: in its process's title and its log lines.
+
+`ps`, `nvidia-smi` and the workers in Ray's dashboard show ``ray::policy-0 v37 learning``; what it
+writes to stderr is prefixed with the same.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray._private.ray_constants import LOG_PREFIX_ACTOR_NAME
+
+IDLE = "idle"
+
+DOES = {
+    "start": "starting",
+    "generate": "generating",
+    "publish": "loading",
+    "score": "scoring",
+    "logprobs": "scoring",
+    "ref_logprobs": "scoring",
+    "sample_kl": "scoring",
+    "values": "scoring",
+    "assemble": "assembling",
+    "learn": "learning",
+    "state": "committing",
+    "load": "restoring",
+    "adapter": "publishing",
+    "stop": "stopping",
+}
+"""Method -> what an actor that is in it does; of any other method the name is shown."""
+
+
+def titled(role_class: type) -> type:
+    """The class, made to show who it is and which of its public methods it is in.
+
+    The version is the instance's ``version``, where it has one.
+    """
+
+    class Titled(role_class):
+        def __init__(self, name: str, *args: Any) -> None:
+            super().__init__(name, *args)
+            self.title = _Title(name, self)
+
+    for name, method in inspect.getmembers(role_class, inspect.isfunction):
+        if not name.startswith("_"):
+            setattr(Titled, name, _showing(method, DOES.get(name, name)))
+    for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Titled, attribute, getattr(role_class, attribute))
+    return Titled
+
+
+class _Title:
+    """The title of this process; of calls that overlap, the last one begun is shown."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self._name = name
+        self._actor = actor
+        self._doing: list[str] = []
+        self._show()
+
+    def begin(self, doing: str) -> None:
+        self._doing.append(doing)
+        self._show()
+
+    def end(self, doing: str) -> None:
+        self._doing.remove(doing)
+        self._show()
+
+    def _show(self) -> None:
+        version = getattr(self._actor, "version", None)
+        parts = [self._name, "" if version is None else f"v{version}", (self._doing or [IDLE])[-1]]
+        title = " ".join(filter(None, parts))
+        ray._raylet.setproctitle(f"ray::{title}")  # type: ignore[attr-defined]
+        # After each call Ray sets the title to the name of the instance's class.
+        type(self._actor).__name__ = title
+        # Ray's log monitor takes this line as the prefix of those that follow it.
+        print(f"{LOG_PREFIX_ACTOR_NAME}{title}", file=sys.stderr, flush=True)
+
+
+def _showing(method: Callable[..., Any], doing: str) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def waited_for(self: Any, *args: Any) -> Any:
+            self.title.begin(doing)
+            try:
+                return await method(self, *args)
+            finally:
+                self.title.end(doing)
+
+        return waited_for
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any) -> Any:
+        self.title.begin(doing)
+        try:
+            return method(self, *args)
+        finally:
+            self.title.end(doing)
+
+    return called

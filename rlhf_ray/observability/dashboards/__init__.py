@@ -1,0 +1,1 @@
+"""Files for Grafana and Prometheus, made from the registry of metrics."""

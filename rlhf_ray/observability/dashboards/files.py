@@ -1,0 +1,51 @@
+"""Writes the files of Grafana and Prometheus, and says how they come to be used."""
+
+import json
+import os
+from pathlib import Path
+from textwrap import dedent
+
+import yaml
+
+from rlhf_ray.observability.dashboards.grafana import dashboard
+from rlhf_ray.observability.dashboards.prometheus import Bounds, alert_rules, configuration
+
+DISCOVERY = "prom_metrics_service_discovery.json"
+"""Ray's list of the metrics ports of its nodes; the head keeps it up to date."""
+
+
+def write(folder: Path, bounds: Bounds) -> str:
+    """Write all files; returns what to do with them.
+
+    Args:
+        folder: where to; made when missing.
+        bounds: of the alert rules.
+    """
+    folder = folder.absolute()
+    ray_folder = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+    shown = folder / "grafana" / "dashboards" / "rlhf_ray.json"
+    alerts = folder / "prometheus" / "alerts.yml"
+    config = folder / "prometheus" / "prometheus.yml"
+    for file in (shown, alerts):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    shown.write_text(json.dumps(dashboard(), indent=2) + "\n", encoding="utf-8")
+    alerts.write_text(_yaml(alert_rules(bounds)), encoding="utf-8")
+    config.write_text(_yaml(configuration(alerts, ray_folder / DISCOVERY)), encoding="utf-8")
+    session = ray_folder / "session_latest" / "metrics" / "grafana"
+    return dedent(f"""\
+        Wrote {shown}
+              {alerts}
+              {config}
+
+        On the head node, before Ray starts (Ray adds its own dashboards to the folder):
+          export RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR={shown.parent}
+          export RAY_PROMETHEUS_HOST=http://localhost:9090 RAY_GRAFANA_HOST=http://localhost:3000
+        Where Ray runs already:
+          cp {shown} {session / "dashboards"}/
+        Then start both; Grafana reads what Ray has prepared for it:
+          prometheus --config.file={config} --web.listen-address=127.0.0.1:9090
+          grafana server --config {session / "grafana.ini"}""")
+
+
+def _yaml(content: object) -> str:
+    return yaml.safe_dump(content, sort_keys=False, width=100)

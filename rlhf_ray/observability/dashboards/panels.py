@@ -1,0 +1,135 @@
+"""What the dashboard shows: a panel for each registered metric, and some of Ray's own."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from rlhf_ray.observability.metrics import METRICS, Metric
+from rlhf_ray.observability.series import exported
+
+ROWS = ("Training", "Generation", "Roles", "Cluster", "Supervised stages")
+
+RUN = 'run=~"$run"'
+"""Selects the runs that are chosen on the dashboard."""
+
+_ROW_OF = {
+    "rollout/": "Generation",
+    "response": "Generation",
+    "sampler/": "Generation",
+    "generators/": "Generation",
+    "timing_s/": "Roles",
+    "throughput/": "Roles",
+    "actors/": "Roles",
+    "cost/": "Cluster",
+    "commit/": "Cluster",
+    "disk/": "Cluster",
+    "loss": "Supervised stages",
+    "eval_": "Supervised stages",
+    "learning_rate": "Supervised stages",
+    "grad_norm": "Supervised stages",
+    "epoch": "Supervised stages",
+    "loss/": "Training",
+    "episode": "Training",
+}
+"""Row by what the names of its metrics begin with, the longest that fits; of others, the first."""
+
+_NOT_ALWAYS: Mapping[str, str] = {
+    "cost/per_1000_samples": "where cluster.gpu_hour_price is set",
+    "loss/kl_avg": "where ppo.kl_in is loss",
+    "eval/gold": "where the data has a gold score",
+    "timing_s/save": "from the first saved commit on",
+    "data/skipped": "where prompts were set aside",
+}
+"""Metrics that a PPO run may do without, and when there are values. So may a run without supervised
+stages those of that row."""
+
+_UNITS = {"s": "s", "bytes": "bytes", "share": "percentunit", "1/s": "ops", "tokens/s": "ops"}
+"""Grafana's names of units."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One graph."""
+
+    title: str
+    expr: str
+    """PromQL; ``$run`` is the dashboard's variable."""
+    legend: str
+    unit: str
+    """Grafana's name of it."""
+    description: str
+
+
+def panels() -> dict[str, list[Panel]]:
+    """Panels by row, in the order of the registry; rows without any are left out."""
+    rows: dict[str, list[Panel]] = {row: [] for row in ROWS}
+    for metric in METRICS.values():
+        # A comparison of finished models is drawn in the report, not followed.
+        if not metric.name.endswith("<model>"):
+            rows[_row(metric.name)].append(_of_metric(metric))
+    rows["Cluster"] += _of_ray()
+    return {row: panels for row, panels in rows.items() if panels}
+
+
+def _row(name: str) -> str:
+    fitting = [start for start in _ROW_OF if name.startswith(start)]
+    return _ROW_OF[max(fitting, key=len)] if fitting else ROWS[0]
+
+
+def _of_metric(metric: Metric) -> Panel:
+    selected = f"{exported(metric.name)}{{{RUN}}}"
+    description = f"{metric.meaning} Taken as: {metric.reduction}. Unit: {metric.unit}."
+    legend, when = "{{run}}", _NOT_ALWAYS.get(metric.name)
+    if metric.name.endswith("<actor>"):
+        legend = "{{role}}-{{rank}}"
+    elif metric.name.endswith(">"):
+        legend = f"{{{{run}}}} {{{{{metric.name.partition('<')[2].rstrip('>')}}}}}"
+    elif _row(metric.name) == "Supervised stages":
+        legend, when = "{{run}} {{role}}", "while such a stage runs"
+    if metric.name == "commit/time":
+        return Panel("seconds since the last commit", f"time() - {selected}", legend, "s", "")
+    if when:
+        # A point without a value: the graph is empty then, and no error.
+        selected += " or on() vector(NaN)"
+        description += f" There is one {when}."
+    unit = _UNITS.get(metric.unit, "none")
+    return Panel(metric.name, selected, legend, unit, description)
+
+
+def _of_ray() -> Iterator[Panel]:
+    """Ray's own metrics of the nodes, whichever run uses them."""
+    node, gpu = "{{NodeAddress}}", "{{NodeAddress}} {{GpuIndex}}"
+    yield Panel(
+        "CPUs busy",
+        "avg by (NodeAddress) (ray_node_cpu_utilization) / 100",
+        node,
+        "percentunit",
+        "Share of a node's cores.",
+    )
+    yield Panel(
+        "memory used",
+        "sum by (NodeAddress) (ray_node_mem_used) / sum by (NodeAddress) (ray_node_mem_total)",
+        node,
+        "percentunit",
+        "Share of a node's memory.",
+    )
+    yield Panel(
+        "GPUs busy",
+        "avg by (NodeAddress, GpuIndex) (ray_node_gpus_utilization) / 100 or on() vector(NaN)",
+        gpu,
+        "percentunit",
+        "Where there are any.",
+    )
+    yield Panel(
+        "GPU memory used",
+        "sum by (NodeAddress, GpuIndex) (ray_node_gram_used) * 1048576 or on() vector(NaN)",
+        gpu,
+        "bytes",
+        "Where there are any.",
+    )
+    yield Panel(
+        "free disk of nodes",
+        "sum by (NodeAddress) (ray_node_disk_free)",
+        node,
+        "bytes",
+        "Of Ray's temporary folder.",
+    )

@@ -1,0 +1,72 @@
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_ray.config.trackers import TrackersConfig
+from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.observability.tracing import Tracer, read_spans
+
+
+class Live:
+    """A sink that shows numbers as they are now."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, float] = {}
+        self.closed = False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.shown.update(metrics)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def live() -> Live:
+    return Live()
+
+
+def make(folder: Path, live: Live) -> Recorder:
+    settings = TrackersConfig(tensorboard=False)
+    return Recorder(folder / "ppo", Tracer(folder / "trace.json"), settings, None, [live])
+
+
+def test_who_watches_is_told_of_all_metrics_and_of_what_no_file_keeps(
+    tmp_path: Path, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=400, free=100))
+    recorder = make(tmp_path, live)
+    now = 1004.0
+    recorder.committed()
+    assert live.shown == {"commit/time": 1004.0}
+    recorder.span("policy-0", "learn", 1001.0, 1003.0)
+    now = 1008.0
+    with recorder.phase("gen", 1):
+        now = 1010.0
+    recorder.log(1, {"objective/kl": 2.0})
+    assert live.shown == {
+        "commit/time": 1004.0,
+        "objective/kl": 2.0,
+        "timing_s/gen": 2.0,
+        "disk/free": 100,
+        "disk/free_share": 0.25,
+        "actors/busy/policy-0": 0.2,  # 2 of 10 s; what the driver waits for is no actor's work
+    }
+    kept = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text())
+    assert kept == {"iteration": 1, "objective/kl": 2.0, "timing_s/gen": 2.0}
+    recorder.close()
+    assert live.closed
+    assert [span.row for span in read_spans(tmp_path / "trace.json")] == ["policy-0", "driver"]
+
+
+def test_who_watches_is_told_of_evaluations(tmp_path: Path, live: Live) -> None:
+    recorder = make(tmp_path, live)
+    recorder.evaluation({"iteration": 3, "eval/score": 0.5, "samples": []})
+    assert live.shown == {"eval/score": 0.5}
