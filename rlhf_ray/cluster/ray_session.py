@@ -36,7 +36,7 @@ def ray_session(config: Config) -> Iterator[None]:
         return
     sweep()
     os.environ.update(_driver_environment() | dict(os.environ))
-    joined = _joins_cluster(config)
+    joined = joins_cluster(config)
     record = None if joined else ProcessRecord()
     try:
         _connect(config, joined)
@@ -54,7 +54,8 @@ def dashboard_url() -> str | None:
     return f"http://{url}" if url else None
 
 
-def _joins_cluster(config: Config) -> bool:
+def joins_cluster(config: Config) -> bool:
+    """Whether the run's Ray is the cluster that this process belongs to."""
     if config.cluster.mode == "auto":
         return "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
     return config.cluster.mode == "ray"
