@@ -7,11 +7,14 @@ over 64 MB by size and the first and last megabyte, where safetensors has names,
 
 import hashlib
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from rlhf_ray.cluster.nodes import Answer, alive_nodes, on_nodes
 from rlhf_ray.errors import PlacementError
@@ -20,6 +23,7 @@ TIMEOUT_S = 120.0
 WHOLE_BYTES = 64 * 2**20
 """Files up to this size are digested whole."""
 PART_BYTES = 2**20
+IP = (socket.AF_INET, socket.AF_INET6)
 
 Listing = Mapping[str, tuple[int, str]]
 """Path -> size in bytes and digest; a path that cannot be read: -1 and the reason."""
@@ -33,23 +37,27 @@ class Look:
     """What it read in run.dir, or why it could not."""
     written: str
     """Why it could not write there; empty: it could."""
+    interface: str
+    """What is wrong with the network interface that the config names; empty: nothing."""
     files: Listing
 
 
-def require_same_view(folder: Path, paths: Sequence[str]) -> None:
+def require_same_view(folder: Path, paths: Sequence[str], interface: str | None) -> None:
     """Check every node before anything is placed.
 
     Args:
         folder: run.dir, which exists.
         paths: local model folders and files of the user's functions, by absolute path.
+        interface: cluster.interface.
 
     Raises:
-        PlacementError: naming each node that cannot read or write run.dir, or has other files.
+        PlacementError: naming each node that cannot read or write run.dir, has other files, or is
+            not on the interface.
     """
     here, nodes = listing(paths), alive_nodes()
     with _probe_folder(folder) as probe:
         word = (probe / "driver").read_text(encoding="utf-8")
-        calls = [(str(probe), node.node_id, list(paths)) for node in nodes]
+        calls = [(str(probe), node.node_id, list(paths), interface, node.address) for node in nodes]
         answers = on_nodes(nodes, look, calls, TIMEOUT_S)
         problems = []
         for answer in answers:
@@ -81,6 +89,8 @@ def problems_of(
     if look is None:
         yield answer.problem
         return
+    if look.interface:
+        yield look.interface
     if look.read != word:
         yield f"cannot read run.dir {folder} as the driver wrote it ({look.read})"
     elif look.written:
@@ -103,7 +113,9 @@ def problems_of(
             yield f"has another {path} ({what})"
 
 
-def look(probe: str, node_id: str, paths: Sequence[str]) -> Look:
+def look(
+    probe: str, node_id: str, paths: Sequence[str], interface: str | None, address: str
+) -> Look:
     """A node's view; runs on the node."""
     try:
         read = (Path(probe) / "driver").read_text(encoding="utf-8")
@@ -114,7 +126,24 @@ def look(probe: str, node_id: str, paths: Sequence[str]) -> Look:
         written = ""
     except OSError as error:
         written = _reason(error)
-    return Look(read, written, listing(paths))
+    odd = "" if interface is None else problem_of_interface(interface, address)
+    return Look(read, written, odd, listing(paths))
+
+
+def problem_of_interface(interface: str, address: str) -> str:
+    """Why this node cannot talk by an interface to others, who know it by ``address``."""
+    addresses = psutil.net_if_addrs()
+    if interface not in addresses:
+        return f"has no network interface {interface} (cluster.interface), only {sorted(addresses)}"
+    if not psutil.net_if_stats()[interface].isup:
+        return f"its network interface {interface} (cluster.interface) is down"
+    own = [entry.address for entry in addresses[interface] if entry.family in IP]
+    if address not in own:
+        return (
+            f"Ray knows it as {address}, which is not on {interface} (cluster.interface), where it "
+            f"has {', '.join(own) or 'no address'}; start Ray there with --node-ip-address"
+        )
+    return ""
 
 
 def listing(paths: Sequence[str]) -> dict[str, tuple[int, str]]:

@@ -94,7 +94,8 @@ def run_single(config: Config, stage: str) -> Path:
 
 def _require_nodes(folder: RunFolder) -> None:
     if joins_cluster(folder.config):
-        require_same_view(folder.path, files_of_roles(folder))
+        interface = folder.config.cluster.interface
+        require_same_view(folder.path, files_of_roles(folder), interface)
 
 
 def open_run(folder: RunFolder) -> None:
@@ -115,6 +116,8 @@ def open_run(folder: RunFolder) -> None:
         raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
     with unwritable_is_an_error(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
+        if not saved.is_file():  # later, whom its owner let in stays in
+            folder.path.chmod(0o700)
     write_atomically(saved, dump(config))
 
 
