@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-LOCKS = (("gpu", "CUDA 13", "580.65.06"),)
+LOCKS = (("gpu", "CUDA 13", "580.65.06"), ("gpu_cu12", "CUDA 12", "525.60.13"))
 """Lock, what its packages are built for, and the oldest driver that runs it; the best one first."""
 
 NVIDIA_SMI_S = 20

@@ -1,6 +1,7 @@
 """The driver decides which GPU packages are installed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +17,25 @@ from rlhf_ray import nvidia_driver
         ("580.65.06", "gpu"),
         ("580.105.08", "gpu"),
         ("600.10", "gpu"),
-        ("580.65.05", None),
-        ("575.57.08", None),
+        ("580.65.05", "gpu_cu12"),
+        ("535.183.01", "gpu_cu12"),
+        ("525.60.13", "gpu_cu12"),
+        ("525.60.12", None),
+        ("470.256.02", None),
         ("", None),
     ],
 )
-def test_the_oldest_driver_of_cuda_13_is_the_border(driver: str, lock: str | None) -> None:
+def test_a_driver_gets_the_newest_packages_that_it_runs(driver: str, lock: str | None) -> None:
     assert nvidia_driver.lock_for(driver) == lock
 
 
 @pytest.mark.parametrize(
     ("driver", "code", "says"),
-    [("580.95.05", 0, "gpu\n"), ("535.183.01", 2, "driver here is 535.183.01")],
+    [
+        ("580.95.05", 0, "gpu\n"),
+        ("550.54.15", 0, "gpu_cu12\n"),
+        ("470.256.02", 2, "driver here is 470.256.02"),
+    ],
 )
 def test_setup_is_told_the_lock_or_the_driver_that_is_needed(
     tmp_path: Path, driver: str, code: int, says: str
@@ -44,4 +52,14 @@ def test_setup_is_told_the_lock_or_the_driver_that_is_needed(
     )
     assert done.returncode == code
     assert says in done.stdout + done.stderr
-    assert (code == 0) == ("580.65.06" not in done.stderr)
+    assert (code == 0) == ("need 525.60.13 or newer" not in done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("lock", "built_for"), [(lock, cuda) for lock, cuda, _ in nvidia_driver.LOCKS]
+)
+def test_each_lock_is_there_and_of_the_cuda_that_it_says(lock: str, built_for: str) -> None:
+    text = (Path(__file__).parents[2] / "requirements" / f"{lock}.txt").read_text()
+    pinned = set(re.findall(r"^([\w-]+)==", text, re.MULTILINE))
+    assert {"torch", "vllm", "deepspeed", "ray"} <= pinned
+    assert ("nvidia-cublas-cu12" in pinned) == (built_for == "CUDA 12")
