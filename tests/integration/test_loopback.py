@@ -42,8 +42,12 @@ def listening() -> Iterator[str]:
                 yield f"{process.name()} {connection.laddr}"
 
 
-def test_every_socket_listens_on_loopback_alone(llama: str, tmp_path: Path) -> None:
+def test_every_socket_listens_on_loopback_alone_and_no_hub_is_asked(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     config = resolve(
