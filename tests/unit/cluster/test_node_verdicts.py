@@ -49,7 +49,7 @@ def test_a_good_node_passes() -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"driver": "535.1"}, {"driver": FAIL}),
+        ({"driver": "470.256.02"}, {"driver": FAIL}),
         ({"gpus": (Gpu(40_000, 81_920),)}, {"GPU memory": NOTE}),
         ({"ninja": None}, {"ninja": NOTE}),
         ({"open_files": 1024}, {"limits": NOTE}),
