@@ -69,7 +69,7 @@ class Peer:
 
 def measure(nodes: Sequence[ClusterNode]) -> list[Link]:
     """Every pair of nodes, one pair after the other."""
-    peers = {
+    peers: dict[ClusterNode, Any] = {
         node: ray.remote(Peer)
         .options(
             num_cpus=0,

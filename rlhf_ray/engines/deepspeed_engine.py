@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  (public; not in __all__)
 
 from rlhf_ray.engines.adam_state import MOMENTS, adam_state, load_adam_state
 
@@ -57,16 +58,14 @@ def join_group(
 
 def _meeting_point(
     rank: int, world_size: int, address: str, port: int, timeout: timedelta
-) -> torch.distributed.TCPStore:
+) -> TCPStore:
     """The group's store. PyTorch's own would listen on every interface of rank 0's node."""
     listener = None
     if rank == 0:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server = socket.create_server((address, port), family=family, backlog=world_size)
         listener = server.detach()  # the store closes it
-    return torch.distributed.TCPStore(
-        address, port, world_size, rank == 0, timeout, master_listen_fd=listener
-    )
+    return TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=listener)
 
 
 class DeepSpeedEngine:
