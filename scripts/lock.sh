@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves requirements/cpu.txt and gpu.txt anew from pyproject.toml and requirements/*.in.
+# Resolves requirements/cpu.txt, gpu.txt and gpu_cu12.txt anew from pyproject.toml and requirements/*.in.
 # Usage: scripts/lock.sh            (needs Python 3.11 or 3.12, and the network)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,8 +11,8 @@ trap 'rm -rf "$work"' EXIT
 lock() { # lock NAME [uv option ...]
   local name=$1 started=$SECONDS
   shift
-  "$work/venv/bin/uv" pip compile pyproject.toml "requirements/$name.in" --extra "$name" \
-    --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet "$@" \
+  "$work/venv/bin/uv" pip compile pyproject.toml "requirements/$name.in" --extra dev \
+    --universal --python-version 3.11 --no-header --no-annotate --quiet "$@" \
     -o "$work/$name.txt" >/dev/null
   {
     echo "# Made by scripts/lock.sh from pyproject.toml and requirements/$name.in: do not edit."
@@ -26,5 +26,6 @@ lock() { # lock NAME [uv option ...]
 
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install -qq "uv==$UV_VERSION"
-lock cpu --override requirements/cpu.overrides
-lock gpu
+lock cpu --extra cpu --override requirements/cpu.overrides
+lock gpu --extra gpu
+lock gpu_cu12 --override requirements/gpu_cu12.overrides

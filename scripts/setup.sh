@@ -103,7 +103,10 @@ if (sys.argv[1] == "gpu") != (torch.version.cuda is not None):
 python=$(find_python)
 decision=$("$python" -I rlhf_ray/preflight.py --decide ${RLHF_RAY_LOCK:+--lock "$RLHF_RAY_LOCK"})
 read -r lock vllm <<<"$decision"
-lock_file=requirements/$lock.txt
+packages=$lock # which of the GPU locks, the driver says
+[[ $lock != gpu ]] || packages=$("$python" -I rlhf_ray/nvidia_driver.py) ||
+  fail "no set of GPU packages fits this machine"
+lock_file=requirements/$packages.txt
 wanted_packages=$(fingerprint "$lock_file" "$lock" "$vllm" "$VENV")
 wanted_project=$(fingerprint pyproject.toml "$PWD")
 installed=

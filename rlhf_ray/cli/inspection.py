@@ -55,11 +55,30 @@ def dashboards(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine, and say what to fix."""
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Its paths are checked on all nodes.")
+    ] = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Every node of the Ray cluster instead.")
+    ] = False,
+    min_bandwidth: Annotated[
+        float, typer.Option(min=0.0, help="Gbit/s that every two nodes must reach.")
+    ] = 1.0,
+) -> None:
+    """Check this machine, or every node of a cluster, and say what to fix."""
     from rlhf_ray import preflight
 
-    raise typer.Exit(preflight.main(["--installed"]))
+    if not cluster:
+        raise typer.Exit(preflight.main(["--installed"]))
+    from rlhf_ray.stages import cluster_doctor
+
+    resolved = read_config(config, overrides) if config else None
+    sections, is_healthy = cluster_doctor.run(resolved, min_bandwidth)
+    for title, checks in sections:
+        typer.echo(f"{title}:\n{preflight.format_table(checks)}")
+    raise typer.Exit(0 if is_healthy else 1)
 
 
 @app.command()

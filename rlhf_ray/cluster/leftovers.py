@@ -88,6 +88,19 @@ def sweep(folder: Path | None = None) -> tuple[int, int]:
     return processes, files
 
 
+def num_left_over(folder: Path | None = None) -> int:
+    """Living processes of dead runs, which `sweep` would end."""
+    count = 0
+    for path in (folder or records_folder()).glob("*.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            dead = _alive(record["driver"]) is None
+            count += sum(_alive(entry) is not None for entry in record["processes"]) if dead else 0
+        except (OSError, ValueError, KeyError):
+            continue
+    return count
+
+
 def _sweep_record(path: Path) -> tuple[int, int]:
     record = json.loads(path.read_text(encoding="utf-8"))
     survivors = [process for entry in record["processes"] if (process := _alive(entry))]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 
 from rlhf_ray.cluster.actor_logs import show_warnings
 from rlhf_ray.cluster.leftovers import ProcessRecord, sweep
@@ -17,8 +18,7 @@ from rlhf_ray.errors import PlacementError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
 
-NODE_ADDRESS = "127.0.0.2"
-"""Loopback as well: Ray would replace 127.0.0.1 by the address of the machine in its network."""
+LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 
 
 def runs_on_ray(config: Config) -> bool:
@@ -58,7 +58,7 @@ def dashboard_url() -> str | None:
 
 
 def joins_cluster(config: Config) -> bool:
-    """Whether Ray is a cluster that was there before, instead of one on this machine."""
+    """Whether the run's Ray is the cluster that this process belongs to."""
     if config.cluster.mode == "auto":
         return "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
     return config.cluster.mode == "ray"
@@ -69,24 +69,39 @@ def _connect(config: Config, joined: bool) -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": True,  # of which `show_warnings` picks
         "namespace": f"rlhf_ray-{config.run.name}",
-        "runtime_env": {"env_vars": _role_environment(config, joined)},
+        "runtime_env": {"env_vars": role_environment(config, joined)},
     }
     try:
         if joined:
             ray.init(address="auto", **shared)
             return
-        ray.init(
-            address="local",
-            num_cpus=num_logical_cpus(config),
-            include_dashboard=config.cluster.dashboard,
-            dashboard_host=LOOPBACK,
-            object_store_memory=config.cluster.object_store_mb * 2**20,
-            _node_ip_address=NODE_ADDRESS,
-            **shared,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=num_logical_cpus(config),
+                include_dashboard=config.cluster.dashboard,
+                dashboard_host=LOOPBACK,
+                object_store_memory=config.cluster.object_store_mb * 2**20,
+                **shared,
+            )
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         what = "reach the Ray cluster" if joined else "start Ray on this machine"
         raise PlacementError(f"Cannot {what}: {error}") from error
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray's node gets the address 127.0.0.1, the only one with which all its ports are local.
+
+    Asked for by name, Ray replaces it by the machine's address in its network; where it may have no
+    other nodes (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, read when it was imported) it takes it itself.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def num_logical_cpus(config: Config) -> int:
@@ -116,11 +131,16 @@ def _driver_environment() -> dict[str, str]:
     return environment()
 
 
-def _role_environment(config: Config, joined: bool) -> dict[str, str]:
+def role_environment(config: Config, joined: bool) -> dict[str, str]:
+    """Variables of every role's process. They pass through Ray's runtime environment, which all who
+    may ask the cluster can read: no secret is among them; those are in the nodes' environment."""
     threads = str(config.cluster.threads_per_actor)
-    local = {} if joined else {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo"}
+    interface = config.cluster.interface if joined else LOOPBACK_INTERFACE
+    bound = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return {
-        **local,
+        **(dict.fromkeys(bound, interface) if interface else {}),
+        # An engine is never spread over nodes: its processes meet on their own.
+        "VLLM_HOST_IP": LOOPBACK,
         **environment(),
         "PATH": os.environ["PATH"],
         "OMP_NUM_THREADS": threads,

@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+from pydantic import field_validator
+
+from rlhf_ray.config.credentials import has_user_info, refuse_secrets
 from rlhf_ray.config.section import Section, changeable
 
 
@@ -32,6 +35,24 @@ class ClusterConfig(Section):
     object_store_mb: int = changeable(
         512, ge=80, description="Size of the local object store, MB (local mode)."
     )
-    env: dict[str, str] = changeable(
-        {}, description="Environment variables of every role's process."
+    interface: str | None = changeable(
+        None,
+        min_length=1,
+        description="Network interface that nodes talk to each other by, such as eth1: Gloo and "
+        "NCCL are bound to it, and a node on which it does not carry Ray's address is refused "
+        "(mode ray); none: theirs to choose. On one machine it is always loopback.",
     )
+    env: dict[str, str] = changeable(
+        {}, description="Environment variables of every role's process; no secrets."
+    )
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        remedy = (
+            "export it where the command is started, or on a cluster where Ray is started on each "
+            "node: processes of roles inherit it"
+        )
+        logins = {f"{name} password": url for name, url in env.items() if has_user_info(url)}
+        refuse_secrets("cluster.env", env | logins, remedy)
+        return env

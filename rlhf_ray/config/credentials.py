@@ -6,7 +6,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _SECRET_NAME = re.compile(
-    r"(token|secret|password|api[_-]?key|credentials|authorization)$", re.IGNORECASE
+    r"(token|secret|passw(or)?d|(api|access|secret|private|auth)[_-]?key|credentials|authorization)$",
+    re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s]+(?=@)")
 

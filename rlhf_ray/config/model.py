@@ -103,6 +103,7 @@ class ModelConfig(Section):
             "quantization_config": "model.quantization",
             "attn_implementation": "model.attn_implementation",
             "trust_remote_code": "model.trust_remote_code",
+            "use_safetensors": "us: pickles are never read",
             "rope_scaling": "model.rope_scaling",
             "rope_parameters": "model.rope_scaling",
         }

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.data import Sources
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.config.rewards import PairJudgeConfig
@@ -94,6 +95,7 @@ class SupervisedConfig(Section):
     def _own_keys(cls, trainer: dict[str, Any]) -> dict[str, Any]:
         section = cls.section()
         owned = {key: value.format(section=section) for key, value in _OWNED.items()}
+        refuse_secrets(f"{section}.trainer", trainer, "export HF_TOKEN instead")
         return refuse_owned(f"{section}.trainer", trainer, owned)
 
     def num_warmup_steps(self, num_steps: int) -> int:

@@ -7,6 +7,9 @@ from pydantic import field_validator, model_validator
 from rlhf_ray.config.credentials import has_user_info
 from rlhf_ray.config.section import Section, changeable
 
+Samples = Literal["none", "local", "all"]
+"""Trackers that are told texts."""
+
 
 class WandbConfig(Section):
     """Weights & Biases; it takes its key from `wandb login` or from WANDB_API_KEY."""
@@ -74,6 +77,11 @@ class TrackersConfig(Section):
     wandb: WandbConfig | None = changeable(None, description="Weights & Biases; none: off.")
     trackio: TrackioConfig | None = changeable(None, description="Trackio; none: off.")
     mlflow: MlflowConfig | None = changeable(None, description="MLflow; none: off.")
+    samples: Samples = changeable(
+        "local",
+        description="Trackers that are told prompts and responses; local: those that keep them on "
+        "this machine (wandb offline, Trackio without a Space, an MLflow store of files).",
+    )
     completions_every: int = changeable(
         10, ge=1, description="PPO iterations between two tables of sample completions."
     )

@@ -1,6 +1,7 @@
 """DeepSpeed as the training engine of one rank of a learner group."""
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  (public; not in __all__)
 
 from rlhf_ray.engines.adam_state import MOMENTS, adam_state, load_adam_state
 from rlhf_ray.engines.frozen_weights import move_frozen
@@ -19,6 +21,13 @@ def join_group(
     """Join the process group of this learner group; returns the device of this rank.
 
     Must come before anything else of DeepSpeed, which reads these variables when imported.
+
+    Args:
+        rank: of this process.
+        world_size: number of ranks.
+        address: where the group meets, on rank 0's node; nothing listens on any other.
+        port: there.
+        timeout_s: of every operation of the group.
     """
     cuda = torch.cuda.is_available()
     os.environ.update(
@@ -30,15 +39,34 @@ def join_group(
     )
     if not cuda:
         os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(world_size))
+    backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+    store = _meeting_point(rank, world_size, address, port, timeout)
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    torch.distributed.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if cuda and world_size > 1 else None,
+    )
     import deepspeed
 
-    deepspeed.init_distributed(
-        "nccl" if cuda else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_s),
-    )
-    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+    # It takes the group that there is.
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    return device
+
+
+def _meeting_point(
+    rank: int, world_size: int, address: str, port: int, timeout: timedelta
+) -> TCPStore:
+    """The group's store. PyTorch's own would listen on every interface of rank 0's node."""
+    listener = None
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = socket.create_server((address, port), family=family, backlog=world_size)
+        listener = server.detach()  # the store closes it
+    return TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=listener)
 
 
 class DeepSpeedEngine:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from rlhf_ray.config.trackers import MlflowConfig, TrackersConfig, TrackioConfig, WandbConfig
 
@@ -47,6 +48,11 @@ class TrackedRun(Protocol):
     @property
     def where(self) -> str:
         """Where a person finds the run."""
+        ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what it is told stays on this machine."""
         ...
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -101,6 +107,11 @@ class WandbRun:
             return f"offline; wandb sync {self._run.settings.sync_dir}"
         return self._run.url or "disabled"
 
+    @property
+    def is_local(self) -> bool:
+        """Until somebody runs `wandb sync`."""
+        return bool(self._run.offline)
+
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics; wandb's own step only counts the calls."""
         for name in metrics.keys() - self._drawn:
@@ -154,6 +165,11 @@ class TrackioRun:
             else f"trackio show --project {project}"
         )
 
+    @property
+    def is_local(self) -> bool:
+        """Without a Space."""
+        return self._settings.space_id is None
+
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at their own step: Trackio keeps one for each metric."""
         self._run.log(dict(metrics), step=step)
@@ -206,6 +222,11 @@ class MlflowRun:
     def where(self) -> str:
         """Its store and its id there."""
         return f"{self._client.tracking_uri}, run {self._run_id}"
+
+    @property
+    def is_local(self) -> bool:
+        """A folder or a file; a server, or a database that has a host, is not."""
+        return urlsplit(self._client.tracking_uri).scheme in ("", "file", "sqlite")
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at their own step: MLflow keeps one for each metric."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.credentials import masked
+from rlhf_ray.config.trackers import Samples
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.metrics import is_registered
 from rlhf_ray.observability.progress import Progress
@@ -27,8 +28,10 @@ _current: ContextVar["Trackers | None"] = ContextVar("trackers", default=None)
 class Tracker:
     """One tracker; once it fails, it is left alone until the next process."""
 
-    def __init__(self, name: str, connect: Connect, info: RunInfo, memory: "Memory") -> None:
-        self._name, self._memory = name, memory
+    def __init__(
+        self, name: str, connect: Connect, info: RunInfo, memory: "Memory", samples: Samples
+    ) -> None:
+        self._name, self._memory, self._samples = name, memory, samples
         self._run: TrackedRun | None = None
         try:
             self._run = connect(info, memory.run_id(name))
@@ -42,8 +45,11 @@ class Tracker:
         self._tell(stream, step, lambda run: run.log(axis, step, metrics))
 
     def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell a table, unless it was told before; its name is its stream."""
-        self._tell(name, step, lambda run: run.table(name, step, rows))
+        """Tell a table of samples, unless it was told before, or may not be told such; its name is
+        its stream."""
+        local = self._run is not None and self._run.is_local
+        if self._samples == "all" or (self._samples == "local" and local):
+            self._tell(name, step, lambda run: run.table(name, step, rows))
 
     def forget(self, stream: str) -> None:
         """Tell a stream anew, from its first step."""
@@ -191,7 +197,10 @@ def tracking(config: Config, folder: Path) -> Iterator[None]:
         )
     info = RunInfo(config.run.name, folder, masked(config.model_dump(mode="json")))
     memory = Memory(folder / "trackers.json")
-    trackers = Trackers([Tracker(name, connect, info, memory) for name, connect in chosen.items()])
+    samples = config.trackers.samples
+    trackers = Trackers(
+        [Tracker(name, connect, info, memory, samples) for name, connect in chosen.items()]
+    )
     token = _current.set(trackers)
     failed = True
     try:

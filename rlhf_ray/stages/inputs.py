@@ -17,6 +17,7 @@ from rlhf_ray.data.readers import read
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import locate
 from rlhf_ray.plugins import load_function
+from rlhf_ray.stages.run_folder import RunFolder, absolute, located_function
 from rlhf_ray.stages.run_models import POLICIES
 
 TRAINED_OR_SAMPLED = {"pretrain", "sft", "reward", "dpo", "ppo", "evaluate"}
@@ -53,6 +54,19 @@ def require_inputs(config: Config, stages: Collection[str]) -> None:
         for source in config.rewards:
             if isinstance(source, FunctionSourceConfig):
                 load_function(source.function, "rewards")
+
+
+def files_of_roles(folder: RunFolder) -> list[str]:
+    """What processes of roles read on their own nodes, by absolute path: models that are folders,
+    those of the run's finished stages among them, and files of the user's functions."""
+    config = folder.config
+    functions = [config.ppo.advantage, config.ppo.policy_loss]
+    functions += [s.function for s in config.rewards if isinstance(s, FunctionSourceConfig)]
+    files = [located_function(function).rpartition(":")[0] for function in functions]
+    models = [absolute(path) for path in _models(config)]
+    made = [folder.path / "pretrain" / "base", *folder.path.glob("*/model")]
+    local = [model for model in (*models, *map(str, made)) if Path(model).is_dir()]
+    return sorted({*local, *(file for file in files if file.endswith(".py"))})
 
 
 def _require_rows(key: str, sources: Sequence[DataSource]) -> None:

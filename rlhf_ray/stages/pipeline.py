@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from rlhf_ray.cluster.ray_session import dashboard_url, ray_session
+from rlhf_ray.cluster.node_checks import require_same_view
+from rlhf_ray.cluster.ray_session import dashboard_url, joins_cluster, ray_session
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.identity import differences
 from rlhf_ray.config.run import STAGES
@@ -17,7 +18,7 @@ from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.report import build
 from rlhf_ray.observability.trackers import tracking
-from rlhf_ray.stages.inputs import require_inputs
+from rlhf_ray.stages.inputs import files_of_roles, require_inputs
 from rlhf_ray.stages.run_folder import (
     RunFolder,
     full_disk_is_an_error,
@@ -57,6 +58,7 @@ def run(config: Config) -> Path:
                 continue
             if stage in NEEDS_RAY and not on_ray:
                 session.enter_context(ray_session(config))
+                _require_nodes(folder)
                 on_ray = True
                 if url := dashboard_url():
                     progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
@@ -85,8 +87,15 @@ def run_single(config: Config, stage: str) -> Path:
         session.enter_context(tracking(config, folder.path))
         if stage in NEEDS_RAY:
             session.enter_context(ray_session(config))
+            _require_nodes(folder)
         run_stage(config, stage)
     return folder.path
+
+
+def _require_nodes(folder: RunFolder) -> None:
+    if joins_cluster(folder.config):
+        interface = folder.config.cluster.interface
+        require_same_view(folder.path, files_of_roles(folder), interface)
 
 
 def open_run(folder: RunFolder) -> None:
@@ -107,6 +116,8 @@ def open_run(folder: RunFolder) -> None:
         raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
     with unwritable_is_an_error(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
+        if not saved.is_file():  # later, whom its owner let in stays in
+            folder.path.chmod(0o700)
     write_atomically(saved, dump(config))
 
 

@@ -26,6 +26,9 @@ evaluate: {num_prompts: 8}
 QUESTION = '<row Id="{}" PostTypeId="1" Title="How?" Body="&lt;p&gt;Why&lt;/p&gt;" Score="1" />'
 ANSWER = '<row Id="{}" PostTypeId="2" ParentId="{}" Body="&lt;p&gt;So&lt;/p&gt;" Score="{}" />'
 
+PLANTED = "planted-s3cret"
+"""The value of every secret in the environment of the run that went through every stage."""
+
 Refused = Callable[..., str]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import vowels
-from command_line import CONFIG, Refused, command
+from command_line import CONFIG, PLANTED, Refused, command
 from tiny_models import build_tiny
 
 from rlhf_ray.config import load
@@ -64,5 +64,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small run that went through every stage; no test may change it."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
-    pipeline.run(load(folder / "config.yaml", [f"run.dir={folder / 'run'}"]))
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "RAY_AUTH_TOKEN"):
+            environment.setenv(name, PLANTED)
+        pipeline.run(load(folder / "config.yaml", [f"run.dir={folder / 'run'}"]))
     return folder / "run"

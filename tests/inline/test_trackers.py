@@ -20,7 +20,7 @@ from rlhf_ray.stages import pipeline
 class Told:
     """A tracker that remembers, over several processes."""
 
-    run_id, where = "one", "here"
+    run_id, where, is_local = "one", "here", True
 
     def __init__(self) -> None:
         self.metrics: list[tuple[str, int, Mapping[str, float]]] = []

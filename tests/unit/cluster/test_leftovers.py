@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.cluster.leftovers import sweep
+from rlhf_ray.cluster.leftovers import num_left_over, sweep
 
 DRIVER = """
 import mmap, subprocess, sys, time
@@ -95,6 +95,7 @@ def test_a_killed_drivers_processes_and_files_are_swept(
     driver: Driver, tmp_path: Path, shared_file: Path
 ) -> None:
     process = driver.process
+    assert num_left_over(tmp_path) == 0
     assert sweep(tmp_path) == (0, 0), "a living driver's are its own"
     assert all(alive(pid) for pid in driver.descendants)
     assert shared_file.exists()
@@ -102,7 +103,9 @@ def test_a_killed_drivers_processes_and_files_are_swept(
     process.kill()
     psutil.wait_procs([process], timeout=5)
     _wait_until_dead(process.pid)
+    assert num_left_over(tmp_path) == 2
     assert sweep(tmp_path) == (2, 2)
+    assert num_left_over(tmp_path) == 0
     assert not any(alive(pid) for pid in driver.descendants)
     assert not shared_file.exists()
     assert not driver.semaphore.exists()

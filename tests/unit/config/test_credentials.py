@@ -20,6 +20,13 @@ JUDGE = "type: judge, model: m, url: 'http://h/v1'"
         ),
         ("model.kwargs={token: s3cret}", r"model\.kwargs may not contain 'token'.*export HF_TOKEN"),
         ("rollout.engine_args={hf_token: s3cret}", r"engine_args .*'hf_token'.*export HF_TOKEN"),
+        (
+            "sft.trainer={hub_token: s3cret}",
+            r"trainer may not .*'hub_token'.*export HF_TOKEN",
+        ),
+        ("cluster.env={HF_TOKEN: s3cret}", r"cluster\.env may not contain 'HF_TOKEN'.*export it"),
+        ("cluster.env={AWS_SECRET_ACCESS_KEY: s3cret}", r"env .*'AWS_SECRET_ACCESS_KEY'"),
+        ("cluster.env={HTTPS_PROXY: 'http://u:s3cret@h'}", r"env .*'HTTPS_PROXY password'"),
         ("trackers.mlflow={tracking_uri: 'http://s3cret@h'}", r"holds a login.*MLFLOW_TRACKING_U"),
         ("trackers.mlflow={tracking_uri: 'http://:s3cret@h'}", r"holds a login"),
     ],

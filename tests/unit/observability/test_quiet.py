@@ -2,6 +2,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from rlhf_ray.observability.quiet import environment
+
 NOISY = """
 import logging, os, sys, warnings
 from rlhf_ray.observability.quiet import silence_dependencies
@@ -52,3 +56,22 @@ def test_children_get_the_defaults_or_the_users_values(monkeypatch):
     assert variables["TRANSFORMERS_VERBOSITY"] == "info"
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
     assert "HF_HUB_OFFLINE" not in variables
+
+
+@pytest.mark.parametrize(
+    ("variable", "off"),
+    [
+        ("DO_NOT_TRACK", "1"),
+        ("GRADIO_ANALYTICS_ENABLED", "False"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("RAY_USAGE_STATS_ENABLED", "0"),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("WANDB_ERROR_REPORTING", "false"),
+    ],
+)
+def test_telemetry_is_off_in_every_process(
+    variable: str, off: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    assert environment()[variable] == off

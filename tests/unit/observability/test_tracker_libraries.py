@@ -15,9 +15,9 @@ from rlhf_ray.config import load
 from rlhf_ray.observability.trackers import current, tracking
 
 
-def follow(folder: Path, tracker: str, settings: str) -> str:
+def follow(folder: Path, tracker: str, settings: str, *further: str) -> str:
     """Follow a run that is killed after step 3, saved at 1, and goes on; the id of its run."""
-    config = load(None, ["run.name=mine", f"trackers.{tracker}={settings}"])
+    config = load(None, ["run.name=mine", f"trackers.{tracker}={settings}", *further])
     for records, steps in (([], (1, 2, 3)), ([{"step": 1, "loss": 0.1}], (2, 3, 4))):
         with tracking(config, folder):
             (sink,) = current().sinks("sft", "step", records)
@@ -189,7 +189,7 @@ def test_what_trackio_is_called_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
         init=init, finish=lambda: print("noise"), Table=lambda columns, data: (columns, data)
     )
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    run_id = follow(tmp_path, "trackio", "{space_id: a/b}")
+    run_id = follow(tmp_path, "trackio", "{space_id: a/b}", "trackers.samples=all")
     opened = [arguments for kind, arguments in calls if kind == "init"]
     assert [arguments["name"] for arguments in opened] == [run_id, run_id]
     assert {(a["resume"], a["space_id"], a["project"]) for a in opened} == {

@@ -25,7 +25,7 @@ class FakeWandb(ModuleType):
         super().__init__("wandb")
         self.__spec__ = ModuleSpec("wandb", None)
         self.calls: Calls = []
-        self.broken = False
+        self.broken, self.offline = False, False
         self.Table = lambda columns, data: ("table", columns, data)
         self.Settings = lambda **values: values
 
@@ -34,7 +34,8 @@ class FakeWandb(ModuleType):
         return SimpleNamespace(
             id=arguments["id"],
             url="https://wandb/p/1",
-            offline=False,
+            offline=self.offline,
+            settings=SimpleNamespace(sync_dir="there"),
             define_metric=lambda name, step_metric: self.calls.append(("axis", name, step_metric)),
             log=self._log,
             finish=lambda exit_code: self.calls.append(("finish", exit_code)),
@@ -59,7 +60,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
 
 @pytest.fixture
 def config() -> Config:
-    return load(None, ["trackers.wandb={project: p, tags: [a]}", "run.name=mine"])
+    return load(
+        None, ["trackers.wandb={project: p, tags: [a]}", "trackers.samples=all", "run.name=mine"]
+    )
 
 
 def log(sinks: list[Sink], *steps: int) -> None:
@@ -211,6 +214,24 @@ def test_a_start_that_fails_is_no_failure_of_the_run(
     assert not (tmp_path / "trackers.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("samples", "offline", "is_told"),
+    [
+        ("local", False, False),
+        ("local", True, True),
+        ("all", False, True),
+        ("none", True, False),
+    ],
+)
+def test_samples_leave_the_machine_only_where_the_config_says_so(
+    wandb: FakeWandb, tmp_path: Path, samples: str, offline: bool, is_told: bool
+) -> None:
+    wandb.offline = offline
+    with tracking(load(None, ["trackers.wandb={}", f"trackers.samples={samples}"]), tmp_path):
+        current().table("completions", 1, [{"iteration": 1, "response": "x"}])
+    assert ("completions" in str(wandb.of("log"))) == is_told
+
+
 def test_a_run_that_fails_is_marked_as_failed(
     wandb: FakeWandb, config: Config, tmp_path: Path
 ) -> None:
@@ -222,13 +243,12 @@ def test_a_run_that_fails_is_marked_as_failed(
 def test_the_trackers_see_the_config_without_secrets(wandb: FakeWandb, tmp_path: Path) -> None:
     config = load(
         None,
-        ["trackers.wandb={}", "cluster.env={HF_TOKEN: abc, A: b}", "sft.trainer={hub_token: abc}"],
+        ["trackers.wandb={}", "cluster.env={A: b}"],
     )
     with tracking(config, tmp_path):
         pass
     ((arguments,),) = wandb.of("init")
-    assert arguments["config"]["cluster"]["env"] == {"HF_TOKEN": "...", "A": "..."}
-    assert arguments["config"]["sft"]["trainer"] == {"hub_token": "..."}
+    assert arguments["config"]["cluster"]["env"] == {"A": "..."}
     assert arguments["config"]["ppo"]["gamma"] == 1.0
     assert arguments["config"]["rollout"]["max_tokens"] == 64
 

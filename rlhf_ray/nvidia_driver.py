@@ -1,0 +1,62 @@
+"""Which lock of GPU packages an NVIDIA driver can run.
+
+Standard library only; scripts/setup.sh runs it as a file, before anything is installed.
+"""
+
+import re
+import subprocess
+import sys
+
+LOCKS = (("gpu", "CUDA 13", "580.65.06"), ("gpu_cu12", "CUDA 12", "525.60.13"))
+"""Lock, what its packages are built for, and the oldest driver that runs it; the best one first."""
+
+NVIDIA_SMI_S = 20
+
+
+def lock_for(driver: str) -> str | None:
+    """The best lock that a driver runs; None: none of them."""
+    numbers = _numbers(driver)
+    return next((lock for lock, _, oldest in LOCKS if numbers >= _numbers(oldest)), None)
+
+
+def oldest_driver() -> str:
+    """The oldest driver that runs any lock."""
+    return LOCKS[-1][2]
+
+
+def read_driver() -> str:
+    """Version of this machine's driver, as nvidia-smi says; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"^\d+(\.\d+)+$", done.stdout, re.MULTILINE)
+    return found[0] if found else ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def main() -> int:
+    """Print the lock for this machine; exit code 2, with what is needed, where none fits."""
+    driver = read_driver()
+    lock = lock_for(driver)
+    if lock is not None:
+        print(lock)
+        return 0
+    _, built_for, _ = LOCKS[-1]
+    print(
+        f"the NVIDIA driver here is {driver or 'not to be seen (nvidia-smi)'}; the GPU packages "
+        f"({built_for}) need {oldest_driver()} or newer. Install that driver, or run "
+        "RLHF_RAY_LOCK=cpu scripts/setup.sh",
+        file=sys.stderr,
+    )
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The doctor of a cluster, on a simulated one of two nodes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from typer.testing import CliRunner
+
+from rlhf_ray.cli import app
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_every_node_and_link_is_looked_at(cluster: Cluster, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run: {{dir: {tmp_path / 'run'}}}\n")
+    done = CliRunner().invoke(app, ["doctor", str(config), "--cluster"])
+    assert done.exit_code == 0, done.output
+    for node in (cluster.head_node, *cluster.worker_nodes):
+        assert f"({node.node_id[:8]}):" in done.output
+    for name in ("driver", "/dev/shm", "limits", "ninja", "left-overs", "interface", "versions"):
+        assert name in done.output
+    assert "Gbit/s" in done.output
+    paths = f"run.dir {tmp_path / 'run'} and the same models on all nodes"
+    assert paths in " ".join(done.output.split())
+
+    slow = CliRunner().invoke(app, ["doctor", "--cluster", "--min-bandwidth", "100000"])
+    assert slow.exit_code == 1
+    assert "under 100000 (--min-bandwidth)" in " ".join(slow.output.split())

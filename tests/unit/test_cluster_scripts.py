@@ -1,0 +1,128 @@
+"""The launchers of scripts/cluster, each by its schema or by a run with stand-ins."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "scripts" / "cluster"
+KUBERAY = ("raycluster.yaml", "rayjob.yaml")
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def test_the_ray_cluster_is_valid_by_rays_own_schema() -> None:
+    schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    cluster = read("ray_cluster.yaml")
+    jsonschema.validate(cluster, json.loads(schema.read_text()))
+    for role in ("head", "worker"):
+        *_, start = cluster[f"{role}_start_ray_commands"]
+        assert "RAY_AUTH_MODE=token" in start
+        assert "test -s ~/.ray/auth_token" in start
+        assert subprocess.run(["bash", "-n", "-c", start], check=False).returncode == 0
+    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_objects_are_valid(name: str) -> None:
+    schema = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
+    found = read(name)
+    jsonschema.validate(found, schema)
+    misspelt = json.loads(json.dumps(found).replace('"groupName"', '"name"'))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(misspelt, schema)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_groups_have_roles_a_token_and_secrets_of_their_own(name: str) -> None:
+    spec = read(name)["spec"]
+    cluster = spec.get("rayClusterSpec", spec)
+    assert cluster["authOptions"] == {"mode": "token"}
+    labels = {g["groupName"]: g["rayStartParams"]["labels"] for g in cluster["workerGroupSpecs"]}
+    assert labels == {"train": "role=train", "rollout": "role=rollout"}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        (container,) = pod["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": "rlhf-ray-secrets"}}]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_image_is_locked_and_runs_without_root() -> None:
+    text = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
+    lines = re.sub(r"^#.*\n|\\\n", "", text, flags=re.MULTILINE).splitlines()
+    (base,) = [line for line in lines if line.startswith("FROM ")]
+    assert re.search(r":\d", base)
+    assert ":latest" not in base
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users == ["ubuntu"]
+    kept = (FOLDER / "Dockerfile.dockerignore").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY "):
+            *sources, _ = [word for word in line.split()[1:] if not word.startswith("--")]
+            assert all((ROOT / source).exists() for source in sources), line
+            assert all(f"!{source}" in kept for source in sources), line
+    installs = [line for line in lines if "pip install" in line]
+    assert all("--no-deps" in part for line in installs for part in line.split("pip install")[1:])
+    assert re.search(r"^deepspeed==", (ROOT / "requirements/gpu.txt").read_text(), re.MULTILINE)
+    assert any("DS_BUILD_FUSED_ADAM=1" in line for line in installs)
+
+
+STAND_INS = {
+    "scontrol": 'printf "%s\\n" n1 n2 n3',
+    "srun": "while [[ $1 == --* ]]; do [[ $1 != --nodelist=* ]] || node=${1#*=}; shift; done\n"
+    'if [[ $1 == bash ]]; then echo "10.0.0.${node#n}"; exit; fi\n'
+    'echo "$node $* token=$(wc -c <"$RAY_AUTH_TOKEN_PATH")" >>"$LOG"\n'
+    "exec sleep 60",
+    "ray": "grep ' ray start' \"$LOG\" | sed 's/.*/{\"node_id\": 1}/'",
+    "rlhf-ray": 'echo "run $* at $RAY_ADDRESS"; stat -c %a "$RAY_AUTH_TOKEN_PATH"',
+}
+
+
+def test_the_slurm_script_starts_a_labelled_cluster_with_a_token(tmp_path: Path) -> None:
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    log.touch()
+    done = subprocess.run(
+        [FOLDER / "slurm.sh", "run", "c.yaml", "run.dir=/shared/r"],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "VENV": str(tmp_path / "venv"),
+            "LOG": str(log),
+            "RAY_WAIT_S": "0.05",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[1-3]",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    started, (ran, mode) = log.read_text().splitlines(), done.stdout.splitlines()
+    assert sorted(started) == [
+        "n1 ray start --block --head --node-ip-address=10.0.0.1 --port=6379 "
+        "--dashboard-host=127.0.0.1 --labels role=train token=64",
+        "n2 ray start --block --address=10.0.0.1:6379 --node-ip-address=10.0.0.2 "
+        "--labels role=train token=64",
+        "n3 ray start --block --address=10.0.0.1:6379 --node-ip-address=10.0.0.3 "
+        "--labels role=rollout token=64",
+    ]
+    assert ran == "run run c.yaml run.dir=/shared/r cluster.mode=ray at 10.0.0.1:6379"
+    assert mode == "600"
+    assert not list(tmp_path.glob(".ray-token*"))
