@@ -10,6 +10,7 @@ from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
     Gap,
+    GeneratorStatus,
     Handle,
     ProbeComparison,
     RawScores,
@@ -49,6 +50,14 @@ class Generators(Protocol):
 
     def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
         """Sample shards on whichever generator is free; yields each as it is done."""
+        ...
+
+    def scale_to(self, num: int) -> None:
+        """Want so many generators; they join and leave in the background."""
+        ...
+
+    def statuses(self) -> list[GeneratorStatus]:
+        """How each is."""
         ...
 
 

@@ -16,6 +16,11 @@ Handle = Any
 
 FinishReason = Literal["stop", "length"]
 
+GeneratorState = Literal["starting", "stale", "ready", "suspect", "dead", "restarting", "retired"]
+"""starting: its process loads the base; stale: it does not serve the current adapter; ready: it
+gets prompts; suspect: it failed or came too late, and is being ended; dead: it is ended;
+restarting: it waits to be started anew; retired: nobody wants it, and it finishes what it began."""
+
 RawScores = Mapping[str, tuple[float | None, ...]]
 """Source -> [N] raw scores of N responses; None where the source has no score for one."""
 
@@ -211,6 +216,20 @@ class ServedAdapter:
     """Whether the prefix cache was dropped."""
     seconds: float
     """Time that the change took, pause and resume included."""
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorStatus:
+    """How one generator is."""
+
+    name: str
+    """Its actor's name."""
+    state: GeneratorState
+    """Where it is in its life."""
+    version: int | None
+    """Adapter version that it serves; None: none that counts."""
+    restarts: int
+    """How often it was started anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
     Gap,
+    GeneratorStatus,
     Handle,
     ProbeComparison,
     RawScores,
@@ -49,6 +50,13 @@ class GeneratorPool:
         """Args: the generators; most shards at one generator at a time."""
         self.members = members
         self._max_in_flight = max_in_flight
+
+    def scale_to(self, num: int) -> None:
+        """The number is fixed."""
+
+    def statuses(self) -> list[GeneratorStatus]:
+        """How each is."""
+        return [GeneratorStatus(one.name, "ready", None, 0) for one in self.members]
 
     async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
         """Yield each shard as it is done; the order of generation changes nothing but the time."""

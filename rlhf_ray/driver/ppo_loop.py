@@ -94,6 +94,17 @@ class PpoLoop:
         self._whitens = _whitens(config)
         if state.iteration:
             self._kl.load_state_dict({"coef": state.kl_coef})
+        self._stop_asked = False
+        self._at_end = state.iteration >= config.ppo.iterations
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands."""
+        return self._state
+
+    def request_stop(self) -> None:
+        """End after the iteration that is being done, with its commit saved."""
+        self._stop_asked = True
 
     async def run(self) -> dict[str, Any]:
         """Prove the generators, then iterate to the end; returns the summary."""
@@ -106,10 +117,11 @@ class PpoLoop:
         await self._sync.publish(self._roles.generators.members, self._state.version)
         if self._evaluation_is_due():
             await self._evaluate()
-        while self._state.iteration < config.ppo.iterations:
+        while not self._at_end:
             await self._iterate()
         recorder = self._recorder
-        return run_summary(recorder.history(), asdict(self._state), recorder.warnings())
+        summary = run_summary(recorder.history(), asdict(self._state), recorder.warnings())
+        return summary | {"stopped": self._state.iteration < config.ppo.iterations}
 
     async def _iterate(self) -> None:
         iteration = self._state.iteration + 1
@@ -125,7 +137,8 @@ class PpoLoop:
         await self._publish(iteration)
         metrics |= pace_metrics(stats, time.time() - started)
         await self._record(batch, metrics, iteration)
-        if iteration == self._config.ppo.iterations or iteration % self._config.ppo.save_every == 0:
+        self._at_end = self._stop_asked or iteration == self._config.ppo.iterations
+        if self._at_end or iteration % self._config.ppo.save_every == 0:
             await self._save()
         if self._evaluation_is_due():
             await self._evaluate()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
@@ -74,13 +74,23 @@ class Bar:
         return self._clock() - self._start_s
 
     @property
-    def eta_s(self) -> float | None:
-        """Seconds left at the mean pace since the first units; None where nothing can be said."""
+    def pace_s(self) -> float | None:
+        """Mean seconds a unit took since the first ones; None where nothing can be said."""
         num_here = self.done - self._first
-        if self.total is None or num_here <= 0:
+        return (self._clock() - self._pace_start_s) / num_here if num_here > 0 else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at that pace."""
+        pace_s = self.pace_s
+        if self.total is None or pace_s is None:
             return None
-        pace_s = (self._clock() - self._pace_start_s) / num_here
         return max(0, self.total - self.done) * pace_s
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """The latest of each value that was shown."""
+        return self._values
 
     def counted(self) -> str:
         """Such as ``12/60 iterations``."""
