@@ -19,7 +19,7 @@ FinishReason = Literal["stop", "length"]
 GeneratorState = Literal["starting", "stale", "ready", "suspect", "dead", "restarting", "retired"]
 """starting: its process loads the base; stale: it does not serve the current adapter; ready: it
 gets prompts; suspect: it failed or came too late, and is being ended; dead: it is ended;
-restarting: it waits to be started anew; retired: nobody wants it, and it finishes what it began."""
+restarting: it waits to be started anew; retired: nobody wants it, it finishes what it has begun."""
 
 RawScores = Mapping[str, tuple[float | None, ...]]
 """Source -> [N] raw scores of N responses; None where the source has no score for one."""

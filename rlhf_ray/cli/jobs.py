@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,9 +50,9 @@ def submit(
     job = submission.submit(resolved, server, working_dir)
     typer.echo(f"Submitted {job.id}: rlhf-ray status {job.id}, rlhf-ray logs {job.id} --follow")
     if follow or retries:
-        raise typer.Exit(
-            submission.follow(resolved, server, working_dir, job, _write, num_retries=retries)
-        )
+        with _watching(job.id):
+            code = submission.follow(resolved, server, working_dir, job, _write, retries)
+        raise typer.Exit(code)
 
 
 @app.command("list")
@@ -88,8 +90,9 @@ def logs(
     """Print what a run prints."""
     from rlhf_ray.cluster.runs import find_run
 
-    for text in find_run(run, address).logs(follow):
-        _write(text)
+    with _watching(run):
+        for text in find_run(run, address).logs(follow):
+            _write(text)
 
 
 @app.command()
@@ -117,6 +120,16 @@ def scale(
 
     find_run(run, address).scale(generators)
     typer.echo(f"Asked for {generators} generators; rlhf-ray status {run} shows them come and go")
+
+
+@contextmanager
+def _watching(run: str) -> Iterator[None]:
+    """Whoever stops watching shall know that the run does not stop."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nThe run goes on: rlhf-ray logs {run} --follow, rlhf-ray stop {run}")
+        raise typer.Exit(0) from None
 
 
 def _write(text: str) -> None:

@@ -166,7 +166,8 @@ def _register(folder: Path) -> None:
     """Note on this node which folder the job writes to: it is known by its id alone."""
     job = submission_id()
     if job is not None:
-        _job_record(job).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for own in (records_folder(), _job_record(job).parent):
+            own.mkdir(mode=0o700, exist_ok=True)
         _write(_job_record(job), {"folder": str(folder)})
 
 

@@ -58,7 +58,7 @@ def dashboard_url() -> str | None:
 
 
 def joins_cluster(config: Config) -> bool:
-    """Whether the run is part of a cluster that is there already."""
+    """Whether the run's Ray is the cluster that this process belongs to."""
     if config.cluster.mode == "auto":
         return "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
     return config.cluster.mode == "ray"

@@ -1,5 +1,6 @@
 """Sends a run to a cluster: packs the working folder, submits, follows, tries again."""
 
+import os
 import re
 import secrets
 import tempfile
@@ -81,7 +82,7 @@ def exit_code(job: Job) -> int:
 def _send(config: Config, server: JobServer, folder: Path, entrypoint: str) -> Job:
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name)
     submission_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    metadata = {NAME: config.run.name, FOLDER: config.run.dir}
+    metadata = {NAME: config.run.name, FOLDER: os.path.normpath(config.run.dir)}
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "working_folder.zip"
         pack(folder, {CONFIG_FILE: dump(config)}, archive)
@@ -98,9 +99,13 @@ def _require_for_a_cluster(config: Config) -> None:
         )
 
 
+def _is_same(job: Job, config: Config) -> bool:
+    return job.name == config.run.name or job.folder == os.path.normpath(config.run.dir)
+
+
 def _require_not_running(config: Config, server: JobServer) -> None:
     for job in server.jobs():
-        if not job.is_over and (job.name == config.run.name or job.folder == config.run.dir):
+        if not job.is_over and _is_same(job, config):
             raise ConfigError(
                 f"Run {job.name} in {job.folder} goes on already, as job {job.id}: stop it first "
                 f"(rlhf-ray stop {job.id}), or choose another run.name and run.dir"

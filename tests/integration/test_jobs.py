@@ -72,8 +72,10 @@ def wait_until_training(run: Path) -> None:
 
 def living_actors(cluster: JobCluster) -> list[str]:
     command = ("list", "actors", "--filter", "state=ALIVE", "--format", "json")
-    listed = cluster.run("ray", *command).output
-    found = json.loads(listed[listed.index("[") :])
+    listed = cluster.run("ray", *command)
+    assert listed.code == 0, listed.output
+    _, bracket, rows = listed.output.partition("[")  # nothing at all where there are none
+    found = json.loads(bracket + rows or "[]")
     return [actor["name"] for actor in found if not actor["name"].startswith("_ray_internal")]
 
 
