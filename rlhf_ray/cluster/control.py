@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from rlhf_ray.cluster.leftovers import alive, identity, records_folder
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.observability.progress import Bar, watched_by
 from rlhf_ray.types import GeneratorStatus
 
 INTERVAL_S = 1.0
@@ -41,6 +42,10 @@ class RunStatus:
     """stopped: on request; failed: by an error; dead: its driver is gone without a word."""
     stage: str | None = None
     """The stage that it is in, or was in last."""
+    progress: str | None = None
+    """How far the stage is, such as ``120/600 steps``."""
+    eta_s: float | None = None
+    """Seconds left of the stage."""
     iteration: int | None = None
     """Iterations of PPO that are committed; None until PPO's roles are ready, like all below."""
     iterations: int | None = None
@@ -53,8 +58,6 @@ class RunStatus:
     """Adapter version that is served."""
     seconds_per_iteration: float | None = None
     """Mean of this process's iterations but the first."""
-    eta_s: float | None = None
-    """Seconds left."""
     generators: tuple[GeneratorStatus, ...] = ()
     """Each generator."""
     updated: float = 0.0
@@ -89,6 +92,11 @@ class ControlFiles:
         self._asked.unlink(missing_ok=True)
         driver = identity() | {"host": socket.gethostname()}
         self._write_status(RunStatus(name, str(self._status.parent)), driver)
+
+    def begin(self, stage: str) -> None:
+        """Nothing is known yet of a stage that begins."""
+        status, driver = _status_in(self._read()), self.driver()
+        self._write_status(RunStatus(status.name, status.folder, stage=stage), driver)
 
     def tell(self, **changes: Any) -> None:
         """Change fields of the status. A run does not end because this cannot be written."""
@@ -146,8 +154,13 @@ def told(name: str, folder: Path) -> Iterator[ControlFiles]:
     files = ControlFiles(folder)
     files.open(name)
     _register(folder)
+
+    def tell_progress(bar: Bar) -> None:
+        files.tell(progress=bar.counted(), eta_s=bar.eta_s)
+
     try:
-        yield files
+        with watched_by(tell_progress):
+            yield files
     except Exception:
         files.tell(state="failed")
         raise

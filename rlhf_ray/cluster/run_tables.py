@@ -43,18 +43,14 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
         ("run", f"{status.name} in {status.folder}"),
         ("state", f"{status.state}, as told {age} ago"),
         ("stage", status.stage),
-        ("iteration", None if status.iteration is None else _iteration(status)),
+        ("progress", status.progress),
+        ("ETA", None if status.eta_s is None else clock_time(status.eta_s)),
         ("reward", _number(status.reward)),
         ("kl", _number(status.kl)),
         ("version", None if status.version is None else str(status.version)),
         ("s/iteration", _number(status.seconds_per_iteration)),
-        ("ETA", None if status.eta_s is None else clock_time(status.eta_s)),
     ]
     return [(name, text) for name, text in facts if text is not None]
-
-
-def _iteration(status: RunStatus) -> str:
-    return f"{status.iteration} of {status.iterations}"
 
 
 def _number(value: float | None) -> str | None:

@@ -12,8 +12,8 @@ from rlhf_ray.errors import ConfigError
 MAX_BYTES = 100 * 10**6
 """Largest sum of files; Ray's job server takes no request over 100 MiB."""
 
-LEFT_OUT_AT_THE_TOP = ("runs", "data", "datasets", "models", "outputs")
-"""Runs, data and models are read from where the cluster keeps them."""
+LEFT_OUT_AT_THE_TOP = ("runs", "data")
+"""Folders that are read from where the cluster keeps them; deeper down, names of code."""
 
 LEFT_OUT_ANYWHERE = (
     *(".git", ".venv", "venv", "node_modules", "wandb", "mlruns"),

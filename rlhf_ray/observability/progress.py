@@ -57,16 +57,19 @@ class Bar:
             self._first, self._pace_start_s = self.done + num_units, self._clock()
         self.done += num_units
         self._values.update(values)
-        if self.view is not None:
-            self.view.update(self)
+        self.changed()
 
     def restart(self, total: int | None, unit: str) -> None:
         """Begin another part of the same stage, counted anew in units of its own."""
         self.total, self._unit = total, unit
         self.done = self._first = 0
         self._pace_start_s = self._start_s
-        if self.view is not None:
-            self.view.update(self)
+        self.changed()
+
+    def changed(self) -> None:
+        """Show it as it is now."""
+        for show in [self.view.update, *_watchers] if self.view is not None else _watchers:
+            show(self)
 
     @property
     def elapsed_s(self) -> float:
@@ -112,6 +115,19 @@ class Bar:
         )
 
 
+_watchers: list[Callable[[Bar], None]] = []
+
+
+@contextmanager
+def watched_by(watcher: Callable[[Bar], None]) -> Iterator[None]:
+    """Have every stage of this process tell someone else too how far it is."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
 class Progress:
     """Tells a person how far a run is.
 
@@ -151,6 +167,7 @@ class Progress:
             if self._console.is_terminal
             else _PlainView(self.say, self._clock)
         )
+        bar.changed()
         outcome = "stopped"
         try:
             yield bar

@@ -67,7 +67,7 @@ def run(config: Config) -> Path:
                 on_ray = True
                 if url := dashboard_url():
                     progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
-            control.tell(stage=stage)
+            control.begin(stage)
             run_stage(config, stage)
             if control.asked().stop:
                 control.tell(state="stopped")
@@ -97,7 +97,7 @@ def run_single(config: Config, stage: str) -> Path:
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
         control = session.enter_context(told(config.run.name, folder.path))
-        control.tell(stage=stage)
+        control.begin(stage)
         if stage in NEEDS_RAY:
             session.enter_context(ray_session(config))
         run_stage(config, stage)

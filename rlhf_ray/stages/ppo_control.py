@@ -47,6 +47,5 @@ def _standing(loop: PpoLoop, generators: Generators, bar: Bar) -> dict[str, Any]
         "kl": bar.values.get("kl"),
         "version": loop.state.version,
         "seconds_per_iteration": bar.pace_s,
-        "eta_s": bar.eta_s,
         "generators": tuple(generators.statuses()),
     }

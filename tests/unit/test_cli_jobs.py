@@ -15,8 +15,7 @@ STATUS = {
     "name": "mine",
     "folder": "/mnt/mine",
     "stage": "ppo",
-    "iteration": 3,
-    "iterations": 40,
+    "progress": "3/40 iterations",
     "generators": [{"name": "generator-0", "state": "ready", "version": 3, "restarts": 0}],
 }
 
@@ -42,7 +41,7 @@ def test_runs_are_listed_and_shown(client: FakeJobClient) -> None:
     (job,) = json.loads(command("list", "--json"))
     assert (job["name"], job["folder"], job["status"]) == ("mine", "/mnt/mine", "RUNNING")
     at = ("--address", "http://head:8265")
-    assert "3 of 40" in command("status", "mine", *at)
+    assert "3/40 iterations" in command("status", "mine", *at)
     found = json.loads(command("status", "/mnt/mine", *at, "--json"))
     assert found["generators"] == STATUS["generators"]
     assert command("logs", "mine-1", *at) == "log of mine-1\n"

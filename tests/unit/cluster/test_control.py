@@ -1,5 +1,6 @@
 """Status and wishes in the files of a run's folder."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from rlhf_ray.cluster import control
 from rlhf_ray.cluster.control import ControlFiles, RunStatus, Wish, told
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.observability.progress import Progress
 from rlhf_ray.types import GeneratorStatus
 
 
@@ -48,6 +50,28 @@ def test_how_a_run_ended_is_told(tmp_path: Path, error: type[BaseException], sta
     with pytest.raises(error), told("mine", tmp_path):
         raise error
     assert ControlFiles(tmp_path).status().state == state
+
+
+def test_how_far_a_stage_is_is_told_and_void_when_another_begins(tmp_path: Path) -> None:
+    now = 0.0
+    with told("mine", tmp_path) as files:
+        files.begin("sft")
+        with Progress(stream=io.StringIO(), clock=lambda: now).stage("sft", 150) as bar:
+            assert files.status().progress == "0/150 steps"
+            now = 5.0
+            bar.advance(10)
+            now = 25.0
+            bar.advance(40)
+            found = files.status()
+        assert (found.stage, found.progress) == ("sft", "50/150 steps")
+        assert found.eta_s == 50.0  # 100 steps at half a second, the first 10 apart
+        files.tell(iteration=3)
+        files.begin("evaluate")
+        found = files.status()
+    assert (found.stage, found.progress, found.iteration) == ("evaluate", None, None)
+    with Progress(stream=io.StringIO()).stage("other", 1) as bar:
+        bar.advance(1)
+    assert files.status().progress is None, "what comes after the run is not the run's"
 
 
 def test_a_driver_that_is_gone_without_a_word_is_dead(tmp_path: Path) -> None:

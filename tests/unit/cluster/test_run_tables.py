@@ -24,19 +24,19 @@ def test_a_status_shows_what_there_is() -> None:
         GeneratorStatus("generator-1", "starting", None, 0),
     )
     status = RunStatus(
-        *("mine", "/mnt/mine", "running", "ppo"),
-        *(12, 40, 0.5123, 1.25, 12, 3.456, 96.8, generators, time.time() - 2),
+        *("mine", "/mnt/mine", "running", "ppo", "12/40 iterations", 96.8),
+        *(12, 40, 0.5123, 1.25, 12, 3.456, generators, time.time() - 2),
     )
     assert shown(status_table(status)) == [
         "run mine in /mnt/mine",
         "state running, as told 0:02 ago",
         "stage ppo",
-        "iteration 12 of 40",
+        "progress 12/40 iterations",
+        "ETA 1:37",
         "reward 0.512",
         "kl 1.25",
         "version 12",
         "s/iteration 3.46",
-        "ETA 1:37",
         "generator state version restarts",
         "generator-0 ready 12 1",
         "generator-1 starting - 0",

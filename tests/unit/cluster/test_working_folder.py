@@ -28,10 +28,10 @@ def test_code_and_configs_travel_and_runs_data_environments_and_secrets_do_not(
     tmp_path: Path,
 ) -> None:
     work = tmp_path / "work"
-    kept = ("config.yaml", "rewards/mine.py", "rewards/data/words.txt", "runs.md")
+    kept = ("config.yaml", "models/mine.py", "models/data/words.txt", "runs.md")
     write(work, *kept)
-    write(work, "runs/a/config.yaml", "data/rows.jsonl", "models/llama/config.json")
-    write(work, ".venv/lib/a.py", ".git/HEAD", "rewards/__pycache__/mine.pyc", ".ruff_cache/x")
+    write(work, "runs/a/config.yaml", "data/rows.jsonl")
+    write(work, ".venv/lib/a.py", ".git/HEAD", "models/__pycache__/mine.pyc", ".ruff_cache/x")
     write(work, "mine/pyvenv.cfg", "mine/lib/b.py", "sub/model.safetensors", "sub/rows.parquet")
     write(work, ".env", "sub/.env.local", "server.key")
     assert set(packed(work, tmp_path / "a.zip")) == set(kept)
