@@ -99,9 +99,9 @@ class ControlFiles:
         self._write_status(RunStatus(status.name, status.folder, stage=stage), driver)
 
     def tell(self, **changes: Any) -> None:
-        """Change fields of the status. A run does not end because this cannot be written."""
-        written = self._read()
-        with suppress(OSError):
+        """Change fields of the status. No run ends because it is gone or cannot be written."""
+        with suppress(OSError, ConfigError):
+            written = self._read()
             self._write_status(replace(_status_in(written), **changes), written["driver"])
 
     def _write_status(self, status: RunStatus, driver: dict[str, Any]) -> None:

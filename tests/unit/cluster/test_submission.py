@@ -46,6 +46,19 @@ def test_a_run_is_sent_with_its_folder_and_its_config_as_it_was_resolved(tmp_pat
     assert resolve(yaml.safe_load(files["submitted.yaml"])) == config
 
 
+def test_no_secret_of_this_machine_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "planted-5ecret"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secret)
+    folder = work_folder(tmp_path / "work")
+    for name in (".env", ".netrc", "cluster.key"):
+        (folder / name).write_text(secret)
+    client = FakeJobClient()
+    submit(config_of(), server_of(client), folder)
+    assert secret not in repr(client.submitted) + repr(client.packed)
+    assert len(client.packed[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
