@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,8 +95,8 @@ class ControlFiles:
 
     def begin(self, stage: str) -> None:
         """Nothing is known yet of a stage that begins."""
-        status, driver = _status_in(self._read()), self.driver()
-        self._write_status(RunStatus(status.name, status.folder, stage=stage), driver)
+        unknown = {f.name: f.default for f in fields(RunStatus) if f.default is not MISSING}
+        self.tell(**unknown | {"stage": stage})
 
     def tell(self, **changes: Any) -> None:
         """Change fields of the status. No run ends because it is gone or cannot be written."""
