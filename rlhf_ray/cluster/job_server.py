@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import socket
@@ -231,6 +232,8 @@ def connect(address: str | None) -> JobServer:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for module in ("dashboard_sdk", "job.sdk"):  # which set their own level when they are imported
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     if address is not None:
         os.environ[ADDRESS_VARIABLES[0]] = address  # which Ray takes over its argument
     where = configured_address() or DEFAULT_ADDRESS

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from job_cluster import JobCluster, job_cluster
 
+from rlhf_ray.cluster.control import ControlFiles, RunStatus
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(590)]
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -47,27 +49,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
 
 
 def status_of(cluster: JobCluster, run: str) -> dict[str, Any]:
-    """What another process reads of a run; empty while there is nothing to read."""
-    done = cluster.run("rlhf-ray", "status", run, "--json")
-    return json.loads(done.output) if done.code == 0 else {}
+    """What another process reads of a run, by the dashboard's address alone."""
+    return json.loads(cluster.rlhf_ray("status", run, "--json"))
 
 
-def wait_until(
-    cluster: JobCluster, run: str, holds: Callable[[dict[str, Any]], bool]
-) -> dict[str, Any]:
-    deadline = time.monotonic() + 150
-    while not holds(found := status_of(cluster, run)):
+def wait_until(cluster: JobCluster, folder: Path, holds: Callable[[RunStatus], bool]) -> None:
+    """Looks into the run's folder: asking the cluster all the time would slow the run."""
+    deadline = time.monotonic() + 240
+    files = ControlFiles(folder)
+    while not ((folder / "status.json").is_file() and holds(files.status())):
         if time.monotonic() > deadline:
-            pytest.fail(f"{found}\n{cluster.run('rlhf-ray', 'logs', run).output}")
-        time.sleep(0.5)
-    return found
-
-
-def wait_until_training(run: Path) -> None:
-    deadline = time.monotonic() + 100
-    while not (run / "pretrain" / "metrics.jsonl").is_file():
-        assert time.monotonic() < deadline
+            pytest.fail(cluster.run("rlhf-ray", "logs", str(folder)).output)
         time.sleep(0.2)
+
+
+def has_begun(status: RunStatus) -> bool:
+    return status.progress is not None and not status.progress.startswith("0/")
 
 
 def living_actors(cluster: JobCluster) -> list[str]:
@@ -89,10 +86,11 @@ def test_ppo_runs_as_a_job_is_stopped_and_goes_on_to_its_end(
         f"data.prompts.path={prompts_file}",
     )
     assert "Submitted first-" in cluster.rlhf_ray("submit", *arguments)
-    running = wait_until(cluster, "first", lambda s: bool(s.get("iteration")))
+    wait_until(cluster, run, lambda status: bool(status.iteration))
+    running = status_of(cluster, "first")
     assert (running["stage"], running["state"]) == ("ppo", "running")
     assert running["iterations"] == ITERATIONS
-    assert running["version"] == running["iteration"]
+    assert running["version"] == running["iteration"] > 0
     assert {"reward", "kl", "seconds_per_iteration", "eta_s"} <= running.keys()
     (generator,) = running["generators"]
     assert generator["name"] == "generator-0"
@@ -151,14 +149,14 @@ def test_a_supervised_stage_ends_at_once_and_says_what_it_goes_on_from(
 ) -> None:
     keys = ("run.name=third", f"run.dir={tmp_path / 'third'}", "run.stages=[prepare,pretrain]")
     cluster.rlhf_ray("submit", "cheap.yaml", *keys, "pretrain.steps=100000")
-    wait_until(cluster, "third", lambda s: s.get("stage") == "pretrain")
-    wait_until_training(tmp_path / "third")
+    wait_until(cluster, tmp_path / "third", lambda s: s.stage == "pretrain" and has_begun(s))
+    assert status_of(cluster, "third")["progress"].endswith("/100000 steps")
     told = cluster.rlhf_ray("stop", "third")
     assert "Ended at once, in the stage pretrain; it goes on from that stage's last" in told
     deadline = time.monotonic() + 30
-    while living_actors(cluster) or status_of(cluster, "third")["state"] == "running":
+    while living_actors(cluster):
         assert time.monotonic() < deadline, living_actors(cluster)
-        time.sleep(0.5)
+    assert status_of(cluster, "third")["state"] == "stopped"
     (job,) = (j for j in json.loads(cluster.rlhf_ray("list", "--json")) if j["name"] == "third")
     assert job["status"] == "STOPPED"
 
