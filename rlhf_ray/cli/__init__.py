@@ -1,10 +1,12 @@
 """The command line: ``rlhf-ray COMMAND CONFIG [key=value ...]``. Imports heavy things late."""
 
+import signal
 import sys
+from types import FrameType
 
 import typer
 
-from rlhf_ray.cli import inspection, models, training
+from rlhf_ray.cli import inspection, jobs, models, training
 from rlhf_ray.errors import RlhfError
 
 app = typer.Typer(
@@ -15,8 +17,11 @@ app = typer.Typer(
     "Every command takes a CONFIG (a YAML file, or the folder of a run) and overrides such as "
     "ppo.iterations=20.",
 )
-for _commands in (training, models, inspection):
+for _commands in (training, jobs, models, inspection):
     app.add_typer(_commands.app)
+
+INTERRUPTED = 130
+"""Exit code that typer makes of KeyboardInterrupt."""
 
 
 def main() -> None:
@@ -24,11 +29,18 @@ def main() -> None:
     from rlhf_ray.observability.quiet import silence_dependencies
 
     silence_dependencies()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except RlhfError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; what was committed is kept, and the run can go on", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.echo("Interrupted; what was committed is kept, and the run can go on", err=True)
+        raise
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does: every part of it cleans up on the way out."""
+    raise KeyboardInterrupt

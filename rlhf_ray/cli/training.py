@@ -18,10 +18,9 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run the whole pipeline; goes on where an earlier run of the same name stopped."""
     from rlhf_ray.stages.pipeline import run as run_pipeline
 
-    resolved = read_config(config, overrides)
-    folder = run_pipeline(resolved)
-    if "report" in resolved.run.stages:
-        typer.echo(f"Report: {folder / 'report.html'}")
+    report = run_pipeline(read_config(config, overrides)) / "report.html"
+    if report.is_file():
+        typer.echo(f"Report: {report}")
 
 
 def _stage_command(stage: str) -> Callable[..., None]:

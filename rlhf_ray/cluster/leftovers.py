@@ -46,14 +46,14 @@ class ProcessRecord:
         mapped = set()
         for process in self._driver.children(recursive=True):
             try:
-                entry = _identity(process)
+                entry = identity(process)
             except psutil.Error:
                 continue
             self._processes[f"{entry['pid']}/{entry['started']}"] = entry
             mapped |= _mapped_inodes(process.pid)
         self._files |= {file for file, inode in _shared_files() if inode in mapped}
         record = {
-            "driver": _identity(self._driver),
+            "driver": identity(self._driver),
             "processes": list(self._processes.values()),
             "files": sorted(self._files),
         }
@@ -82,7 +82,7 @@ def sweep(folder: Path | None = None) -> tuple[int, int]:
         except (OSError, ValueError, KeyError):
             path.unlink(missing_ok=True)
             continue
-        if _alive(driver) is None:
+        if alive(driver) is None:
             ended, removed = _sweep_record(path)
             processes, files = processes + ended, files + removed
     return processes, files
@@ -94,8 +94,8 @@ def num_left_over(folder: Path | None = None) -> int:
     for path in (folder or records_folder()).glob("*.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            dead = _alive(record["driver"]) is None
-            count += sum(_alive(entry) is not None for entry in record["processes"]) if dead else 0
+            dead = alive(record["driver"]) is None
+            count += sum(alive(entry) is not None for entry in record["processes"]) if dead else 0
         except (OSError, ValueError, KeyError):
             continue
     return count
@@ -103,7 +103,7 @@ def num_left_over(folder: Path | None = None) -> int:
 
 def _sweep_record(path: Path) -> tuple[int, int]:
     record = json.loads(path.read_text(encoding="utf-8"))
-    survivors = [process for entry in record["processes"] if (process := _alive(entry))]
+    survivors = [process for entry in record["processes"] if (process := alive(entry))]
     trackers = [process for process in survivors if _is_resource_tracker(process)]
     _kill(set(survivors) - set(trackers))
     psutil.wait_procs(survivors, timeout=5)
@@ -134,12 +134,14 @@ def _is_resource_tracker(process: psutil.Process) -> bool:
         return False
 
 
-def _identity(process: psutil.Process) -> dict[str, Any]:
+def identity(process: psutil.Process | None = None) -> dict[str, Any]:
+    """By what a process, default this one, is known again: id, start time, name."""
+    process = process or psutil.Process()
     return {"pid": process.pid, "started": process.create_time(), "name": process.name()}
 
 
-def _alive(entry: dict[str, Any]) -> psutil.Process | None:
-    """The recorded process, if it is still the same one."""
+def alive(entry: dict[str, Any]) -> psutil.Process | None:
+    """The process of an `identity`, if it is still the same one."""
     try:
         process = psutil.Process(entry["pid"])
         same = process.create_time() == entry["started"] and process.status() != "zombie"

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from rlhf_ray.cluster.actor_logs import show_warnings
 from rlhf_ray.cluster.leftovers import ProcessRecord, sweep
 from rlhf_ray.cluster.workers import LOOPBACK
 from rlhf_ray.config import Config
-from rlhf_ray.errors import PlacementError
+from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
 
@@ -41,7 +43,8 @@ def ray_session(config: Config) -> Iterator[None]:
     joined = joins_cluster(config)
     record = None if joined else ProcessRecord()
     try:
-        _connect(config, joined)
+        with _own_sigterm():
+            _connect(config, joined)
         show_warnings(Progress().say)
         yield
     finally:
@@ -62,6 +65,29 @@ def joins_cluster(config: Config) -> bool:
     if config.cluster.mode == "auto":
         return "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
     return config.cluster.mode == "ray"
+
+
+def require_durable_folder(config: Config) -> None:
+    """Refuse a folder that would lie in the copy of the working folder, which Ray deletes.
+
+    Raises:
+        ConfigError: ``run.dir`` is relative.
+    """
+    if not Path(config.run.dir).is_absolute():
+        raise ConfigError(
+            f"run.dir {config.run.dir} is relative: on a cluster it would lie in a folder that Ray "
+            "deletes after the job. Set run.dir to an absolute path that outlives the job, such as "
+            f"run.dir=/mnt/shared/{config.run.dir}"
+        )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's way to end at SIGTERM, which Ray replaces by a bare exit."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _connect(config: Config, joined: bool) -> None:

@@ -96,6 +96,17 @@ class PpoLoop:
         self._whitens = _whitens(config)
         if state.iteration:
             self._kl.load_state_dict({"coef": state.kl_coef})
+        self._stop_asked = False
+        self._at_end = state.iteration >= config.ppo.iterations
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands."""
+        return self._state
+
+    def request_stop(self) -> None:
+        """End after the iteration that is being done, with its commit saved."""
+        self._stop_asked = True
 
     async def run(self) -> dict[str, Any]:
         """Prove the generators, then iterate to the end; returns the summary."""
@@ -109,11 +120,12 @@ class PpoLoop:
         await self._publish()
         if self._evaluation_is_due():
             await self._evaluate()
-        while self._state.iteration < config.ppo.iterations:
+        while not self._at_end:
             await self._iterate()
         self._state = replace(self._state, **self._generators_so_far())
         recorder = self._recorder
-        return run_summary(recorder.history(), asdict(self._state), recorder.warnings())
+        summary = run_summary(recorder.history(), asdict(self._state), recorder.warnings())
+        return summary | {"stopped": self._state.iteration < config.ppo.iterations}
 
     async def _iterate(self) -> None:
         iteration = self._state.iteration + 1
@@ -134,7 +146,8 @@ class PpoLoop:
         metrics |= generator_metrics(self._roles.generators.report(), self._state)
         metrics |= pace_metrics(stats, time.time() - started, self._price_per_hour())
         await self._record(batch, metrics, iteration)
-        if iteration == self._config.ppo.iterations or iteration % self._config.ppo.save_every == 0:
+        self._at_end = self._stop_asked or iteration == self._config.ppo.iterations
+        if self._at_end or iteration % self._config.ppo.save_every == 0:
             await self._save()
         if self._evaluation_is_due():
             await self._evaluate()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
@@ -57,16 +57,19 @@ class Bar:
             self._first, self._pace_start_s = self.done + num_units, self._clock()
         self.done += num_units
         self._values.update(values)
-        if self.view is not None:
-            self.view.update(self)
+        self.changed()
 
     def restart(self, total: int | None, unit: str) -> None:
         """Begin another part of the same stage, counted anew in units of its own."""
         self.total, self._unit = total, unit
         self.done = self._first = 0
         self._pace_start_s = self._start_s
-        if self.view is not None:
-            self.view.update(self)
+        self.changed()
+
+    def changed(self) -> None:
+        """Show it as it is now."""
+        for show in [self.view.update, *_watchers] if self.view is not None else _watchers:
+            show(self)
 
     @property
     def elapsed_s(self) -> float:
@@ -74,13 +77,23 @@ class Bar:
         return self._clock() - self._start_s
 
     @property
-    def eta_s(self) -> float | None:
-        """Seconds left at the mean pace since the first units; None where nothing can be said."""
+    def pace_s(self) -> float | None:
+        """Mean seconds a unit took since the first ones; None where nothing can be said."""
         num_here = self.done - self._first
-        if self.total is None or num_here <= 0:
+        return (self._clock() - self._pace_start_s) / num_here if num_here > 0 else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at that pace."""
+        pace_s = self.pace_s
+        if self.total is None or pace_s is None:
             return None
-        pace_s = (self._clock() - self._pace_start_s) / num_here
         return max(0, self.total - self.done) * pace_s
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """The latest of each value that was shown."""
+        return self._values
 
     def counted(self) -> str:
         """Such as ``12/60 iterations``."""
@@ -100,6 +113,19 @@ class Bar:
             f"{self.name} {self.counted()}{share}, {clock_time(self.elapsed_s)} elapsed{eta}"
             f"{self.shown_values()}"
         )
+
+
+_watchers: list[Callable[[Bar], None]] = []
+
+
+@contextmanager
+def watched_by(watcher: Callable[[Bar], None]) -> Iterator[None]:
+    """Have every stage of this process tell someone else too how far it is."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 class Progress:
@@ -145,6 +171,7 @@ class Progress:
             if self._console.is_terminal
             else _PlainView(self.say, self._clock)
         )
+        bar.changed()
         outcome = "stopped"
         try:
             yield bar

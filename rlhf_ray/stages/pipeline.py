@@ -9,8 +9,14 @@ from typing import Any
 
 import yaml
 
+from rlhf_ray.cluster.control import told
 from rlhf_ray.cluster.node_checks import require_same_view
-from rlhf_ray.cluster.ray_session import dashboard_url, joins_cluster, ray_session
+from rlhf_ray.cluster.ray_session import (
+    dashboard_url,
+    joins_cluster,
+    ray_session,
+    require_durable_folder,
+)
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.identity import differences
 from rlhf_ray.config.run import STAGES
@@ -50,6 +56,7 @@ def run(config: Config) -> Path:
     progress = Progress(config.run.stages)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
+        control = session.enter_context(told(config.run.name, folder.path))
         on_ray = False
         for stage in (stage for stage in STAGES if stage in config.run.stages):
             # Asked only now: whether evaluate is up to date depends on what ppo has just done.
@@ -62,7 +69,13 @@ def run(config: Config) -> Path:
                 on_ray = True
                 if url := dashboard_url():
                     progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
+            control.begin(stage)
             run_stage(config, stage)
+            if control.asked().stop:
+                control.tell(state="stopped")
+                progress.say(f"Stopped on request; run or submit {folder.path} again to go on")
+                return folder.path
+        control.tell(state="finished")
     return folder.path
 
 
@@ -85,10 +98,13 @@ def run_single(config: Config, stage: str) -> Path:
     open_run(folder)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
+        control = session.enter_context(told(config.run.name, folder.path))
+        control.begin(stage)
         if stage in NEEDS_RAY:
             session.enter_context(ray_session(config))
             _require_nodes(folder)
         run_stage(config, stage)
+        control.tell(state="stopped" if control.asked().stop else "finished")
     return folder.path
 
 
@@ -106,6 +122,8 @@ def open_run(folder: RunFolder) -> None:
         ConfigError: nothing to go on from, where run.resume is must; the folder is not writable.
     """
     config, saved = folder.config, folder.path / "config.yaml"
+    if joins_cluster(config):
+        require_durable_folder(config)
     if config.run.resume == "never" and saved.is_file():
         aside = folder.path.with_name(f"{folder.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.path.rename(aside)

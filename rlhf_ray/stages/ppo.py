@@ -28,6 +28,7 @@ from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.stages.own_data import own_rows
+from rlhf_ray.stages.ppo_control import exchanged
 from rlhf_ray.stages.ppo_roles import ppo_roles
 from rlhf_ray.stages.run_folder import RunFolder, located_function
 from rlhf_ray.types import Prompt
@@ -74,7 +75,8 @@ def run(config: Config) -> dict[str, Any]:
                 state,
                 bar,
             )
-            return await loop.run()
+            async with exchanged(folder.path, loop, roles.generators, bar):
+                return await loop.run()
 
     try:
         with progress.stage("ppo", config.ppo.iterations, "iteration", done=state.iteration) as bar:

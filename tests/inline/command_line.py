@@ -41,11 +41,11 @@ def command(*arguments: object) -> int:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file below a folder."""
+    """Digest of every file below a folder but the one that tells how its last process ended."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "status.json"
     }
 
 

@@ -151,7 +151,7 @@ def test_a_second_run_skips_what_is_finished(
     before = _times(folder)
     pipeline.run(finished)
     changed = {name for name, time in _times(folder).items() if before.get(name) != time}
-    assert changed == {"config.yaml", "report.html"}
+    assert changed == {"config.yaml", "report.html", "status.json"}
     out = capsys.readouterr().out
     for stage in DEFAULT_STAGES[:-1]:
         assert f"{stage}: finished before" in out

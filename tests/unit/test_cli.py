@@ -1,7 +1,9 @@
 """The command line: what it loads, what it prints, its exit codes."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,10 +12,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rlhf_ray import cli
+from rlhf_ray import cli, preflight
 from rlhf_ray.cli.arguments import read_config
 from rlhf_ray.errors import ConfigError
 
+JOBS = ("submit", "list", "status", "logs", "stop", "scale")
 HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "deepspeed", "matplotlib")
 
 
@@ -37,6 +40,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     assert time.perf_counter() - started < 3.0  # under a second on an idle machine
     assert "LOADED []" in out
     for command in ("run", "prepare", "pretrain", "sft", "reward", "ppo", "evaluate", "merge"):
+        assert f" {command} " in out
+    for command in JOBS:
         assert f" {command} " in out
     for command in ("export", "generate", "chat", "serve", "plan", "report", "doctor", "schema"):
         assert f" {command} " in out
@@ -138,3 +143,16 @@ def test_errors_are_one_message_and_their_exit_code(
     assert err.startswith("Error: ")
     assert "ppo.gama: unknown key (value 0.5). Did you mean ppo.gamma" in err
     assert "Traceback" not in err
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(preflight, "main", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["rlhf-ray", "doctor"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 130
+    assert "what was committed is kept" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""A Ray cluster with a job server, on loopback and with a token, as tests start it."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+BINARIES = Path(sys.executable).parent
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    output: str
+
+
+@dataclass(frozen=True)
+class JobCluster:
+    """How to reach it, and whose processes it consists of."""
+
+    environment: dict[str, str]
+    folder: Path
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        """Start a command as a user of the cluster does, from another working folder."""
+        return subprocess.Popen(
+            [str(BINARIES / arguments[0]), *arguments[1:]],
+            env=self.environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str, timeout_s: float = 200.0) -> Done:
+        """Run a command to its end."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=timeout_s)
+        return Done(process.returncode, output)
+
+    def rlhf_ray(self, *arguments: str) -> str:
+        """Output of ``rlhf-ray ARGUMENTS``; fails where it fails."""
+        done = self.run("rlhf-ray", *arguments)
+        assert done.code == 0, done.output
+        return done.output
+
+
+def free_port() -> int:
+    """A port above those that Ray gives to its workers."""
+    for port in range(25000 + os.getpid() % 5000, 32000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("no free port")
+
+
+@contextmanager
+def job_cluster(folder: Path) -> Iterator[JobCluster]:
+    """One node that declares eight CPUs; everything that it started is ended on the way out."""
+    port, agent = free_port(), free_port() + 1
+    mark = secrets.token_hex(8)
+    with tempfile.TemporaryDirectory(prefix="jobs-", dir="/tmp") as temporary:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "TMPDIR": temporary,
+            "JOB_CLUSTER": mark,
+        }
+        command = [
+            *(str(BINARIES / "ray"), "start", "--head", "--node-ip-address=127.0.0.2"),
+            *("--port=0", "--num-cpus=8", f"--temp-dir={temporary}/ray"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+            *(f"--dashboard-agent-listen-port={agent}", "--object-store-memory=300000000"),
+            "--disable-usage-stats",
+        ]
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=120, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            user = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+            yield JobCluster(user, folder)
+        finally:
+            _end(f"JOB_CLUSTER={mark}".encode())
+
+
+def _end(mark: bytes) -> None:
+    deadline = time.monotonic() + 20
+    while (left := [process for process in psutil.process_iter() if _has(process, mark)]) and (
+        time.monotonic() < deadline
+    ):
+        for process in left:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(left, timeout=2)
+
+
+def _has(process: psutil.Process, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False

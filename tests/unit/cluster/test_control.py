@@ -1,0 +1,132 @@
+"""Status and wishes in the files of a run's folder."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.cluster import control
+from rlhf_ray.cluster.control import ControlFiles, RunStatus, Wish, told
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.observability.progress import Progress
+from rlhf_ray.types import GeneratorStatus
+
+
+@pytest.fixture
+def as_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """This process is the entry point of a job."""
+    monkeypatch.setattr(control, "records_folder", lambda: tmp_path / "records")
+    metadata = {"metadata": {"job_submission_id": "job-1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(metadata))
+    return "job-1"
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    control.main(list(arguments))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_what_the_driver_tells_is_what_others_read(tmp_path: Path) -> None:
+    generators = (GeneratorStatus("generator-0", "ready", 7, 1),)
+    with told("mine", tmp_path) as files:
+        files.tell(stage="ppo", iteration=7, reward=0.5, generators=generators)
+        found = ControlFiles(tmp_path).status()
+    assert (found.name, found.folder, found.state) == ("mine", str(tmp_path), "running")
+    assert (found.stage, found.iteration, found.reward) == ("ppo", 7, 0.5)
+    assert found.generators == generators
+    assert RunStatus.from_json(json.loads(json.dumps(asdict(found)))) == found
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(ValueError, "failed"), (KeyboardInterrupt, "stopped"), (SystemExit, "stopped")],
+)
+def test_how_a_run_ended_is_told(tmp_path: Path, error: type[BaseException], state: str) -> None:
+    with pytest.raises(error), told("mine", tmp_path):
+        raise error
+    assert ControlFiles(tmp_path).status().state == state
+
+
+def test_how_far_a_stage_is_is_told_and_void_when_another_begins(tmp_path: Path) -> None:
+    now = 0.0
+    with told("mine", tmp_path) as files:
+        files.begin("sft")
+        with Progress(stream=io.StringIO(), clock=lambda: now).stage("sft", 150) as bar:
+            assert files.status().progress == "0/150 steps"
+            now = 5.0
+            bar.advance(10)
+            now = 25.0
+            bar.advance(40)
+            found = files.status()
+        assert (found.stage, found.progress) == ("sft", "50/150 steps")
+        assert found.eta_s == 50.0  # 100 steps at half a second, the first 10 apart
+        files.tell(iteration=3)
+        files.begin("evaluate")
+        found = files.status()
+    assert (found.stage, found.progress, found.iteration) == ("evaluate", None, None)
+    with Progress(stream=io.StringIO()).stage("other", 1) as bar:
+        bar.advance(1)
+    assert files.status().progress is None, "what comes after the run is not the run's"
+
+
+def test_a_driver_that_is_gone_without_a_word_is_dead(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from rlhf_ray.cluster.control import ControlFiles\n"
+        "ControlFiles(Path(sys.argv[1])).open('mine'); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert ControlFiles(tmp_path).status().state == "dead"
+
+
+def test_wishes_add_up_and_are_void_when_a_run_begins(tmp_path: Path) -> None:
+    files = ControlFiles(tmp_path)
+    files.open("mine")
+    assert files.asked() == Wish()
+    files.ask(num_generators=3)
+    files.ask(stop=True)
+    assert files.asked() == Wish(stop=True, num_generators=3)
+    files.ask(num_generators=2)
+    assert files.asked() == Wish(stop=True, num_generators=2)
+    files.open("mine")
+    assert files.asked() == Wish()
+
+
+def test_a_status_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ControlFiles(tmp_path)
+    files.open("mine")
+
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "replace", full)
+    files.tell(iteration=1)
+    assert files.status().iteration is None
+    (tmp_path / "status.json").unlink()
+    files.tell(iteration=1)
+
+
+def test_a_job_is_asked_by_its_id_alone(
+    tmp_path: Path, as_job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert "has opened no run folder (yet)" in asked(capsys, as_job)["error"]
+    with told("mine", run) as files:
+        answer = asked(capsys, as_job)
+        assert answer["status"]["folder"] == str(run)
+        assert files.asked() == Wish()
+        asked(capsys, as_job, "--stop", "--generators", "4")
+        assert files.asked() == Wish(stop=True, num_generators=4)
+
+
+def test_a_folder_without_a_run_has_no_status(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run that was started"):
+        ControlFiles(tmp_path).status()

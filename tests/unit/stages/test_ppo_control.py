@@ -1,0 +1,74 @@
+"""PPO tells how it stands, and is told what is asked of it."""
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from rlhf_ray.cluster.control import ControlFiles
+from rlhf_ray.driver.run_state import RunState
+from rlhf_ray.observability.progress import Bar
+from rlhf_ray.stages import ppo_control
+from rlhf_ray.stages.ppo_control import exchanged
+from rlhf_ray.types import GeneratorStatus
+
+
+@dataclass
+class Loop:
+    state: RunState
+    stops: int = 0
+
+    def request_stop(self) -> None:
+        self.stops += 1
+
+
+@dataclass
+class Pool:
+    asked: list[int] = field(default_factory=list)
+
+    def scale_to(self, num: int) -> None:
+        self.asked.append(num)
+
+    def statuses(self) -> list[GeneratorStatus]:
+        return [GeneratorStatus("generator-0", "ready", 3, 1)]
+
+
+async def test_status_and_wishes_are_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppo_control, "INTERVAL_S", 0.001)
+    files, loop, pool = ControlFiles(tmp_path), Loop(RunState(iteration=2, version=3)), Pool()
+    files.open("mine")
+    now = 0.0
+    bar = Bar("ppo", 7, "iteration", 0, lambda: now)
+    now = 10.0
+    bar.advance(1, reward=0.25, kl=1.5)
+    now = 12.0
+    bar.advance(1)
+    async with exchanged(tmp_path, cast(Any, loop), cast(Any, pool), bar):
+        await asyncio.sleep(0.02)
+        told = files.status()
+        assert loop.stops == 0
+        files.ask(num_generators=3)
+        await asyncio.sleep(0.05)
+        files.ask(num_generators=2)
+        await asyncio.sleep(0.05)
+        files.ask(stop=True)
+        await asyncio.sleep(0.05)
+    assert (told.iteration, told.iterations, told.version) == (2, 7, 3)
+    assert (told.reward, told.kl) == (0.25, 1.5)
+    assert told.seconds_per_iteration == 2.0  # the second iteration, from 10 s to 12 s
+    assert told.generators == tuple(pool.statuses())
+    assert pool.asked == [3, 2], "each wish is passed on once"
+    assert loop.stops > 0
+
+
+async def test_the_last_word_is_told_when_the_loop_has_ended(tmp_path: Path) -> None:
+    files, loop = ControlFiles(tmp_path), Loop(RunState())
+    files.open("mine")
+    bar = Bar("ppo", 7, "iteration", 0, lambda: 0.0)
+    async with exchanged(tmp_path, cast(Any, loop), cast(Any, Pool()), bar):
+        loop.state = RunState(iteration=7)
+    assert files.status().iteration == 7

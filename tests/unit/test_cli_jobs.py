@@ -1,0 +1,76 @@
+"""Commands for runs of a cluster, as they are typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from job_client import FakeJobClient, details, work_folder
+from typer.testing import CliRunner
+
+from rlhf_ray import cli
+from rlhf_ray.cluster import job_server, runs
+from rlhf_ray.cluster.job_server import JobServer
+
+STATUS = {
+    "name": "mine",
+    "folder": "/mnt/mine",
+    "stage": "ppo",
+    "progress": "3/40 iterations",
+    "generators": [{"name": "generator-0", "state": "ready", "version": 3, "restarts": 0}],
+}
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> FakeJobClient:
+    """A cluster with one run."""
+    fake = FakeJobClient({"mine-1": details("mine-1")}, answer={"status": STATUS})
+    server = JobServer(fake, sleep=lambda _: None)
+    for module in (job_server, runs):
+        monkeypatch.setattr(module, "connect", lambda _: server)
+    return fake
+
+
+def command(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_runs_are_listed_and_shown(client: FakeJobClient) -> None:
+    assert "mine-1" in command("list")
+    (job,) = json.loads(command("list", "--json"))
+    assert (job["name"], job["folder"], job["status"]) == ("mine", "/mnt/mine", "RUNNING")
+    at = ("--address", "http://head:8265")
+    assert "3/40 iterations" in command("status", "mine", *at)
+    found = json.loads(command("status", "/mnt/mine", *at, "--json"))
+    assert found["generators"] == STATUS["generators"]
+    assert command("logs", "mine-1", *at) == "log of mine-1\n"
+
+
+def test_runs_are_scaled_and_stopped(client: FakeJobClient) -> None:
+    at = ("--address", "http://head:8265")
+    assert "Asked for 3 generators" in command("scale", "mine", "--generators", "3", *at)
+    assert "Ended at once" in command("stop", "mine", "--now", *at)
+    assert client.asked == ["mine-1", "mine-1 --generators 3"]
+    assert client.stopped == ["mine-1"]
+
+
+def test_a_followed_run_gives_its_exit_code(client: FakeJobClient, tmp_path: Path) -> None:
+    work = work_folder(tmp_path / "work")
+    (work / "c.yaml").write_text("run: {name: new}\n")
+    client.outcomes = [("FAILED", 3)]
+    arguments = ["submit", str(work / "c.yaml"), f"run.dir={tmp_path / 'run'}", "--follow"]
+    result = CliRunner().invoke(cli.app, [*arguments, "--working-dir", str(work)])
+    assert result.exit_code == 3, result.output
+    assert "Submitted new-" in result.output
+
+
+def test_who_stops_watching_does_not_stop_the_run(
+    client: FakeJobClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: JobServer, job: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JobServer, "follow", interrupted)
+    assert "The run goes on" in command("logs", "mine", "--follow", "--address", "http://head:1")
+    assert client.stopped == []
