@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.data import Sources
-from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.config.model import LoraConfig, ShapeConfig
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
@@ -184,6 +184,11 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
     path: str | None = Field(
         default=None,
         description="A ready sequence-classification model with one label: the stage is skipped.",
+    )
+    shape: ShapeConfig | None = changeable(
+        None,
+        description="Of reward.path, given or still to come, for the command plan alone; none: the "
+        "policy's.",
     )
     benchmark: Sources | None = changeable(
         None,
