@@ -36,7 +36,8 @@ class Plan:
     places: tuple[Place, ...]
     """Of PPO's workers; empty where there is no GPU, or no room."""
     sequences: int
-    """Of model.max_length, that one generator's KV cache holds at a time."""
+    """Of model.max_length, that one generator's KV cache holds at a time; of GPUs of which nothing
+    is known, 0."""
     shortages: tuple[Shortage, ...]
     """Why it does not fit."""
     pace: Pace | None
@@ -83,8 +84,9 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     else:
         short += beyond_machine(ppo, stages)
     generator = engine(setting)
-    sequences = generator.sequences(config.model.max_length)
-    if runs_ppo and not sequences:
+    is_known = setting.kinds.get("generator") is not None or not has_gpus
+    sequences = generator.sequences(config.model.max_length) if is_known else 0
+    if runs_ppo and is_known and not sequences:
         short.append(no_cache(config, generator))
     return Plan(
         config=config,

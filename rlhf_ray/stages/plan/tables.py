@@ -186,7 +186,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"{role.role:<13}{workers:>8}{listed}{role.total / GB:>9,.2f}"
         if role.start > role.total:
             yield f"{'':<13}{'':>8}  {role.start / GB:,.2f} GB while it loads"
-    if "generator" in {role.role for role in plan.roles}:
+    if plan.sequences and "ppo" in plan.config.run.stages:
         yield (
             f"a generator's KV cache holds {plan.sequences:,} sequences of "
             f"{plan.config.model.max_length:,} tokens at a time"
