@@ -15,18 +15,27 @@ app = typer.Typer()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODESxGPUSxKIND",
+            help="Such as 3x8xA100-80GB, 8xA100-80GB+2x4xL40S-48GB, or live (the Ray cluster "
+            "there is). Default: live with cluster.mode ray, else this machine.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
 ) -> None:
-    """Resolve and validate a config; print what would run where, and how large its models are."""
+    """Say what a config takes of a cluster: memory, places, time; exit 1 if it does not fit."""
     from rlhf_ray.stages import plan as planning
 
-    resolved = read_config(config, overrides)
+    found, changes = planning.plan_for(read_config(config, overrides), cluster)
     if as_json:
         import json
 
-        typer.echo(json.dumps(planning.as_json(resolved), indent=2))
+        typer.echo(json.dumps(planning.as_json(found, changes), indent=2))
     else:
-        typer.echo(planning.describe(resolved))
+        typer.echo(planning.as_text(found, changes))
+    raise typer.Exit(0 if found.fits else 1)
 
 
 @app.command()

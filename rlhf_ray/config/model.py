@@ -58,6 +58,28 @@ class TinyModelConfig(Section):
         return heads
 
 
+class ShapeConfig(Section):
+    """Shape of a decoder, which the command plan takes where there is no folder."""
+
+    num_layers: int = Field(gt=0, description="Transformer blocks.")
+    hidden_size: int = Field(gt=0, description="Width.")
+    num_heads: int = Field(gt=0, description="Attention heads.")
+    num_kv_heads: int | None = Field(
+        default=None, gt=0, description="Heads of keys and values; none: num_heads."
+    )
+    head_dim: int | None = Field(
+        default=None, gt=0, description="Width of a head; none: hidden_size / num_heads."
+    )
+    intermediate_size: int = Field(gt=0, description="Width of the MLP.")
+    gated_mlp: bool = Field(
+        default=True, description="Whether the MLP has a gate, as Llama's has and OPT's has not."
+    )
+    vocab_size: int = Field(gt=0, description="Entries of the vocabulary.")
+    tied_embeddings: bool = Field(
+        default=False, description="Whether the output layer is the embedding."
+    )
+
+
 class ModelConfig(Section):
     """The base that every stage starts from."""
 
@@ -65,6 +87,9 @@ class ModelConfig(Section):
         default=None, description="Folder or hub name of a causal LM; none: a tiny Llama is built."
     )
     tiny: TinyModelConfig = Field(default=TinyModelConfig(), description="Shape of the tiny Llama.")
+    shape: ShapeConfig | None = changeable(
+        None, description="Shape of a model that is no folder here, for the command plan alone."
+    )
     dtype: Dtype = Field(default="float32", description="Data type of the frozen weights.")
     quantization: Literal["none", "int8", "nf4"] = Field(
         default="none",

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.config.model import LoraConfig, ShapeConfig
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
 
@@ -74,6 +74,9 @@ class CriticConfig(LearnerConfig):
         default=None,
         description="Another model to start from than the SFT model; its value head starts at "
         "zero as well.",
+    )
+    shape: ShapeConfig | None = changeable(
+        None, description="Of critic.path, for the command plan alone; none: the policy's."
     )
     learning_rate: float = Field(default=1e-5, gt=0, description="Constant learning rate.")
     lora: LoraConfig = Field(

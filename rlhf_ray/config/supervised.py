@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.data import Sources
-from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.config.model import LoraConfig, ShapeConfig
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.config.section import Section, changeable, refuse_owned
 
@@ -186,6 +186,11 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
     path: str | None = Field(
         default=None,
         description="A ready sequence-classification model with one label: the stage is skipped.",
+    )
+    shape: ShapeConfig | None = changeable(
+        None,
+        description="Of reward.path, given or still to come, for the command plan alone; none: the "
+        "policy's.",
     )
     benchmark: Sources | None = changeable(
         None,

@@ -14,9 +14,9 @@ UNITS: Mapping[str, str] = {
         "tokens": "max_length block_size max_tokens max_prompt_tokens min_tokens min max "
         "max_tokens_per_micro_batch",
         "entries": "vocab_size",
-        "features": "hidden_size intermediate_size",
+        "features": "hidden_size intermediate_size head_dim",
         "layers": "num_layers",
-        "heads": "num_heads",
+        "heads": "num_heads num_kv_heads",
         "dimensions": "r",
         "steps": "steps warmup_steps eval_every",
         "passes": "epochs",

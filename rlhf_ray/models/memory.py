@@ -1,11 +1,11 @@
-"""How much memory a model takes: arithmetic on numbers of parameters, without torch.
+"""How much memory a model and its training state take: arithmetic on numbers of parameters.
 
-Bytes throughout; 1 GB is 10^9 of them. Activations and caches are not in here, but for the range of
-`int8_lora_bytes`.
+Bytes throughout; 1 GB is 10^9 of them. What a forward and a backward pass add is in `activations`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_ray.config.model import Dtype
 
@@ -44,6 +44,50 @@ def weights_bytes(size: ModelSize, dtype: Dtype, quantization: Quantization = "n
         return size.parameters * BYTES[dtype]
     rest = size.parameters - size.quantizable
     return size.quantizable * BYTES[quantization] + rest * BYTES[dtype]
+
+
+Parts = dict[str, float]
+"""Name of a part of a process's memory -> its bytes on each of the process's GPUs."""
+
+
+def deepspeed_parts(
+    frozen: float,
+    trainable: int,
+    dtype: Dtype,
+    stage: int,
+    ranks: int,
+    zero: Mapping[str, Any],
+    on_gpu: bool,
+) -> Parts:
+    """What one rank of a DeepSpeed group holds besides its activations.
+
+    ZeRO shards over the ranks from stage 1 the optimizer (its own fp32 weights and Adam's moments),
+    from 2 the gradients, from 3 the weights, frozen ones too (Rajbhandari et al. 2019,
+    arXiv:1910.02054, section 5). What a pass gathers again of these, and the buffer that gradients
+    are reduced in, have sizes of their own: DeepSpeed's defaults, unless ``zero`` names others.
+
+    Args:
+        frozen: bytes of the weights that are not trained.
+        trainable: numbers that are; in ``dtype``, as DeepSpeed casts the whole module.
+        dtype: of weights and gradients.
+        stage: 0 to 3.
+        ranks: of the group.
+        zero: keys of DeepSpeed's ``zero_optimization``.
+        on_gpu: whether memory counts when it is asked for, not when it is touched.
+    """
+    weights = frozen + trainable * BYTES[dtype]
+    live = min(weights, BYTES[dtype] * zero.get("stage3_max_live_parameters", 1e9))
+    bucket = zero.get("reduce_bucket_size", 5e8)
+    gradient = trainable * BYTES[dtype] / (ranks if stage >= 2 else 1)
+    at_the_step = trainable * 4 / (ranks if stage >= 1 else 1)
+    return {
+        "weights": frozen / (ranks if stage == 3 else 1),
+        "adapter": trainable * BYTES[dtype] / (ranks if stage == 3 else 1),
+        "gathered": live if stage == 3 and ranks > 1 else 0,
+        "gradients": gradient + at_the_step,
+        "optimizer": trainable * (4 + ADAM_BYTES) / (ranks if stage >= 1 else 1),
+        "reduce buffer": BYTES[dtype] * (bucket if on_gpu else min(bucket, trainable)),
+    }
 
 
 def training_bytes(trainable: int) -> int:

@@ -1,5 +1,6 @@
 """Numbers of parameters of a model that is there as a folder, without loading its weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from rlhf_ray.models.folders import first_line
 from rlhf_ray.models.freezing import train_only
 from rlhf_ray.models.memory import ModelSize
 from rlhf_ray.models.parameters import parameter_groups
+from rlhf_ray.models.shape import Linear, Shape, num_weights
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
@@ -43,12 +45,49 @@ def skeleton(folder: str | Path, settings: ModelConfig, task: Task = "CAUSAL_LM"
 
 def size_of(model: Any) -> ModelSize:
     """Its parameters, and those that a quantised base holds in few bits."""
-    linear = [
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and name.rpartition(".")[2] not in _OUTPUTS
-    ]
-    return ModelSize(sum(group.parameters for group in parameter_groups(model)), sum(linear))
+    return shape_of(model).size
+
+
+def shape_of(model: Any) -> Shape:
+    """What of a `skeleton` decides how much memory and time it takes."""
+    config = model.config.get_text_config()
+    heads, width = config.num_attention_heads, config.hidden_size
+    alike: dict[tuple[str, int, int], int] = {}
+    for name, inputs, outputs in _block_linears(model):
+        alike[name, inputs, outputs] = alike.get((name, inputs, outputs), 0) + 1
+    linears = tuple(Linear(*key, count) for key, count in alike.items())
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    own = [] if output is None or output.weight is embedding.weight else [output.weight]
+    return Shape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=width,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or width // heads,
+        intermediate_size=_mlp_width(config),
+        vocab_size=config.vocab_size,
+        size=ModelSize(
+            sum(group.parameters for group in parameter_groups(model)), num_weights(linears)
+        ),
+        output_parameters=sum(weight.numel() for weight in own),
+        linears=linears,
+    )
+
+
+def _mlp_width(config: Any) -> int:
+    names = ("intermediate_size", "ffn_dim", "n_inner")
+    widths = (getattr(config, name, None) for name in names)
+    return next((width for width in widths if width), 4 * config.hidden_size)
+
+
+def _block_linears(model: Any) -> Iterator[tuple[str, int, int]]:
+    """Last part of the name, inputs and outputs of each linear layer of the blocks."""
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if leaf in _OUTPUTS or not isinstance(module, torch.nn.Linear | Conv1D):
+            continue
+        rows, columns = module.weight.shape
+        yield (leaf, rows, columns) if isinstance(module, Conv1D) else (leaf, columns, rows)
 
 
 def num_trainable(model: Any, task: Task, lora: LoraConfig | None, unfreeze: Any = None) -> int:

@@ -1,0 +1,137 @@
+"""What clusters are made of: kinds of GPUs, and nodes as they are written or found."""
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+
+from rlhf_ray.cluster.layout import Node
+from rlhf_ray.errors import ConfigError, PlacementError
+
+
+@dataclass(frozen=True)
+class GpuKind:
+    """One GPU. GB are 10^9 bytes."""
+
+    memory_gb: float
+    """As the driver reports it: the number in the name is rounded, and in GiB for some."""
+    bf16_tflops: float
+    """Of the tensor cores, dense; of a kind without bf16, in fp16."""
+    memory_gb_per_s: float
+    """Bandwidth of its own memory."""
+    link_gb_per_s: float
+    """To another GPU of the node, one way: NVLink, or PCIe where there is none."""
+    ray_names: tuple[str, ...]
+    """What Ray calls it (``ray.util.accelerators``)."""
+
+
+GPU_KINDS: dict[str, GpuKind] = {
+    "B200-192GB": GpuKind(192.3, 2250, 8000, 900, ("B200",)),
+    "H200-141GB": GpuKind(150.8, 989, 4800, 450, ("H200",)),
+    "H100-80GB": GpuKind(85.5, 989, 3350, 450, ("H100",)),
+    "A100-40GB": GpuKind(42.9, 312, 1555, 300, ("A100", "A100-40G")),
+    "A100-80GB": GpuKind(85.9, 312, 2039, 300, ("A100-80G",)),
+    "L40S-48GB": GpuKind(48.3, 362, 864, 32, ("L40S",)),
+    "A6000-48GB": GpuKind(51.5, 155, 768, 56, ()),
+    "A10G-24GB": GpuKind(24.1, 70, 600, 32, ("A10G",)),
+    "L4-24GB": GpuKind(24.2, 121, 300, 32, ("L4",)),
+    "V100-16GB": GpuKind(17.2, 125, 900, 150, ("V100",)),
+    "V100-32GB": GpuKind(34.4, 125, 900, 150, ()),
+    "T4-16GB": GpuKind(16.1, 65, 320, 16, ("T4",)),
+    "RTX4090-24GB": GpuKind(25.8, 165, 1008, 32, ()),
+}
+"""Makers' data sheets: NVIDIA A100 (2021), H100 and H200 (SXM), B200 (HGX), L40S, L4, V100 (SXM2),
+T4, RTX A6000; the A10G's are its A10's, at the clock that AWS gives it; RTX 4090: Ada whitepaper,
+with fp32 accumulation. Memory is what nvidia-smi shows. A name that stands for two sizes in Ray is
+taken to be the smaller."""
+
+NETWORK_GB_PER_S = 12.5
+"""Between nodes: 100 Gbit/s, the least that makers' training nodes come with."""
+
+_GROUP = re.compile(r"(?:(\d+)x)?(\d+)x([A-Za-z].*)")
+
+
+def parse_cluster(text: str) -> tuple[Node, ...]:
+    """Nodes as people write them.
+
+    Args:
+        text: ``3x8xA100-80GB`` (nodes x GPUs x kind), ``8xH100-80GB`` (one node); with ``+``
+            between groups of nodes that differ.
+
+    Raises:
+        ConfigError: it is not written so, or names a kind that is not known.
+    """
+    nodes: list[Node] = []
+    for group in text.split("+"):
+        found = _GROUP.fullmatch(group.strip())
+        if found is None or "0" in (found[1], found[2]):
+            raise ConfigError(
+                f"--cluster {text}: {group!r} is not NODESxGPUSxKIND; write for example "
+                "3x8xA100-80GB, or 8xA100-80GB+2x4xL40S-48GB for unlike nodes, or live"
+            )
+        if found[3] not in GPU_KINDS:
+            raise ConfigError(
+                f"--cluster {text}: {found[3]!r} is no known kind of GPU; known are "
+                f"{', '.join(GPU_KINDS)}"
+            )
+        nodes += [
+            Node(f"node-{len(nodes) + number}", int(found[2]), gpu_kind=found[3])
+            for number in range(int(found[1] or 1))
+        ]
+    return tuple(nodes)
+
+
+def live_cluster() -> tuple[Node, ...]:
+    """The nodes of the Ray cluster that this process belongs to, by their addresses.
+
+    Raises:
+        PlacementError: there is none.
+    """
+    import ray
+
+    was_connected = ray.is_initialized()
+    try:
+        if not was_connected:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        alive = [node for node in ray.nodes() if node["Alive"]]
+    except ConnectionError as error:
+        raise PlacementError(
+            f"No Ray cluster can be reached ({error}); say what it would be, for example "
+            "--cluster 3x8xA100-80GB"
+        ) from error
+    finally:
+        if not was_connected:
+            ray.shutdown()
+    return tuple(
+        Node(
+            name=node["NodeManagerAddress"],
+            gpus=int(node["Resources"].get("GPU", 0)),
+            labels=node["Labels"],
+            gpu_kind=kind_called(node["Labels"].get("ray.io/accelerator-type", "")),
+        )
+        for node in alive
+    )
+
+
+def kind_called(ray_name: str) -> str | None:
+    """The kind that Ray calls so; None: not known."""
+    return next((kind for kind, gpu in GPU_KINDS.items() if ray_name in gpu.ray_names), None)
+
+
+def this_machine() -> Node:
+    """The machine of this process, its GPUs told apart by their memory."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return Node("this machine", 0)
+    found = torch.cuda.get_device_properties(0)
+    family = [kind for kind in GPU_KINDS if kind.partition("-")[0] in found.name.replace(" ", "")]
+    gb = found.total_memory / 1e9
+    kind = min(family, key=lambda name: abs(GPU_KINDS[name].memory_gb - gb), default=None)
+    return Node("this machine", count, gpu_kind=kind)
+
+
+def memory_of_machine() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

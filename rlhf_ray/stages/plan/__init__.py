@@ -1,0 +1,49 @@
+"""The command plan: what a config resolves to, what it takes of a cluster, whether it fits."""
+
+import dataclasses
+
+from rlhf_ray.cluster.hardware import live_cluster, parse_cluster, this_machine
+from rlhf_ray.cluster.layout import Node
+from rlhf_ray.config import Config
+from rlhf_ray.errors import PlacementError
+from rlhf_ray.stages.plan.prediction import Plan, prediction
+from rlhf_ray.stages.plan.remedies import Change, remedies
+from rlhf_ray.stages.plan.tables import as_json, as_text
+
+LIVE = "live"
+"""What stands for the Ray cluster that is there."""
+
+
+def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change]]:
+    """The plan, and with which changes it would fit, where it does not.
+
+    Args:
+        config: the whole config.
+        cluster: as `parse_cluster` takes it, or ``live``; None: the Ray cluster that there is with
+            cluster.mode ray, else this machine.
+
+    Raises:
+        ConfigError: ``cluster`` is not written as it should be.
+        PlacementError: it is ``live``, and no cluster can be reached.
+        DataError: a model is neither here nor described.
+    """
+    nodes, note = _nodes(config, cluster)
+    plan = prediction(config, nodes)
+    plan = dataclasses.replace(plan, assumptions=(*note, *plan.assumptions))
+    return plan, [] if plan.fits else remedies(plan)
+
+
+def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    if cluster is not None and cluster != LIVE:
+        return parse_cluster(cluster), ()
+    if cluster is None and config.cluster.mode != "ray":
+        return (this_machine(),), ()
+    try:
+        return live_cluster(), ()
+    except PlacementError as error:
+        if cluster == LIVE:
+            raise
+        return (this_machine(),), (f"compared with this machine. {error}",)
+
+
+__all__ = ["Plan", "as_json", "as_text", "plan_for", "prediction", "remedies"]

@@ -1,0 +1,246 @@
+"""How long an iteration takes: a roofline with stated ranges, not a measurement.
+
+A pass over a token costs two operations a parameter, its backward pass through a frozen base two
+more (four where the weights are trained), recomputing two (Kaplan et al. 2020, arXiv:2001.08361,
+section 2.1). Sampling a token reads all weights and the caches of its batch once.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rlhf_ray.cluster.hardware import NETWORK_GB_PER_S, GpuKind
+from rlhf_ray.config import Config
+from rlhf_ray.config.ppo import LearnerConfig
+from rlhf_ray.models.memory import ADAM_BYTES, BYTES
+from rlhf_ray.models.shape import Shape
+from rlhf_ray.stages.plan.roles import PlannedRole, Setting, engine
+from rlhf_ray.stages.plan.trainings import section, tokens_per_step, trained_parts
+
+Range = tuple[float, float]
+"""At best and at worst."""
+
+ASSUMPTIONS: dict[str, Range] = {
+    "learners reach of their GPU's bf16 operations": (0.45, 0.2),
+    "the same over an int8 or nf4 base": (0.25, 0.08),
+    "scorers and prefill reach": (0.55, 0.25),
+    "sampling reaches of its GPU's memory bandwidth": (0.8, 0.4),
+    "seconds beside that for a token of all responses at once": (0.003, 0.015),
+    "responses of unknown length take of rollout.max_tokens": (0.5, 1.0),
+    "share of scoring that generation does not hide": (0.1, 1.0),
+    "GB/s from a learner through the object store": (2.0, 0.4),
+    "seconds to publish an adapter beside its bytes": (0.2, 2.0),
+    "GB/s to run.dir": (1.0, 0.1),
+}
+"""Of each, the best and the worst case of a range that is taken for granted."""
+
+SEQUENCES_AT_A_TIME = 256
+"""Most that vLLM samples together."""
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Predicted seconds and what follows from them."""
+
+    phases: Mapping[str, Range]
+    """Of an iteration, by the names of the metrics ``timing_s/...``."""
+    days: Range
+    """Of PPO, and of supervised stages whose number of steps is given; without evaluations."""
+    idle_gpu_hours: float
+    """Of PPO's GPUs while others work, in the middle of the range."""
+
+    @property
+    def iteration(self) -> Range:
+        """Seconds of an iteration."""
+        best, worst = (sum(phase[end] for phase in self.phases.values()) for end in (0, 1))
+        return best, worst
+
+
+def middle(what: Range) -> float:
+    """Of a range."""
+    return (what[0] + what[1]) / 2
+
+
+def pace(setting: Setting, roles: Iterable[PlannedRole]) -> Pace | None:
+    """What a run would take; None where a GPU's speed is not known."""
+    kinds = [kind for kind in setting.kinds.values() if kind is not None]
+    if not kinds or len(kinds) < len(setting.kinds):
+        return None
+    config = setting.config
+    phases = _phases(setting) if "ppo" in config.run.stages else {}
+    iteration = [sum(phase[end] for phase in phases.values()) for end in (0, 1)]
+    slowest = min(kinds, key=lambda kind: kind.bf16_tflops)
+    supervised = [_supervised(setting, slowest, end) for end in (0, 1)]
+    best, worst = (
+        (supervised[end] + config.ppo.iterations * iteration[end]) / SECONDS_PER_DAY
+        for end in (0, 1)
+    )
+    idle = sum(_idle_gpu_seconds(role, phases) for role in roles)
+    return Pace(phases, (best, worst), idle * config.ppo.iterations / 3600)
+
+
+def sync_bytes(config: Config, shape: Shape) -> int:
+    """Bytes of the adapter that every generator is sent after an iteration."""
+    return int(shape.adapter_parameters(config.lora) * BYTES[config.model.dtype])
+
+
+def _phases(setting: Setting) -> dict[str, Range]:
+    config, models = setting.config, setting.models
+    phases = {
+        "gen": (_generate(setting, 0), _generate(setting, 1)),
+        "score": (_score(setting, 0), _score(setting, 1)),
+        "learn": (_learn(setting, 0), _learn(setting, 1)),
+    }
+    trained = models.tuned.shape.adapter_parameters(config.lora)
+    if config.may_have_critic:
+        trained += models.critic.shape.adapter_parameters(config.critic.lora)
+    state = trained * (4 + ADAM_BYTES + BYTES[config.model.dtype]) / 1e9
+    sent = sync_bytes(config, models.tuned.shape) / 1e9
+    rates = ASSUMPTIONS["GB/s from a learner through the object store"]
+    fixed = ASSUMPTIONS["seconds to publish an adapter beside its bytes"]
+    disk = ASSUMPTIONS["GB/s to run.dir"]
+    ends = (0, 1)
+    phases["commit"] = _range(state / rates[end] for end in ends)
+    phases["sync"] = _range(fixed[end] + sent / rates[end] for end in ends)
+    phases["save"] = _range(state / disk[end] / config.ppo.save_every for end in ends)
+    return phases
+
+
+def _range(ends: Iterable[float]) -> Range:
+    best, worst = ends
+    return best, worst
+
+
+def _generate(setting: Setting, end: int) -> float:
+    config, shape = setting.config, setting.models.tuned.shape
+    kind, generator = setting.kinds["generator"], engine(setting)
+    assert kind is not None
+    size, generators = config.generators.tensor_parallel_size, config.generators
+    rollouts = math.ceil(config.ppo.batch_size / generators.num)
+    together = max(
+        1,
+        min(
+            rollouts,
+            generators.max_in_flight * config.rollout.shard_size,
+            generator.sequences(setting.longest()),
+            SEQUENCES_AT_A_TIME,
+        ),
+    )
+    steps = _response_tokens(config, end)
+    prompt = config.rollout.max_prompt_tokens
+    read = generator.parts["weights"] + together * (prompt + steps / 2) * generator.token_bytes
+    bandwidth = ASSUMPTIONS["sampling reaches of its GPU's memory bandwidth"][end]
+    flops = kind.bf16_tflops * 1e12 * ASSUMPTIONS["scorers and prefill reach"][end]
+    operations = 2 * shape.size.parameters / size
+    of_token = max(
+        read / (kind.memory_gb_per_s * 1e9 * bandwidth),
+        operations * together / flops,
+    )
+    beside = ASSUMPTIONS["seconds beside that for a token of all responses at once"][end]
+    waves = math.ceil(rollouts / together)
+    return waves * steps * (of_token + beside) + rollouts * prompt * operations / flops
+
+
+def _response_tokens(config: Config, end: int) -> float:
+    """Mean length of a response."""
+    sampler = config.rollout.length_sampler
+    longest = (sampler.min + sampler.max - 1) / 2 if sampler else config.rollout.max_tokens
+    if config.rollout.ignore_eos:
+        return longest
+    return longest * ASSUMPTIONS["responses of unknown length take of rollout.max_tokens"][end]
+
+
+def _iteration_tokens(config: Config, end: int) -> float:
+    return config.ppo.batch_size * (
+        config.rollout.max_prompt_tokens + _response_tokens(config, end)
+    )
+
+
+def _score(setting: Setting, end: int) -> float:
+    """The slowest scorer's work that goes on once generation is over."""
+    config, models = setting.config, setting.models
+    tokens = _iteration_tokens(config, end)
+    shapes = {
+        "policy": (models.tuned.shape, config.policy.num_ranks),
+        "critic": (models.critic.shape, config.critic.num_ranks),
+        "reference": (models.tuned.shape, config.reference.num_processes),
+        "reward": (models.reward.shape, config.reward.num_workers),
+    }
+    reached = ASSUMPTIONS["scorers and prefill reach"][end]
+    slowest = 0.0
+    for role, kind in setting.kinds.items():
+        if role in shapes and kind is not None:
+            shape, workers = shapes[role]
+            passes = 2 if role == "policy" and config.reference.kind == "policy_base" else 1
+            operations = 2 * passes * tokens * shape.size.parameters
+            slowest = max(slowest, operations / (workers * kind.bf16_tflops * 1e12 * reached))
+    return slowest * ASSUMPTIONS["share of scoring that generation does not hide"][end]
+
+
+def _learn(setting: Setting, end: int) -> float:
+    """The slower of the two groups, which learn at the same time."""
+    config, models = setting.config, setting.models
+    policy = _group_learns(setting, "policy", config.policy, models.tuned.shape, end)
+    if not config.may_have_critic:
+        return policy
+    critic = _group_learns(setting, "critic", config.critic, models.critic.shape, end)
+    return max(policy, critic)
+
+
+def _group_learns(
+    setting: Setting, role: str, group: LearnerConfig, shape: Shape, end: int
+) -> float:
+    config, kind = setting.config, setting.kinds[role]
+    assert kind is not None
+    tokens = config.ppo.epochs * _iteration_tokens(config, end)
+    passes = 4 + 2 * group.gradient_checkpointing
+    operations = passes * tokens * shape.size.parameters / group.num_ranks
+    seconds = operations / (kind.bf16_tflops * 1e12 * _reached(config, end))
+    if group.zero_stage == 3 and group.num_ranks > 1:
+        micro_batches = math.ceil(tokens / group.num_ranks / setting.learnt(group).tokens)
+        gathers = micro_batches * (2 + group.gradient_checkpointing)
+        weights = shape.size.parameters * BYTES[config.model.dtype] / 1e9
+        rate = kind.link_gb_per_s if end == 0 else min(NETWORK_GB_PER_S, kind.link_gb_per_s)
+        seconds += gathers * weights / rate
+    return seconds
+
+
+def _reached(config: Config, end: int) -> float:
+    is_whole = config.model.quantization == "none"
+    learners = "learners reach of their GPU's bf16 operations"
+    return ASSUMPTIONS[learners if is_whole else "the same over an int8 or nf4 base"][end]
+
+
+def _supervised(setting: Setting, kind: GpuKind, end: int) -> float:
+    """Seconds of the supervised stages, one after the other; their epochs are not counted yet."""
+    config, seconds = setting.config, 0.0
+    for part in trained_parts(config, setting.models):
+        if part.role in ("policy", "critic"):
+            continue
+        settings = section(config, part)
+        if settings.epochs is not None:
+            continue
+        passes = (6 if part.lora is None else 4) + 2 * settings.gradient_checkpointing
+        operations = passes * tokens_per_step(config, part) * part.shape.size.parameters
+        rate = settings.train_workers * kind.bf16_tflops * 1e12 * _reached(config, end)
+        seconds += settings.steps * operations / rate
+    return seconds
+
+
+_BUSY: dict[str, tuple[str, ...]] = {
+    "generator": ("gen", "sync"),
+    "policy": ("score", "learn", "commit"),
+    "critic": ("score", "learn", "commit"),
+    "reference": ("score",),
+    "reward": ("score",),
+}
+"""Role -> phases in which it works."""
+
+
+def _idle_gpu_seconds(role: PlannedRole, phases: Mapping[str, Range]) -> float:
+    """Of an iteration; supervised stages have their GPUs for themselves."""
+    if role.role not in _BUSY:
+        return 0.0
+    idle = sum(middle(what) for name, what in phases.items() if name not in _BUSY[role.role])
+    return role.workers * role.gpus * idle

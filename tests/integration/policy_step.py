@@ -1,0 +1,96 @@
+"""One PPO policy step in a process of its own, and how much memory it came to.
+
+A module of its own, because what is measured is a process: run with a config file and a model
+folder, it prints a line of JSON.
+"""
+
+import json
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.policy_learner import PolicyLearner
+from rlhf_ray.config import Config, load
+from rlhf_ray.types import Prompt, Rollout
+
+INTERVAL_S = 0.002
+"""Seconds between two looks at the process."""
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory: mapped files count, as weights are read so."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line for line in status.splitlines() if "VmRSS" in line).split()[1])
+
+
+class Peak:
+    """The most that a process comes to while something runs."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    @contextmanager
+    def watched(self) -> Any:
+        """Look often, until the block ends."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(INTERVAL_S):
+                self.num_bytes = max(self.num_bytes, resident())
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def longest_rollouts(config: Config) -> list[Rollout]:
+    """A batch of prompts and responses at their limits."""
+    limits, random = config.rollout, np.random.default_rng(0)
+    return [
+        Rollout(
+            position=position,
+            prompt=Prompt(
+                id=str(position),
+                text="",
+                token_ids=tuple(random.integers(3, 250, limits.max_prompt_tokens).tolist()),
+            ),
+            response_ids=random.integers(3, 250, limits.max_tokens),
+            rollout_logprobs=np.zeros(limits.max_tokens, np.float32),
+            finish_reason="length",
+            version=0,
+            text="",
+        )
+        for position in range(config.ppo.batch_size)
+    ]
+
+
+def step(config: Config, model: str) -> dict[str, int]:
+    """Bytes of the idle process, of the loaded learner, and at the peak of a step."""
+    import deepspeed  # noqa: F401  (the idle actor has its libraries imported)
+
+    learner = PolicyLearner(
+        "policy-0", config, model, __import__("os").environ.get("ENG", "deepspeed")
+    )
+    idle = resident()
+    learner.start(0, 1, "127.0.0.1", learner.free_port())
+    loaded = resident()
+    rollouts = longest_rollouts(config)
+    old, _ = learner.logprobs(rollouts)
+    scores = [tuple(float(rollout.position % 2) for rollout in rollouts)]
+    learner.assemble(0.2, scores, rollouts, old, old, old)
+    peak = Peak()
+    with peak.watched():
+        learner.learn(0.0, 1.0)
+    return {"idle": idle, "loaded": loaded, "peak": peak.num_bytes}
+
+
+if __name__ == "__main__":
+    print(json.dumps(step(load(sys.argv[1]), sys.argv[2])))
