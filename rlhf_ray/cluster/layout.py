@@ -116,9 +116,9 @@ def lay_out(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[Place]:
     Raises:
         PlacementError: what was asked, what there is, and what would fit.
     """
-    places = _fit(demands, nodes)
+    places = fit(demands, nodes)
     if places is None:
-        raise PlacementError(_shortage(demands, nodes))
+        raise PlacementError(shortage(demands, nodes))
     return places
 
 
@@ -166,7 +166,8 @@ class _Room:
         return sum(1 for _ in itertools.takewhile(lambda seat: seat is not None, seats))
 
 
-def _fit(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[Place] | None:
+def fit(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[Place] | None:
+    """What `lay_out` gives, or None where there is no room."""
     rooms = [_Room(i, [_Gpu() for _ in range(node.gpus)]) for i, node in enumerate(nodes)]
     seated: dict[str, list[Place]] = {}
     for demand in sorted(demands, key=lambda d: _hardness(d, nodes), reverse=True):
@@ -215,7 +216,8 @@ def _preference(room: _Room, demand: Demand) -> tuple[int, int, int]:
     return -room.capacity(demand), room.free, room.node
 
 
-def _shortage(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
+def shortage(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
+    """What was asked, what there is, and what would fit, of demands that do not."""
     asked = ", ".join(f"{d.role} {d.workers} x {d.gpus:g}{_listed(d.labels)}" for d in demands)
     total = sum(d.workers * d.gpus for d in demands)
     there = ", ".join(f"{node.name} {node.gpus}{_listed(node.labels)}" for node in nodes)
@@ -252,7 +254,7 @@ def _with_fewer(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
         for demand in demands
         for count in range(1, demand.workers)
         if not (demand.is_group and demand.workers % count)
-        and _fit([replace(d, workers=count) if d is demand else d for d in demands], nodes)
+        and fit([replace(d, workers=count) if d is demand else d for d in demands], nodes)
     ]
     return min(options)[1] if options else None
 
@@ -265,7 +267,7 @@ def _with_smaller(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | Non
         options = [int(WHOLE / sharers) / WHOLE for sharers in range(2, 11)]
     key = "placement.gpus" if largest <= 1 else "generators.tensor_parallel_size"
     for gpus in options:
-        if _fit([replace(d, gpus=min(d.gpus, gpus)) for d in demands], nodes):
+        if fit([replace(d, gpus=min(d.gpus, gpus)) for d in demands], nodes):
             return f"{key}={gpus:g}"
     return None
 
@@ -273,7 +275,7 @@ def _with_smaller(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | Non
 def _without_labels(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
     for demand in demands:
         anywhere = replace(demand, labels={})
-        if _fit([anywhere if d is demand else d for d in demands], nodes):
+        if fit([anywhere if d is demand else d for d in demands], nodes):
             return f"placement.{demand.role}.labels={{}}"
     return None
 
@@ -284,7 +286,7 @@ def _with_more(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
     kinds = list(dict.fromkeys(tuple(node.labels.items()) for node in nodes)) or [()]
     for number in range(1, sum(demand.workers for demand in demands) + 1):
         for labels in map(dict, kinds):
-            if _fit(demands, [*nodes, *[Node("", gpus, labels)] * number]):
+            if fit(demands, [*nodes, *[Node("", gpus, labels)] * number]):
                 node = f"{number} more node{'s' * (number > 1)} of {gpus} GPU{'s' * (gpus > 1)}"
                 return node + _listed(labels)
     return None

@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.cluster.bundles import Bundle, placement_groups, worker_name
-from rlhf_ray.cluster.layout import Demand, Node, Place, lay_out
+from rlhf_ray.cluster.layout import Demand, Node, Place, fit, lay_out, shortage
 from rlhf_ray.errors import PlacementError
 
 POLL_S = 1.0
@@ -158,14 +158,17 @@ class Placement:
         """Places on GPUs that are free, as soon as there are enough."""
         while True:
             nodes = live_nodes()
-            try:
-                return lay_out(demands, [replace(n.node, gpus=n.free) for n in nodes]), nodes
-            except PlacementError as error:
-                if time.monotonic() >= deadline:
-                    waited = f"Waited {self._timeout_s:g} s for room (placement.timeout_s)"
-                    raise PlacementError(f"{error}. {_in_use(nodes)}{waited}") from None
+            free = [replace(live.node, gpus=live.free) for live in nodes]
+            places = fit(demands, free)
+            if places is not None:
+                return places, nodes
             if not self._may_grow:
                 lay_out(demands, [live.node for live in nodes])
+            if time.monotonic() >= deadline:
+                raise PlacementError(
+                    f"{shortage(demands, free)}. {_in_use(nodes)}Waited {self._timeout_s:g} s for "
+                    "room (placement.timeout_s)"
+                )
             await asyncio.sleep(POLL_S)
 
     def _hold(
