@@ -8,6 +8,9 @@ from rlhf_ray.cluster.generator_life import Life
 from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.types import AdapterUpdate, GeneratorStatus
 
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+"""Before a generator is started anew; twice as long after each failure without a shard between."""
+
 
 class Factory(Protocol):
     """Starts and ends the processes of generators."""
@@ -55,6 +58,12 @@ class Member:
     def is_up(self) -> bool:
         """Whether it can be talked to, and nobody else is about to change it."""
         return self.change is None and self.life.state in ("starting", "stale", "ready")
+
+    def next_wait_s(self, first_s: float) -> float:
+        """Before it is started anew after one more failure."""
+        wait_s = min(first_s * 2**self.failures, LONGEST_WAIT_S)
+        self.failures += 1
+        return wait_s
 
     def status(self) -> GeneratorStatus:
         """As people see it."""

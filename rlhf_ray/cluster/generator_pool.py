@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from rlhf_ray.cluster.autoscale import next_target
-from rlhf_ray.cluster.generator_member import Factory, Member
+from rlhf_ray.cluster.generator_member import FIRST_WAIT_S, Factory, Member
 from rlhf_ray.cluster.idle_times import NOTHING_YET, IdleTimes
 from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.cluster.shard_queue import Batch
@@ -34,9 +34,6 @@ from rlhf_ray.types import (
     Shard,
     ShardRequest,
 )
-
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-"""Before a generator is started anew; twice as long after each failure without a shard between."""
 
 Serve = Callable[[GeneratorClient, AdapterUpdate], Awaitable[None]]
 """Publishes to one generator and checks what it then holds; raises WeightSyncError."""
@@ -248,9 +245,7 @@ class GeneratorPool:
             self._restarts += 1
             member.restarts += 1
         member.life.to("restarting")
-        wait_s = min(self._first_wait_s * 2**member.failures, LONGEST_WAIT_S)
-        member.failures += 1
-        await asyncio.sleep(wait_s)
+        await asyncio.sleep(member.next_wait_s(self._first_wait_s))
         member.life.to("starting")
         await self._bring_up(member)
 
