@@ -21,7 +21,7 @@ from rlhf_ray.stages import ppo
 
 def metrics(config: Config) -> list[dict[str, float]]:
     """What each iteration logged, without times."""
-    clock = ("timing_s/", "throughput/")
+    clock = ("timing_s/", "throughput/", "generators/")
     return [
         {name: value for name, value in record.items() if not name.startswith(clock)}
         for record in records(config)
