@@ -1,10 +1,11 @@
-"""What becomes of processes that do not start, and what room is asked for."""
+"""Where generators that join are placed, and what becomes of processes that do not start."""
 
 import asyncio
 from typing import Any
 
 import pytest
 
+from rlhf_ray.cluster.layout import Demand
 from rlhf_ray.config import resolve
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.stages import generator_factory
@@ -23,9 +24,12 @@ class Spawner:
         self.ended: list[str] = []
         self.fails = False
         self.never_ready = False
-        self.held = {"policy-0": {"CPU": 1, "GPU": 1}, "generator-0": {"CPU": 1, "GPU": 2}}
+        self.placed: list[tuple[float, int]] = []
 
-    def spawn_one(self, role_class: type, name: str, *args: Any, num_gpus: int) -> Worker:
+    async def place_one(self, demand: Demand, rank: int) -> None:
+        self.placed.append((demand.gpus, rank))
+
+    def spawn_one(self, role_class: type, name: str, *args: Any) -> Worker:
         return Worker(name)
 
     async def start_one(self, worker: Worker) -> None:
@@ -36,9 +40,6 @@ class Spawner:
 
     async def end_one(self, worker: Worker) -> None:
         self.ended.append(worker.name)
-
-    def resources(self, num_gpus: int) -> dict[str, float]:
-        return {"CPU": 1, "GPU": num_gpus}
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ def factory(monkeypatch: pytest.MonkeyPatch) -> GeneratorFactory:
 async def test_one_that_starts_is_handed_over(factory: GeneratorFactory) -> None:
     generator = await factory.start("generator-3")
     assert generator.name == "generator-3"
+    assert factory._spawner.placed == [(2, 3)]
     assert factory._spawner.ended == []
     await factory.end(generator)
     assert factory._spawner.ended == ["generator-3"]
@@ -74,13 +76,3 @@ async def test_one_that_is_not_wanted_any_more_leaves_no_process(factory: Genera
     with pytest.raises(asyncio.CancelledError):
         await start
     assert factory._spawner.ended == ["generator-3"]
-
-
-def test_room_is_asked_for_everybody_and_given_back(
-    factory: GeneratorFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(generator_factory, "ask_for_room", asked.append)
-    factory.make_room(3)
-    factory.make_room(0)
-    assert asked == [[{"CPU": 1, "GPU": 1}, *[{"CPU": 1, "GPU": 2}] * 3], []]
