@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  (public; not in __all__)
 
 from rlhf_ray.engines.adam_state import MOMENTS, adam_state, load_adam_state
+from rlhf_ray.engines.build_locks import wait_for_builds
 from rlhf_ray.engines.frozen_weights import move_frozen
 
 
@@ -52,6 +53,7 @@ def join_group(
     )
     import deepspeed
 
+    wait_for_builds()
     # It takes the group that there is.
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return device

@@ -1,0 +1,55 @@
+"""Locks that a killed process left on the folders where DeepSpeed's operations are compiled.
+
+PyTorch waits for such a lock for ever. Its owner keeps the file open, so one that nobody on this
+machine has open is left over, or belongs to another node that shares the folder; what compiles
+for longer than `LONGEST_BUILD_S` is taken to be dead.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from torch.utils.cpp_extension import get_default_build_root
+
+LONGEST_BUILD_S = 120.0
+"""An operation takes half a minute on two cores."""
+POLL_S = 0.5
+
+
+def wait_for_builds(root: Path | None = None, longest_s: float = LONGEST_BUILD_S) -> None:
+    """Return when no lock is left that nobody here holds; remove those that are too old.
+
+    Args:
+        root: of the compiled operations; None: PyTorch's.
+        longest_s: age at which a lock without an owner is left over, seconds.
+    """
+    folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
+        while (age_s := _age_s(lock)) is not None and not _is_open(lock):
+            if age_s > longest_s:
+                lock.unlink(missing_ok=True)
+                break
+            time.sleep(POLL_S)
+
+
+def _age_s(path: Path) -> float | None:
+    """None: it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open(path: Path) -> bool:
+    return any(str(path.resolve()) in files for files in _open_files())
+
+
+def _open_files() -> Iterator[set[str]]:
+    """Of each process that this user may look at."""
+    for process in psutil.process_iter():
+        try:
+            yield {file.path for file in process.open_files()}
+        except psutil.Error:
+            continue
