@@ -38,6 +38,9 @@ def submit(
     follow: Annotated[
         bool, typer.Option("--follow", help="Print what it prints; end with its exit code.")
     ] = False,
+    rehearse: Annotated[
+        bool, typer.Option(help="Rehearse PPO first, where this config was not: see rehearse.")
+    ] = True,
     retries: Annotated[
         int, typer.Option(min=0, help="Submit again to go on where it fails; follows it.")
     ] = 0,
@@ -47,7 +50,7 @@ def submit(
 
     resolved = read_config(config, overrides)
     server = job_server.connect(address)
-    job = submission.submit(resolved, server, working_dir)
+    job = submission.submit(resolved, server, working_dir, rehearse=rehearse)
     typer.echo(f"Submitted {job.id}: rlhf-ray status {job.id}, rlhf-ray logs {job.id} --follow")
     if follow or retries:
         with _watching(job.id):

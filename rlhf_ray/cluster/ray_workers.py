@@ -10,6 +10,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
+from rlhf_ray.cluster.peak_memory import peak_memory
 from rlhf_ray.cluster.titles import titled
 from rlhf_ray.cluster.workers import OnCall
 from rlhf_ray.errors import ActorFailure, RlhfError
@@ -41,6 +42,10 @@ class RayWorker:
         """The address of its node in the cluster."""
         node_address = self.actor.__ray_call__.remote(_node_address)
         return await self._await("address", node_address)
+
+    async def peak_memory(self) -> int:
+        """See `cluster.peak_memory`."""
+        return await self._await("peak_memory", self.actor.__ray_call__.remote(peak_memory))
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call a method and bring its result; object references among ``args`` arrive as data.

@@ -18,19 +18,21 @@ CONFIG_FILE = "submitted.yaml"
 """The resolved config in the packed working folder: parents and overrides are in it."""
 
 ENTRYPOINT = f"exec rlhf-ray run {CONFIG_FILE}"
+REHEARSED = f"rlhf-ray rehearse {CONFIG_FILE} --if-needed && {ENTRYPOINT}"
 RESUMED = f"{ENTRYPOINT} run.resume=auto"
 
 USER_ERROR = 2
 """Exit code of a run that its user must mend: to try again would change nothing."""
 
 
-def submit(config: Config, server: JobServer, folder: Path) -> Job:
+def submit(config: Config, server: JobServer, folder: Path, *, rehearse: bool) -> Job:
     """Start a run as a job; returns it.
 
     Args:
         config: carried as it was resolved here.
         server: of the cluster.
         folder: working folder of the run, to which relative paths in the config refer.
+        rehearse: whether PPO is rehearsed first, where it was not.
 
     Raises:
         ConfigError: the config is not for a cluster, the run goes on there already, or the folder
@@ -38,7 +40,7 @@ def submit(config: Config, server: JobServer, folder: Path) -> Job:
     """
     _require_for_a_cluster(config)
     _require_not_running(config, server)
-    return _send(config, server, folder, ENTRYPOINT)
+    return _send(config, server, folder, REHEARSED if rehearse else ENTRYPOINT)
 
 
 def follow(

@@ -57,6 +57,8 @@ class Roles:
     """Brings data to the driver: commits to be written, sample texts to be shown."""
     num_gpus: Callable[[], float]
     """GPUs that they hold now."""
+    peak_memory: Callable[[], Awaitable[Mapping[str, int]]]
+    """The most bytes that each of their processes has held."""
 
     @property
     def learners(self) -> dict[str, Policy | Critic]:
@@ -125,7 +127,10 @@ class PpoLoop:
         self._state = replace(self._state, **self._generators_so_far())
         recorder = self._recorder
         summary = run_summary(recorder.history(), asdict(self._state), recorder.warnings())
-        return summary | {"stopped": self._state.iteration < config.ppo.iterations}
+        return summary | {
+            "stopped": self._state.iteration < config.ppo.iterations,
+            "peak_memory_bytes": await self._roles.peak_memory(),
+        }
 
     async def _iterate(self) -> None:
         iteration = self._state.iteration + 1

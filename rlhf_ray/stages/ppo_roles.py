@@ -172,6 +172,13 @@ class RoleSpawner:
         """GPUs that its actors hold."""
         return sum(worker.num_gpus for worker in self.workers if isinstance(worker, RayWorker))
 
+    async def peak_memory(self) -> dict[str, int]:
+        """Bytes by worker; of those in this process, and of those that have died, nothing."""
+        workers = [worker for worker in self.workers if isinstance(worker, RayWorker)]
+        peaks = await asyncio.gather(*(w.peak_memory() for w in workers), return_exceptions=True)
+        told = zip(workers, peaks, strict=True)
+        return {worker.name: peak for worker, peak in told if isinstance(peak, int)}
+
     async def fetch(self, handle: Any) -> Any:
         """Bring data to the driver."""
         return await fetch(handle) if self._on_ray else handle
@@ -240,6 +247,7 @@ async def ppo_roles(
             critic=CriticClient(critic, config.critic.zero_stage) if critic else None,
             fetch=spawner.fetch,
             num_gpus=spawner.num_gpus,
+            peak_memory=spawner.peak_memory,
         )
     finally:
         await generators.close()

@@ -53,6 +53,10 @@ class SpyGenerator(GeneratorClient):
         return await super().publish(update)
 
 
+async def _no_peaks() -> dict[str, int]:
+    return {}
+
+
 class Processes:
     """Starts generators over fake engines; `engines` makes that of each new one."""
 
@@ -186,6 +190,7 @@ class Harness:
             critic=self.critic,
             fetch=_fetch,
             num_gpus=lambda: 4.0,
+            peak_memory=_no_peaks,
         )
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def test_ppo_runs_as_a_job_is_stopped_and_goes_on_to_its_end(
 ) -> None:
     run = tmp_path / "run"
     arguments = (
-        *("ppo.yaml", "run.name=first", f"run.dir={run}", "run.stages=[ppo]"),
+        *("--no-rehearse", "ppo.yaml", "run.name=first", f"run.dir={run}", "run.stages=[ppo]"),
         *(f"model.path={llama}", f"reward.path={reward_model}"),
         f"data.prompts.path={prompts_file}",
     )

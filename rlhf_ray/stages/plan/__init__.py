@@ -7,6 +7,7 @@ from rlhf_ray.cluster.layout import Node
 from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.stages.plan.prediction import Plan, prediction
+from rlhf_ray.stages.plan.rehearsal import calibrated, load
 from rlhf_ray.stages.plan.remedies import Change, remedies
 from rlhf_ray.stages.plan.tables import as_json, as_text
 
@@ -27,10 +28,25 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change]]:
         PlacementError: it is ``live``, and no cluster can be reached.
         DataError: a model is neither here nor described.
     """
-    nodes, note = _nodes(config, cluster)
-    plan = prediction(config, nodes)
+    plan, note = _predicted(config, cluster)
+    # A cluster that is only named is not the one that the run was rehearsed on.
+    rehearsal = load(config) if cluster in (None, LIVE) else None
+    if rehearsal is not None:
+        pace = calibrated(plan.pace, rehearsal, config)
+        note = (*note, f"seconds are from the rehearsal of {rehearsal.when}")
+        plan = dataclasses.replace(plan, pace=pace)
     plan = dataclasses.replace(plan, assumptions=(*note, *plan.assumptions))
     return plan, [] if plan.fits else remedies(plan)
+
+
+def prediction_for(config: Config) -> Plan:
+    """The plan as it is worked out, without what was measured."""
+    return _predicted(config, None)[0]
+
+
+def _predicted(config: Config, cluster: str | None) -> tuple[Plan, tuple[str, ...]]:
+    nodes, note = _nodes(config, cluster)
+    return prediction(config, nodes), note
 
 
 def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple[str, ...]]:
@@ -46,4 +62,4 @@ def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple
         return (this_machine(),), (f"compared with this machine. {error}",)
 
 
-__all__ = ["Plan", "as_json", "as_text", "plan_for", "prediction", "remedies"]
+__all__ = ["Plan", "as_json", "as_text", "plan_for", "prediction", "prediction_for", "remedies"]

@@ -24,7 +24,7 @@ def server_of(client: FakeJobClient) -> JobServer:
 
 def followed(client: FakeJobClient, folder: Path, num_retries: int) -> tuple[int, str]:
     config, server, written = config_of(), server_of(client), list[str]()
-    job = submit(config, server, folder)
+    job = submit(config, server, folder, rehearse=False)
     code = follow(config, server, folder, job, written.append, num_retries)
     return code, "".join(written)
 
@@ -35,7 +35,7 @@ def test_a_run_is_sent_with_its_folder_and_its_config_as_it_was_resolved(tmp_pat
     child.write_text("extends: parent.yaml\nrun: {name: mine, dir: /mnt/mine}\n")
     config = load(child, ["ppo.epochs=3"])
     client = FakeJobClient()
-    job = submit(config, server_of(client), work_folder(tmp_path / "work"))
+    job = submit(config, server_of(client), work_folder(tmp_path / "work"), rehearse=False)
     (sent,) = client.submitted
     assert sent["entrypoint"] == "exec rlhf-ray run submitted.yaml"
     assert sent["metadata"] == {"rlhf_ray.run": "mine", "rlhf_ray.folder": "/mnt/mine"}
@@ -54,7 +54,7 @@ def test_no_secret_of_this_machine_travels(tmp_path: Path, monkeypatch: pytest.M
     for name in (".env", ".netrc", "cluster.key"):
         (folder / name).write_text(secret)
     client = FakeJobClient()
-    submit(config_of(), server_of(client), folder)
+    submit(config_of(), server_of(client), folder, rehearse=False)
     assert secret not in repr(client.submitted) + repr(client.packed)
     assert len(client.packed[0]) == 2
 
@@ -74,7 +74,7 @@ def test_what_cannot_run_on_a_cluster_is_refused_before_it_is_sent(
 ) -> None:
     client = FakeJobClient()
     with pytest.raises(ConfigError, match=message):
-        submit(resolve(values), server_of(client), work_folder(tmp_path / "work"))
+        submit(resolve(values), server_of(client), work_folder(tmp_path / "work"), rehearse=False)
     assert client.submitted == []
 
 
@@ -83,9 +83,9 @@ def test_a_run_that_goes_on_is_not_sent_again(tmp_path: Path, run: dict[str, str
     client = FakeJobClient({"mine-1": details("mine-1")})
     folder = work_folder(tmp_path / "work")
     with pytest.raises(ConfigError, match=r"goes on already, as job mine-1: stop it first"):
-        submit(config_of(**run), server_of(client), folder)
+        submit(config_of(**run), server_of(client), folder, rehearse=False)
     client.jobs["mine-1"].status = "FAILED"
-    submit(config_of(**run), server_of(client), folder)
+    submit(config_of(**run), server_of(client), folder, rehearse=False)
 
 
 def test_a_run_that_fails_is_sent_again_to_go_on(tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""The command rehearse: two iterations at the worst that a config allows, where the run will be.
+
+Prompts are at their limit, no response ends before its own, and a generator is killed between the
+iterations. What it finds out lies in ``rehearsal.json``, which the command plan goes by.
+"""
+
+import json
+import random
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+
+from rlhf_ray.cluster.layout import RUN_MODELS
+from rlhf_ray.cluster.ray_session import runs_on_ray
+from rlhf_ray.config import Config, dump, resolve
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.observability.progress import Progress
+from rlhf_ray.observability.sinks import read_jsonl
+from rlhf_ray.stages.pipeline import run as run_pipeline
+from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, load, worst_keys
+from rlhf_ray.stages.run_folder import RunFolder, absolute, write_atomically
+
+FOLDER = "rehearsal"
+"""In the run's folder; a run of its own."""
+PHASES = ("gen", "score", "learn", "commit", "sync", "save")
+VICTIM = "generator-0"
+
+
+def run(config: Config) -> Rehearsal:
+    """Rehearse; what was found out is also in the run's folder.
+
+    Raises:
+        ConfigError: PPO is no stage of the run, or there is no model yet to rehearse with.
+        RlhfError: what went wrong, as it would in the run.
+    """
+    worst = worst_case(config)
+    folder = Path(worst.run.dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _write_prompts(folder / "prompts.jsonl", worst)
+    Progress().say("rehearsal: two iterations of the longest rollouts, and the loss of a generator")
+    with _a_loss(worst):
+        run_pipeline(worst)
+    found = _measured(config, folder)
+    write_atomically(folder.parent / RESULT, json.dumps(found.as_mapping(), indent=2))
+    return found
+
+
+def is_possible(config: Config) -> bool:
+    """Whether there is something to rehearse that was not rehearsed yet."""
+    try:
+        worst_case(config)
+    except ConfigError:
+        return False
+    return load(config) is None
+
+
+def worst_case(config: Config) -> Config:
+    """Two iterations of the longest rollouts that the config allows, in a folder of their own.
+
+    What asks others for a score, or reads columns of the data, is left out: scores by models stay.
+
+    Raises:
+        ConfigError: see `run`.
+    """
+    if "ppo" not in config.run.stages:
+        raise ConfigError("A rehearsal is one of PPO, and run.stages does not name it")
+    folder = RunFolder(config)
+    policy = folder.sft_model()
+    values: dict[str, Any] = yaml.safe_load(dump(config))
+    rehearsal = folder.path.absolute() / FOLDER
+    values["run"] |= {
+        "name": f"{config.run.name}-rehearsal",
+        "dir": str(rehearsal),
+        "stages": ["ppo"],
+        "resume": "auto",
+    }
+    values["sft"]["path"] = policy
+    values["reward"]["path"] = _reward_model(folder) or policy
+    values["data"] |= {
+        "prompts": {"path": str(rehearsal / "prompts.jsonl")},
+        "eval": None,
+        "overlong": "truncate",
+    }
+    models = [i for i, source in enumerate(config.rewards) if isinstance(source, RUN_MODELS)]
+    length = {"type": "function", "function": f"{__name__}:length"}
+    values["rewards"] = [values["rewards"][i] for i in models] or [length]
+    for section, keys in worst_keys(config).items():
+        values[section] |= keys
+    del values["trackers"]
+    return resolve(values)
+
+
+def length(completions: Sequence[str], **_: Any) -> list[float]:
+    """A reward that needs no model: characters."""
+    return [float(len(text)) for text in completions]
+
+
+def _reward_model(folder: RunFolder) -> str | None:
+    """None: the run has none yet; the policy's model with a new head is as large."""
+    if folder.config.reward.path:
+        return absolute(folder.config.reward.path)
+    trained = folder.path / "reward" / "model"
+    return str(trained) if folder.summary("reward") is not None else None
+
+
+def _write_prompts(path: Path, config: Config) -> None:
+    """Random words, at least one token each, so that every prompt is cut at its limit."""
+    letters = random.Random(config.run.seed)
+    num = max(20, 3 * config.num_prompts_per_iteration)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(num):
+            words = (
+                "".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=5))
+                for _ in range(config.rollout.max_prompt_tokens)
+            )
+            file.write(json.dumps({"prompt": " ".join(words)}) + "\n")
+
+
+@contextmanager
+def _a_loss(config: Config) -> Iterator[None]:
+    """Within, a generator is killed once the first iteration is recorded."""
+    over = threading.Event()
+    metrics = Path(config.run.dir) / "ppo" / "metrics.jsonl"
+
+    def kill_one() -> None:
+        while not over.wait(0.05):
+            if metrics.is_file() and metrics.read_bytes().count(b"\n"):
+                with suppress(ValueError):  # the run has ended already
+                    ray.kill(ray.get_actor(VICTIM))
+                return
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    if runs_on_ray(config):
+        killer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if killer.ident is not None:
+            killer.join()
+
+
+def _measured(config: Config, folder: Path) -> Rehearsal:
+    records = read_jsonl(folder / "ppo" / "metrics.jsonl")
+    summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
+    seconds = {
+        # The better of the two: one is the first of its processes, one has lost a generator.
+        phase: min(found)
+        for phase in PHASES
+        if (found := [r[f"timing_s/{phase}"] for r in records if f"timing_s/{phase}" in r])
+    }
+    return Rehearsal(
+        when=time.strftime("%Y-%m-%d %H:%M"),
+        config=dump(config),
+        seconds=seconds,
+        peak_memory_bytes=summary["peak_memory_bytes"],
+        samples=summary["samples_learnt"],
+        generator_restarts=summary["generator_restarts"],
+    )
