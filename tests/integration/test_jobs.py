@@ -73,7 +73,8 @@ def living_actors(cluster: JobCluster) -> list[str]:
     assert listed.code == 0, listed.output
     _, bracket, rows = listed.output.partition("[")  # nothing at all where there are none
     found = json.loads(bracket + rows or "[]")
-    return [actor["name"] for actor in found if not actor["name"].startswith("_ray_internal")]
+    ours = (actor for actor in found if actor["ray_namespace"].startswith("rlhf_ray-"))
+    return [actor["name"] for actor in ours]
 
 
 def test_ppo_runs_as_a_job_is_stopped_and_goes_on_to_its_end(
