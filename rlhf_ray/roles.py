@@ -3,8 +3,9 @@
 Every method raises ActorFailure when its role dies or misses its deadline.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from rlhf_ray.types import (
     AdapterUpdate,
@@ -156,3 +157,26 @@ class Critic(LearnerGroup, Protocol):
     async def values(self, shard: Shard) -> Handle:
         """List of [T] values at the states in which the response tokens were chosen."""
         ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Everyone whom the driver talks to."""
+
+    generators: Generators
+    scorer: RewardScorer
+    reference: Reference
+    policy: Policy
+    critic: Critic | None
+    """None where the advantages need no values."""
+    fetch: Callable[[Handle], Awaitable[Any]]
+    """Brings data to the driver: commits to be written, sample texts to be shown."""
+    num_gpus: Callable[[], float]
+    """GPUs that they hold now."""
+    peak_memory: Callable[[], Awaitable[Mapping[str, int]]]
+    """The most bytes that each of their processes has held."""
+
+    @property
+    def learners(self) -> dict[str, Policy | Critic]:
+        """The groups that learn, by the names under which they are committed; policy first."""
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})

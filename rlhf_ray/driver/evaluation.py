@@ -3,16 +3,14 @@
 import asyncio
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.driver.batches import sample_requests, shard_requests
 from rlhf_ray.driver.scoring import mean_score
 from rlhf_ray.rewards.combine import raw_sums
+from rlhf_ray.roles import Roles
 from rlhf_ray.types import Prompt, Shard
-
-if TYPE_CHECKING:
-    from rlhf_ray.driver.ppo_loop import Roles
 
 TABLE_ROWS = 8
 
@@ -27,7 +25,7 @@ class Evaluator:
         self._samples = sample_requests(prompts, 1, seed, "eval")
         self._shard_size = shard_size
 
-    async def evaluate(self, roles: "Roles", version: int) -> dict[str, Any]:
+    async def evaluate(self, roles: Roles, version: int) -> dict[str, Any]:
         """Mean raw score, KL and length, and a table of fixed prompts."""
         requests = shard_requests(self._samples, self._shard_size, version)
         shards = [shard async for shard in roles.generators.generate(requests)]
@@ -52,7 +50,7 @@ class Evaluator:
         }
 
     async def _score(
-        self, roles: "Roles", shard: Shard
+        self, roles: Roles, shard: Shard
     ) -> tuple[list[float | None], tuple[float, ...]]:
         raw_scores, ref_logprobs = await asyncio.gather(
             roles.scorer.score(shard), roles.reference.logprobs(shard)

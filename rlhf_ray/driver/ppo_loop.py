@@ -13,8 +13,8 @@ Before it is committed, the guards look at an iteration: they may stop the run, 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from rlhf_ray.algorithms.estimators import resolve
@@ -39,31 +39,8 @@ from rlhf_ray.driver.watch import Watch
 from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
-from rlhf_ray.roles import Critic, Generators, Policy, Reference, RewardScorer
+from rlhf_ray.roles import Roles
 from rlhf_ray.types import AssembledStats, Commit, Handle, ScoredShard, Shard, StepReport
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Everyone whom the driver talks to."""
-
-    generators: Generators
-    scorer: RewardScorer
-    reference: Reference
-    policy: Policy
-    critic: Critic | None
-    """None where the advantages need no values."""
-    fetch: Callable[[Handle], Awaitable[Any]]
-    """Brings data to the driver: commits to be written, sample texts to be shown."""
-    num_gpus: Callable[[], float]
-    """GPUs that they hold now."""
-    peak_memory: Callable[[], Awaitable[Mapping[str, int]]]
-    """The most bytes that each of their processes has held."""
-
-    @property
-    def learners(self) -> dict[str, Policy | Critic]:
-        """The groups that learn, by the names under which they are committed; policy first."""
-        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
 
 
 class PpoLoop:

@@ -15,7 +15,7 @@ from rlhf_ray.data.rows import Loaded
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.ppo_loop import PpoLoop, Roles
+from rlhf_ray.driver.ppo_loop import PpoLoop
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
@@ -27,6 +27,7 @@ from rlhf_ray.models.stopping import generation_config
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.roles import Roles
 from rlhf_ray.stages.own_data import own_rows
 from rlhf_ray.stages.ppo_control import exchanged
 from rlhf_ray.stages.ppo_roles import ppo_roles

@@ -26,9 +26,9 @@ from rlhf_ray.cluster.role_clients import (
 from rlhf_ray.cluster.turns import Turns, TurnWorker
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
-from rlhf_ray.driver.ppo_loop import Roles
 from rlhf_ray.engines.scoring import reward_sources
 from rlhf_ray.errors import ActorFailure
+from rlhf_ray.roles import Roles
 from rlhf_ray.stages.generator_factory import spawn_generators
 from rlhf_ray.stages.run_folder import located
 

@@ -26,7 +26,7 @@ from tiny_models import build_servable, write_prompts
 
 from rlhf_ray.cluster.generator_pool import GeneratorPool
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.driver.ppo_loop import Roles
+from rlhf_ray.roles import Roles
 from rlhf_ray.stages import ppo
 from rlhf_ray.stages.pipeline import run_single
 from rlhf_ray.types import Shard, ShardRequest

@@ -17,13 +17,14 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.ppo_loop import PpoLoop, Roles
+from rlhf_ray.driver.ppo_loop import PpoLoop
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.roles import Roles
 from rlhf_ray.types import (
     AdapterUpdate,
     Prompt,
