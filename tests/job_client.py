@@ -42,6 +42,7 @@ class FakeJobClient:
     submitted: list[dict[str, Any]] = field(default_factory=list)
     packed: list[dict[str, str]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
+    num_looks: int = 0
     deleted: list[str] = field(default_factory=list)
 
     @property
@@ -82,7 +83,10 @@ class FakeJobClient:
     def get_job_logs(self, job_id: str) -> str:
         """What it printed."""
         if CONTROL in self.jobs[job_id].entrypoint:
-            return f"Running entrypoint for job {job_id}\n{json.dumps(self.answer)}\n"
+            self.num_looks += 1
+            late = self.num_looks > 1  # a log may come later than its job's end
+            answer = f"{json.dumps(self.answer)}\nA library takes its leave\n" if late else ""
+            return f"Running entrypoint for job {job_id}\n{answer}"
         return f"log of {job_id}\n"
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:

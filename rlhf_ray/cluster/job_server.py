@@ -29,6 +29,9 @@ NAME, FOLDER = "rlhf_ray.run", "rlhf_ray.folder"
 CONTROL = "python -m rlhf_ray.cluster.control"
 """What the job that asks a driver runs; such jobs are no runs."""
 
+ANSWERS = ('{"status": ', '{"error": ')
+"""How the line that it prints begins."""
+
 CONNECT_TIMEOUT_S = 10.0
 ASK_TIMEOUT_S = 60.0
 POLL_S = 0.2
@@ -173,10 +176,15 @@ class JobServer:
                     "cluster's dashboard for its state"
                 )
             self._sleep(POLL_S)
-        logs = self._call(self._client.get_job_logs, asking).strip()
+        logs = self._call(self._client.get_job_logs, asking)
         if job.status != "SUCCEEDED":
-            raise ActorFailure(f"The driver's node could not be asked: {logs[-500:]}")
-        return json.loads(logs.splitlines()[-1])
+            raise ActorFailure(f"The driver's node could not be asked: {logs.strip()[-500:]}")
+        while (answer := _answer_in(logs)) is None:  # a log may come later than its job's end
+            if self._clock() > deadline:
+                raise ActorFailure(f"The driver's node gave no answer: {logs.strip()[-500:]}")
+            self._sleep(POLL_S)
+            logs = self._call(self._client.get_job_logs, asking)
+        return answer
 
     def logs(self, job: Job) -> str:
         """All that a run has printed."""
@@ -221,6 +229,12 @@ class JobServer:
             return method(*args, **kwargs)
         except LOST_CONNECTION as error:
             raise ActorFailure(f"The job server does not answer: {error}") from error
+
+
+def _answer_in(logs: str) -> dict[str, Any] | None:
+    """The line that `control.main` prints; Ray and libraries may print others."""
+    lines = [line for line in logs.splitlines() if line.startswith(ANSWERS)]
+    return json.loads(lines[-1]) if lines else None
 
 
 def connect(address: str | None) -> JobServer:

@@ -14,7 +14,7 @@ from rlhf_ray.cluster.control import ControlFiles, RunStatus
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(590)]
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-ITERATIONS = 30
+ITERATIONS = 400
 CONFIG = """
 extends: quickstart.yaml
 model:
@@ -97,6 +97,10 @@ def test_ppo_runs_as_a_job_is_stopped_and_goes_on_to_its_end(
     assert generator["name"] == "generator-0"
     assert generator["restarts"] == 0
     assert "policy-0" in living_actors(cluster)
+
+    cluster.rlhf_ray("scale", "first", "--generators", "2")
+    wait_until(cluster, run, lambda s: [g.state for g in s.generators] == ["ready"] * 2)
+    assert {"generator-0", "generator-1"} <= set(living_actors(cluster))
 
     again = cluster.run("rlhf-ray", "submit", *arguments)
     assert again.code == 2
