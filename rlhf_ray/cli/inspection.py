@@ -39,26 +39,6 @@ def plan(
 
 
 @app.command()
-def rehearse(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    if_needed: Annotated[
-        bool,
-        typer.Option("--if-needed", help="Only where it can be, and was not done for this config."),
-    ] = False,
-) -> None:
-    """Run two PPO iterations at the worst case, and hold memory and seconds against the plan."""
-    from rlhf_ray.stages import rehearse as rehearsing
-    from rlhf_ray.stages.plan import prediction_for
-    from rlhf_ray.stages.plan.rehearsal import as_text
-
-    resolved = read_config(config, overrides)
-    if if_needed and not rehearsing.is_possible(resolved):
-        return
-    typer.echo(as_text(rehearsing.run(resolved), prediction_for(resolved)))
-
-
-@app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Draw the HTML report of a run again."""
     from rlhf_ray.observability.report import build

@@ -39,7 +39,8 @@ def submit(
         bool, typer.Option("--follow", help="Print what it prints; end with its exit code.")
     ] = False,
     rehearse: Annotated[
-        bool, typer.Option(help="Rehearse PPO first, where this config was not: see rehearse.")
+        bool,
+        typer.Option(help="Rehearse PPO first, where it can be and this config was not."),
     ] = True,
     retries: Annotated[
         int, typer.Option(min=0, help="Submit again to go on where it fails; follows it.")
@@ -54,7 +55,9 @@ def submit(
     typer.echo(f"Submitted {job.id}: rlhf-ray status {job.id}, rlhf-ray logs {job.id} --follow")
     if follow or retries:
         with _watching(job.id):
-            code = submission.follow(resolved, server, working_dir, job, _write, retries)
+            code = submission.follow(
+                resolved, server, working_dir, job, _write, retries, rehearse=rehearse
+            )
         raise typer.Exit(code)
 
 

@@ -107,6 +107,8 @@ def serve(
     from rlhf_ray.stages import serve as serve_stage
 
     arguments = serve_stage.command(read_config(config, overrides), model or [], further or [])
+    if warning := serve_stage.exposure(further or []):
+        typer.echo(f"Warning: {warning}", err=True)
     typer.echo(serve_stage.printed(arguments))
     if not print_only:
         serve_stage.run(arguments)

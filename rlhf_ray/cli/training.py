@@ -14,13 +14,42 @@ app = typer.Typer()
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rehearse_first: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Rehearse PPO first, where it can be and was not yet."),
+    ] = False,
+) -> None:
     """Run the whole pipeline; goes on where an earlier run of the same name stopped."""
     from rlhf_ray.stages.pipeline import run as run_pipeline
+    from rlhf_ray.stages.rehearse import is_needed
 
-    report = run_pipeline(read_config(config, overrides)) / "report.html"
+    resolved = read_config(config, overrides)
+    if rehearse_first and is_needed(resolved) and not _rehearsed(resolved):
+        return
+    report = run_pipeline(resolved) / "report.html"
     if report.is_file():
         typer.echo(f"Report: {report}")
+
+
+@app.command()
+def rehearse(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run two PPO iterations at the worst case, and hold memory and seconds against the plan."""
+    _rehearsed(read_config(config, overrides))
+
+
+def _rehearsed(config: Config) -> bool:
+    """Whether a rehearsal came to its end; one that was stopped on request did not."""
+    from rlhf_ray.stages.plan import prediction_for
+    from rlhf_ray.stages.plan.rehearsal import as_text
+    from rlhf_ray.stages.rehearse import run as run_rehearsal
+
+    found = run_rehearsal(config)
+    if found is not None:
+        typer.echo(as_text(found, prediction_for(config)))
+    return found is not None
 
 
 def _stage_command(stage: str) -> Callable[..., None]:

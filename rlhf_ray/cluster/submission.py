@@ -18,8 +18,8 @@ CONFIG_FILE = "submitted.yaml"
 """The resolved config in the packed working folder: parents and overrides are in it."""
 
 ENTRYPOINT = f"exec rlhf-ray run {CONFIG_FILE}"
-REHEARSED = f"rlhf-ray rehearse {CONFIG_FILE} --if-needed && {ENTRYPOINT}"
-RESUMED = f"{ENTRYPOINT} run.resume=auto"
+RESUME = "run.resume=auto"
+REHEARSE = "--rehearse"
 
 USER_ERROR = 2
 """Exit code of a run that its user must mend: to try again would change nothing."""
@@ -40,7 +40,7 @@ def submit(config: Config, server: JobServer, folder: Path, *, rehearse: bool) -
     """
     _require_for_a_cluster(config)
     _require_not_running(config, server)
-    return _send(config, server, folder, REHEARSED if rehearse else ENTRYPOINT)
+    return _send(config, server, folder, [REHEARSE] * rehearse)
 
 
 def follow(
@@ -50,6 +50,8 @@ def follow(
     job: Job,
     write: Callable[[str], None],
     num_retries: int,
+    *,
+    rehearse: bool,
 ) -> int:
     """Write what a submitted run prints to its end; where it failed, submit it again to go on.
 
@@ -58,6 +60,7 @@ def follow(
         job: from `submit`.
         write: takes text as it comes, line ends included.
         num_retries: how often to submit again.
+        rehearse: as it was submitted.
 
     Returns:
         The exit code of the last job's driver; 1 where it has none.
@@ -69,7 +72,7 @@ def follow(
         if job.status != "FAILED" or job.exit_code == USER_ERROR or num_retries == 0:
             return exit_code(job)
         num_retries -= 1
-        job = _send(config, server, folder, RESUMED)
+        job = _send(config, server, folder, [RESUME, *[REHEARSE] * rehearse])
         write(f"The run failed and goes on as {job.id} ({num_retries} retries left)\n")
 
 
@@ -81,13 +84,14 @@ def exit_code(job: Job) -> int:
     return code if code > 0 else 128 - code  # ended by a signal, as shells tell it
 
 
-def _send(config: Config, server: JobServer, folder: Path, entrypoint: str) -> Job:
+def _send(config: Config, server: JobServer, folder: Path, arguments: list[str]) -> Job:
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name)
     submission_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     metadata = {NAME: config.run.name, FOLDER: os.path.normpath(config.run.dir)}
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "working_folder.zip"
         pack(folder, {CONFIG_FILE: dump(config)}, archive)
+        entrypoint = " ".join([ENTRYPOINT, *arguments])
         server.submit(submission_id, entrypoint, str(archive), metadata)
     return server.job(submission_id)
 

@@ -9,7 +9,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ PHASES = ("gen", "score", "learn", "commit", "sync", "save")
 VICTIM = "generator-0"
 
 
-def run(config: Config) -> Rehearsal:
-    """Rehearse; what was found out is also in the run's folder.
+def run(config: Config) -> Rehearsal | None:
+    """Rehearse; what was found out is also in the run's folder. None: it was stopped on request.
 
     Raises:
         ConfigError: PPO is no stage of the run, or there is no model yet to rehearse with.
@@ -48,12 +48,15 @@ def run(config: Config) -> Rehearsal:
     Progress().say("rehearsal: two iterations of the longest rollouts, and the loss of a generator")
     with _a_loss(worst):
         run_pipeline(worst)
-    found = _measured(config, folder)
+    summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
+    if summary["stopped"]:
+        return None
+    found = _measured(config, read_jsonl(folder / "ppo" / "metrics.jsonl"), summary)
     write_atomically(folder.parent / RESULT, json.dumps(found.as_mapping(), indent=2))
     return found
 
 
-def is_possible(config: Config) -> bool:
+def is_needed(config: Config) -> bool:
     """Whether there is something to rehearse that was not rehearsed yet."""
     try:
         worst_case(config)
@@ -148,9 +151,9 @@ def _a_loss(config: Config) -> Iterator[None]:
             killer.join()
 
 
-def _measured(config: Config, folder: Path) -> Rehearsal:
-    records = read_jsonl(folder / "ppo" / "metrics.jsonl")
-    summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
+def _measured(
+    config: Config, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> Rehearsal:
     seconds = {
         # The better of the two: one is the first of its processes, one has lost a generator.
         phase: min(found)

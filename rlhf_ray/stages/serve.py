@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,18 @@ from rlhf_ray.stages.run_models import RunModel, find_model, policies
 
 LOOPBACK = "127.0.0.1"
 """Where the server listens unless told otherwise: by itself vLLM lets the whole network in."""
+
+
+def exposure(further: Sequence[str]) -> str | None:
+    """What to warn of where the server is opened to others; None: it stays on loopback."""
+    words = [part for word in further for part in word.split("=", 1)]
+    hosts = [host for option, host in pairwise(words) if option == "--host"]
+    if not hosts or hosts[-1] in (LOOPBACK, "localhost", "::1"):
+        return None
+    return (
+        f"--host {hosts[-1]} opens the server to others: whoever reaches it samples from the "
+        "models; vLLM's --api-key asks for a key"
+    )
 
 
 def command(config: Config, models: Sequence[str] = (), further: Sequence[str] = ()) -> list[str]:

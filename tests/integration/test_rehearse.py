@@ -47,6 +47,7 @@ def test_two_iterations_at_the_worst_case_survive_the_loss_of_a_generator(
     planned = command_line.run("plan", str(config))
     assert "seconds are from the rehearsal of" in planned
     written = (run / "rehearsal.json").stat().st_mtime_ns
-    command_line.run("rehearse", str(config), "--if-needed")
+    command_line.run("run", str(config), "--rehearse", "ppo.iterations=1")
     assert (run / "rehearsal.json").stat().st_mtime_ns == written
+    assert json.loads((run / "ppo" / "summary.json").read_text())["iterations"] == 1
     command_line.wait_until_nothing_left()

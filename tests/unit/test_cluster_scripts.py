@@ -12,6 +12,9 @@ import pytest
 import ray
 import yaml
 
+from rlhf_ray.cluster.layout import Node, demands, lay_out
+from rlhf_ray.config import load
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "cluster"
 KUBERAY = ("raycluster.yaml", "rayjob.yaml")
@@ -31,6 +34,30 @@ def test_the_ray_cluster_is_valid_by_rays_own_schema() -> None:
         assert "test -s ~/.ray/auth_token" in start
         assert subprocess.run(["bash", "-n", "-c", start], check=False).returncode == 0
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+def test_the_ray_clusters_nodes_hold_the_job_that_is_made_for_them(tmp_path: Path) -> None:
+    """Labels as each node would start with them, laid out for three nodes of eight."""
+    cluster = read("ray_cluster.yaml")
+    *_, start = cluster["worker_start_ray_commands"]
+    stand_ins = {"ray": 'echo "$@"', "ip": 'echo "inet $ADDRESS/24"', "test": "true"}
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    labels = ["train"]  # the head
+    for address in cluster["provider"]["worker_ips"]:
+        done = subprocess.run(
+            ["bash", "-c", f"enable -n test; ulimit() {{ :; }}; {start}"],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "ADDRESS": address},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        labels.append(done.stdout.rpartition("role=")[2].strip())
+    assert labels == ["train", "train", "rollout"]
+    config = load(ROOT / "configs" / "stackllama" / "ppo_3x8_a100.yaml")
+    nodes = [Node(str(i), 8, {"role": label}) for i, label in enumerate(labels)]
+    assert len(lay_out(demands(config), nodes)) == 24
 
 
 @pytest.mark.parametrize("name", KUBERAY)

@@ -18,7 +18,9 @@ RESULT = "rehearsal.json"
 
 ITERATIONS = 2
 NOT_COMPARED = ("run", "guards", "trackers", "evaluate")
-"""Sections that change neither memory nor pace."""
+"""Sections that change neither memory nor pace, ..."""
+HOW_OFTEN = ("iterations", "save_every", "eval_every", "keep_checkpoints")
+"""... and keys of ppo."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def load(config: Config) -> Rehearsal | None:
 
 def _compared(config: str) -> dict[str, Any]:
     sections = yaml.safe_load(config)
+    sections["ppo"] = {k: value for k, value in sections["ppo"].items() if k not in HOW_OFTEN}
     return {name: keys for name, keys in sections.items() if name not in NOT_COMPARED}
 
 

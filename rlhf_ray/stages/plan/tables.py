@@ -1,6 +1,7 @@
 """A plan as text for people, and as JSON for programs."""
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -240,7 +241,7 @@ def _pace_assumptions(plan: Plan) -> list[str]:
 
 def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
     for note in plan.assumptions:
-        yield f"note: {note}"
+        yield _wrapped(f"note: {note}")
     kinds = {node.gpu_kind for node in plan.nodes if node.gpu_kind}
     for kind in sorted(kinds):
         memory = GPU_KINDS[kind].memory_gb
@@ -248,11 +249,17 @@ def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
     yield ""
     yield "It fits." if plan.fits else "It does not fit:"
     for shortage in plan.shortages:
-        yield f"  - {shortage.reason}"
+        yield _wrapped(f"  - {shortage.reason}")
     if changes:
         yield "It would fit with" + (" any of these:" if len(changes) > 1 else ":")
     for change in changes:
-        yield "  " + " ".join(f"{key}={_yaml(value)}" for key, value in change.items())
+        yield _wrapped("  " + " ".join(f"{key}={_yaml(value)}" for key, value in change.items()))
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(
+        line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _yaml(value: object) -> str:

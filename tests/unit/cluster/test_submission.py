@@ -22,10 +22,12 @@ def server_of(client: FakeJobClient) -> JobServer:
     return JobServer(client, sleep=lambda _: None)
 
 
-def followed(client: FakeJobClient, folder: Path, num_retries: int) -> tuple[int, str]:
+def followed(
+    client: FakeJobClient, folder: Path, num_retries: int, rehearse: bool = False
+) -> tuple[int, str]:
     config, server, written = config_of(), server_of(client), list[str]()
-    job = submit(config, server, folder, rehearse=False)
-    code = follow(config, server, folder, job, written.append, num_retries)
+    job = submit(config, server, folder, rehearse=rehearse)
+    code = follow(config, server, folder, job, written.append, num_retries, rehearse=rehearse)
     return code, "".join(written)
 
 
@@ -96,6 +98,16 @@ def test_a_run_that_fails_is_sent_again_to_go_on(tmp_path: Path) -> None:
     fresh, *again = [job["entrypoint"] for job in client.submitted]
     assert fresh == "exec rlhf-ray run submitted.yaml"
     assert again == ["exec rlhf-ray run submitted.yaml run.resume=auto"] * 2
+
+
+def test_one_that_fails_in_its_rehearsal_is_rehearsed_again(tmp_path: Path) -> None:
+    client = FakeJobClient(outcomes=[("FAILED", 1), ("SUCCEEDED", 0)])
+    code, _ = followed(client, work_folder(tmp_path / "work"), num_retries=1, rehearse=True)
+    assert code == 0
+    assert [job["entrypoint"] for job in client.submitted] == [
+        "exec rlhf-ray run submitted.yaml --rehearse",
+        "exec rlhf-ray run submitted.yaml run.resume=auto --rehearse",
+    ]
 
 
 @pytest.mark.parametrize(

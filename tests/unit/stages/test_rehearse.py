@@ -12,7 +12,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.stages.plan import plan_for
 from rlhf_ray.stages.plan.pace import Pace
 from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, as_text, calibrated, load
-from rlhf_ray.stages.rehearse import is_possible, worst_case
+from rlhf_ray.stages.rehearse import is_needed, worst_case
 
 SHAPE = {
     "num_layers": 2,
@@ -77,22 +77,24 @@ def test_without_a_model_or_ppo_there_is_nothing_to_rehearse(tmp_path: Path) -> 
         ({"run": {"dir": str(tmp_path), "stages": ["report"]}}, "run.stages does not name it"),
     ):
         config = config_of(tmp_path, **sections)
-        assert not is_possible(config)
+        assert not is_needed(config)
         with pytest.raises(ConfigError, match=says):
             worst_case(config)
 
 
 def test_a_rehearsal_holds_for_its_own_config_alone(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    assert is_possible(config)
+    assert is_needed(config)
     (tmp_path / RESULT).write_text(json.dumps(asdict(rehearsal_of(config))))
     assert load(config) == rehearsal_of(config)
-    assert not is_possible(config)
+    assert not is_needed(config)
+    more = config.model_copy(update={"ppo": config.ppo.model_copy(update={"iterations": 9})})
+    assert load(more) is not None
     longer = config.model_copy(
         update={"rollout": config.rollout.model_copy(update={"max_tokens": 7})}
     )
     assert load(longer) is None
-    assert is_possible(longer)
+    assert is_needed(longer)
 
 
 def test_measured_seconds_are_the_worst_case_and_scale_the_best(tmp_path: Path) -> None:
