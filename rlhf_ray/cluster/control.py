@@ -88,10 +88,25 @@ class ControlFiles:
         self._status, self._asked = folder / "status.json", folder / "asked.json"
 
     def open(self, name: str) -> None:
-        """Begin a run of this process: what was told and asked before is void."""
+        """Begin a run of this process: what was told and asked before is void.
+
+        Raises:
+            ConfigError: another process of this machine runs here.
+        """
+        self._require_free()
         self._asked.unlink(missing_ok=True)
         driver = identity() | {"host": socket.gethostname()}
         self._write_status(RunStatus(name, str(self._status.parent)), driver)
+
+    def _require_free(self) -> None:
+        with suppress(OSError, ValueError, KeyError):
+            driver = json.loads(self._status.read_text(encoding="utf-8"))["driver"]
+            is_other = driver["host"] == socket.gethostname() and driver["pid"] != os.getpid()
+            if is_other and self.status().state == "running":
+                raise ConfigError(
+                    f"{self._status.parent} is in use by process {driver['pid']}: stop it first "
+                    f"(rlhf-ray stop {self._status.parent}), or choose another run.dir"
+                )
 
     def begin(self, stage: str) -> None:
         """Nothing is known yet of a stage that begins."""

@@ -152,10 +152,10 @@ class GeneratorPool:
 
     async def close(self) -> None:
         """Change nothing any more; whoever has spawned the processes ends them."""
-        if self._asked_for_room:
-            self._factory.make_room(0)
         changes = [member.change for member in self._members if member.change is not None]
         await _cancel([*changes, *(call for member in self._members for call in member.calls)])
+        if self._asked_for_room:
+            self._factory.make_room(0)
 
     # How a generator comes to be ready.
 

@@ -16,6 +16,9 @@ from rlhf_ray.cluster.workers import OnCall
 from rlhf_ray.errors import ActorFailure, RlhfError
 from rlhf_ray.types import Handle
 
+STARTING = {"address", "free_port", "start"}
+"""Calls that wait for a process to come up, and for what it loads."""
+
 
 class RayWorker:
     """A role's class in an actor of its own."""
@@ -27,6 +30,7 @@ class RayWorker:
         timeout_s: float,
         on_call: OnCall,
         *,
+        start_timeout_s: float,
         num_gpus: float,
         one_at_a_time: bool,
     ) -> None:
@@ -34,6 +38,7 @@ class RayWorker:
         self.actor = actor
         self.num_gpus = num_gpus
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
         self._on_call = on_call
         self._one_at_a_time = one_at_a_time
         self._last_end_s = 0.0
@@ -68,12 +73,14 @@ class RayWorker:
 
     async def _await(self, method: str, reference: Awaitable[Any]) -> Any:
         started = time.time()
+        limit_s, key = self._timeout_s, "cluster.call_timeout_s"
+        if method in STARTING:
+            limit_s, key = self._start_timeout_s, "cluster.start_timeout_s"
         try:
-            result = await asyncio.wait_for(_resolve(reference), self._timeout_s)
+            result = await asyncio.wait_for(_resolve(reference), limit_s)
         except TimeoutError:
             raise ActorFailure(
-                f"{self.name} did not answer {method} within {self._timeout_s:g} s "
-                "(cluster.call_timeout_s)"
+                f"{self.name} did not answer {method} within {limit_s:g} s ({key})"
             ) from None
         except RayTaskError as error:
             if isinstance(error.cause, RlhfError):
@@ -110,6 +117,7 @@ def spawn(
     num_gpus: float,
     strategy: SchedulingStrategyT,
     concurrency: int,
+    start_timeout_s: float,
     timeout_s: float,
     on_call: OnCall,
 ) -> RayWorker:
@@ -128,6 +136,7 @@ def spawn(
         actor,
         timeout_s,
         on_call,
+        start_timeout_s=start_timeout_s,
         num_gpus=num_gpus,
         one_at_a_time=concurrency == 1,
     )

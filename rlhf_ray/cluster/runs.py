@@ -139,7 +139,7 @@ class JobRun:
         job = self._job
         self._require_going_on()
         status = None if now or job.status == "PENDING" else self._server.ask(job, "--stop")
-        if status is None or status.stage != COMMITS:
+        if status is None or status.stage != COMMITS or status.state != "running":
             self._server.stop(job)
             say(ended_at_once(status))
             return

@@ -40,13 +40,26 @@ class Turns:
     @asynccontextmanager
     async def turn(self, side: str) -> AsyncIterator[None]:
         """Within, the side is awake."""
-        while not await self._begin(side):
+        while not await self._begun(side):
             await asyncio.sleep(POLL_S)
         try:
             yield
         finally:
             self._under_way -= 1
             self._last_end_s = time.monotonic()
+
+    async def _begun(self, side: str) -> bool:
+        """Try to begin; sides that change places do so to the end, whoever is cancelled."""
+        begin = asyncio.ensure_future(self._begin(side))
+        try:
+            return await asyncio.shield(begin)
+        except asyncio.CancelledError:
+            begin.add_done_callback(self._give_up)
+            raise
+
+    def _give_up(self, begin: "asyncio.Future[bool]") -> None:
+        if not begin.cancelled() and begin.exception() is None:
+            self._under_way -= begin.result()
 
     async def _begin(self, side: str) -> bool:
         async with self._lock:

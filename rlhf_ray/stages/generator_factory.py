@@ -40,7 +40,7 @@ class GeneratorFactory:
         await self._spawner.place_one(self._demand, int(name.rpartition("-")[2]))
         generator = self.spawn(name)
         try:
-            await self._spawner.start_one(generator.worker)
+            await generator.worker.call("start")
         except BaseException:  # also where it is not wanted any more
             await self.end(generator)
             raise

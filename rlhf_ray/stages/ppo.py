@@ -76,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
                 state,
                 bar,
             )
-            async with exchanged(folder.path, loop, roles.generators, bar):
+            async with exchanged(folder.path, loop, roles.generators, bar, progress.say):
                 return await loop.run()
 
     try:

@@ -1,7 +1,7 @@
 """While PPO runs: tells others how it stands, and passes on what they ask."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from rlhf_ray.roles import Generators
 
 @asynccontextmanager
 async def exchanged(
-    folder: Path, loop: PpoLoop, generators: Generators, bar: Bar
+    folder: Path, loop: PpoLoop, generators: Generators, bar: Bar, tell: Callable[[str], None]
 ) -> AsyncIterator[None]:
     """Exchange status and wishes with the files of a run until the loop has ended."""
     files = ControlFiles(folder)
-    exchange = asyncio.ensure_future(_exchange(files, loop, generators, bar))
+    exchange = asyncio.ensure_future(_exchange(files, loop, generators, bar, tell))
     try:
         yield
     finally:
@@ -26,16 +26,27 @@ async def exchanged(
         files.tell(**_standing(loop, generators, bar))
 
 
-async def _exchange(files: ControlFiles, loop: PpoLoop, generators: Generators, bar: Bar) -> None:
-    granted = None
+async def _exchange(
+    files: ControlFiles,
+    loop: PpoLoop,
+    generators: Generators,
+    bar: Bar,
+    tell: Callable[[str], None],
+) -> None:
+    granted = trouble = None
     while True:
         files.tell(**_standing(loop, generators, bar))
-        wish = files.asked()
-        if wish.stop:
-            loop.request_stop()
-        if wish.num_generators is not None and wish.num_generators != granted:
-            generators.scale_to(wish.num_generators)
-            granted = wish.num_generators
+        try:
+            wish = files.asked()
+            if wish.stop:
+                loop.request_stop()
+            if wish.num_generators is not None and wish.num_generators != granted:
+                generators.scale_to(wish.num_generators)
+                granted = wish.num_generators
+        except Exception as error:  # storage or cluster that does not answer just now
+            if str(error) != trouble:
+                tell(f"What was asked of the run could not be done, and is tried again: {error}")
+            trouble = str(error)
         await asyncio.sleep(INTERVAL_S)
 
 

@@ -27,7 +27,6 @@ from rlhf_ray.cluster.turns import Turns, TurnWorker
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.engines.scoring import reward_sources
-from rlhf_ray.errors import ActorFailure
 from rlhf_ray.roles import Roles
 from rlhf_ray.stages.generator_factory import spawn_generators
 from rlhf_ray.stages.run_folder import located
@@ -35,8 +34,8 @@ from rlhf_ray.stages.run_folder import located
 ASYNC_CONCURRENCY = 32
 """Calls that a role whose methods are async works on at a time."""
 
-END_TIMEOUT_S = 10.0
-"""For a worker that is ended alone to free what it holds."""
+END_TIMEOUT_S = 20.0
+"""For a worker that is ended to free what it holds."""
 
 
 SIDES: Mapping[str, str] = {"generator": "generators", "policy": "learners", "critic": "learners"}
@@ -115,6 +114,7 @@ class RoleSpawner:
             num_gpus=seat.num_gpus if seat else 0,
             strategy=seat.strategy if seat else None,
             concurrency=ASYNC_CONCURRENCY if role_class in (Generator, RewardScorer) else 1,
+            start_timeout_s=self._config.cluster.start_timeout_s,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,
         )
@@ -123,33 +123,13 @@ class RoleSpawner:
         """Start every worker at once; those of a learner group meet at their first rank.
 
         Raises:
-            ActorFailure: not all were ready before cluster.start_timeout_s.
+            ActorFailure: one was not ready in time.
         """
         in_groups = {worker.name for group in groups for worker in group}
         alone = [self._in_turn(w) for w in self.workers if w.name not in in_groups]
-        deadline = self._config.cluster.start_timeout_s
-        starts = [*(worker.call("start") for worker in alone), *map(_start_group, groups)]
-        try:
-            await asyncio.wait_for(asyncio.gather(*starts), deadline)
-        except TimeoutError:
-            raise ActorFailure(
-                f"Not every role was ready within {deadline:g} s (cluster.start_timeout_s): "
-                f"{', '.join(worker.name for worker in self.workers)}"
-            ) from None
-
-    async def start_one(self, worker: Worker) -> None:
-        """Start a worker that belongs to no group.
-
-        Raises:
-            ActorFailure: it was not ready before cluster.start_timeout_s.
-        """
-        deadline = self._config.cluster.start_timeout_s
-        try:
-            await asyncio.wait_for(worker.call("start"), deadline)
-        except TimeoutError:
-            raise ActorFailure(
-                f"{worker.name} was not ready within {deadline:g} s (cluster.start_timeout_s)"
-            ) from None
+        await asyncio.gather(
+            *(worker.call("start") for worker in alone), *map(_start_group, groups)
+        )
 
     async def end_one(self, worker: Worker) -> None:
         """Let a worker free what it holds, if it still answers, then end its actor."""
@@ -164,7 +144,9 @@ class RoleSpawner:
     async def stop_all(self) -> None:
         """Let generators end their engines, then end every actor."""
         generators = [w for w in self.workers if w.name.startswith("generator")]
-        await asyncio.gather(*(w.call("stop") for w in generators), return_exceptions=True)
+        # One that is loading its base answers only when it has.
+        stops = (asyncio.wait_for(w.call("stop"), END_TIMEOUT_S) for w in generators)
+        await asyncio.gather(*stops, return_exceptions=True)
         kill([worker for worker in self.workers if isinstance(worker, RayWorker)])
         self._placement.close()
 
@@ -250,5 +232,7 @@ async def ppo_roles(
             peak_memory=spawner.peak_memory,
         )
     finally:
-        await generators.close()
-        await spawner.stop_all()
+        try:
+            await generators.close()
+        finally:
+            await spawner.stop_all()

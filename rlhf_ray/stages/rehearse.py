@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import yaml
 
+from rlhf_ray.cluster.control import ControlFiles
 from rlhf_ray.cluster.layout import RUN_MODELS
 from rlhf_ray.cluster.ray_session import runs_on_ray
 from rlhf_ray.config import Config, dump, resolve
@@ -48,9 +49,9 @@ def run(config: Config) -> Rehearsal | None:
     Progress().say("rehearsal: two iterations of the longest rollouts, and the loss of a generator")
     with _a_loss(worst):
         run_pipeline(worst)
-    summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
-    if summary["stopped"]:
+    if ControlFiles(folder).asked().stop:
         return None
+    summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
     found = _measured(config, read_jsonl(folder / "ppo" / "metrics.jsonl"), summary)
     write_atomically(folder.parent / RESULT, json.dumps(found.as_mapping(), indent=2))
     return found

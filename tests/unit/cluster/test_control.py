@@ -8,10 +8,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlhf_ray.cluster import control
 from rlhf_ray.cluster.control import ControlFiles, RunStatus, Wish, told
+from rlhf_ray.cluster.leftovers import identity
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.types import GeneratorStatus
@@ -130,3 +132,19 @@ def test_a_job_is_asked_by_its_id_alone(
 def test_a_folder_without_a_run_has_no_status(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run that was started"):
         ControlFiles(tmp_path).status()
+
+
+def test_a_folder_in_which_another_process_runs_is_not_taken(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with told("mine", tmp_path):
+            written = json.loads((tmp_path / "status.json").read_text())
+            written["driver"] = identity(psutil.Process(other.pid)) | {
+                "host": written["driver"]["host"]
+            }
+            (tmp_path / "status.json").write_text(json.dumps(written))
+            with (
+                pytest.raises(ConfigError, match=f"in use by process {other.pid}"),
+                told("mine", tmp_path),
+            ):
+                pass
+        other.kill()

@@ -58,6 +58,14 @@ async def test_waiting_for_the_call_before_is_no_work(
         calls.append((start_s, end_s))
 
     actor: Any = Actor(clock)
-    worker = RayWorker("reward-0", actor, 600.0, on_call, num_gpus=0.0, one_at_a_time=one_at_a_time)
+    worker = RayWorker(
+        "reward-0",
+        actor,
+        600.0,
+        on_call,
+        start_timeout_s=300.0,
+        num_gpus=0.0,
+        one_at_a_time=one_at_a_time,
+    )
     await asyncio.gather(worker.call("score", 104.0), worker.call("score", 107.0))
     assert calls == expected

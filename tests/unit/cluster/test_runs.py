@@ -186,3 +186,9 @@ def test_a_job_that_has_ended_is_not_asked() -> None:
 def test_a_driver_that_was_stopped_with_force_is_not_called_dead(job: str, state: str) -> None:
     _, run = job_run({"stage": "ppo", "state": "dead"}, status=job)
     assert run.status().state == state
+
+
+def test_a_job_between_its_rehearsal_and_its_run_ends_at_once() -> None:
+    client, run = job_run({"stage": "ppo", "state": "finished"})
+    run.stop(False, print)
+    assert client.stopped == ["mine-1"]

@@ -113,3 +113,26 @@ async def test_a_worker_that_cannot_wake_up_says_so_to_its_caller() -> None:
         await pair.generator.call("generate")
     await pair.learner.call("learn")
     assert pair.events[-2:] == ["learner wake", "learner learn"]
+
+
+async def test_sides_change_places_to_the_end_whoever_is_cancelled() -> None:
+    pair = Pair()
+    await pair.start()
+    sleeping = asyncio.Event()
+    learner = pair.sleepers["learner"]
+    call = learner.call
+
+    async def slow(method: str, *args: Any) -> Any:
+        if method == "sleep":
+            await sleeping.wait()
+        return await call(method, *args)
+
+    learner.call = slow  # type: ignore[method-assign]
+    cancelled = asyncio.ensure_future(pair.generator.call("generate"))
+    await asyncio.sleep(0.1)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    sleeping.set()
+    await asyncio.wait_for(pair.learner.call("learn"), 5)  # its weights are back before it learns
+    await asyncio.wait_for(pair.generator.call("generate"), 5)

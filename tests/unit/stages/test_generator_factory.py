@@ -13,8 +13,16 @@ from rlhf_ray.stages.generator_factory import GeneratorFactory
 
 
 class Worker:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, spawner: "Spawner") -> None:
         self.name = name
+        self._spawner = spawner
+
+    async def call(self, method: str) -> None:
+        assert method == "start"
+        if self._spawner.never_ready:
+            await asyncio.Event().wait()
+        if self._spawner.fails:
+            raise ActorFailure("no engine")
 
 
 class Spawner:
@@ -30,13 +38,7 @@ class Spawner:
         self.placed.append((demand.gpus, rank))
 
     def spawn_one(self, role_class: type, name: str, *args: Any) -> Worker:
-        return Worker(name)
-
-    async def start_one(self, worker: Worker) -> None:
-        if self.never_ready:
-            await asyncio.Event().wait()
-        if self.fails:
-            raise ActorFailure("no engine")
+        return Worker(name, self)
 
     async def end_one(self, worker: Worker) -> None:
         self.ended.append(worker.name)

@@ -47,7 +47,7 @@ async def test_status_and_wishes_are_exchanged(
     bar.advance(1, reward=0.25, kl=1.5)
     now = 12.0
     bar.advance(1)
-    async with exchanged(tmp_path, cast(Any, loop), cast(Any, pool), bar):
+    async with exchanged(tmp_path, cast(Any, loop), cast(Any, pool), bar, print):
         await asyncio.sleep(0.02)
         told = files.status()
         assert loop.stops == 0
@@ -69,6 +69,29 @@ async def test_the_last_word_is_told_when_the_loop_has_ended(tmp_path: Path) -> 
     files, loop = ControlFiles(tmp_path), Loop(RunState())
     files.open("mine")
     bar = Bar("ppo", 7, "iteration", 0, lambda: 0.0)
-    async with exchanged(tmp_path, cast(Any, loop), cast(Any, Pool()), bar):
+    async with exchanged(tmp_path, cast(Any, loop), cast(Any, Pool()), bar, print):
         loop.state = RunState(iteration=7)
     assert files.status().iteration == 7
+
+
+async def test_a_wish_that_cannot_be_done_is_told_once_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppo_control, "INTERVAL_S", 0.001)
+    files, loop, pool, said = ControlFiles(tmp_path), Loop(RunState()), Pool(), list[str]()
+    files.open("mine")
+    errors = [OSError("no answer")] * 3
+
+    def scale_to(num: int) -> None:
+        if errors:
+            raise errors.pop()
+        pool.asked.append(num)
+
+    monkeypatch.setattr(pool, "scale_to", scale_to)
+    files.ask(num_generators=3)
+    bar = Bar("ppo", 7, "iteration", 0, lambda: 0.0)
+    async with exchanged(tmp_path, cast(Any, loop), cast(Any, pool), bar, said.append):
+        await asyncio.sleep(0.1)
+    assert pool.asked == [3]
+    (line,) = said
+    assert line.endswith("tried again: no answer")
