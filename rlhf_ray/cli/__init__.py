@@ -14,8 +14,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train language models with human feedback on a Ray cluster.\n\n"
-    "Every command takes a CONFIG (a YAML file, or the folder of a run) and overrides such as "
-    "ppo.iterations=20.",
+    "Most commands take a CONFIG (a YAML file, or the folder of a run) and overrides such as "
+    "ppo.iterations=20; those that watch or change a run take its name, folder or submission id.",
 )
 for _commands in (training, jobs, models, inspection):
     app.add_typer(_commands.app)

@@ -31,6 +31,12 @@ def test_our_commands_are_valid(words: list[str]) -> None:
     load(ROOT / config, overrides)
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_commands_that_pages_name_are_there(page: Path) -> None:
+    named = set(re.findall(r"\brlhf-ray ([a-z]+)", page.read_text(encoding="utf-8")))
+    assert named <= set(typer.main.get_command(cli.app).commands)
+
+
 @pytest.mark.parametrize(
     ("system", "program"),
     [
