@@ -130,6 +130,8 @@ class Placement:
             self._spare[worker.rpartition("-")[0]].append(seat)
         else:
             remove_placement_group(seat.group.handle)
+            for seats in self._spare.values():
+                seats[:] = [spare for spare in seats if spare.group is not seat.group]
 
     def close(self) -> None:
         """Give up every place."""

@@ -1,0 +1,78 @@
+"""Who is given which seat, over placement groups that are only made believe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from rlhf_ray.cluster import placement
+from rlhf_ray.cluster.layout import Demand, Node
+from rlhf_ray.cluster.placement import LiveNode, Placement
+
+GENERATORS = Demand("generator", 2, 0.5, sharers=frozenset({"generator"}))
+
+
+class Group:
+    """A placement group that is reserved at once."""
+
+    def __init__(self, bundles: Sequence[Any]) -> None:
+        self.bundles = bundles
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
+class Cluster:
+    """Nodes, and the placement groups on them."""
+
+    def __init__(self, *nodes: Node) -> None:
+        self.nodes = list(nodes)
+        self.groups: list[Any] = []
+        self.removed: list[Any] = []
+        self.kind: type = Group
+
+    def live(self) -> list[LiveNode]:
+        held = sum(b.get("GPU", 0) for group in self.groups for b in group.bundles)
+        return [LiveNode(n.name, n, int(n.gpus - held)) for n in self.nodes]
+
+    def make(self, bundles: Sequence[Any], **_: Any) -> Any:
+        self.groups.append(self.kind(bundles))
+        return self.groups[-1]
+
+    def remove(self, group: Any) -> None:
+        self.groups.remove(group)
+        self.removed.append(group)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """One node of two GPUs."""
+    made = Cluster(Node("n", 2))
+    monkeypatch.setattr(placement, "live_nodes", made.live)
+    monkeypatch.setattr(placement, "placement_group", made.make)
+    monkeypatch.setattr(placement, "remove_placement_group", made.remove)
+    monkeypatch.setattr(placement, "POLL_S", 0.001)
+    return made
+
+
+async def test_a_seat_goes_with_its_group(cluster: Cluster) -> None:
+    """Two that shared a GPU leave; who comes then sits in a group that is there."""
+    held = Placement(1.0, may_grow=True)
+    await held.reserve([GENERATORS])
+    held.release("generator-1")
+    held.release("generator-0")
+    assert not cluster.groups
+    await held.reserve_one(GENERATORS, 2)
+    seat = held.seat("generator-2")
+    assert seat is not None
+    assert seat.group.handle in cluster.groups
+
+
+async def test_a_seat_left_beside_others_is_for_the_next_of_its_role(cluster: Cluster) -> None:
+    held = Placement(1.0, may_grow=True)
+    await held.reserve([GENERATORS])
+    left = held.seat("generator-1")
+    held.release("generator-1")
+    await held.reserve_one(GENERATORS, 2)
+    assert held.seat("generator-2") is left
+    assert len(cluster.groups) == 1
