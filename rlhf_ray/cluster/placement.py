@@ -72,12 +72,13 @@ def live_nodes() -> list[LiveNode]:
 
 
 class Placement:
-    """The seats of a run's workers; none on a cluster without GPUs, where any CPU will do."""
+    """The seats of a run's workers; none where they need no GPU: there any CPU will do."""
 
     def __init__(self, timeout_s: float, *, may_grow: bool) -> None:
         """Args: how long to wait for room; whether nodes may join."""
         self._timeout_s = timeout_s
         self._may_grow = may_grow
+        self._on_gpus = False
         self._seats: dict[str, Seat] = {}
         self._spare: dict[str, list[Seat]] = defaultdict(list)
         """Role -> seats left by its workers, on GPUs that others are on as well."""
@@ -88,9 +89,8 @@ class Placement:
 
     def resources(self, demands: Sequence[Demand]) -> list[dict[str, float]]:
         """What each worker asks Ray for."""
-        has_gpus = any(live.node.gpus for live in live_nodes())
         return [
-            {"CPU": 1.0} | ({"GPU": demand.gpus} if demand.gpus and has_gpus else {})
+            {"CPU": 1.0} | ({"GPU": demand.gpus} if demand.gpus else {})
             for demand in demands
             for _ in range(demand.workers)
         ]
@@ -98,10 +98,15 @@ class Placement:
     async def reserve(self, demands: Sequence[Demand]) -> None:
         """Hold a place for every worker.
 
+        A machine of ours has GPUs or not; those of a cluster that was joined are waited for.
+
         Raises:
             PlacementError: what was asked, what the cluster has, and what would fit.
         """
-        await self._reserve(demands, 0)
+        there = self._may_grow or any(live.node.gpus for live in live_nodes())
+        self._on_gpus = there and any(demand.gpus for demand in demands)
+        if self._on_gpus:
+            await self._reserve(demands, 0)
 
     async def reserve_one(self, demand: Demand, rank: int) -> None:
         """Hold a place for one worker that joins, or that comes back after `release`.
@@ -109,6 +114,8 @@ class Placement:
         Raises:
             PlacementError: as `reserve` does.
         """
+        if not self._on_gpus:
+            return
         spare = self._spare[demand.role]
         if spare:
             worker, seat = f"{demand.role}-{rank}", spare.pop()
@@ -140,8 +147,6 @@ class Placement:
         self._spare.clear()
 
     async def _reserve(self, demands: Sequence[Demand], first_rank: int) -> None:
-        if not any(live.node.gpus for live in live_nodes()):
-            return
         deadline = time.monotonic() + self._timeout_s
         places, nodes = await self._laid_out(demands, deadline)
         moved = [replace(place, rank=place.rank + first_rank) for place in places]
@@ -168,8 +173,8 @@ class Placement:
                 lay_out(demands, [live.node for live in nodes])
             if time.monotonic() >= deadline:
                 raise PlacementError(
-                    f"{shortage(demands, free)}. {_in_use(nodes)}Waited {self._timeout_s:g} s for "
-                    "room (placement.timeout_s)"
+                    f"{shortage(demands, free)}. {_in_use(nodes)}{_no_gpus(nodes)}"
+                    f"Waited {self._timeout_s:g} s for room (placement.timeout_s)"
                 )
             await asyncio.sleep(POLL_S)
 
@@ -213,3 +218,10 @@ def _in_use(nodes: Sequence[LiveNode]) -> str:
         if live.free < live.node.gpus
     ]
     return f"In use by others: {', '.join(held)}. " if held else ""
+
+
+def _no_gpus(nodes: Sequence[LiveNode]) -> str:
+    """What to do on a cluster of CPUs."""
+    if any(live.node.gpus for live in nodes):
+        return ""
+    return "No node has GPUs: for a cluster of CPUs set placement.gpus=0. "

@@ -17,6 +17,8 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 ITERATIONS = 400
 CONFIG = """
 extends: quickstart.yaml
+placement:
+  gpus: 0
 model:
   max_length: 96
 ppo:

@@ -1,6 +1,8 @@
 """Who is given which seat, over placement groups that are only made believe."""
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from rlhf_ray.cluster import placement
 from rlhf_ray.cluster.layout import Demand, Node
 from rlhf_ray.cluster.placement import LiveNode, Placement
+from rlhf_ray.errors import PlacementError
 
 GENERATORS = Demand("generator", 2, 0.5, sharers=frozenset({"generator"}))
 
@@ -76,3 +79,35 @@ async def test_a_seat_left_beside_others_is_for_the_next_of_its_role(cluster: Cl
     await held.reserve_one(GENERATORS, 2)
     assert held.seat("generator-2") is left
     assert len(cluster.groups) == 1
+
+
+async def test_gpu_nodes_that_have_yet_to_join_are_waited_for(cluster: Cluster) -> None:
+    """A cluster whose head alone is up is no cluster of CPUs."""
+    (gpu_node,) = cluster.nodes
+    cluster.nodes = [Node("head", 0)]
+    held = Placement(5.0, may_grow=True)
+    reserving = asyncio.create_task(held.reserve([GENERATORS]))
+    await asyncio.sleep(0.02)
+    assert not reserving.done()
+    cluster.nodes.append(gpu_node)
+    await reserving
+    assert held.seat("generator-1") is not None
+
+
+async def test_a_joined_cluster_without_gpus_is_told_how_to_do_without(cluster: Cluster) -> None:
+    cluster.nodes = [Node("head", 0)]
+    with pytest.raises(PlacementError) as error:
+        await Placement(0.01, may_grow=True).reserve([GENERATORS])
+    for part in ("generator 2 x 0.5", "No node has GPUs", "set placement.gpus=0", "timeout_s"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("gpus", "may_grow"), [(0, True), (0.5, False)])
+async def test_any_cpu_will_do(cluster: Cluster, gpus: float, may_grow: bool) -> None:
+    """Where GPUs are not asked for, and on a machine of the run's own that has none."""
+    cluster.nodes = [Node("head", 0)]
+    held, asked = Placement(0.01, may_grow=may_grow), replace(GENERATORS, gpus=gpus)
+    await held.reserve([asked])
+    cluster.nodes.append(Node("late", 2))
+    await held.reserve_one(asked, 2)
+    assert held.seat("generator-0") is held.seat("generator-2") is None
