@@ -95,6 +95,16 @@ class Placement:
             for _ in range(demand.workers)
         ]
 
+    def labels(self, demands: Sequence[Demand]) -> list[dict[str, str]]:
+        """What each worker asks of its node: labels that some node carries, as in the layout."""
+        nodes = [live.node for live in live_nodes()] if any(d.gpus for d in demands) else []
+        carried = {label for node in nodes for label in node.labels.items()}
+        return [
+            dict(carried.intersection(demand.labels.items()))
+            for demand in demands
+            for _ in range(demand.workers)
+        ]
+
     async def reserve(self, demands: Sequence[Demand]) -> None:
         """Hold a place for every worker.
 

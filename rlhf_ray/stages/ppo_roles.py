@@ -98,7 +98,7 @@ class RoleSpawner:
     def _ask_for_room(self, asked: Sequence[Demand]) -> None:
         """Only a cluster that was joined may have an autoscaler."""
         if self._joins:
-            ask_for_room(self._placement.resources(asked))
+            ask_for_room(self._placement.resources(asked), self._placement.labels(asked))
 
     def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
         """Workers ``role-0`` to ``role-<count - 1>``, not started, each in its place."""

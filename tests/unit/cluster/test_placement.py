@@ -111,3 +111,12 @@ async def test_any_cpu_will_do(cluster: Cluster, gpus: float, may_grow: bool) ->
     cluster.nodes.append(Node("late", 2))
     await held.reserve_one(asked, 2)
     assert held.seat("generator-0") is held.seat("generator-2") is None
+
+
+def test_labels_are_asked_for_that_some_node_carries(cluster: Cluster) -> None:
+    cluster.nodes = [Node("n", 2, {"role": "train", "zone": "a"})]
+    asked = [Demand("policy", 2, 1, {"role": "train"}), Demand("reward", 1, 0, {"role": "x"})]
+    held = Placement(1.0, may_grow=True)
+    assert held.labels(asked) == [{"role": "train"}, {"role": "train"}, {}]
+    on_cpus = [replace(demand, gpus=0) for demand in asked]
+    assert held.labels(on_cpus) == [{}, {}, {}], "any CPU will do"

@@ -55,7 +55,8 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         if not demands:
             raise PlacementError("no room")
 
-    monkeypatch.setattr(ppo_roles, "ask_for_room", made.append)
+    monkeypatch.setattr(ppo_roles, "ask_for_room", lambda bundles, _: made.append(bundles))
+    monkeypatch.setattr(Placement, "labels", lambda *_: [])
     monkeypatch.setattr(Placement, "reserve", reserve)
     return made
 
