@@ -1,6 +1,7 @@
 """The places of a layout, held on a live cluster by Ray's placement groups."""
 
 import asyncio
+import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ POLL_S = 1.0
 """Between two looks at what is free."""
 WAIT_S = 0.01
 """Between two looks at a placement group; Ray makes one in 6 ms where there is room."""
+PATIENCE_S = 5.0
+"""For Ray to make all placement groups of a layout; two runs may each hold what the other needs."""
+MAX_PAUSE_S = 3.0
+"""Before the next try, drawn anew by each run, whatever its seed, so that one comes first."""
 NODE_ID = "ray.io/node-id"
 
 
@@ -158,16 +163,24 @@ class Placement:
 
     async def _reserve(self, demands: Sequence[Demand], first_rank: int) -> None:
         deadline = time.monotonic() + self._timeout_s
+        while not await self._is_held(demands, first_rank, deadline):
+            await asyncio.sleep(random.SystemRandom().uniform(0, MAX_PAUSE_S))
+
+    async def _is_held(self, demands: Sequence[Demand], first_rank: int, deadline: float) -> bool:
+        """Lay out and reserve; False: Ray could not reserve all, and nothing is held."""
         places, nodes = await self._laid_out(demands, deadline)
         moved = [replace(place, rank=place.rank + first_rank) for place in places]
         groups = [self._hold(bundles, nodes, moved) for bundles in placement_groups(moved)]
+        until, is_held = min(time.monotonic() + PATIENCE_S, deadline), False
         try:
-            for group in groups:
-                await self._wait(group, deadline)
-        except BaseException:
-            for place in moved:
+            late = [group for group in groups if not await _is_made(group, until)]
+            if late and time.monotonic() >= deadline:
+                raise self._not_made(late[0])
+            is_held = not late
+        finally:
+            for place in [] if is_held else moved:
                 self.release(worker_name(place))
-            raise
+        return is_held
 
     async def _laid_out(
         self, demands: Sequence[Demand], deadline: float
@@ -202,22 +215,23 @@ class Placement:
                 self._seats[worker] = Seat(shares[worker], group, index)
         return group
 
-    async def _wait(self, group: _Group, deadline: float) -> None:
-        """Until Ray has reserved it.
+    def _not_made(self, group: _Group) -> PlacementError:
+        bundles = list(ray.util.placement_group_table(group.handle)["bundles"].values())
+        return PlacementError(
+            f"Ray did not reserve places for {', '.join(sorted(group.workers))} within "
+            f"{self._timeout_s:g} s (placement.timeout_s), though the GPUs were free: the nodes "
+            "have too few CPUs (each worker needs one), or somebody else was faster. "
+            f"Asked: {bundles}. {_in_use(live_nodes())}Try again"
+        )
 
-        Raises:
-            PlacementError: it did not in time.
-        """
-        while not group.handle.wait(0):
-            if time.monotonic() >= deadline:
-                bundles = list(ray.util.placement_group_table(group.handle)["bundles"].values())
-                raise PlacementError(
-                    f"Ray did not reserve places for {', '.join(sorted(group.workers))} within "
-                    f"{self._timeout_s:g} s (placement.timeout_s), though the GPUs were free: the "
-                    "nodes have too few CPUs (each worker needs one), or somebody else was faster. "
-                    f"Asked: {bundles}. {_in_use(live_nodes())}Try again"
-                )
-            await asyncio.sleep(WAIT_S)
+
+async def _is_made(group: _Group, until: float) -> bool:
+    """Whether Ray has reserved it by then."""
+    while not group.handle.wait(0):
+        if time.monotonic() >= until:
+            return False
+        await asyncio.sleep(WAIT_S)
+    return True
 
 
 def _in_use(nodes: Sequence[LiveNode]) -> str:

@@ -18,8 +18,9 @@ GENERATORS = Demand("generator", 2, 0.5, sharers=frozenset({"generator"}))
 class Group:
     """A placement group that is reserved at once."""
 
-    def __init__(self, bundles: Sequence[Any]) -> None:
+    def __init__(self, bundles: Sequence[Any], selectors: Sequence[Any]) -> None:
         self.bundles = bundles
+        self.nodes = [selector[placement.NODE_ID] for selector in selectors]
 
     def wait(self, timeout_s: float) -> bool:
         return True
@@ -38,8 +39,8 @@ class Cluster:
         held = sum(b.get("GPU", 0) for group in self.groups for b in group.bundles)
         return [LiveNode(n.name, n, int(n.gpus - held)) for n in self.nodes]
 
-    def make(self, bundles: Sequence[Any], **_: Any) -> Any:
-        self.groups.append(self.kind(bundles))
+    def make(self, bundles: Sequence[Any], bundle_label_selector: Sequence[Any]) -> Any:
+        self.groups.append(self.kind(bundles, bundle_label_selector))
         return self.groups[-1]
 
     def remove(self, group: Any) -> None:
@@ -120,3 +121,56 @@ def test_labels_are_asked_for_that_some_node_carries(cluster: Cluster) -> None:
     assert held.labels(asked) == [{"role": "train"}, {"role": "train"}, {}]
     on_cpus = [replace(demand, gpus=0) for demand in asked]
     assert held.labels(on_cpus) == [{}, {}, {}], "any CPU will do"
+
+
+class Contested(Group):
+    """One that another run's group is in the way of, until ours are gone for once."""
+
+    in_the_way = True
+
+    def wait(self, timeout_s: float) -> bool:
+        return not Contested.in_the_way
+
+
+TWO_GROUPS = Demand("generator", 2, 1)
+
+
+async def test_two_runs_do_not_wait_for_each_other(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be had whole is let go, and laid out again on what is free then."""
+    monkeypatch.setattr(placement, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(placement, "MAX_PAUSE_S", 0.0)
+    remove = cluster.remove
+
+    def step_aside(group: Any) -> None:
+        remove(group)
+        if not cluster.groups:  # the other run has had its turn, on a node that is full now
+            Contested.in_the_way = False
+            cluster.nodes = [Node("m", 2)]
+
+    monkeypatch.setattr(Contested, "in_the_way", True)
+    monkeypatch.setattr(placement, "remove_placement_group", step_aside)
+    cluster.kind = Contested
+    held = Placement(5.0, may_grow=True)
+    await held.reserve([TWO_GROUPS])
+    assert len(cluster.removed) == len(cluster.groups) == 2
+    assert {group.nodes[0] for group in cluster.groups} == {"m"}
+    seats = [held.seat(f"generator-{rank}") for rank in range(2)]
+    assert {seat.group.handle for seat in seats if seat} == set(cluster.groups)
+
+
+async def test_places_that_ray_never_makes_are_told_and_let_go(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where nodes have GPUs and too few CPUs."""
+    monkeypatch.setattr(Contested, "in_the_way", True)
+    monkeypatch.setattr(
+        placement.ray.util, "placement_group_table", lambda _: {"bundles": {0: "x"}}
+    )
+    cluster.kind = Contested
+    held = Placement(0.01, may_grow=True)
+    with pytest.raises(PlacementError, match=r"for generator-0 within 0.01 s.* Asked: \['x'\]"):
+        await held.reserve([TWO_GROUPS])
+    assert cluster.groups == []
+    assert held.seat("generator-0") is None
