@@ -40,8 +40,8 @@ class PlacementConfig(Section):
         le=1,
         description="GPUs of each role's worker; a part: several share one, and "
         "rollout.engine_args.gpu_memory_utilization says what a generator takes of it; 0: CPUs "
-        "alone, for every role. A cluster that a run joins is waited for to have them; a machine "
-        "of its own without any is taken as it is.",
+        "alone, for every role and every stage. A cluster that a run joins is waited for to have "
+        "them; a machine of its own without any is taken as it is.",
     )
     policy: RolePlacement = changeable(RolePlacement(), description="Of policy ranks.")
     critic: RolePlacement = changeable(RolePlacement(), description="Of critic ranks.")

@@ -37,6 +37,7 @@ rollout:
 CHEAP = """
 run: {stages: [prepare]}
 prepare: {num_questions: 200}
+placement: {gpus: 0}
 """
 
 
