@@ -1,6 +1,7 @@
 """The places of a layout, held on a live cluster by Ray's placement groups."""
 
 import asyncio
+import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ POLL_S = 1.0
 """Between two looks at what is free."""
 WAIT_S = 0.01
 """Between two looks at a placement group; Ray makes one in 6 ms where there is room."""
+PATIENCE_S = 5.0
+"""For Ray to make all placement groups of a layout; two runs may each hold what the other needs."""
+MAX_PAUSE_S = 3.0
+"""Before the next try, drawn anew by each run, whatever its seed, so that one comes first."""
 NODE_ID = "ray.io/node-id"
 
 
@@ -72,12 +77,13 @@ def live_nodes() -> list[LiveNode]:
 
 
 class Placement:
-    """The seats of a run's workers; none on a cluster without GPUs, where any CPU will do."""
+    """The seats of a run's workers; none where they need no GPU: there any CPU will do."""
 
     def __init__(self, timeout_s: float, *, may_grow: bool) -> None:
         """Args: how long to wait for room; whether nodes may join."""
         self._timeout_s = timeout_s
         self._may_grow = may_grow
+        self._on_gpus = False
         self._seats: dict[str, Seat] = {}
         self._spare: dict[str, list[Seat]] = defaultdict(list)
         """Role -> seats left by its workers, on GPUs that others are on as well."""
@@ -88,9 +94,18 @@ class Placement:
 
     def resources(self, demands: Sequence[Demand]) -> list[dict[str, float]]:
         """What each worker asks Ray for."""
-        has_gpus = any(live.node.gpus for live in live_nodes())
         return [
-            {"CPU": 1.0} | ({"GPU": demand.gpus} if demand.gpus and has_gpus else {})
+            {"CPU": 1.0} | ({"GPU": demand.gpus} if demand.gpus else {})
+            for demand in demands
+            for _ in range(demand.workers)
+        ]
+
+    def labels(self, demands: Sequence[Demand]) -> list[dict[str, str]]:
+        """What each worker asks of its node: labels that some node carries, as in the layout."""
+        nodes = [live.node for live in live_nodes()] if any(d.gpus for d in demands) else []
+        carried = {label for node in nodes for label in node.labels.items()}
+        return [
+            dict(carried.intersection(demand.labels.items()))
             for demand in demands
             for _ in range(demand.workers)
         ]
@@ -98,10 +113,15 @@ class Placement:
     async def reserve(self, demands: Sequence[Demand]) -> None:
         """Hold a place for every worker.
 
+        A machine of ours has GPUs or not; those of a cluster that was joined are waited for.
+
         Raises:
             PlacementError: what was asked, what the cluster has, and what would fit.
         """
-        await self._reserve(demands, 0)
+        there = self._may_grow or any(live.node.gpus for live in live_nodes())
+        self._on_gpus = there and any(demand.gpus for demand in demands)
+        if self._on_gpus:
+            await self._reserve(demands, 0)
 
     async def reserve_one(self, demand: Demand, rank: int) -> None:
         """Hold a place for one worker that joins, or that comes back after `release`.
@@ -109,6 +129,8 @@ class Placement:
         Raises:
             PlacementError: as `reserve` does.
         """
+        if not self._on_gpus:
+            return
         spare = self._spare[demand.role]
         if spare:
             worker, seat = f"{demand.role}-{rank}", spare.pop()
@@ -130,6 +152,8 @@ class Placement:
             self._spare[worker.rpartition("-")[0]].append(seat)
         else:
             remove_placement_group(seat.group.handle)
+            for seats in self._spare.values():
+                seats[:] = [spare for spare in seats if spare.group is not seat.group]
 
     def close(self) -> None:
         """Give up every place."""
@@ -138,19 +162,25 @@ class Placement:
         self._spare.clear()
 
     async def _reserve(self, demands: Sequence[Demand], first_rank: int) -> None:
-        if not any(live.node.gpus for live in live_nodes()):
-            return
         deadline = time.monotonic() + self._timeout_s
+        while not await self._is_held(demands, first_rank, deadline):
+            await asyncio.sleep(random.SystemRandom().uniform(0, MAX_PAUSE_S))
+
+    async def _is_held(self, demands: Sequence[Demand], first_rank: int, deadline: float) -> bool:
+        """Lay out and reserve; False: Ray could not reserve all, and nothing is held."""
         places, nodes = await self._laid_out(demands, deadline)
         moved = [replace(place, rank=place.rank + first_rank) for place in places]
         groups = [self._hold(bundles, nodes, moved) for bundles in placement_groups(moved)]
+        until, is_held = min(time.monotonic() + PATIENCE_S, deadline), False
         try:
-            for group in groups:
-                await self._wait(group, deadline)
-        except BaseException:
-            for place in moved:
+            late = [group for group in groups if not await _is_made(group, until)]
+            if late and time.monotonic() >= deadline:
+                raise self._not_made(late[0])
+            is_held = not late
+        finally:
+            for place in [] if is_held else moved:
                 self.release(worker_name(place))
-            raise
+        return is_held
 
     async def _laid_out(
         self, demands: Sequence[Demand], deadline: float
@@ -166,8 +196,8 @@ class Placement:
                 lay_out(demands, [live.node for live in nodes])
             if time.monotonic() >= deadline:
                 raise PlacementError(
-                    f"{shortage(demands, free)}. {_in_use(nodes)}Waited {self._timeout_s:g} s for "
-                    "room (placement.timeout_s)"
+                    f"{shortage(demands, free)}. {_in_use(nodes)}{_no_gpus(nodes)}"
+                    f"Waited {self._timeout_s:g} s for room (placement.timeout_s)"
                 )
             await asyncio.sleep(POLL_S)
 
@@ -185,22 +215,23 @@ class Placement:
                 self._seats[worker] = Seat(shares[worker], group, index)
         return group
 
-    async def _wait(self, group: _Group, deadline: float) -> None:
-        """Until Ray has reserved it.
+    def _not_made(self, group: _Group) -> PlacementError:
+        bundles = list(ray.util.placement_group_table(group.handle)["bundles"].values())
+        return PlacementError(
+            f"Ray did not reserve places for {', '.join(sorted(group.workers))} within "
+            f"{self._timeout_s:g} s (placement.timeout_s), though the GPUs were free: the nodes "
+            "have too few CPUs (each worker needs one), or somebody else was faster. "
+            f"Asked: {bundles}. {_in_use(live_nodes())}Try again"
+        )
 
-        Raises:
-            PlacementError: it did not in time.
-        """
-        while not group.handle.wait(0):
-            if time.monotonic() >= deadline:
-                bundles = list(ray.util.placement_group_table(group.handle)["bundles"].values())
-                raise PlacementError(
-                    f"Ray did not reserve places for {', '.join(sorted(group.workers))} within "
-                    f"{self._timeout_s:g} s (placement.timeout_s), though the GPUs were free: the "
-                    "nodes have too few CPUs (each worker needs one), or somebody else was faster. "
-                    f"Asked: {bundles}. {_in_use(live_nodes())}Try again"
-                )
-            await asyncio.sleep(WAIT_S)
+
+async def _is_made(group: _Group, until: float) -> bool:
+    """Whether Ray has reserved it by then."""
+    while not group.handle.wait(0):
+        if time.monotonic() >= until:
+            return False
+        await asyncio.sleep(WAIT_S)
+    return True
 
 
 def _in_use(nodes: Sequence[LiveNode]) -> str:
@@ -211,3 +242,10 @@ def _in_use(nodes: Sequence[LiveNode]) -> str:
         if live.free < live.node.gpus
     ]
     return f"In use by others: {', '.join(held)}. " if held else ""
+
+
+def _no_gpus(nodes: Sequence[LiveNode]) -> str:
+    """What to do on a cluster of CPUs."""
+    if any(live.node.gpus for live in nodes):
+        return ""
+    return "No node has GPUs: for a cluster of CPUs set placement.gpus=0. "

@@ -151,12 +151,22 @@ def kill(workers: list[RayWorker]) -> None:
             continue
 
 
-def ask_for_room(bundles: Sequence[Mapping[str, float]]) -> None:
+def ask_for_room(
+    bundles: Sequence[Mapping[str, float]], labels: Sequence[Mapping[str, str]]
+) -> None:
     """Have Ray's autoscaler, where there is one, keep nodes on which all bundles fit at once.
 
-    It counts what runs already as part of them. None: it keeps nodes for nothing.
+    It counts what runs already as part of them. Each request takes the place of the one before,
+    whoever made it.
+
+    Args:
+        bundles: resources of each; none: it keeps nodes for nothing.
+        labels: of the node that each is to be on.
     """
-    request_resources(bundles=[dict(bundle) for bundle in bundles])
+    request_resources(
+        bundles=[dict(bundle) for bundle in bundles],
+        bundle_label_selectors=[dict(wanted) for wanted in labels],
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -36,10 +36,12 @@ class PlacementConfig(Section):
 
     gpus: float = changeable(
         1.0,
-        gt=0,
+        ge=0,
         le=1,
-        description="GPUs of each role's worker, where there are any; a part: several share one, "
-        "and rollout.engine_args.gpu_memory_utilization says what a generator takes of it.",
+        description="GPUs of each role's worker; a part: several share one, and "
+        "rollout.engine_args.gpu_memory_utilization says what a generator takes of it; 0: CPUs "
+        "alone, for every role and every stage. A cluster that a run joins is waited for to have "
+        "them; a machine of its own without any is taken as it is.",
     )
     policy: RolePlacement = changeable(RolePlacement(), description="Of policy ranks.")
     critic: RolePlacement = changeable(RolePlacement(), description="Of critic ranks.")
@@ -78,7 +80,7 @@ class PlacementConfig(Section):
     def gpus_of(self, role: Role) -> float:
         """GPUs of one of its workers (a generator's, where it takes one)."""
         gpus = self.of(role).gpus
-        return self.gpus if gpus is None else gpus
+        return self.gpus if gpus is None or not self.gpus else gpus
 
     def sharers(self, role: Role) -> frozenset[str]:
         """Roles that may be on the same GPU, itself among them."""

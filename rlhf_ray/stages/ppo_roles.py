@@ -49,7 +49,8 @@ class RoleSpawner:
         self._config = config
         self._on_call = on_call
         self._on_ray = runs_on_ray(config)
-        self._placement = Placement(config.placement.timeout_s, may_grow=joins_cluster(config))
+        self._joins = joins_cluster(config)
+        self._placement = Placement(config.placement.timeout_s, may_grow=self._joins)
         self._turns = Turns() if config.placement.turns else None
         self.workers: list[Worker] = []
         self._asked: Sequence[Demand] = []
@@ -60,14 +61,20 @@ class RoleSpawner:
         return "deepspeed" if self._on_ray else "torch"
 
     async def place(self, asked: Sequence[Demand]) -> None:
-        """Hold a place for each worker that is to be spawned.
+        """Hold a place for each worker that is to be spawned; Ray's autoscaler is told of them.
 
         Raises:
             PlacementError: what was asked, what the cluster has, and what would fit.
         """
         self._asked = asked
-        if self._on_ray:
+        if not self._on_ray:
+            return
+        self._ask_for_room(asked)
+        try:
             await self._placement.reserve(asked)
+        except BaseException:
+            self._ask_for_room([])
+            raise
 
     async def place_one(self, demand: Demand, rank: int) -> None:
         """Hold a place for a worker that is spawned later, or again.
@@ -80,12 +87,17 @@ class RoleSpawner:
 
     def make_room(self, num_generators: int) -> None:
         """Have Ray's autoscaler keep room for so many besides all others; 0: for nothing more."""
-        if self._on_ray:
-            asked = [
+        self._ask_for_room(
+            [
                 replace(demand, workers=num_generators) if demand.role == "generator" else demand
                 for demand in (self._asked if num_generators else [])
             ]
-            ask_for_room(self._placement.resources(asked))
+        )
+
+    def _ask_for_room(self, asked: Sequence[Demand]) -> None:
+        """Only a cluster that was joined may have an autoscaler."""
+        if self._joins:
+            ask_for_room(self._placement.resources(asked), self._placement.labels(asked))
 
     def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
         """Workers ``role-0`` to ``role-<count - 1>``, not started, each in its place."""
@@ -149,6 +161,7 @@ class RoleSpawner:
         await asyncio.gather(*stops, return_exceptions=True)
         kill([worker for worker in self.workers if isinstance(worker, RayWorker)])
         self._placement.close()
+        self._ask_for_room([])
 
     def num_gpus(self) -> float:
         """GPUs that its actors hold."""

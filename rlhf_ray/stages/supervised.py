@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from rlhf_ray.stages.training import TRAIN, Training, refuse_unknown_arguments, 
 
 T = TypeVar("T", bound=Training)
 
+POLL_S = 1.0
+"""Seconds between two looks at what the cluster has."""
 FOLLOW_INTERVAL_S = 0.5
 """Seconds between two looks at the metrics that the training processes write."""
 
@@ -208,20 +211,34 @@ def _train_worker(loop_config: Mapping[str, Training]) -> dict[str, Any]:
 
 
 def _on_gpu(training: Training) -> bool:
-    """Whether to train on GPUs; refuses what the cluster can never place.
+    """Whether to train on GPUs; where nodes may join, room is waited for.
 
     Raises:
-        PlacementError: fewer GPUs, or without any fewer CPUs, than training processes.
+        PlacementError: fewer GPUs, or CPUs where those are asked for, than training processes.
     """
     import ray
 
-    resources = ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU") else "CPU"
-    wanted, there = training.settings.train_workers, int(resources.get(kind, 0))
+    from rlhf_ray.cluster.ray_session import joins_cluster
+    from rlhf_ray.cluster.ray_workers import ask_for_room
+
+    may_grow, settings = joins_cluster(training.config), training.config.placement
+    has_gpus = may_grow or bool(ray.cluster_resources().get("GPU"))
+    kind = "GPU" if settings.gpus and has_gpus else "CPU"
+    wanted, deadline = training.settings.train_workers, time.monotonic() + settings.timeout_s
+    there = int(ray.cluster_resources().get(kind, 0))
+    if may_grow and there < wanted:
+        ask_for_room([{kind: 1.0}] * wanted, [{}] * wanted)
+        try:
+            while there < wanted and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+                there = int(ray.cluster_resources().get(kind, 0))
+        finally:
+            ask_for_room([], [])
     if wanted > there:
+        remedy = f"Lower it to {there} or add nodes"
         raise PlacementError(
             f"{training.name}.train_workers={wanted} needs {wanted} {kind}s; the cluster has "
-            f"{there}. Lower it to {there} or add nodes"
+            f"{there}. {remedy if there else 'For a cluster of CPUs set placement.gpus=0'}"
         )
     return kind == "GPU"
 

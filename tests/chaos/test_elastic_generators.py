@@ -55,6 +55,7 @@ def make_config(folder: Path, name: str, model: str) -> Config:
                 "mode": "ray",
                 "env": {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"},
             },
+            "placement": {"gpus": 0},
             "model": {"path": model, "max_length": 128},
             "sft": {"path": model},
             "data": {"prompts": {"path": str(prompts)}},

@@ -17,6 +17,8 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 ITERATIONS = 400
 CONFIG = """
 extends: quickstart.yaml
+placement:
+  gpus: 0
 model:
   max_length: 96
 ppo:
@@ -35,6 +37,7 @@ rollout:
 CHEAP = """
 run: {stages: [prepare]}
 prepare: {num_questions: 200}
+placement: {gpus: 0}
 """
 
 

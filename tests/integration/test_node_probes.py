@@ -62,6 +62,7 @@ def config_of(folder: Path) -> Config:
         {
             "run": {"dir": str(folder / "run"), "stages": ["pretrain"]},
             "cluster": {"mode": "ray"},
+            "placement": {"gpus": 0},
             "model": {"max_length": 64, "tiny": {"vocab_size": 300, **tiny}},
             "rollout": {"max_prompt_tokens": 32, "max_tokens": 32},
             "data": {"pretrain": {"path": str(folder / "texts")}},

@@ -1,13 +1,14 @@
 """How a supervised stage is run: resume, refusals, failures."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_ray.cluster import ray_workers
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, ConfigError, DataError, DivergenceError, PlacementError
 from rlhf_ray.models import loading
@@ -214,6 +215,44 @@ def test_workers_are_placed_on_gpus_where_there_are_any(
             supervised._on_gpu(work)
     else:
         assert supervised._on_gpu(work) is on_gpu
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, float], list[Any]]:
+    """Resources of a cluster whose GPU nodes come when they are asked for, and what is asked."""
+    import ray
+
+    resources: dict[str, float] = {"CPU": 4.0}
+    asked: list[Any] = []
+
+    def ask(bundles: Sequence[Any], _: Any) -> None:
+        asked.append(bundles)
+        resources["GPU"] = 2.0
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(ray_workers, "ask_for_room", ask)
+    monkeypatch.setattr(supervised, "POLL_S", 0.001)
+    return resources, asked
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(1, 2), (1, 3), (0, 2)])
+def test_a_joined_cluster_has_gpus_if_only_later(
+    make_run: MakeRun, joined: Any, gpus: int, workers: int
+) -> None:
+    config = make_run(
+        cluster={"mode": "ray"},
+        placement={"gpus": gpus, "timeout_s": 0.05},
+        pretrain={"train_workers": workers, "batch_size": 12},
+    )
+    work = pretrain.PretrainTraining(config, Path("x"), "base")
+    if workers == 3:
+        with pytest.raises(
+            PlacementError, match=r"needs 3 GPUs; the cluster has 2\. Lower it to 2"
+        ):
+            supervised._on_gpu(work)
+    else:
+        assert supervised._on_gpu(work) is bool(gpus)
+    assert joined[1] == ([[{"GPU": 1.0}] * workers, []] if gpus else [])
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,11 @@ def test_a_role_may_have_another_part_than_the_rest() -> None:
     }
 
 
+def test_on_cpus_alone_no_role_asks_for_a_gpu() -> None:
+    asked = placed("placement.gpus=0", "placement.critic.gpus=0.5")
+    assert {demand.gpus for demand in asked} == {0}
+
+
 def test_the_policys_base_as_the_reference_asks_for_nothing() -> None:
     assert "reference" not in asked(reference={"kind": "policy_base"})
 

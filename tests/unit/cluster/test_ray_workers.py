@@ -3,6 +3,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 import pytest
+from ray.autoscaler._private import commands
 
 from rlhf_ray.cluster import ray_workers
 from rlhf_ray.cluster.ray_workers import RayWorker
@@ -69,3 +70,13 @@ async def test_waiting_for_the_call_before_is_no_work(
     )
     await asyncio.gather(worker.call("score", 104.0), worker.call("score", 107.0))
     assert calls == expected
+
+
+def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray's own function takes it, which checks what it is given."""
+    asked: list[Any] = []
+    monkeypatch.setattr(commands, "request_resources", lambda *request: asked.append(request))
+    ray_workers.ask_for_room([{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}], [{"role": "train"}, {}])
+    ray_workers.ask_for_room([], [])
+    bundles = [{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}]
+    assert asked == [(None, bundles, [{"role": "train"}, {}]), (None, [], [])]

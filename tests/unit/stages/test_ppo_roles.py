@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.cluster import placement
-from rlhf_ray.cluster.layout import Demand, Node
-from rlhf_ray.cluster.placement import LiveNode, Placement
+from rlhf_ray.cluster.layout import Demand
+from rlhf_ray.cluster.placement import Placement
 from rlhf_ray.config import resolve
+from rlhf_ray.errors import PlacementError
 from rlhf_ray.stages import ppo_roles
 from rlhf_ray.stages.ppo_roles import RoleSpawner, spawn_scorers
 
@@ -41,22 +41,47 @@ def test_files_are_named_by_absolute_path(tmp_path: Path, monkeypatch: pytest.Mo
     assert spawner.args[1].func is ppo_roles.reward_sources
 
 
-@pytest.mark.parametrize("gpus", [0, 8])
-async def test_room_is_asked_for_everybody_and_given_back(
-    monkeypatch: pytest.MonkeyPatch, gpus: int
-) -> None:
-    """GPUs only where there are some: nodes without any would never be enough."""
-    asked: list[Any] = []
+ASKED = [Demand("policy", 2, 1), Demand("reward", 1, 0), Demand("generator", 1, 2)]
+POLICY, REWARD, GENERATOR = {"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}, {"CPU": 1.0, "GPU": 2}
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Ray's autoscaler is asked for, time after time; the demands go on to be reserved."""
+    made: list[Any] = []
 
     async def reserve(placement: Placement, demands: Any) -> None:
-        pass
+        made.append("reserved")
+        if not demands:
+            raise PlacementError("no room")
 
-    monkeypatch.setattr(ppo_roles, "ask_for_room", asked.append)
-    monkeypatch.setattr(placement, "live_nodes", lambda: [LiveNode("id", Node("n", gpus), gpus)])
+    monkeypatch.setattr(ppo_roles, "ask_for_room", lambda bundles, _: made.append(bundles))
+    monkeypatch.setattr(Placement, "labels", lambda *_: [])
     monkeypatch.setattr(Placement, "reserve", reserve)
+    return made
+
+
+async def test_room_is_asked_for_everybody_and_given_back(requests: list[Any]) -> None:
+    """Before it is waited for, and also for GPUs that no node has yet."""
     spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
-    await spawner.place([Demand("policy", 2, 1), Demand("reward", 1, 0), Demand("generator", 1, 2)])
+    await spawner.place(ASKED)
+    first = [POLICY, POLICY, REWARD, GENERATOR]
+    assert requests == [first, "reserved"]
     spawner.make_room(3)
     spawner.make_room(0)
-    policy, generator = ({"CPU": 1.0} | ({"GPU": n} if gpus else {}) for n in (1, 2))
-    assert asked == [[*[policy] * 2, {"CPU": 1.0}, *[generator] * 3], []]
+    await spawner.stop_all()
+    assert requests[2:] == [[*first, GENERATOR, GENERATOR], [], []]
+
+
+async def test_no_room_is_kept_for_a_run_that_found_none(requests: list[Any]) -> None:
+    spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
+    with pytest.raises(PlacementError):
+        await spawner.place([])
+    assert requests[1:] == ["reserved", []]
+
+
+async def test_a_cluster_of_the_runs_own_is_asked_for_nothing(requests: list[Any]) -> None:
+    spawner = RoleSpawner(resolve({"cluster": {"mode": "local"}}), lambda *_: None)
+    await spawner.place(ASKED)
+    await spawner.stop_all()
+    assert requests == ["reserved"]
