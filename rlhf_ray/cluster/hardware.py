@@ -1,12 +1,17 @@
 """What clusters are made of: kinds of GPUs, and nodes as they are written or found."""
 
-import logging
+import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.layout import Node
 from rlhf_ray.errors import ConfigError, PlacementError
+
+ASKS_RAY = "rlhf_ray.cluster.live_nodes"
+ASK_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -84,24 +89,24 @@ def parse_cluster(text: str) -> tuple[Node, ...]:
 def live_cluster() -> tuple[Node, ...]:
     """The nodes of the Ray cluster that this process belongs to, by their addresses.
 
-    Raises:
-        PlacementError: there is none.
-    """
-    import ray
+    Asked in a process of its own: Ray waits very long for a cluster that does not let it in.
 
-    was_connected = ray.is_initialized()
+    Raises:
+        PlacementError: there is none, or it does not answer.
+    """
+    command = [sys.executable, "-m", ASKS_RAY]
     try:
-        if not was_connected:
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        alive = [node for node in ray.nodes() if node["Alive"]]
-    except ConnectionError as error:
+        asked = subprocess.run(
+            command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False
+        )
+        why = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
+    except subprocess.TimeoutExpired:
+        asked, why = None, f"no answer within {ASK_TIMEOUT_S:g} s"
+    if asked is None or asked.returncode:
         raise PlacementError(
-            f"No Ray cluster can be reached ({error}); say what it would be, for example "
+            f"No Ray cluster can be reached ({why}); say what it would be, for example "
             "--cluster 3x8xA100-80GB"
-        ) from error
-    finally:
-        if not was_connected:
-            ray.shutdown()
+        )
     return tuple(
         Node(
             name=node["NodeManagerAddress"],
@@ -109,7 +114,7 @@ def live_cluster() -> tuple[Node, ...]:
             labels=node["Labels"],
             gpu_kind=kind_called(node["Labels"].get("ray.io/accelerator-type", "")),
         )
-        for node in alive
+        for node in json.loads(asked.stdout.splitlines()[-1])
     )
 
 

@@ -77,7 +77,7 @@ def test_plan_says_who_answers_for_the_reference(mode: str) -> None:
 
 def test_plan_says_over_how_many_gpus_a_generator_is_spread() -> None:
     preset = Path(__file__).parents[2] / "configs" / "models" / "qwen25_32b_tp.yaml"
-    result = CliRunner().invoke(cli.app, ["plan", str(preset)])
+    result = CliRunner().invoke(cli.app, ["plan", str(preset), "--cluster", "2x8xA100-80GB"])
     assert "generator          2  vllm, adapter serving, over 4 GPUs each" in result.output
 
 

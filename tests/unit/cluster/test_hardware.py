@@ -1,9 +1,12 @@
 """Clusters as people write them."""
 
+from pathlib import Path
+
 import pytest
 
+from rlhf_ray.cluster import hardware
 from rlhf_ray.cluster.hardware import GPU_KINDS, kind_called, parse_cluster
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, PlacementError
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,35 @@ def test_kinds_have_about_the_memory_in_their_names() -> None:
     for name, kind in GPU_KINDS.items():
         written = float(name.rpartition("-")[2].removesuffix("GB"))
         assert written <= kind.memory_gb <= written * 1.08
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
+    (tmp_path / "stand_in.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(hardware, "ASKS_RAY", "stand_in")
+
+
+def test_nodes_of_a_live_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    labels = {"ray.io/accelerator-type": "A100", "role": "train"}
+    node = {"NodeManagerAddress": "10.0.0.1", "Resources": {"GPU": 8.0}, "Labels": labels}
+    answering(monkeypatch, tmp_path, f"import json; print('a line'); print(json.dumps([{node}]))")
+    (found,) = hardware.live_cluster()
+    assert (found.name, found.gpus, found.labels["role"]) == ("10.0.0.1", 8, "train")
+    assert found.gpu_kind is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("raise ConnectionError('nobody there')", "ConnectionError: nobody there"),
+        ("import time; time.sleep(60)", "no answer within 1 s"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_told_in_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, why: str
+) -> None:
+    monkeypatch.setattr(hardware, "ASK_TIMEOUT_S", 1.0)
+    answering(monkeypatch, tmp_path, body)
+    with pytest.raises(PlacementError, match=rf"\({why}\); say what it would be"):
+        hardware.live_cluster()
