@@ -4,6 +4,7 @@ import dataclasses
 
 from rlhf_ray.cluster.hardware import live_cluster, parse_cluster, this_machine
 from rlhf_ray.cluster.layout import Node
+from rlhf_ray.cluster.ray_session import joins_cluster
 from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.stages.plan.prediction import Plan, prediction
@@ -20,8 +21,8 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change]]:
 
     Args:
         config: the whole config.
-        cluster: as `parse_cluster` takes it, or ``live``; None: the Ray cluster that there is with
-            cluster.mode ray, else this machine.
+        cluster: as `parse_cluster` takes it, or ``live``; None: the Ray cluster that the run
+            would join, else this machine.
 
     Raises:
         ConfigError: ``cluster`` is not written as it should be.
@@ -52,7 +53,7 @@ def _predicted(config: Config, cluster: str | None) -> tuple[Plan, tuple[str, ..
 def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple[str, ...]]:
     if cluster is not None and cluster != LIVE:
         return parse_cluster(cluster), ()
-    if cluster is None and config.cluster.mode != "ray":
+    if cluster is None and not joins_cluster(config):
         return (this_machine(),), ()
     try:
         return live_cluster(), ()

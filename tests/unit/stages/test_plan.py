@@ -14,7 +14,7 @@ from rlhf_ray.config import Config, load
 from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.memory import GB
-from rlhf_ray.stages.plan import Plan, as_text, prediction, remedies
+from rlhf_ray.stages.plan import Plan, as_text, prediction, prediction_for, remedies
 from rlhf_ray.stages.plan.prediction import memory_gb
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -191,6 +191,19 @@ def test_gpus_of_an_unknown_kind_are_placed_and_not_compared() -> None:
     assert len(plan.places) == 24
     assert plan.pace is None
     assert "what GPUs 10.0.0.1, 10.0.0.2, 10.0.0.3 has is not known" in " ".join(plan.assumptions)
+
+
+def test_in_a_ray_job_the_cluster_that_the_run_joins_is_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load(STACKLLAMA, ["cluster.mode=auto"])
+    nodes = parse_cluster("3x8xA100-80GB")
+    monkeypatch.setattr("rlhf_ray.stages.plan.live_cluster", lambda: nodes)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_JOB_ID", "1")
+    assert prediction_for(config).nodes == nodes
+    monkeypatch.delenv("RAY_JOB_ID")
+    assert prediction_for(config).nodes != nodes
 
 
 def test_without_gpus_the_machines_memory_is_what_there_is(monkeypatch: Any) -> None:
