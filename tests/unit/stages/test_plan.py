@@ -16,6 +16,8 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.models.memory import GB
 from rlhf_ray.stages.plan import Plan, as_text, prediction, prediction_for, remedies
 from rlhf_ray.stages.plan.prediction import memory_gb
+from rlhf_ray.stages.plan.roles import PlannedRole
+from rlhf_ray.stages.plan.room import together
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STACKLLAMA = CONFIGS / "stackllama" / "ppo_3x8_a100.yaml"
@@ -143,6 +145,25 @@ def test_int8_and_lora_take_a_fifth_to_two_fifths_more_than_the_parameters() -> 
         keys = ("sft.batch_size=8", f"sft.block_size={tokens}")  # a row a process
         sft = planned("stackllama/sft.yaml", "8xA100-80GB", *keys).role("sft")
         assert 1.2 < (sft.total - sft.parts["libraries"]) / 6.738e9 < 1.4
+
+
+def test_of_sides_that_take_turns_the_larger_one_counts() -> None:
+    keys = ("model.quantization=none", "rollout.engine_args.gpu_memory_utilization=0.5")
+    at_once = planned("stackllama/ppo_1_gpu.yaml", "1xA100-80GB", *keys)
+    assert "GB on one A100-80GB, which has 81.6 GB for tensors" in reasons(at_once)
+    by_turns = planned("stackllama/ppo_1_gpu.yaml", "1xA100-80GB", *keys, "placement.turns=true")
+    assert reasons(by_turns) == ""
+
+
+def test_a_side_that_sleeps_keeps_its_libraries_and_others_never_sleep() -> None:
+    held = [
+        PlannedRole("generator", 1, 0.25, {"libraries": 2.0, "KV cache": 40.0}),
+        PlannedRole("policy", 1, 0.25, {"libraries": 1.0, "weights": 20.0}, start=31.0),
+        PlannedRole("critic", 1, 0.25, {"libraries": 1.0, "weights": 20.0}),
+        PlannedRole("reward", 1, 0.25, {"libraries": 1.0, "weights": 5.0}),
+    ]
+    assert together(held, turns=False) == 42 + 31 + 21 + 6
+    assert together(held, turns=True) == 2 + (31 + 21) + 6
 
 
 def test_too_few_gpus_are_told_with_what_would_fit() -> None:
