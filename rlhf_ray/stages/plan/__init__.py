@@ -29,25 +29,26 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change]]:
         PlacementError: it is ``live``, and no cluster can be reached.
         DataError: a model is neither here nor described.
     """
-    plan, note = _predicted(config, cluster)
+    nodes, note = _nodes(config, cluster)
+    plan = prediction(config, nodes)
+    # Changes are predicted as well, so they have no answer to what was measured.
+    changes = [] if plan.fits else remedies(plan)
     # A cluster that is only named is not the one that the run was rehearsed on.
-    rehearsal = load(config) if cluster in (None, LIVE) else None
+    rehearsal = load(config, nodes) if cluster in (None, LIVE) else None
     if rehearsal is not None:
-        pace = calibrated(plan.pace, rehearsal, config)
+        plan = calibrated(plan, rehearsal)
         note = (*note, f"seconds are from the rehearsal of {rehearsal.when}")
-        plan = dataclasses.replace(plan, pace=pace)
-    plan = dataclasses.replace(plan, assumptions=(*note, *plan.assumptions))
-    return plan, [] if plan.fits else remedies(plan)
+    return dataclasses.replace(plan, assumptions=(*note, *plan.assumptions)), changes
 
 
 def prediction_for(config: Config) -> Plan:
     """The plan as it is worked out, without what was measured."""
-    return _predicted(config, None)[0]
+    return prediction(config, nodes_of(config))
 
 
-def _predicted(config: Config, cluster: str | None) -> tuple[Plan, tuple[str, ...]]:
-    nodes, note = _nodes(config, cluster)
-    return prediction(config, nodes), note
+def nodes_of(config: Config) -> tuple[Node, ...]:
+    """Where the run would be, from here."""
+    return _nodes(config, None)[0]
 
 
 def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple[str, ...]]:
@@ -63,4 +64,13 @@ def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple
         return (this_machine(),), (f"compared with this machine. {error}",)
 
 
-__all__ = ["Plan", "as_json", "as_text", "plan_for", "prediction", "prediction_for", "remedies"]
+__all__ = [
+    "Plan",
+    "as_json",
+    "as_text",
+    "nodes_of",
+    "plan_for",
+    "prediction",
+    "prediction_for",
+    "remedies",
+]

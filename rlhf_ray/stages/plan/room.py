@@ -71,9 +71,9 @@ def together(held: Iterable[PlannedRole], turns: bool) -> float:
     return always + max(awake.values())
 
 
-def usable_bytes(kind: str) -> float:
+def usable_bytes(kind: GpuKind) -> float:
     """Of a GPU of this kind, for tensors."""
-    return USABLE * GPU_KINDS[kind].memory_gb * GB
+    return USABLE * kind.memory_gb * GB
 
 
 def too_large(
@@ -131,7 +131,7 @@ def no_cache(config: Config, engine: Engine) -> Shortage:
 
 
 def _over(kind: str, held: Sequence[PlannedRole], turns: bool) -> Shortage | None:
-    usable, needed = usable_bytes(kind), together(held, turns)
+    usable, needed = usable_bytes(GPU_KINDS[kind]), together(held, turns)
     if needed <= usable:
         return None
     largest = max(held, key=lambda role: role.peak)
