@@ -20,7 +20,7 @@ def plan(
         typer.Option(
             metavar="NODESxGPUSxKIND",
             help="Such as 3x8xA100-80GB, 8xA100-80GB+2x4xL40S-48GB, or live (the Ray cluster "
-            "there is). Default: live with cluster.mode ray, else this machine.",
+            "there is). Default: live where the run would join that cluster, else this machine.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,

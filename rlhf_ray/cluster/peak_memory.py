@@ -10,13 +10,18 @@ import torch
 KB = 1024
 
 
-def peak_memory(_actor: Any = None) -> int:
-    """Bytes in use on the GPUs of this process; where it has none, its and its children's peak.
+def peak_memory(_actor: Any, holds_gpus: bool) -> int:
+    """Bytes in use on the GPUs of this process; where it holds none, its and its children's peak.
 
-    PyTorch and vLLM give nothing back to a GPU, so what is in use at the end is the peak. On a GPU
-    that is shared it is that of all who share it.
+    PyTorch and vLLM keep what they had of a GPU while they work, so what is in use at the end is
+    the peak. On a GPU that is shared it is that of all who share it. With placement.turns the side
+    that sleeps has given its part back: it is that of the side that worked last.
+
+    Args:
+        holds_gpus: whether the worker was given any; all GPUs of a node are seen by those who were
+            not.
     """
-    if torch.cuda.is_available():
+    if holds_gpus:
         found = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
         return max(total - free for free, total in found)
     return sum(_high_water_marks(psutil.Process()))

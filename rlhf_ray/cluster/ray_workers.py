@@ -50,7 +50,8 @@ class RayWorker:
 
     async def peak_memory(self) -> int:
         """See `cluster.peak_memory`."""
-        return await self._await("peak_memory", self.actor.__ray_call__.remote(peak_memory))
+        peak = self.actor.__ray_call__.remote(peak_memory, self.num_gpus > 0)
+        return await self._await("peak_memory", peak)
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call a method and bring its result; object references among ``args`` arrive as data.

@@ -12,7 +12,7 @@ turns, and results are too; what is lost is that scoring overlaps with generatio
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from rlhf_ray.cluster.workers import Worker
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.types import Handle
 
+SIDES: Mapping[str, str] = {"generator": "generators", "policy": "learners", "critic": "learners"}
+"""Role -> its side, where sides take turns (placement.turns)."""
 POLL_S = 0.01
 """Between two looks at whether it is one's turn."""
 GRACE_S = 0.05

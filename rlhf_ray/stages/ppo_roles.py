@@ -1,7 +1,7 @@
 """Who carries out the roles of a PPO run: actors in Ray, or objects in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from rlhf_ray.cluster.role_clients import (
     ReferenceClient,
     ScorerClient,
 )
-from rlhf_ray.cluster.turns import Turns, TurnWorker
+from rlhf_ray.cluster.turns import SIDES, Turns, TurnWorker
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.engines.scoring import reward_sources
@@ -36,10 +36,6 @@ ASYNC_CONCURRENCY = 32
 
 END_TIMEOUT_S = 20.0
 """For a worker that is ended to free what it holds."""
-
-
-SIDES: Mapping[str, str] = {"generator": "generators", "policy": "learners", "critic": "learners"}
-"""Who takes turns with whom, where they do (placement.turns)."""
 
 
 class RoleSpawner:

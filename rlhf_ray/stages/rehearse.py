@@ -25,7 +25,8 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.stages.pipeline import run as run_pipeline
-from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, load, worst_keys
+from rlhf_ray.stages.plan import nodes_of
+from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, gpus_of, load, worst_keys
 from rlhf_ray.stages.run_folder import RunFolder, absolute, write_atomically
 
 FOLDER = "rehearsal"
@@ -63,7 +64,7 @@ def is_needed(config: Config) -> bool:
         worst_case(config)
     except ConfigError:
         return False
-    return load(config) is None
+    return load(config, nodes_of(config)) is None
 
 
 def worst_case(config: Config) -> Config:
@@ -164,6 +165,7 @@ def _measured(
     return Rehearsal(
         when=time.strftime("%Y-%m-%d %H:%M"),
         config=dump(config),
+        gpus=gpus_of(nodes_of(config)),
         seconds=seconds,
         peak_memory_bytes=summary["peak_memory_bytes"],
         samples=summary["samples_learnt"],

@@ -39,9 +39,11 @@ def test_two_iterations_at_the_worst_case_survive_the_loss_of_a_generator(
     workers = {"policy-0", "critic-0", "reference-0", "reward-0", "generator-1"}
     assert workers <= set(found["peak_memory_bytes"])
     assert min(found["peak_memory_bytes"].values()) > 10**8  # Python with its libraries
-    assert {"gen", "score", "learn", "commit", "sync"} <= set(found["seconds"])
+    assert {"gen", "score", "learn", "commit", "sync", "save"} <= set(found["seconds"])
     records = read_jsonl(run / "rehearsal" / "ppo" / "metrics.jsonl")
     assert [record["response_length/mean"] for record in records] == [12, 12]
+    evaluations = read_jsonl(run / "rehearsal" / "ppo" / "eval.jsonl")
+    assert evaluations[-1]["iteration"] == 2
     assert not (run / "checkpoints").exists()  # the run itself has not begun
 
     planned = command_line.run("plan", str(config))

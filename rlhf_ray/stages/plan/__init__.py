@@ -4,6 +4,7 @@ import dataclasses
 
 from rlhf_ray.cluster.hardware import live_cluster, parse_cluster, this_machine
 from rlhf_ray.cluster.layout import Node
+from rlhf_ray.cluster.ray_session import joins_cluster
 from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.stages.plan.prediction import Plan, prediction
@@ -20,39 +21,40 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change]]:
 
     Args:
         config: the whole config.
-        cluster: as `parse_cluster` takes it, or ``live``; None: the Ray cluster that there is with
-            cluster.mode ray, else this machine.
+        cluster: as `parse_cluster` takes it, or ``live``; None: the Ray cluster that the run
+            would join, else this machine.
 
     Raises:
         ConfigError: ``cluster`` is not written as it should be.
         PlacementError: it is ``live``, and no cluster can be reached.
         DataError: a model is neither here nor described.
     """
-    plan, note = _predicted(config, cluster)
+    nodes, note = _nodes(config, cluster)
+    plan = prediction(config, nodes)
+    # Changes are predicted as well, so they have no answer to what was measured.
+    changes = [] if plan.fits else remedies(plan)
     # A cluster that is only named is not the one that the run was rehearsed on.
-    rehearsal = load(config) if cluster in (None, LIVE) else None
+    rehearsal = load(config, nodes) if cluster in (None, LIVE) else None
     if rehearsal is not None:
-        pace = calibrated(plan.pace, rehearsal, config)
+        plan = calibrated(plan, rehearsal)
         note = (*note, f"seconds are from the rehearsal of {rehearsal.when}")
-        plan = dataclasses.replace(plan, pace=pace)
-    plan = dataclasses.replace(plan, assumptions=(*note, *plan.assumptions))
-    return plan, [] if plan.fits else remedies(plan)
+    return dataclasses.replace(plan, assumptions=(*note, *plan.assumptions)), changes
 
 
 def prediction_for(config: Config) -> Plan:
     """The plan as it is worked out, without what was measured."""
-    return _predicted(config, None)[0]
+    return prediction(config, nodes_of(config))
 
 
-def _predicted(config: Config, cluster: str | None) -> tuple[Plan, tuple[str, ...]]:
-    nodes, note = _nodes(config, cluster)
-    return prediction(config, nodes), note
+def nodes_of(config: Config) -> tuple[Node, ...]:
+    """Where the run would be, from here."""
+    return _nodes(config, None)[0]
 
 
 def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple[str, ...]]:
     if cluster is not None and cluster != LIVE:
         return parse_cluster(cluster), ()
-    if cluster is None and config.cluster.mode != "ray":
+    if cluster is None and not joins_cluster(config):
         return (this_machine(),), ()
     try:
         return live_cluster(), ()
@@ -62,4 +64,13 @@ def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple
         return (this_machine(),), (f"compared with this machine. {error}",)
 
 
-__all__ = ["Plan", "as_json", "as_text", "plan_for", "prediction", "prediction_for", "remedies"]
+__all__ = [
+    "Plan",
+    "as_json",
+    "as_text",
+    "nodes_of",
+    "plan_for",
+    "prediction",
+    "prediction_for",
+    "remedies",
+]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from rlhf_ray.cluster.hardware import NETWORK_GB_PER_S, GpuKind
 from rlhf_ray.config import Config
 from rlhf_ray.config.ppo import LearnerConfig
-from rlhf_ray.models.memory import ADAM_BYTES, BYTES
+from rlhf_ray.models.memory import BYTES
 from rlhf_ray.models.shape import Shape
-from rlhf_ray.stages.plan.roles import PlannedRole, Setting, engine
+from rlhf_ray.stages.plan.roles import PlannedRole, Setting, engine, state_bytes
 from rlhf_ray.stages.plan.trainings import section, tokens_per_step, trained_parts
 
 Range = tuple[float, float]
@@ -92,10 +92,7 @@ def _phases(setting: Setting) -> dict[str, Range]:
         "score": (_score(setting, 0), _score(setting, 1)),
         "learn": (_learn(setting, 0), _learn(setting, 1)),
     }
-    trained = models.tuned.shape.adapter_parameters(config.lora)
-    if config.may_have_critic:
-        trained += models.critic.shape.adapter_parameters(config.critic.lora)
-    state = trained * (4 + ADAM_BYTES + BYTES[config.model.dtype]) / 1e9
+    state = state_bytes(config, models) / 1e9
     sent = sync_bytes(config, models.tuned.shape) / 1e9
     rates = ASSUMPTIONS["GB/s from a learner through the object store"]
     fixed = ASSUMPTIONS["seconds to publish an adapter beside its bytes"]

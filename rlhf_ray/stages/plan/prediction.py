@@ -80,7 +80,8 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     ppo = ppo_roles(setting) if runs_ppo else []
     stages = stage_roles(config, models, has_gpus)
     if has_gpus:
-        short += [*too_large(ppo, places, nodes), *stages_too_large(stages, nodes)]
+        short += too_large(ppo, places, nodes, config.placement.turns)
+        short += stages_too_large(stages, nodes)
     else:
         short += beyond_machine(ppo, stages)
     generator = engine(setting)

@@ -1,16 +1,25 @@
 """What a rehearsal found out, and a plan that goes by it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import yaml
 
+from rlhf_ray.cluster.layout import Node
 from rlhf_ray.config import Config, dump
 from rlhf_ray.models.memory import GB
 from rlhf_ray.stages.plan.pace import SECONDS_PER_DAY, Pace, Range
 from rlhf_ray.stages.plan.prediction import Plan
+from rlhf_ray.stages.plan.roles import PlannedRole, state_bytes
+from rlhf_ray.stages.plan.room import (
+    Shortage,
+    on_gpus,
+    smallest_kind,
+    together,
+    usable_bytes,
+)
 from rlhf_ray.stages.run_folder import RunFolder
 
 RESULT = "rehearsal.json"
@@ -30,6 +39,8 @@ class Rehearsal:
     when: str
     config: str
     """Of the run, as YAML."""
+    gpus: Sequence[str]
+    """See `gpus_of`."""
     seconds: Mapping[str, float]
     """By phase, of one iteration."""
     peak_memory_bytes: Mapping[str, int]
@@ -70,13 +81,20 @@ def worst_keys(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
-def load(config: Config) -> Rehearsal | None:
-    """The rehearsal of this very config; None: there was none."""
-    path = RunFolder(config).path / RESULT
-    if not path.is_file():
+def gpus_of(nodes: Iterable[Node]) -> list[str]:
+    """By which clusters are told apart: ``8 x A100-80GB`` for each node that has any."""
+    return sorted(f"{node.gpus} x {node.gpu_kind}" for node in nodes if node.gpus)
+
+
+def load(config: Config, nodes: Iterable[Node]) -> Rehearsal | None:
+    """The rehearsal of this very config on such nodes; None: there was none that can be read."""
+    try:
+        text = (RunFolder(config).path / RESULT).read_text(encoding="utf-8")
+        found = Rehearsal(**json.loads(text))
+    except (OSError, ValueError, TypeError):  # none, no JSON, or of other keys
         return None
-    found = Rehearsal(**json.loads(path.read_text(encoding="utf-8")))
-    return found if _compared(found.config) == _compared(dump(config)) else None
+    is_its = _compared(found.config) == _compared(dump(config)) and found.gpus == gpus_of(nodes)
+    return found if is_its else None
 
 
 def _compared(config: str) -> dict[str, Any]:
@@ -85,7 +103,42 @@ def _compared(config: str) -> dict[str, Any]:
     return {name: keys for name, keys in sections.items() if name not in NOT_COMPARED}
 
 
-def calibrated(pace: Pace | None, rehearsal: Rehearsal, config: Config) -> Pace:
+def calibrated(plan: Plan, rehearsal: Rehearsal) -> Plan:
+    """The plan with measured seconds, and what measured memory says against it."""
+    notes, short = [], []
+    for role in plan.roles:
+        peak, planned = rehearsal.peak_of(role.role), _planned(plan, role)
+        if peak is None:
+            continue
+        in_use = f"{_gb(peak)} were in use where {role.role} is, in the rehearsal"
+        if peak > planned:
+            notes.append(f"{in_use}: more than the {_gb(planned)} planned")
+        usable = _usable(plan, role)
+        if usable is not None and peak > usable:
+            reason = f"{in_use}, and its GPU has {_gb(usable)} for tensors"
+            short.append(Shortage(reason, peak - usable))
+    return replace(
+        plan,
+        pace=calibrated_pace(plan.pace, rehearsal, plan.config),
+        assumptions=(*notes, *plan.assumptions),
+        shortages=(*plan.shortages, *short),
+    )
+
+
+def _planned(plan: Plan, role: PlannedRole) -> float:
+    """Bytes where its largest worker is: of its process, or of all on the same GPU."""
+    sharing = on_gpus(plan.roles, plan.places).values()
+    turns = plan.config.placement.turns
+    return max((together(held, turns) for held in sharing if role in held), default=role.peak)
+
+
+def _usable(plan: Plan, role: PlannedRole) -> float | None:
+    """Of its smallest GPU, for tensors; None: it has none, or one that is not known."""
+    kind = smallest_kind(plan.nodes[p.node] for p in plan.places if p.gpus and p.role == role.role)
+    return None if kind is None else usable_bytes(kind)
+
+
+def calibrated_pace(pace: Pace | None, rehearsal: Rehearsal, config: Config) -> Pace:
     """Seconds as they were measured: the worst case; the best is as much better as was predicted.
 
     Args:
@@ -120,19 +173,27 @@ def as_text(rehearsal: Rehearsal, plan: Plan) -> str:
         rehearsal: what was measured.
         plan: of the same config, not calibrated.
     """
-    lines = ["", f"{'role':<12}{'planned':>12}{'peak':>12}  (a process)"]
+    lines = ["", f"{'role':<12}{'planned':>12}{'peak':>12}  (a process; all on its GPU)"]
     for role in plan.roles:
         peak = rehearsal.peak_of(role.role)
         if peak is not None:
-            lines.append(f"{role.role:<12}{_gb(role.peak):>12}{_gb(peak):>12}")
+            lines.append(f"{role.role:<12}{_gb(_planned(plan, role)):>12}{_gb(peak):>12}")
     lines += ["", f"{'phase':<12}{'predicted':>20}{'measured':>12}"]
     for phase, seconds in rehearsal.seconds.items():
         known = plan.pace.phases.get(phase) if plan.pace else None
         ends = f"{known[0]:.3g} to {known[1]:.3g} s" if known else "not known"
         lines.append(f"{phase:<12}{ends:>20}{f'{seconds:.3g} s':>12}")
-    if seconds := rehearsal.seconds.get("sync"):
-        rate = plan.bytes_per_sync / seconds / 1e6
-        lines += ["", f"sync: {plan.bytes_per_sync:,} bytes a generator, {rate:,.3g} MB/s"]
+    state = state_bytes(plan.config, plan.models)
+    moved = {
+        "sync": (plan.bytes_per_sync, "bytes a generator"),
+        "commit": (state, "bytes"),
+        "save": (state, "bytes"),
+    }
+    lines.append("")
+    for phase, (num_bytes, what) in moved.items():
+        if seconds := rehearsal.seconds.get(phase):
+            rate = num_bytes / seconds / 1e6
+            lines.append(f"{phase}: {num_bytes:,.0f} {what} in {seconds:.3g} s, {rate:,.3g} MB/s")
     lines.append(
         f"{rehearsal.samples} rollouts learnt; a generator was killed, "
         f"{rehearsal.generator_restarts} came back"

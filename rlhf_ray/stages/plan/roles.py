@@ -103,6 +103,15 @@ def ppo_roles(setting: Setting) -> list[PlannedRole]:
     return [*roles, PlannedRole("driver", 1, 0, _driver(setting))]
 
 
+def state_bytes(config: Config, models: Models) -> float:
+    """What a commit holds of the learners: weights that are trained, and their optimizers."""
+    trained = models.tuned.shape.adapter_parameters(config.lora)
+    if config.may_have_critic:
+        critic = models.critic.shape
+        trained += critic.adapter_parameters(config.critic.lora) + critic.hidden_size
+    return trained * (4 + ADAM_BYTES + BYTES[config.model.dtype])
+
+
 def engine(setting: Setting) -> Engine:
     """A generator's engine."""
     kind = setting.kinds.get("generator")
@@ -193,12 +202,7 @@ def _driver(setting: Setting) -> Parts:
     """The object store: an iteration's rollouts and columns, and the states of two commits."""
     config = setting.config
     tokens = config.ppo.batch_size * setting.longest()
-    trained = [setting.models.tuned.shape.adapter_parameters(config.lora)]
-    if config.may_have_critic:
-        critic = setting.models.critic.shape
-        trained.append(critic.adapter_parameters(config.critic.lora) + critic.hidden_size)
-    state = sum(trained) * (4 + ADAM_BYTES + BYTES[config.model.dtype])
     return {
         "rollouts": tokens * (8 + 4 * 4),  # ids; rollout, old, reference log-probs and values
-        "commits": 2 * state,
+        "commits": 2 * state_bytes(config, setting.models),
     }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.cluster.hardware import GPU_KINDS, GpuKind, memory_of_machine
 from rlhf_ray.cluster.layout import Demand, Node, Place
+from rlhf_ray.cluster.turns import SIDES
 from rlhf_ray.config import Config
 from rlhf_ray.models.memory import GB
 from rlhf_ray.stages.plan.generators import Engine
@@ -41,20 +42,49 @@ def smallest_kind(nodes: Iterable[Node]) -> GpuKind | None:
     return min(known, key=lambda kind: kind.memory_gb) if is_known else None
 
 
-def too_large(
-    roles: Iterable[PlannedRole], places: Iterable[Place], nodes: Sequence[Node]
-) -> list[Shortage]:
-    """GPUs whose workers together take more than there is, one for each set of roles."""
+def on_gpus(
+    roles: Iterable[PlannedRole], places: Iterable[Place]
+) -> dict[tuple[int, int], list[PlannedRole]]:
+    """Node and GPU -> the role of each worker that is on it."""
     by_name = {role.role: role for role in roles}
-    on_gpu: dict[tuple[int, int], list[str]] = {}
+    found: dict[tuple[int, int], list[PlannedRole]] = {}
     for place in places:
         for gpu in place.gpus:
-            on_gpu.setdefault((place.node, gpu), []).append(place.role)
+            found.setdefault((place.node, gpu), []).append(by_name[place.role])
+    return found
+
+
+def together(held: Iterable[PlannedRole], turns: bool) -> float:
+    """Bytes that workers on one GPU have of it at a time.
+
+    Args:
+        turns: whether sides take turns, so that of the one that sleeps its libraries alone are
+            there; others never sleep.
+    """
+    always, awake = 0.0, dict.fromkeys(SIDES.values(), 0.0)
+    for role in held:
+        if turns and role.role in SIDES:
+            always += role.parts["libraries"]
+            awake[SIDES[role.role]] += role.peak - role.parts["libraries"]
+        else:
+            always += role.peak
+    return always + max(awake.values())
+
+
+def usable_bytes(kind: GpuKind) -> float:
+    """Of a GPU of this kind, for tensors."""
+    return USABLE * kind.memory_gb * GB
+
+
+def too_large(
+    roles: Iterable[PlannedRole], places: Iterable[Place], nodes: Sequence[Node], turns: bool
+) -> list[Shortage]:
+    """GPUs whose workers together take more than there is, one for each set of roles."""
     found: dict[tuple[str, ...], Shortage] = {}
-    for (node, _), held in on_gpu.items():
+    for (node, _), held in on_gpus(roles, places).items():
         kind = nodes[node].gpu_kind
-        if kind is not None and (short := _over(kind, [by_name[role] for role in held])):
-            found.setdefault((*sorted(held), kind), short)
+        if kind is not None and (short := _over(kind, held, turns)):
+            found.setdefault((*sorted(role.role for role in held), kind), short)
     return list(found.values())
 
 
@@ -71,7 +101,7 @@ def stages_too_large(stages: Iterable[PlannedRole], nodes: Sequence[Node]) -> It
                 f"each, and the cluster {gpus}",
                 GPU * (role.workers - gpus),
             )
-        if smallest and (short := _over(smallest, [role])):
+        if smallest and (short := _over(smallest, [role], turns=False)):
             yield short
 
 
@@ -100,10 +130,8 @@ def no_cache(config: Config, engine: Engine) -> Shortage:
     )
 
 
-def _over(kind: str, held: Sequence[PlannedRole]) -> Shortage | None:
-    memory = GPU_KINDS[kind].memory_gb
-    usable = USABLE * memory * GB
-    needed = sum(role.peak for role in held)
+def _over(kind: str, held: Sequence[PlannedRole], turns: bool) -> Shortage | None:
+    usable, needed = usable_bytes(GPU_KINDS[kind]), together(held, turns)
     if needed <= usable:
         return None
     largest = max(held, key=lambda role: role.peak)

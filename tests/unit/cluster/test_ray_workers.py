@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -80,3 +80,44 @@ def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch)
     ray_workers.ask_for_room([], [])
     bundles = [{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}]
     assert asked == [(None, bundles, [{"role": "train"}, {}]), (None, [], [])]
+
+
+class ManyGpus:
+    """What a process sees of a node's GPUs, whether or not it was given any."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 2
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        return (70, 80) if index else (76, 80)
+
+
+class AsksItself:
+    """An actor that runs what it is handed."""
+
+    def __init__(self) -> None:
+        self.__ray_call__ = self
+
+    async def remote(self, call: Callable[..., int], *args: Any) -> int:
+        return call(self, *args)
+
+
+@pytest.mark.parametrize(("num_gpus", "is_main_memory"), [(0.0, True), (0.5, False), (2.0, False)])
+async def test_only_workers_that_hold_gpus_are_asked_for_their_memory(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: float, is_main_memory: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda", ManyGpus())
+    worker = RayWorker(
+        "reward-0",
+        AsksItself(),
+        600.0,
+        lambda *_: None,
+        start_timeout_s=300.0,
+        num_gpus=num_gpus,
+        one_at_a_time=True,
+    )
+    found = await worker.peak_memory()
+    assert found > 10**6 if is_main_memory else found == 10

@@ -14,8 +14,10 @@ from rlhf_ray.config import Config, load
 from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.memory import GB
-from rlhf_ray.stages.plan import Plan, as_text, prediction, remedies
+from rlhf_ray.stages.plan import Plan, as_text, prediction, prediction_for, remedies
 from rlhf_ray.stages.plan.prediction import memory_gb
+from rlhf_ray.stages.plan.roles import PlannedRole
+from rlhf_ray.stages.plan.room import together
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STACKLLAMA = CONFIGS / "stackllama" / "ppo_3x8_a100.yaml"
@@ -145,6 +147,25 @@ def test_int8_and_lora_take_a_fifth_to_two_fifths_more_than_the_parameters() -> 
         assert 1.2 < (sft.total - sft.parts["libraries"]) / 6.738e9 < 1.4
 
 
+def test_of_sides_that_take_turns_the_larger_one_counts() -> None:
+    keys = ("model.quantization=none", "rollout.engine_args.gpu_memory_utilization=0.5")
+    at_once = planned("stackllama/ppo_1_gpu.yaml", "1xA100-80GB", *keys)
+    assert "GB on one A100-80GB, which has 81.6 GB for tensors" in reasons(at_once)
+    by_turns = planned("stackllama/ppo_1_gpu.yaml", "1xA100-80GB", *keys, "placement.turns=true")
+    assert reasons(by_turns) == ""
+
+
+def test_a_side_that_sleeps_keeps_its_libraries_and_others_never_sleep() -> None:
+    held = [
+        PlannedRole("generator", 1, 0.25, {"libraries": 2.0, "KV cache": 40.0}),
+        PlannedRole("policy", 1, 0.25, {"libraries": 1.0, "weights": 20.0}, start=31.0),
+        PlannedRole("critic", 1, 0.25, {"libraries": 1.0, "weights": 20.0}),
+        PlannedRole("reward", 1, 0.25, {"libraries": 1.0, "weights": 5.0}),
+    ]
+    assert together(held, turns=False) == 42 + 31 + 21 + 6
+    assert together(held, turns=True) == 2 + (31 + 21) + 6
+
+
 def test_too_few_gpus_are_told_with_what_would_fit() -> None:
     plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB")
     assert "The cluster has no room for every role" in reasons(plan)
@@ -191,6 +212,19 @@ def test_gpus_of_an_unknown_kind_are_placed_and_not_compared() -> None:
     assert len(plan.places) == 24
     assert plan.pace is None
     assert "what GPUs 10.0.0.1, 10.0.0.2, 10.0.0.3 has is not known" in " ".join(plan.assumptions)
+
+
+def test_in_a_ray_job_the_cluster_that_the_run_joins_is_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load(STACKLLAMA, ["cluster.mode=auto"])
+    nodes = parse_cluster("3x8xA100-80GB")
+    monkeypatch.setattr("rlhf_ray.stages.plan.live_cluster", lambda: nodes)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_JOB_ID", "1")
+    assert prediction_for(config).nodes == nodes
+    monkeypatch.delenv("RAY_JOB_ID")
+    assert prediction_for(config).nodes != nodes
 
 
 def test_without_gpus_the_machines_memory_is_what_there_is(monkeypatch: Any) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.cluster.hardware import parse_cluster
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.stages.plan import plan_for
+from rlhf_ray.stages.plan import Plan, plan_for
 from rlhf_ray.stages.plan.pace import Pace
-from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, as_text, calibrated, load
+from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, as_text, calibrated_pace, load
 from rlhf_ray.stages.rehearse import is_needed, worst_case
 
 SHAPE = {
@@ -43,6 +44,7 @@ def rehearsal_of(config: Config) -> Rehearsal:
     return Rehearsal(
         when="today",
         config=dump(config),
+        gpus=[],
         seconds={"gen": 4.0, "save": 20.0},
         peak_memory_bytes={"policy-0": 2 * 10**9, "policy-1": 3 * 10**9, "generator-0": 10**9},
         samples=16,
@@ -86,28 +88,77 @@ def test_a_rehearsal_holds_for_its_own_config_alone(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert is_needed(config)
     (tmp_path / RESULT).write_text(json.dumps(asdict(rehearsal_of(config))))
-    assert load(config) == rehearsal_of(config)
+    assert load(config, ()) == rehearsal_of(config)
     assert not is_needed(config)
     more = config.model_copy(update={"ppo": config.ppo.model_copy(update={"iterations": 9})})
-    assert load(more) is not None
+    assert load(more, ()) is not None
     longer = config.model_copy(
         update={"rollout": config.rollout.model_copy(update={"max_tokens": 7})}
     )
-    assert load(longer) is None
+    assert load(longer, ()) is None
     assert is_needed(longer)
+
+
+def test_a_rehearsal_holds_for_such_gpus_as_it_was_made_on(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    made = replace(rehearsal_of(config), gpus=["4 x L4-24GB", "8 x A100-80GB"])
+    (tmp_path / RESULT).write_text(json.dumps(asdict(made)))
+    assert load(config, parse_cluster("8xA100-80GB+4xL4-24GB")) == made
+    assert load(config, parse_cluster("8xA100-80GB")) is None
+    assert load(config, parse_cluster("8xA100-80GB+4xT4-16GB")) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"when": "today", "of_another": 1}'])
+def test_a_rehearsal_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+    config = config_of(tmp_path)
+    (tmp_path / RESULT).write_text(text)
+    assert load(config, ()) is None
+    assert is_needed(config)
+
+
+def on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **peaks: int) -> Plan:
+    """Of a config that fits one A100, and that was rehearsed there."""
+    config = config_of(
+        folder,
+        model={"path": "m", "shape": SHAPE},
+        placement={"gpus": 0.25},
+        rollout={"engine_args": {"gpu_memory_utilization": 0.3}},
+        reference={"kind": "policy_base"},
+    )
+    nodes = parse_cluster("1xA100-80GB")
+    monkeypatch.setattr("rlhf_ray.stages.plan.live_cluster", lambda: nodes)
+    found = {f"{role}-0": gb * 10**9 for role, gb in peaks.items()}
+    made = replace(rehearsal_of(config), gpus=["1 x A100-80GB"], peak_memory_bytes=found)
+    (folder / RESULT).write_text(json.dumps(asdict(made)))
+    plan, changes = plan_for(config, "live")
+    assert not changes
+    return plan
+
+
+def test_memory_that_was_measured_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # All four share the GPU: some 26 GB the engine's, and a few the others'.
+    less = on_a_gpu(tmp_path, monkeypatch, policy=30, generator=30)
+    assert less.fits
+    assert not [note for note in less.assumptions if "were in use" in note]
+    more = on_a_gpu(tmp_path, monkeypatch, policy=60)
+    assert more.fits
+    assert "60.00 GB were in use where policy is" in more.assumptions[1]
+    full = on_a_gpu(tmp_path, monkeypatch, policy=84)
+    assert not full.fits
+    assert "its GPU has 81.61 GB for tensors" in full.shortages[0].reason
 
 
 def test_measured_seconds_are_the_worst_case_and_scale_the_best(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     predicted = Pace({"gen": (1.0, 2.0), "save": (0.1, 1.0)}, (1.0, 2.0), idle_gpu_hours=6.0)
-    found = calibrated(predicted, rehearsal_of(config), config)
+    found = calibrated_pace(predicted, rehearsal_of(config), config)
     # Four seconds instead of two; a save of 20 s every tenth iteration.
     assert found.phases == {"gen": (2.0, 4.0), "save": (0.2, 2.0)}
     # 100 iterations of 2.2 instead of 1.1 s, and of 6 instead of 3 s.
     day = 86_400
     assert found.days == pytest.approx((1 + 110 / day, 2 + 300 / day))
     assert found.idle_gpu_hours == pytest.approx(6.0 * 8.2 / 4.1)
-    unknown = calibrated(None, rehearsal_of(config), config)
+    unknown = calibrated_pace(None, rehearsal_of(config), config)
     assert unknown.phases == {"gen": (4.0, 4.0), "save": (2.0, 2.0)}
     assert unknown.days == pytest.approx((600 / day, 600 / day))
 
@@ -122,10 +173,16 @@ def test_peaks_stand_beside_the_plan() -> None:
         }
     )
     plan, _ = plan_for(config, None)
-    shown = as_text(replace(rehearsal_of(config), seconds={"gen": 4.0, "sync": 0.5}), plan)
+    seconds = {"gen": 4.0, "sync": 0.5, "commit": 0.25, "save": 2.0}
+    shown = as_text(replace(rehearsal_of(config), seconds=seconds), plan)
     (policy,) = [line for line in shown.splitlines() if line.startswith("policy")]
     assert policy.split()[-2:] == ["3.00", "GB"]  # of its larger process
     assert "gen" in shown
     assert "4 s" in shown
-    assert f"{plan.bytes_per_sync:,} bytes a generator" in shown
+    assert f"sync: {plan.bytes_per_sync:,} bytes a generator in 0.5 s" in shown
+    # Rank 16 on q, k, v, o and three of the MLP; two models of two layers, and the critic's head.
+    adapter = 2 * 16 * (4 * (64 + 64) + 3 * (64 + 128))
+    state = (2 * adapter + 64) * (4 + 8 + 4)
+    assert f"commit: {state:,} bytes in 0.25 s, {state / 0.25e6:.3g} MB/s" in shown
+    assert f"save: {state:,} bytes in 2 s, {state / 2e6:.3g} MB/s" in shown
     assert "16 rollouts learnt; a generator was killed, 1 came back" in shown
