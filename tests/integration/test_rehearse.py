@@ -21,7 +21,7 @@ rewards:
   - {{type: model}}
   - {{type: function, name: mine, function: "nowhere:reads_columns"}}
 generators: {{num: 2}}
-ppo: {{iterations: 50, batch_size: 8, mini_batch_size: 4, epochs: 1, eval_prompts: 4}}
+ppo: {{iterations: 50, batch_size: 8, mini_batch_size: 4, epochs: 1, eval_prompts: 8}}
 rollout: {{max_prompt_tokens: 24, max_tokens: 12, shard_size: 2}}
 """
 
@@ -48,8 +48,4 @@ def test_two_iterations_at_the_worst_case_survive_the_loss_of_a_generator(
 
     planned = command_line.run("plan", str(config))
     assert "seconds are from the rehearsal of" in planned
-    written = (run / "rehearsal.json").stat().st_mtime_ns
-    command_line.run("run", str(config), "--rehearse", "ppo.iterations=1")
-    assert (run / "rehearsal.json").stat().st_mtime_ns == written
-    assert json.loads((run / "ppo" / "summary.json").read_text())["iterations"] == 1
     command_line.wait_until_nothing_left()
