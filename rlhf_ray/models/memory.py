@@ -20,12 +20,8 @@ BYTES: dict[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1,
 ADAM_BYTES = 8
 """Of a trained parameter: both of Adam's moments, in float32."""
 
-FULL_BYTES = 4 + 4 + ADAM_BYTES
-"""Of a parameter as this system trains it: weight and gradient in float32, and Adam's moments."""
-
-INT8_LORA_BYTES = (1.2, 1.4)
-"""Of a parameter of an int8 base with an adapter in training, its activations included: from short
-batches to long ones (the StackLLaMA report)."""
+STATE_BYTES: Mapping[str, int] = {"weights": 4, "gradients": 4, "optimizer": ADAM_BYTES}
+"""Of a trained parameter, by part, all in float32."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +88,4 @@ def deepspeed_parts(
 
 def training_bytes(trainable: int) -> int:
     """Weights, gradients and Adam's moments of what is trained, whatever it stands on."""
-    return trainable * FULL_BYTES
-
-
-def half_precision_training_bytes(parameters: int) -> int:
-    """All weights in half precision with Adam's moments in float32: (2 + 8) bytes a parameter."""
-    return parameters * (2 + ADAM_BYTES)
-
-
-def int8_lora_bytes(parameters: int) -> tuple[float, float]:
-    """Least and most that training an adapter on an int8 base takes."""
-    least, most = INT8_LORA_BYTES
-    return parameters * least, parameters * most
-
-
-def largest_int8_lora(memory: float) -> float:
-    """Parameters of the largest base whose adapter can be trained in this much memory."""
-    return memory / INT8_LORA_BYTES[1]
+    return trainable * sum(STATE_BYTES.values())

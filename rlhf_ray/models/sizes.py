@@ -43,11 +43,6 @@ def skeleton(folder: str | Path, settings: ModelConfig, task: Task = "CAUSAL_LM"
         ) from error
 
 
-def size_of(model: Any) -> ModelSize:
-    """Its parameters, and those that a quantised base holds in few bits."""
-    return shape_of(model).size
-
-
 def shape_of(model: Any) -> Shape:
     """What of a `skeleton` decides how much memory and time it takes."""
     config = model.config.get_text_config()

@@ -13,7 +13,7 @@ from rlhf_ray.models.activations import (
     whole_logits_bytes,
     whole_pass_bytes,
 )
-from rlhf_ray.models.memory import BYTES, Parts, training_bytes, weights_bytes
+from rlhf_ray.models.memory import BYTES, STATE_BYTES, Parts, training_bytes, weights_bytes
 from rlhf_ray.models.shape import Shape
 from rlhf_ray.stages.plan.roles import CPU_LIBRARIES, GPU_LIBRARIES, NCCL, PlannedRole
 from rlhf_ray.stages.plan.shapes import Models, PlannedModel
@@ -127,12 +127,13 @@ def _parts(config: Config, part: Trained, on_gpu: bool) -> Parts:
     in_group = settings.train_workers > 1
     libraries = GPU_LIBRARIES + NCCL * in_group if on_gpu else CPU_LIBRARIES
     micro = _micro_batch(config, part)
+    state = {name: trainable * count for name, count in STATE_BYTES.items()}
     return {
         "libraries": libraries,
-        "weights": _frozen_bytes(config, part, trainable) + (0 if part.lora else 4 * trainable),
-        "adapter": 4 * trainable if part.lora else 0,
-        "gradients": 4 * trainable,
-        "optimizer": 8 * trainable,
+        "weights": _frozen_bytes(config, part, trainable) + (0 if part.lora else state["weights"]),
+        "adapter": state["weights"] if part.lora else 0,
+        "gradients": state["gradients"],
+        "optimizer": state["optimizer"],
         "reduce buffer": 4 * trainable * in_group,
         "autocast weights": _autocast_bytes(config, part),
         "activations": _activations(config, part, micro),

@@ -139,6 +139,16 @@ def test_shipped_configs_fit_the_machines_that_they_name(path: str, cluster: str
     assert reasons(planned(path, cluster)) == ""
 
 
+def test_training_all_of_7b_takes_70_gb_as_it_was_published_and_112_as_it_is_done_here() -> None:
+    keys = ("sft.tuning=full", "model.quantization=none", "model.dtype=float16")
+    parts = planned("stackllama/sft.yaml", "8xA100-80GB", *keys).role("sft").parts
+    of_7b = {name: size / 6_738_415_616 * 7 for name, size in parts.items()}  # GB
+    # Published: 2 bytes a parameter in half precision, and 8 of Adam's moments.
+    assert of_7b["autocast weights"] + of_7b["optimizer"] == pytest.approx(70)
+    # Here weights and gradients of four bytes each stand beside the moments.
+    assert of_7b["weights"] + of_7b["gradients"] + of_7b["optimizer"] == pytest.approx(112)
+
+
 def test_int8_and_lora_take_a_fifth_to_two_fifths_more_than_the_parameters() -> None:
     """The report's 1.2 to 1.4 GB a billion parameters, from short batches to long ones."""
     for tokens in (512, 1024):
