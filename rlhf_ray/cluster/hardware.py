@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_ray.cluster.layout import Node
 from rlhf_ray.errors import ConfigError, PlacementError
@@ -107,14 +109,16 @@ def live_cluster() -> tuple[Node, ...]:
             f"No Ray cluster can be reached ({why}); say what it would be, for example "
             "--cluster 3x8xA100-80GB"
         )
-    return tuple(
-        Node(
-            name=node["NodeManagerAddress"],
-            gpus=int(node["Resources"].get("GPU", 0)),
-            labels=node["Labels"],
-            gpu_kind=kind_called(node["Labels"].get("ray.io/accelerator-type", "")),
-        )
-        for node in json.loads(asked.stdout.splitlines()[-1])
+    return tuple(map(node_of, json.loads(asked.stdout.splitlines()[-1])))
+
+
+def node_of(entry: Mapping[str, Any]) -> Node:
+    """A node as ``ray.nodes()`` describes it."""
+    return Node(
+        name=entry["NodeManagerAddress"],
+        gpus=int(entry["Resources"].get("GPU", 0)),
+        labels=entry["Labels"],
+        gpu_kind=kind_called(entry["Labels"].get("ray.io/accelerator-type", "")),
     )
 
 

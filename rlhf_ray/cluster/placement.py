@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.cluster.bundles import Bundle, placement_groups, worker_name
+from rlhf_ray.cluster.hardware import node_of
 from rlhf_ray.cluster.layout import Demand, Node, Place, fit, lay_out, shortage
 from rlhf_ray.errors import PlacementError
 
@@ -64,11 +65,7 @@ def live_nodes() -> list[LiveNode]:
     return [
         LiveNode(
             id=entry["NodeID"],
-            node=Node(
-                name=entry["NodeManagerAddress"],
-                gpus=int(entry["Resources"].get("GPU", 0)),
-                labels=entry["Labels"],
-            ),
+            node=node_of(entry),
             free=int(available.get(entry["NodeID"], {}).get("GPU", 0)),
         )
         for entry in sorted(ray.nodes(), key=lambda e: (e["NodeManagerAddress"], e["NodeID"]))
