@@ -22,6 +22,7 @@ import pytest
 import ray
 from model_families import TEXTS
 from ray.cluster_utils import Cluster
+from simulated_clusters import simulated_cluster
 from tiny_models import build_servable, write_prompts
 
 from rlhf_ray.cluster.generator_pool import GeneratorPool
@@ -84,14 +85,10 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with tempfile.TemporaryDirectory(prefix="rlhf-", dir="/tmp") as temporary:
         monkeypatch.setattr(tempfile, "tempdir", temporary)
-        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-        made = Cluster()
         try:
-            made.add_node(num_cpus=4, object_store_memory=100 * 2**20)
-            monkeypatch.setenv("RAY_ADDRESS", made.address)
-            yield made
+            with simulated_cluster(num_cpus=4) as made:
+                yield made
         finally:
-            made.shutdown()
             for child in psutil.Process().children(recursive=True):
                 if child.pid not in before:
                     child.kill()

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
+from simulated_clusters import simulated_cluster
 from typer.testing import CliRunner
 
 from rlhf_ray.cli import app
@@ -14,16 +14,9 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+def cluster() -> Iterator[Cluster]:
+    with simulated_cluster([{}]) as made:
+        yield made
 
 
 def test_every_node_and_link_is_looked_at(cluster: Cluster, tmp_path: Path) -> None:

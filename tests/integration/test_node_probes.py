@@ -8,6 +8,7 @@ import pytest
 import ray
 from datasets import Dataset
 from ray.cluster_utils import Cluster
+from simulated_clusters import simulated_cluster
 
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import PlacementError
@@ -37,7 +38,7 @@ def folders(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cluster(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(folders: Path) -> Iterator[Cluster]:
     """Two nodes, the second blind to run.dir."""
     blind = {
         "TEST_HIDDEN_FOLDER": str(folders / "run"),
@@ -45,15 +46,8 @@ def cluster(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]
             [str(folders / "hook"), str(Path(pipeline.__file__).parents[2])]
         ),
     }
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
-    try:
-        cluster.add_node(num_cpus=4, env_vars=blind)
-        cluster.wait_for_nodes()
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with simulated_cluster([{"env_vars": blind}]) as made:
+        yield made
 
 
 def config_of(folder: Path) -> Config:
