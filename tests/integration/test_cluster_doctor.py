@@ -26,8 +26,19 @@ def test_every_node_and_link_is_looked_at(cluster: Cluster, tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     for node in (cluster.head_node, *cluster.worker_nodes):
         assert f"({node.node_id[:8]}):" in done.output
-    for name in ("driver", "/dev/shm", "limits", "ninja", "left-overs", "interface", "versions"):
+    names = [
+        "driver",
+        "/dev/shm",
+        "limits",
+        "ninja",
+        "left-overs",
+        "interface",
+        "ports",
+        "versions",
+    ]
+    for name in names:
         assert name in done.output
+    assert done.output.count("Ray asks for one") == 2
     assert "Gbit/s" in done.output
     paths = f"run.dir {tmp_path / 'run'} and the same models on all nodes"
     assert "".join(paths.split()) in "".join(done.output.split())  # it is wrapped, at hyphens too

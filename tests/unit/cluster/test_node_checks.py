@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import psutil
+import pytest
 
 from rlhf_ray.cluster.node_checks import (
     Look,
@@ -25,7 +26,7 @@ def problems(found: Look | None, here: dict[str, tuple[int, str]], arrived: bool
 
 def test_a_node_that_sees_the_same_has_no_problem() -> None:
     files = {"/m/config.json": (3, "abc")}
-    assert problems(Look("word", "", "", files), files) == ""
+    assert problems(Look("word", "", "", files, True), files) == ""
 
 
 def test_a_silent_node_is_told() -> None:
@@ -33,17 +34,19 @@ def test_a_silent_node_is_told() -> None:
 
 
 def test_a_blind_or_read_only_node_is_told() -> None:
-    blind = Look("No such file or directory", "No such file or directory", "", {})
+    blind = Look("No such file or directory", "No such file or directory", "", {}, True)
     assert "cannot read run.dir /data/run" in problems(blind, {}, arrived=False)
-    read_only = Look("word", "Read-only file system", "", {})
+    read_only = Look("word", "Read-only file system", "", {}, True)
     assert "cannot write to run.dir /data/run (Read-only" in problems(read_only, {}, arrived=False)
-    assert "is not seen by the driver" in problems(Look("word", "", "", {}), {}, arrived=False)
+    assert "is not seen by the driver" in problems(
+        Look("word", "", "", {}, True), {}, arrived=False
+    )
 
 
 def test_other_model_files_are_told_by_size_and_contents() -> None:
     here = {"/m/a": (3, "x"), "/m/b": (4, "y"), "/m/c": (5, "z")}
     there = {"/m/a": (3, "other"), "/m/b": (2, "y"), "/m/d": (1, "w")}
-    told = problems(Look("word", "", "", there), here)
+    told = problems(Look("word", "", "", there, True), here)
     assert "another /m/a (other contents)" in told
     assert "another /m/b (2 bytes, not 4)" in told
     assert "cannot read /m/c (not there)" in told
@@ -52,7 +55,7 @@ def test_other_model_files_are_told_by_size_and_contents() -> None:
 
 def test_a_missing_model_folder_is_told_once() -> None:
     there = {"/m": (-1, "No such file or directory")}
-    told = problems(Look("word", "", "", there), {"/m/a": (1, "x"), "/m/b": (1, "y")})
+    told = problems(Look("word", "", "", there, True), {"/m/a": (1, "x"), "/m/b": (1, "y")})
     assert told == "cannot read /m (No such file or directory)"
 
 
@@ -80,9 +83,14 @@ def test_listing_names_every_file_and_what_cannot_be_read(tmp_path: Path) -> Non
     }
 
 
-def test_a_node_reads_the_word_and_writes_it_back(tmp_path: Path) -> None:
+def test_a_node_reads_the_word_and_writes_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "driver").write_text("word")
-    assert look(str(tmp_path), "node", [], None, "") == Look("word", "", "", {})
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert look(str(tmp_path), "node", [], None, "") == Look("word", "", "", {}, True)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert not look(str(tmp_path), "node", [], None, "").asks_for_token
     assert (tmp_path / "node").read_text() == "word"
     gone = look(str(tmp_path / "elsewhere"), "node", [], None, "")
     assert gone.read == gone.written == "No such file or directory"

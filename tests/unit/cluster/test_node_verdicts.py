@@ -1,11 +1,13 @@
 """What the readings of nodes mean."""
 
+import socket
 from dataclasses import replace
 
 import pytest
 
+from rlhf_ray.cluster import node_readings
 from rlhf_ray.cluster.bandwidth import Link
-from rlhf_ray.cluster.node_readings import Gpu, NodeReading, parse_gpu_query
+from rlhf_ray.cluster.node_readings import Gpu, NodeReading, parse_gpu_query, read_node
 from rlhf_ray.cluster.node_verdicts import check_links, check_versions, checks_of
 from rlhf_ray.preflight import FAIL, GB, NOTE, OK, Machine
 
@@ -34,6 +36,9 @@ GOOD = NodeReading(
     ninja="/env/bin/ninja",
     left_over=0,
     interface="eth1",
+    listening={6379: ("10.0.0.1",), 8265: ("127.0.0.1", "::1")},
+    binding="",
+    asks_for_token=True,
 )
 
 
@@ -57,6 +62,11 @@ def test_a_good_node_passes() -> None:
         ({"temporary_disk": GB}, {"disk": NOTE}),
         ({"left_over": 3}, {"left-overs": NOTE}),
         ({"interface": "eth0"}, {"interface": FAIL}),
+        ({"binding": "Cannot assign requested address"}, {"ports": FAIL}),
+        ({"listening": {8265: ("0.0.0.0",)}}, {"ports": NOTE}),
+        ({"listening": {8000: ("127.0.0.1", "10.0.0.1")}}, {"ports": NOTE}),
+        ({"listening": {44217: ("10.0.0.1",)}}, {}),
+        ({"asks_for_token": False}, {"token": NOTE}),
         ({"machine": replace(MACHINE, shm=64_000_000)}, {"/dev/shm": FAIL}),
         ({"machine": replace(MACHINE, compiler=None)}, {"C++ compiler": FAIL}),
     ],
@@ -86,3 +96,14 @@ def test_nvidia_smis_table_is_read() -> None:
     text = "580.95.05, 80997, 81920\n580.95.05, 100, 81920\n"
     assert parse_gpu_query(text) == ("580.95.05", (Gpu(80_997, 81_920), Gpu(100, 81_920)))
     assert parse_gpu_query("No devices were found\n") == ("", ())
+
+
+def test_ports_that_are_listened_on_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(node_readings, "PORTS", (port,))
+        reading = read_node("127.0.0.1")
+        assert reading.listening == {port: ("127.0.0.1",)}
+        assert reading.binding == ""
+    assert read_node("127.0.0.1").listening == {}
+    assert "Cannot assign" in read_node("192.0.2.1").binding
