@@ -128,8 +128,9 @@ def _interface_of(address: str) -> str:
 def _listening() -> dict[int, tuple[str, ...]]:
     found: dict[int, set[str]] = {}
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in PORTS:
-            found.setdefault(connection.laddr.port, set()).add(connection.laddr.ip)
+        at = connection.laddr
+        if connection.status == psutil.CONN_LISTEN and at and at.port in PORTS:
+            found.setdefault(at.port, set()).add(at.ip)
     return {port: tuple(sorted(found[port])) for port in sorted(found)}
 
 

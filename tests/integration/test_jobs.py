@@ -70,14 +70,15 @@ def has_begun(status: RunStatus) -> bool:
     return status.progress is not None and not status.progress.startswith("0/")
 
 
-def living_actors(cluster: JobCluster) -> list[str]:
+def living_actors(cluster: JobCluster) -> list[tuple[str, str]]:
+    """Namespace and name of each."""
     command = ("list", "actors", "--filter", "state=ALIVE", "--format", "json")
     listed = cluster.run("ray", *command)
     assert listed.code == 0, listed.output
     _, bracket, rows = listed.output.partition("[")  # nothing at all where there are none
     found = json.loads(bracket + rows or "[]")
-    ours = (actor for actor in found if actor["ray_namespace"].startswith("rlhf_ray-"))
-    return [actor["name"] for actor in ours]
+    actors = [(actor["ray_namespace"], actor["name"]) for actor in found]
+    return [actor for actor in actors if actor[0].startswith("rlhf_ray-")]
 
 
 def test_ppo_runs_as_a_job_is_stopped_and_goes_on_to_its_end(
@@ -99,11 +100,12 @@ def test_ppo_runs_as_a_job_is_stopped_and_goes_on_to_its_end(
     (generator,) = running["generators"]
     assert generator["name"] == "generator-0"
     assert generator["restarts"] == 0
-    assert "policy-0" in living_actors(cluster)
+    assert ("rlhf_ray-first", "policy-0") in living_actors(cluster)
 
     cluster.rlhf_ray("scale", "first", "--generators", "2")
     wait_until(cluster, run, lambda s: [g.state for g in s.generators] == ["ready"] * 2)
-    assert {"generator-0", "generator-1"} <= set(living_actors(cluster))
+    generators = {("rlhf_ray-first", f"generator-{index}") for index in range(2)}
+    assert generators <= set(living_actors(cluster))
 
     again = cluster.run("rlhf-ray", "submit", *arguments)
     assert again.code == 2
@@ -131,25 +133,36 @@ def test_ppo_runs_as_a_job_is_stopped_and_goes_on_to_its_end(
 
 
 def test_two_runs_at_once_one_of_them_by_rays_own_command(
-    cluster: JobCluster, tmp_path: Path
+    cluster: JobCluster, tmp_path: Path, llama: str, reward_model: str, prompts_file: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    plain = ("ray", "job", "submit", "--working-dir", ".", "--submission-id", "plain", "--")
-    by_ray = cluster.start(*plain, "rlhf-ray", "run", "cheap.yaml", f"run.dir={one}")
-    by_us = cluster.start(
-        *("rlhf-ray", "submit", "cheap.yaml", "run.name=two", f"run.dir={two}", "--follow")
+    keys = (
+        *("run.stages=[ppo]", f"model.path={llama}", f"reward.path={reward_model}"),
+        *(f"data.prompts.path={prompts_file}", "rollout.engine=transformers"),
+        # Three actors a run, as both have eight CPUs together.
+        *("ppo.advantage=rloo", "ppo.samples_per_prompt=2", "reference.kind=policy_base"),
     )
+    plain = ("ray", "job", "submit", "--working-dir", ".", "--submission-id", "plain", "--")
+    by_ray = cluster.start(*plain, "rlhf-ray", "run", "ppo.yaml", f"run.dir={one}", *keys)
+    ours = ("rlhf-ray", "submit", "--no-rehearse", "ppo.yaml", "run.name=two", f"run.dir={two}")
+    by_us = cluster.start(*ours, *keys, "--follow")
+    for folder in (one, two):
+        wait_until(cluster, folder, lambda status: bool(status.iteration))
+    policies = [namespace for namespace, name in living_actors(cluster) if name == "policy-0"]
+    assert sorted(policies) == ["rlhf_ray-quickstart", "rlhf_ray-two"]
+
+    cluster.rlhf_ray("stop", "plain")
+    left_at = ControlFiles(two).status().iteration or 0
+    assert {namespace for namespace, _ in living_actors(cluster)} == {"rlhf_ray-two"}
+    wait_until(cluster, two, lambda status: (status.iteration or 0) > left_at)
+    cluster.rlhf_ray("stop", "two")
     for process in (by_ray, by_us):
-        output, _ = process.communicate(timeout=150)
+        output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
-        assert "prepare done" in output
+    assert living_actors(cluster) == []
     for run, folder in (("plain", one), ("two", two)):
         found = status_of(cluster, run)
-        assert (found["folder"], found["stage"], found["state"]) == (
-            str(folder),
-            "prepare",
-            "finished",
-        )
+        assert (found["folder"], found["state"]) == (str(folder), "stopped")
 
 
 def test_a_supervised_stage_ends_at_once_and_says_what_it_goes_on_from(
