@@ -50,6 +50,7 @@ def submit(
     from rlhf_ray.cluster import job_server, submission
 
     resolved = read_config(config, overrides)
+    submission.require_for_a_cluster(resolved)
     server = job_server.connect(address)
     job = submission.submit(resolved, server, working_dir, rehearse=rehearse)
     typer.echo(f"Submitted {job.id}: rlhf-ray status {job.id}, rlhf-ray logs {job.id} --follow")

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
 
+POLL_S = 0.2
+FREE_WITHIN_S = 10.0
+"""For what a run's last process has left to be gone from the cluster."""
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 
 
@@ -34,6 +38,7 @@ def ray_session(config: Config) -> Iterator[None]:
 
     Raises:
         PlacementError: Ray cannot be started or reached.
+        ConfigError: another run on the cluster has this run's name.
     """
     if not runs_on_ray(config):
         yield
@@ -45,6 +50,8 @@ def ray_session(config: Config) -> Iterator[None]:
     try:
         with _own_sigterm():
             _connect(config, joined)
+        if joined:
+            _require_free(config.run.name)
         show_warnings(Progress().say)
         yield
     finally:
@@ -90,6 +97,18 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _require_free(name: str) -> None:
+    """Actors are known by the run's name, so two runs of one name would meet."""
+    deadline = time.monotonic() + FREE_WITHIN_S
+    while others := ray.util.list_named_actors():  # in this run's namespace
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run.name {name} is in use on this cluster, by {', '.join(sorted(others))}: stop "
+                f"that run first (rlhf-ray stop {name}), or choose another run.name"
+            )
+        time.sleep(POLL_S)
+
+
 def _connect(config: Config, joined: bool) -> None:
     shared = {
         "logging_level": logging.ERROR,
@@ -133,7 +152,7 @@ def _on_loopback() -> Iterator[None]:
 def num_logical_cpus(config: Config) -> int:
     """CPUs to declare, so that every role of the largest stage finds one.
 
-    Roles share the real cores: five one-CPU actors would not fit a two-core machine.
+    They share the real cores: five processes of one CPU each would not fit a two-core machine.
     """
     autoscale = config.rollout.autoscale
     ppo = (

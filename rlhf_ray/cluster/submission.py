@@ -25,20 +25,32 @@ USER_ERROR = 2
 """Exit code of a run that its user must mend: to try again would change nothing."""
 
 
+def require_for_a_cluster(config: Config) -> None:
+    """Refuse what can run on one machine alone, before any cluster is asked.
+
+    Raises:
+        ConfigError: with what to change.
+    """
+    require_durable_folder(config)
+    if config.cluster.mode not in ("auto", "ray"):
+        raise ConfigError(
+            f"cluster.mode {config.cluster.mode} runs on one machine by itself and cannot be "
+            "submitted; set cluster.mode=ray, or use rlhf-ray run"
+        )
+
+
 def submit(config: Config, server: JobServer, folder: Path, *, rehearse: bool) -> Job:
     """Start a run as a job; returns it.
 
     Args:
-        config: carried as it was resolved here.
+        config: carried as it was resolved here; `require_for_a_cluster` has passed it.
         server: of the cluster.
         folder: working folder of the run, to which relative paths in the config refer.
         rehearse: whether PPO is rehearsed first, where it was not.
 
     Raises:
-        ConfigError: the config is not for a cluster, the run goes on there already, or the folder
-            is too large.
+        ConfigError: the run goes on there already, or the folder is too large.
     """
-    _require_for_a_cluster(config)
     _require_not_running(config, server)
     return _send(config, server, folder, [REHEARSE] * rehearse)
 
@@ -94,15 +106,6 @@ def _send(config: Config, server: JobServer, folder: Path, arguments: list[str])
         entrypoint = " ".join([ENTRYPOINT, *arguments])
         server.submit(submission_id, entrypoint, str(archive), metadata)
     return server.job(submission_id)
-
-
-def _require_for_a_cluster(config: Config) -> None:
-    require_durable_folder(config)
-    if config.cluster.mode not in ("auto", "ray"):
-        raise ConfigError(
-            f"cluster.mode {config.cluster.mode} runs on one machine by itself and cannot be "
-            "submitted; set cluster.mode=ray, or use rlhf-ray run"
-        )
 
 
 def _is_same(job: Job, config: Config) -> bool:

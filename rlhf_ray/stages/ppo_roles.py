@@ -118,7 +118,8 @@ class RoleSpawner:
             role_class,
             name,
             *args,
-            num_cpus=1,
+            # On a machine that is the run's alone roles share the cores, however many come later.
+            num_cpus=1 if seat or self._joins else 0,
             num_gpus=seat.num_gpus if seat else 0,
             strategy=seat.strategy if seat else None,
             concurrency=ASYNC_CONCURRENCY if role_class in (Generator, RewardScorer) else 1,

@@ -150,6 +150,14 @@ def test_two_runs_at_once_one_of_them_by_rays_own_command(
         wait_until(cluster, folder, lambda status: bool(status.iteration))
     policies = [namespace for namespace, name in living_actors(cluster) if name == "policy-0"]
     assert sorted(policies) == ["rlhf_ray-quickstart", "rlhf_ray-two"]
+    twin = cluster.run(
+        *("ray", "job", "submit", "--working-dir", ".", "--", "rlhf-ray", "run", "ppo.yaml", *keys),
+        *("run.name=two", f"run.dir={tmp_path / 'twin'}"),
+    )
+    assert twin.code != 0
+    assert (
+        "run.name two is in use on this cluster, by generator-0, policy-0, reward-0" in twin.output
+    )
 
     cluster.rlhf_ray("stop", "plain")
     left_at = ControlFiles(two).status().iteration or 0

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import yaml
 from job_client import FakeJobClient, details, work_folder
+from typer.testing import CliRunner
 
+from rlhf_ray.cli import app
+from rlhf_ray.cluster import job_server
 from rlhf_ray.cluster.job_server import JobServer
 from rlhf_ray.cluster.submission import exit_code, follow, submit
 from rlhf_ray.config import Config
@@ -71,13 +74,13 @@ def test_no_secret_of_this_machine_travels(tmp_path: Path, monkeypatch: pytest.M
         ),
     ],
 )
-def test_what_cannot_run_on_a_cluster_is_refused_before_it_is_sent(
-    tmp_path: Path, values: dict[str, Any], message: str
+def test_what_cannot_run_on_a_cluster_is_refused_before_any_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
 ) -> None:
-    client = FakeJobClient()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(job_server, "connect", lambda _: pytest.fail("a cluster was asked"))
     with pytest.raises(ConfigError, match=message):
-        submit(resolve(values), server_of(client), work_folder(tmp_path / "work"), rehearse=False)
-    assert client.submitted == []
+        CliRunner().invoke(app, ["submit", str(tmp_path / "config.yaml")], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("run", [{}, {"name": "other"}, {"dir": "/mnt/other"}])

@@ -1,6 +1,7 @@
 """What scorers are started with, and what room a run asks for."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,3 +86,19 @@ async def test_a_cluster_of_the_runs_own_is_asked_for_nothing(requests: list[Any
     await spawner.place(ASKED)
     await spawner.stop_all()
     assert requests == ["reserved"]
+
+
+@pytest.mark.parametrize(("mode", "num_cpus"), [("local", 0), ("ray", 1)])
+def test_a_machine_of_its_own_has_room_for_every_role(
+    mode: str, num_cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def spawn(_: type, name: str, *, num_cpus: float, **__: Any) -> Any:
+        asked.append(num_cpus)
+        return SimpleNamespace(name=name)
+
+    monkeypatch.setattr(ppo_roles, "spawn", spawn)
+    spawner = RoleSpawner(resolve({"cluster": {"mode": mode}}), lambda *_: None)
+    spawner.spawn_one(Spawner, "generator-9")
+    assert asked == [num_cpus]
