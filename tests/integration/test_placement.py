@@ -1,6 +1,7 @@
 """Layouts on simulated clusters: who sits where, and PPO on three nodes of eight declared GPUs."""
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,9 @@ import pytest
 import ray
 from ray.util.state import list_placement_groups
 from simulated_clusters import simulated_cluster
+from typer.testing import CliRunner
 
+from rlhf_ray.cli import app
 from rlhf_ray.cluster.layout import Demand, Place, demands, lay_out
 from rlhf_ray.cluster.placement import LiveNode, live_nodes
 from rlhf_ray.cluster.ray_session import ray_session
@@ -112,6 +115,21 @@ async def test_24_actors_sit_where_the_layout_says_and_generators_come_and_go() 
         assert joined == {"generator-8": found["generator-3"]}
         await spawner.stop_all()
         assert groups_left() == 0
+
+
+@pytest.mark.usefixtures("three_by_eight")
+def test_the_plan_of_the_live_cluster_is_that_of_its_nodes() -> None:
+    done = CliRunner().invoke(app, ["plan", str(CONFIG), "--cluster", "live", "--json"])
+    planned = json.loads(done.output)
+    nodes = [(node["gpus"], node["labels"].get("role")) for node in planned["cluster"]]
+    assert sorted(nodes, key=str) == [(0, None), (8, "rollout"), (8, "train"), (8, "train")]
+    assert planned["fits"], planned["reasons"]
+    config = config_of()
+    with ray_session(config):
+        places = lay_out(demands(config), [live.node for live in live_nodes()])
+    found = [(place["role"], place["rank"]) for place in planned["placement"]]
+    assert found == [(place.role, place.rank) for place in places]
+    assert len(found) == 24
 
 
 @pytest.mark.usefixtures("three_by_eight")
