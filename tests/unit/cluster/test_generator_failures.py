@@ -1,0 +1,146 @@
+"""Generators that die, hang or fail their proof: what becomes of their prompts, and of them."""
+
+import asyncio
+
+import pytest
+from elastic import Elastic, requests, settle, update
+
+from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
+
+DEAD, WRONG = ActorFailure("it died"), WeightSyncError("it serves something else")
+
+
+async def test_the_prompts_of_a_dead_one_are_sampled_by_others_and_it_comes_back() -> None:
+    elastic = Elastic(2)
+    batch = await elastic.begin(*[1] * 4)
+    elastic.processes.gates["start", "generator-1"] = asyncio.Event()
+    dead = elastic[1]
+    dead.die()
+    await settle()
+    assert elastic.states()["generator-1"] == "starting"
+    assert elastic.processes.ended == ["generator-1"]
+    await elastic.answer_all()
+    await batch
+    assert sorted(elastic.done) == [(index, "generator-0") for index in range(4)]
+    elastic.processes.gates["start", "generator-1"].set()
+    await settle()
+    status = elastic.pool.statuses()[1]
+    assert (status.state, status.version, status.restarts) == ("ready", 0, 1)
+    assert elastic.processes.log[-3:] == [
+        ("start", "generator-1"),
+        ("prove", "generator-1"),
+        ("publish 0", "generator-1"),
+    ]
+    report = elastic.pool.report()
+    assert (report.restarts, report.samples_requeued) == (1, 2)
+
+
+async def test_an_answer_at_the_moment_of_death_is_dropped() -> None:
+    """Its shard is handed back by the failure of another call, before the answer is taken."""
+    elastic = Elastic(2)
+    batch = await elastic.begin(*[1] * 4)
+    elastic[1].answer_and_die()
+    await elastic.answer_all()
+    await batch
+    assert sorted(index for index, _ in elastic.done) == list(range(4))
+
+
+async def test_the_only_one_is_waited_for() -> None:
+    elastic = Elastic(1)
+    batch = await elastic.begin(1, 1, 1)
+    elastic[0].die()
+    await elastic.answer_all()
+    await batch
+    assert sorted(index for index, _ in elastic.done) == [0, 1, 2]
+    assert len(elastic.processes.started) == 2
+
+
+async def test_death_during_a_publication_leaves_the_others_and_starts_it_anew() -> None:
+    elastic = Elastic(2)
+    await (await elastic.begin())
+    for error in (DEAD, WRONG):
+        elastic.processes.faults["publish 1", "generator-1"] = [error]
+        await elastic.pool.publish(update(1))
+        assert elastic.states()["generator-0"] == "ready"
+        await settle()
+        assert [status.version for status in elastic.pool.statuses()] == [1, 1]
+    assert elastic.pool.report().restarts == 2
+
+
+async def test_where_none_serves_right_the_run_ends() -> None:
+    elastic = Elastic(2)
+    for number in range(2):
+        elastic.processes.faults["prove", f"generator-{number}"] = [WRONG]
+    with pytest.raises(WeightSyncError, match="it serves something else"):
+        await elastic.pool.prove(elastic.processes.prove)
+    assert elastic.pool.report().restarts == 0
+
+
+async def test_where_one_serves_right_the_run_goes_on() -> None:
+    elastic = Elastic(2)
+    elastic.processes.faults["prove", "generator-0"] = [WRONG]
+    batch = await elastic.begin(1)
+    await elastic.answer_all()
+    await batch
+    assert elastic.pool.report().restarts == 1
+
+
+async def test_an_error_of_the_users_is_no_failure_of_a_generator() -> None:
+    elastic = Elastic(2)
+    elastic.processes.faults["prove", "generator-0"] = [ConfigError("not servable")]
+    with pytest.raises(ConfigError, match="not servable"):
+        await elastic.pool.prove(elastic.processes.prove)
+
+
+async def test_without_restarts_left_the_others_do_the_work() -> None:
+    elastic = Elastic(2, max_restarts=1)
+    batch = await elastic.begin(*[1] * 6)
+    elastic[1].die()
+    await settle()
+    elastic[1].die()
+    await elastic.answer_all()
+    await batch
+    assert elastic.states() == {"generator-0": "ready", "generator-1": "dead"}
+    assert sorted(index for index, _ in elastic.done) == list(range(6))
+
+
+async def test_where_none_is_left_the_run_ends_and_says_why() -> None:
+    elastic = Elastic(1, max_restarts=2)
+    batch = await elastic.begin(1, 1)
+    for _ in range(3):
+        assert not batch.done()
+        elastic[0].die()
+        await settle()
+    message = r"No generator is left, and 2 restarts \(generators.max_restarts\) .* died$"
+    with pytest.raises(ActorFailure, match=message):
+        await batch
+    with pytest.raises(ActorFailure, match="No generator is left"):
+        await elastic.pool.publish(update(1))
+    with pytest.raises(ActorFailure, match="No generator is left"):
+        await (await elastic.ask(requests(1)))
+
+
+async def test_waits_double_until_a_shard_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def spy(seconds: float) -> None:
+        if seconds:
+            waits.append(seconds)
+        await sleep(0)
+
+    elastic = Elastic(1, max_restarts=20)
+    elastic.pool._first_wait_s = 2.0
+    batch = await elastic.begin(1, 1)
+    monkeypatch.setattr("asyncio.sleep", spy)
+    for _ in range(7):
+        elastic[0].die()
+        await settle()
+    assert waits == [2, 4, 8, 16, 32, 60, 60]
+    elastic[0].answer(0)
+    await settle()
+    elastic[0].die()
+    await settle()
+    assert waits[-1] == 2
+    await elastic.answer_all()
+    await batch
