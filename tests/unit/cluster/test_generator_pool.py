@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.config.rollout import AutoscaleConfig
-from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError, WeightSyncError
+from rlhf_ray.errors import ConfigError, PlacementError, WeightSyncError
 
-DEAD, WRONG = ActorFailure("it died"), WeightSyncError("it serves something else")
+WRONG = WeightSyncError("it serves something else")
 
 
 class TestHandingOut:
