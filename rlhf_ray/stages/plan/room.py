@@ -13,6 +13,8 @@ from rlhf_ray.stages.plan.roles import PlannedRole
 
 USABLE = 0.95
 """Share of a GPU's memory that tensors can have: the allocator's blocks do not fit each other."""
+STAYS = ("libraries", "adapter", "gradients", "optimizer", "reduce buffer")
+"""Parts that are on a GPU while their side sleeps: what is trained is not moved."""
 GPU = 1e15
 """What a GPU that is not there counts, in bytes."""
 
@@ -58,14 +60,15 @@ def together(held: Iterable[PlannedRole], turns: bool) -> float:
     """Bytes that workers on one GPU have of it at a time.
 
     Args:
-        turns: whether sides take turns, so that of the one that sleeps its libraries alone are
+        turns: whether sides take turns, so that of the one that sleeps only what `STAYS` is
             there; others never sleep.
     """
     always, awake = 0.0, dict.fromkeys(SIDES.values(), 0.0)
     for role in held:
         if turns and role.role in SIDES:
-            always += role.parts["libraries"]
-            awake[SIDES[role.role]] += role.peak - role.parts["libraries"]
+            stays = sum(role.parts.get(part, 0) for part in STAYS)
+            always += stays
+            awake[SIDES[role.role]] += role.peak - stays
         else:
             always += role.peak
     return always + max(awake.values())

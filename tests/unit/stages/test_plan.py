@@ -176,6 +176,15 @@ def test_a_side_that_sleeps_keeps_its_libraries_and_others_never_sleep() -> None
     assert together(held, turns=True) == 2 + (31 + 21) + 6
 
 
+def test_what_is_trained_stays_on_the_gpu_of_a_side_that_sleeps() -> None:
+    trained = {"adapter": 1.0, "gradients": 2.0, "optimizer": 3.0, "reduce buffer": 4.0}
+    held = [
+        PlannedRole("generator", 1, 0.5, {"libraries": 2.0, "KV cache": 40.0}),
+        PlannedRole("policy", 1, 0.5, {"libraries": 1.0, "weights": 20.0, **trained}),
+    ]
+    assert together(held, turns=True) == (2 + 40) + (1 + 10)
+
+
 def test_too_few_gpus_are_told_with_what_would_fit() -> None:
     plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB")
     assert "The cluster has no room for every role" in reasons(plan)
