@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.hardware import GpuKind
-from rlhf_ray.cluster.layout import Node, Place, demands, lay_out
+from rlhf_ray.cluster.layout import Node, Place, demands, fit
 from rlhf_ray.config import Config
-from rlhf_ray.errors import PlacementError
 from rlhf_ray.models.memory import GB
 from rlhf_ray.stages.plan.pace import Pace, pace, sync_bytes
 from rlhf_ray.stages.plan.roles import PlannedRole, Setting, engine, ppo_roles
@@ -108,10 +107,9 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def _places(config: Config, nodes: Sequence[Node]) -> tuple[list[Place], list[Shortage]]:
-    try:
-        return lay_out(demands(config), nodes), []
-    except PlacementError as error:
-        return [], [no_room(demands(config), nodes, error)]
+    asked = demands(config)
+    places = fit(asked, nodes)
+    return ([], [no_room(asked, nodes)]) if places is None else (places, [])
 
 
 def _kinds(

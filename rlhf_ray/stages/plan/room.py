@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.hardware import GPU_KINDS, GpuKind, memory_of_machine
-from rlhf_ray.cluster.layout import Demand, Node, Place
+from rlhf_ray.cluster.layout import Demand, Node, Place, asked_and_there, what_would_fit
 from rlhf_ray.cluster.turns import SIDES
 from rlhf_ray.config import Config
 from rlhf_ray.models.memory import GB
@@ -27,13 +27,20 @@ class Shortage:
     """Who asks for how much of what, and what there is."""
     missing: float
     """Bytes."""
+    remedy: str = ""
+    """What would make room, as a sentence, where the layout knows; changes of the config that are
+    planned say more."""
 
 
-def no_room(demands: Iterable[Demand], nodes: Iterable[Node], error: Exception) -> Shortage:
+def no_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> Shortage:
     """No layout has a place for every worker."""
     asked = sum(demand.workers * demand.gpus for demand in demands)
     there = sum(node.gpus for node in nodes)
-    return Shortage(str(error), GPU * (1 + max(0, asked - there)))
+    return Shortage(
+        asked_and_there(demands, nodes),
+        GPU * (1 + max(0, asked - there)),
+        remedy=what_would_fit(demands, nodes),
+    )
 
 
 def smallest_kind(nodes: Iterable[Node]) -> GpuKind | None:

@@ -12,7 +12,7 @@ from rlhf_ray.stages.plan.pace import ASSUMPTIONS, Pace, middle
 from rlhf_ray.stages.plan.prediction import Plan, memory_gb
 from rlhf_ray.stages.plan.remedies import Change
 from rlhf_ray.stages.plan.roles import PlannedRole
-from rlhf_ray.stages.plan.room import USABLE
+from rlhf_ray.stages.plan.room import USABLE, Shortage
 from rlhf_ray.stages.plan.trainings import planned_training, trained_parts
 from rlhf_ray.stages.run_folder import RunFolder
 
@@ -55,7 +55,7 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     config, pace = plan.config, plan.pace
     return {
         "fits": plan.fits,
-        "reasons": [shortage.reason for shortage in plan.shortages],
+        "reasons": [_reason(shortage, changes) for shortage in plan.shortages],
         "changes": changes,
         "roles": {role.role: _role(role) for role in plan.roles},
         "placement": [
@@ -249,11 +249,22 @@ def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
     yield ""
     yield "It fits." if plan.fits else "It does not fit:"
     for shortage in plan.shortages:
-        yield _wrapped(f"  - {shortage.reason}")
+        yield _wrapped(f"  - {_reason(shortage, changes)}")
     if changes:
         yield "It would fit with" + (" any of these:" if len(changes) > 1 else ":")
     for change in changes:
-        yield _wrapped("  " + " ".join(f"{key}={_yaml(value)}" for key, value in change.items()))
+        yield _wrapped(f"  {_overrides(change)}")
+
+
+def _reason(shortage: Shortage, changes: list[Change]) -> str:
+    """With what would make room, where no change of the config is named."""
+    is_all = changes or not shortage.remedy
+    return shortage.reason if is_all else f"{shortage.reason}. {shortage.remedy}"
+
+
+def _overrides(change: Change) -> str:
+    """As they are written behind a config."""
+    return " ".join(f"{key}={_yaml(value)}" for key, value in change.items())
 
 
 def _wrapped(line: str) -> str:

@@ -189,12 +189,27 @@ def test_too_few_gpus_are_told_with_what_would_fit() -> None:
     plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB")
     assert "The cluster has no room for every role" in reasons(plan)
     assert plan.pace is None
-    result = CliRunner().invoke(
-        cli.app,
-        ["plan", str(CONFIGS / "stackllama/ppo_1x8_a100.yaml"), "--cluster", "4xA100-80GB"],
-    )
+    arguments = ["plan", str(CONFIGS / "stackllama/ppo_1x8_a100.yaml"), "--cluster", "4xA100-80GB"]
+    result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 1
-    assert "It would fit with" in result.output
+    assert result.output.count("It would fit with") == 1
+    assert "It would fit with:\n  reference.kind=policy_base" in result.output
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    (reason,) = found["reasons"]
+    assert reason.endswith("There: node-0 4; in all 4")
+    assert found["changes"]
+
+
+def test_where_no_change_would_do_the_layout_says_what_would() -> None:
+    path = str(CONFIGS / "models/qwen25_32b_tp.yaml")
+    arguments = ["plan", path, "--cluster", "4xA100-80GB"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    assert result.output.count("It would fit") == 1
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    assert not found["changes"]
+    (reason,) = found["reasons"]
+    assert reason.endswith("in all 4. It would fit with 3 more nodes of 4 GPUs")
 
 
 def test_every_change_that_is_named_makes_it_fit() -> None:
