@@ -14,6 +14,7 @@ from rlhf_ray.stages.plan.room import (
     beyond_machine,
     no_cache,
     no_room,
+    on_gpus,
     smallest_kind,
     stages_too_large,
     too_large,
@@ -96,7 +97,9 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
         places=tuple(places),
         sequences=sequences,
         shortages=tuple(short),
-        pace=pace(setting, ppo) if has_gpus and (places or not runs_ppo) else None,
+        pace=pace(setting, on_gpus(ppo, places).values())
+        if has_gpus and (places or not runs_ppo)
+        else None,
         bytes_per_sync=sync_bytes(config, models.tuned.shape) if runs_ppo else 0,
         assumptions=(
             *models.assumptions,
