@@ -14,7 +14,7 @@ from rlhf_ray.config import Config, load
 from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.memory import GB
-from rlhf_ray.stages.plan import Plan, as_text, prediction, prediction_for, remedies
+from rlhf_ray.stages.plan import Plan, as_text, layouts, prediction, prediction_for, remedies
 from rlhf_ray.stages.plan.prediction import memory_gb
 from rlhf_ray.stages.plan.roles import PlannedRole
 from rlhf_ray.stages.plan.room import together
@@ -60,7 +60,7 @@ def test_stackllama_fits_three_nodes_of_eight_and_programs_can_read_it() -> None
 
 def test_text_is_readable_at_100_columns() -> None:
     plan = planned(STACKLLAMA, "3x8xA100-80GB")
-    tables = as_text(plan, []).split("\nrole ", 1)[1]
+    tables = as_text(plan, [], layouts(plan)).split("\nrole ", 1)[1]
     assert max(map(len, tables.splitlines())) <= 100
     assert tables.rstrip().endswith("It fits.")
     assert "node-0, 8 x A100-80GB:\n  0: policy-0  1: policy-1" in tables
