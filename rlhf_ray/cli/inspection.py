@@ -28,13 +28,13 @@ def plan(
     """Say what a config takes of a cluster: memory, places, time; exit 1 if it does not fit."""
     from rlhf_ray.stages import plan as planning
 
-    found, changes = planning.plan_for(read_config(config, overrides), cluster)
+    found, changes, layouts = planning.plan_for(read_config(config, overrides), cluster)
     if as_json:
         import json
 
-        typer.echo(json.dumps(planning.as_json(found, changes), indent=2))
+        typer.echo(json.dumps(planning.as_json(found, changes, layouts), indent=2))
     else:
-        typer.echo(planning.as_text(found, changes))
+        typer.echo(planning.as_text(found, changes, layouts))
     raise typer.Exit(0 if found.fits else 1)
 
 

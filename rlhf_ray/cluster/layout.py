@@ -218,15 +218,24 @@ def _preference(room: _Room, demand: Demand) -> tuple[int, int, int]:
 
 def shortage(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
     """What was asked, what there is, and what would fit, of demands that do not."""
+    return f"{asked_and_there(demands, nodes)}. {what_would_fit(demands, nodes)}"
+
+
+def asked_and_there(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
+    """The first half of a `shortage`."""
     asked = ", ".join(f"{d.role} {d.workers} x {d.gpus:g}{_listed(d.labels)}" for d in demands)
     total = sum(d.workers * d.gpus for d in demands)
     there = ", ".join(f"{node.name} {node.gpus}{_listed(node.labels)}" for node in nodes)
     return (
         f"The cluster has no room for every role. Asked, workers x GPUs: {asked}; in all "
         f"{total:g}. "
-        f"There: {there or 'no node'}; in all {sum(node.gpus for node in nodes)}. "
-        f"It would fit with {' or '.join(_remedies(demands, nodes)) or 'fewer roles'}"
+        f"There: {there or 'no node'}; in all {sum(node.gpus for node in nodes)}"
     )
+
+
+def what_would_fit(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
+    """Its second half."""
+    return f"It would fit with {' or '.join(_remedies(demands, nodes)) or 'fewer roles'}"
 
 
 def _listed(labels: Mapping[str, str]) -> str:

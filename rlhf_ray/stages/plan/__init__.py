@@ -7,17 +7,19 @@ from rlhf_ray.cluster.layout import Node
 from rlhf_ray.cluster.ray_session import joins_cluster
 from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
+from rlhf_ray.stages.plan.changes import Change
+from rlhf_ray.stages.plan.layouts import Layout, layouts
 from rlhf_ray.stages.plan.prediction import Plan, prediction
 from rlhf_ray.stages.plan.rehearsal import calibrated, load
-from rlhf_ray.stages.plan.remedies import Change, remedies
+from rlhf_ray.stages.plan.remedies import remedies
 from rlhf_ray.stages.plan.tables import as_json, as_text
 
 LIVE = "live"
 """What stands for the Ray cluster that is there."""
 
 
-def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change]]:
-    """The plan, and with which changes it would fit, where it does not.
+def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], list[Layout]]:
+    """The plan; with which changes it would fit, where it does not; its layouts, where it does.
 
     Args:
         config: the whole config.
@@ -31,14 +33,15 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change]]:
     """
     nodes, note = _nodes(config, cluster)
     plan = prediction(config, nodes)
-    # Changes are predicted as well, so they have no answer to what was measured.
-    changes = [] if plan.fits else remedies(plan)
+    # Changes and layouts are predicted as well, so they have no answer to what was measured.
+    changes, side_by_side = [] if plan.fits else remedies(plan), layouts(plan)
     # A cluster that is only named is not the one that the run was rehearsed on.
     rehearsal = load(config, nodes) if cluster in (None, LIVE) else None
     if rehearsal is not None:
         plan = calibrated(plan, rehearsal)
         note = (*note, f"seconds are from the rehearsal of {rehearsal.when}")
-    return dataclasses.replace(plan, assumptions=(*note, *plan.assumptions)), changes
+    noted = dataclasses.replace(plan, assumptions=(*note, *plan.assumptions))
+    return noted, changes, side_by_side
 
 
 def prediction_for(config: Config) -> Plan:
@@ -68,6 +71,7 @@ __all__ = [
     "Plan",
     "as_json",
     "as_text",
+    "layouts",
     "nodes_of",
     "plan_for",
     "prediction",

@@ -6,10 +6,11 @@ section 2.1). Sampling a token reads all weights and the caches of its batch onc
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.hardware import NETWORK_GB_PER_S, GpuKind
+from rlhf_ray.cluster.turns import SIDES
 from rlhf_ray.config import Config
 from rlhf_ray.config.ppo import LearnerConfig
 from rlhf_ray.models.memory import BYTES
@@ -19,6 +20,9 @@ from rlhf_ray.stages.plan.trainings import section, tokens_per_step, trained_par
 
 Range = tuple[float, float]
 """At best and at worst."""
+
+Sharing = Collection[Collection[PlannedRole]]
+"""Of each GPU the role of each worker on it."""
 
 ASSUMPTIONS: dict[str, Range] = {
     "learners reach of their GPU's bf16 operations": (0.45, 0.2),
@@ -31,6 +35,7 @@ ASSUMPTIONS: dict[str, Range] = {
     "GB/s from a learner through the object store": (2.0, 0.4),
     "seconds to publish an adapter beside its bytes": (0.2, 2.0),
     "GB/s to run.dir": (1.0, 0.1),
+    "GB/s between a GPU and main memory, where sides take turns": (20.0, 2.0),
 }
 """Of each, the best and the worst case of a range that is taken for granted."""
 
@@ -44,11 +49,13 @@ class Pace:
     """Predicted seconds and what follows from them."""
 
     phases: Mapping[str, Range]
-    """Of an iteration, by the names of the metrics ``timing_s/...``."""
+    """Of an iteration, by the names of the metrics ``timing_s/...``; and ``turns``, which a run
+    spends within its phases ``score`` and ``sync``."""
     days: Range
     """Of PPO, and of supervised stages whose number of steps is given; without evaluations."""
     idle_gpu_hours: float
-    """Of PPO's GPUs while others work, in the middle of the range."""
+    """Of the GPUs that PPO's roles have, while none of a GPU's works, in the middle of the
+    range."""
 
     @property
     def iteration(self) -> Range:
@@ -62,13 +69,18 @@ def middle(what: Range) -> float:
     return (what[0] + what[1]) / 2
 
 
-def pace(setting: Setting, roles: Iterable[PlannedRole]) -> Pace | None:
-    """What a run would take; None where a GPU's speed is not known."""
+def pace(setting: Setting, sharing: Sharing) -> Pace | None:
+    """What a run would take; None where a GPU's speed is not known.
+
+    Args:
+        setting: the config, its models, and GPUs of which kinds its roles are on.
+        sharing: who is on each of PPO's GPUs.
+    """
     kinds = [kind for kind in setting.kinds.values() if kind is not None]
     if not kinds or len(kinds) < len(setting.kinds):
         return None
     config = setting.config
-    phases = _phases(setting) if "ppo" in config.run.stages else {}
+    phases = _phases(setting, sharing) if "ppo" in config.run.stages else {}
     iteration = [sum(phase[end] for phase in phases.values()) for end in (0, 1)]
     slowest = min(kinds, key=lambda kind: kind.bf16_tflops)
     supervised = [_supervised(setting, slowest, end) for end in (0, 1)]
@@ -76,7 +88,7 @@ def pace(setting: Setting, roles: Iterable[PlannedRole]) -> Pace | None:
         (supervised[end] + config.ppo.iterations * iteration[end]) / SECONDS_PER_DAY
         for end in (0, 1)
     )
-    idle = sum(_idle_gpu_seconds(role, phases) for role in roles)
+    idle = sum(idle_seconds(held, phases) for held in sharing)
     return Pace(phases, (best, worst), idle * config.ppo.iterations / 3600)
 
 
@@ -85,23 +97,46 @@ def sync_bytes(config: Config, shape: Shape) -> int:
     return int(shape.adapter_parameters(config.lora) * BYTES[config.model.dtype])
 
 
-def _phases(setting: Setting) -> dict[str, Range]:
+def _phases(setting: Setting, sharing: Sharing) -> dict[str, Range]:
     config, models = setting.config, setting.models
+    ends = (0, 1)
     phases = {
-        "gen": (_generate(setting, 0), _generate(setting, 1)),
-        "score": (_score(setting, 0), _score(setting, 1)),
-        "learn": (_learn(setting, 0), _learn(setting, 1)),
+        "gen": _range(_generate(setting, end) for end in ends),
+        "score": _range(_on_slowest_gpu(_score(setting, end), sharing) for end in ends),
+        "learn": _range(_on_slowest_gpu(_learn(setting, end), sharing) for end in ends),
     }
     state = state_bytes(config, models) / 1e9
     sent = sync_bytes(config, models.tuned.shape) / 1e9
     rates = ASSUMPTIONS["GB/s from a learner through the object store"]
     fixed = ASSUMPTIONS["seconds to publish an adapter beside its bytes"]
     disk = ASSUMPTIONS["GB/s to run.dir"]
-    ends = (0, 1)
     phases["commit"] = _range(state / rates[end] for end in ends)
     phases["sync"] = _range(fixed[end] + sent / rates[end] for end in ends)
     phases["save"] = _range(state / disk[end] / config.ppo.save_every for end in ends)
+    if config.placement.turns:
+        moved = _moved_bytes(sharing) / 1e9
+        link = ASSUMPTIONS["GB/s between a GPU and main memory, where sides take turns"]
+        phases["turns"] = _range(moved / link[end] for end in ends)
     return phases
+
+
+def _on_slowest_gpu(seconds: Mapping[str, float], sharing: Sharing) -> float:
+    """Roles work at the same time, and those on one GPU share what it can do."""
+    return max(sum(seconds.get(role.role, 0.0) for role in held) for held in sharing)
+
+
+def _moved_bytes(sharing: Sharing) -> float:
+    """Of one GPU, in an iteration's two changes of places.
+
+    In each, weights leave every GPU of one side at once, then those of the other side come back;
+    caches are dropped, and what is trained stays. The fullest GPU of a side counts.
+    """
+    largest = dict.fromkeys(SIDES.values(), 0.0)
+    for held in sharing:
+        for side in largest:
+            weights = sum(r.parts["weights"] for r in held if SIDES.get(r.role) == side)
+            largest[side] = max(largest[side], weights)
+    return 2 * sum(largest.values())
 
 
 def _range(ends: Iterable[float]) -> Range:
@@ -154,8 +189,11 @@ def _iteration_tokens(config: Config, end: int) -> float:
     )
 
 
-def _score(setting: Setting, end: int) -> float:
-    """The slowest scorer's work that goes on once generation is over."""
+def _score(setting: Setting, end: int) -> dict[str, float]:
+    """Role -> seconds of its work that goes on once generation is over.
+
+    A side that sleeps while the other generates scores all of it afterwards.
+    """
     config, models = setting.config, setting.models
     tokens = _iteration_tokens(config, end)
     shapes = {
@@ -165,24 +203,28 @@ def _score(setting: Setting, end: int) -> float:
         "reward": (models.reward.shape, config.reward.num_workers),
     }
     reached = ASSUMPTIONS["scorers and prefill reach"][end]
-    slowest = 0.0
+    after = ASSUMPTIONS["share of scoring that generation does not hide"][end]
+    seconds = {}
     for role, kind in setting.kinds.items():
         if role in shapes and kind is not None:
             shape, workers = shapes[role]
             passes = 2 if role == "policy" and config.reference.kind == "policy_base" else 1
-            operations = 2 * passes * tokens * shape.size.parameters
-            slowest = max(slowest, operations / (workers * kind.bf16_tflops * 1e12 * reached))
-    return slowest * ASSUMPTIONS["share of scoring that generation does not hide"][end]
+            share = 1.0 if config.placement.turns and role in SIDES else after
+            operations = 2 * passes * tokens * shape.size.parameters * share
+            seconds[role] = operations / (workers * kind.bf16_tflops * 1e12 * reached)
+    return seconds
 
 
-def _learn(setting: Setting, end: int) -> float:
-    """The slower of the two groups, which learn at the same time."""
+def _learn(setting: Setting, end: int) -> dict[str, float]:
+    """Role -> seconds of its updates."""
     config, models = setting.config, setting.models
-    policy = _group_learns(setting, "policy", config.policy, models.tuned.shape, end)
-    if not config.may_have_critic:
-        return policy
-    critic = _group_learns(setting, "critic", config.critic, models.critic.shape, end)
-    return max(policy, critic)
+    groups: dict[str, tuple[LearnerConfig, Shape]] = {"policy": (config.policy, models.tuned.shape)}
+    if config.may_have_critic:
+        groups["critic"] = (config.critic, models.critic.shape)
+    return {
+        role: _group_learns(setting, role, group, shape, end)
+        for role, (group, shape) in groups.items()
+    }
 
 
 def _group_learns(
@@ -226,18 +268,16 @@ def _supervised(setting: Setting, kind: GpuKind, end: int) -> float:
 
 
 _BUSY: dict[str, tuple[str, ...]] = {
-    "generator": ("gen", "sync"),
-    "policy": ("score", "learn", "commit"),
-    "critic": ("score", "learn", "commit"),
+    "generator": ("gen", "sync", "turns"),
+    "policy": ("score", "learn", "commit", "turns"),
+    "critic": ("score", "learn", "commit", "turns"),
     "reference": ("score",),
     "reward": ("score",),
 }
 """Role -> phases in which it works."""
 
 
-def _idle_gpu_seconds(role: PlannedRole, phases: Mapping[str, Range]) -> float:
-    """Of an iteration; supervised stages have their GPUs for themselves."""
-    if role.role not in _BUSY:
-        return 0.0
-    idle = sum(middle(what) for name, what in phases.items() if name not in _BUSY[role.role])
-    return role.workers * role.gpus * idle
+def idle_seconds(held: Collection[PlannedRole], phases: Mapping[str, Range]) -> float:
+    """Of an iteration, in which no role on a GPU works."""
+    busy = {name for role in held for name in _BUSY[role.role]}
+    return sum(middle(what) for name, what in phases.items() if name not in busy)

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.hardware import GpuKind
-from rlhf_ray.cluster.layout import Node, Place, demands, lay_out
+from rlhf_ray.cluster.layout import Node, Place, demands, fit
 from rlhf_ray.config import Config
-from rlhf_ray.errors import PlacementError
 from rlhf_ray.models.memory import GB
 from rlhf_ray.stages.plan.pace import Pace, pace, sync_bytes
 from rlhf_ray.stages.plan.roles import PlannedRole, Setting, engine, ppo_roles
@@ -15,6 +14,7 @@ from rlhf_ray.stages.plan.room import (
     beyond_machine,
     no_cache,
     no_room,
+    on_gpus,
     smallest_kind,
     stages_too_large,
     too_large,
@@ -97,7 +97,9 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
         places=tuple(places),
         sequences=sequences,
         shortages=tuple(short),
-        pace=pace(setting, ppo) if has_gpus and (places or not runs_ppo) else None,
+        pace=pace(setting, on_gpus(ppo, places).values())
+        if has_gpus and (places or not runs_ppo)
+        else None,
         bytes_per_sync=sync_bytes(config, models.tuned.shape) if runs_ppo else 0,
         assumptions=(
             *models.assumptions,
@@ -108,10 +110,9 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def _places(config: Config, nodes: Sequence[Node]) -> tuple[list[Place], list[Shortage]]:
-    try:
-        return lay_out(demands(config), nodes), []
-    except PlacementError as error:
-        return [], [no_room(demands(config), nodes, error)]
+    asked = demands(config)
+    places = fit(asked, nodes)
+    return ([], [no_room(asked, nodes)]) if places is None else (places, [])
 
 
 def _kinds(

@@ -1,16 +1,12 @@
 """The smallest changes of a config with which it would fit."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.load import resolve
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.stages.plan.changes import BASE_AS_REFERENCE, Change, changed
 from rlhf_ray.stages.plan.prediction import Plan, prediction
-
-Change = Mapping[str, Any]
-"""Config keys and what they would be."""
 
 MOST = 4
 """Single changes that are named, if so many are enough by themselves."""
@@ -58,15 +54,8 @@ def _joined(changes: Sequence[Change]) -> Change:
 
 def _missing(plan: Plan, changes: Sequence[Change]) -> float:
     """Bytes that are short with these changes; infinitely many where they make no valid config."""
-    values = plan.config.model_dump(mode="json")
-    for key, value in _joined(changes).items():
-        section = values
-        *path, name = key.split(".")
-        for part in path:
-            section = section[part]
-        section[name] = value
     try:
-        return prediction(resolve(values), plan.nodes).missing
+        return prediction(changed(plan.config, _joined(changes)), plan.nodes).missing
     except ConfigError:
         return math.inf
 
@@ -107,7 +96,7 @@ def _spread(config: Config) -> Iterator[Change]:
     for times in (2, 4, 8):
         yield {"generators.tensor_parallel_size": size * times}
     if config.reference.kind == "own":
-        yield {"reference.kind": "policy_base", "reference.num_workers": 1}
+        yield BASE_AS_REFERENCE
     for role in _learners(config):
         if getattr(config, role).zero_stage < 3:
             yield {f"{role}.zero_stage": 3}

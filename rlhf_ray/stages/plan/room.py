@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.hardware import GPU_KINDS, GpuKind, memory_of_machine
-from rlhf_ray.cluster.layout import Demand, Node, Place
+from rlhf_ray.cluster.layout import Demand, Node, Place, asked_and_there, what_would_fit
 from rlhf_ray.cluster.turns import SIDES
 from rlhf_ray.config import Config
 from rlhf_ray.models.memory import GB
@@ -13,6 +13,8 @@ from rlhf_ray.stages.plan.roles import PlannedRole
 
 USABLE = 0.95
 """Share of a GPU's memory that tensors can have: the allocator's blocks do not fit each other."""
+STAYS = ("libraries", "adapter", "gradients", "optimizer", "reduce buffer")
+"""Parts that are on a GPU while their side sleeps: what is trained is not moved."""
 GPU = 1e15
 """What a GPU that is not there counts, in bytes."""
 
@@ -25,13 +27,20 @@ class Shortage:
     """Who asks for how much of what, and what there is."""
     missing: float
     """Bytes."""
+    remedy: str = ""
+    """What would make room, as a sentence, where the layout knows; changes of the config that are
+    planned say more."""
 
 
-def no_room(demands: Iterable[Demand], nodes: Iterable[Node], error: Exception) -> Shortage:
+def no_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> Shortage:
     """No layout has a place for every worker."""
     asked = sum(demand.workers * demand.gpus for demand in demands)
     there = sum(node.gpus for node in nodes)
-    return Shortage(str(error), GPU * (1 + max(0, asked - there)))
+    return Shortage(
+        asked_and_there(demands, nodes),
+        GPU * (1 + max(0, asked - there)),
+        remedy=what_would_fit(demands, nodes),
+    )
 
 
 def smallest_kind(nodes: Iterable[Node]) -> GpuKind | None:
@@ -58,14 +67,15 @@ def together(held: Iterable[PlannedRole], turns: bool) -> float:
     """Bytes that workers on one GPU have of it at a time.
 
     Args:
-        turns: whether sides take turns, so that of the one that sleeps its libraries alone are
+        turns: whether sides take turns, so that of the one that sleeps only what `STAYS` is
             there; others never sleep.
     """
     always, awake = 0.0, dict.fromkeys(SIDES.values(), 0.0)
     for role in held:
         if turns and role.role in SIDES:
-            always += role.parts["libraries"]
-            awake[SIDES[role.role]] += role.peak - role.parts["libraries"]
+            stays = sum(role.parts.get(part, 0) for part in STAYS)
+            always += stays
+            awake[SIDES[role.role]] += role.peak - stays
         else:
             always += role.peak
     return always + max(awake.values())

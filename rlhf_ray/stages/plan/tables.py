@@ -8,11 +8,12 @@ from typing import Any
 from rlhf_ray.cluster.hardware import GPU_KINDS
 from rlhf_ray.config import Config, dump
 from rlhf_ray.models.memory import GB, weights_bytes
+from rlhf_ray.stages.plan.changes import Change
+from rlhf_ray.stages.plan.layouts import Layout
 from rlhf_ray.stages.plan.pace import ASSUMPTIONS, Pace, middle
 from rlhf_ray.stages.plan.prediction import Plan, memory_gb
-from rlhf_ray.stages.plan.remedies import Change
 from rlhf_ray.stages.plan.roles import PlannedRole
-from rlhf_ray.stages.plan.room import USABLE
+from rlhf_ray.stages.plan.room import USABLE, Shortage
 from rlhf_ray.stages.plan.trainings import planned_training, trained_parts
 from rlhf_ray.stages.run_folder import RunFolder
 
@@ -20,12 +21,13 @@ WIDTH = 100
 """Characters of a line at most."""
 
 
-def as_text(plan: Plan, changes: list[Change]) -> str:
+def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
     """The resolved config, then what it comes to.
 
     Args:
         plan: the plan.
         changes: with which it would fit, where it does not.
+        layouts: of the same job, side by side.
     """
     config = plan.config
     rollouts = config.ppo.iterations * config.ppo.batch_size
@@ -40,6 +42,7 @@ def as_text(plan: Plan, changes: list[Change]) -> str:
         *_memory(plan),
         *_placement(plan),
         *_pace(plan),
+        *_layouts(layouts),
         "",
         f"stages: {', '.join(config.run.stages)}",
         f"folder: {RunFolder(config).path}",
@@ -50,12 +53,12 @@ def as_text(plan: Plan, changes: list[Change]) -> str:
     return "\n".join(lines)
 
 
-def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
+def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[str, Any]:
     """The same; memory in GB of 10^9 bytes where a name says so, else in bytes."""
     config, pace = plan.config, plan.pace
     return {
         "fits": plan.fits,
-        "reasons": [shortage.reason for shortage in plan.shortages],
+        "reasons": [_reason(shortage, changes) for shortage in plan.shortages],
         "changes": changes,
         "roles": {role.role: _role(role) for role in plan.roles},
         "placement": [
@@ -69,6 +72,15 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
         "days": middle(pace.days) if pace else None,
         "days_range": list(pace.days) if pace else None,
         "idle_gpu_hours": pace.idle_gpu_hours if pace else None,
+        "layouts": [
+            {
+                "changes": layout.changes,
+                "gpus": layout.gpus,
+                "days": middle(layout.days),
+                "idle_gpu_hours": layout.idle_gpu_hours,
+            }
+            for layout in layouts
+        ],
         "sequences_per_generator": plan.sequences,
         "assumptions": [*plan.assumptions, *_pace_assumptions(plan)],
         "cluster": [
@@ -233,6 +245,19 @@ def _pace(plan: Plan) -> Iterator[str]:
         yield f"  {name}: {best:g} to {worst:g}"
 
 
+def _layouts(layouts: list[Layout]) -> Iterator[str]:
+    if not layouts:
+        return
+    yield ""
+    yield f"{'layout, as predicted':<60}{'GPUs':>6}{'days of the run':>18}{'idle GPU-hours':>16}"
+    for layout in layouts:
+        keys = _overrides(layout.changes) or "as configured"
+        first, *rest = textwrap.wrap(keys, 60, break_long_words=False, break_on_hyphens=False)
+        days = f"{layout.days[0]:,.2f} to {layout.days[1]:,.2f}"
+        yield f"{first:<60}{layout.gpus:>6}{days:>18}{layout.idle_gpu_hours:>16,.0f}"
+        yield from (f"  {line}" for line in rest)
+
+
 def _pace_assumptions(plan: Plan) -> list[str]:
     if plan.pace is None:
         return []
@@ -249,11 +274,22 @@ def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
     yield ""
     yield "It fits." if plan.fits else "It does not fit:"
     for shortage in plan.shortages:
-        yield _wrapped(f"  - {shortage.reason}")
+        yield _wrapped(f"  - {_reason(shortage, changes)}")
     if changes:
         yield "It would fit with" + (" any of these:" if len(changes) > 1 else ":")
     for change in changes:
-        yield _wrapped("  " + " ".join(f"{key}={_yaml(value)}" for key, value in change.items()))
+        yield _wrapped(f"  {_overrides(change)}")
+
+
+def _reason(shortage: Shortage, changes: list[Change]) -> str:
+    """With what would make room, where no change of the config is named."""
+    is_all = changes or not shortage.remedy
+    return shortage.reason if is_all else f"{shortage.reason}. {shortage.remedy}"
+
+
+def _overrides(change: Change) -> str:
+    """As they are written behind a config."""
+    return " ".join(f"{key}={_yaml(value)}" for key, value in change.items())
 
 
 def _wrapped(line: str) -> str:

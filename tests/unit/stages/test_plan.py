@@ -14,7 +14,7 @@ from rlhf_ray.config import Config, load
 from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.memory import GB
-from rlhf_ray.stages.plan import Plan, as_text, prediction, prediction_for, remedies
+from rlhf_ray.stages.plan import Plan, as_text, layouts, prediction, prediction_for, remedies
 from rlhf_ray.stages.plan.prediction import memory_gb
 from rlhf_ray.stages.plan.roles import PlannedRole
 from rlhf_ray.stages.plan.room import together
@@ -60,7 +60,7 @@ def test_stackllama_fits_three_nodes_of_eight_and_programs_can_read_it() -> None
 
 def test_text_is_readable_at_100_columns() -> None:
     plan = planned(STACKLLAMA, "3x8xA100-80GB")
-    tables = as_text(plan, []).split("\nrole ", 1)[1]
+    tables = as_text(plan, [], layouts(plan)).split("\nrole ", 1)[1]
     assert max(map(len, tables.splitlines())) <= 100
     assert tables.rstrip().endswith("It fits.")
     assert "node-0, 8 x A100-80GB:\n  0: policy-0  1: policy-1" in tables
@@ -176,16 +176,40 @@ def test_a_side_that_sleeps_keeps_its_libraries_and_others_never_sleep() -> None
     assert together(held, turns=True) == 2 + (31 + 21) + 6
 
 
+def test_what_is_trained_stays_on_the_gpu_of_a_side_that_sleeps() -> None:
+    trained = {"adapter": 1.0, "gradients": 2.0, "optimizer": 3.0, "reduce buffer": 4.0}
+    held = [
+        PlannedRole("generator", 1, 0.5, {"libraries": 2.0, "KV cache": 40.0}),
+        PlannedRole("policy", 1, 0.5, {"libraries": 1.0, "weights": 20.0, **trained}),
+    ]
+    assert together(held, turns=True) == (2 + 40) + (1 + 10)
+
+
 def test_too_few_gpus_are_told_with_what_would_fit() -> None:
     plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB")
     assert "The cluster has no room for every role" in reasons(plan)
     assert plan.pace is None
-    result = CliRunner().invoke(
-        cli.app,
-        ["plan", str(CONFIGS / "stackllama/ppo_1x8_a100.yaml"), "--cluster", "4xA100-80GB"],
-    )
+    arguments = ["plan", str(CONFIGS / "stackllama/ppo_1x8_a100.yaml"), "--cluster", "4xA100-80GB"]
+    result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 1
-    assert "It would fit with" in result.output
+    assert result.output.count("It would fit with") == 1
+    assert "It would fit with:\n  reference.kind=policy_base" in result.output
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    (reason,) = found["reasons"]
+    assert reason.endswith("There: node-0 4; in all 4")
+    assert found["changes"]
+
+
+def test_where_no_change_would_do_the_layout_says_what_would() -> None:
+    path = str(CONFIGS / "models/qwen25_32b_tp.yaml")
+    arguments = ["plan", path, "--cluster", "4xA100-80GB"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    assert result.output.count("It would fit") == 1
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    assert not found["changes"]
+    (reason,) = found["reasons"]
+    assert reason.endswith("in all 4. It would fit with 3 more nodes of 4 GPUs")
 
 
 def test_every_change_that_is_named_makes_it_fit() -> None:

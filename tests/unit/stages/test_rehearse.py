@@ -130,7 +130,7 @@ def on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **peaks: int) -> Pla
     found = {f"{role}-0": gb * 10**9 for role, gb in peaks.items()}
     made = replace(rehearsal_of(config), gpus=["1 x A100-80GB"], peak_memory_bytes=found)
     (folder / RESULT).write_text(json.dumps(asdict(made)))
-    plan, changes = plan_for(config, "live")
+    plan, changes, _ = plan_for(config, "live")
     assert not changes
     return plan
 
@@ -172,7 +172,7 @@ def test_peaks_stand_beside_the_plan() -> None:
             "rewards": [{"type": "model"}],
         }
     )
-    plan, _ = plan_for(config, None)
+    plan, *_ = plan_for(config, None)
     seconds = {"gen": 4.0, "sync": 0.5, "commit": 0.25, "save": 2.0}
     shown = as_text(replace(rehearsal_of(config), seconds=seconds), plan)
     (policy,) = [line for line in shown.splitlines() if line.startswith("policy")]
