@@ -20,22 +20,27 @@ SHRINK_ABOVE = 0.8
 """Share of the time that generators wait for learners."""
 
 
-def next_target(settings: AutoscaleConfig, current: int, seen: Sequence[IdleShares]) -> int:
+def next_target(
+    settings: AutoscaleConfig, ready: int, seen: Sequence[IdleShares], without_room: int = 0
+) -> int:
     """Generators to want, at most twice as many as now, or one fewer.
 
     Args:
         settings: bounds, and how many iterations to look at.
-        current: generators now.
+        ready: generators now.
         seen: of each iteration since their number changed.
+        without_room: more that are wanted and find no place; they stay wanted while more are.
     """
     if len(seen) < settings.iterations:
-        return current
+        return ready + without_room
     learners = fmean(shares.learners for shares in seen[-settings.iterations :])
     generators = fmean(shares.generators for shares in seen[-settings.iterations :])
-    wanted = current
+    wanted = ready
     if learners > GROW_ABOVE:
-        balanced = current * learners / (1 - learners) if learners < 1 else math.inf
-        wanted = math.ceil(min(balanced, 2 * current))
+        balanced = ready * learners / (1 - learners) if learners < 1 else math.inf
+        wanted = math.ceil(min(balanced, 2 * ready))
     elif generators > SHRINK_ABOVE:
-        wanted = current - 1
+        wanted = ready - 1
+    if without_room and wanted > ready:
+        return ready + without_room
     return min(max(wanted, settings.minimum), settings.maximum)

@@ -28,7 +28,7 @@ class Factory(Protocol):
         ...
 
     def make_room(self, num: int) -> None:
-        """Have the cluster grow until so many generators fit, where it can; 0: no more than is."""
+        """Have the cluster grow until so many generators fit, where it can."""
         ...
 
 
@@ -46,6 +46,8 @@ class Member:
     """Since it last finished a shard."""
     calls: set[asyncio.Future[Any]] = field(default_factory=set)
     """What it samples."""
+    lacks_room: bool = False
+    """Whether the cluster had no place for it when it was last tried."""
     change: asyncio.Future[None] | None = None
     """What starts, replaces or ends it, while that goes on."""
 

@@ -79,7 +79,6 @@ class GeneratorPool:
         self._times = IdleTimes()
         self._idle = NOTHING_YET
         self._seen: list[IdleShares] = []
-        self._asked_for_room = False
 
     async def prove(self, proof: Proof) -> None:
         """Use those that pass the proof."""
@@ -126,7 +125,6 @@ class GeneratorPool:
         self._tell(f"generators: {num} are wanted, there are {len(wanted)}")
         self._target, self._seen = num, []
         self._factory.make_room(num)
-        self._asked_for_room = True
         for _ in range(num - len(wanted)):
             self._add()
         easiest_first = sorted(
@@ -154,8 +152,6 @@ class GeneratorPool:
         """Change nothing any more; whoever has spawned the processes ends them."""
         changes = [member.change for member in self._members if member.change is not None]
         await _cancel([*changes, *(call for member in self._members for call in member.calls)])
-        if self._asked_for_room:
-            self._factory.make_room(0)
 
     # How a generator comes to be ready.
 
@@ -169,6 +165,7 @@ class GeneratorPool:
         """Start, prove, and publish until no newer version came meanwhile."""
         try:
             member.client = await self._factory.start(member.name)
+            member.lacks_room = False
             member.life.to("stale")
             if self._proof is not None:
                 await self._proof(member.client)
@@ -236,7 +233,8 @@ class GeneratorPool:
     async def _replace(self, member: Member, error: Exception) -> None:
         await self._end(member)
         member.life.to("dead")
-        if not isinstance(error, PlacementError):  # a cluster without room has broken nothing
+        member.lacks_room = isinstance(error, PlacementError)
+        if not member.lacks_room:  # a cluster without room has broken nothing
             if self._restarts >= self._settings.max_restarts:
                 member.change = None
                 if self._batch is not None and self._none_is_left():
@@ -337,10 +335,11 @@ class GeneratorPool:
         self._times.note(sum(bool(m.calls) for m in serving), len(serving), waiting)
 
     def _follow_load(self, settings: AutoscaleConfig) -> None:
-        """Look at what the last batch came to, once the number of generators has settled."""
-        if self._idle.learners and len(self._ready()) == self._target:
+        """Look at what the last batch came to, once all that find room are ready."""
+        ready, without_room = len(self._ready()), sum(m.lacks_room for m in self._members)
+        if self._idle.learners and ready + without_room == self._target:
             self._seen.append(self._idle)
-            self.scale_to(next_target(settings, self._target, self._seen))
+            self.scale_to(next_target(settings, ready, self._seen, without_room))
 
 
 async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:

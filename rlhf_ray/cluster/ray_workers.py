@@ -7,17 +7,26 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from rlhf_ray.cluster.peak_memory import peak_memory
 from rlhf_ray.cluster.titles import titled
 from rlhf_ray.cluster.workers import OnCall
-from rlhf_ray.errors import ActorFailure, RlhfError
+from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.types import Handle
 
 STARTING = {"address", "free_port", "start"}
 """Calls that wait for a process to come up, and for what it loads."""
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError)
+"""What Ray raises where a process is gone: by itself, by its memory monitor, with its node."""
 
 
 class RayWorker:
@@ -58,6 +67,7 @@ class RayWorker:
 
         Raises:
             ActorFailure: the process died, or did not answer in time.
+            PlacementError: it never came up, as no node had room for it.
             RlhfError: what the method itself raised, if it is one of ours.
         """
         return await self._await(method, getattr(self.actor, method).remote(*args))
@@ -80,6 +90,10 @@ class RayWorker:
         try:
             result = await asyncio.wait_for(_resolve(reference), limit_s)
         except TimeoutError:
+            if method in STARTING and _awaits_a_place(self.actor):
+                raise PlacementError(
+                    f"No node had a CPU for {self.name} within {limit_s:g} s ({key})"
+                ) from None
             raise ActorFailure(
                 f"{self.name} did not answer {method} within {limit_s:g} s ({key})"
             ) from None
@@ -87,7 +101,7 @@ class RayWorker:
             if isinstance(error.cause, RlhfError):
                 raise error.cause from None
             raise
-        except RayActorError as error:
+        except DEATHS as error:
             raise ActorFailure(f"{self.name} died during {method}: {_first_line(error)}") from error
         ended = time.time()
         # Calls that an actor takes one at a time wait for each other, which is no work.
@@ -99,6 +113,12 @@ class RayWorker:
 
 def _node_address(_actor: Any) -> str:
     return ray.util.get_node_ip_address()
+
+
+def _awaits_a_place(actor: Any) -> bool:
+    """Whether no node has given an actor a process yet."""
+    found = ray._private.state.actors(actor._actor_id.hex())  # type: ignore[attr-defined]
+    return found.get("State") == "PENDING_CREATION" and not found["Address"]["IPAddress"]
 
 
 async def _resolve(reference: Awaitable[Any]) -> Any:

@@ -1,8 +1,9 @@
 """What the loop leaves for people: metrics, completions, evaluations, warnings, spans."""
 
+import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rlhf_ray.observability.busy import BusyTime
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.observability.trackers import current, numbers
-from rlhf_ray.types import Rollout
+from rlhf_ray.types import GeneratorsReport, Rollout
 
 NUM_COMPLETIONS = 4
 
@@ -80,6 +81,16 @@ class Recorder:
     def committed(self) -> None:
         """Now is when the run last reached a state that it can go on from."""
         self._live.log(self._iteration, {"commit/time": time.time()})
+
+    def generators(self, report: GeneratorsReport, names: Collection[str]) -> None:
+        """How they are at this moment, and which there are; who has left is not shown any more."""
+        counts = {"generators/ready": report.ready, "generators/target": report.target}
+        known = [actor for actor in self._busy.actors() if actor.startswith("generator-")]
+        left = [actor for actor in known if actor not in names]
+        for actor in left:
+            self._busy.forget(actor)
+        gone = {f"actors/busy/{actor}": math.nan for actor in left}
+        self._live.log(self._iteration, {**counts, **gone})
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """An iteration's metrics, with the times of its phases."""

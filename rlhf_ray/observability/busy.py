@@ -29,6 +29,14 @@ class BusyTime:
             calls.clear()
         return shares
 
+    def forget(self, actor: str) -> None:
+        """It has left."""
+        self._calls.pop(actor, None)
+
+    def actors(self) -> list[str]:
+        """Those known so far."""
+        return list(self._calls)
+
     def _covered_s(self, calls: list[tuple[float, float]]) -> float:
         covered_s, reached_s = 0.0, self._since_s
         for start_s, end_s in calls:

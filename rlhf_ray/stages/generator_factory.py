@@ -51,7 +51,7 @@ class GeneratorFactory:
         await self._spawner.end_one(generator.worker)
 
     def make_room(self, num: int) -> None:
-        """Ask Ray for room for ``num`` generators besides everybody else; 0: for nothing more."""
+        """Ask Ray for room for ``num`` generators besides everybody else."""
         self._spawner.make_room(num)
 
 

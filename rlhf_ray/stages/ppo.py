@@ -76,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
                 state,
                 bar,
             )
-            async with exchanged(folder.path, loop, roles.generators, bar, progress.say):
+            async with exchanged(folder.path, loop, roles.generators, bar, recorder, progress.say):
                 return await loop.run()
 
     try:

@@ -8,17 +8,23 @@ from typing import Any
 
 from rlhf_ray.cluster.control import INTERVAL_S, ControlFiles
 from rlhf_ray.driver.ppo_loop import PpoLoop
+from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.roles import Generators
 
 
 @asynccontextmanager
 async def exchanged(
-    folder: Path, loop: PpoLoop, generators: Generators, bar: Bar, tell: Callable[[str], None]
+    folder: Path,
+    loop: PpoLoop,
+    generators: Generators,
+    bar: Bar,
+    recorder: Recorder,
+    tell: Callable[[str], None],
 ) -> AsyncIterator[None]:
     """Exchange status and wishes with the files of a run until the loop has ended."""
     files = ControlFiles(folder)
-    exchange = asyncio.ensure_future(_exchange(files, loop, generators, bar, tell))
+    exchange = asyncio.ensure_future(_exchange(files, loop, generators, bar, recorder, tell))
     try:
         yield
     finally:
@@ -31,11 +37,13 @@ async def _exchange(
     loop: PpoLoop,
     generators: Generators,
     bar: Bar,
+    recorder: Recorder,
     tell: Callable[[str], None],
 ) -> None:
     granted = trouble = None
     while True:
         files.tell(**_standing(loop, generators, bar))
+        recorder.generators(generators.report(), [each.name for each in generators.statuses()])
         try:
             wish = files.asked()
             if wish.stop:

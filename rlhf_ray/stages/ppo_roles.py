@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -66,11 +66,7 @@ class RoleSpawner:
         if not self._on_ray:
             return
         self._ask_for_room(asked)
-        try:
-            await self._placement.reserve(asked)
-        except BaseException:
-            self._ask_for_room([])
-            raise
+        await self._placement.reserve(asked)
 
     async def place_one(self, demand: Demand, rank: int) -> None:
         """Hold a place for a worker that is spawned later, or again.
@@ -82,11 +78,11 @@ class RoleSpawner:
             await self._placement.reserve_one(demand, rank)
 
     def make_room(self, num_generators: int) -> None:
-        """Have Ray's autoscaler keep room for so many besides all others; 0: for nothing more."""
+        """Have Ray's autoscaler keep room for so many besides all others."""
         self._ask_for_room(
             [
                 replace(demand, workers=num_generators) if demand.role == "generator" else demand
-                for demand in (self._asked if num_generators else [])
+                for demand in self._asked
             ]
         )
 
@@ -151,23 +147,27 @@ class RoleSpawner:
             self._placement.release(ended.name)
 
     async def stop_all(self) -> None:
-        """Let generators end their engines, then end every actor."""
+        """Let generators end their engines, then end every actor.
+
+        Ray's autoscaler is told first: it would keep nodes for a run that is killed meanwhile.
+        """
+        self._ask_for_room([])
         generators = [w for w in self.workers if w.name.startswith("generator")]
         # One that is loading its base answers only when it has.
         stops = (asyncio.wait_for(w.call("stop"), END_TIMEOUT_S) for w in generators)
         await asyncio.gather(*stops, return_exceptions=True)
         kill([worker for worker in self.workers if isinstance(worker, RayWorker)])
         self._placement.close()
-        self._ask_for_room([])
 
     def num_gpus(self) -> float:
         """GPUs that its actors hold."""
         return sum(worker.num_gpus for worker in self.workers if isinstance(worker, RayWorker))
 
     async def peak_memory(self) -> dict[str, int]:
-        """Bytes by worker; of those in this process, and of those that have died, nothing."""
+        """Bytes by worker; nothing of those in this process, or that do not answer soon."""
         workers = [worker for worker in self.workers if isinstance(worker, RayWorker)]
-        peaks = await asyncio.gather(*(w.peak_memory() for w in workers), return_exceptions=True)
+        asked = (asyncio.wait_for(w.peak_memory(), END_TIMEOUT_S) for w in workers)
+        peaks = await asyncio.gather(*asked, return_exceptions=True)
         told = zip(workers, peaks, strict=True)
         return {worker.name: peak for worker, peak in told if isinstance(peak, int)}
 
@@ -215,18 +215,20 @@ async def ppo_roles(
     spawner = RoleSpawner(config, on_call)
     engine = spawner.learner_engine
     asked = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
-    await spawner.place(asked)
-    generators = spawn_generators(spawner, config, policy_model, tell, config.rollout.autoscale)
-    scorer = spawn_scorers(spawner, config, reward_model, policy_model)
-    references = spawner.spawn(
-        Reference, "reference", config.reference.num_processes, config, policy_model
-    )
-    policy = spawner.spawn(
-        PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
-    )
-    num_critics = config.critic.num_ranks if critic_model else 0
-    critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
-    try:
+    async with AsyncExitStack() as ending:
+        ending.push_async_callback(spawner.stop_all)
+        await spawner.place(asked)
+        generators = spawn_generators(spawner, config, policy_model, tell, config.rollout.autoscale)
+        ending.push_async_callback(generators.close)
+        scorer = spawn_scorers(spawner, config, reward_model, policy_model)
+        references = spawner.spawn(
+            Reference, "reference", config.reference.num_processes, config, policy_model
+        )
+        policy = spawner.spawn(
+            PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
+        )
+        num_critics = config.critic.num_ranks if critic_model else 0
+        critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
         await spawner.start_all([group for group in (policy, critic) if group])
         policy_client = PolicyClient(policy, config.policy.zero_stage)
         yield Roles(
@@ -241,8 +243,3 @@ async def ppo_roles(
             num_gpus=spawner.num_gpus,
             peak_memory=spawner.peak_memory,
         )
-    finally:
-        try:
-            await generators.close()
-        finally:
-            await spawner.stop_all()

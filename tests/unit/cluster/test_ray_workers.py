@@ -1,12 +1,16 @@
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.autoscaler._private import commands
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError
 
 from rlhf_ray.cluster import ray_workers
 from rlhf_ray.cluster.ray_workers import RayWorker
+from rlhf_ray.errors import ActorFailure, PlacementError
 
 
 class Method:
@@ -70,6 +74,63 @@ async def test_waiting_for_the_call_before_is_no_work(
     )
     await asyncio.gather(worker.call("score", 104.0), worker.call("score", 107.0))
     assert calls == expected
+
+
+class Broken:
+    """A handle whose calls fail, or never end."""
+
+    _actor_id = SimpleNamespace(hex=lambda: "a1")
+
+    def __init__(self, error: Exception | None) -> None:
+        self.start = self.score = SimpleNamespace(remote=self._call)
+        self._error = error
+
+    async def _call(self) -> None:
+        if self._error is None:
+            await asyncio.Event().wait()
+        raise self._error
+
+
+def broken(error: Exception | None) -> RayWorker:
+    actor: Any = Broken(error)
+    return RayWorker(
+        *("generator-0", actor, 600.0, lambda *_: None),
+        start_timeout_s=0.001,
+        num_gpus=0.0,
+        one_at_a_time=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        ActorDiedError(),
+        OutOfMemoryError("Ray's memory monitor killed it"),
+        NodeDiedError("its node is gone"),
+    ],
+)
+async def test_a_process_that_is_gone_is_a_failure_of_its_actor_whoever_ended_it(
+    death: Exception,
+) -> None:
+    with pytest.raises(ActorFailure, match="generator-0 died during score"):
+        await broken(death).call("score")
+
+
+@pytest.mark.parametrize(
+    ("state", "address", "error"),
+    [
+        ("PENDING_CREATION", "", PlacementError),
+        ("PENDING_CREATION", "10.0.0.2", ActorFailure),
+        ("ALIVE", "10.0.0.2", ActorFailure),
+    ],
+)
+async def test_one_for_which_no_node_has_room_has_not_failed(
+    state: str, address: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"State": state, "Address": {"IPAddress": address}}
+    monkeypatch.setattr(ray._private.state, "actors", lambda _: found)
+    with pytest.raises(error, match=r"0\.001 s \(cluster\.start_timeout_s\)"):
+        await broken(None).call("start")
 
 
 def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:

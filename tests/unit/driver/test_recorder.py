@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -7,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlhf_ray.cluster.idle_times import NOTHING_YET
 from rlhf_ray.config.trackers import TrackersConfig
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.observability.tracing import Tracer, read_spans
+from rlhf_ray.types import GeneratorsReport
 
 
 class Live:
@@ -70,3 +73,20 @@ def test_who_watches_is_told_of_evaluations(tmp_path: Path, live: Live) -> None:
     recorder = make(tmp_path, live)
     recorder.evaluation({"iteration": 3, "eval/score": 0.5, "samples": []})
     assert live.shown == {"eval/score": 0.5}
+
+
+def test_generators_are_shown_as_they_are_and_not_when_they_have_left(
+    tmp_path: Path, live: Live
+) -> None:
+    recorder = make(tmp_path, live)
+    for actor in ("generator-0", "generator-1", "policy-0"):
+        recorder.span(actor, "generate", time.time(), time.time())
+    report = GeneratorsReport(1, 2, restarts=0, samples_requeued=0, idle=NOTHING_YET)
+    recorder.generators(report, ["generator-0", "generator-2"])
+    assert (live.shown["generators/ready"], live.shown["generators/target"]) == (1, 2)
+    assert math.isnan(live.shown.pop("actors/busy/generator-1"))
+    recorder.log(1, {})
+    assert {name for name in live.shown if name.startswith("actors/busy/")} == {
+        "actors/busy/generator-0",
+        "actors/busy/policy-0",
+    }

@@ -8,11 +8,12 @@ from typing import Any, cast
 import pytest
 
 from rlhf_ray.cluster.control import ControlFiles
+from rlhf_ray.cluster.idle_times import NOTHING_YET
 from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.stages import ppo_control
 from rlhf_ray.stages.ppo_control import exchanged
-from rlhf_ray.types import GeneratorStatus
+from rlhf_ray.types import GeneratorsReport, GeneratorStatus
 
 
 @dataclass
@@ -34,6 +35,19 @@ class Pool:
     def statuses(self) -> list[GeneratorStatus]:
         return [GeneratorStatus("generator-0", "ready", 3, 1)]
 
+    def report(self) -> GeneratorsReport:
+        return GeneratorsReport(1, 2, restarts=1, samples_requeued=0, idle=NOTHING_YET)
+
+
+@dataclass
+class Watcher:
+    """Who shows how generators are at this moment."""
+
+    seen: list[tuple[int, int, list[str]]] = field(default_factory=list)
+
+    def generators(self, report: GeneratorsReport, names: list[str]) -> None:
+        self.seen.append((report.ready, report.target, names))
+
 
 async def test_status_and_wishes_are_exchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -47,7 +61,8 @@ async def test_status_and_wishes_are_exchanged(
     bar.advance(1, reward=0.25, kl=1.5)
     now = 12.0
     bar.advance(1)
-    async with exchanged(tmp_path, cast(Any, loop), cast(Any, pool), bar, print):
+    watcher: Any = Watcher()
+    async with exchanged(tmp_path, cast(Any, loop), cast(Any, pool), bar, watcher, print):
         await asyncio.sleep(0.02)
         told = files.status()
         assert loop.stops == 0
@@ -63,13 +78,16 @@ async def test_status_and_wishes_are_exchanged(
     assert told.generators == tuple(pool.statuses())
     assert pool.asked == [3, 2], "each wish is passed on once"
     assert loop.stops > 0
+    assert watcher.seen[0] == watcher.seen[-1] == (1, 2, ["generator-0"])
 
 
 async def test_the_last_word_is_told_when_the_loop_has_ended(tmp_path: Path) -> None:
     files, loop = ControlFiles(tmp_path), Loop(RunState())
     files.open("mine")
     bar = Bar("ppo", 7, "iteration", 0, lambda: 0.0)
-    async with exchanged(tmp_path, cast(Any, loop), cast(Any, Pool()), bar, print):
+    async with exchanged(
+        tmp_path, cast(Any, loop), cast(Any, Pool()), bar, cast(Any, Watcher()), print
+    ):
         loop.state = RunState(iteration=7)
     assert files.status().iteration == 7
 
@@ -90,7 +108,9 @@ async def test_a_wish_that_cannot_be_done_is_told_once_and_tried_again(
     monkeypatch.setattr(pool, "scale_to", scale_to)
     files.ask(num_generators=3)
     bar = Bar("ppo", 7, "iteration", 0, lambda: 0.0)
-    async with exchanged(tmp_path, cast(Any, loop), cast(Any, pool), bar, said.append):
+    async with exchanged(
+        tmp_path, cast(Any, loop), cast(Any, pool), bar, cast(Any, Watcher()), said.append
+    ):
         await asyncio.sleep(0.1)
     assert pool.asked == [3]
     (line,) = said

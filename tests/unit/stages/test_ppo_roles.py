@@ -53,8 +53,6 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     async def reserve(placement: Placement, demands: Any) -> None:
         made.append("reserved")
-        if not demands:
-            raise PlacementError("no room")
 
     monkeypatch.setattr(ppo_roles, "ask_for_room", lambda bundles, _: made.append(bundles))
     monkeypatch.setattr(Placement, "labels", lambda *_: [])
@@ -69,16 +67,25 @@ async def test_room_is_asked_for_everybody_and_given_back(requests: list[Any]) -
     first = [POLICY, POLICY, REWARD, GENERATOR]
     assert requests == [first, "reserved"]
     spawner.make_room(3)
-    spawner.make_room(0)
     await spawner.stop_all()
-    assert requests[2:] == [[*first, GENERATOR, GENERATOR], [], []]
+    assert requests[2:] == [[*first, GENERATOR, GENERATOR], []]
 
 
-async def test_no_room_is_kept_for_a_run_that_found_none(requests: list[Any]) -> None:
-    spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
+async def test_no_room_is_kept_for_a_run_that_found_none(
+    requests: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: Any) -> None:
+        raise PlacementError("no room")
+
+    monkeypatch.setattr(Placement, "reserve", refuse)
+    config = resolve(
+        {"cluster": {"mode": "ray"}, "ppo": {"advantage": "rloo", "samples_per_prompt": 2}}
+    )
     with pytest.raises(PlacementError):
-        await spawner.place([])
-    assert requests[1:] == ["reserved", []]
+        async with ppo_roles.ppo_roles(config, "model", None, None, lambda *_: None, print):
+            pass
+    first, last = requests
+    assert (bool(first), last) == (True, [])
 
 
 async def test_a_cluster_of_the_runs_own_is_asked_for_nothing(requests: list[Any]) -> None:
