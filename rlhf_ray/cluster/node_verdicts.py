@@ -146,8 +146,10 @@ def check_versions(readings: Mapping[str, NodeReading]) -> list[Check]:
     """Every package must have one version in the whole cluster.
 
     Args:
-        readings: by name of the node.
+        readings: by name of the node; without any there is no check.
     """
+    if not readings:
+        return []
     checks, same = [], []
     for package in next(iter(readings.values())).versions:
         counts = Counter(reading.versions[package] for reading in readings.values())
