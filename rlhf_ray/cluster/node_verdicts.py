@@ -23,8 +23,8 @@ OPEN_FILES_NEEDED = 65_536
 """Ray opens some hundred a process; below this it warns by itself."""
 TEMPORARY_DISK_NEEDED = 10 * GB
 """Ray spills objects there."""
-PRIVATE_PORTS = (8000, 8265, 10001)
-"""Those of docs/security.md that no other machine has to reach."""
+PRIVATE_PORTS = (3000, 8000, 8265, 9090)
+"""Those of docs/security.md that are kept on loopback."""
 GPU_FREE_SHARE = 0.95
 """Less free memory than this means that somebody else is on the GPU."""
 
@@ -146,8 +146,10 @@ def check_versions(readings: Mapping[str, NodeReading]) -> list[Check]:
     """Every package must have one version in the whole cluster.
 
     Args:
-        readings: by name of the node.
+        readings: by name of the node; without any there is no check.
     """
+    if not readings:
+        return []
     checks, same = [], []
     for package in next(iter(readings.values())).versions:
         counts = Counter(reading.versions[package] for reading in readings.values())

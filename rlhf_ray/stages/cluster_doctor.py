@@ -61,7 +61,8 @@ def _sections(config: Config | None, min_gbit_s: float) -> Iterator[Section]:
     together += check_links(measure(list(read)), min_gbit_s)
     if config is not None:
         together.append(_check_paths(config))
-    yield f"All {len(nodes)} nodes", together
+    if together:
+        yield f"All {len(nodes)} nodes", together
 
 
 def _check_paths(config: Config) -> Check:

@@ -68,7 +68,8 @@ done
 
 export RAY_ADDRESS=$head_address:$RAY_PORT
 for ((tries = 0; ; tries++)); do # until every node has joined
-  joined=$(ray list nodes --filter state=ALIVE --format json 2>/dev/null | grep -c '"node_id"' || true)
+  joined=$(ray list nodes --filter state=ALIVE --limit 10000 --format json 2>/dev/null |
+    grep -o '"node_id"' | wc -l || true) # all nodes are printed on one line
   ((joined < ${#nodes[@]})) || break
   ((tries < 60)) || {
     echo "only $joined of ${#nodes[@]} nodes joined Ray in 5 minutes" >&2

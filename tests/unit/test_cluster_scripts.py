@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from ray.autoscaler._private.util import with_head_node_ip
 
 from rlhf_ray.cluster.layout import Node, demands, lay_out
 from rlhf_ray.config import load
@@ -26,38 +27,64 @@ def read(name: str) -> Any:
 
 def test_the_ray_cluster_is_valid_by_rays_own_schema() -> None:
     schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    jsonschema.validate(read("ray_cluster.yaml"), json.loads(schema.read_text()))
+
+
+def start(role: str, address: str, home: Path) -> str:
+    """Start a machine as `ray up` does: each command in a shell of its own, with what Ray exports.
+
+    Returns:
+        What its `ray` was called with, line by line.
+    """
     cluster = read("ray_cluster.yaml")
-    jsonschema.validate(cluster, json.loads(schema.read_text()))
-    for role in ("head", "worker"):
-        *_, start = cluster[f"{role}_start_ray_commands"]
-        assert "RAY_AUTH_MODE=token" in start
-        assert "test -s ~/.ray/auth_token" in start
-        assert subprocess.run(["bash", "-n", "-c", start], check=False).returncode == 0
-    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+    commands: list[str] = cluster[f"{role}_start_ray_commands"]
+    if role == "worker":
+        commands = with_head_node_ip(commands, cluster["provider"]["head_ip"])
+    installed = home / "rlhf-ray" / ".venv" / "bin"
+    installed.mkdir(parents=True, exist_ok=True)
+    stand_ins = {"ray": 'echo "$RAY_AUTH_MODE: $*"', "ip": f'echo "inet {address}/24"'}
+    for name, body in stand_ins.items():
+        (installed / name).write_text(f"#!/bin/sh\n{body}\n")
+        (installed / name).chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(home)}
+    return "".join(
+        subprocess.run(
+            ["bash", "-c", command], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+        for command in commands
+    )
 
 
 def test_the_ray_clusters_nodes_hold_the_job_that_is_made_for_them(tmp_path: Path) -> None:
-    """Labels as each node would start with them, laid out for three nodes of eight."""
-    cluster = read("ray_cluster.yaml")
-    *_, start = cluster["worker_start_ray_commands"]
-    stand_ins = {"ray": 'echo "$@"', "ip": 'echo "inet $ADDRESS/24"', "test": "true"}
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    labels = ["train"]  # the head
-    for address in cluster["provider"]["worker_ips"]:
-        done = subprocess.run(
-            ["bash", "-c", f"enable -n test; ulimit() {{ :; }}; {start}"],
-            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "ADDRESS": address},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        labels.append(done.stdout.rpartition("role=")[2].strip())
-    assert labels == ["train", "train", "rollout"]
+    """Nodes as they would be started, with their labels, laid out for three nodes of eight."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("token")
+    provider = read("ray_cluster.yaml")["provider"]
+    head, *workers = [
+        start("head", provider["head_ip"], tmp_path),
+        *(start("worker", address, tmp_path) for address in provider["worker_ips"]),
+    ]
+    assert head == (
+        "token: stop\n"
+        f"token: start --head --port=6379 --node-ip-address={provider['head_ip']} "
+        "--dashboard-host=127.0.0.1 --labels role=train "
+        "--autoscaling-config=~/ray_bootstrap_config.yaml\n"
+    )
+    assert workers == [
+        f"token: stop\ntoken: start --address={provider['head_ip']}:6379 --labels role={role}\n"
+        for role in ("train", "rollout")
+    ]
+    labels = [said.partition("role=")[2].split()[0] for said in (head, *workers)]
     config = load(ROOT / "configs" / "stackllama" / "ppo_3x8_a100.yaml")
     nodes = [Node(str(i), 8, {"role": label}) for i, label in enumerate(labels)]
     assert len(lay_out(demands(config), nodes)) == 24
+
+
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_the_ray_cluster_does_not_start_without_a_token(role: str, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        start(role, "10.0.0.2", tmp_path)
+    assert caught.value.stdout == "no token in ~/.ray/auth_token\n"
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -65,9 +92,14 @@ def test_kuberay_objects_are_valid(name: str) -> None:
     schema = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
     found = read(name)
     jsonschema.validate(found, schema)
-    misspelt = json.loads(json.dumps(found).replace('"groupName"', '"name"'))
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(misspelt, schema)
+    for right, wrong in (
+        ('"groupName"', '"name"'),
+        ('"rayStartParams": {}', '"rayStartParams": {"labels": "role=train"}'),
+    ):
+        text = json.dumps(found)
+        assert right in text
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(json.loads(text.replace(right, wrong)), schema)
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -75,8 +107,8 @@ def test_kuberay_groups_have_roles_a_token_and_secrets_of_their_own(name: str) -
     spec = read(name)["spec"]
     cluster = spec.get("rayClusterSpec", spec)
     assert cluster["authOptions"] == {"mode": "token"}
-    labels = {g["groupName"]: g["rayStartParams"]["labels"] for g in cluster["workerGroupSpecs"]}
-    assert labels == {"train": "role=train", "rollout": "role=rollout"}
+    labels = {group["groupName"]: group["labels"] for group in cluster["workerGroupSpecs"]}
+    assert labels == {"train": {"role": "train"}, "rollout": {"role": "rollout"}}
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -104,6 +136,8 @@ def test_the_image_is_locked_and_runs_without_root() -> None:
     assert all("--no-deps" in part for line in installs for part in line.split("pip install")[1:])
     assert re.search(r"^deepspeed==", (ROOT / "requirements/gpu.txt").read_text(), re.MULTILINE)
     assert any("DS_BUILD_FUSED_ADAM=1" in line for line in installs)
+    # What is built beforehand runs on GPUs to come by its PTX alone.
+    assert re.search(r'TORCH_CUDA_ARCH_LIST="8\.0;.*\+PTX"', text)
 
 
 STAND_INS = {
@@ -112,7 +146,8 @@ STAND_INS = {
     'if [[ $1 == bash ]]; then echo "10.0.0.${node#n}"; exit; fi\n'
     'echo "$node $* token=$(wc -c <"$RAY_AUTH_TOKEN_PATH")" >>"$LOG"\n'
     "exec sleep 60",
-    "ray": "grep ' ray start' \"$LOG\" | sed 's/.*/{\"node_id\": 1}/'",
+    # All nodes on one line, as Ray prints them.
+    "ray": "echo [$(grep ' ray start' \"$LOG\" | sed 's/.*/{\"node_id\": 1},/')]",
     "rlhf-ray": 'echo "run $* at $RAY_ADDRESS"; stat -c %a "$RAY_AUTH_TOKEN_PATH"',
 }
 

@@ -8,6 +8,8 @@ import pytest
 import typer
 
 from rlhf_ray import cli
+from rlhf_ray.cluster.node_readings import PORTS
+from rlhf_ray.cluster.node_verdicts import PRIVATE_PORTS
 from rlhf_ray.config import load
 from rlhf_ray.config.foreign_keys import FOREIGN_KEYS, SUPERVISED_KEYS
 from rlhf_ray.config.load import keys
@@ -57,6 +59,15 @@ def test_their_options_stand_in_the_table_of_names(system: str, program: str) ->
     ]
     assert len(used) > 5
     assert not [name for name in used if name not in named | same]
+
+
+def test_the_fixed_ports_of_the_security_page_are_looked_at() -> None:
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d, ]+) \|.*\| (.*) \|.*\|$", text, flags=re.MULTILINE)
+    places = {int(port): place for ports, place in rows for port in ports.split(",")}
+    assert sorted(places) == sorted(PORTS)
+    kept = [port for port, place in places.items() if place.startswith("loopback")]
+    assert sorted(kept) == sorted(PRIVATE_PORTS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

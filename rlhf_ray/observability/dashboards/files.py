@@ -42,9 +42,9 @@ def write(folder: Path, bounds: Bounds) -> str:
           export RAY_PROMETHEUS_HOST=http://localhost:9090 RAY_GRAFANA_HOST=http://localhost:3000
         Where Ray runs already:
           cp {shown} {session / "dashboards"}/
-        Then start both; Grafana reads what Ray has prepared for it:
+        Then start both, on loopback; Grafana, where it was unpacked, reads what Ray has prepared:
           prometheus --config.file={config} --web.listen-address=127.0.0.1:9090
-          grafana server --config {session / "grafana.ini"}""")
+          bin/grafana server --config {session / "grafana.ini"} cfg:server.http_addr=127.0.0.1""")
 
 
 def _yaml(content: object) -> str:

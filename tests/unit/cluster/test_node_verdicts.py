@@ -65,7 +65,10 @@ def test_a_good_node_passes() -> None:
         ({"binding": "Cannot assign requested address"}, {"ports": FAIL}),
         ({"listening": {8265: ("0.0.0.0",)}}, {"ports": NOTE}),
         ({"listening": {8000: ("127.0.0.1", "10.0.0.1")}}, {"ports": NOTE}),
-        ({"listening": {44217: ("10.0.0.1",)}}, {}),
+        ({"listening": {3000: ("::",)}}, {"ports": NOTE}),
+        ({"listening": {9090: ("::",)}}, {"ports": NOTE}),
+        # Ray opens these itself, and cannot be told otherwise.
+        ({"listening": {10001: ("10.0.0.1",), 44217: ("0.0.0.0",)}}, {}),
         ({"asks_for_token": False}, {"token": NOTE}),
         ({"machine": replace(MACHINE, shm=64_000_000)}, {"/dev/shm": FAIL}),
         ({"machine": replace(MACHINE, compiler=None)}, {"C++ compiler": FAIL}),
@@ -83,6 +86,7 @@ def test_versions_must_be_the_same_everywhere() -> None:
     assert odd.verdict == FAIL
     assert odd.reading == "ray: 2.60.0 on a, 2.60.0 on b, 2.59.0 on c"
     assert "install ray 2.60.0 everywhere" in odd.remedy
+    assert check_versions({}) == []
 
 
 def test_links_have_a_floor() -> None:

@@ -148,7 +148,17 @@ def test_the_files_name_each_other_and_ray(tmp_path: Path, monkeypatch: pytest.M
     shown = tmp_path / "out" / "grafana" / "dashboards" / "rlhf_ray.json"
     assert json.loads(shown.read_text()) == dashboard()
     assert f"export RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR={shown.parent}\n" in said
-    assert "--config /scratch/ray/session_latest/metrics/grafana/grafana.ini" in said
+    *_, prometheus, grafana = said.splitlines()
+    assert prometheus.split() == [
+        "prometheus",
+        f"--config.file={tmp_path}/out/prometheus/prometheus.yml",
+        "--web.listen-address=127.0.0.1:9090",
+    ]
+    assert grafana.split() == [
+        *("bin/grafana", "server", "--config"),
+        "/scratch/ray/session_latest/metrics/grafana/grafana.ini",
+        "cfg:server.http_addr=127.0.0.1",
+    ]
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="needs promtool: apt-get install prometheus")
