@@ -69,9 +69,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def job_cluster(folder: Path) -> Iterator[JobCluster]:
-    """One node that declares eight CPUs; everything that it started is ended on the way out."""
-    port, agent = free_port(), free_port() + 1
+def job_cluster(
+    folder: Path, *options: str, port: int = 0, **variables: str
+) -> Iterator[JobCluster]:
+    """One node that declares eight CPUs; everything that it started is ended on the way out.
+
+    Args:
+        folder: working folder of those who use it.
+        options: further ones of ``ray start``.
+        port: of its head; 0: any.
+        variables: further ones of the environment of its processes.
+    """
+    dashboard, agent = free_port(), free_port() + 1
     mark = secrets.token_hex(8)
     with tempfile.TemporaryDirectory(prefix="jobs-", dir="/tmp") as temporary:
         environment = {
@@ -83,20 +92,21 @@ def job_cluster(folder: Path) -> Iterator[JobCluster]:
             "RAY_USAGE_STATS_ENABLED": "0",
             "TMPDIR": temporary,
             "JOB_CLUSTER": mark,
+            **variables,
         }
         command = [
             *(str(BINARIES / "ray"), "start", "--head", "--node-ip-address=127.0.0.2"),
-            *("--port=0", "--num-cpus=8", f"--temp-dir={temporary}/ray"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+            *(f"--port={port}", "--num-cpus=8", f"--temp-dir={temporary}/ray"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
             *(f"--dashboard-agent-listen-port={agent}", "--object-store-memory=300000000"),
-            "--disable-usage-stats",
+            *("--disable-usage-stats", *options),
         ]
         try:
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=120, check=False
             )
             assert done.returncode == 0, done.stdout + done.stderr
-            user = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+            user = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
             yield JobCluster(user, folder)
         finally:
             _end(f"JOB_CLUSTER={mark}".encode())
