@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ class GpuKind:
     link_gb_per_s: float
     """To another GPU of the node, one way: NVLink, or PCIe where there is none."""
     ray_names: tuple[str, ...]
-    """What Ray calls it (``ray.util.accelerators``)."""
+    """What Ray calls it: by the driver's name, without its size, unless people label nodes
+    themselves (``ray.util.accelerators``)."""
 
 
 GPU_KINDS: dict[str, GpuKind] = {
@@ -37,20 +38,19 @@ GPU_KINDS: dict[str, GpuKind] = {
     "H200-141GB": GpuKind(150.8, 989, 4800, 450, ("H200",)),
     "H100-80GB": GpuKind(85.5, 989, 3350, 450, ("H100",)),
     "A100-40GB": GpuKind(42.9, 312, 1555, 300, ("A100", "A100-40G")),
-    "A100-80GB": GpuKind(85.9, 312, 2039, 300, ("A100-80G",)),
+    "A100-80GB": GpuKind(85.9, 312, 2039, 300, ("A100", "A100-80G")),
     "L40S-48GB": GpuKind(48.3, 362, 864, 32, ("L40S",)),
-    "A6000-48GB": GpuKind(51.5, 155, 768, 56, ()),
+    "A6000-48GB": GpuKind(51.5, 155, 768, 56, ("RTX-A6000",)),
     "A10G-24GB": GpuKind(24.1, 70, 600, 32, ("A10G",)),
     "L4-24GB": GpuKind(24.2, 121, 300, 32, ("L4",)),
     "V100-16GB": GpuKind(17.2, 125, 900, 150, ("V100",)),
-    "V100-32GB": GpuKind(34.4, 125, 900, 150, ()),
+    "V100-32GB": GpuKind(34.4, 125, 900, 150, ("V100",)),
     "T4-16GB": GpuKind(16.1, 65, 320, 16, ("T4",)),
-    "RTX4090-24GB": GpuKind(25.8, 165, 1008, 32, ()),
+    "RTX4090-24GB": GpuKind(25.8, 165, 1008, 32, ("GeForce-RTX-4090",)),
 }
 """Makers' data sheets: NVIDIA A100 (2021), H100 and H200 (SXM), B200 (HGX), L40S, L4, V100 (SXM2),
 T4, RTX A6000; the A10G's are its A10's, at the clock that AWS gives it; RTX 4090: Ada whitepaper,
-with fp32 accumulation. Memory is what nvidia-smi shows. A name that stands for two sizes in Ray is
-taken to be the smaller."""
+with fp32 accumulation. Memory is what nvidia-smi shows."""
 
 NETWORK_GB_PER_S = 12.5
 """Between nodes: 100 Gbit/s, the least that makers' training nodes come with."""
@@ -109,22 +109,35 @@ def live_cluster() -> tuple[Node, ...]:
             f"No Ray cluster can be reached ({why}); say what it would be, for example "
             "--cluster 3x8xA100-80GB"
         )
-    return tuple(map(node_of, json.loads(asked.stdout.splitlines()[-1])))
+    return tuple(node_of(*found) for found in json.loads(asked.stdout.splitlines()[-1]))
 
 
-def node_of(entry: Mapping[str, Any]) -> Node:
-    """A node as ``ray.nodes()`` describes it."""
+def node_of(entry: Mapping[str, Any], gpu_memory_gb: float | None = None) -> Node:
+    """A node as ``ray.nodes()`` describes it.
+
+    Args:
+        entry: Ray's.
+        gpu_memory_gb: of each of its GPUs; None: not known.
+    """
     return Node(
         name=entry["NodeManagerAddress"],
         gpus=int(entry["Resources"].get("GPU", 0)),
         labels=entry["Labels"],
-        gpu_kind=kind_called(entry["Labels"].get("ray.io/accelerator-type", "")),
+        gpu_kind=kind_called(entry["Labels"].get("ray.io/accelerator-type", ""), gpu_memory_gb),
     )
 
 
-def kind_called(ray_name: str) -> str | None:
-    """The kind that Ray calls so; None: not known."""
-    return next((kind for kind, gpu in GPU_KINDS.items() if ray_name in gpu.ray_names), None)
+def kind_called(ray_name: str, memory_gb: float | None) -> str | None:
+    """The kind that Ray calls so, of kinds that it calls alike by its memory; None: not known."""
+    family = [kind for kind, gpu in GPU_KINDS.items() if ray_name in gpu.ray_names]
+    if memory_gb is None:
+        return family[0] if len(family) == 1 else None
+    return _of_size(family, memory_gb)
+
+
+def _of_size(family: Iterable[str], memory_gb: float) -> str | None:
+    """Of some kinds the one with about so much memory; None: there are none."""
+    return min(family, key=lambda kind: abs(GPU_KINDS[kind].memory_gb - memory_gb), default=None)
 
 
 def this_machine() -> Node:
@@ -136,9 +149,7 @@ def this_machine() -> Node:
         return Node("this machine", 0)
     found = torch.cuda.get_device_properties(0)
     family = [kind for kind in GPU_KINDS if kind.partition("-")[0] in found.name.replace(" ", "")]
-    gb = found.total_memory / 1e9
-    kind = min(family, key=lambda name: abs(GPU_KINDS[name].memory_gb - gb), default=None)
-    return Node("this machine", count, gpu_kind=kind)
+    return Node("this machine", count, gpu_kind=_of_size(family, found.total_memory / 1e9))
 
 
 def memory_of_machine() -> int:

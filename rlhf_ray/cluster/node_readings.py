@@ -1,4 +1,4 @@
-"""What `doctor --cluster` reads on a node; runs there, in a task."""
+"""What `doctor --cluster` and `plan` read on a node; runs there, in a task."""
 
 import ipaddress
 import resource
@@ -96,6 +96,12 @@ def parse_gpu_query(text: str) -> tuple[str, tuple[Gpu, ...]]:
     whole = [row for row in rows if len(row) == 3 and row[1].isdigit() and row[2].isdigit()]
     driver = whole[0][0] if whole else ""
     return driver, tuple(Gpu(int(free), int(total)) for _, free, total in whole)
+
+
+def smallest_gpu_gb() -> float | None:
+    """Memory of the node's smallest GPU, GB; None: nvidia-smi shows no GPU."""
+    _, gpus = parse_gpu_query(_gpu_query())
+    return min((gpu.total * 2**20 / 1e9 for gpu in gpus), default=None)
 
 
 def _gpu_query() -> str:

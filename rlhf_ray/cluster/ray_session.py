@@ -163,7 +163,8 @@ def num_logical_cpus(config: Config) -> int:
         + config.reward.num_workers
     )
     # Ray Train asks for one CPU a worker and one for its controller.
-    training = 2 + max(s.train_workers for s in (config.pretrain, config.sft, config.reward))
+    trained = (config.pretrain, config.sft, config.reward, config.dpo)
+    training = 2 + max(stage.train_workers for stage in trained)
     return max(ppo, training, os.cpu_count() or 1)
 
 

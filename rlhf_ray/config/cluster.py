@@ -23,7 +23,10 @@ class ClusterConfig(Section):
         300.0, gt=0, description="Deadline for a role's process to be ready, seconds."
     )
     call_timeout_s: float = changeable(
-        600.0, gt=0, description="Deadline for any one call to a role, seconds."
+        600.0,
+        gt=0,
+        description="Deadline for any one call to a role, seconds; an iteration's "
+        "updates are one call.",
     )
     gpu_hour_price: float | None = changeable(
         None,

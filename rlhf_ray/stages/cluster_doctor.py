@@ -14,7 +14,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.preflight import FAIL, Check
 from rlhf_ray.stages.inputs import files_of_roles
-from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
+from rlhf_ray.stages.run_folder import RunFolder
 
 TIMEOUT_S = 120.0
 Section = tuple[str, list[Check]]
@@ -67,8 +67,7 @@ def _sections(config: Config | None, min_gbit_s: float) -> Iterator[Section]:
 
 def _check_paths(config: Config) -> Check:
     folder = RunFolder(config)
-    with unwritable_is_an_error(folder.path):
-        folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.make()
     try:
         require_same_view(folder.path, files_of_roles(folder), config.cluster.interface)
     except PlacementError as error:

@@ -28,7 +28,6 @@ from rlhf_ray.stages.inputs import files_of_roles, require_inputs
 from rlhf_ray.stages.run_folder import (
     RunFolder,
     full_disk_is_an_error,
-    unwritable_is_an_error,
     write_atomically,
 )
 
@@ -126,7 +125,7 @@ def open_run(folder: RunFolder) -> None:
         CheckpointError: the folder holds another run's models, data or algorithm.
         ConfigError: nothing to go on from, where run.resume is must; the folder is not writable.
     """
-    config, saved = folder.config, folder.path / "config.yaml"
+    config, saved = folder.config, folder.saved
     if joins_cluster(config):
         require_durable_folder(config)
     if config.run.resume == "never" and saved.is_file():
@@ -137,10 +136,7 @@ def open_run(folder: RunFolder) -> None:
         _require_same_run(folder, _read_saved(saved))
     elif config.run.resume == "must":
         raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
-    with unwritable_is_an_error(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if not saved.is_file():  # later, whom its owner let in stays in
-            folder.path.chmod(0o700)
+    folder.make()
     write_atomically(saved, dump(config))
 
 

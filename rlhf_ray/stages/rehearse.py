@@ -43,9 +43,10 @@ def run(config: Config) -> Rehearsal | None:
         RlhfError: what went wrong, as it would in the run.
     """
     worst = worst_case(config)
+    RunFolder(config).make()
     folder = Path(worst.run.dir)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    RunFolder(worst).make()
     _write_prompts(folder / "prompts.jsonl", worst)
     Progress().say("rehearsal: two iterations of the longest rollouts, and the loss of a generator")
     with _a_loss(worst):

@@ -34,6 +34,20 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.path = Path(config.run.dir).absolute()
+        self.saved = self.path / "config.yaml"
+
+    def make(self) -> None:
+        """Make the folder when missing; for its owner alone, until it holds a run.
+
+        Whom the owner lets in later stays in.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        with unwritable_is_an_error(self.path):
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.saved.is_file():
+                self.path.chmod(0o700)
 
     def stage(self, name: str) -> Path:
         """Folder of a stage; made when missing.
@@ -41,9 +55,11 @@ class RunFolder:
         Raises:
             ConfigError: the run folder cannot be written.
         """
+        if not self.path.is_dir():
+            self.make()
         folder = self.path / name
         with unwritable_is_an_error(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
         return folder
 
     def summary(self, stage: str) -> dict[str, Any] | None:

@@ -36,3 +36,6 @@ def test_a_runs_folder_is_its_owners_alone(whole_run: Path, tmp_path: Path) -> N
     folder.path.chmod(0o750)
     open_run(folder)  # it goes on: whom its owner let in stays in
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o750
+    other = RunFolder(load(None, [f"run.dir={tmp_path / 'runs' / 'other'}"]))
+    other.stage("export")  # by a command that needs no run
+    assert stat.S_IMODE(other.path.stat().st_mode) == 0o700

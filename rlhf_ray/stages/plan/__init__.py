@@ -40,7 +40,8 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], l
     if rehearsal is not None:
         plan = calibrated(plan, rehearsal)
         note = (*note, f"seconds are from the rehearsal of {rehearsal.when}")
-    noted = dataclasses.replace(plan, assumptions=(*note, *plan.assumptions))
+    late = (plan.late_calls,) if plan.late_calls else ()
+    noted = dataclasses.replace(plan, assumptions=(*note, *late, *plan.assumptions))
     return noted, changes, side_by_side
 
 

@@ -145,21 +145,34 @@ def _range(ends: Iterable[float]) -> Range:
 
 
 def _generate(setting: Setting, end: int) -> float:
+    config = setting.config
+    rollouts = math.ceil(config.ppo.batch_size / config.generators.num)
+    return _sample(setting, rollouts, _response_tokens(config, end), end)
+
+
+def longest_shard(setting: Setting) -> float:
+    """Seconds of a call for one shard, at worst: until all that its generator has at a time are
+    done, each response as long as can be."""
+    config = setting.config
+    rollouts = math.ceil(config.ppo.batch_size / config.generators.num)
+    sampler = config.rollout.length_sampler
+    longest = sampler.max - 1 if sampler else config.rollout.max_tokens
+    return _sample(setting, min(rollouts, _in_flight(config)), longest, end=1)
+
+
+def _in_flight(config: Config) -> int:
+    """Rollouts that a generator is asked for at a time."""
+    return config.generators.max_in_flight * config.rollout.shard_size
+
+
+def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
+    """Seconds for a generator's rollouts of so many tokens each."""
     config, shape = setting.config, setting.models.tuned.shape
     kind, generator = setting.kinds["generator"], engine(setting)
     assert kind is not None
-    size, generators = config.generators.tensor_parallel_size, config.generators
-    rollouts = math.ceil(config.ppo.batch_size / generators.num)
-    together = max(
-        1,
-        min(
-            rollouts,
-            generators.max_in_flight * config.rollout.shard_size,
-            generator.sequences(setting.longest()),
-            SEQUENCES_AT_A_TIME,
-        ),
-    )
-    steps = _response_tokens(config, end)
+    size = config.generators.tensor_parallel_size
+    cached = generator.sequences(setting.longest())
+    together = max(1, min(rollouts, _in_flight(config), cached, SEQUENCES_AT_A_TIME))
     prompt = config.rollout.max_prompt_tokens
     read = generator.parts["weights"] + together * (prompt + steps / 2) * generator.token_bytes
     bandwidth = ASSUMPTIONS["sampling reaches of its GPU's memory bandwidth"][end]

@@ -7,6 +7,7 @@ from rlhf_ray.cluster.hardware import GpuKind
 from rlhf_ray.cluster.layout import Node, Place, demands, fit
 from rlhf_ray.config import Config
 from rlhf_ray.models.memory import GB
+from rlhf_ray.stages.plan.deadlines import late_calls
 from rlhf_ray.stages.plan.pace import Pace, pace, sync_bytes
 from rlhf_ray.stages.plan.roles import PlannedRole, Setting, engine, ppo_roles
 from rlhf_ray.stages.plan.room import (
@@ -44,6 +45,8 @@ class Plan:
     """None where it is not known how fast GPUs are, or where roles would be."""
     bytes_per_sync: int
     """Of the adapter that each generator is sent."""
+    late_calls: str | None
+    """See `deadlines`; None where there are none, or where a rehearsal has shown it."""
     assumptions: tuple[str, ...]
     """What was taken for granted, besides the pace's."""
 
@@ -89,6 +92,8 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     sequences = generator.sequences(config.model.max_length) if is_known else 0
     if runs_ppo and is_known and not sequences:
         short.append(no_cache(config, generator))
+    is_placed = has_gpus and (bool(places) or not runs_ppo)
+    predicted = pace(setting, on_gpus(ppo, places).values()) if is_placed else None
     return Plan(
         config=config,
         nodes=tuple(nodes),
@@ -97,10 +102,9 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
         places=tuple(places),
         sequences=sequences,
         shortages=tuple(short),
-        pace=pace(setting, on_gpus(ppo, places).values())
-        if has_gpus and (places or not runs_ppo)
-        else None,
+        pace=predicted,
         bytes_per_sync=sync_bytes(config, models.tuned.shape) if runs_ppo else 0,
+        late_calls=late_calls(setting, predicted),
         assumptions=(
             *models.assumptions,
             *unknown_extents(config, models),

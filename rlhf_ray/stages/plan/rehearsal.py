@@ -104,7 +104,10 @@ def _compared(config: str) -> dict[str, Any]:
 
 
 def calibrated(plan: Plan, rehearsal: Rehearsal) -> Plan:
-    """The plan with measured seconds, and what measured memory says against it."""
+    """The plan with measured seconds, and what measured memory says against it.
+
+    Calls were in time: deadlines are among what a rehearsal is compared by.
+    """
     notes, short = [], []
     for role in plan.roles:
         peak, planned = rehearsal.peak_of(role.role), _planned(plan, role)
@@ -120,6 +123,7 @@ def calibrated(plan: Plan, rehearsal: Rehearsal) -> Plan:
     return replace(
         plan,
         pace=calibrated_pace(plan.pace, rehearsal, plan.config),
+        late_calls=None,
         assumptions=(*notes, *plan.assumptions),
         shortages=(*plan.shortages, *short),
     )

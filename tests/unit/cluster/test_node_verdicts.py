@@ -2,12 +2,19 @@
 
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from rlhf_ray.cluster import node_readings
 from rlhf_ray.cluster.bandwidth import Link
-from rlhf_ray.cluster.node_readings import Gpu, NodeReading, parse_gpu_query, read_node
+from rlhf_ray.cluster.node_readings import (
+    Gpu,
+    NodeReading,
+    parse_gpu_query,
+    read_node,
+    smallest_gpu_gb,
+)
 from rlhf_ray.cluster.node_verdicts import check_links, check_versions, checks_of
 from rlhf_ray.preflight import FAIL, GB, NOTE, OK, Machine
 
@@ -100,6 +107,17 @@ def test_nvidia_smis_table_is_read() -> None:
     text = "580.95.05, 80997, 81920\n580.95.05, 100, 81920\n"
     assert parse_gpu_query(text) == ("580.95.05", (Gpu(80_997, 81_920), Gpu(100, 81_920)))
     assert parse_gpu_query("No devices were found\n") == ("", ())
+
+
+def test_of_a_nodes_gpus_the_smallest_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert smallest_gpu_gb() is None
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\necho 580.95.05, 100, 81920\necho 580.95.05, 100, 40960\n")
+    nvidia_smi.chmod(0o755)
+    assert smallest_gpu_gb() == pytest.approx(42.95, abs=0.01)  # 40 GiB
 
 
 def test_ports_that_are_listened_on_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

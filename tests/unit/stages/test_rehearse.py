@@ -1,6 +1,7 @@
 """What is rehearsed, and what a plan makes of it."""
 
 import json
+import stat
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from rlhf_ray.cluster.hardware import parse_cluster
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.stages import rehearse
 from rlhf_ray.stages.plan import Plan, plan_for
 from rlhf_ray.stages.plan.pace import Pace
 from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, as_text, calibrated_pace, load
@@ -84,6 +86,20 @@ def test_without_a_model_or_ppo_there_is_nothing_to_rehearse(tmp_path: Path) -> 
             worst_case(config)
 
 
+def test_a_runs_folder_that_a_rehearsal_makes_is_its_owners_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(worst: Config) -> None:
+        raise InterruptedError(worst.run.dir)
+
+    monkeypatch.setattr(rehearse, "run_pipeline", stopped)
+    folder = tmp_path / "runs" / "first"
+    with pytest.raises(InterruptedError):
+        rehearse.run(config_of(folder))
+    for made in (folder, folder / "rehearsal"):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+
+
 def test_a_rehearsal_holds_for_its_own_config_alone(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert is_needed(config)
@@ -122,6 +138,7 @@ def on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **peaks: int) -> Pla
         folder,
         model={"path": "m", "shape": SHAPE},
         placement={"gpus": 0.25},
+        cluster={"call_timeout_s": 1e-3},
         rollout={"engine_args": {"gpu_memory_utilization": 0.3}},
         reference={"kind": "policy_base"},
     )
@@ -132,6 +149,8 @@ def on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **peaks: int) -> Pla
     (folder / RESULT).write_text(json.dumps(asdict(made)))
     plan, changes, _ = plan_for(config, "live")
     assert not changes
+    # It has shown that calls are in time, whatever was predicted.
+    assert "call_timeout_s" not in " ".join(plan.assumptions)
     return plan
 
 
