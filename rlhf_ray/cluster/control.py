@@ -19,7 +19,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_ray.cluster.leftovers import alive, identity, records_folder
+from rlhf_ray.cluster.leftovers import alive, identity, write_whole
+from rlhf_ray.cluster.own_job import folder_of_job, make_known, note_folder
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Bar, watched_by
 from rlhf_ray.types import GeneratorStatus
@@ -121,7 +122,7 @@ class ControlFiles:
 
     def _write_status(self, status: RunStatus, driver: dict[str, Any]) -> None:
         values = asdict(replace(status, updated=time.time()))
-        _write(self._status, {"status": values, "driver": driver})
+        write_whole(self._status, {"status": values, "driver": driver})
 
     def status(self) -> RunStatus:
         """How the run stands.
@@ -153,7 +154,7 @@ class ControlFiles:
         """Leave a wish for the driver, beside what was asked before."""
         before = self.asked()
         num_generators = before.num_generators if num_generators is None else num_generators
-        _write(self._asked, asdict(Wish(stop or before.stop, num_generators)))
+        write_whole(self._asked, asdict(Wish(stop or before.stop, num_generators)))
 
     def asked(self) -> Wish:
         """All that was asked since the run began."""
@@ -168,7 +169,8 @@ def told(name: str, folder: Path) -> Iterator[ControlFiles]:
     """A run of this process, from its beginning to how it ended."""
     files = ControlFiles(folder)
     files.open(name)
-    _register(folder)
+    note_folder(folder)
+    make_known(name, folder)
 
     def tell_progress(bar: Bar) -> None:
         files.tell(progress=bar.counted(), eta_s=bar.eta_s)
@@ -184,47 +186,8 @@ def told(name: str, folder: Path) -> Iterator[ControlFiles]:
         raise
 
 
-def submission_id() -> str | None:
-    """Of the Ray job whose entry point this process is."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return job.get("metadata", {}).get("job_submission_id")
-
-
-def _register(folder: Path) -> None:
-    """Note on this node which folder the job writes to: it is known by its id alone."""
-    job = submission_id()
-    if job is not None:
-        for own in (records_folder(), _job_record(job).parent):
-            own.mkdir(mode=0o700, exist_ok=True)
-        _write(_job_record(job), {"folder": str(folder)})
-
-
-def folder_of_job(job: str) -> Path:
-    """The run's folder of a job whose driver is, or was, on this node.
-
-    Raises:
-        ConfigError: it has not come to that yet, or is no run of ours.
-    """
-    try:
-        return Path(json.loads(_job_record(job).read_text(encoding="utf-8"))["folder"])
-    except FileNotFoundError:
-        raise ConfigError(
-            f"Job {job} has opened no run folder (yet); see rlhf-ray logs {job}"
-        ) from None
-
-
-def _job_record(job: str) -> Path:
-    return records_folder() / "jobs" / f"{job}.json"
-
-
 def _status_in(written: dict[str, Any]) -> RunStatus:
     return RunStatus.from_json(written["status"])
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

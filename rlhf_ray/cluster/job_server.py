@@ -16,15 +16,13 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from rlhf_ray.cluster.control import RunStatus
+from rlhf_ray.cluster.own_job import FOLDER, NAME
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
 
 T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-
-NAME, FOLDER = "rlhf_ray.run", "rlhf_ray.folder"
-"""Metadata of a submitted run: its name and its folder."""
 
 CONTROL = "python -m rlhf_ray.cluster.control"
 """What the job that asks a driver runs; such jobs are no runs."""
@@ -70,7 +68,7 @@ class Job:
     id: str
     """Submission id."""
     name: str | None
-    """``run.name``; None where Ray's own command submitted it."""
+    """``run.name``; None until its driver has begun where Ray's own command submitted it."""
     folder: str | None
     """``run.dir``; None likewise."""
     status: str
@@ -129,7 +127,10 @@ class JobServer:
         return _job(self._call(self._client.get_job_info, submission_id))
 
     def find(self, run: str) -> Job:
-        """The run of a name, folder or submission id; of several the one that goes on, or newest.
+        """The run of a name, folder or submission id.
+
+        Of several the first that goes on, as a later one is refused by its driver; else the one
+        that ended last.
 
         Raises:
             ConfigError: there is none.
@@ -143,7 +144,10 @@ class JobServer:
                 f"The cluster has no run {run!r} (by name, folder or submission id); it has: "
                 f"{known}. A run of this machine is named by its folder"
             )
-        return next((job for job in found if not job.is_over), found[0])
+        going_on = [job for job in found if not job.is_over]
+        if going_on:
+            return min(going_on, key=lambda job: job.started)
+        return max(found, key=lambda job: (job.ended or 0.0, job.started))
 
     def ask(self, job: Job, *arguments: str) -> RunStatus:
         """Read the status of a run on its driver's node, and leave wishes (`control.main`).
@@ -295,9 +299,8 @@ def _tail(client: JobClient, submission_id: str, skip: int) -> Iterator[str]:
 
 def _is_run(details: Any) -> bool:
     entrypoint = details.entrypoint or ""
-    return (
-        details.submission_id is not None and "rlhf-ray" in entrypoint and CONTROL not in entrypoint
-    )
+    is_ours = NAME in (details.metadata or {}) or "rlhf-ray" in entrypoint
+    return details.submission_id is not None and is_ours and CONTROL not in entrypoint
 
 
 def _job(details: Any) -> Job:

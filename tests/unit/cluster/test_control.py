@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.cluster import control
+from rlhf_ray.cluster import control, own_job
 from rlhf_ray.cluster.control import ControlFiles, RunStatus, Wish, told
 from rlhf_ray.cluster.leftovers import identity
 from rlhf_ray.errors import ConfigError
@@ -22,7 +22,8 @@ from rlhf_ray.types import GeneratorStatus
 @pytest.fixture
 def as_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """This process is the entry point of a job."""
-    monkeypatch.setattr(control, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(own_job, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(control, "make_known", lambda *_: None)
     metadata = {"metadata": {"job_submission_id": "job-1"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(metadata))
     return "job-1"

@@ -33,15 +33,27 @@ def test_of_several_jobs_of_a_run_it_is_the_one_that_goes_on_else_the_newest() -
     assert server_of(FakeJobClient({"old": old, "new": new})).find("mine").id == "new"
 
 
+def test_a_run_that_was_refused_as_its_name_is_in_use_does_not_hide_the_one_that_has_it() -> None:
+    first, twin = details("first", start_time=1000), details("twin", start_time=2000)
+    server = server_of(FakeJobClient({"first": first, "twin": twin}))
+    assert server.find("mine").id == "first"
+    twin.status, twin.end_time = "FAILED", 3000
+    assert server.find("mine").id == "first"
+    first.status, first.end_time = "SUCCEEDED", 4000
+    assert server.find("mine").id == "first"
+
+
 def test_other_jobs_are_no_runs_and_those_of_rays_own_command_are() -> None:
     jobs = {
-        "other": details("other", entrypoint="python train.py"),
+        "other": details("other", entrypoint="python train.py", metadata=None),
         "asking": details("asking", entrypoint=f"exec {job_server.CONTROL} rlhf-ray-1"),
         "driver": details(None),
         "plain": details("plain", entrypoint="rlhf-ray run c.yaml", metadata=None),
     }
     (job,) = server_of(FakeJobClient(jobs)).jobs()
     assert (job.id, job.name, job.folder) == ("plain", None, None)
+    jobs["scripted"] = details("scripted", entrypoint="bash mine.sh")  # its driver named itself
+    assert server_of(FakeJobClient(jobs)).find("mine").id == "scripted"
 
 
 def test_a_driver_is_asked_on_its_own_node_by_a_job_that_leaves_no_trace() -> None:
