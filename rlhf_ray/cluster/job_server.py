@@ -1,6 +1,5 @@
 """The job server of a Ray cluster, by the dashboard's address alone: runs that are jobs there."""
 
-import asyncio
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from rlhf_ray.cluster import job_logs
 from rlhf_ray.cluster.control import RunStatus
 from rlhf_ray.cluster.own_job import FOLDER, NAME
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
@@ -203,9 +203,10 @@ class JobServer:
         num_shown, tries, lost = 0, 0, None
         while True:
             try:
-                for text in _tail(self._client, job.id, skip=num_shown):
+                for text in self._printed(job, skip=num_shown):
                     num_shown, tries, lost = num_shown + len(text), 0, None
-                    yield text
+                    if text:
+                        yield text
                 if self.job(job.id).is_over:
                     return
             except (*LOST_CONNECTION, ActorFailure) as error:
@@ -217,6 +218,21 @@ class JobServer:
                     ) from error
             self._sleep(REATTACH_WAITS_S[min(tries, len(REATTACH_WAITS_S) - 1)])
             tries += 1
+
+    def _printed(self, job: Job, skip: int) -> Iterator[str]:
+        """What a job prints, less the first ``skip`` characters, until the server ends the stream.
+
+        Attaches again where nothing comes. An empty text says that the server lives.
+        """
+        while True:
+            try:
+                for text in job_logs.texts(self._client.tail_job_logs(job.id), skip):
+                    skip += len(text)
+                    yield text
+                return
+            except job_logs.Quiet:
+                self.job(job.id)
+                yield ""
 
     def wait(self, job: Job) -> Job:
         """Until a run has ended."""
@@ -285,16 +301,6 @@ def _require_reachable(where: str) -> None:
             f"Nobody answers at {where}: {error}. Name the dashboard's address with --address or "
             f"{ADDRESS_VARIABLES[0]}, such as http://head-node:8265"
         ) from error
-
-
-def _tail(client: JobClient, submission_id: str, skip: int) -> Iterator[str]:
-    """What a job prints, less the first ``skip`` characters, until the server ends the stream."""
-    with asyncio.Runner() as runner:
-        stream = client.tail_job_logs(submission_id)
-        while (text := runner.run(anext(stream, None))) is not None:
-            rest, skip = text[skip:], max(0, skip - len(text))
-            if rest:
-                yield rest
 
 
 def _is_run(details: Any) -> bool:
