@@ -80,6 +80,8 @@ class Wish:
     """End after the iteration that it is in."""
     num_generators: int | None = None
     """Change the number of generators to this; None: no wish."""
+    scalings: int = 0
+    """How often that was asked for: the same number may be asked for again."""
 
 
 class ControlFiles:
@@ -153,8 +155,10 @@ class ControlFiles:
     def ask(self, *, stop: bool = False, num_generators: int | None = None) -> None:
         """Leave a wish for the driver, beside what was asked before."""
         before = self.asked()
-        num_generators = before.num_generators if num_generators is None else num_generators
-        write_whole(self._asked, asdict(Wish(stop or before.stop, num_generators)))
+        wish = replace(before, stop=stop or before.stop)
+        if num_generators is not None:
+            wish = replace(wish, num_generators=num_generators, scalings=before.scalings + 1)
+        write_whole(self._asked, asdict(wish))
 
     def asked(self) -> Wish:
         """All that was asked since the run began."""

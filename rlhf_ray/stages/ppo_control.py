@@ -33,16 +33,16 @@ async def _exchange(
     bar: Bar,
     tell: Callable[[str], None],
 ) -> None:
-    granted = trouble = None
+    num_scaled, trouble = 0, None
     while True:
         files.tell(**_standing(loop, generators, bar))
         try:
             wish = files.asked()
             if wish.stop:
                 loop.request_stop()
-            if wish.num_generators is not None and wish.num_generators != granted:
+            if wish.num_generators is not None and wish.scalings != num_scaled:
                 generators.scale_to(wish.num_generators)
-                granted = wish.num_generators
+                num_scaled = wish.scalings
         except Exception as error:  # storage or cluster that does not answer just now
             if str(error) != trouble:
                 tell(f"What was asked of the run could not be done, and is tried again: {error}")

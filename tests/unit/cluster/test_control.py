@@ -93,9 +93,9 @@ def test_wishes_add_up_and_are_void_when_a_run_begins(tmp_path: Path) -> None:
     assert files.asked() == Wish()
     files.ask(num_generators=3)
     files.ask(stop=True)
-    assert files.asked() == Wish(stop=True, num_generators=3)
+    assert files.asked() == Wish(stop=True, num_generators=3, scalings=1)
     files.ask(num_generators=2)
-    assert files.asked() == Wish(stop=True, num_generators=2)
+    assert files.asked() == Wish(stop=True, num_generators=2, scalings=2)
     files.open("mine")
     assert files.asked() == Wish()
 
@@ -127,7 +127,7 @@ def test_a_job_is_asked_by_its_id_alone(
         assert answer["status"]["folder"] == str(run)
         assert files.asked() == Wish()
         asked(capsys, as_job, "--stop", "--generators", "4")
-        assert files.asked() == Wish(stop=True, num_generators=4)
+        assert files.asked() == Wish(stop=True, num_generators=4, scalings=1)
 
 
 def test_a_folder_without_a_run_has_no_status(tmp_path: Path) -> None:

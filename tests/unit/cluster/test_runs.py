@@ -130,7 +130,7 @@ def test_generators_are_changed_while_there_are_any(tmp_path: Path) -> None:
         LocalRun(tmp_path).scale(3)
     files.tell(stage="ppo", generators=GENERATORS)
     LocalRun(tmp_path).scale(3)
-    assert files.asked() == Wish(num_generators=3)
+    assert files.asked() == Wish(num_generators=3, scalings=1)
 
 
 def test_what_a_run_of_this_machine_printed_is_kept_nowhere(tmp_path: Path) -> None:
