@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,11 +23,18 @@ from typing import Any, Literal
 from rlhf_ray.cluster.leftovers import alive, identity, write_whole
 from rlhf_ray.cluster.own_job import folder_of_job, make_known, note_folder
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.observability.progress import Bar, watched_by
+from rlhf_ray.observability.progress import Bar, Progress, watched_by
 from rlhf_ray.types import GeneratorStatus
 
 INTERVAL_S = 1.0
 """Between two looks of the driver at what is asked of it."""
+
+LIFE_SIGN_S = 20.0
+"""At most between two changes of the status while its driver lives."""
+SILENT_S = 60.0
+"""After how long without a change the driver of another host is taken to be gone."""
+
+_telling = threading.Lock()
 
 State = Literal["running", "stopped", "finished", "failed", "dead"]
 
@@ -94,7 +102,7 @@ class ControlFiles:
         """Begin a run of this process: what was told and asked before is void.
 
         Raises:
-            ConfigError: another process of this machine runs here.
+            ConfigError: another process runs here.
         """
         self._require_free()
         self._asked.unlink(missing_ok=True)
@@ -104,12 +112,32 @@ class ControlFiles:
     def _require_free(self) -> None:
         with suppress(OSError, ValueError, KeyError):
             driver = json.loads(self._status.read_text(encoding="utf-8"))["driver"]
-            is_other = driver["host"] == socket.gethostname() and driver["pid"] != os.getpid()
-            if is_other and self.status().state == "running":
+            is_other = (driver["host"], driver["pid"]) != (socket.gethostname(), os.getpid())
+            if is_other and self.status().state == "running" and self._is_driven_by(driver):
                 raise ConfigError(
-                    f"{self._status.parent} is in use by process {driver['pid']}: stop it first "
-                    f"(rlhf-ray stop {self._status.parent}), or choose another run.dir"
+                    f"{self._status.parent} is in use by process {driver['pid']} on "
+                    f"{driver['host']}: stop it first (rlhf-ray stop {self._status.parent}), or "
+                    "choose another run.dir"
                 )
+
+    def _is_driven_by(self, driver: dict[str, Any]) -> bool:
+        """Whether the driver of a run whose state is running lives.
+
+        On another host only its signs of life tell, which are waited for: hosts' clocks may differ
+        too much to go by the age of the last one.
+        """
+        if driver["host"] == socket.gethostname():
+            return True  # as its state says
+        Progress().say(
+            f"{self._status.parent} was left running by a driver on {driver['host']}: looking "
+            f"for up to {SILENT_S:g} s whether it lives"
+        )
+        before, deadline = self._status.read_bytes(), time.monotonic() + SILENT_S
+        while time.monotonic() < deadline:
+            if self._status.read_bytes() != before:
+                return self.status().state == "running"
+            time.sleep(INTERVAL_S)
+        return False
 
     def begin(self, stage: str) -> None:
         """Nothing is known yet of a stage that begins."""
@@ -118,7 +146,7 @@ class ControlFiles:
 
     def tell(self, **changes: Any) -> None:
         """Change fields of the status. No run ends because it is gone or cannot be written."""
-        with suppress(OSError, ConfigError):
+        with suppress(OSError, ConfigError), _telling:
             written = self._read()
             self._write_status(replace(_status_in(written), **changes), written["driver"])
 
@@ -169,6 +197,24 @@ class ControlFiles:
 
 
 @contextmanager
+def _signs_of_life(files: ControlFiles) -> Iterator[None]:
+    """Renew the status where nothing else does, by which other hosts see that we live."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(LIFE_SIGN_S):
+            files.tell()
+
+    thread = threading.Thread(target=renew, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
 def told(name: str, folder: Path) -> Iterator[ControlFiles]:
     """A run of this process, from its beginning to how it ended."""
     files = ControlFiles(folder)
@@ -180,7 +226,7 @@ def told(name: str, folder: Path) -> Iterator[ControlFiles]:
         files.tell(progress=bar.counted(), eta_s=bar.eta_s)
 
     try:
-        with watched_by(tell_progress):
+        with watched_by(tell_progress), _signs_of_life(files):
             yield files
     except Exception:
         files.tell(state="failed")

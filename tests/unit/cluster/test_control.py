@@ -3,9 +3,12 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
-from dataclasses import asdict
+import threading
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -149,3 +152,64 @@ def test_a_folder_in_which_another_process_runs_is_not_taken(tmp_path: Path) -> 
             ):
                 pass
         other.kill()
+
+
+@pytest.fixture
+def left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ControlFiles:
+    """The folder of a driver of another host that should be running."""
+    monkeypatch.setattr(control, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(control, "SILENT_S", 0.2)
+    files = ControlFiles(tmp_path)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "node-2")
+        files.open("mine")
+    return files
+
+
+def test_a_folder_in_which_a_driver_of_another_host_lives_is_not_taken(
+    left_running: ControlFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(control, "LIFE_SIGN_S", 0.005)
+    monkeypatch.setattr(control, "SILENT_S", 10.0)
+    refused = f"in use by process {os.getpid()} on node-2: stop it"
+    with control._signs_of_life(left_running), pytest.raises(ConfigError, match=refused):
+        ControlFiles(tmp_path).open("mine")
+    assert left_running.driver()["host"] == "node-2"
+    assert "was left running by a driver on node-2: looking" in capsys.readouterr().out
+
+
+def test_it_is_taken_from_one_that_ends_or_gives_no_sign_of_life(
+    left_running: ControlFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ControlFiles(tmp_path).open("mine")
+    assert left_running.driver()["host"] == socket.gethostname()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "node-3")
+        monkeypatch.setattr(control, "SILENT_S", 10.0)
+        timer = threading.Timer(0.02, left_running.tell, kwargs={"state": "stopped"})
+        timer.start()
+        ControlFiles(tmp_path).open("mine")
+        timer.join()
+    assert left_running.driver()["host"] == "node-3"
+
+
+def test_a_driver_with_nothing_to_tell_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "LIFE_SIGN_S", 0.001)
+    with told("mine", tmp_path) as files:
+        files.begin("sft")
+        first = files.status()
+        deadline = time.monotonic() + 5
+        while (found := files.status()).updated == first.updated:
+            assert time.monotonic() < deadline
+        assert found == replace(first, updated=found.updated), "and changes nothing else"
+        for iteration in range(100):
+            files.tell(iteration=iteration)
+            assert files.status().iteration == iteration, "nor undoes what is told meanwhile"
+    last = files.status().updated
+    time.sleep(0.02)
+    assert files.status().updated == last
