@@ -71,6 +71,8 @@ class RunStatus:
     """Each generator."""
     updated: float = 0.0
     """Unix seconds at which this was written."""
+    message: str | None = None
+    """What the job server says of a run whose driver cannot be asked any more."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunStatus":

@@ -32,6 +32,8 @@ ANSWERS = ('{"status": ', '{"error": ')
 
 CONNECT_TIMEOUT_S = 10.0
 ASK_TIMEOUT_S = 60.0
+ASK_ENDED_TIMEOUT_S = 20.0
+"""Of a run that has ended the server can say itself how, should its driver's node be gone."""
 POLL_S = 0.2
 REATTACH_WAITS_S = (1.0, 2.0, 5.0, 10.0)
 """Pauses before attaching again; the last one is repeated."""
@@ -162,7 +164,7 @@ class JobServer:
             self._client.submit_job, entrypoint=entrypoint, entrypoint_label_selector=on_node
         )
         try:
-            answer = self._answer(asking)
+            answer = self._answer(asking, ASK_ENDED_TIMEOUT_S if job.is_over else ASK_TIMEOUT_S)
         finally:
             with suppress(ActorFailure):  # where it has not ended
                 self._call(self._client.delete_job, asking)
@@ -170,13 +172,13 @@ class JobServer:
             raise ConfigError(answer["error"])
         return RunStatus.from_json(answer["status"])
 
-    def _answer(self, asking: str) -> dict[str, Any]:
-        deadline = self._clock() + ASK_TIMEOUT_S
+    def _answer(self, asking: str, timeout_s: float) -> dict[str, Any]:
+        deadline = self._clock() + timeout_s
         while not (job := self.job(asking)).is_over:
             if self._clock() > deadline:
                 self._call(self._client.stop_job, asking)
                 raise ActorFailure(
-                    f"The driver's node did not answer within {ASK_TIMEOUT_S:g} s; see the "
+                    f"The driver's node did not answer within {timeout_s:g} s; see the "
                     "cluster's dashboard for its state"
                 )
             self._sleep(POLL_S)
