@@ -106,12 +106,17 @@ class ControlFiles:
         Raises:
             ConfigError: another process runs here.
         """
-        self._require_free()
+        self.require_free()
         self._asked.unlink(missing_ok=True)
         driver = identity() | {"host": socket.gethostname()}
         self._write_status(RunStatus(name, str(self._status.parent)), driver)
 
-    def _require_free(self) -> None:
+    def require_free(self) -> None:
+        """Refuse a folder that another process writes to.
+
+        Raises:
+            ConfigError: it runs, here or on another host.
+        """
         with suppress(OSError, ValueError, KeyError):
             driver = json.loads(self._status.read_text(encoding="utf-8"))["driver"]
             is_other = (driver["host"], driver["pid"]) != (socket.gethostname(), os.getpid())
@@ -139,6 +144,7 @@ class ControlFiles:
             if self._status.read_bytes() != before:
                 return self.status().state == "running"
             time.sleep(INTERVAL_S)
+        self.tell(state="dead")
         return False
 
     def begin(self, stage: str) -> None:

@@ -184,6 +184,8 @@ def test_a_folder_in_which_a_driver_of_another_host_lives_is_not_taken(
 def test_it_is_taken_from_one_that_ends_or_gives_no_sign_of_life(
     left_running: ControlFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ControlFiles(tmp_path).require_free()
+    assert left_running.status().state == "dead", "so that it is waited for once"
     ControlFiles(tmp_path).open("mine")
     assert left_running.driver()["host"] == socket.gethostname()
     with monkeypatch.context() as elsewhere:
