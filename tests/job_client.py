@@ -1,5 +1,6 @@
 """A job server's client in memory: it takes what Ray's takes, and checks it."""
 
+import asyncio
 import json
 import zipfile
 from collections.abc import AsyncIterator, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 
 from rlhf_ray.cluster.job_server import CONTROL
 
-Attachment = Sequence[str | Exception]
-"""What one connection to a job's log brings: texts, then perhaps how it breaks."""
+Attachment = Sequence[str | Exception | None]
+"""What one connection to a job's log brings: texts, then perhaps how it breaks; None: it hangs."""
 
 
 def details(submission_id: str | None, **changes: Any) -> Any:
@@ -95,7 +96,10 @@ class FakeJobClient:
         for text in planned.pop(0) if planned else []:
             if isinstance(text, Exception):
                 raise text
-            yield text
+            if text is None:
+                await asyncio.Event().wait()
+            else:
+                yield text
         if not planned:
             status, code = self.outcomes.pop(0) if self.outcomes else ("SUCCEEDED", 0)
             self.jobs[job_id].status, self.jobs[job_id].driver_exit_code = status, code

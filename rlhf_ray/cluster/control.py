@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,13 +20,21 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_ray.cluster.leftovers import alive, identity, records_folder
+from rlhf_ray.cluster.leftovers import alive, identity, write_whole
+from rlhf_ray.cluster.own_job import folder_of_job, make_known, note_folder
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.observability.progress import Bar, watched_by
+from rlhf_ray.observability.progress import Bar, Progress, watched_by
 from rlhf_ray.types import GeneratorStatus
 
 INTERVAL_S = 1.0
 """Between two looks of the driver at what is asked of it."""
+
+LIFE_SIGN_S = 20.0
+"""At most between two changes of the status while its driver lives."""
+SILENT_S = 60.0
+"""After how long without a change the driver of another host is taken to be gone."""
+
+_telling = threading.Lock()
 
 State = Literal["running", "stopped", "finished", "failed", "dead"]
 
@@ -62,6 +71,8 @@ class RunStatus:
     """Each generator."""
     updated: float = 0.0
     """Unix seconds at which this was written."""
+    message: str | None = None
+    """What the job server says of a run whose driver cannot be asked any more."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunStatus":
@@ -79,6 +90,8 @@ class Wish:
     """End after the iteration that it is in."""
     num_generators: int | None = None
     """Change the number of generators to this; None: no wish."""
+    scalings: int = 0
+    """How often that was asked for: the same number may be asked for again."""
 
 
 class ControlFiles:
@@ -91,22 +104,48 @@ class ControlFiles:
         """Begin a run of this process: what was told and asked before is void.
 
         Raises:
-            ConfigError: another process of this machine runs here.
+            ConfigError: another process runs here.
         """
-        self._require_free()
+        self.require_free()
         self._asked.unlink(missing_ok=True)
         driver = identity() | {"host": socket.gethostname()}
         self._write_status(RunStatus(name, str(self._status.parent)), driver)
 
-    def _require_free(self) -> None:
+    def require_free(self) -> None:
+        """Refuse a folder that another process writes to.
+
+        Raises:
+            ConfigError: it runs, here or on another host.
+        """
         with suppress(OSError, ValueError, KeyError):
             driver = json.loads(self._status.read_text(encoding="utf-8"))["driver"]
-            is_other = driver["host"] == socket.gethostname() and driver["pid"] != os.getpid()
-            if is_other and self.status().state == "running":
+            is_other = (driver["host"], driver["pid"]) != (socket.gethostname(), os.getpid())
+            if is_other and self.status().state == "running" and self._is_driven_by(driver):
                 raise ConfigError(
-                    f"{self._status.parent} is in use by process {driver['pid']}: stop it first "
-                    f"(rlhf-ray stop {self._status.parent}), or choose another run.dir"
+                    f"{self._status.parent} is in use by process {driver['pid']} on "
+                    f"{driver['host']}: stop it first (rlhf-ray stop {self._status.parent}), or "
+                    "choose another run.dir"
                 )
+
+    def _is_driven_by(self, driver: dict[str, Any]) -> bool:
+        """Whether the driver of a run whose state is running lives.
+
+        On another host only its signs of life tell, which are waited for: hosts' clocks may differ
+        too much to go by the age of the last one.
+        """
+        if driver["host"] == socket.gethostname():
+            return True  # as its state says
+        Progress().say(
+            f"{self._status.parent} was left running by a driver on {driver['host']}: looking "
+            f"for up to {SILENT_S:g} s whether it lives"
+        )
+        before, deadline = self._status.read_bytes(), time.monotonic() + SILENT_S
+        while time.monotonic() < deadline:
+            if self._status.read_bytes() != before:
+                return self.status().state == "running"
+            time.sleep(INTERVAL_S)
+        self.tell(state="dead")
+        return False
 
     def begin(self, stage: str) -> None:
         """Nothing is known yet of a stage that begins."""
@@ -115,13 +154,13 @@ class ControlFiles:
 
     def tell(self, **changes: Any) -> None:
         """Change fields of the status. No run ends because it is gone or cannot be written."""
-        with suppress(OSError, ConfigError):
+        with suppress(OSError, ConfigError), _telling:
             written = self._read()
             self._write_status(replace(_status_in(written), **changes), written["driver"])
 
     def _write_status(self, status: RunStatus, driver: dict[str, Any]) -> None:
         values = asdict(replace(status, updated=time.time()))
-        _write(self._status, {"status": values, "driver": driver})
+        write_whole(self._status, {"status": values, "driver": driver})
 
     def status(self) -> RunStatus:
         """How the run stands.
@@ -152,8 +191,10 @@ class ControlFiles:
     def ask(self, *, stop: bool = False, num_generators: int | None = None) -> None:
         """Leave a wish for the driver, beside what was asked before."""
         before = self.asked()
-        num_generators = before.num_generators if num_generators is None else num_generators
-        _write(self._asked, asdict(Wish(stop or before.stop, num_generators)))
+        wish = replace(before, stop=stop or before.stop)
+        if num_generators is not None:
+            wish = replace(wish, num_generators=num_generators, scalings=before.scalings + 1)
+        write_whole(self._asked, asdict(wish))
 
     def asked(self) -> Wish:
         """All that was asked since the run began."""
@@ -164,17 +205,36 @@ class ControlFiles:
 
 
 @contextmanager
+def _signs_of_life(files: ControlFiles) -> Iterator[None]:
+    """Renew the status where nothing else does, by which other hosts see that we live."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(LIFE_SIGN_S):
+            files.tell()
+
+    thread = threading.Thread(target=renew, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
 def told(name: str, folder: Path) -> Iterator[ControlFiles]:
     """A run of this process, from its beginning to how it ended."""
     files = ControlFiles(folder)
     files.open(name)
-    _register(folder)
+    note_folder(folder)
+    make_known(name, folder)
 
     def tell_progress(bar: Bar) -> None:
         files.tell(progress=bar.counted(), eta_s=bar.eta_s)
 
     try:
-        with watched_by(tell_progress):
+        with watched_by(tell_progress), _signs_of_life(files):
             yield files
     except Exception:
         files.tell(state="failed")
@@ -184,47 +244,8 @@ def told(name: str, folder: Path) -> Iterator[ControlFiles]:
         raise
 
 
-def submission_id() -> str | None:
-    """Of the Ray job whose entry point this process is."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return job.get("metadata", {}).get("job_submission_id")
-
-
-def _register(folder: Path) -> None:
-    """Note on this node which folder the job writes to: it is known by its id alone."""
-    job = submission_id()
-    if job is not None:
-        for own in (records_folder(), _job_record(job).parent):
-            own.mkdir(mode=0o700, exist_ok=True)
-        _write(_job_record(job), {"folder": str(folder)})
-
-
-def folder_of_job(job: str) -> Path:
-    """The run's folder of a job whose driver is, or was, on this node.
-
-    Raises:
-        ConfigError: it has not come to that yet, or is no run of ours.
-    """
-    try:
-        return Path(json.loads(_job_record(job).read_text(encoding="utf-8"))["folder"])
-    except FileNotFoundError:
-        raise ConfigError(
-            f"Job {job} has opened no run folder (yet); see rlhf-ray logs {job}"
-        ) from None
-
-
-def _job_record(job: str) -> Path:
-    return records_folder() / "jobs" / f"{job}.json"
-
-
 def _status_in(written: dict[str, Any]) -> RunStatus:
     return RunStatus.from_json(written["status"])
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

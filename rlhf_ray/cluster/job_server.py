@@ -1,6 +1,5 @@
 """The job server of a Ray cluster, by the dashboard's address alone: runs that are jobs there."""
 
-import asyncio
 import json
 import logging
 import os
@@ -15,16 +14,15 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from rlhf_ray.cluster import job_logs
 from rlhf_ray.cluster.control import RunStatus
+from rlhf_ray.cluster.own_job import FOLDER, NAME
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
 
 T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-
-NAME, FOLDER = "rlhf_ray.run", "rlhf_ray.folder"
-"""Metadata of a submitted run: its name and its folder."""
 
 CONTROL = "python -m rlhf_ray.cluster.control"
 """What the job that asks a driver runs; such jobs are no runs."""
@@ -34,6 +32,8 @@ ANSWERS = ('{"status": ', '{"error": ')
 
 CONNECT_TIMEOUT_S = 10.0
 ASK_TIMEOUT_S = 60.0
+ASK_ENDED_TIMEOUT_S = 20.0
+"""Of a run that has ended the server can say itself how, should its driver's node be gone."""
 POLL_S = 0.2
 REATTACH_WAITS_S = (1.0, 2.0, 5.0, 10.0)
 """Pauses before attaching again; the last one is repeated."""
@@ -70,7 +70,7 @@ class Job:
     id: str
     """Submission id."""
     name: str | None
-    """``run.name``; None where Ray's own command submitted it."""
+    """``run.name``; None until its driver has begun where Ray's own command submitted it."""
     folder: str | None
     """``run.dir``; None likewise."""
     status: str
@@ -129,7 +129,10 @@ class JobServer:
         return _job(self._call(self._client.get_job_info, submission_id))
 
     def find(self, run: str) -> Job:
-        """The run of a name, folder or submission id; of several the one that goes on, or newest.
+        """The run of a name, folder or submission id.
+
+        Of several the first that goes on, as a later one is refused by its driver; else the one
+        that ended last.
 
         Raises:
             ConfigError: there is none.
@@ -143,7 +146,10 @@ class JobServer:
                 f"The cluster has no run {run!r} (by name, folder or submission id); it has: "
                 f"{known}. A run of this machine is named by its folder"
             )
-        return next((job for job in found if not job.is_over), found[0])
+        going_on = [job for job in found if not job.is_over]
+        if going_on:
+            return min(going_on, key=lambda job: job.started)
+        return max(found, key=lambda job: (job.ended or 0.0, job.started))
 
     def ask(self, job: Job, *arguments: str) -> RunStatus:
         """Read the status of a run on its driver's node, and leave wishes (`control.main`).
@@ -158,7 +164,7 @@ class JobServer:
             self._client.submit_job, entrypoint=entrypoint, entrypoint_label_selector=on_node
         )
         try:
-            answer = self._answer(asking)
+            answer = self._answer(asking, ASK_ENDED_TIMEOUT_S if job.is_over else ASK_TIMEOUT_S)
         finally:
             with suppress(ActorFailure):  # where it has not ended
                 self._call(self._client.delete_job, asking)
@@ -166,13 +172,13 @@ class JobServer:
             raise ConfigError(answer["error"])
         return RunStatus.from_json(answer["status"])
 
-    def _answer(self, asking: str) -> dict[str, Any]:
-        deadline = self._clock() + ASK_TIMEOUT_S
+    def _answer(self, asking: str, timeout_s: float) -> dict[str, Any]:
+        deadline = self._clock() + timeout_s
         while not (job := self.job(asking)).is_over:
             if self._clock() > deadline:
                 self._call(self._client.stop_job, asking)
                 raise ActorFailure(
-                    f"The driver's node did not answer within {ASK_TIMEOUT_S:g} s; see the "
+                    f"The driver's node did not answer within {timeout_s:g} s; see the "
                     "cluster's dashboard for its state"
                 )
             self._sleep(POLL_S)
@@ -199,9 +205,10 @@ class JobServer:
         num_shown, tries, lost = 0, 0, None
         while True:
             try:
-                for text in _tail(self._client, job.id, skip=num_shown):
+                for text in self._printed(job, skip=num_shown):
                     num_shown, tries, lost = num_shown + len(text), 0, None
-                    yield text
+                    if text:
+                        yield text
                 if self.job(job.id).is_over:
                     return
             except (*LOST_CONNECTION, ActorFailure) as error:
@@ -213,6 +220,21 @@ class JobServer:
                     ) from error
             self._sleep(REATTACH_WAITS_S[min(tries, len(REATTACH_WAITS_S) - 1)])
             tries += 1
+
+    def _printed(self, job: Job, skip: int) -> Iterator[str]:
+        """What a job prints, less the first ``skip`` characters, until the server ends the stream.
+
+        Attaches again where nothing comes. An empty text says that the server lives.
+        """
+        while True:
+            try:
+                for text in job_logs.texts(self._client.tail_job_logs(job.id), skip):
+                    skip += len(text)
+                    yield text
+                return
+            except job_logs.Quiet:
+                self.job(job.id)
+                yield ""
 
     def wait(self, job: Job) -> Job:
         """Until a run has ended."""
@@ -283,21 +305,10 @@ def _require_reachable(where: str) -> None:
         ) from error
 
 
-def _tail(client: JobClient, submission_id: str, skip: int) -> Iterator[str]:
-    """What a job prints, less the first ``skip`` characters, until the server ends the stream."""
-    with asyncio.Runner() as runner:
-        stream = client.tail_job_logs(submission_id)
-        while (text := runner.run(anext(stream, None))) is not None:
-            rest, skip = text[skip:], max(0, skip - len(text))
-            if rest:
-                yield rest
-
-
 def _is_run(details: Any) -> bool:
     entrypoint = details.entrypoint or ""
-    return (
-        details.submission_id is not None and "rlhf-ray" in entrypoint and CONTROL not in entrypoint
-    )
+    is_ours = NAME in (details.metadata or {}) or "rlhf-ray" in entrypoint
+    return details.submission_id is not None and is_ours and CONTROL not in entrypoint
 
 
 def _job(details: Any) -> Job:

@@ -26,6 +26,13 @@ def records_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"rlhf_ray-{os.getuid()}"
 
 
+def write_whole(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON that others read at any time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(values), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 class ProcessRecord:
     """Keeps the record of this run up to date from a thread, until it is closed."""
 
@@ -57,9 +64,7 @@ class ProcessRecord:
             "processes": list(self._processes.values()),
             "files": sorted(self._files),
         }
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_whole(self._path, record)
 
     def _keep(self) -> None:
         while not self._closed.wait(INTERVAL_S):

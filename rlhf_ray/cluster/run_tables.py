@@ -42,6 +42,7 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
     facts: list[tuple[str, str | None]] = [
         ("run", f"{status.name} in {status.folder}"),
         ("state", f"{status.state}, as told {age} ago"),
+        ("message", status.message),
         ("stage", status.stage),
         ("progress", status.progress),
         ("ETA", None if status.eta_s is None else clock_time(status.eta_s)),

@@ -3,17 +3,26 @@
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from rlhf_ray.cluster.control import ControlFiles, RunStatus
+import psutil
+
+from rlhf_ray.cluster.control import ControlFiles, RunStatus, State
 from rlhf_ray.cluster.job_server import Job, JobServer, configured_address, connect
 from rlhf_ray.cluster.leftovers import alive
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ActorFailure, ConfigError
 
 COMMITS = "ppo"
 """The stage that ends after its iteration when it is asked; others save by themselves."""
+
+ENDED: dict[str, State] = {"SUCCEEDED": "finished", "FAILED": "failed", "STOPPED": "stopped"}
+"""State of a run by its job's status."""
+
+MESSAGE_CHARS = 500
+"""Of the job server's message, which may end with the log's last thousands."""
 
 Say = Callable[[str], None]
 
@@ -73,24 +82,32 @@ class LocalRun:
         Raises:
             ConfigError: it does not run, or runs on another machine.
         """
-        self._require_running()
-        self._files.ask(stop=True)
         status = self._files.status()
+        require_running(status)
         if status.stage == COMMITS and not now:
+            self._files.ask(stop=True)
             say("Asked; it ends after the iteration that it is in, committed and saved")
-        else:
-            self._interrupt()
-            say(ended_at_once(status))
+            return
+        self._require_here()
+        self._files.ask(stop=True)
+        self._interrupt()
+        say(ended_at_once(status))
 
     def _interrupt(self) -> None:
-        driver = self._files.driver()
-        process = alive(driver)
-        if driver["host"] != socket.gethostname() or process is None:
+        process = alive(self._files.driver())
+        if process is None:
+            require_running(self._files.status())  # which tells how it has ended just now
+            return
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+
+    def _require_here(self) -> None:
+        host = self._files.driver()["host"]
+        if host != socket.gethostname():
             raise ConfigError(
-                f"The driver of {self._folder} is not on this machine but on {driver['host']}; "
-                "stop it there, or name the cluster with --address"
+                f"The driver of {self._folder} is not on this machine but on {host}; nothing was "
+                "asked of it. Stop it there, or name the cluster with --address"
             )
-        process.send_signal(signal.SIGTERM)
 
     def scale(self, num_generators: int) -> None:
         """See `Run`.
@@ -98,12 +115,10 @@ class LocalRun:
         Raises:
             ConfigError: it does not run, or not PPO.
         """
-        self._require_running()
-        require_generators(self._files.status())
+        status = self._files.status()
+        require_running(status)
+        require_generators(status)
         self._files.ask(num_generators=num_generators)
-
-    def _require_running(self) -> None:
-        require_running(self._files.status())
 
     def logs(self, follow: bool) -> Iterator[str]:
         """Not kept for a run of this machine.
@@ -125,8 +140,14 @@ class JobRun:
         self._job = job
 
     def status(self) -> RunStatus:
-        """Read on its driver's node."""
-        status = self._server.ask(self._job)
+        """Read on its driver's node; where that is gone, as the job server knows it."""
+        try:
+            status = self._server.ask(self._job)
+        except (ActorFailure, ConfigError):
+            job = self._server.job(self._job.id)  # which may have ended in the meantime
+            if not job.is_over:
+                raise
+            return status_of_ended(job)
         was_killed = status.state == "dead" and self._job.status == "STOPPED"
         return replace(status, state="stopped") if was_killed else status
 
@@ -164,6 +185,17 @@ class JobRun:
     def logs(self, follow: bool) -> Iterator[str]:
         """From its beginning."""
         return self._server.follow(self._job) if follow else iter([self._server.logs(self._job)])
+
+
+def status_of_ended(job: Job) -> RunStatus:
+    """What the job server knows of a run that has ended."""
+    return RunStatus(
+        name=job.name or job.id,
+        folder=job.folder or "-",
+        state=ENDED[job.status],
+        updated=job.ended or job.started,
+        message=job.message.strip()[-MESSAGE_CHARS:],
+    )
 
 
 def ended_at_once(status: RunStatus | None) -> str:

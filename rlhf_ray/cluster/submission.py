@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf_ray.cluster.job_server import FOLDER, NAME, Job, JobServer
+from rlhf_ray.cluster.job_server import Job, JobServer
+from rlhf_ray.cluster.own_job import FOLDER, NAME
 from rlhf_ray.cluster.ray_session import require_durable_folder
 from rlhf_ray.cluster.working_folder import pack
 from rlhf_ray.config import Config, dump

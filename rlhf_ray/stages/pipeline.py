@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_ray.cluster.control import told
+from rlhf_ray.cluster.control import ControlFiles, told
 from rlhf_ray.cluster.node_checks import require_same_view
 from rlhf_ray.cluster.ray_session import (
     dashboard_url,
@@ -123,9 +123,11 @@ def open_run(folder: RunFolder) -> None:
 
     Raises:
         CheckpointError: the folder holds another run's models, data or algorithm.
-        ConfigError: nothing to go on from, where run.resume is must; the folder is not writable.
+        ConfigError: nothing to go on from, where run.resume is must; the folder is not writable, or
+            another process writes to it.
     """
     config, saved = folder.config, folder.saved
+    ControlFiles(folder.path).require_free()  # before anything in it is changed
     if joins_cluster(config):
         require_durable_folder(config)
     if config.run.resume == "never" and saved.is_file():

@@ -40,7 +40,7 @@ async def _exchange(
     recorder: Recorder,
     tell: Callable[[str], None],
 ) -> None:
-    granted = trouble = None
+    num_scaled, trouble = 0, None
     while True:
         files.tell(**_standing(loop, generators, bar))
         recorder.generators(generators.report(), [each.name for each in generators.statuses()])
@@ -48,9 +48,9 @@ async def _exchange(
             wish = files.asked()
             if wish.stop:
                 loop.request_stop()
-            if wish.num_generators is not None and wish.num_generators != granted:
+            if wish.num_generators is not None and wish.scalings != num_scaled:
                 generators.scale_to(wish.num_generators)
-                granted = wish.num_generators
+                num_scaled = wish.scalings
         except Exception as error:  # storage or cluster that does not answer just now
             if str(error) != trouble:
                 tell(f"What was asked of the run could not be done, and is tried again: {error}")

@@ -19,6 +19,7 @@ import yaml
 
 from rlhf_ray.cluster.control import ControlFiles
 from rlhf_ray.cluster.layout import RUN_MODELS
+from rlhf_ray.cluster.own_job import make_known
 from rlhf_ray.cluster.ray_session import runs_on_ray
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.errors import ConfigError
@@ -48,6 +49,7 @@ def run(config: Config) -> Rehearsal | None:
     shutil.rmtree(folder, ignore_errors=True)
     RunFolder(worst).make()
     _write_prompts(folder / "prompts.jsonl", worst)
+    make_known(config.run.name, folder.parent)  # a job is known as the run that it rehearses for
     Progress().say("rehearsal: two iterations of the longest rollouts, and the loss of a generator")
     with _a_loss(worst):
         run_pipeline(worst)

@@ -52,7 +52,8 @@ def test_nodes_with_the_labels_of_a_layout_come_and_go(tmp_path: Path) -> None:
         "max_workers": 6,
         "idle_timeout_minutes": 0.05,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": f"127.0.0.2:{port}",
             "head_node_id": HEAD_NODE,
             "launch_multiple": True,

@@ -159,7 +159,12 @@ def test_two_runs_at_once_one_of_them_by_rays_own_command(
         "run.name two is in use on this cluster, by generator-0, policy-0, reward-0" in twin.output
     )
 
-    cluster.rlhf_ray("stop", "plain")
+    for run in ("quickstart", str(one), "plain"):
+        assert status_of(cluster, run)["folder"] == str(one)
+    listed = {job["id"]: job for job in json.loads(cluster.rlhf_ray("list", "--json"))}
+    assert (listed["plain"]["name"], listed["plain"]["folder"]) == ("quickstart", str(one))
+
+    cluster.rlhf_ray("stop", "quickstart")
     left_at = ControlFiles(two).status().iteration or 0
     assert {namespace for namespace, _ in living_actors(cluster)} == {"rlhf_ray-two"}
     wait_until(cluster, two, lambda status: (status.iteration or 0) > left_at)

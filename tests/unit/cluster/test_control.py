@@ -3,15 +3,18 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
-from dataclasses import asdict
+import threading
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from rlhf_ray.cluster import control
+from rlhf_ray.cluster import control, own_job
 from rlhf_ray.cluster.control import ControlFiles, RunStatus, Wish, told
 from rlhf_ray.cluster.leftovers import identity
 from rlhf_ray.errors import ConfigError
@@ -22,7 +25,8 @@ from rlhf_ray.types import GeneratorStatus
 @pytest.fixture
 def as_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """This process is the entry point of a job."""
-    monkeypatch.setattr(control, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(own_job, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(control, "make_known", lambda *_: None)
     metadata = {"metadata": {"job_submission_id": "job-1"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(metadata))
     return "job-1"
@@ -92,9 +96,9 @@ def test_wishes_add_up_and_are_void_when_a_run_begins(tmp_path: Path) -> None:
     assert files.asked() == Wish()
     files.ask(num_generators=3)
     files.ask(stop=True)
-    assert files.asked() == Wish(stop=True, num_generators=3)
+    assert files.asked() == Wish(stop=True, num_generators=3, scalings=1)
     files.ask(num_generators=2)
-    assert files.asked() == Wish(stop=True, num_generators=2)
+    assert files.asked() == Wish(stop=True, num_generators=2, scalings=2)
     files.open("mine")
     assert files.asked() == Wish()
 
@@ -126,7 +130,7 @@ def test_a_job_is_asked_by_its_id_alone(
         assert answer["status"]["folder"] == str(run)
         assert files.asked() == Wish()
         asked(capsys, as_job, "--stop", "--generators", "4")
-        assert files.asked() == Wish(stop=True, num_generators=4)
+        assert files.asked() == Wish(stop=True, num_generators=4, scalings=1)
 
 
 def test_a_folder_without_a_run_has_no_status(tmp_path: Path) -> None:
@@ -148,3 +152,66 @@ def test_a_folder_in_which_another_process_runs_is_not_taken(tmp_path: Path) -> 
             ):
                 pass
         other.kill()
+
+
+@pytest.fixture
+def left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ControlFiles:
+    """The folder of a driver of another host that should be running."""
+    monkeypatch.setattr(control, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(control, "SILENT_S", 0.2)
+    files = ControlFiles(tmp_path)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "node-2")
+        files.open("mine")
+    return files
+
+
+def test_a_folder_in_which_a_driver_of_another_host_lives_is_not_taken(
+    left_running: ControlFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(control, "LIFE_SIGN_S", 0.005)
+    monkeypatch.setattr(control, "SILENT_S", 10.0)
+    refused = f"in use by process {os.getpid()} on node-2: stop it"
+    with control._signs_of_life(left_running), pytest.raises(ConfigError, match=refused):
+        ControlFiles(tmp_path).open("mine")
+    assert left_running.driver()["host"] == "node-2"
+    assert "was left running by a driver on node-2: looking" in capsys.readouterr().out
+
+
+def test_it_is_taken_from_one_that_ends_or_gives_no_sign_of_life(
+    left_running: ControlFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ControlFiles(tmp_path).require_free()
+    assert left_running.status().state == "dead", "so that it is waited for once"
+    ControlFiles(tmp_path).open("mine")
+    assert left_running.driver()["host"] == socket.gethostname()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "node-3")
+        monkeypatch.setattr(control, "SILENT_S", 10.0)
+        timer = threading.Timer(0.02, left_running.tell, kwargs={"state": "stopped"})
+        timer.start()
+        ControlFiles(tmp_path).open("mine")
+        timer.join()
+    assert left_running.driver()["host"] == "node-3"
+
+
+def test_a_driver_with_nothing_to_tell_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "LIFE_SIGN_S", 0.001)
+    with told("mine", tmp_path) as files:
+        files.begin("sft")
+        first = files.status()
+        deadline = time.monotonic() + 5
+        while (found := files.status()).updated == first.updated:
+            assert time.monotonic() < deadline
+        assert found == replace(first, updated=found.updated), "and changes nothing else"
+        for iteration in range(100):
+            files.tell(iteration=iteration)
+            assert files.status().iteration == iteration, "nor undoes what is told meanwhile"
+    last = files.status().updated
+    time.sleep(0.02)
+    assert files.status().updated == last

@@ -48,6 +48,11 @@ def test_outside_ppo_it_is_short() -> None:
     assert shown(status_table(status))[1:] == ["state running, as told 0:00 ago", "stage sft"]
 
 
+def test_what_the_job_server_says_of_a_run_that_is_gone_is_shown() -> None:
+    status = RunStatus("mine", "-", "failed", updated=time.time(), message="Its node has died.")
+    assert shown(status_table(status))[2:] == ["message Its node has died."]
+
+
 def test_a_row_a_run() -> None:
     over = Job("a-1", "a", "/mnt/a", "SUCCEEDED", 1000.0, 1065.0, 0, "", "node")
     plain = Job("raysubmit_x", None, None, "RUNNING", time.time() - 5, None, None, "", None)

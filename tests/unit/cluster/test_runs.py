@@ -15,7 +15,7 @@ from rlhf_ray.cluster import job_server, runs
 from rlhf_ray.cluster.control import ControlFiles, Wish
 from rlhf_ray.cluster.job_server import JobServer
 from rlhf_ray.cluster.runs import JobRun, LocalRun, find_run
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ActorFailure, ConfigError
 from rlhf_ray.types import GeneratorStatus
 
 GENERATORS = (GeneratorStatus("generator-0", "ready", 3, 0),)
@@ -116,10 +116,31 @@ def test_a_supervised_stage_of_this_machine_ends_at_once(
 def test_a_driver_of_another_machine_is_not_looked_for_here(
     tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    host, said = socket.gethostname(), list[str]()
     monkeypatch.setattr(socket, "gethostname", lambda: "laptop")
-    with pytest.raises(ConfigError, match="is not on this machine but on"):
+    with pytest.raises(ConfigError, match=f"is not on this machine but on {host}; nothing was"):
         LocalRun(tmp_path).stop(True, print)
     assert driver.poll() is None
+    assert ControlFiles(tmp_path).asked() == Wish(), "what is refused is not asked either"
+    LocalRun(tmp_path).stop(False, said.append)
+    assert ControlFiles(tmp_path).asked() == Wish(stop=True), "a commit needs no signal"
+    assert said == ["Asked; it ends after the iteration that it is in, committed and saved"]
+
+
+def test_a_driver_that_ends_while_it_is_stopped_is_not_on_another_machine(
+    tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ControlFiles.ask
+
+    def ask_too_late(files: ControlFiles, *, stop: bool) -> None:
+        ask(files, stop=stop)
+        files.tell(state="finished")
+        driver.kill()
+        driver.wait(10)
+
+    monkeypatch.setattr(ControlFiles, "ask", ask_too_late)
+    with pytest.raises(ConfigError, match="Run mine does not run: it is finished"):
+        LocalRun(tmp_path).stop(True, print)
 
 
 def test_generators_are_changed_while_there_are_any(tmp_path: Path) -> None:
@@ -130,7 +151,7 @@ def test_generators_are_changed_while_there_are_any(tmp_path: Path) -> None:
         LocalRun(tmp_path).scale(3)
     files.tell(stage="ppo", generators=GENERATORS)
     LocalRun(tmp_path).scale(3)
-    assert files.asked() == Wish(num_generators=3)
+    assert files.asked() == Wish(num_generators=3, scalings=1)
 
 
 def test_what_a_run_of_this_machine_printed_is_kept_nowhere(tmp_path: Path) -> None:
@@ -186,6 +207,57 @@ def test_a_job_that_has_ended_is_not_asked() -> None:
 def test_a_driver_that_was_stopped_with_force_is_not_called_dead(job: str, state: str) -> None:
     _, run = job_run({"stage": "ppo", "state": "dead"}, status=job)
     assert run.status().state == state
+
+
+def unanswered(client: FakeJobClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that are pinned to the driver's node wait for it for ever."""
+    submit = client.submit_job
+
+    def pending(**job: Any) -> str:
+        name = submit(**job)
+        client.jobs[name].status = "PENDING"
+        return name
+
+    monkeypatch.setattr(client, "submit_job", pending)
+
+
+def ticking_run(client: FakeJobClient) -> JobRun:
+    now = iter(range(10_000))
+    server = JobServer(client, sleep=lambda _: None, clock=lambda: next(now))
+    return JobRun(server, server.find("mine"))
+
+
+def test_of_an_ended_run_whose_node_is_gone_the_job_server_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    message = "x" * 20_000 + "\nIts node has died."
+    ended = details("mine-1", status="FAILED", end_time=5_000, message=message)
+    client = FakeJobClient({"mine-1": ended})
+    unanswered(client, monkeypatch)
+    found = ticking_run(client).status()
+    assert (found.name, found.folder, found.state) == ("mine", "/mnt/mine", "failed")
+    assert found.updated == 5.0
+    assert found.message is not None
+    assert found.message.endswith("Its node has died.")
+    assert len(found.message) == runs.MESSAGE_CHARS
+
+
+def test_so_it_does_of_one_that_never_opened_its_folder() -> None:
+    ended = details("mine-1", status="FAILED", message="exit code 2")
+    client = FakeJobClient({"mine-1": ended}, answer={"error": "no folder (yet)"})
+    assert ticking_run(client).status().message == "exit code 2"
+
+
+def test_a_run_that_goes_on_must_answer_unless_it_ends_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = FakeJobClient({"mine-1": details("mine-1")})
+    unanswered(client, monkeypatch)
+    run = ticking_run(client)
+    with pytest.raises(ActorFailure, match="did not answer within 60 s"):
+        run.status()
+    client.jobs["mine-1"] = details("mine-1", status="STOPPED")
+    assert run.status().state == "stopped"
 
 
 def test_a_job_between_its_rehearsal_and_its_run_ends_at_once() -> None:

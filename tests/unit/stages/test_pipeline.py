@@ -1,13 +1,21 @@
-"""What a run says as it enters Ray."""
+"""How a run begins: its folder, and what it says as it enters Ray."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
+from rlhf_ray.cluster.control import ControlFiles
+from rlhf_ray.cluster.leftovers import identity
 from rlhf_ray.config import Config, resolve
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.stages import pipeline
+from rlhf_ray.stages.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("unguarded", [[], ["10.0.0.2", "10.0.0.3"]])
@@ -29,3 +37,22 @@ def test_a_joined_cluster_without_a_token_is_warned_of(
     said = " ".join(capsys.readouterr().out.split())
     assert ("no token on 10.0.0.2, 10.0.0.3: whoever reaches" in said) == bool(unguarded)
     assert ("warning" in said) == bool(unguarded)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_the_folder_of_a_run_that_goes_on_stays_as_it_is(resume: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}\n")
+    ControlFiles(run).open("mine")
+    status = run / "status.json"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        written = json.loads(status.read_text())
+        written["driver"] |= identity(psutil.Process(other.pid))
+        status.write_text(json.dumps(written))
+        config = resolve({"run": {"dir": str(run), "resume": resume}})
+        with pytest.raises(ConfigError, match=f"in use by process {other.pid}"):
+            pipeline.open_run(RunFolder(config))
+        other.kill()
+    assert list(tmp_path.iterdir()) == [run]
+    assert (run / "config.yaml").read_text() == "{}\n"

@@ -70,13 +70,15 @@ async def test_status_and_wishes_are_exchanged(
         await asyncio.sleep(0.05)
         files.ask(num_generators=2)
         await asyncio.sleep(0.05)
+        files.ask(num_generators=2)  # it may have been changed by itself in the meantime
+        await asyncio.sleep(0.05)
         files.ask(stop=True)
         await asyncio.sleep(0.05)
     assert (told.iteration, told.iterations, told.version) == (2, 7, 3)
     assert (told.reward, told.kl) == (0.25, 1.5)
     assert told.seconds_per_iteration == 2.0  # the second iteration, from 10 s to 12 s
     assert told.generators == tuple(pool.statuses())
-    assert pool.asked == [3, 2], "each wish is passed on once"
+    assert pool.asked == [3, 2, 2], "each wish is passed on once"
     assert loop.stops > 0
     assert watcher.seen[0] == watcher.seen[-1] == (1, 2, ["generator-0"])
 

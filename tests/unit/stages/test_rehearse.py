@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.cluster.control import ControlFiles
 from rlhf_ray.cluster.hardware import parse_cluster
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.errors import ConfigError
@@ -66,6 +67,23 @@ def test_the_worst_case_is_the_longest_that_the_config_allows(tmp_path: Path) ->
     assert worst.data.overlong == "truncate"
     assert worst.ppo.batch_size == config.ppo.batch_size
     assert (worst.sft.path, worst.reward.path) == ("base", "base")  # until there are better ones
+
+
+def test_a_job_that_rehearses_is_known_as_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[tuple[str, str]]()
+
+    def run(worst: Config) -> None:
+        done.append(("runs", worst.run.name))
+        ControlFiles(Path(worst.run.dir)).ask(stop=True)
+
+    monkeypatch.setattr(rehearse, "run_pipeline", run)
+    monkeypatch.setattr(rehearse, "make_known", lambda name, folder: done.append((name, folder)))
+    inline = {"cluster": {"mode": "inline"}, "rollout": {"engine": "transformers"}}
+    config = config_of(tmp_path / "run", **inline)
+    assert rehearse.run(config) is None
+    assert done == [(config.run.name, tmp_path / "run"), ("runs", f"{config.run.name}-rehearsal")]
 
 
 def test_only_scores_by_models_are_asked_for(tmp_path: Path) -> None:
