@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import ray
@@ -76,10 +76,18 @@ def live_nodes() -> list[LiveNode]:
 class Placement:
     """The seats of a run's workers; none where they need no GPU: there any CPU will do."""
 
-    def __init__(self, timeout_s: float, *, may_grow: bool) -> None:
-        """Args: how long to wait for room; whether nodes may join."""
+    def __init__(
+        self, timeout_s: float, *, may_grow: bool, ask: Callable[[], None] = lambda: None
+    ) -> None:
+        """
+        Args:
+            timeout_s: how long to wait for room.
+            may_grow: whether nodes may join.
+            ask: has them join; called again and again while there is no room.
+        """
         self._timeout_s = timeout_s
         self._may_grow = may_grow
+        self._ask = ask
         self._on_gpus = False
         self._seats: dict[str, Seat] = {}
         self._spare: dict[str, list[Seat]] = defaultdict(list)
@@ -98,11 +106,15 @@ class Placement:
         ]
 
     def labels(self, demands: Sequence[Demand]) -> list[dict[str, str]]:
-        """What each worker asks of its node: labels that some node carries, as in the layout."""
+        """What each worker asks of its node: labels, where some node carries such a one.
+
+        Of nodes that have yet to come nobody knows their labels. The first that come tell: then
+        those that are right are asked for.
+        """
         nodes = [live.node for live in live_nodes()] if any(d.gpus for d in demands) else []
-        carried = {label for node in nodes for label in node.labels.items()}
+        carried = {key for node in nodes for key in node.labels}
         return [
-            dict(carried.intersection(demand.labels.items()))
+            {key: value for key, value in demand.labels.items() if key in carried}
             for demand in demands
             for _ in range(demand.workers)
         ]
@@ -196,6 +208,7 @@ class Placement:
                     f"{shortage(demands, free)}. {_in_use(nodes)}{_no_gpus(nodes)}"
                     f"Waited {self._timeout_s:g} s for room (placement.timeout_s)"
                 )
+            self._ask()
             await asyncio.sleep(POLL_S)
 
     def _hold(

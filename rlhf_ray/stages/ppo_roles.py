@@ -46,10 +46,13 @@ class RoleSpawner:
         self._on_call = on_call
         self._on_ray = runs_on_ray(config)
         self._joins = joins_cluster(config)
-        self._placement = Placement(config.placement.timeout_s, may_grow=self._joins)
+        self._placement = Placement(
+            config.placement.timeout_s, may_grow=self._joins, ask=self._ask_for_room
+        )
         self._turns = Turns() if config.placement.turns else None
         self.workers: list[Worker] = []
         self._asked: Sequence[Demand] = []
+        self._request: tuple[Any, ...] | None = None
 
     @property
     def learner_engine(self) -> str:
@@ -65,7 +68,7 @@ class RoleSpawner:
         self._asked = asked
         if not self._on_ray:
             return
-        self._ask_for_room(asked)
+        self._ask_for_room()
         await self._placement.reserve(asked)
 
     async def place_one(self, demand: Demand, rank: int) -> None:
@@ -79,17 +82,21 @@ class RoleSpawner:
 
     def make_room(self, num_generators: int) -> None:
         """Have Ray's autoscaler keep room for so many besides all others."""
-        self._ask_for_room(
-            [
-                replace(demand, workers=num_generators) if demand.role == "generator" else demand
-                for demand in self._asked
-            ]
-        )
+        self._asked = [
+            replace(demand, workers=num_generators) if demand.role == "generator" else demand
+            for demand in self._asked
+        ]
+        self._ask_for_room()
 
-    def _ask_for_room(self, asked: Sequence[Demand]) -> None:
-        """Only a cluster that was joined may have an autoscaler."""
-        if self._joins:
-            ask_for_room(self._placement.resources(asked), self._placement.labels(asked))
+    def _ask_for_room(self) -> None:
+        """Only a cluster that was joined may have an autoscaler; the same is asked once."""
+        if not self._joins:
+            return
+        asked, placement = self._asked, self._placement
+        request = placement.resources(asked), placement.labels(asked)
+        if request != self._request:
+            self._request = request
+            ask_for_room(*request)
 
     def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
         """Workers ``role-0`` to ``role-<count - 1>``, not started, each in its place."""
@@ -151,7 +158,8 @@ class RoleSpawner:
 
         Ray's autoscaler is told first: it would keep nodes for a run that is killed meanwhile.
         """
-        self._ask_for_room([])
+        self._asked = []
+        self._ask_for_room()
         generators = [w for w in self.workers if w.name.startswith("generator")]
         # One that is loading its base answers only when it has.
         stops = (asyncio.wait_for(w.call("stop"), END_TIMEOUT_S) for w in generators)

@@ -114,11 +114,12 @@ async def test_any_cpu_will_do(cluster: Cluster, gpus: float, may_grow: bool) ->
     assert held.seat("generator-0") is held.seat("generator-2") is None
 
 
-def test_labels_are_asked_for_that_some_node_carries(cluster: Cluster) -> None:
+def test_labels_are_asked_for_where_some_node_carries_such_a_one(cluster: Cluster) -> None:
     cluster.nodes = [Node("n", 2, {"role": "train", "zone": "a"})]
-    asked = [Demand("policy", 2, 1, {"role": "train"}), Demand("reward", 1, 0, {"role": "x"})]
+    asked = [Demand("policy", 2, 1, {"role": "train"}), Demand("reward", 1, 0, {"disk": "fast"})]
     held = Placement(1.0, may_grow=True)
     assert held.labels(asked) == [{"role": "train"}, {"role": "train"}, {}]
+    assert held.labels([Demand("generator", 1, 1, {"role": "rollout"})]) == [{"role": "rollout"}]
     on_cpus = [replace(demand, gpus=0) for demand in asked]
     assert held.labels(on_cpus) == [{}, {}, {}], "any CPU will do"
 
