@@ -216,7 +216,8 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
     cpu = not torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "per_device_eval_batch_size": per_process,
-        "logging_steps": max(1, settings.steps // 200),
+        # By its lines people see how far it is, also where there are many steps.
+        "logging_steps": min(max(1, settings.steps // 200), 50),
         "save_steps": max(1, settings.steps // 10),
         "save_total_limit": 1,
         "use_cpu": cpu,
