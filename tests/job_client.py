@@ -43,6 +43,8 @@ class FakeJobClient:
     submitted: list[dict[str, Any]] = field(default_factory=list)
     packed: list[dict[str, str]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
+    answers: bool = True
+    """Whether jobs that ask a driver end; else they wait for its node for ever."""
     num_looks: int = 0
     deleted: list[str] = field(default_factory=list)
 
@@ -61,7 +63,8 @@ class FakeJobClient:
         self.submitted.append(job)
         if CONTROL in job["entrypoint"]:
             name = f"asking-{len(self.submitted)}"
-            self.jobs[name] = details(name, entrypoint=job["entrypoint"], status="SUCCEEDED")
+            status = "SUCCEEDED" if self.answers else "PENDING"
+            self.jobs[name] = details(name, entrypoint=job["entrypoint"], status=status)
             return name
         name = job["submission_id"]
         assert name not in self.jobs, "ids are given once"

@@ -24,6 +24,7 @@ from rlhf_ray.cluster.leftovers import alive, identity, write_whole
 from rlhf_ray.cluster.own_job import folder_of_job, make_known, note_folder
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Bar, Progress, watched_by
+from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.types import GeneratorStatus
 
 INTERVAL_S = 1.0
@@ -205,24 +206,6 @@ class ControlFiles:
 
 
 @contextmanager
-def _signs_of_life(files: ControlFiles) -> Iterator[None]:
-    """Renew the status where nothing else does, by which other hosts see that we live."""
-    over = threading.Event()
-
-    def renew() -> None:
-        while not over.wait(LIFE_SIGN_S):
-            files.tell()
-
-    thread = threading.Thread(target=renew, name="signs of life", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-@contextmanager
 def told(name: str, folder: Path) -> Iterator[ControlFiles]:
     """A run of this process, from its beginning to how it ended."""
     files = ControlFiles(folder)
@@ -234,7 +217,8 @@ def told(name: str, folder: Path) -> Iterator[ControlFiles]:
         files.tell(progress=bar.counted(), eta_s=bar.eta_s)
 
     try:
-        with watched_by(tell_progress), _signs_of_life(files):
+        # Where nothing else renews the status, other hosts see by it that we live.
+        with watched_by(tell_progress), repeated(files.tell, LIFE_SIGN_S, "signs of life"):
             yield files
     except Exception:
         files.tell(state="failed")

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from rlhf_ray.models.parameters import ParameterGroup, parameter_table
 from rlhf_ray.observability import quiet
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
+from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
@@ -138,7 +138,6 @@ def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
         known = read_jsonl(file)
         tracked = current().sinks(training.name, "step", known, part)
         streams.append(_Stream(file, Sinks([*local, *tracked]), len(known)))
-    ended = threading.Event()
 
     def look() -> None:
         for stream in streams:
@@ -146,17 +145,10 @@ def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
                 if "loss" in metrics:
                     bar.advance(step - bar.done, loss=metrics["loss"])
 
-    def follow() -> None:
-        while not ended.wait(FOLLOW_INTERVAL_S):
-            look()
-
-    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(look, FOLLOW_INTERVAL_S, "follow metrics"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         look()
         for sink in local:
             sink.close()

@@ -6,15 +6,13 @@ folder, it prints a line of JSON.
 
 import json
 import sys
-import threading
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from actors.policy_learner import PolicyLearner
 from rlhf_ray.config import Config, load
+from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.types import Prompt, Rollout
 
 INTERVAL_S = 0.002
@@ -33,22 +31,9 @@ class Peak:
     def __init__(self) -> None:
         self.num_bytes = 0
 
-    @contextmanager
-    def watched(self) -> Any:
-        """Look often, until the block ends."""
-        over = threading.Event()
-
-        def look() -> None:
-            while not over.wait(INTERVAL_S):
-                self.num_bytes = max(self.num_bytes, resident())
-
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    def look(self) -> None:
+        """How much it is now."""
+        self.num_bytes = max(self.num_bytes, resident())
 
 
 def longest_rollouts(config: Config) -> list[Rollout]:
@@ -87,7 +72,7 @@ def step(config: Config, model: str) -> dict[str, int]:
     scores = [tuple(float(rollout.position % 2) for rollout in rollouts)]
     learner.assemble(0.2, scores, rollouts, old, old, old)
     peak = Peak()
-    with peak.watched():
+    with repeated(peak.look, INTERVAL_S, "memory"):
         learner.learn(0.0, 1.0)
     return {"idle": idle, "loaded": loaded, "peak": peak.num_bytes}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from job_cluster import free_port, job_cluster
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 HEAD_NODE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 """As Ray's provider for tests calls it."""

@@ -11,7 +11,7 @@ from job_cluster import JobCluster, job_cluster
 
 from rlhf_ray.cluster.control import ControlFiles, RunStatus
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(590)]
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 ITERATIONS = 400

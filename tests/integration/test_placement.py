@@ -25,7 +25,7 @@ from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.stages import ppo
 from rlhf_ray.stages.ppo_roles import RoleSpawner
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(590)]
 
 CONFIG = Path(__file__).parents[2] / "configs" / "stackllama" / "ppo_3x8_a100.yaml"
 TRAIN, ROLLOUT = {"role": "train"}, {"role": "rollout"}

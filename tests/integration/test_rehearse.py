@@ -11,7 +11,7 @@ from rlhf_ray.observability.sinks import read_jsonl
 if TYPE_CHECKING:
     from conftest import CommandLine
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 CONFIG = """
 run: {{name: mine, dir: {run}, stages: [ppo]}}

@@ -19,6 +19,7 @@ from rlhf_ray.cluster.control import ControlFiles, RunStatus, Wish, told
 from rlhf_ray.cluster.leftovers import identity
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
+from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.types import GeneratorStatus
 
 
@@ -172,10 +173,10 @@ def test_a_folder_in_which_a_driver_of_another_host_lives_is_not_taken(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(control, "LIFE_SIGN_S", 0.005)
     monkeypatch.setattr(control, "SILENT_S", 10.0)
     refused = f"in use by process {os.getpid()} on node-2: stop it"
-    with control._signs_of_life(left_running), pytest.raises(ConfigError, match=refused):
+    living = repeated(left_running.tell, 0.005, "signs of life")
+    with living, pytest.raises(ConfigError, match=refused):
         ControlFiles(tmp_path).open("mine")
     assert left_running.driver()["host"] == "node-2"
     assert "was left running by a driver on node-2: looking" in capsys.readouterr().out

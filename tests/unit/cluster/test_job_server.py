@@ -74,16 +74,8 @@ def test_what_the_node_refuses_is_told() -> None:
         server.ask(server.find("mine"))
 
 
-def test_a_node_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = FakeJobClient({"mine-1": details("mine-1")})
-    submit = client.submit_job
-
-    def pending(**job: Any) -> str:
-        name = submit(**job)
-        client.jobs[name].status = "PENDING"
-        return name
-
-    monkeypatch.setattr(client, "submit_job", pending)
+def test_a_node_that_does_not_answer_is_not_waited_for() -> None:
+    client = FakeJobClient({"mine-1": details("mine-1")}, answers=False)
     now = iter(range(0, 1000, 10))
     server = JobServer(client, sleep=lambda _: None, clock=lambda: next(now))
     with pytest.raises(ActorFailure, match="did not answer within 60 s"):

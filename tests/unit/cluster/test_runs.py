@@ -209,31 +209,16 @@ def test_a_driver_that_was_stopped_with_force_is_not_called_dead(job: str, state
     assert run.status().state == state
 
 
-def unanswered(client: FakeJobClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs that are pinned to the driver's node wait for it for ever."""
-    submit = client.submit_job
-
-    def pending(**job: Any) -> str:
-        name = submit(**job)
-        client.jobs[name].status = "PENDING"
-        return name
-
-    monkeypatch.setattr(client, "submit_job", pending)
-
-
 def ticking_run(client: FakeJobClient) -> JobRun:
     now = iter(range(10_000))
     server = JobServer(client, sleep=lambda _: None, clock=lambda: next(now))
     return JobRun(server, server.find("mine"))
 
 
-def test_of_an_ended_run_whose_node_is_gone_the_job_server_tells(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_an_ended_run_whose_node_is_gone_the_job_server_tells() -> None:
     message = "x" * 20_000 + "\nIts node has died."
     ended = details("mine-1", status="FAILED", end_time=5_000, message=message)
-    client = FakeJobClient({"mine-1": ended})
-    unanswered(client, monkeypatch)
+    client = FakeJobClient({"mine-1": ended}, answers=False)
     found = ticking_run(client).status()
     assert (found.name, found.folder, found.state) == ("mine", "/mnt/mine", "failed")
     assert found.updated == 5.0
@@ -248,11 +233,8 @@ def test_so_it_does_of_one_that_never_opened_its_folder() -> None:
     assert ticking_run(client).status().message == "exit code 2"
 
 
-def test_a_run_that_goes_on_must_answer_unless_it_ends_meanwhile(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    client = FakeJobClient({"mine-1": details("mine-1")})
-    unanswered(client, monkeypatch)
+def test_a_run_that_goes_on_must_answer_unless_it_ends_meanwhile() -> None:
+    client = FakeJobClient({"mine-1": details("mine-1")}, answers=False)
     run = ticking_run(client)
     with pytest.raises(ActorFailure, match="did not answer within 60 s"):
         run.status()
