@@ -118,15 +118,17 @@ class ControlFiles:
         Raises:
             ConfigError: it runs, here or on another host.
         """
-        with suppress(OSError, ValueError, KeyError):
-            driver = json.loads(self._status.read_text(encoding="utf-8"))["driver"]
-            is_other = (driver["host"], driver["pid"]) != (socket.gethostname(), os.getpid())
-            if is_other and self.status().state == "running" and self._is_driven_by(driver):
-                raise ConfigError(
-                    f"{self._status.parent} is in use by process {driver['pid']} on "
-                    f"{driver['host']}: stop it first (rlhf-ray stop {self._status.parent}), or "
-                    "choose another run.dir"
-                )
+        try:
+            driver, state = self.driver(), self.status().state
+        except (OSError, ValueError, KeyError, TypeError, ConfigError):
+            return  # no run's, or not to be read
+        is_other = (driver["host"], driver["pid"]) != (socket.gethostname(), os.getpid())
+        if is_other and state == "running" and self._is_driven_by(driver):
+            raise ConfigError(
+                f"{self._status.parent} is in use by process {driver['pid']} on "
+                f"{driver['host']}: stop it first (rlhf-ray stop {self._status.parent}), or "
+                "choose another run.dir"
+            )
 
     def _is_driven_by(self, driver: dict[str, Any]) -> bool:
         """Whether the driver of a run whose state is running lives.
@@ -140,10 +142,13 @@ class ControlFiles:
             f"{self._status.parent} was left running by a driver on {driver['host']}: looking "
             f"for up to {SILENT_S:g} s whether it lives"
         )
-        before, deadline = self._status.read_bytes(), time.monotonic() + SILENT_S
+        before, deadline = None, time.monotonic() + SILENT_S
         while time.monotonic() < deadline:
-            if self._status.read_bytes() != before:
-                return self.status().state == "running"
+            with suppress(OSError, ValueError):  # as it is replaced, on some storage
+                status = self.status()
+                if before is not None and status != before:
+                    return status.state == "running"
+                before = status
             time.sleep(INTERVAL_S)
         self.tell(state="dead")
         return False
@@ -155,7 +160,7 @@ class ControlFiles:
 
     def tell(self, **changes: Any) -> None:
         """Change fields of the status. No run ends because it is gone or cannot be written."""
-        with suppress(OSError, ConfigError), _telling:
+        with suppress(OSError, ValueError, TypeError, KeyError, ConfigError), _telling:
             written = self._read()
             self._write_status(replace(_status_in(written), **changes), written["driver"])
 

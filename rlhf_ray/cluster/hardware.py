@@ -13,7 +13,7 @@ from rlhf_ray.cluster.layout import Node
 from rlhf_ray.errors import ConfigError, PlacementError
 
 ASKS_RAY = "rlhf_ray.cluster.live_nodes"
-ASK_TIMEOUT_S = 30.0
+ASK_TIMEOUT_S = 45.0
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import logging
 
 import ray
 
-from rlhf_ray.cluster.node_readings import smallest_gpu_gb
+from rlhf_ray.cluster.node_readings import NVIDIA_SMI_S, smallest_gpu_gb
 from rlhf_ray.cluster.nodes import alive_nodes, on_nodes
 
-ASK_NODES_S = 10.0
+ASK_NODES_S = NVIDIA_SMI_S + 5.0
 """For all nodes together: a driver that is not loaded yet takes seconds for a node's GPUs."""
 
 

@@ -56,8 +56,8 @@ def make_known(name: str, folder: Path) -> None:
         _describe(job, {NAME: name, FOLDER: os.path.normpath(folder)})
     except Exception as error:  # of many kinds, and none is worth a run
         Progress().say(
-            f"warning: the job server does not take this run's name and folder ({error}); "
-            f"rlhf-ray list, status and stop know it as {job} alone"
+            f"warning: the job server does not take this run's name and folder ({error}): where "
+            f"its submitter has not named it, rlhf-ray list, status and stop know it as {job} alone"
         )
 
 

@@ -106,15 +106,21 @@ class Placement:
         ]
 
     def labels(self, demands: Sequence[Demand]) -> list[dict[str, str]]:
-        """What each worker asks of its node: labels, where some node carries such a one.
+        """Labels that each worker asks of its node, not where nodes without do, as in a layout.
 
         Of nodes that have yet to come nobody knows their labels. The first that come tell: then
         those that are right are asked for.
         """
-        nodes = [live.node for live in live_nodes()] if any(d.gpus for d in demands) else []
-        carried = {key for node in nodes for key in node.labels}
+        needs_gpus = any(demand.gpus for demand in demands)
+        nodes = [live.node for live in live_nodes() if live.node.gpus] if needs_gpus else []
+        carried = {label for node in nodes for label in node.labels.items()}
+        on_all = set[str].intersection(*(set(node.labels) for node in nodes)) if nodes else set()
         return [
-            {key: value for key, value in demand.labels.items() if key in carried}
+            {
+                key: value
+                for key, value in demand.labels.items()
+                if (key, value) in carried or key in on_all
+            }
             for demand in demands
             for _ in range(demand.workers)
         ]

@@ -42,6 +42,7 @@ class RayWorker:
         start_timeout_s: float,
         num_gpus: float,
         one_at_a_time: bool,
+        is_seated: bool = True,
     ) -> None:
         self.name = name
         self.actor = actor
@@ -50,6 +51,7 @@ class RayWorker:
         self._start_timeout_s = start_timeout_s
         self._on_call = on_call
         self._one_at_a_time = one_at_a_time
+        self._is_seated = is_seated
         self._last_end_s = 0.0
 
     async def address(self) -> str:
@@ -90,7 +92,7 @@ class RayWorker:
         try:
             result = await asyncio.wait_for(_resolve(reference), limit_s)
         except TimeoutError:
-            if method in STARTING and _awaits_a_place(self.actor):
+            if method in STARTING and not self._is_seated and _awaits_a_place(self.actor):
                 raise PlacementError(
                     f"No node had a CPU for {self.name} within {limit_s:g} s ({key})"
                 ) from None
@@ -160,6 +162,7 @@ def spawn(
         start_timeout_s=start_timeout_s,
         num_gpus=num_gpus,
         one_at_a_time=concurrency == 1,
+        is_seated=strategy is not None,
     )
 
 

@@ -185,7 +185,7 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         _LAST,
         "Response tokens learnt per second of the iteration.",
     ),
-    ("generators/ready", "1", _LAST, "Generators that got prompts when the adapter was published."),
+    ("generators/ready", "1", _LAST, "Generators that serve the newest adapter, and get prompts."),
     ("generators/target", "1", _LAST, "Generators that are wanted."),
     (
         "generators/queue_depth",

@@ -28,6 +28,7 @@ from rlhf_ray.stages.inputs import files_of_roles, require_inputs
 from rlhf_ray.stages.run_folder import (
     RunFolder,
     full_disk_is_an_error,
+    unwritable_is_an_error,
     write_atomically,
 )
 
@@ -139,6 +140,9 @@ def open_run(folder: RunFolder) -> None:
     elif config.run.resume == "must":
         raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
     folder.make()
+    if not saved.is_file():  # later, whom its owner let in stays in
+        with unwritable_is_an_error(folder.path):
+            folder.path.chmod(0o700)
     write_atomically(saved, dump(config))
 
 

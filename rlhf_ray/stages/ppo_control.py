@@ -43,8 +43,8 @@ async def _exchange(
     num_scaled, trouble = 0, None
     while True:
         files.tell(**_standing(loop, generators, bar))
-        recorder.generators(generators.report(), [each.name for each in generators.statuses()])
         try:
+            recorder.generators(generators.report(), [each.name for each in generators.statuses()])
             wish = files.asked()
             if wish.stop:
                 loop.request_stop()

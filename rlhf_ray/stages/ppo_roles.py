@@ -1,6 +1,7 @@
 """Who carries out the roles of a PPO run: actors in Ray, or objects in this process."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -34,6 +35,7 @@ from rlhf_ray.stages.run_folder import located
 ASYNC_CONCURRENCY = 32
 """Calls that a role whose methods are async works on at a time."""
 
+ASK_AGAIN_S = 30.0
 END_TIMEOUT_S = 20.0
 """For a worker that is ended to free what it holds."""
 
@@ -47,12 +49,13 @@ class RoleSpawner:
         self._on_ray = runs_on_ray(config)
         self._joins = joins_cluster(config)
         self._placement = Placement(
-            config.placement.timeout_s, may_grow=self._joins, ask=self._ask_for_room
+            config.placement.timeout_s, may_grow=self._joins, ask=self._ask_again
         )
         self._turns = Turns() if config.placement.turns else None
         self.workers: list[Worker] = []
         self._asked: Sequence[Demand] = []
         self._request: tuple[Any, ...] | None = None
+        self._requested_at = 0.0
 
     @property
     def learner_engine(self) -> str:
@@ -69,7 +72,11 @@ class RoleSpawner:
         if not self._on_ray:
             return
         self._ask_for_room()
-        await self._placement.reserve(asked)
+        try:
+            await self._placement.reserve(asked)
+        except BaseException:
+            self._give_room_back()
+            raise
 
     async def place_one(self, demand: Demand, rank: int) -> None:
         """Hold a place for a worker that is spawned later, or again.
@@ -89,14 +96,26 @@ class RoleSpawner:
         self._ask_for_room()
 
     def _ask_for_room(self) -> None:
-        """Only a cluster that was joined may have an autoscaler; the same is asked once."""
-        if not self._joins:
-            return
-        asked, placement = self._asked, self._placement
-        request = placement.resources(asked), placement.labels(asked)
-        if request != self._request:
-            self._request = request
+        """Only a cluster that was joined may have an autoscaler."""
+        if self._joins:
+            request = self._wanted()
             ask_for_room(*request)
+            self._request, self._requested_at = request, time.monotonic()
+
+    def _wanted(self) -> tuple[Any, ...]:
+        return self._placement.resources(self._asked), self._placement.labels(self._asked)
+
+    def _ask_again(self) -> None:
+        """While there is no room: as soon as labels of new nodes are known, and now and then, as
+        another run's request may have taken the place of ours."""
+        is_old = time.monotonic() - self._requested_at > ASK_AGAIN_S
+        if self._joins and (is_old or self._request != self._wanted()):
+            self._ask_for_room()
+
+    def _give_room_back(self) -> None:
+        self._asked = []
+        with suppress(Exception):  # a cluster that does not answer keeps nobody from ending
+            self._ask_for_room()
 
     def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
         """Workers ``role-0`` to ``role-<count - 1>``, not started, each in its place."""
@@ -158,8 +177,7 @@ class RoleSpawner:
 
         Ray's autoscaler is told first: it would keep nodes for a run that is killed meanwhile.
         """
-        self._asked = []
-        self._ask_for_room()
+        self._give_room_back()
         generators = [w for w in self.workers if w.name.startswith("generator")]
         # One that is loading its base answers only when it has.
         stops = (asyncio.wait_for(w.call("stop"), END_TIMEOUT_S) for w in generators)

@@ -44,8 +44,10 @@ def run(config: Config) -> Rehearsal | None:
         RlhfError: what went wrong, as it would in the run.
     """
     worst = worst_case(config)
-    RunFolder(config).make()
     folder = Path(worst.run.dir)
+    for used in (folder.parent, folder):
+        ControlFiles(used).require_free()
+    RunFolder(config).make()
     shutil.rmtree(folder, ignore_errors=True)
     RunFolder(worst).make()
     _write_prompts(folder / "prompts.jsonl", worst)

@@ -37,17 +37,13 @@ class RunFolder:
         self.saved = self.path / "config.yaml"
 
     def make(self) -> None:
-        """Make the folder when missing; for its owner alone, until it holds a run.
-
-        Whom the owner lets in later stays in.
+        """Make the folder when missing, for its owner alone.
 
         Raises:
             ConfigError: it cannot be written.
         """
         with unwritable_is_an_error(self.path):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not self.saved.is_file():
-                self.path.chmod(0o700)
 
     def stage(self, name: str) -> Path:
         """Folder of a stage; made when missing.

@@ -23,6 +23,6 @@ def test_a_size_that_ray_does_not_tell_is_asked_of_the_node(
     with simulated_cluster([CALLED_A100]):
         kinds = {node.gpus: node.gpu_kind for node in live_cluster()}
         assert kinds == {0: None, 8: "A100-80GB"}
-        nvidia_smi.unlink()
+        nvidia_smi.write_text("#!/bin/sh\nexit 1\n")
         kinds = {node.gpus: node.gpu_kind for node in live_cluster()}
         assert kinds == {0: None, 8: None}

@@ -42,7 +42,7 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], l
         note = (*note, f"seconds are from the rehearsal of {rehearsal.when}")
     late = (plan.late_calls,) if plan.late_calls else ()
     noted = dataclasses.replace(plan, assumptions=(*note, *late, *plan.assumptions))
-    return noted, changes, side_by_side
+    return noted, changes, side_by_side if noted.fits else []
 
 
 def prediction_for(config: Config) -> Plan:

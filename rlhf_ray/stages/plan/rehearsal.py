@@ -93,8 +93,16 @@ def load(config: Config, nodes: Iterable[Node]) -> Rehearsal | None:
         found = Rehearsal(**json.loads(text))
     except (OSError, ValueError, TypeError):  # none, no JSON, or of other keys
         return None
-    is_its = _compared(found.config) == _compared(dump(config)) and found.gpus == gpus_of(nodes)
-    return found if is_its else None
+    is_its = _compared(found.config) == _compared(dump(config))
+    return found if is_its and _may_be_same(found.gpus, gpus_of(nodes)) else None
+
+
+def _may_be_same(these: Sequence[str], those: Sequence[str]) -> bool:
+    """Whether nodes are alike, as far as it is known of what kind their GPUs are."""
+    if not any(node.endswith(" x None") for node in (*these, *those)):
+        return these == those
+    numbers = [sorted(node.partition(" ")[0] for node in nodes) for nodes in (these, those)]
+    return numbers[0] == numbers[1]
 
 
 def _compared(config: str) -> dict[str, Any]:

@@ -91,13 +91,14 @@ class Broken:
         raise self._error
 
 
-def broken(error: Exception | None) -> RayWorker:
+def broken(error: Exception | None, is_seated: bool = True) -> RayWorker:
     actor: Any = Broken(error)
     return RayWorker(
         *("generator-0", actor, 600.0, lambda *_: None),
         start_timeout_s=0.001,
         num_gpus=0.0,
         one_at_a_time=True,
+        is_seated=is_seated,
     )
 
 
@@ -117,20 +118,25 @@ async def test_a_process_that_is_gone_is_a_failure_of_its_actor_whoever_ended_it
 
 
 @pytest.mark.parametrize(
-    ("state", "address", "error"),
+    ("state", "address", "is_seated", "error"),
     [
-        ("PENDING_CREATION", "", PlacementError),
-        ("PENDING_CREATION", "10.0.0.2", ActorFailure),
-        ("ALIVE", "10.0.0.2", ActorFailure),
+        ("PENDING_CREATION", "", False, PlacementError),
+        ("PENDING_CREATION", "", True, ActorFailure),  # its place is held
+        ("PENDING_CREATION", "10.0.0.2", False, ActorFailure),
+        ("ALIVE", "10.0.0.2", False, ActorFailure),
     ],
 )
 async def test_one_for_which_no_node_has_room_has_not_failed(
-    state: str, address: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    state: str,
+    address: str,
+    is_seated: bool,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = {"State": state, "Address": {"IPAddress": address}}
     monkeypatch.setattr(ray._private.state, "actors", lambda _: found)
     with pytest.raises(error, match=r"0\.001 s \(cluster\.start_timeout_s\)"):
-        await broken(None).call("start")
+        await broken(None, is_seated).call("start")
 
 
 def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:

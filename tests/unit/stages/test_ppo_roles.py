@@ -84,8 +84,33 @@ async def test_no_room_is_kept_for_a_run_that_found_none(
     with pytest.raises(PlacementError):
         async with ppo_roles.ppo_roles(config, "model", None, None, lambda *_: None, print):
             pass
-    first, last = requests
-    assert (bool(first), last) == (True, [])
+    assert requests[0]
+    assert requests[-1] == []
+
+
+async def test_while_room_is_waited_for_it_is_asked_for_anew(
+    requests: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As labels are known, and where another run's request may have taken the place of ours."""
+    labels: list[dict[str, str]] = []
+    now = 0.0
+    monkeypatch.setattr(ppo_roles, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Placement, "labels", lambda *_: [*labels])
+    monkeypatch.setattr(ppo_roles, "ask_for_room", lambda _, labels: requests.append(labels))
+
+    async def wait(placement: Placement, _: Any) -> None:
+        nonlocal now
+        placement._ask()
+        labels.append({"role": "train"})
+        placement._ask()
+        placement._ask()
+        now = 31.0
+        placement._ask()
+
+    monkeypatch.setattr(Placement, "reserve", wait)
+    spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
+    await spawner.place(ASKED)
+    assert requests == [[], [{"role": "train"}], [{"role": "train"}]]
 
 
 async def test_a_cluster_of_the_runs_own_is_asked_for_nothing(requests: list[Any]) -> None:

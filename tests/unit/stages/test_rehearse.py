@@ -118,6 +118,23 @@ def test_a_runs_folder_that_a_rehearsal_makes_is_its_owners_alone(
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
+def test_what_another_rehearsal_is_at_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_use = tmp_path / "rehearsal"
+    in_use.mkdir()
+    (in_use / "prompts.jsonl").write_text("its own")
+
+    def require_free(files: ControlFiles) -> None:
+        if files._status.parent == in_use:
+            raise ConfigError("in use")
+
+    monkeypatch.setattr(ControlFiles, "require_free", require_free)
+    with pytest.raises(ConfigError, match="in use"):
+        rehearse.run(config_of(tmp_path))
+    assert (in_use / "prompts.jsonl").read_text() == "its own"
+
+
 def test_a_rehearsal_holds_for_its_own_config_alone(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert is_needed(config)
@@ -140,6 +157,18 @@ def test_a_rehearsal_holds_for_such_gpus_as_it_was_made_on(tmp_path: Path) -> No
     assert load(config, parse_cluster("8xA100-80GB+4xL4-24GB")) == made
     assert load(config, parse_cluster("8xA100-80GB")) is None
     assert load(config, parse_cluster("8xA100-80GB+4xT4-16GB")) is None
+
+
+@pytest.mark.parametrize(
+    ("recorded", "holds"), [(["8 x None"], True), (["4 x None"], False), (["8 x H100-80GB"], False)]
+)
+def test_gpus_of_a_kind_that_no_node_told_may_be_the_same(
+    recorded: list[str], holds: bool, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path)
+    made = replace(rehearsal_of(config), gpus=recorded)
+    (tmp_path / RESULT).write_text(json.dumps(asdict(made)))
+    assert (load(config, parse_cluster("8xA100-80GB")) is not None) == holds
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"when": "today", "of_another": 1}'])
