@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from rlhf_ray.cli import app
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 @pytest.fixture

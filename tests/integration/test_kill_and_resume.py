@@ -11,7 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import CommandLine
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(590)]
 
 ITERATIONS = 4
 CONFIG = """

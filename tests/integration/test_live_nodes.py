@@ -8,7 +8,7 @@ from simulated_clusters import simulated_cluster
 
 from rlhf_ray.cluster.hardware import live_cluster
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(200)]
 
 CALLED_A100 = {"num_gpus": 8, "labels": {"ray.io/accelerator-type": "A100"}}
 

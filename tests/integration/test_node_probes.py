@@ -14,7 +14,7 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.stages import pipeline
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 HOOK = """
 import os, sys

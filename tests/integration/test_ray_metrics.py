@@ -29,7 +29,7 @@ from rlhf_ray.observability.series import exported
 if TYPE_CHECKING:
     from conftest import CommandLine
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
 CONFIG = """
 run: {name: watched, stages: [ppo]}
