@@ -36,6 +36,7 @@ ASYNC_CONCURRENCY = 32
 """Calls that a role whose methods are async works on at a time."""
 
 ASK_AGAIN_S = 30.0
+"""Between two requests for the same nodes, while there is no room."""
 END_TIMEOUT_S = 20.0
 """For a worker that is ended to free what it holds."""
 
