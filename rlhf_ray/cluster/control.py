@@ -144,7 +144,7 @@ class ControlFiles:
         )
         before, deadline = None, time.monotonic() + SILENT_S
         while time.monotonic() < deadline:
-            with suppress(OSError, ValueError):  # as it is replaced, on some storage
+            with suppress(OSError, ValueError, ConfigError):  # as it is replaced, on some storage
                 status = self.status()
                 if before is not None and status != before:
                     return status.state == "running"

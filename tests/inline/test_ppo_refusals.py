@@ -1,6 +1,7 @@
 """What the loop refuses, and that nothing after it is committed."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rlhf_ray.errors import ActorFailure, DivergenceError, RlhfError, WeightSync
 from rlhf_ray.types import Shard, ShardRequest
 
 
-class _Pool(GeneratorPool):
+class _Pool(GeneratorPool, ABC):
     """A pool that spoils what comes from version 2, the third iteration's."""
 
     async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
@@ -26,8 +27,8 @@ class _Pool(GeneratorPool):
         for shard in shards:
             yield shard
 
-    def spoil(self, shards: list[Shard]) -> list[Shard]:
-        raise NotImplementedError
+    @abstractmethod
+    def spoil(self, shards: list[Shard]) -> list[Shard]: ...
 
 
 class _Lost(_Pool):
