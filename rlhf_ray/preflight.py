@@ -45,16 +45,16 @@ class Lock:
     download: int
     """Bytes of all wheels together."""
     disk: int
-    """Bytes to have free at the checkout: the environment, pip's cache and working space."""
+    """Bytes to have free at the checkout: the environment, the package cache and working space."""
     install_minutes: float
     """Minutes on two cores, download not counted."""
 
 
 LOCKS = {
     # Measured: 930 MB of wheels, an environment of 3.5 GB.
-    "cpu": Lock(download=930 * MB, disk=8 * GB, install_minutes=2.4),
+    "cpu": Lock(download=930 * MB, disk=8 * GB, install_minutes=0.6),
     # All wheels but torch's own measured (3.7 GB); disk and minutes estimated from the size.
-    "gpu": Lock(download=4400 * MB, disk=20 * GB, install_minutes=5.0),
+    "gpu": Lock(download=4400 * MB, disk=20 * GB, install_minutes=1.5),
 }
 
 

