@@ -19,7 +19,6 @@ from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import TrainingEngine
 from rlhf_ray.models.adapters import tensors_from_bytes, tensors_to_bytes
-from rlhf_ray.models.forward import sequence_of
 from rlhf_ray.types import AssembledStats, Rollout, StepReport
 
 LEARNER_STATE = "learner.safetensors"
@@ -79,7 +78,7 @@ class Learner(ABC):
 
             self._engine = TorchEngine(self._build_model(), **optimizer)
             return
-        from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, join_group
+        from rlhf_ray.engines.deepspeed.engine import DeepSpeedEngine, join_group
 
         timeout = self._config.cluster.call_timeout_s
         device = join_group(rank, world_size, address, port, timeout)
@@ -116,7 +115,7 @@ class Learner(ABC):
         rollouts: list[Rollout] = in_order(parts[:count])
         has_critic = self._assembler.estimator.needs_critic
         batch = Collected(
-            sequences=[sequence_of(rollout) for rollout in rollouts],
+            sequences=[rollout.sequence_ids for rollout in rollouts],
             prompt_lengths=[len(rollout.prompt.token_ids) for rollout in rollouts],
             responses=[rollout.response_ids for rollout in rollouts],
             rollout_logprobs=[rollout.rollout_logprobs for rollout in rollouts],

@@ -1,16 +1,28 @@
-"""RLHF on a Ray cluster: vLLM generators, DeepSpeed learners, LoRA synced every iteration."""
+"""RLHF on a Ray cluster: vLLM generators, DeepSpeed learners, LoRA synced every iteration.
+
+The surface of the library: read a config, run it, catch what went wrong. Nothing here loads torch
+before a run begins. Whoever reads the code begins with ``docs/architecture.md``.
+"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rlhf_ray.config import Config
+from rlhf_ray.config import Config
+from rlhf_ray.config import load as load_config
+from rlhf_ray.errors import (
+    ActorFailure,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    PlacementError,
+    RlhfError,
+    WeightSyncError,
+)
+from rlhf_ray.version import __version__
 
-__version__ = "0.1.0"
 
-
-def run(config: "Config") -> Path:
-    """Run the stages of a config that are not finished; returns the run's folder.
+def run(config: Config) -> Path:
+    """Run the unfinished stages of a config; returns the run's folder.
 
     Raises:
         RlhfError: naming what went wrong, where, and the remedy.
@@ -18,3 +30,19 @@ def run(config: "Config") -> Path:
     from rlhf_ray.stages.pipeline import run as run_pipeline
 
     return run_pipeline(config)
+
+
+__all__ = [
+    "ActorFailure",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "DivergenceError",
+    "PlacementError",
+    "RlhfError",
+    "WeightSyncError",
+    "__version__",
+    "load_config",
+    "run",
+]

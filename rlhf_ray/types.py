@@ -82,6 +82,13 @@ class Rollout:
     text: str
     """Decoded response without special tokens; a stop string that ended it is part of it."""
 
+    @property
+    def sequence_ids(self) -> np.ndarray:
+        """[S] int64: prompt tokens, then response tokens."""
+        return np.concatenate(
+            [np.asarray(self.prompt.token_ids, dtype=np.int64), self.response_ids]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:

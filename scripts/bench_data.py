@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def _write(posts: Path, num_questions: int) -> None:
-    from rlhf_ray.data import synthetic
+    from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
 
     synthetic.write_posts(posts, num_questions, seed=0)
 

@@ -14,4 +14,4 @@ write() { # write PAGE MODULE FUNCTION
 
 write config.md rlhf_ray.config.reference markdown
 write metrics.md rlhf_ray.observability.metrics markdown_table
-write other_names.md rlhf_ray.config.foreign_keys markdown
+write other_names.md rlhf_ray.config.key_aliases markdown

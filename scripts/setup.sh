@@ -119,10 +119,10 @@ if (sys.argv[1] == "gpu") != (torch.version.cuda is not None):
 }
 
 python=$(find_python)
-decision=$("$python" -I rlhf_ray/preflight.py --decide ${RLHF_RAY_LOCK:+--lock "$RLHF_RAY_LOCK"})
+decision=$("$python" -I rlhf_ray/doctor/preflight.py --decide ${RLHF_RAY_LOCK:+--lock "$RLHF_RAY_LOCK"})
 read -r lock vllm <<<"$decision"
 packages=$lock # which of the GPU locks, the driver says
-[[ $lock != gpu ]] || packages=$("$python" -I rlhf_ray/nvidia_driver.py) ||
+[[ $lock != gpu ]] || packages=$("$python" -I rlhf_ray/doctor/nvidia_driver.py) ||
   fail "no set of GPU packages fits this machine"
 lock_file=scripts/requirements/$packages.txt
 wanted_packages=$(fingerprint "$lock_file" "$lock" "$vllm" "$VENV")
@@ -131,7 +131,7 @@ installed=
 [[ ! -e $STAMP || $(cat "$STAMP") != "$wanted_packages" ]] || installed=yes
 
 echo "This machine:"
-"$python" -I rlhf_ray/preflight.py --root "$(dirname "$VENV")" --lock "$lock" \
+"$python" -I rlhf_ray/doctor/preflight.py --root "$(dirname "$VENV")" --lock "$lock" \
   ${installed:+--installed} || fail "mend what is marked FAIL, then run $0 again"
 
 [[ $installed ]] || install_packages

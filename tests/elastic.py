@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_ray.cluster.generator_pool import GeneratorPool
-from rlhf_ray.cluster.idle_times import IdleTimes
 from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import ActorFailure
+from rlhf_ray.generators.idle_times import IdleTimes
+from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.types import (
     AdapterUpdate,
     Prompt,

@@ -26,7 +26,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
 ) -> None:
     """Say what a config takes of a cluster: memory, places, time; exit 1 if it does not fit."""
-    from rlhf_ray.stages import plan as planning
+    from rlhf_ray.planning import plan as planning
 
     found, changes, layouts = planning.plan_for(read_config(config, overrides), cluster)
     if as_json:
@@ -41,7 +41,7 @@ def plan(
 @app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Draw the HTML report of a run again."""
-    from rlhf_ray.observability.report import build
+    from rlhf_ray.report.report import build
 
     typer.echo(f"Report: {build(Path(read_config(config, overrides).run.dir))}")
 
@@ -77,11 +77,11 @@ def doctor(
     ] = 1.0,
 ) -> None:
     """Check this machine, or every node of a cluster, and say what to fix."""
-    from rlhf_ray import preflight
+    from rlhf_ray.doctor import preflight
 
     if not cluster:
         raise typer.Exit(preflight.main(["--installed"]))
-    from rlhf_ray.stages import cluster_doctor
+    from rlhf_ray.doctor import cluster as cluster_doctor
 
     resolved = read_config(config, overrides) if config else None
     sections, is_healthy = cluster_doctor.run(resolved, min_bandwidth)

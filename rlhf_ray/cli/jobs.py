@@ -47,7 +47,8 @@ def submit(
     ] = 0,
 ) -> None:
     """Send a run to a cluster as a Ray job."""
-    from rlhf_ray.cluster import job_server, submission
+    from rlhf_ray.jobs import server as job_server
+    from rlhf_ray.jobs import submit as submission
 
     resolved = read_config(config, overrides)
     submission.require_for_a_cluster(resolved)
@@ -65,8 +66,8 @@ def submit(
 @app.command("list")
 def list_runs(address: Address = None, as_json: AsJson = False) -> None:
     """List the runs of a cluster."""
-    from rlhf_ray.cluster.job_server import connect
-    from rlhf_ray.cluster.run_tables import list_table
+    from rlhf_ray.jobs.server import connect
+    from rlhf_ray.jobs.tables import list_table
 
     jobs = connect(address).jobs()
     if as_json:
@@ -78,8 +79,8 @@ def list_runs(address: Address = None, as_json: AsJson = False) -> None:
 @app.command()
 def status(run: RunName, address: Address = None, as_json: AsJson = False) -> None:
     """Show how a run stands: stage, iteration, reward, KL, generators, ETA."""
-    from rlhf_ray.cluster.run_tables import status_table
-    from rlhf_ray.cluster.runs import find_run
+    from rlhf_ray.jobs.runs import find_run
+    from rlhf_ray.jobs.tables import status_table
 
     found = find_run(run, address).status()
     if as_json:
@@ -95,7 +96,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Until the run ends.")] = False,
 ) -> None:
     """Print what a run prints."""
-    from rlhf_ray.cluster.runs import find_run
+    from rlhf_ray.jobs.runs import find_run
 
     with _watching(run):
         for text in find_run(run, address).logs(follow):
@@ -111,7 +112,7 @@ def stop(
     ] = False,
 ) -> None:
     """End a run: PPO commits and saves the iteration that it is in; it can go on later."""
-    from rlhf_ray.cluster.runs import find_run
+    from rlhf_ray.jobs.runs import find_run
 
     find_run(run, address).stop(now, typer.echo)
 
@@ -123,7 +124,7 @@ def scale(
     address: Address = None,
 ) -> None:
     """Change the number of generators while a run goes on."""
-    from rlhf_ray.cluster.runs import find_run
+    from rlhf_ray.jobs.runs import find_run
 
     find_run(run, address).scale(generators)
     typer.echo(f"Asked for {generators} generators; rlhf-ray status {run} shows them come and go")

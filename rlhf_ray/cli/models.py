@@ -34,7 +34,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
     """Sample the run's language models on the same prompts, side by side."""
-    from rlhf_ray.stages import generate as generate_stage
+    from rlhf_ray.serving import generate as generate_stage
 
     rows = generate_stage.run(
         read_config(config, overrides),
@@ -63,7 +63,7 @@ def chat(
     max_tokens: MaxTokens = None,
 ) -> None:
     """Talk with one of the run's language models in the terminal."""
-    from rlhf_ray.stages.chat import run as run_chat
+    from rlhf_ray.serving.chat import run as run_chat
 
     def write(text: str) -> None:
         typer.echo(text, nl=False)
@@ -104,7 +104,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the run's language models through vLLM's OpenAI-compatible server."""
-    from rlhf_ray.stages import serve as serve_stage
+    from rlhf_ray.serving import serve as serve_stage
 
     arguments = serve_stage.command(read_config(config, overrides), model or [], further or [])
     if warning := serve_stage.exposure(further or []):

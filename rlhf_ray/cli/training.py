@@ -42,8 +42,8 @@ def rehearse(config: ConfigPath, overrides: Overrides = None) -> None:
 
 def _rehearsed(config: Config) -> bool:
     """Whether a rehearsal came to its end; one that was stopped on request did not."""
-    from rlhf_ray.stages.plan import prediction_for
-    from rlhf_ray.stages.plan.rehearsal import as_text
+    from rlhf_ray.planning.plan import prediction_for
+    from rlhf_ray.planning.rehearsal import as_text
     from rlhf_ray.stages.rehearse import run as run_rehearsal
 
     found = run_rehearsal(config)
@@ -76,7 +76,7 @@ for _stage, _help in {
 @app.command()
 def merge(config: ConfigPath, overrides: Overrides = None, model: OneModel = "ppo") -> None:
     """Merge one of the run's adapters into its base."""
-    from rlhf_ray.stages.merge import run as run_merge
+    from rlhf_ray.serving.merge import run as run_merge
 
     resolved = read_config(config, overrides)
     summary = run_merge(resolved, model)
@@ -103,7 +103,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a model for other tools, with a card that says where it comes from."""
-    from rlhf_ray.stages.export import run as run_export
+    from rlhf_ray.serving.export import run as run_export
 
     resolved = read_config(config, overrides)
     summary = run_export(resolved, model=model, kind=kind.value, out=out)

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from rlhf_ray.cluster.leftovers import records_folder, write_whole
+from rlhf_ray.cluster.orphans import records_folder, write_whole
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 

@@ -18,7 +18,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from rlhf_ray.cluster.peak_memory import peak_memory
-from rlhf_ray.cluster.titles import titled
+from rlhf_ray.cluster.process_titles import titled
 from rlhf_ray.cluster.workers import OnCall
 from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.types import Handle

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf_ray.config import foreign_keys
+from rlhf_ray.config import key_aliases as foreign_keys
 from rlhf_ray.config.root import Config
 from rlhf_ray.errors import ConfigError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_ray.data.rows import Row
+from rlhf_ray.data.reading.rows import Row
 
 LENGTH_BOUNDS = (0, *(2**power for power in range(5, 15)))
 """Lower bounds of the length bins, characters; the last one has no upper bound."""

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_ray.config.rewards import SourceConfig
-from rlhf_ray.driver.alarms import GUARDS
+from rlhf_ray.driver.guards.detectors import GUARDS
 from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.scoring import joined, score_metrics
 from rlhf_ray.types import AssembledStats, GeneratorsReport, ScoredShard, StepReport

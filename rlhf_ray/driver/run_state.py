@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhf_ray.driver.alarms import Losses
+from rlhf_ray.driver.guards.detectors import Losses
 from rlhf_ray.driver.scoring import PlainMoments
 
 

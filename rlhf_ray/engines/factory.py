@@ -36,7 +36,7 @@ def generation_engine(
                 ending=ending,
             )
         )
-    from rlhf_ray.engines.vllm_engine import VllmEngine, VllmSettings
+    from rlhf_ray.engines.vllm.engine import VllmEngine, VllmSettings
 
     return VllmEngine(
         VllmSettings(

@@ -17,7 +17,7 @@ from rlhf_ray.config.rewards import (
     RewardSourceConfig,
     RougeSourceConfig,
 )
-from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.folders import first_line, locate
 from rlhf_ray.models.heads import sequence_scores

@@ -39,12 +39,6 @@ def sampling_rule(rollout: RolloutConfig, stop_token_ids: tuple[int, ...]) -> Sa
     )
 
 
-def sequence_of(rollout: Rollout) -> np.ndarray:
-    """[S] int64: prompt tokens, then response tokens."""
-    prompt = np.asarray(rollout.prompt.token_ids, dtype=np.int64)
-    return np.concatenate([prompt, rollout.response_ids])
-
-
 def causal_lm_logits(model: Any, last: int = 0) -> Forward:
     """Forward of a causal LM (wrapped in PEFT or DeepSpeed or not): logits `_BSV`.
 
@@ -111,7 +105,7 @@ def _by_response(
     device: torch.device,
     num_further: int = 0,
 ) -> list[np.ndarray]:
-    sequences = [sequence_of(rollout) for rollout in rollouts]
+    sequences = [rollout.sequence_ids for rollout in rollouts]
     results: dict[int, np.ndarray] = {}
     for rows in micro_batches([len(sequence) for sequence in sequences], max_tokens):
         sequences_BS, attention_BS = pad([sequences[row] for row in rows])

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rlhf_ray.data.render import Renderer
-from rlhf_ray.data.row_tally import BadRow
+from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.forward import sequence_of
 from rlhf_ray.rewards.source import Blocking, messages_of
 from rlhf_ray.types import Rollout
 
@@ -46,7 +45,7 @@ class ModelSource:
 
     def _tokens(self, rollout: Rollout) -> np.ndarray:
         if self._renderer is None:
-            return sequence_of(rollout)
+            return rollout.sequence_ids
         prompt = rollout.prompt
         ended = rollout.finish_reason == "stop"
         try:

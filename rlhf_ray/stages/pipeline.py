@@ -9,9 +9,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_ray.cluster.control import ControlFiles, told
-from rlhf_ray.cluster.node_checks import require_same_view
-from rlhf_ray.cluster.ray_session import (
+from rlhf_ray.cluster.session import (
     dashboard_url,
     joins_cluster,
     ray_session,
@@ -20,12 +18,14 @@ from rlhf_ray.cluster.ray_session import (
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.identity import differences
 from rlhf_ray.config.run import STAGES
+from rlhf_ray.doctor.inputs import files_of_roles, require_inputs
+from rlhf_ray.doctor.node_checks import require_same_view
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.progress import Progress
-from rlhf_ray.observability.report import build
 from rlhf_ray.observability.trackers import tracking
-from rlhf_ray.stages.inputs import files_of_roles, require_inputs
-from rlhf_ray.stages.run_folder import (
+from rlhf_ray.report.report import build
+from rlhf_ray.runs.control import ControlFiles, told
+from rlhf_ray.runs.folder import (
     RunFolder,
     full_disk_is_an_error,
     unwritable_is_an_error,
@@ -34,12 +34,12 @@ from rlhf_ray.stages.run_folder import (
 
 MODULES = {
     "prepare": "prepare",
-    "pretrain": "pretrain",
-    "sft": "sft",
-    "reward": "reward_model",
-    "dpo": "dpo",
-    "ppo": "ppo",
-    "evaluate": "evaluate",
+    "pretrain": "supervised.pretrain",
+    "sft": "supervised.sft",
+    "reward": "supervised.reward",
+    "dpo": "supervised.dpo",
+    "ppo": "ppo.stage",
+    "evaluate": "evaluate.stage",
 }
 NEEDS_RAY = {"pretrain", "sft", "reward", "dpo", "ppo", "evaluate"}
 

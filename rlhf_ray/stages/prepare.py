@@ -18,14 +18,16 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 
 from rlhf_ray.config import Config
-from rlhf_ray.data import stack_exchange, synthetic, template
-from rlhf_ray.data.archive import site_of, unpacked
+from rlhf_ray.data import template
 from rlhf_ray.data.quality import Texts, histogram
-from rlhf_ray.data.row_tally import RowTally
-from rlhf_ray.data.stack_exchange import Answer, Question
+from rlhf_ray.data.reading.counts import RowTally
+from rlhf_ray.data.stack_exchange import posts as stack_exchange
+from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
+from rlhf_ray.data.stack_exchange.archives import site_of, unpacked
+from rlhf_ray.data.stack_exchange.posts import Answer, Question
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar, Progress
-from rlhf_ray.stages.run_folder import RunFolder, unwritable_is_an_error
+from rlhf_ray.runs.folder import RunFolder, unwritable_is_an_error
 
 MEGABYTE = 2**20
 

@@ -17,18 +17,18 @@ from typing import Any
 import ray
 import yaml
 
-from rlhf_ray.cluster.control import ControlFiles
-from rlhf_ray.cluster.layout import RUN_MODELS
 from rlhf_ray.cluster.own_job import make_known
-from rlhf_ray.cluster.ray_session import runs_on_ray
+from rlhf_ray.cluster.session import runs_on_ray
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import read_jsonl
+from rlhf_ray.placement.layout import RUN_MODELS
+from rlhf_ray.planning.plan import nodes_of
+from rlhf_ray.planning.rehearsal import RESULT, Rehearsal, gpus_of, load, worst_keys
+from rlhf_ray.runs.control import ControlFiles
+from rlhf_ray.runs.folder import RunFolder, absolute, write_atomically
 from rlhf_ray.stages.pipeline import run as run_pipeline
-from rlhf_ray.stages.plan import nodes_of
-from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, gpus_of, load, worst_keys
-from rlhf_ray.stages.run_folder import RunFolder, absolute, write_atomically
 
 FOLDER = "rehearsal"
 """In the run's folder; a run of its own."""

@@ -25,11 +25,11 @@ from ray.cluster_utils import Cluster
 from simulated_clusters import simulated_cluster
 from tiny_models import build_servable, write_prompts
 
-from rlhf_ray.cluster.generator_pool import GeneratorPool
 from rlhf_ray.config import Config, resolve
+from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.roles import Roles
-from rlhf_ray.stages import ppo
 from rlhf_ray.stages.pipeline import run_single
+from rlhf_ray.stages.ppo import stage as ppo
 from rlhf_ray.types import Shard, ShardRequest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]

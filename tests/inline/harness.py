@@ -10,7 +10,6 @@ from typing import Any
 from fakes import Events, FakeCritic, FakePolicy, FakeReference, FakeScorer, Tokenizer
 
 from actors.generator import Generator
-from rlhf_ray.cluster.generator_pool import GeneratorPool
 from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
@@ -22,6 +21,7 @@ from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
 from rlhf_ray.engines.fake import FakeEngine
+from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.roles import Roles

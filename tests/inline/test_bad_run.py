@@ -11,9 +11,9 @@ import pytest
 from command_line import ANSWER, CONFIG, QUESTION, Refused, command, contents, copy_of, dump_of
 
 from rlhf_ray.config import load
-from rlhf_ray.stages import run_folder
+from rlhf_ray.runs import folder as run_folder
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.pipeline import open_run
-from rlhf_ray.stages.run_folder import RunFolder
 
 
 class TestInputsOfLaterStages:

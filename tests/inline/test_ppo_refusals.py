@@ -10,9 +10,9 @@ import pytest
 from fakes import FakePolicy
 from harness import Harness, make_config, stale
 
-from rlhf_ray.cluster.generator_pool import GeneratorPool
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.errors import ActorFailure, DivergenceError, RlhfError, WeightSyncError
+from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.types import Shard, ShardRequest
 
 

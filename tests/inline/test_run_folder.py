@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from command_line import PLANTED
 
-from rlhf_ray.cluster.ray_session import role_environment
+from rlhf_ray.cluster.session import role_environment
 from rlhf_ray.config import load
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.pipeline import open_run
-from rlhf_ray.stages.run_folder import RunFolder
 
 
 def test_nothing_that_a_run_writes_holds_a_secret_of_its_environment(whole_run: Path) -> None:

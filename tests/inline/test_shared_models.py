@@ -16,7 +16,7 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import tiny
 from rlhf_ray.models.adapters import attach
 from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, save_adapter
-from rlhf_ray.stages import ppo
+from rlhf_ray.stages.ppo import stage as ppo
 
 
 def metrics(config: Config) -> list[dict[str, float]]:

@@ -6,9 +6,9 @@ import pytest
 from fakes import FakePolicy
 from harness import Harness, make_config
 
-from rlhf_ray.cluster.control import ControlFiles
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.runs.control import ControlFiles
 from rlhf_ray.stages import pipeline
 from rlhf_ray.types import StepReport
 

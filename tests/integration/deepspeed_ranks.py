@@ -97,7 +97,7 @@ def rank_main(
     queue: Any,
 ) -> None:
     torch.set_num_threads(1)
-    from rlhf_ray.engines.deepspeed_engine import DeepSpeedEngine, join_group
+    from rlhf_ray.engines.deepspeed.engine import DeepSpeedEngine, join_group
 
     join_group(rank, world_size, "127.0.0.1", port, 120.0)
     # Small weights would stay on every rank: at stage 3, have each of them gathered.

@@ -5,7 +5,7 @@ from typing import Any
 
 from safetensors.torch import load
 
-from rlhf_ray.engines.vllm_extension import AdapterExtension, report
+from rlhf_ray.engines.vllm.worker_extension import AdapterExtension, report
 from rlhf_ray.models.adapters import TensorDict, tensors_to_bytes
 
 

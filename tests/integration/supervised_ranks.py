@@ -8,16 +8,16 @@ import torch
 import torch.distributed
 
 from rlhf_ray.config import load
-from rlhf_ray.data.render import Renderer
-from rlhf_ray.data.texts import load_documents
-from rlhf_ray.data.tokens import pad_id
+from rlhf_ray.data.datasets.texts import load_documents
+from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.data.rendering.tokens import pad_id
 from rlhf_ray.models import loading
-from rlhf_ray.stages.language_model import packed_blocks, text_rows
-from rlhf_ray.stages.pairs import load_training_pairs
-from rlhf_ray.stages.reward_model import RewardTraining
-from rlhf_ray.stages.sft import SftTraining
-from rlhf_ray.stages.supervised import open_training
-from rlhf_ray.stages.training import train
+from rlhf_ray.stages.supervised.language_model import packed_blocks, text_rows
+from rlhf_ray.stages.supervised.launcher import open_training
+from rlhf_ray.stages.supervised.pairs import load_training_pairs
+from rlhf_ray.stages.supervised.reward import RewardTraining
+from rlhf_ray.stages.supervised.sft import SftTraining
+from rlhf_ray.stages.supervised.training import train
 
 
 def main(config_file: str, stage: str, out: str) -> None:

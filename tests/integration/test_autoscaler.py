@@ -16,11 +16,11 @@ HEAD_NODE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 PLACES = """
 import asyncio, sys, time
 import ray
-from rlhf_ray.cluster.layout import Demand
-from rlhf_ray.cluster.placement import live_nodes
-from rlhf_ray.cluster.ray_session import ray_session
+from rlhf_ray.placement.layout import Demand
+from rlhf_ray.placement.groups import live_nodes
+from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config import resolve
-from rlhf_ray.stages.ppo_roles import RoleSpawner
+from rlhf_ray.cluster.spawner import RoleSpawner
 
 config = resolve({"cluster": {"mode": "ray"}, "placement": {"timeout_s": 60}})
 spawner = RoleSpawner(config, lambda *_: None)

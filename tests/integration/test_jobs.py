@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from job_cluster import JobCluster, job_cluster
 
-from rlhf_ray.cluster.control import ControlFiles, RunStatus
+from rlhf_ray.runs.control import ControlFiles, RunStatus
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(590)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from simulated_clusters import simulated_cluster
 
-from rlhf_ray.cluster.hardware import live_cluster
+from rlhf_ray.placement.hardware import live_cluster
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(200)]
 

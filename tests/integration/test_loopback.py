@@ -8,9 +8,9 @@ import psutil
 import pytest
 import ray
 
-from rlhf_ray.cluster.ray_session import ray_session
+from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.engines.deepspeed_engine import join_group
+from rlhf_ray.engines.deepspeed.engine import join_group
 from rlhf_ray.engines.factory import generation_engine
 
 pytestmark = pytest.mark.integration

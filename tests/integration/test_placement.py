@@ -15,15 +15,15 @@ from simulated_clusters import simulated_cluster
 from typer.testing import CliRunner
 
 from rlhf_ray.cli import app
-from rlhf_ray.cluster.layout import Demand, Place, demands, lay_out
-from rlhf_ray.cluster.placement import LiveNode, live_nodes
-from rlhf_ray.cluster.ray_session import ray_session
 from rlhf_ray.cluster.ray_workers import RayWorker
+from rlhf_ray.cluster.session import ray_session
+from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config, load, resolve
 from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.errors import ConfigError, PlacementError
-from rlhf_ray.stages import ppo
-from rlhf_ray.stages.ppo_roles import RoleSpawner
+from rlhf_ray.placement.groups import LiveNode, live_nodes
+from rlhf_ray.placement.layout import Demand, Place, demands, lay_out
+from rlhf_ray.stages.ppo import stage as ppo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(590)]
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_ray.config import resolve
 from rlhf_ray.config.model import TinyModelConfig
 from rlhf_ray.models import tiny
-from rlhf_ray.stages.plan import prediction
+from rlhf_ray.planning.prediction import prediction
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

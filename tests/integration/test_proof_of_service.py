@@ -23,9 +23,9 @@ from actors.policy_learner import PolicyLearner
 from rlhf_ray.cluster.role_clients import GeneratorClient, PolicyClient
 from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.driver.guard import SamplerGapGuard
+from rlhf_ray.driver.guards.mismatch import SamplerGapGuard
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
-from rlhf_ray.engines.vllm_engine import VllmSettings
+from rlhf_ray.engines.vllm.engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.forward import sampling_rule

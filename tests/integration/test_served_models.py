@@ -18,7 +18,7 @@ from tiny_models import with_random_adapter
 
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.models import loading
-from rlhf_ray.stages import export
+from rlhf_ray.serving import export
 
 if TYPE_CHECKING:
     from conftest import CommandLine

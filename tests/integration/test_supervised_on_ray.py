@@ -12,11 +12,12 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from rlhf_ray.cluster.ray_session import ray_session
+from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ActorFailure, DivergenceError, PlacementError
-from rlhf_ray.stages import pretrain, supervised
-from rlhf_ray.stages.pretrain import PretrainTraining
+from rlhf_ray.stages.supervised import launcher as supervised
+from rlhf_ray.stages.supervised import pretrain
+from rlhf_ray.stages.supervised.pretrain import PretrainTraining
 
 pytestmark = pytest.mark.integration
 

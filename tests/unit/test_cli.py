@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rlhf_ray import cli, preflight
+from rlhf_ray import cli
 from rlhf_ray.cli.arguments import read_config
+from rlhf_ray.doctor import preflight
 from rlhf_ray.errors import ConfigError
 
 JOBS = ("submit", "list", "status", "logs", "stop", "scale")

@@ -8,8 +8,9 @@ from job_client import FakeJobClient, details, work_folder
 from typer.testing import CliRunner
 
 from rlhf_ray import cli
-from rlhf_ray.cluster import job_server, runs
-from rlhf_ray.cluster.job_server import JobServer
+from rlhf_ray.jobs import runs
+from rlhf_ray.jobs import server as job_server
+from rlhf_ray.jobs.server import JobServer
 
 STATUS = {
     "name": "mine",

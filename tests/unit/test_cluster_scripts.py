@@ -13,8 +13,8 @@ import ray
 import yaml
 from ray.autoscaler._private.util import with_head_node_ip
 
-from rlhf_ray.cluster.layout import Node, demands, lay_out
 from rlhf_ray.config import load
+from rlhf_ray.placement.layout import Node, demands, lay_out
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "cluster"

@@ -8,11 +8,11 @@ import pytest
 import typer
 
 from rlhf_ray import cli
-from rlhf_ray.cluster.node_readings import PORTS
-from rlhf_ray.cluster.node_verdicts import PRIVATE_PORTS
 from rlhf_ray.config import load
-from rlhf_ray.config.foreign_keys import FOREIGN_KEYS, SUPERVISED_KEYS
+from rlhf_ray.config.key_aliases import FOREIGN_KEYS, SUPERVISED_KEYS
 from rlhf_ray.config.load import keys
+from rlhf_ray.doctor.node_readings import PORTS
+from rlhf_ray.doctor.node_verdicts import PRIVATE_PORTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -27,7 +27,8 @@ def make_run(tmp_path: Path) -> Callable[..., Config]:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
     """A run through pretrain, sft and reward, and the summaries that they returned."""
-    from rlhf_ray.stages import pretrain, reward_model, sft
+    from rlhf_ray.stages.supervised import pretrain, sft
+    from rlhf_ray.stages.supervised import reward as reward_model
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     write_prepared(folder)

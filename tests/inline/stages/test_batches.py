@@ -13,10 +13,10 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import SftConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import heads, loading
-from rlhf_ray.stages import sft
-from rlhf_ray.stages.language_model import LanguageModelTrainer, packed_blocks
-from rlhf_ray.stages.pairs import pair_accuracy
-from rlhf_ray.stages.reward_model import RewardTrainer, RewardTraining
+from rlhf_ray.stages.supervised import sft
+from rlhf_ray.stages.supervised.language_model import LanguageModelTrainer, packed_blocks
+from rlhf_ray.stages.supervised.pairs import pair_accuracy
+from rlhf_ray.stages.supervised.reward import RewardTrainer, RewardTraining
 
 Trained = tuple[Config, dict[str, Any]]
 

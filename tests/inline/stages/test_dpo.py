@@ -14,9 +14,9 @@ from rlhf_ray.config.run import DEFAULT_STAGES
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import heads, loading
 from rlhf_ray.models.token_logprobs import answer_with_logprobs
-from rlhf_ray.stages import dpo
-from rlhf_ray.stages.dpo import DpoTraining, completion_logprobs
-from rlhf_ray.stages.pairs import load_training_pairs
+from rlhf_ray.stages.supervised import dpo
+from rlhf_ray.stages.supervised.dpo import DpoTraining, completion_logprobs
+from rlhf_ray.stages.supervised.pairs import load_training_pairs
 
 Trained = tuple[Config, dict[str, Any]]
 

@@ -11,11 +11,11 @@ import torch
 from transformers import EvalPrediction
 
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.data.tokens import encode
+from rlhf_ray.data.rendering.tokens import encode
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import heads, loading
-from rlhf_ray.stages import reward_model
-from rlhf_ray.stages.ratings import agreement, auc
+from rlhf_ray.stages.supervised import reward as reward_model
+from rlhf_ray.stages.supervised.ratings import agreement, auc
 
 Trained = tuple[Config, dict[str, Any]]
 

@@ -9,8 +9,9 @@ from json_server import chat_completion, serve
 
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import DataError
-from rlhf_ray.stages import pipeline, reward_model
-from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.stages import pipeline
+from rlhf_ray.stages.supervised import reward as reward_model
 
 Trained = tuple[Config, dict[str, Any]]
 

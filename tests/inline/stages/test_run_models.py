@@ -18,10 +18,10 @@ from rlhf_ray.config import Config, dump
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import adapters, folders, heads, loading
-from rlhf_ray.stages import chat, export, generate, serve
-from rlhf_ray.stages.conversation import template_of
-from rlhf_ray.stages.lineage import lineage, model_licence
-from rlhf_ray.stages.run_models import find_model, policies
+from rlhf_ray.runs.lineage import lineage, model_licence
+from rlhf_ray.runs.models import find_model, policies
+from rlhf_ray.serving import chat, export, generate, serve
+from rlhf_ray.serving.conversation import template_of
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 

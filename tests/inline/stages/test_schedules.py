@@ -14,8 +14,9 @@ from transformers import get_scheduler
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.sinks import read_jsonl
-from rlhf_ray.stages import pretrain, sft, supervised, training
-from rlhf_ray.stages.pretrain import PretrainTraining
+from rlhf_ray.stages.supervised import launcher as supervised
+from rlhf_ray.stages.supervised import pretrain, sft, training
+from rlhf_ray.stages.supervised.pretrain import PretrainTraining
 
 MakeRun = Callable[..., Config]
 

@@ -12,16 +12,12 @@ from rlhf_ray.cluster import ray_workers
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, ConfigError, DataError, DivergenceError, PlacementError
 from rlhf_ray.models import loading
-from rlhf_ray.stages import (
-    pipeline,
-    pretrain,
-    reward_model,
-    run_folder,
-    sft,
-    supervised,
-    training,
-)
-from rlhf_ray.stages.run_folder import RunFolder
+from rlhf_ray.runs import folder as run_folder
+from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.stages import pipeline
+from rlhf_ray.stages.supervised import launcher as supervised
+from rlhf_ray.stages.supervised import pretrain, sft, training
+from rlhf_ray.stages.supervised import reward as reward_model
 
 MakeRun = Callable[..., Config]
 

@@ -20,10 +20,12 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import adapters, heads, loading, tiny
-from rlhf_ray.stages import merge, pretrain, reward_model, sft
-from rlhf_ray.stages.pairs import load_training_pairs
-from rlhf_ray.stages.reward_model import RewardTraining
-from rlhf_ray.stages.sft import SftTraining
+from rlhf_ray.serving import merge
+from rlhf_ray.stages.supervised import pretrain, sft
+from rlhf_ray.stages.supervised import reward as reward_model
+from rlhf_ray.stages.supervised.pairs import load_training_pairs
+from rlhf_ray.stages.supervised.reward import RewardTraining
+from rlhf_ray.stages.supervised.sft import SftTraining
 
 Trained = tuple[Config, dict[str, Any]]
 

@@ -9,8 +9,8 @@ from job_client import FakeJobClient, details
 from ray.dashboard.modules.job.common import JobInfo, JobInfoStorageClient, JobStatus
 
 from rlhf_ray.cluster import own_job
-from rlhf_ray.cluster.job_server import JobServer
 from rlhf_ray.cluster.own_job import make_known
+from rlhf_ray.jobs.server import JobServer
 
 KEY = JobInfoStorageClient.JOB_DATA_KEY.format(job_id="plain").encode()
 

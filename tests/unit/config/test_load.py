@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_ray.cluster.layout import demands
 from rlhf_ray.config import Config, dump, load, resolve
 from rlhf_ray.config.load import keys
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.placement.layout import demands
 
 
 def write(path: Path, text: str) -> Path:

@@ -2,7 +2,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.rendering.render import Renderer
 
 CHATML = """
 {%- if messages[0]['role'] != 'system' %}

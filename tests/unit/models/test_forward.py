@@ -11,7 +11,6 @@ from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.models.forward import (
     response_logprobs,
     response_values,
-    sequence_of,
 )
 from rlhf_ray.models.heads import ValueModel, initialise_head
 from rlhf_ray.models.loading import load_causal_lm, load_sequence_classifier
@@ -54,7 +53,7 @@ def test_logprobs_are_those_of_each_row_alone(
         device=CPU,
     )
     for row, logprobs in zip(ROLLOUTS, found, strict=True):
-        ids = torch.tensor(sequence_of(row))[None]
+        ids = torch.tensor(row.sequence_ids)[None]
         with torch.no_grad():
             scaled = (model(ids).logits[0] / temperature).log_softmax(-1)
         first = len(row.prompt.token_ids)
@@ -70,7 +69,7 @@ def test_values_are_of_the_state_before_each_token(base: Path, max_tokens: int) 
     model = ValueModel(classifier)
     found = response_values(model, ROLLOUTS, max_tokens=max_tokens, device=CPU)
     for row, values in zip(ROLLOUTS, found, strict=True):
-        ids = torch.tensor(sequence_of(row))[None]
+        ids = torch.tensor(row.sequence_ids)[None]
         with torch.no_grad():
             all_values = model(ids, torch.ones_like(ids))[0].numpy()
         first = len(row.prompt.token_ids)
@@ -80,4 +79,4 @@ def test_values_are_of_the_state_before_each_token(base: Path, max_tokens: int) 
 
 def test_a_sequence_is_prompt_then_response() -> None:
     row = rollout(0, 2, 3)
-    assert sequence_of(row).tolist() == [*row.prompt.token_ids, *row.response_ids.tolist()]
+    assert row.sequence_ids.tolist() == [*row.prompt.token_ids, *row.response_ids.tolist()]

@@ -11,11 +11,10 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.config import resolve
 from rlhf_ray.config.model import ModelConfig, TinyModelConfig
-from rlhf_ray.data.render import Renderer
+from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.engines.scoring import model_source
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import tiny
-from rlhf_ray.models.forward import sequence_of
 from rlhf_ray.models.heads import initialise_head
 from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, save_model
 from rlhf_ray.rewards.reward_model import ModelSource
@@ -86,7 +85,7 @@ class TestModelSource:
     def test_one_tokenizer_reads_the_rollouts_own_tokens(self, base: str, tmp_path: Path) -> None:
         path = self.classifier(base, tmp_path / "reward")
         rollouts = self.rollouts(base)
-        expected = self.plain_scores(path, [sequence_of(row).tolist() for row in rollouts])
+        expected = self.plain_scores(path, [row.sequence_ids.tolist() for row in rollouts])
         assert score(path, base, rollouts) == pytest.approx(expected, abs=1e-5)
         assert len(set(expected)) == 3
 
@@ -105,7 +104,7 @@ class TestModelSource:
             end = [tokenizer.eos_token_id] if i != 1 else []
             sequences.append([*prompt, *answer, *end])
         rollouts = self.rollouts(base)
-        assert sequences[0] != sequence_of(rollouts[0]).tolist()
+        assert sequences[0] != rollouts[0].sequence_ids.tolist()
         expected = self.plain_scores(path, sequences)
         assert score(path, base, rollouts) == pytest.approx(expected, abs=1e-5)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.cluster.control import ControlFiles
-from rlhf_ray.cluster.leftovers import identity
+from rlhf_ray.cluster.orphans import identity
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.runs.control import ControlFiles
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import pipeline
-from rlhf_ray.stages.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("unguarded", [[], ["10.0.0.2", "10.0.0.3"]])

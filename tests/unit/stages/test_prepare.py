@@ -7,10 +7,11 @@ import datasets
 import pytest
 
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.data import synthetic, template
+from rlhf_ray.data import template
+from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import prepare
-from rlhf_ray.stages.run_folder import RunFolder
 
 SETS = ("finetune", "reward", "rl", "evaluation")
 

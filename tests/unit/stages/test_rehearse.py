@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.cluster.control import ControlFiles
-from rlhf_ray.cluster.hardware import parse_cluster
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.placement.hardware import parse_cluster
+from rlhf_ray.planning.plan import Plan, plan_for
+from rlhf_ray.planning.rehearsal import RESULT, Rehearsal, as_text, calibrated_pace, load
+from rlhf_ray.planning.throughput import Pace
+from rlhf_ray.runs.control import ControlFiles
 from rlhf_ray.stages import rehearse
-from rlhf_ray.stages.plan import Plan, plan_for
-from rlhf_ray.stages.plan.pace import Pace
-from rlhf_ray.stages.plan.rehearsal import RESULT, Rehearsal, as_text, calibrated_pace, load
 from rlhf_ray.stages.rehearse import is_needed, worst_case
 
 SHAPE = {
@@ -190,7 +190,7 @@ def on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **peaks: int) -> Pla
         reference={"kind": "policy_base"},
     )
     nodes = parse_cluster("1xA100-80GB")
-    monkeypatch.setattr("rlhf_ray.stages.plan.live_cluster", lambda: nodes)
+    monkeypatch.setattr("rlhf_ray.planning.plan.live_cluster", lambda: nodes)
     found = {f"{role}-0": gb * 10**9 for role, gb in peaks.items()}
     made = replace(rehearsal_of(config), gpus=["1 x A100-80GB"], peak_memory_bytes=found)
     (folder / RESULT).write_text(json.dumps(asdict(made)))

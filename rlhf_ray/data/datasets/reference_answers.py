@@ -1,0 +1,62 @@
+"""The answers that held-out rows bring along: what models' own are compared with."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.reading.rows import truth_of
+from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.types import Prompt, Rollout
+
+_COLUMNS = ("reference", "completion", "chosen")
+
+
+def references(prompt: Prompt) -> list[str]:
+    """Good answers to a prompt, from the first of its columns `reference` (a text or a list of
+    them), `completion` (unless its `label` says that it is a bad one) and `chosen`; or none.
+    """
+    for column in _COLUMNS:
+        value = prompt.fields.get(column)
+        if column == "completion" and truth_of(prompt.fields.get("label")) is False:
+            continue
+        texts = value if isinstance(value, list | tuple) else [value]
+        found = [text for text in texts if isinstance(text, str) and text.strip()]
+        if found:
+            return found
+    return []
+
+
+def given_answers(prompts: Sequence[Prompt], renderer: Renderer, max_length: int) -> list[Rollout]:
+    """The first reference of each prompt that has one, as if it had been sampled.
+
+    Its tokens are those that a stage would train on, its end among them.
+
+    Args:
+        prompts: held-out ones.
+        renderer: of the model's tokenizer, with the run's template.
+        max_length: tokens of prompt and answer; what is beyond is cut off.
+    """
+    answers = []
+    for position, prompt in enumerate(prompts):
+        texts = references(prompt)
+        if not texts:
+            continue
+        try:
+            rendered = renderer.full(prompt.fields.get("messages") or prompt.text, texts[0])
+        except BadRow:  # its template renders no such answer: there is none to measure
+            continue
+        ids = rendered.token_ids[rendered.num_prompt_tokens :]
+        ids = ids[: max_length - len(prompt.token_ids)]
+        answers.append(
+            Rollout(
+                position=position,
+                prompt=prompt,
+                response_ids=np.array(ids, dtype=np.int64),
+                rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
+                finish_reason="stop",
+                version=0,
+                text=texts[0],
+            )
+        )
+    return answers

@@ -1,0 +1,9 @@
+"""Rows to token ids: one renderer for all stages, and packing of texts into blocks.
+
+May import ``data.reading``, ``data.template``, ``config`` and ``errors``. Read ``render`` first.
+"""
+
+from rlhf_ray.data.rendering.packing import pack
+from rlhf_ray.data.template import full, prompt
+
+__all__ = ["full", "pack", "prompt"]

@@ -1,0 +1,21 @@
+"""Stack Exchange: the data dump read in bounded memory, and a synthetic site of the same form.
+
+May import ``errors`` alone. Read ``posts`` first.
+"""
+
+from rlhf_ray.data.stack_exchange.posts import (
+    answer_score,
+    html_to_markdown,
+    read_posts,
+    sample_pairs,
+)
+from rlhf_ray.data.stack_exchange.synthetic_site import gold_score, write_posts
+
+__all__ = [
+    "answer_score",
+    "gold_score",
+    "html_to_markdown",
+    "read_posts",
+    "sample_pairs",
+    "write_posts",
+]

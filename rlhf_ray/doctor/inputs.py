@@ -1,0 +1,96 @@
+"""What a run reads from outside is looked for before its first stage, not hours later."""
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from rlhf_ray.algorithms.estimators import resolve
+from rlhf_ray.algorithms.losses import resolve_policy_loss
+from rlhf_ray.config import Config
+from rlhf_ray.config.data import DataSource
+from rlhf_ray.config.rewards import (
+    ClassifierSourceConfig,
+    FunctionSourceConfig,
+    ModelSourceConfig,
+)
+from rlhf_ray.data.datasets.instructions import load_instructions
+from rlhf_ray.data.reading.readers import read
+from rlhf_ray.errors import DataError
+from rlhf_ray.models.folders import locate
+from rlhf_ray.plugins import load_function
+from rlhf_ray.runs.folder import RunFolder, absolute, located_function
+from rlhf_ray.runs.models import POLICIES
+
+TRAINED_OR_SAMPLED = {"pretrain", "sft", "reward", "dpo", "ppo", "evaluate"}
+READERS = {
+    "pretrain": {"pretrain"},
+    "sft": {"sft"},
+    "preferences": {"reward", "dpo"},
+    "prompts": {"ppo", "evaluate"},
+    "eval": {"ppo", "evaluate"},
+}
+"""Use of a data set -> stages that read it."""
+
+
+def require_inputs(config: Config, stages: Collection[str]) -> None:
+    """Find every model, data set and function that the stages to come are given.
+
+    Raises:
+        DataError: one is not there, or the first row of a data set cannot be read.
+        ConfigError: a function cannot be imported.
+    """
+    if TRAINED_OR_SAMPLED & set(stages):
+        for path in _models(config):
+            locate(path)
+    for use, readers in READERS.items():
+        if readers & set(stages):
+            _require_rows(f"data.{use}", getattr(config.data, use) or ())
+    if "reward" in stages:
+        _require_rows("reward.benchmark", config.reward.benchmark or ())
+    if "evaluate" in stages:
+        _require_compared(config)
+    if "ppo" in stages:
+        resolve(config.ppo.advantage)
+        resolve_policy_loss(config.ppo.policy_loss)
+        for source in config.rewards:
+            if isinstance(source, FunctionSourceConfig):
+                load_function(source.function, "rewards")
+
+
+def files_of_roles(folder: RunFolder) -> list[str]:
+    """What processes of roles read on their own nodes, by absolute path: models that are folders,
+    those of the run's finished stages among them, and files of the user's functions."""
+    config = folder.config
+    functions = [config.ppo.advantage, config.ppo.policy_loss]
+    functions += [s.function for s in config.rewards if isinstance(s, FunctionSourceConfig)]
+    files = [located_function(function).rpartition(":")[0] for function in functions]
+    models = [absolute(path) for path in _models(config)]
+    made = [folder.path / "pretrain" / "base", *folder.path.glob("*/model")]
+    local = [model for model in (*models, *map(str, made)) if Path(model).is_dir()]
+    return sorted({*local, *(file for file in files if file.endswith(".py"))})
+
+
+def _require_rows(key: str, sources: Sequence[DataSource]) -> None:
+    for source in sources:
+        if next(read(source), None) is None:
+            raise DataError(f"{key}: {source.path} holds no rows")
+
+
+def _require_compared(config: Config) -> None:
+    """Folders of models from elsewhere, and the user's own instructions."""
+    for name in config.evaluate.models or ():
+        is_own = name in POLICIES or name.startswith("ppo@")
+        if not is_own and not Path(name).is_dir():
+            raise DataError(
+                f"evaluate.models names {name}, which is no folder; name {', '.join(POLICIES)}, a "
+                "commit such as ppo@12 or ppo@best, or the folder of an adapter"
+            )
+    if config.evaluate.instructions is not None:
+        load_instructions(config.evaluate.instructions)
+
+
+def _models(config: Config) -> Iterator[str]:
+    paths = [config.model.path, config.sft.path, config.reward.path, config.critic.path]
+    for source in config.rewards:
+        if isinstance(source, ModelSourceConfig | ClassifierSourceConfig):
+            paths.append(source.path)
+    yield from filter(None, paths)

@@ -1,0 +1,179 @@
+"""What the readings of a cluster's nodes mean, and what to do: pure functions, without Ray."""
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from rlhf_ray.doctor.bandwidth import Link
+from rlhf_ray.doctor.node_readings import NOT_INSTALLED, NodeReading
+from rlhf_ray.doctor.nvidia_driver import lock_for, oldest_driver
+from rlhf_ray.doctor.preflight import (
+    FAIL,
+    GB,
+    NOTE,
+    OK,
+    Check,
+    check_compiler,
+    check_memory,
+    check_shm,
+    check_system,
+)
+
+OPEN_FILES_NEEDED = 65_536
+"""Ray opens some hundred a process; below this it warns by itself."""
+TEMPORARY_DISK_NEEDED = 10 * GB
+"""Ray spills objects there."""
+PRIVATE_PORTS = (3000, 8000, 8265, 9090)
+"""Those of docs/security.md that are kept on loopback."""
+GPU_FREE_SHARE = 0.95
+"""Less free memory than this means that somebody else is on the GPU."""
+
+
+def checks_of(reading: NodeReading, interface: str | None) -> list[Check]:
+    """All checks of one node.
+
+    Args:
+        reading: the node's.
+        interface: cluster.interface.
+    """
+    machine = reading.machine
+    return [
+        check_system(machine),
+        _check_driver(reading),
+        *_check_gpus(reading),
+        check_compiler(machine),
+        _check_ninja(reading),
+        check_memory(machine),
+        check_shm(machine),
+        _check_limits(reading),
+        _check_disk(reading),
+        _check_left_over(reading),
+        _check_interface(reading, interface),
+        _check_ports(reading),
+        _check_token(reading),
+    ]
+
+
+def _check_driver(reading: NodeReading) -> Check:
+    if not reading.driver:
+        return Check("driver", "no NVIDIA GPU")
+    if lock_for(reading.driver):
+        return Check("driver", reading.driver)
+    return Check("driver", reading.driver, FAIL, f"install {oldest_driver()} or newer")
+
+
+def _check_gpus(reading: NodeReading) -> Iterator[Check]:
+    if not reading.gpus:
+        return
+    text = ", ".join(f"{gpu.free / 1024:.0f} of {gpu.total / 1024:.0f}" for gpu in reading.gpus)
+    busy = [i for i, gpu in enumerate(reading.gpus) if gpu.free < GPU_FREE_SHARE * gpu.total]
+    if busy:
+        remedy = f"GPU {', '.join(map(str, busy))} is in use: nvidia-smi shows by which process"
+        yield Check("GPU memory", f"{text} GiB free", NOTE, remedy)
+    else:
+        yield Check("GPU memory", f"{text} GiB free")
+
+
+def _check_ninja(reading: NodeReading) -> Check:
+    if reading.ninja:
+        return Check("ninja", reading.ninja)
+    remedy = "start Ray with the environment's bin folder on PATH; DeepSpeed builds with it"
+    return Check("ninja", "not found", NOTE, remedy)
+
+
+def _check_limits(reading: NodeReading) -> Check:
+    lock = "any" if reading.memlock < 0 else f"{reading.memlock / GB:.1f} GB"
+    text = f"{reading.open_files} open files, {lock} locked memory"
+    if reading.open_files < OPEN_FILES_NEEDED:
+        remedy = f"ulimit -n {OPEN_FILES_NEEDED} before ray start"
+        return Check("limits", text, NOTE, remedy)
+    if reading.gpus and reading.memlock >= 0:
+        return Check("limits", text, NOTE, "ulimit -l unlimited, which InfiniBand needs")
+    return Check("limits", text)
+
+
+def _check_disk(reading: NodeReading) -> Check:
+    text = f"{reading.temporary_disk / GB:.1f} GB free for temporary files"
+    if reading.temporary_disk >= TEMPORARY_DISK_NEEDED:
+        return Check("disk", text)
+    remedy = f"free {TEMPORARY_DISK_NEEDED // GB} GB, or start Ray with --temp-dir on another disk"
+    return Check("disk", text, NOTE, remedy)
+
+
+def _check_left_over(reading: NodeReading) -> Check:
+    if not reading.left_over:
+        return Check("left-overs", "none")
+    remedy = "the next local run there ends them; or end them by hand"
+    return Check("left-overs", f"{reading.left_over} processes of dead runs", NOTE, remedy)
+
+
+def _check_interface(reading: NodeReading, wanted: str | None) -> Check:
+    text = reading.interface or "Ray's address is on none"
+    if wanted is None or reading.interface == wanted:
+        return Check("interface", text, OK if reading.interface else NOTE)
+    remedy = f"cluster.interface is {wanted}: start Ray with --node-ip-address of its address"
+    return Check("interface", text, FAIL, remedy)
+
+
+def _check_ports(reading: NodeReading) -> Check:
+    if reading.binding:
+        remedy = "start Ray with --node-ip-address of an address that this node has"
+        return Check("ports", f"none at Ray's address: {reading.binding}", FAIL, remedy)
+    listed = [f"{port} at {' and '.join(at)}" for port, at in reading.listening.items()]
+    text = ", ".join(listed) or "none of the fixed ones in use"
+    opened = [p for p in PRIVATE_PORTS if any(map(_is_open, reading.listening.get(p, ())))]
+    if not opened:
+        return Check("ports", text)
+    remedy = (
+        f"{', '.join(map(str, opened))} can be reached from other machines: keep it on 127.0.0.1, "
+        "and reach it through ssh -L (docs/security.md)"
+    )
+    return Check("ports", text, NOTE, remedy)
+
+
+def _is_open(address: str) -> bool:
+    return not ipaddress.ip_address(address).is_loopback
+
+
+def _check_token(reading: NodeReading) -> Check:
+    if reading.asks_for_token:
+        return Check("token", "Ray asks for one")
+    remedy = "RAY_AUTH_MODE=token wherever Ray is started: without it, who reaches it runs code"
+    return Check("token", "Ray asks for none", NOTE, remedy)
+
+
+def check_versions(readings: Mapping[str, NodeReading]) -> list[Check]:
+    """Every package must have one version in the whole cluster.
+
+    Args:
+        readings: by name of the node; without any there is no check.
+    """
+    if not readings:
+        return []
+    checks, same = [], []
+    for package in next(iter(readings.values())).versions:
+        counts = Counter(reading.versions[package] for reading in readings.values())
+        usual, _ = counts.most_common(1)[0]
+        if len(counts) == 1:
+            same += [f"{package} {usual}"] if usual != NOT_INSTALLED else []
+            continue
+        odd = [f"{r.versions[package]} on {n}" for n, r in readings.items()]
+        remedy = f"install {package} {usual} everywhere, or use one image"
+        checks.append(Check("versions", f"{package}: {', '.join(odd)}", FAIL, remedy))
+    return [Check("versions", "the same on all: " + ", ".join(same)), *checks]
+
+
+def check_links(links: Sequence[Link], floor_gbit_s: float) -> list[Check]:
+    """Every pair must reach the floor."""
+    checks = []
+    for link in links:
+        name, speed = f"{link.sender} -> {link.receiver}", f"{link.gbit_s:.2f} Gbit/s"
+        if link.problem:
+            remedy = "let nodes reach each other on all ports (docs/security.md)"
+            checks.append(Check(name, link.problem, FAIL, remedy))
+        elif link.gbit_s < floor_gbit_s:
+            remedy = f"under {floor_gbit_s:g} (--min-bandwidth): is Ray on the fast network?"
+            checks.append(Check(name, speed, FAIL, remedy))
+        else:
+            checks.append(Check(name, speed))
+    return checks

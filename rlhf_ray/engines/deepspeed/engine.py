@@ -1,0 +1,251 @@
+"""DeepSpeed as the training engine of one rank of a learner group."""
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  (public; not in __all__)
+
+from rlhf_ray.engines.adam_state import MOMENTS, adam_state, load_adam_state
+from rlhf_ray.engines.deepspeed.build_locks import wait_for_builds
+from rlhf_ray.engines.frozen_weights import move_frozen
+
+
+def join_group(
+    rank: int, world_size: int, address: str, port: int, timeout_s: float
+) -> torch.device:
+    """Join the process group of this learner group; returns the device of this rank.
+
+    Must come before anything else of DeepSpeed, which reads these variables when imported.
+
+    Args:
+        rank: of this process.
+        world_size: number of ranks.
+        address: where the group meets, on rank 0's node; nothing listens on any other.
+        port: there.
+        timeout_s: of every operation of the group.
+    """
+    cuda = torch.cuda.is_available()
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK="0",
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    if not cuda:
+        os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(world_size))
+    backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+    store = _meeting_point(rank, world_size, address, port, timeout)
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    torch.distributed.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if cuda and world_size > 1 else None,
+    )
+    import deepspeed
+
+    wait_for_builds()
+    # It takes the group that there is.
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    if not cuda:
+        _unlink_buffer(rank, address, port)
+    return device
+
+
+def _unlink_buffer(rank: int, address: str, port: int) -> None:
+    """Take away the name of the buffer in which ranks of one machine reduce, 69 MB of memory.
+
+    Once all ranks have opened it, none needs the name, and DeepSpeed leaves it behind.
+    """
+    torch.distributed.barrier()
+    buffer = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
+    Path("/dev/shm", buffer).unlink(missing_ok=True)
+
+
+def _meeting_point(
+    rank: int, world_size: int, address: str, port: int, timeout: timedelta
+) -> TCPStore:
+    """The group's store. PyTorch's own would listen on every interface of rank 0's node."""
+    listener = None
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = socket.create_server((address, port), family=family, backlog=world_size)
+        listener = server.detach()  # the store closes it
+    return TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=listener)
+
+
+class DeepSpeedEngine:
+    """One rank; AdamW over the trainable parameters, sharded as the ZeRO stage says."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        learning_rate: float,
+        epsilon: float,
+        max_grad_norm: float,
+        zero_stage: int,
+        dtype: str,
+        settings: Mapping[str, Any],
+    ) -> None:
+        import deepspeed
+
+        self._zero_stage = zero_stage
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=learning_rate, eps=epsilon, weight_decay=0.0)
+        initialize: Any = deepspeed.initialize  # annotated too narrowly there
+        self._engine, self._optimizer, *_ = initialize(
+            model=module,
+            model_parameters=trainable,
+            optimizer=optimizer,
+            config=_deepspeed_config(zero_stage, dtype, max_grad_norm, settings),
+        )
+        self.model = self._engine  # ZeRO 3 counts micro-batches in the engine's own forward
+        self.module = self._engine.module
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self._trainable = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self._num_steps = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self._engine.device
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Within, trainable parameters are whole and may be read and written; all ranks call."""
+        if self._zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self._trainable.values()), modifier_rank=0):
+            yield
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate gradients; DeepSpeed averages them over the ranks."""
+        self._engine.backward(loss)
+
+    def step(self) -> float:
+        """Clip, step, clear; returns the gradient norm before clipping."""
+        self._engine.step()
+        self._num_steps += 1
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def discard(self) -> None:
+        """Drop the gradients: DeepSpeed frees them in a step alone, so take one and undo it."""
+        state = self.export_state()
+        self.step()
+        self.import_state(state)
+
+    def sleep(self) -> None:
+        """Frozen weights wait in main memory."""
+        move_frozen(self.module, torch.device("cpu"))
+
+    def wake(self) -> None:
+        """Frozen weights return."""
+        move_frozen(self.module, self.device)
+
+    def sum_over_ranks(self, value: float) -> float:
+        """The sum over the group, in float64."""
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+    def export_state(self) -> dict[str, torch.Tensor]:
+        """fp32 weights and moments under parameter names, the same at any number of ranks."""
+        return adam_state(
+            self._trainable, weight=self._weight, moment=self._moment, num_steps=self._num_steps
+        )
+
+    def import_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what export_state gave, at whatever number of ranks it was given."""
+        if int(state["num_steps"]) and not self._num_steps:
+            self._make_moments()
+        load_adam_state(
+            self._trainable, state, set_weight=self._set_weight, set_moments=self._set_moments
+        )
+        self._num_steps = int(state["num_steps"])
+        for entry in self._adam().state.values():
+            if "step" in entry:
+                entry["step"] = torch.tensor(float(self._num_steps))
+            for key in MOMENTS if not self._num_steps else ():
+                if key in entry:
+                    entry[key].zero_()  # the state of a beginning has none to replace them
+
+    def _make_moments(self) -> None:
+        """Adam makes its moments in its first step: take one that moves nothing."""
+        rates = [group["lr"] for group in self._adam().param_groups]
+        for group in self._adam().param_groups:
+            group["lr"] = 0.0
+        tokens = torch.ones(1, 2, dtype=torch.long, device=self.device)
+        output = self._engine(input_ids=tokens, attention_mask=tokens)
+        self._engine.backward(getattr(output, "logits", output).sum() * 0.0)
+        self._engine.step()
+        for group, rate in zip(self._adam().param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _adam(self) -> torch.optim.Optimizer:
+        """The AdamW under DeepSpeed's wrapper."""
+        inner = self._optimizer.optimizer
+        assert isinstance(inner, torch.optim.Optimizer)
+        return inner
+
+    def _weight(self, param: nn.Parameter) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(param)
+        assert full is not None
+        return full
+
+    def _moment(self, param: nn.Parameter, key: str) -> torch.Tensor | None:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(param, key)
+
+    def _set_weight(self, param: nn.Parameter, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(param, value.to(self.device))
+        with self.whole_parameters():
+            param.data.copy_(value)  # the copy that forwards read
+
+    def _set_moments(
+        self, param: nn.Parameter, moments: Mapping[str, torch.Tensor], num_steps: int
+    ) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(param, moments[key].to(self.device), key)
+
+
+def _deepspeed_config(
+    zero_stage: int, dtype: str, max_grad_norm: float, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    further = dict(settings)
+    zero = {"stage": zero_stage, **further.pop("zero", {})}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # The caller owns the step boundary: micro-batches hold unequal numbers of tokens.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "steps_per_print": 10**9,
+        **further,
+    }

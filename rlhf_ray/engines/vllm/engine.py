@@ -1,0 +1,234 @@
+"""vLLM as the rollout engine: AsyncLLM in its own process, one adapter served at a time."""
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
+from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
+from rlhf_ray.models.adapters import refuse_unservable, servable_rank
+from rlhf_ray.models.ending import Ending
+from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
+
+_EXTENSION = "rlhf_ray.engines.vllm.worker_extension.AdapterExtension"
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """What an engine needs to know; plain values, so that it travels."""
+
+    model: str
+    """Folder of the base model."""
+    dtype: str
+    """Data type of the engine's weights."""
+    serving: Literal["adapter", "merged"]
+    """How the adapter is applied (see the docs: merging is exact in float32 only)."""
+    lora_rank: int
+    """Rank of the adapters to come."""
+    max_model_len: int
+    """Longest sequence, tokens."""
+    rule: SamplingRule
+    """How tokens are drawn, and which of them end a response."""
+    ending: Ending
+    """What else ends it."""
+    tensor_parallel_size: int = 1
+    """Workers that the model is spread over, on this node."""
+    kv_cache_gb: float = 0.25
+    """KV cache of a CPU engine, GiB."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    takes_turns: bool = False
+    """Whether it must be able to sleep."""
+    extension: str = _EXTENSION
+    """Class mixed into the workers."""
+    rope_parameters: dict[str, Any] | None = None
+    """Rotary parameters instead of the folder's own."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further AsyncEngineArgs."""
+
+
+class VllmEngine:
+    """A generation engine over AsyncLLM."""
+
+    def __init__(self, settings: VllmSettings) -> None:
+        self._settings = settings
+        self._ids = itertools.count()
+        self._adapter_name: str | None = None
+
+    async def start(self) -> None:
+        """Start the engine's process and load the base.
+
+        Raises:
+            ConfigError: it was to take turns, and vLLM cannot sleep here.
+        """
+        if self._settings.takes_turns and not current_platform.is_sleep_mode_available():
+            raise ConfigError(
+                "placement.turns needs an engine that can sleep, and vLLM cannot on "
+                f"{current_platform.device_type}; leave it out, or set rollout.engine=transformers"
+            )
+        self._engine = AsyncLLM.from_engine_args(self._engine_args())
+        # The eos ids of the model's folder: with min_tokens, vLLM would keep them from being drawn
+        # as well, where learner and reference know of our stop tokens alone.
+        self._engine.input_processor.generation_config_fields = {}
+        per_worker = await self._engine.collective_rpc("servable_modules")
+        self._servable = set.intersection(*map(set, per_worker))
+
+    def _engine_args(self) -> AsyncEngineArgs:
+        settings = self._settings
+        args: dict[str, Any] = {
+            "model": settings.model,
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_model_len,
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": settings.extension,
+            "generation_config": "vllm",
+            "trust_remote_code": settings.trust_remote_code,
+            "disable_log_stats": True,
+            "enable_sleep_mode": settings.takes_turns,
+        }
+        if settings.serving == "adapter":
+            args |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": servable_rank(settings.lora_rank),
+            }
+        if settings.tensor_parallel_size > 1:
+            args |= {
+                "tensor_parallel_size": settings.tensor_parallel_size,
+                # Processes of this actor, on its GPUs; with Ray, vLLM would ask for others.
+                "distributed_executor_backend": "mp",
+            }
+        if current_platform.is_cpu():
+            args |= {
+                "enforce_eager": True,
+                # A prompt cut in two rewinds the request's generator, which a CPU one cannot.
+                "enable_chunked_prefill": False,
+                "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
+            }
+        args |= settings.engine_args
+        if settings.rope_parameters is not None:
+            rope = {"rope_parameters": settings.rope_parameters}
+            args["hf_overrides"] = args.get("hf_overrides", {}) | rope
+        return AsyncEngineArgs(**args)
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
+        """Sample all requests together; order of results is that of the requests."""
+        with _death_is_a_failure("sampling"):
+            return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
+
+    async def _sample_one(self, request: SampleRequest) -> Sampled:
+        rule, ending = self._settings.rule, self._settings.ending
+        params = SamplingParams(
+            temperature=rule.temperature,
+            top_k=rule.top_k,
+            top_p=rule.top_p,
+            min_tokens=rule.min_tokens,
+            max_tokens=ending.limit(request.seed),
+            seed=request.seed,
+            logprobs=0,
+            ignore_eos=True,  # what ends a response is in the rule, and nothing else does
+            stop_token_ids=list(rule.stop_token_ids),
+            stop=list(ending.strings),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=bool(ending.strings),
+            skip_special_tokens=False,
+        )
+        final = None
+        async for output in self._engine.generate(
+            {"prompt_token_ids": list(request.prompt.token_ids)},
+            params,
+            f"{request.position}-{next(self._ids)}",
+            lora_request=self._lora_request(),
+        ):
+            final = output.outputs[0]
+        assert final is not None
+        assert final.logprobs is not None
+        logprobs = [
+            step[token].logprob  # type: ignore[index]
+            for token, step in zip(final.token_ids, final.logprobs, strict=True)
+        ]
+        return Sampled(
+            token_ids=np.asarray(final.token_ids, dtype=np.int64),
+            logprobs=np.asarray(logprobs, dtype=np.float32),
+            finish_reason="stop" if final.finish_reason == "stop" else "length",
+        )
+
+    def _lora_request(self) -> LoRARequest | None:
+        if self._settings.serving == "merged":
+            return None
+        if self._adapter_name is None:
+            raise WeightSyncError("The engine was asked to sample before it was given an adapter")
+        # vLLM's prefix cache tells adapters apart by this name alone.
+        return LoRARequest(self._adapter_name, ADAPTER_ID, self._adapter_name)
+
+    async def serve(self, update: AdapterUpdate) -> ServedAdapter:
+        """Pause, apply, read back, clear caches, go on.
+
+        Raises:
+            ConfigError: the adapter is on modules that this engine cannot serve.
+        """
+        refuse_unservable(update.peft_config["target_modules"], self._servable)
+        with _death_is_a_failure("taking an adapter"):
+            return await self._serve(update)
+
+    async def _serve(self, update: AdapterUpdate) -> ServedAdapter:
+        started = time.perf_counter()
+        await self._engine.pause_generation(mode="wait", clear_cache=True)
+        try:
+            reports = await self._engine.collective_rpc(
+                f"serve_{self._settings.serving}",
+                args=(update.tensors, json.dumps(dict(update.peft_config))),
+            )
+            cleared = await self._engine.reset_prefix_cache()
+            self._adapter_name = f"policy-v{update.version}-{update.digest}"
+        finally:
+            await self._engine.resume_generation()
+        digests = {report["digest"] for report in reports}
+        return ServedAdapter(
+            version=update.version,
+            num_modules=min(report["num_modules"] for report in reports),
+            digest=digests.pop() if len(digests) == 1 else f"differs between workers: {digests}",
+            caches_cleared=bool(cleared),
+            seconds=time.perf_counter() - started,
+        )
+
+    async def sleep(self) -> None:
+        """Weights to main memory; the caches are dropped."""
+        with _death_is_a_failure("falling asleep"):
+            await self._engine.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Weights back; the caches are empty."""
+        with _death_is_a_failure("waking"):
+            await self._engine.wake_up()
+
+    async def stop(self) -> None:
+        """End the engine's process."""
+        self._engine.shutdown()
+
+
+@contextmanager
+def _death_is_a_failure(doing: str) -> Iterator[None]:
+    """The engine lives in a process of its own, which may die while its actor lives on."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise ActorFailure(
+            f"vLLM's engine process died while {doing}; its last words are in the generator's log"
+        ) from error

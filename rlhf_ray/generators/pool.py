@@ -1,0 +1,349 @@
+"""The generators of a run: they join, serve, fail, come back and leave while it goes on.
+
+                 prompts of a batch (queue)
+                        |  longest first, to the least loaded, no more than max_in_flight
+                        v
+    start --> prove --> publish --> READY --> shards
+      ^                    ^          |
+      |                    +----------+   each new version
+      +--- end its process <----------+   a failure: its prompts wait again
+
+One path leads to prompts, at the start of a run, later, and after a failure: the process is
+started, passes the proof, and serves what was published last. Nothing here knows Ray.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, Generic
+
+from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
+from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError, WeightSyncError
+from rlhf_ray.generators.autoscale import next_target
+from rlhf_ray.generators.idle_times import NOTHING_YET, IdleTimes
+from rlhf_ray.generators.member import FIRST_WAIT_S, Factory, GeneratorT, Member
+from rlhf_ray.generators.queue import Batch
+from rlhf_ray.roles import Generator, Proof
+from rlhf_ray.types import (
+    AdapterUpdate,
+    GeneratorsReport,
+    GeneratorState,
+    GeneratorStatus,
+    IdleShares,
+    Shard,
+    ShardRequest,
+)
+
+Serve = Callable[[Generator, AdapterUpdate], Awaitable[None]]
+"""Publishes to one generator and checks what it then holds; raises WeightSyncError."""
+
+
+class GeneratorPool(Generic[GeneratorT]):
+    """`roles.Generators` over processes that a factory starts and ends."""
+
+    def __init__(
+        self,
+        first: Sequence[GeneratorT],
+        factory: Factory[GeneratorT],
+        serve: Serve,
+        settings: GeneratorsConfig,
+        autoscale: AutoscaleConfig | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+        first_wait_s: float = FIRST_WAIT_S,
+    ) -> None:
+        """
+        Args:
+            first: generators that the run begins with, started by somebody else.
+            factory: of those that come later.
+            serve: publishes to one.
+            settings: bounds on work, restarts and leaving.
+            autoscale: when their number changes by itself; None: never.
+            tell: gets a line for people on each change.
+            first_wait_s: before a generator is started anew for the first time.
+        """
+        self._members = [Member(client.name, client) for client in first]
+        self._num_named = len(first)
+        self._factory = factory
+        self._serve = serve
+        self._settings = settings
+        self._autoscale = autoscale
+        self._tell = tell
+        self._first_wait_s = first_wait_s
+        self._target = len(first)
+        self._proof: Proof | None = None
+        self._update: AdapterUpdate | None = None
+        self._batch: Batch | None = None
+        self._restarts = self._requeued = 0
+        self._last_failure: Exception | None = None
+        self._times = IdleTimes()
+        self._idle = NOTHING_YET
+        self._seen: list[IdleShares] = []
+
+    async def prove(self, proof: Proof) -> None:
+        """Use those that pass the proof."""
+        self._proof = proof
+        await self._each(self._prove)
+
+    async def publish(self, update: AdapterUpdate) -> None:
+        """Send an adapter to all who are up; those that are being started catch up themselves."""
+        self._update = update
+        await self._each(self._catch_up)
+        self._require_one_left()
+        self._idle = self._times.lap()
+        if self._autoscale is not None:
+            self._follow_load(self._autoscale)
+
+    async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
+        """Yield each shard as it is done; the order of generation changes nothing but the time."""
+        self._require_one_left()
+        batch = self._batch = Batch(requests)
+        self._hand_out()
+        try:
+            for _ in requests:
+                result = await batch.done.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            self._batch = None
+            self._note()
+            await _cancel([call for member in self._members for call in member.calls])
+
+    def scale_to(self, num: int) -> None:
+        """Start or retire generators in the background until there are ``num``.
+
+        Raises:
+            ConfigError: a run cannot do without generators.
+        """
+        if num < 1:
+            raise ConfigError(f"A run needs at least one generator; {num} were asked for")
+        self._members = [m for m in self._members if m.life.state != "dead"]
+        wanted = [m for m in self._members if m.life.state != "retired"]
+        if num == self._target == len(wanted):
+            return
+        self._tell(f"generators: {num} are wanted, there are {len(wanted)}")
+        self._target, self._seen = num, []
+        self._factory.make_room(num)
+        for _ in range(num - len(wanted)):
+            self._add()
+        # Of equally easy ones the newest leaves.
+        easiest_first = sorted(wanted[::-1], key=lambda m: (m.life.state == "ready", m.load))
+        for member in easiest_first[: max(0, len(wanted) - num)]:
+            self._change(member, "retired", self._leave(member))
+
+    def statuses(self) -> list[GeneratorStatus]:
+        """How each is; one that has left is not there any more."""
+        return [member.status() for member in self._members]
+
+    def report(self) -> GeneratorsReport:
+        """How they are together."""
+        return GeneratorsReport(
+            ready=len(self._ready()),
+            target=self._target,
+            restarts=self._restarts,
+            samples_requeued=self._requeued,
+            idle=self._idle,
+        )
+
+    async def close(self) -> None:
+        """Change nothing any more; whoever has spawned the processes ends them."""
+        changes = [member.change for member in self._members if member.change is not None]
+        await _cancel([*changes, *(call for member in self._members for call in member.calls)])
+
+    # How a generator comes to be ready.
+
+    def _add(self) -> None:
+        member = Member(f"generator-{self._num_named}")
+        self._num_named += 1
+        self._members.append(member)
+        member.change = asyncio.ensure_future(self._bring_up(member))
+
+    async def _bring_up(self, member: Member[GeneratorT]) -> None:
+        """Start, prove, and publish until no newer version came meanwhile."""
+        try:
+            member.client = await self._factory.start(member.name)
+            member.lacks_room = False
+            member.life.to("stale")
+            if self._proof is not None:
+                await self._proof(member.client)
+            while member.serves is not self._update:
+                await self._send(member)
+        except Exception as error:  # an engine that does not start raises what its library raises
+            self._lose(member, error)
+            return
+        member.change = None
+        if self._update is not None:
+            self._admit(member)
+
+    async def _each(self, step: Callable[[Member[GeneratorT]], Awaitable[None]]) -> None:
+        """Take a step with all who are up; those that fail are lost, unless none serves right."""
+        members = [member for member in self._members if member.is_up]
+        outcomes = await asyncio.gather(*map(step, members), return_exceptions=True)
+        failed: list[tuple[Member[GeneratorT], ActorFailure | WeightSyncError]] = []
+        for member, outcome in zip(members, outcomes, strict=True):
+            if isinstance(outcome, ActorFailure | WeightSyncError):
+                failed.append((member, outcome))
+            elif outcome is not None:
+                raise outcome
+        wrong = [error for _, error in failed if isinstance(error, WeightSyncError)]
+        if wrong and len(failed) == len(members):
+            raise wrong[0]
+        for member, error in failed:
+            if member.is_up:  # not retired meanwhile
+                self._lose(member, error)
+
+    async def _prove(self, member: Member[GeneratorT]) -> None:
+        assert self._proof is not None
+        assert member.client is not None
+        await self._proof(member.client)
+        if member.life.state == "starting":
+            member.life.to("stale")
+
+    async def _catch_up(self, member: Member[GeneratorT]) -> None:
+        if member.life.state != "stale":
+            member.life.to("stale")
+        await self._send(member)
+        if member.life.state == "stale":  # not retired meanwhile
+            self._admit(member)
+
+    async def _send(self, member: Member[GeneratorT]) -> None:
+        update = self._update
+        assert update is not None
+        assert member.client is not None
+        await self._serve(member.client, update)
+        member.serves = update
+
+    def _admit(self, member: Member[GeneratorT]) -> None:
+        member.life.to("ready")
+        self._hand_out()
+
+    # How one goes.
+
+    def _lose(self, member: Member[GeneratorT], error: Exception) -> None:
+        """Give its prompts to others, end it, start it anew."""
+        self._last_failure = error
+        self._tell(f"{member.name} is out of use: {error}")
+        member.serves = None
+        self._change(member, "suspect", self._replace(member, error))
+        self._hand_back(member)
+
+    async def _replace(self, member: Member[GeneratorT], error: Exception) -> None:
+        await self._end(member)
+        member.life.to("dead")
+        member.lacks_room = isinstance(error, PlacementError)
+        if not member.lacks_room:  # a cluster without room has broken nothing
+            if self._restarts >= self._settings.max_restarts:
+                member.change = None
+                if self._batch is not None and self._none_is_left():
+                    self._batch.done.put_nowait(self._failure())
+                return
+            self._restarts += 1
+            member.restarts += 1
+        member.life.to("restarting")
+        await asyncio.sleep(member.next_wait_s(self._first_wait_s))
+        member.life.to("starting")
+        await self._bring_up(member)
+
+    async def _leave(self, member: Member[GeneratorT]) -> None:
+        """Finish what it has begun, or hand that back when its time is up."""
+        if member.calls:
+            await asyncio.wait(member.calls, timeout=self._settings.drain_timeout_s)
+        self._hand_back(member)
+        await self._end(member)
+        self._members.remove(member)
+        self._tell(f"{member.name} has left")
+
+    async def _end(self, member: Member[GeneratorT]) -> None:
+        if member.client is not None:
+            await self._factory.end(member.client)
+            member.client = None
+
+    def _change(
+        self, member: Member[GeneratorT], state: GeneratorState, what: Coroutine[Any, Any, None]
+    ) -> None:
+        """Go to a state, and do what it calls for instead of what was going on."""
+        if member.change is not None and member.change is not asyncio.current_task():
+            member.change.cancel()
+        member.life.to(state)
+        member.change = asyncio.ensure_future(what)
+
+    def _none_is_left(self) -> bool:
+        return all(member.life.state in ("dead", "retired") for member in self._members)
+
+    def _require_one_left(self) -> None:
+        if self._none_is_left():
+            raise self._failure() from self._last_failure
+
+    def _failure(self) -> ActorFailure:
+        return ActorFailure(
+            f"No generator is left, and {self._settings.max_restarts} restarts "
+            f"(generators.max_restarts) are used up. The last failure: {self._last_failure}"
+        )
+
+    # Who samples what.
+
+    def _ready(self) -> list[Member[GeneratorT]]:
+        return [member for member in self._members if member.life.state == "ready"]
+
+    def _hand_out(self) -> None:
+        """Give waiting shards to whoever has room, the least loaded first."""
+        batch, most = self._batch, self._settings.max_in_flight
+        while batch is not None and len(batch.queue):
+            free = [member for member in self._ready() if member.load < most]
+            if not free:
+                break
+            member = min(free, key=lambda member: member.load)
+            assert member.client is not None
+            request = batch.queue.take(member.name)
+            call = asyncio.ensure_future(member.client.generate(request))
+            member.calls.add(call)
+            call.add_done_callback(partial(self._take_in, batch, member, request))
+        self._note()
+
+    def _take_in(
+        self,
+        batch: Batch,
+        member: Member[GeneratorT],
+        request: ShardRequest,
+        call: asyncio.Task[Shard],
+    ) -> None:
+        """Pass a shard on, unless it came too late: others do it then."""
+        member.calls.discard(call)
+        error = None if call.cancelled() else call.exception()
+        if call.cancelled() or not batch.queue.holds(member.name, request):
+            pass
+        elif isinstance(error, ActorFailure):
+            if member.life.state == "retired":
+                self._hand_back(member)
+            else:
+                self._lose(member, error)
+        else:
+            batch.queue.finish(member.name, request)
+            member.failures = 0
+            batch.done.put_nowait(error or call.result())
+        self._hand_out()
+
+    def _hand_back(self, member: Member[GeneratorT]) -> None:
+        for call in member.calls:
+            call.cancel()
+        if self._batch is not None:
+            self._requeued += self._batch.queue.hand_back(member.name)
+        self._hand_out()
+
+    def _note(self) -> None:
+        serving = [m for m in self._members if m.life.state in ("stale", "ready")]
+        waiting = None if self._batch is None else len(self._batch.queue)
+        self._times.note(sum(bool(m.calls) for m in serving), len(serving), waiting)
+
+    def _follow_load(self, settings: AutoscaleConfig) -> None:
+        """Look at what the last batch came to, once all that find room are ready."""
+        ready, without_room = len(self._ready()), sum(m.lacks_room for m in self._members)
+        if self._idle.learners and ready + without_room == self._target:
+            self._seen.append(self._idle)
+            self.scale_to(next_target(settings, ready, self._seen, without_room))
+
+
+async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

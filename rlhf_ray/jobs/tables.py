@@ -1,0 +1,65 @@
+"""Runs as tables for people."""
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+
+from rich.console import Group
+from rich.table import Table
+
+from rlhf_ray.jobs.server import Job
+from rlhf_ray.observability.progress import clock_time
+from rlhf_ray.runs.control import RunStatus
+
+
+def list_table(jobs: Sequence[Job]) -> Table:
+    """A row a run."""
+    table = _table("run", "submission id", "status", "started", "duration", "folder")
+    for job in jobs:
+        duration = (job.ended or time.time()) - job.started
+        started = datetime.fromtimestamp(job.started).strftime("%Y-%m-%d %H:%M:%S")
+        shown = (job.name or "-", job.id, job.status.lower(), started, clock_time(duration))
+        table.add_row(*shown, job.folder or "-")
+    return table
+
+
+def status_table(status: RunStatus) -> Group:
+    """How a run stands, and a row for each of its generators."""
+    facts = Table.grid(padding=(0, 2))
+    for name, text in _facts(status):
+        facts.add_row(name, text)
+    if not status.generators:
+        return Group(facts)
+    table = _table("generator", "state", "version", "restarts")
+    for one in status.generators:
+        version = "-" if one.version is None else str(one.version)
+        table.add_row(one.name, one.state, version, str(one.restarts))
+    return Group(facts, table)
+
+
+def _facts(status: RunStatus) -> list[tuple[str, str]]:
+    age = clock_time(max(0.0, time.time() - status.updated))
+    facts: list[tuple[str, str | None]] = [
+        ("run", f"{status.name} in {status.folder}"),
+        ("state", f"{status.state}, as told {age} ago"),
+        ("message", status.message),
+        ("stage", status.stage),
+        ("progress", status.progress),
+        ("ETA", None if status.eta_s is None else clock_time(status.eta_s)),
+        ("reward", _number(status.reward)),
+        ("kl", _number(status.kl)),
+        ("version", None if status.version is None else str(status.version)),
+        ("s/iteration", _number(status.seconds_per_iteration)),
+    ]
+    return [(name, text) for name, text in facts if text is not None]
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3g}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

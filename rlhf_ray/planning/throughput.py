@@ -1,0 +1,296 @@
+"""How long an iteration takes: a roofline with stated ranges, not a measurement.
+
+A pass over a token costs two operations a parameter, its backward pass through a frozen base two
+more (four where the weights are trained), recomputing two (Kaplan et al. 2020, arXiv:2001.08361,
+section 2.1). Sampling a token reads all weights and the caches of its batch once.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from rlhf_ray.cluster.colocation import SIDES
+from rlhf_ray.config import Config
+from rlhf_ray.config.ppo import LearnerConfig
+from rlhf_ray.placement.hardware import NETWORK_GB_PER_S, GpuKind
+from rlhf_ray.planning.memory import BYTES
+from rlhf_ray.planning.model_shape import Shape
+from rlhf_ray.planning.roles import PlannedRole, Setting, engine, state_bytes
+from rlhf_ray.planning.trainings import section, tokens_per_step, trained_parts
+
+Range = tuple[float, float]
+"""At best and at worst."""
+
+Sharing = Collection[Collection[PlannedRole]]
+"""Of each GPU the role of each worker on it."""
+
+ASSUMPTIONS: dict[str, Range] = {
+    "learners reach of their GPU's bf16 operations": (0.45, 0.2),
+    "the same over an int8 or nf4 base": (0.25, 0.08),
+    "scorers and prefill reach": (0.55, 0.25),
+    "sampling reaches of its GPU's memory bandwidth": (0.8, 0.4),
+    "seconds beside that for a token of all responses at once": (0.003, 0.015),
+    "responses of unknown length take of rollout.max_tokens": (0.5, 1.0),
+    "share of scoring that generation does not hide": (0.1, 1.0),
+    "GB/s from a learner through the object store": (2.0, 0.4),
+    "seconds to publish an adapter beside its bytes": (0.2, 2.0),
+    "GB/s to run.dir": (1.0, 0.1),
+    "GB/s between a GPU and main memory, where sides take turns": (20.0, 2.0),
+}
+"""Of each, the best and the worst case of a range that is taken for granted."""
+
+SEQUENCES_AT_A_TIME = 256
+"""Most that vLLM samples together."""
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Predicted seconds and what follows from them."""
+
+    phases: Mapping[str, Range]
+    """Of an iteration, by the names of the metrics ``timing_s/...``; and ``turns``, which a run
+    spends within its phases ``score`` and ``sync``."""
+    days: Range
+    """Of PPO, and of supervised stages whose number of steps is given; without evaluations."""
+    idle_gpu_hours: float
+    """Of the GPUs that PPO's roles have, while none of a GPU's works, in the middle of the
+    range."""
+
+    @property
+    def iteration(self) -> Range:
+        """Seconds of an iteration."""
+        best, worst = (sum(phase[end] for phase in self.phases.values()) for end in (0, 1))
+        return best, worst
+
+
+def middle(what: Range) -> float:
+    """Of a range."""
+    return (what[0] + what[1]) / 2
+
+
+def pace(setting: Setting, sharing: Sharing) -> Pace | None:
+    """What a run would take; None where a GPU's speed is not known.
+
+    Args:
+        setting: the config, its models, and GPUs of which kinds its roles are on.
+        sharing: who is on each of PPO's GPUs.
+    """
+    kinds = [kind for kind in setting.kinds.values() if kind is not None]
+    if not kinds or len(kinds) < len(setting.kinds):
+        return None
+    config = setting.config
+    phases = _phases(setting, sharing) if "ppo" in config.run.stages else {}
+    iteration = [sum(phase[end] for phase in phases.values()) for end in (0, 1)]
+    slowest = min(kinds, key=lambda kind: kind.bf16_tflops)
+    supervised = [_supervised(setting, slowest, end) for end in (0, 1)]
+    best, worst = (
+        (supervised[end] + config.ppo.iterations * iteration[end]) / SECONDS_PER_DAY
+        for end in (0, 1)
+    )
+    idle = sum(idle_seconds(held, phases) for held in sharing)
+    return Pace(phases, (best, worst), idle * config.ppo.iterations / 3600)
+
+
+def sync_bytes(config: Config, shape: Shape) -> int:
+    """Bytes of the adapter that every generator is sent after an iteration."""
+    return int(shape.adapter_parameters(config.lora) * BYTES[config.model.dtype])
+
+
+def _phases(setting: Setting, sharing: Sharing) -> dict[str, Range]:
+    config, models = setting.config, setting.models
+    ends = (0, 1)
+    phases = {
+        "gen": _range(_generate(setting, end) for end in ends),
+        "score": _range(_on_slowest_gpu(_score(setting, end), sharing) for end in ends),
+        "learn": _range(_on_slowest_gpu(_learn(setting, end), sharing) for end in ends),
+    }
+    state = state_bytes(config, models) / 1e9
+    sent = sync_bytes(config, models.tuned.shape) / 1e9
+    rates = ASSUMPTIONS["GB/s from a learner through the object store"]
+    fixed = ASSUMPTIONS["seconds to publish an adapter beside its bytes"]
+    disk = ASSUMPTIONS["GB/s to run.dir"]
+    phases["commit"] = _range(state / rates[end] for end in ends)
+    phases["sync"] = _range(fixed[end] + sent / rates[end] for end in ends)
+    phases["save"] = _range(state / disk[end] / config.ppo.save_every for end in ends)
+    if config.placement.turns:
+        moved = _moved_bytes(sharing) / 1e9
+        link = ASSUMPTIONS["GB/s between a GPU and main memory, where sides take turns"]
+        phases["turns"] = _range(moved / link[end] for end in ends)
+    return phases
+
+
+def _on_slowest_gpu(seconds: Mapping[str, float], sharing: Sharing) -> float:
+    """Roles work at the same time, and those on one GPU share what it can do."""
+    return max(sum(seconds.get(role.role, 0.0) for role in held) for held in sharing)
+
+
+def _moved_bytes(sharing: Sharing) -> float:
+    """Of one GPU, in an iteration's two changes of places.
+
+    In each, weights leave every GPU of one side at once, then those of the other side come back;
+    caches are dropped, and what is trained stays. The fullest GPU of a side counts.
+    """
+    largest = dict.fromkeys(SIDES.values(), 0.0)
+    for held in sharing:
+        for side in largest:
+            weights = sum(r.parts["weights"] for r in held if SIDES.get(r.role) == side)
+            largest[side] = max(largest[side], weights)
+    return 2 * sum(largest.values())
+
+
+def _range(ends: Iterable[float]) -> Range:
+    best, worst = ends
+    return best, worst
+
+
+def _generate(setting: Setting, end: int) -> float:
+    config = setting.config
+    rollouts = math.ceil(config.ppo.batch_size / config.generators.num)
+    return _sample(setting, rollouts, _response_tokens(config, end), end)
+
+
+def longest_shard(setting: Setting) -> float:
+    """Seconds of a call for one shard, at worst: until all that its generator has at a time are
+    done, each response as long as can be."""
+    config = setting.config
+    rollouts = math.ceil(config.ppo.batch_size / config.generators.num)
+    sampler = config.rollout.length_sampler
+    longest = sampler.max - 1 if sampler else config.rollout.max_tokens
+    return _sample(setting, min(rollouts, _in_flight(config)), longest, end=1)
+
+
+def _in_flight(config: Config) -> int:
+    """Rollouts that a generator is asked for at a time."""
+    return config.generators.max_in_flight * config.rollout.shard_size
+
+
+def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
+    """Seconds for a generator's rollouts of so many tokens each."""
+    config, shape = setting.config, setting.models.tuned.shape
+    kind, generator = setting.kinds["generator"], engine(setting)
+    assert kind is not None
+    size = config.generators.tensor_parallel_size
+    cached = generator.sequences(setting.longest())
+    together = max(1, min(rollouts, _in_flight(config), cached, SEQUENCES_AT_A_TIME))
+    prompt = config.rollout.max_prompt_tokens
+    read = generator.parts["weights"] + together * (prompt + steps / 2) * generator.token_bytes
+    bandwidth = ASSUMPTIONS["sampling reaches of its GPU's memory bandwidth"][end]
+    flops = kind.bf16_tflops * 1e12 * ASSUMPTIONS["scorers and prefill reach"][end]
+    operations = 2 * shape.size.parameters / size
+    of_token = max(
+        read / (kind.memory_gb_per_s * 1e9 * bandwidth),
+        operations * together / flops,
+    )
+    beside = ASSUMPTIONS["seconds beside that for a token of all responses at once"][end]
+    waves = math.ceil(rollouts / together)
+    return waves * steps * (of_token + beside) + rollouts * prompt * operations / flops
+
+
+def _response_tokens(config: Config, end: int) -> float:
+    """Mean length of a response."""
+    sampler = config.rollout.length_sampler
+    longest = (sampler.min + sampler.max - 1) / 2 if sampler else config.rollout.max_tokens
+    if config.rollout.ignore_eos:
+        return longest
+    return longest * ASSUMPTIONS["responses of unknown length take of rollout.max_tokens"][end]
+
+
+def _iteration_tokens(config: Config, end: int) -> float:
+    return config.ppo.batch_size * (
+        config.rollout.max_prompt_tokens + _response_tokens(config, end)
+    )
+
+
+def _score(setting: Setting, end: int) -> dict[str, float]:
+    """Role -> seconds of its work that goes on once generation is over.
+
+    A side that sleeps while the other generates scores all of it afterwards.
+    """
+    config, models = setting.config, setting.models
+    tokens = _iteration_tokens(config, end)
+    shapes = {
+        "policy": (models.tuned.shape, config.policy.num_ranks),
+        "critic": (models.critic.shape, config.critic.num_ranks),
+        "reference": (models.tuned.shape, config.reference.num_processes),
+        "reward": (models.reward.shape, config.reward.num_workers),
+    }
+    reached = ASSUMPTIONS["scorers and prefill reach"][end]
+    after = ASSUMPTIONS["share of scoring that generation does not hide"][end]
+    seconds = {}
+    for role, kind in setting.kinds.items():
+        if role in shapes and kind is not None:
+            shape, workers = shapes[role]
+            passes = 2 if role == "policy" and config.reference.kind == "policy_base" else 1
+            share = 1.0 if config.placement.turns and role in SIDES else after
+            operations = 2 * passes * tokens * shape.size.parameters * share
+            seconds[role] = operations / (workers * kind.bf16_tflops * 1e12 * reached)
+    return seconds
+
+
+def _learn(setting: Setting, end: int) -> dict[str, float]:
+    """Role -> seconds of its updates."""
+    config, models = setting.config, setting.models
+    groups: dict[str, tuple[LearnerConfig, Shape]] = {"policy": (config.policy, models.tuned.shape)}
+    if config.may_have_critic:
+        groups["critic"] = (config.critic, models.critic.shape)
+    return {
+        role: _group_learns(setting, role, group, shape, end)
+        for role, (group, shape) in groups.items()
+    }
+
+
+def _group_learns(
+    setting: Setting, role: str, group: LearnerConfig, shape: Shape, end: int
+) -> float:
+    config, kind = setting.config, setting.kinds[role]
+    assert kind is not None
+    tokens = config.ppo.epochs * _iteration_tokens(config, end)
+    passes = 4 + 2 * group.gradient_checkpointing
+    operations = passes * tokens * shape.size.parameters / group.num_ranks
+    seconds = operations / (kind.bf16_tflops * 1e12 * _reached(config, end))
+    if group.zero_stage == 3 and group.num_ranks > 1:
+        micro_batches = math.ceil(tokens / group.num_ranks / setting.learnt(group).tokens)
+        gathers = micro_batches * (2 + group.gradient_checkpointing)
+        weights = shape.size.parameters * BYTES[config.model.dtype] / 1e9
+        rate = kind.link_gb_per_s if end == 0 else min(NETWORK_GB_PER_S, kind.link_gb_per_s)
+        seconds += gathers * weights / rate
+    return seconds
+
+
+def _reached(config: Config, end: int) -> float:
+    is_whole = config.model.quantization == "none"
+    learners = "learners reach of their GPU's bf16 operations"
+    return ASSUMPTIONS[learners if is_whole else "the same over an int8 or nf4 base"][end]
+
+
+def _supervised(setting: Setting, kind: GpuKind, end: int) -> float:
+    """Seconds of the supervised stages, one after the other; their epochs are not counted yet."""
+    config, seconds = setting.config, 0.0
+    for part in trained_parts(config, setting.models):
+        if part.role in ("policy", "critic"):
+            continue
+        settings = section(config, part)
+        if settings.epochs is not None:
+            continue
+        passes = (6 if part.lora is None else 4) + 2 * settings.gradient_checkpointing
+        operations = passes * tokens_per_step(config, part) * part.shape.size.parameters
+        rate = settings.train_workers * kind.bf16_tflops * 1e12 * _reached(config, end)
+        seconds += settings.steps * operations / rate
+    return seconds
+
+
+_BUSY: dict[str, tuple[str, ...]] = {
+    "generator": ("gen", "sync", "turns"),
+    "policy": ("score", "learn", "commit", "turns"),
+    "critic": ("score", "learn", "commit", "turns"),
+    "reference": ("score",),
+    "reward": ("score",),
+}
+"""Role -> phases in which it works."""
+
+
+def idle_seconds(held: Collection[PlannedRole], phases: Mapping[str, Range]) -> float:
+    """Of an iteration, in which no role on a GPU works."""
+    busy = {name for role in held for name in _BUSY[role.role]}
+    return sum(middle(what) for name, what in phases.items() if name not in busy)

@@ -1,0 +1,110 @@
+"""The report's part on data: what the texts are like, which rows were used and which were not."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rlhf_ray.report.data import Record, RunFiles, number
+from rlhf_ray.report.plots import counts, histogram
+from rlhf_ray.report.sections import Chart
+
+_KINDS = ("questions", "prompts", "answers", "texts")
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows that a stage read."""
+
+    stage: str
+    kept: float
+    dropped: Sequence[tuple[str, float]]
+    """Reason, number of rows."""
+
+
+def quality_charts(files: RunFiles) -> list[Chart]:
+    """Lengths, scores and languages of code, as they were counted when the data was read."""
+    charts = []
+    for name, quality in files.quality.items():
+        of = "" if name == "prepare" else f" in {name}"
+        kinds = _kinds(quality)
+        charts += [
+            *_lengths(f"Length of the texts{of}", kinds),
+            *_scores(f"Score of the answers{of}", quality.get("scores"), name == "prepare"),
+            *_languages(f"Languages of code in answers{of}", kinds.get("answers")),
+        ]
+    return charts
+
+
+def duplicates(files: RunFiles) -> list[tuple[str, float, float]]:
+    """(kind of text, how many repeat an earlier one, share of all)."""
+    found = []
+    for name, quality in files.quality.items():
+        for kind, texts in _kinds(quality).items():
+            num_texts, num_repeated = number(texts, "texts"), number(texts, "repeated")
+            if num_texts and num_repeated is not None:
+                label = kind if name == "prepare" else f"{name}: {kind}"
+                found.append((label, num_repeated, num_repeated / num_texts))
+    return found
+
+
+def ties(files: RunFiles) -> tuple[float, float] | None:
+    """Pairs of answers to one question with equal scores: how many, and their share of all."""
+    counted = files.quality.get("prepare")
+    num_pairs, num_ties = number(counted, "pairs", "pairs"), number(counted, "pairs", "ties")
+    return (num_ties, num_ties / num_pairs) if num_pairs and num_ties is not None else None
+
+
+def _kinds(quality: Record) -> dict[str, Record]:
+    return {kind: quality[kind] for kind in _KINDS if isinstance(quality.get(kind), Mapping)}
+
+
+def row_counts(files: RunFiles) -> list[RowCounts]:
+    """Rows that each stage kept, and those that it dropped, by reason."""
+    found = []
+    for stage, summary in files.summaries.items():
+        for part, counted in _counted(summary):
+            reasons = {name: number(counted, name) for name in counted if name != "kept"}
+            dropped = [(name.replace("_", " "), num) for name, num in reasons.items() if num]
+            label = f"{stage}, {part.replace('_', ' ')}" if part else stage
+            found.append(RowCounts(label, number(counted, "kept") or 0, dropped))
+    return found
+
+
+def _counted(summary: Record) -> Iterator[tuple[str, Record]]:
+    """The counts in a stage's summary: of all its rows, or of each part of them."""
+    for key in ("rows", "prompts_dropped"):
+        value = summary.get(key)
+        if isinstance(value, Mapping) and "kept" in value:
+            yield "", value
+        elif isinstance(value, Mapping):
+            parts = {part: counted for part, counted in value.items() if isinstance(counted, dict)}
+            yield from ((part, counted) for part, counted in parts.items() if "kept" in counted)
+
+
+def _lengths(title: str, kinds: Mapping[str, Record]) -> Iterator[Chart]:
+    bounds: Any = next((kind.get("length_bounds") for kind in kinds.values()), None)
+    shares = {
+        name: [100 * num / kind["texts"] for num in kind["lengths"]]
+        for name, kind in kinds.items()
+        if kind.get("texts")
+    }
+    if bounds and shares:
+        labels = [f"{bound:g}" for bound in bounds]
+        svg = histogram(title, labels, shares, "characters, from", "% of the texts")
+        yield Chart(title, Markup(svg), "Share of the texts that have at least so many characters.")
+
+
+def _scores(title: str, scores: Any, by_votes: bool) -> Iterator[Chart]:
+    if scores:
+        bars = {"answers": list(scores.values())}
+        svg = histogram(title, list(scores), bars, "score", "answers")
+        votes = "Rounded log2 of the upvotes, one more if accepted; -1 below zero votes."
+        yield Chart(title, Markup(svg), votes if by_votes else "Rounded to whole numbers.")
+
+
+def _languages(title: str, answers: Record | None) -> Iterator[Chart]:
+    if answers and answers.get("languages"):
+        svg = counts(title, answers["languages"], "code fences")
+        yield Chart(title, Markup(svg), "As the fences name them; most posts name none.")

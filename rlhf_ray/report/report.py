@@ -1,0 +1,261 @@
+"""The HTML report of a run: one file that needs nothing else, whatever the run has got to."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rlhf_ray.errors import DataError
+from rlhf_ray.observability.progress import clock_time
+from rlhf_ray.report import evaluation as report_evaluation
+from rlhf_ray.report import quality as report_quality
+from rlhf_ray.report import sections
+from rlhf_ray.report.data import RunFiles, number, read
+
+
+@dataclass(frozen=True)
+class Card:
+    """A key number."""
+
+    title: str
+    value: str
+    explanation: str
+    """In plain words, with what is good and what is not."""
+
+
+def build(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run's folder, from those of its files that exist.
+
+    Args:
+        run_dir: folder of a run, finished or not.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        DataError: the folder does not exist or holds nothing of a run.
+    """
+    if not run_dir.is_dir():
+        raise DataError(f"No run folder at {run_dir}: give the run.dir of a run (runs/<run.name>).")
+    files = read(run_dir)
+    if files.is_empty:
+        raise DataError(
+            f"{run_dir} holds neither config.yaml nor a stage's summary.json or metrics.jsonl: "
+            "give the run.dir of a run (runs/<run.name>)."
+        )
+    report = run_dir / "report.html"
+    report.write_text(render(files), encoding="utf-8")
+    return report
+
+
+def render(files: RunFiles) -> str:
+    """The report as HTML; every text of the run is escaped."""
+    environment = Environment(
+        loader=PackageLoader("rlhf_ray.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = figure
+    environment.filters["model_title"] = sections.model_title
+    return environment.get_template("report.html.j2").render(
+        name=files.name,
+        started=files.started,
+        written=datetime.now(),
+        trained=_trained(files),
+        verdict=verdict(files),
+        status=_status(files),
+        cards=list(_cards(files)),
+        charts=sections.ppo_charts(files),
+        warnings=sections.warnings(files),
+        supervised=sections.supervised(files),
+        data=files.summaries.get("prepare", {}),
+        decimals={"held-out perplexity": 2},
+        quality=report_quality.quality_charts(files),
+        duplicates=report_quality.duplicates(files),
+        ties=report_quality.ties(files),
+        row_counts=report_quality.row_counts(files),
+        judged=report_evaluation.judged(files),
+        model_numbers=report_evaluation.numbers(files),
+        instructions=report_evaluation.instructions(files),
+        samples=sections.samples(files),
+        num_samples=len(files.samples),
+        prompts=sections.fixed_prompts(files),
+        rollouts=sections.last_rollouts(files),
+        time=sections.time_charts(files),
+        config_text=files.config_text,
+    )
+
+
+def verdict(files: RunFiles) -> str:
+    """The run's outcome in a sentence."""
+    if win_rate := _win_rate(files):
+        rate, low, high = win_rate
+        name = sections.model_title(_final_model(files))
+        if low > 0.5:
+            outcome = f"{name} beats SFT on held-out questions"
+        elif high < 0.5:
+            outcome = f"{name} loses to SFT on held-out questions"
+        else:
+            outcome = f"{name} and SFT cannot be told apart on held-out questions"
+        return f"{outcome}: win rate {rate:.2f} (95% interval {low:.2f} to {high:.2f})."
+    scores = [number(record, "objective/scores") for record in files.metrics.get("ppo", ())]
+    known = [score for score in scores if score is not None]
+    if known:
+        first, last = known[:5], known[-5:]
+        return (
+            f"PPO's reward went from {sum(first) / len(first):.2f} to {sum(last) / len(last):.2f} "
+            f"in {len(scores)} iterations; it has not been evaluated against SFT."
+        )
+    done = ", ".join(files.summaries)
+    return f"Finished so far: {done}." if done else "No stage has finished yet."
+
+
+def figure(value: float | None, decimals: int | None = None) -> str:
+    """A number to three significant digits, or so many decimals; a dash where unknown."""
+    if value is None:
+        return "–"
+    if decimals is not None:
+        return f"{value:,.{decimals}f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+
+
+def _trained(files: RunFiles) -> str:
+    """Model and algorithm in a line; empty without a config."""
+    if not files.config:
+        return ""
+    model = files.option("model.path") or "a tiny Llama built from the config"
+    parts = [f"Base model: {model}"]
+    if (rank := files.option("lora.r")) is not None:
+        parts.append(f"LoRA rank {rank}")
+    if (iterations := files.option("ppo.iterations")) is not None:
+        parts.append(f"{iterations} PPO iterations of {files.option('ppo.batch_size')} rollouts")
+    if (generators := files.option("generators.num")) is not None:
+        ranks = [files.option(f"{role}.num_ranks") for role in ("policy", "critic")]
+        parts.append(
+            f"generators: {generators}, policy ranks: {ranks[0]}, critic ranks: {ranks[1]}"
+        )
+    return "; ".join(parts) + "."
+
+
+def _status(files: RunFiles) -> str:
+    """What is still to come; empty for a finished run."""
+    pending = files.pending()
+    if not pending:
+        return ""
+    current, later = pending[0], pending[1:]
+    num_records = len(files.metrics.get(current, ()))
+    if current == "ppo" and num_records:
+        total = files.option("ppo.iterations")
+        where = f"ppo has done {num_records}" + (f" of {total}" if total else "") + " iterations"
+    elif num_records:
+        where = f"{current} has begun"
+    else:
+        where = f"{current} is next"
+    rest = f"; after it: {', '.join(later)}" if later else ""
+    return f"This run has not finished (it may still be going): {where}{rest}."
+
+
+def _cards(files: RunFiles) -> Iterator[Card]:
+    yield from _evaluation_cards(files)
+    yield from _ppo_cards(files)
+    accuracy = number(files.summaries.get("reward"), "accuracy")
+    if accuracy is not None:
+        yield Card(
+            "Reward model accuracy",
+            f"{accuracy:.1%}",
+            "Share of held-out answer pairs whose better answer it scores higher. "
+            "50% is a coin toss; noisy votes keep even a perfect model below 100%.",
+        )
+    measured = number(files.summaries.get("reward"), "benchmark", "accuracy")
+    if measured is not None:
+        yield Card(
+            "Reward model on its benchmark",
+            f"{measured:.1%}",
+            "Share of the benchmark's pairs whose better answer it scores higher.",
+        )
+    seconds = [_seconds(summary.get("seconds")) for summary in files.summaries.values()]
+    if any(seconds):
+        yield Card("Time", clock_time(sum(seconds)), "Wall time of the finished stages together.")
+
+
+def _evaluation_cards(files: RunFiles) -> Iterator[Card]:
+    evaluation, final = files.summaries.get("evaluate"), _final_model(files)
+    name = sections.model_title(final)
+    if win_rate := _win_rate(files):
+        rate, low, high = win_rate
+        yield Card(
+            "Win rate against SFT",
+            f"{rate:.2f}",
+            f"How often {name}'s answer is the better one, ties counting half. 95% interval "
+            f"{low:.2f} to {high:.2f}; above 0.5 throughout means a real gain.",
+        )
+    for key, title, explanation in (
+        (
+            "gold_mean",
+            f"Gold score, SFT → {name}",
+            "Hidden quality that no model was trained on: a rise here is improvement, "
+            "not a gamed reward model.",
+        ),
+        (
+            "reward_mean",
+            f"Held-out reward, SFT → {name}",
+            "What the reward gives to answers to unseen questions.",
+        ),
+    ):
+        before = number(evaluation, "models", "sft", key)
+        after = number(evaluation, "models", final, key)
+        if after is not None:
+            yield Card(title, f"{figure(before)} → {figure(after)}", explanation)
+
+
+def _ppo_cards(files: RunFiles) -> Iterator[Card]:
+    ppo = files.summaries.get("ppo")
+    first, last = number(ppo, "reward_first"), number(ppo, "reward_last")
+    if last is not None:
+        yield Card(
+            "Training reward, first → last",
+            f"{figure(first)} → {figure(last)}",
+            "Mean score of the rollouts in the first and the last five iterations.",
+        )
+    kl = number(ppo, "kl_last")
+    if kl is not None:
+        yield Card(
+            "KL to the reference",
+            f"{figure(kl)} nats",
+            "How far the policy has moved from the SFT model, per answer. "
+            "Near 0 it has learnt nothing; far above 20 it is often gaming the reward.",
+        )
+    episodes, rate = number(ppo, "episodes"), number(ppo, "episodes_per_s")
+    if episodes is not None:
+        speed = f", {figure(rate)} a second" if rate is not None else ""
+        restarts = number(ppo, "generator_restarts") or 0
+        yield Card(
+            "Rollouts learnt",
+            figure(episodes),
+            f"Answers that PPO sampled and learnt from{speed}. Generator restarts: {restarts:.0f}.",
+        )
+
+
+def _final_model(files: RunFiles) -> str:
+    """The model that the evaluation's win rate is about."""
+    models = list(files.summaries.get("evaluate", {}).get("models", ()))
+    return "ppo" if "ppo" in models or not models else models[-1]
+
+
+def _win_rate(files: RunFiles) -> tuple[float, float, float] | None:
+    """The final model's win rate against SFT, and the ends of its 95% interval."""
+    measured = files.summaries.get("evaluate", {}).get("win_rate")
+    return (measured["value"], *measured["ci95"]) if measured else None
+
+
+def _seconds(value: object) -> float:
+    """A stage's seconds: a number, or disjoint phases to add up (or their `total`)."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, dict):
+        return float(value.get("total", sum(value.values())))
+    return 0.0

@@ -1,0 +1,284 @@
+"""The parts of the report below its key numbers, each empty where the run has no data for it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rlhf_ray.observability.metrics import METRICS
+from rlhf_ray.observability.tracing import Span
+from rlhf_ray.report.data import Record, RunFiles, number
+from rlhf_ray.report.plots import (
+    Curve,
+    curves,
+    phase_bars,
+    phase_colours,
+    timeline,
+)
+
+MAX_TEXT = 1500
+"""Characters of a sample text that are shown."""
+
+_MAX_SAMPLES = 8
+_MAX_VERSIONS = 6
+_MAX_ROWS = 40
+_TIMELINE_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its caption."""
+
+    title: str
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """What a supervised stage did."""
+
+    title: str
+    chart: Chart | None
+    rows: Sequence[tuple[str, float | None, float | None]]
+    """Figure, before, after."""
+    facts: Sequence[tuple[str, float]]
+    groups: Sequence[Mapping[str, Any]]
+    """Parameters by module: name, parameters, trainable."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which metrics make up a chart: training metrics with labels, and an evaluation's."""
+
+    title: str
+    metrics: Mapping[str, str]
+    evaluation: str | None = None
+
+
+_PPO_CHARTS = (
+    _Plan("Reward", {"objective/scores": "training rollouts"}, "eval/score"),
+    _Plan("Gold score", {}, "eval/gold"),
+    _Plan("KL to the reference", {"objective/kl": "training rollouts"}, "eval/kl"),
+    _Plan("Entropy", {"policy/entropy_avg": "policy"}),
+    _Plan("Response length", {"response_length/mean": "training rollouts"}, "eval/length"),
+    _Plan("Policy loss", {"loss/policy_avg": "policy"}),
+    _Plan("Value loss", {"loss/value_avg": "critic"}),
+    _Plan("Clip fraction", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "critic"}),
+    _Plan("Explained variance of the critic", {"val/explained_variance": "critic"}),
+    _Plan("Repeating responses", {"response/repeating_share": "training rollouts"}),
+    _Plan("Distinct bigrams", {"response/distinct_bigrams": "training rollouts"}),
+    _Plan("KL coefficient", {"objective/kl_coef": "coefficient"}),
+    _Plan("Gap between engine and learner", {"sampler/gap_mean": "gap"}),
+)
+
+_SUPERVISED = (
+    ("pretrain", "Pretraining", ("perplexity",), ("steps", "tokens", "parameters")),
+    ("sft", "Supervised fine-tuning", ("loss", "perplexity"), ("steps", "trainable_parameters")),
+    (
+        "reward",
+        "Reward model",
+        ("accuracy", "auc", "correlation"),
+        ("pairs_train", "pairs_eval", "rows_train", "rows_eval"),
+    ),
+    ("dpo", "Direct preference optimisation", ("loss",), ("pairs_train", "pairs_eval")),
+)
+
+
+def ppo_charts(files: RunFiles) -> list[Chart]:
+    """PPO's curves over iterations; a chart whose metrics were not logged is left out."""
+    records = files.metrics.get("ppo", ())
+    charts = []
+    for plan in _PPO_CHARTS:
+        lines = [_curve(label, records, name) for name, label in plan.metrics.items()]
+        names = list(plan.metrics)
+        if plan.evaluation:
+            lines.append(
+                _curve("held-out prompts", files.evaluations, plan.evaluation, points=True)
+            )
+            names = names or [plan.evaluation]
+        lines = [line for line in lines if line.x]
+        if lines:
+            svg = Markup(curves(plan.title, lines, "iteration"))
+            charts.append(Chart(f"{plan.title}{_unit(names[0])}", svg, _caption(names)))
+    return charts
+
+
+def warnings(files: RunFiles) -> list[dict[str, Any]]:
+    """Each guard that fired: in how many iterations, the first and the last, and its last words."""
+    by_guard: dict[str, list[Record]] = {}
+    for record in files.warnings:
+        by_guard.setdefault(str(record.get("guard", "–")).replace("_", " "), []).append(record)
+    return [
+        {
+            "guard": guard,
+            "count": len(records),
+            "first": records[0].get("iteration", "–"),
+            "last": records[-1].get("iteration", "–"),
+            "action": records[-1].get("action", "–"),
+            "text": _short(records[-1].get("text", "")),
+        }
+        for guard, records in by_guard.items()
+    ]
+
+
+def supervised(files: RunFiles) -> list[Supervised]:
+    """Loss curve, figures before and after, and sizes of each supervised stage that there is."""
+    found = []
+    for stage, title, figures, facts in _SUPERVISED:
+        summary = files.summaries.get(stage, {})
+        line = _curve("training loss", files.metrics.get(stage, ()), "loss", key="step")
+        chart = (
+            Chart("Training loss", Markup(curves(f"{title}: loss", [line], "optimizer step")), "")
+            if line.x
+            else None
+        )
+        rows = [row for name in figures if any((row := _before_after(summary, name))[1:])]
+        known = [(name, value) for name in facts if (value := number(summary, name)) is not None]
+        if chart or rows or known:
+            named = [(name.replace("_", " "), value) for name, value in known]
+            groups = summary.get("parameter_groups", ())
+            found.append(Supervised(title, chart, rows, named, groups))
+    return found
+
+
+def samples(files: RunFiles) -> list[dict[str, Any]]:
+    """The first held-out questions with the answers of each model, texts shortened."""
+    shown = []
+    for record in files.samples[:_MAX_SAMPLES]:
+        answers = [
+            {
+                "model": model_title(model),
+                "text": _short(answer.get("text", "")),
+                "scores": [
+                    (name, value)
+                    for name in ("reward", "gold", "rouge")
+                    if (value := number(answer, name)) is not None
+                ],
+            }
+            for model, answer in record.items()
+            if isinstance(answer, dict)
+        ]
+        shown.append({"prompt": _short(record.get("prompt", "")), "answers": answers})
+    return shown
+
+
+def model_title(name: str) -> str:
+    """A model of the run in capitals; a folder as it is written."""
+    return name.upper() if name.partition("@")[0] in ("sft", "dpo", "ppo") else name
+
+
+def fixed_prompts(files: RunFiles) -> list[dict[str, Any]]:
+    """Each fixed prompt with its responses across versions: first, last, evenly between."""
+    evaluations = [record for record in files.evaluations if record.get("samples")]
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for record in _evenly(evaluations, _MAX_VERSIONS):
+        for sample in record["samples"]:
+            by_prompt.setdefault(str(sample.get("prompt", "")), []).append(
+                {
+                    "version": record.get("version", "–"),
+                    "iteration": record.get("iteration", "–"),
+                    "response": _short(sample.get("response", "")),
+                    "score": number(sample, "score"),
+                }
+            )
+    return [
+        {"prompt": _short(prompt), "responses": responses}
+        for prompt, responses in by_prompt.items()
+    ]
+
+
+def last_rollouts(files: RunFiles) -> list[dict[str, Any]]:
+    """The latest logged training rollouts, texts shortened."""
+    return [
+        {
+            "iteration": record.get("iteration", "–"),
+            "prompt": _short(record.get("prompt", "")),
+            "response": _short(record.get("response", "")),
+            "finish_reason": record.get("finish_reason") or "–",
+            **{name: number(record, name) for name in ("score", "kl", "length")},
+        }
+        for record in files.completions[-_MAX_SAMPLES:]
+    ]
+
+
+def time_charts(files: RunFiles) -> list[Chart]:
+    """Time by actor and phase, and the timeline of the last iterations."""
+    if not files.phase_totals:
+        return []
+    totals = dict(list(files.phase_totals.items())[:_MAX_ROWS])
+    left_out = len(files.phase_totals) - len(totals)
+    note = f" {left_out} further actors are in trace.json." if left_out else ""
+    charts = [
+        Chart(
+            "Time by actor and phase",
+            Markup(phase_bars("Time by actor and phase", totals)),
+            f"How long each actor was busy, by what it did.{note}",
+        )
+    ]
+    spans = [span for span in _last_iterations(files.spans) if span.row in totals]
+    if spans:
+        charts.append(
+            Chart(
+                f"Timeline of the last {_TIMELINE_ITERATIONS} iterations",
+                Markup(timeline("Timeline", spans, phase_colours(totals))),
+                "Colours as above; gaps are waiting. The whole run is in trace.json, which "
+                "opens at ui.perfetto.dev.",
+            )
+        )
+    return charts
+
+
+def _last_iterations(spans: Sequence[Span]) -> list[Span]:
+    numbers = sorted({span.args["iteration"] for span in spans if "iteration" in span.args})
+    wanted = set(numbers[-_TIMELINE_ITERATIONS:])
+    return [span for span in spans if span.args.get("iteration") in wanted]
+
+
+def _curve(
+    label: str, records: Sequence[Record], name: str, key: str = "iteration", points: bool = False
+) -> Curve:
+    """Values of a metric over ``key``; what is null or not finite becomes a gap."""
+    pairs = [
+        (x, number(record, name))
+        for record in records
+        if name in record and (x := number(record, key)) is not None
+    ]
+    if all(y is None for _, y in pairs):
+        return Curve(label, (), (), points)
+    return Curve(
+        label, [x for x, _ in pairs], [math.nan if y is None else y for _, y in pairs], points
+    )
+
+
+def _caption(names: Sequence[str]) -> str:
+    return " ".join(METRICS[name].meaning for name in names)
+
+
+def _unit(name: str) -> str:
+    unit = METRICS[name].unit
+    return "" if unit == "1" else f" ({unit})"
+
+
+def _before_after(summary: Record, name: str) -> tuple[str, float | None, float | None]:
+    after = number(summary, f"{name}_after")
+    return (
+        f"held-out {name}",
+        number(summary, f"{name}_before"),
+        number(summary, name) if after is None else after,
+    )
+
+
+def _evenly(records: Sequence[Record], most: int) -> list[Record]:
+    """At most ``most`` records, evenly spaced, the first and the last among them."""
+    if len(records) <= most:
+        return list(records)
+    step = (len(records) - 1) / (most - 1)
+    return [records[round(index * step)] for index in range(most)]
+
+
+def _short(text: object) -> str:
+    text = str(text)
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"

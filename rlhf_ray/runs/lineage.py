@@ -1,0 +1,177 @@
+"""Where a model comes from: base, stages, data, licences, numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from rlhf_ray.config import Config
+from rlhf_ray.config.credentials import masked
+from rlhf_ray.config.identity import READ_BY
+from rlhf_ray.runs.folder import RunFolder
+
+UNKNOWN = "unknown"
+
+CHAINS: Mapping[str, tuple[str, ...]] = {
+    "sft": ("pretrain", "sft"),
+    "dpo": ("pretrain", "sft", "dpo"),
+    "ppo": ("pretrain", "sft", "reward", "ppo"),
+    "reward": ("pretrain", "sft", "reward"),
+}
+"""Model -> stages that it may have gone through, in order."""
+
+_PREPARED = {
+    "pretrain": "finetune",
+    "sft": "finetune",
+    "reward": "reward",
+    "dpo": "reward",
+    "ppo": "rl",
+}
+"""Stage -> the set of prepare that it reads where the user gives none."""
+
+_OWN = {
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "reward": "preferences",
+    "dpo": "preferences",
+    "ppo": "prompts",
+}
+"""Stage -> the key under ``data`` that it reads."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set or a model that was made elsewhere."""
+
+    name: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage that a model went through."""
+
+    stage: str
+    result: str
+    """The model that it left, or the external one that stands in for it."""
+    external: bool
+    """Made elsewhere: nothing is known of its training."""
+    data: tuple[Source, ...]
+    numbers: Mapping[str, Any]
+    """Plain values of its summary."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A model's history."""
+
+    base: Source
+    """What the first stage started from."""
+    steps: tuple[Step, ...]
+    settings: Mapping[str, Any]
+    """The config's values that differ from the defaults, of the sections that the steps read;
+    without secrets."""
+
+
+def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
+    """The history of one of a run's models.
+
+    Args:
+        config: the run's.
+        model: sft, dpo, ppo or reward.
+        version: of a policy that PPO committed, whether or not the stage is finished.
+    """
+    folder = RunFolder(config)
+    stages = [
+        stage
+        for stage in CHAINS[model]
+        if not (stage == "reward" and model == "ppo" and not config.needs_reward_model)
+        # What came before a model that was given is not this run's.
+        and not (stage == "pretrain" and config.sft.path)
+    ]
+    summaries = {stage: folder.summary(stage) for stage in stages}
+    if version is not None:
+        summaries["ppo"] = {**(summaries["ppo"] or {}), "version": version}
+    steps = [
+        step
+        for stage, summary in summaries.items()
+        if (step := _step(config, folder, stage, summary)) is not None
+    ]
+    if model == "ppo":
+        steps += _reward_sources(config)
+    base = config.sft.path or config.model.path
+    start = Source(base, model_licence(base)) if base else Source("a small random Llama", "none")
+    return Lineage(start, tuple(steps), _settings(config, stages))
+
+
+def model_licence(path: str) -> str:
+    """The licence that a model's card names in its first lines; unknown where there is none."""
+    card = Path(path) / "README.md"
+    if not card.is_file() and not Path(path).is_dir():
+        cached = try_to_load_from_cache(path, "README.md")
+        card = Path(cached) if isinstance(cached, str) else card
+    if not card.is_file():
+        return UNKNOWN
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return UNKNOWN
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return UNKNOWN
+    return str(front.get("license", UNKNOWN)) if isinstance(front, dict) else UNKNOWN
+
+
+def _step(
+    config: Config, folder: RunFolder, stage: str, summary: Mapping[str, Any] | None
+) -> Step | None:
+    given = {"sft": config.sft.path, "reward": config.reward.path}.get(stage)
+    if given:
+        return Step(stage, given, True, (), {})
+    if summary is None:
+        return None
+    numbers = {
+        name: value
+        for name, value in summary.items()
+        if isinstance(value, int | float | str) and not name.startswith("seconds")
+    }
+    return Step(stage, str(folder.path / stage), False, _data(config, folder, stage), numbers)
+
+
+def _reward_sources(config: Config) -> list[Step]:
+    """What rated the policy besides the run's own reward model."""
+    steps = []
+    for source in config.rewards:
+        if source.type == "model" and source.path is None:
+            continue
+        values = masked(source.model_dump())
+        what = next(
+            (values[key] for key in ("path", "function", "model", "url") if key in values), ""
+        )
+        steps.append(Step(f"rewards: {source.name}", f"{source.type} {what}".strip(), True, (), {}))
+    return steps
+
+
+def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
+    own = getattr(config.data, _OWN[stage])
+    if own is not None:
+        return tuple(Source(masked(source.path), source.licence or UNKNOWN) for source in own)
+    part = _PREPARED[stage]
+    prepared = folder.summary("prepare") or {}
+    if prepared.get("synthetic"):
+        return (Source(f"synthetic Stack Exchange site, part {part}", "none (generated)"),)
+    dump = f"Stack Exchange dump {config.prepare.posts or folder.path / 'prepare'}, part {part}"
+    return (Source(dump, "CC BY-SA, of each post's author"),)
+
+
+def _settings(config: Config, stages: Sequence[str]) -> dict[str, Any]:
+    sections = [
+        name
+        for name, readers in READ_BY.items()
+        if set(readers) & set(stages) and name not in ("run", "data")
+    ]
+    changed = config.model_dump(mode="json", exclude_defaults=True, include=set(sections))
+    return {"run": {"seed": config.run.seed}, **masked(changed)}

@@ -1,0 +1,81 @@
+"""The command generate: answers of a run's models to the same prompts, side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_ray.config import Config
+from rlhf_ray.errors import DataError
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.runs.datasets import held_out_prompts
+from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.runs.models import find_model, policies
+from rlhf_ray.serving.conversation import open_generator, prompt_ids
+from rlhf_ray.types import Prompt
+
+
+def run(
+    config: Config,
+    *,
+    models: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    num: int = 4,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    """Sample every model on every prompt, with the same seed for one prompt.
+
+    Args:
+        config: the run's.
+        models: names as in `find_model`; none: all language models of the run.
+        prompts: what a user says; none: held-out prompts of the run.
+        num: how many held-out prompts.
+        temperature: None: ``rollout.temperature``; 0: the likeliest token.
+        max_tokens: longest answer; None: ``rollout.max_tokens``.
+
+    Returns:
+        For each prompt ``{"prompt": text, "samples": {name: answer}}``.
+
+    Raises:
+        DataError: no such model, or no prompt.
+    """
+    chosen = [find_model(config, name) for name in models] or policies(config)
+    tokenizer = load_tokenizer(chosen[0].path)
+    asked = _own(config, tokenizer, prompts) if prompts else _held_out(config, tokenizer, num)
+    rows: list[dict[str, Any]] = [{"prompt": prompt.text, "samples": {}} for prompt in asked]
+    for model in chosen:
+        generator = open_generator(config, model, temperature=temperature, max_tokens=max_tokens)
+        for index, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
+            answer = generator.answer(prompt.token_ids, config.run.seed + index)
+            row["samples"][model.name] = answer
+    return rows
+
+
+def _own(config: Config, tokenizer: Any, texts: Sequence[str]) -> list[Prompt]:
+    if empty := [text for text in texts if not text.strip()]:
+        raise DataError(f"A prompt is empty: {empty[0]!r}; say something")
+    return [
+        Prompt(
+            str(index),
+            text,
+            tuple(prompt_ids(config, tokenizer, [{"role": "user", "content": text}])),
+        )
+        for index, text in enumerate(texts)
+    ]
+
+
+def _held_out(config: Config, tokenizer: Any, num: int) -> list[Prompt]:
+    return held_out_prompts(config, RunFolder(config), tokenizer, num)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Any:
+    """What `run` returned as a table for the terminal, one column a model."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    names = list(rows[0]["samples"])
+    view = Table(show_lines=True)
+    for heading in ("prompt", *names):
+        view.add_column(heading, overflow="fold", ratio=1)
+    for row in rows:
+        view.add_row(escape(row["prompt"]), *(escape(row["samples"][name]) for name in names))
+    return view

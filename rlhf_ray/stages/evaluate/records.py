@@ -1,0 +1,103 @@
+"""What an evaluation leaves besides its summary: metrics for trackers, tables for the terminal."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf_ray.config import Config
+from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
+from rlhf_ray.observability.trackers import current
+from rlhf_ray.stages.evaluate.models import SFT
+
+Summary = Mapping[str, Any]
+
+NUMBERS = {
+    "reward_mean": "reward",
+    "gold_mean": "gold",
+    "rouge_mean": "ROUGE-L",
+    "perplexity": "perplexity",
+    "instruction_pass_rate": "followed",
+}
+"""Plain number that a model may have in the summary, and a metric -> its heading in a table."""
+
+
+def metrics_of(summary: Summary) -> dict[str, float]:
+    """Every number of every model, by registered name."""
+    ratings = summary["judges"][summary["judge"]]["elo"]
+    metrics = {}
+    for name, model in summary["models"].items():
+        label = re.sub(r"[^\w.-]+", "_", name).strip("_")  # what every tracker takes
+        metrics |= {f"{key}/{label}": model[key] for key in NUMBERS if key in model}
+        metrics[f"elo/{label}"] = ratings[name]["value"]
+        if "win_rate" in model:
+            metrics[f"win_rate/{label}"] = model["win_rate"]["value"]
+    return metrics
+
+
+def tell(config: Config, folder: Path, version: int, metrics: Mapping[str, float]) -> None:
+    """Write ``metrics.jsonl``, a line for each newest policy that was evaluated, and tell trackers.
+
+    Args:
+        config: the run's.
+        folder: the stage's.
+        version: of the newest policy.
+        metrics: by registered name.
+    """
+    path = folder / "metrics.jsonl"
+    if (folder / "summary.json").is_file():
+        current().forget("evaluate")
+    lines = JsonlSink(path, "step")
+    lines.truncate_after("step", version - 1)
+    told = current().sinks("evaluate", "step", read_jsonl(path))
+    local: list[Sink] = []
+    if config.trackers.tensorboard:
+        local.append(TensorBoardSink(folder / "tensorboard", purge_step=version))
+    sinks = Sinks([lines, *local, *told])
+    sinks.log(version, metrics)
+    sinks.close()
+
+
+def tables(summary: Summary) -> Iterator[Table]:
+    """For the terminal: a row a model; all numbers and what the first judge says, then the others.
+
+    They fit 100 columns, names of models apart, which fold.
+    """
+    first, *others = summary["judges"]
+    models = summary["models"]
+    numbers = [name for name in NUMBERS if any(name in model for model in models.values())]
+    view = _ranking(f"{summary['num_prompts']} held-out prompts, judged by {first}", numbers)
+    for name, model in models.items():
+        plain = (f"{model[number]:.3g}" if number in model else "–" for number in numbers)
+        view.add_row(*_rank(summary["judges"][first], name), *plain)
+    yield view
+    for judge in others:
+        view = _ranking(f"judged by {judge}", ())
+        for name in models:
+            view.add_row(*_rank(summary["judges"][judge], name))
+        yield view
+
+
+def _ranking(title: str, numbers: Iterable[str]) -> Table:
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    view.add_column("model", overflow="fold")
+    for heading in ("win rate over sft", "Elo", *(NUMBERS[number] for number in numbers)):
+        view.add_column(heading, justify="right", no_wrap=True)
+    return view
+
+
+def _rank(judged: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    """Name, win rate over sft and rating, with their intervals."""
+    rate, rating = judged["win_rates"][name].get(SFT), judged["elo"][name]
+    return escape(name), _with_interval(rate, ".2f"), _with_interval(rating, ".0f")
+
+
+def _with_interval(estimate: Mapping[str, Any] | None, form: str) -> str:
+    if estimate is None:
+        return "–"
+    value, (low, high) = estimate["value"], estimate["ci95"]
+    return f"{value:{form}}" + (f" ({low:{form}}–{high:{form}})" if low < high else "")

@@ -1,0 +1,84 @@
+"""Who carries out the roles of a PPO run: actors in Ray, or objects in this process."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+from actors.critic_learner import CriticLearner
+from actors.policy_learner import PolicyLearner
+from actors.reference import Reference
+from actors.reward_scorer import RewardScorer
+from rlhf_ray.cluster.role_clients import (
+    CriticClient,
+    PolicyBaseClient,
+    PolicyClient,
+    ReferenceClient,
+    ScorerClient,
+)
+from rlhf_ray.cluster.spawner import RoleSpawner
+from rlhf_ray.cluster.workers import OnCall
+from rlhf_ray.config import Config
+from rlhf_ray.engines.scoring import reward_sources
+from rlhf_ray.placement.layout import demands
+from rlhf_ray.roles import Roles
+from rlhf_ray.runs.folder import located
+from rlhf_ray.stages.ppo.generators import spawn_generators
+
+
+def spawn_scorers(
+    spawner: RoleSpawner, config: Config, reward_model: str | None, policy_model: str
+) -> ScorerClient:
+    """Scorers with all sources of rewards, not started."""
+    sources = [located(source) for source in config.rewards]
+    config = config.model_copy(update={"rewards": sources})
+    workers = spawner.spawn(
+        RewardScorer,
+        "reward",
+        config.reward.num_workers,
+        sources,
+        partial(reward_sources, config, reward_model, policy_model),
+    )
+    return ScorerClient(workers)
+
+
+@asynccontextmanager
+async def ppo_roles(
+    config: Config,
+    policy_model: str,
+    reward_model: str | None,
+    critic_model: str | None,
+    on_call: OnCall,
+    tell: Callable[[str], None],
+) -> AsyncIterator[Roles]:
+    """Every role that the config needs, ready to work; ended on the way out."""
+    spawner = RoleSpawner(config, on_call)
+    engine = spawner.learner_engine
+    asked = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
+    async with AsyncExitStack() as ending:
+        ending.push_async_callback(spawner.stop_all)
+        await spawner.place(asked)
+        generators = spawn_generators(spawner, config, policy_model, tell, config.rollout.autoscale)
+        ending.push_async_callback(generators.close)
+        scorer = spawn_scorers(spawner, config, reward_model, policy_model)
+        references = spawner.spawn(
+            Reference, "reference", config.reference.num_processes, config, policy_model
+        )
+        policy = spawner.spawn(
+            PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
+        )
+        num_critics = config.critic.num_ranks if critic_model else 0
+        critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
+        await spawner.start_all([group for group in (policy, critic) if group])
+        policy_client = PolicyClient(policy, config.policy.zero_stage)
+        yield Roles(
+            generators=generators,
+            scorer=scorer,
+            reference=ReferenceClient(references)
+            if references
+            else PolicyBaseClient(policy_client),
+            policy=policy_client,
+            critic=CriticClient(critic, config.critic.zero_stage) if critic else None,
+            fetch=spawner.fetch,
+            num_gpus=spawner.num_gpus,
+            peak_memory=spawner.peak_memory,
+        )

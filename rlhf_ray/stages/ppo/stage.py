@@ -1,0 +1,151 @@
+"""Stage 5: PPO. Wires roles, data and checkpoints into the loop."""
+
+import asyncio
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.algorithms.estimators import resolve
+from rlhf_ray.config import Config
+from rlhf_ray.driver.batches import PromptCursor
+from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
+from rlhf_ray.driver.evaluation import Evaluator
+from rlhf_ray.driver.ppo_loop import PpoLoop
+from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.run_state import RunState
+from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
+from rlhf_ray.errors import DataError
+from rlhf_ray.models import folders
+from rlhf_ray.models.folders import BASE_MODEL
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.stopping import generation_config
+from rlhf_ray.observability.progress import Bar, Progress
+from rlhf_ray.observability.ray_metrics import ray_sinks
+from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.roles import Roles
+from rlhf_ray.runs.datasets import ppo_prompts
+from rlhf_ray.runs.folder import RunFolder, located_function
+from rlhf_ray.stages.ppo.control import exchanged
+from rlhf_ray.stages.ppo.roles import ppo_roles
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train the policy from where the run stands; returns the summary that it wrote.
+
+    Raises:
+        RlhfError: naming the role, the numbers and the remedy.
+    """
+    config = _with_located_functions(config)
+    folder = RunFolder(config)
+    stage = folder.stage("ppo")
+    policy_model, reward_model = folder.sft_model(), folder.reward_model()
+    _require_whole(policy_model)
+    tokenizer = load_tokenizer(policy_model)
+    critic_model = _critic_model(folder, tokenizer)
+    prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer)
+    checkpoints = _checkpoints(folder, tokenizer, {"policy": policy_model, "critic": critic_model})
+    saved = checkpoints.latest()
+    state = _state_of(saved)
+    tracer = Tracer(folder.path / "trace.json", config.run.name)
+    live = ray_sinks(config.run.name, "driver")
+    recorder = Recorder(stage, tracer, config.trackers, state.iteration if saved else None, live)
+
+    progress = Progress(config.run.stages)
+
+    async def train(bar: Bar) -> dict[str, Any]:
+        async with ppo_roles(
+            config, policy_model, reward_model, critic_model, recorder.span, progress.say
+        ) as roles:
+            await _restore(roles, saved)
+            progress.say("ppo: every role is ready; proving that generators serve what is sent")
+            canaries = canary_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
+            loop = PpoLoop(
+                config,
+                roles,
+                PromptCursor(prompts, config.run.seed),
+                WeightSync(roles.policy, canaries, config.engine_is_exact, config.rollout.max_gap),
+                Evaluator(eval_prompts, config.rewards, config.rollout.shard_size, config.run.seed),
+                checkpoints,
+                recorder,
+                state,
+                bar,
+            )
+            async with exchanged(folder.path, loop, roles.generators, bar, recorder, progress.say):
+                return await loop.run()
+
+    try:
+        with progress.stage("ppo", config.ppo.iterations, "iteration", done=state.iteration) as bar:
+            summary = asyncio.run(train(bar)) | {"prompts_dropped": dropped}
+    finally:
+        recorder.close()
+        tracer.close()
+    folder.write_summary("ppo", summary)
+    return summary
+
+
+def _with_located_functions(config: Config) -> Config:
+    """The config with the user's files by absolute path: a learner's process may run elsewhere."""
+    keys = ("advantage", "policy_loss")
+    located = {key: located_function(getattr(config.ppo, key)) for key in keys}
+    return config.model_copy(update={"ppo": config.ppo.model_copy(update=located)})
+
+
+def _require_whole(policy_model: str) -> None:
+    """Refuse an adapter as what PPO starts from: it would train an adapter on an adapter."""
+    if folders.is_adapter(policy_model):
+        raise DataError(
+            f"{policy_model} is an adapter; PPO trains an adapter of its own on a whole model: "
+            "merge it first (command merge)"
+        )
+
+
+def _critic_model(folder: RunFolder, tokenizer: Any) -> str | None:
+    """What the critic starts from; None where the advantages need none.
+
+    Raises:
+        DataError: it would read the policy's token ids as other words.
+    """
+    if not resolve(folder.config.ppo.advantage).needs_critic:
+        return None
+    critic_model = folder.critic_model()
+    if load_tokenizer(critic_model).get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"{critic_model} cannot be the critic: its tokenizer is not the policy's, and a critic "
+            "reads the policy's tokens; set critic.init=sft and leave critic.path out, or name a "
+            "model with the policy's tokenizer"
+        )
+    return critic_model
+
+
+async def _restore(roles: Roles, saved: SavedCommit | None) -> None:
+    if saved is not None:
+        states = {"policy": saved.policy, "critic": saved.critic}
+        await asyncio.gather(
+            *(learner.load(states[name]) for name, learner in roles.learners.items())
+        )
+
+
+def _state_of(saved: SavedCommit | None) -> RunState:
+    if saved is None:
+        return RunState()
+    known = {field.name for field in fields(RunState)}
+    return RunState(**{name: value for name, value in saved.progress.items() if name in known})
+
+
+def _checkpoints(folder: RunFolder, tokenizer: Any, bases: Mapping[str, str | None]) -> Checkpoints:
+    files = {name: _static_files(tokenizer, base, folder) for name, base in bases.items() if base}
+    return Checkpoints(folder.path / "checkpoints", folder.config.ppo.keep_checkpoints, files)
+
+
+def _static_files(tokenizer: Any, base: str, folder: RunFolder) -> dict[str, bytes]:
+    """What a committed PEFT folder holds besides its adapter: all that generating needs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        generation_config(base, folder.config.template).save_pretrained(scratch)
+        files = {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
+    if Path(base).is_dir():
+        committed = folder.path / "checkpoints" / "0" / "policy"
+        files[BASE_MODEL] = folders.relative_base(committed, base).encode()
+    return files

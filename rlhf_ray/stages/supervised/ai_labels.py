@@ -1,0 +1,129 @@
+"""Pairs for a reward model or DPO that a judge labels: AI feedback instead of people's.
+
+Verdicts are written as they come, ``verdicts-<settings>.jsonl`` in the stage's folder: a stage that
+goes on asks for the missing ones alone, and other settings ask anew.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from rlhf_ray.config import Config
+from rlhf_ray.config.identity import fixed_keys
+from rlhf_ray.config.rewards import PairJudgeConfig
+from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.reading.rows import (
+    STORED,
+    Loaded,
+    Row,
+    collect,
+    is_mark,
+    opened,
+    prompt_of,
+    text_of,
+)
+from rlhf_ray.observability.progress import Progress
+from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
+from rlhf_ray.rewards.judge_pairs import Pair, PairJudge
+from rlhf_ray.runs.datasets import user_rows
+from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.types import Prompt
+
+CHUNK = 64
+"""Pairs judged between two writes of verdicts."""
+
+MARKS: Mapping[str, Mapping[str, str]] = {
+    "unread": {"_bad": "no_verdict", "_why": "the judge named neither answer"},
+    "order": {"_unused": "verdict_follows_order"},
+}
+"""Verdict that is none -> how its row is marked, to be counted where rows are counted."""
+
+
+def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Loaded:
+    """The rows of ``data.preferences`` with ``chosen`` and ``rejected`` as the judge says.
+
+    Args:
+        config: the run's.
+        stage: reward or dpo, in whose folder the verdicts go.
+        judge: who labels.
+
+    Raises:
+        RlhfError: the judge stayed down; verdicts so far are kept.
+        DataError: the data set cannot be read.
+    """
+    rows = user_rows(config, "preferences", "prompts")
+    path = RunFolder(config).stage(stage) / f"verdicts-{_digest(config, judge)}.jsonl"
+    asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), rows, path, config))
+    verdicts = iter(record["verdict"] for record in read_jsonl(path))
+    return collect(_labelled(_pairs(rows), verdicts))
+
+
+def _pairs(rows: Loaded) -> Iterator[Pair | Row]:
+    return (_pair(opened(row)) for row in rows)
+
+
+def _pair(row: Row) -> Pair | Row:
+    """The pair in a row, or how the row is marked because there is none."""
+    if is_mark(row):
+        return row
+    try:
+        prompt = prompt_of(row)
+        a, b = text_of(row, "completion_a"), text_of(row, "completion_b")
+    except BadRow as bad:
+        return {"_bad": bad.reason, "_why": "prompt, completion_a or completion_b has no text"}
+    if a == b:
+        return {"_bad": "equal"}
+    text = prompt if isinstance(prompt, str) else ""
+    return Pair(Prompt("", text, (), row), a, b)
+
+
+async def _judge(judge: PairJudge, rows: Loaded, path: Path, config: Config) -> None:
+    """Ask for the verdicts that the file lacks."""
+    sink = JsonlSink(path)
+    sink.truncate_after("pair", math.inf)  # a line that a kill tore goes
+    done = len(read_jsonl(path))
+    total = sum(isinstance(pair, Pair) for pair in _pairs(rows))
+    waiting = islice((pair for pair in _pairs(rows) if isinstance(pair, Pair)), done, None)
+    try:
+        with Progress(config.run.stages).stage("judge", total, "pair", done) as bar:
+            while chunk := list(islice(waiting, CHUNK)):
+                for verdict in await judge.verdicts(chunk):
+                    sink.append({"pair": done, "verdict": verdict})
+                    done += 1
+                bar.advance(len(chunk))
+    finally:
+        sink.close()
+
+
+def _labelled(pairs: Iterable[Pair | Row], verdicts: Iterator[str]) -> Iterator[Row]:
+    """Rows such as `STORED`, or marks, in the order of ``pairs``; a verdict a pair."""
+    for pair in pairs:
+        if not isinstance(pair, Pair):
+            yield pair
+            continue
+        verdict = next(verdicts)
+        if verdict in MARKS:
+            yield MARKS[verdict]
+            continue
+        fields = pair.prompt.fields
+        chosen, rejected = (pair.a, pair.b) if verdict == "a" else (pair.b, pair.a)
+        yield {
+            **dict.fromkeys(STORED),
+            "prompt": fields.get("prompt"),
+            "messages": fields.get("messages"),
+            "chosen": chosen,
+            "rejected": rejected,
+            "_fields": json.dumps({key: fields[key] for key in ("question",) if key in fields}),
+        }
+
+
+def _digest(config: Config, judge: PairJudgeConfig) -> str:
+    """What decides the verdicts, and not how or where they are asked for."""
+    sources = [source.model_dump(mode="json") for source in config.data.preferences or ()]
+    fixed = {name: getattr(judge, name) for name in fixed_keys(PairJudgeConfig)}
+    text = json.dumps([sources, fixed], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

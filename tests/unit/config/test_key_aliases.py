@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.config import key_aliases as foreign_keys
+from rlhf_ray.config import load
+from rlhf_ray.config.key_aliases import FOREIGN_KEYS, SUPERVISED_KEYS, hints
+from rlhf_ray.config.load import keys
+from rlhf_ray.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+KNOWN = set(keys())
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(None, overrides)
+    return str(caught.value)
+
+
+def test_every_key_that_is_named_exists() -> None:
+    stages = ("pretrain", "sft", "reward", "dpo")
+    absent = [row for row in FOREIGN_KEYS if row.ours not in KNOWN]
+    absent += [
+        row
+        for row in SUPERVISED_KEYS
+        if not any(row.ours.replace("{stage}", stage) in KNOWN for stage in stages)
+    ]
+    assert not absent
+
+
+def test_no_name_is_a_key_of_ours_that_takes_a_value() -> None:
+    sections = {key.rpartition(".")[0] for key in KNOWN}
+    assert not [row for row in FOREIGN_KEYS if row.name in KNOWN - sections]
+
+
+def test_no_system_has_a_name_twice() -> None:
+    named = [(row.system, row.name) for row in FOREIGN_KEYS]
+    assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        (
+            "per_device_train_batch_size=4",
+            "TRL's per_device_train_batch_size is our ppo.mini",
+        ),
+        (
+            "ppo.num_ppo_epochs=4",
+            "ppo.num_ppo_epochs: unknown key. TRL's num_ppo_epochs is our",
+        ),
+        ("ppo.init_kl_coef=0.1", "TRL and OpenRLHF's init_kl_coef is our ppo.kl_coef."),
+        ("ppo.vf_coef=0.1", "is our critic.learning_rate (the critic has an optimizer of its own"),
+        ("ppo.cliprange=0.1", "TRL's cliprange is our ppo.clip_range."),
+        ("response_length=53", "is our rollout.max_tokens."),
+        ("sft.per_device_train_batch_size=2", "is our sft.batch_size (theirs is of one device"),
+        ("reward.num_train_epochs=2", "TRL's num_train_epochs is our reward.epochs."),
+        ("pretrain=m", "got 'm'. OpenRLHF's pretrain is our model.path (with sft in run.stages"),
+        (
+            "n_samples_per_prompt=4",
+            "OpenRLHF's n_samples_per_prompt is our ppo.samples_per_prompt.",
+        ),
+        (
+            "n-samples-per-prompt=4",
+            "OpenRLHF's n_samples_per_prompt is our ppo.samples_per_prompt.",
+        ),
+        ("advantage_estimator=gae", "OpenRLHF's advantage_estimator is our ppo.advantage ("),
+        ("vllm_num_engines=4", "OpenRLHF's vllm_num_engines is our generators.num."),
+        ("algo.kl.init_coef=0.1", "OpenRLHF's algo.kl.init_coef is our ppo.kl_coef."),
+        ("actor_rollout_ref.rollout.n=4", "verl's actor_rollout_ref.rollout.n is our ppo.samples"),
+        ("algorithm.adv_estimator=gae", "verl's algorithm.adv_estimator is our ppo.advantage"),
+        ("data.train_files=x", "our data.prompts ({path: FILE, format: verl})"),
+        ("critic.model.path=x", "verl's critic.model.path is our critic.path."),
+    ],
+)
+def test_an_unknown_key_is_told_by_its_name_here(override: str, hint: str) -> None:
+    message = refused(override)
+    assert hint in message
+    assert "Did you mean" not in message
+
+
+def test_each_key_of_a_foreign_section_is_told_and_its_values_are_not_repeated() -> None:
+    message = refused("algorithm={gamma: 1.0, lam: 0.9, no_such_key: 777}")
+    assert "verl's algorithm.gamma is our ppo.gamma." in message
+    assert "verl's algorithm.lam is our ppo.gae_lambda." in message
+    assert "777" not in message
+    assert "s3cret" not in refused("use_wandb=s3cret")
+
+
+def test_a_key_that_nobody_knows_has_no_hint() -> None:
+    assert hints("ppo.gama", 1, KNOWN) == []
+    assert hints("lora_r", 1, {"ppo"}) == []
+
+
+def test_the_page_is_up_to_date() -> None:
+    if (ROOT / "docs" / "other_names.md").read_text() != foreign_keys.markdown():
+        pytest.fail("docs/other_names.md is out of date: run scripts/docs.sh")

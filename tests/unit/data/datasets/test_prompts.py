@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_ray.config.data import DataSource
+from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.data.datasets.prompts import load_prompts
+from rlhf_ray.data.reading.sources import load_rows
+from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.errors import DataError
+from rlhf_ray.types import Prompt
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_other_columns_travel_along(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"question_id": 7, "prompt": "why", "label": 3}, {"prompt": "how", "label": None}]
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
+    assert list(prompts) == [
+        Prompt("7", "why", ids(tokenizer, "why"), {"question_id": 7, "label": 3}),
+        Prompt("1", "how", ids(tokenizer, "how"), {"label": None}),
+    ]
+    assert counts == {"kept": 2}
+
+
+def test_one_prompt_for_rows_of_one_question(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"question_id": i // 3, "prompt": f"q{i // 3}", "n": i} for i in range(3000)]
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
+    assert [prompt.fields["n"] for prompt in prompts] == list(range(0, 3000, 3))
+    assert counts == {"kept": 1000, "repeated": 2000}
+
+
+def test_ids_are_those_of_a_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    sources = []
+    for name in "ab":
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"id": {n // 2}, "prompt": "{name}{n}"}}\n' for n in range(4)))
+        sources.append(DataSource(path=str(path)))
+    prompts, counts = load_prompts(load_rows(sources, "prompts"), Renderer(tokenizer), 8)
+    assert [prompt.text for prompt in prompts] == ["a0", "b0", "a2", "b2"]
+    assert [prompt.id for prompt in prompts] == ["0:0", "1:0", "0:1", "1:1"]
+    assert [prompt.fields for prompt in prompts] == [{"id": 0}, {"id": 0}, {"id": 1}, {"id": 1}]
+    assert counts == {"kept": 4, "repeated": 4}
+
+
+def test_a_place_is_no_id(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"id": 1, "prompt": "a"}, {"prompt": "b"}]
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
+    assert [prompt.text for prompt in prompts] == ["a", "b"]
+    assert counts == {"kept": 2}
+
+
+def test_bad_rows_are_dropped_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": text} for text in ("abc", "", "abcd", None, "abcdef", "a", "b", "c", "d")]
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 4, max_bad_share=0.4)
+    assert [prompt.text for prompt in prompts] == ["abc", "abcd", "a", "b", "c", "d"]
+    assert [prompt.id for prompt in prompts] == ["0", "2", "5", "6", "7", "8"]
+    assert counts == {"kept": 6, "empty": 2, "overlong": 1}
+    with pytest.raises(DataError, match=r"my set: 3 of 9 rows .*empty: 2, overlong: 1"):
+        load_prompts(rows, Renderer(tokenizer), 4, max_bad_share=0.2, name="my set")
+
+
+def test_truncation_keeps_the_end_and_the_text_agrees(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts, counts = load_prompts(
+        [{"prompt": "abcdef"}], Renderer(tokenizer), 4, overlong="truncate"
+    )
+    assert list(prompts) == [Prompt("0", "cdef", ids(tokenizer, "cdef"))]
+    assert counts == {"kept": 1}
+
+
+def test_the_text_is_without_the_start_token_that_the_ids_keep(
+    llama3: PreTrainedTokenizerFast,
+) -> None:
+    begin = llama3.bos_token_id
+    (prompt,), _ = load_prompts([{"prompt": "why"}], Renderer(llama3), 8)
+    assert (prompt.text, prompt.token_ids) == ("why", (begin, *ids(llama3, "why")))
+    rows = [{"prompt": "abcd<|begin|>ef"}, {"prompt": "ab<|eot_id|>c<|begin|>e"}]
+    cut, _ = load_prompts(rows, Renderer(llama3), 3, overlong="truncate")
+    assert [prompt.text for prompt in cut] == ["ef", "c<|begin|>e"]
+    assert cut[0].token_ids == (begin, *ids(llama3, "ef"))
+
+
+def test_overlong_can_be_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "abcdef"}]
+    with pytest.raises(DataError, match=r"row 1 has 6 tokens.*rollout\.max_prompt_tokens 4"):
+        load_prompts(rows, Renderer(tokenizer), 4, overlong="error")
+
+
+def test_chats_are_rendered_and_their_messages_kept(chatml: PreTrainedTokenizerFast) -> None:
+    turns = [{"role": "user", "content": "why"}]
+    rows = [{"messages": turns, "prompt": None, "label": 3}]
+    (prompt,), _ = load_prompts(rows, Renderer(chatml), 100)
+    assert prompt.text.endswith("<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n")
+    assert chatml.decode(prompt.token_ids) == prompt.text
+    assert prompt.fields == {"label": 3, "messages": turns}
+    # A plain prompt that became a turn says which: a reward model renders it by its own template.
+    chat = Renderer(chatml, TemplateConfig(kind="chat"))
+    rendered = {"prompt": "Question: why\n\nAnswer: ", "question": "why"}
+    (plain,), _ = load_prompts([rendered], chat, 100)
+    assert plain.token_ids == prompt.token_ids
+    assert plain.fields == {"question": "why", "messages": turns}
+
+
+def test_rows_that_the_template_refuses_are_counted(chatml: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(chatml)
+    refusal = "{% if messages[0]['content'] == 'why' %}{{ raise_exception('no turns') }}{% endif %}"
+    chatml.chat_template = refusal + str(chatml.chat_template)
+    rows = [{"messages": [{"role": "user", "content": "why"}]}]
+    with pytest.raises(
+        DataError, match=r"template_refuses: the chat template refuses it: no turns"
+    ):
+        load_prompts(rows, renderer, 100)
+
+
+def test_a_part_of_the_prompts_is_a_view_of_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": f"q{number}", "tags": [number]} for number in range(10)]
+    prompts, _ = load_prompts(rows, Renderer(tokenizer), 8)
+    assert [prompt.text for prompt in prompts[2:-2][1:]] == ["q3", "q4", "q5", "q6", "q7"]
+    assert (len(prompts[2:-2]), prompts[-1].fields, prompts[3:][0].id) == (6, {"tags": [9]}, "3")

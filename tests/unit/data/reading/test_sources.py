@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import resolve
+from rlhf_ray.config.data import DataSource
+from rlhf_ray.data.reading.counts import RowTally
+from rlhf_ray.data.reading.formats import Use
+from rlhf_ray.data.reading.rows import batches
+from rlhf_ray.data.reading.sources import load_rows
+from rlhf_ray.errors import ConfigError, DataError
+
+Rows = list[dict[str, Any]]
+
+
+def write(path: Path, rows: Rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(*sources: dict[str, Any], use: Use = "prompts") -> tuple[Rows, dict[str, int]]:
+    """Rows as loaders see them, and how many were left out."""
+    tally = RowTally("set", 1.0)
+    table = load_rows([DataSource.model_validate(source) for source in sources], use)
+    rows = [dict(row) for batch in batches(table, tally) for _, row in batch]
+    return rows, tally.dropped
+
+
+def test_columns_are_renamed_and_the_rest_goes_along(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"q": "why", "n": 1.5, "tags": ["x", {"y": None}]}])
+    rows, _ = load({"path": path, "columns": {"prompt": "q"}})
+    assert rows == [{"prompt": "why", "n": 1.5, "tags": ["x", {"y": None}]}]
+
+
+def test_a_column_may_take_the_name_of_another(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "old", "q": "new"}])
+    assert load({"path": path, "columns": {"prompt": "q"}})[0] == [{"prompt": "new"}]
+    swapped = {"path": path, "columns": {"prompt": "q", "q": "prompt"}}
+    assert load(swapped)[0] == [{"prompt": "new", "q": "old"}]
+
+
+def test_rows_with_other_keys(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": 3}, {"prompt": "c", "n": 1}])
+    rows, dropped = load({"path": path})
+    assert rows == [{"prompt": "a"}, {"prompt": "c", "n": 1}]
+    assert dropped == {"empty": 1}
+
+
+def test_filters_come_before_the_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x" * n, "n": n} for n in range(1, 9)])
+    filters = [{"column": "prompt", "length": True, "op": ">", "value": 2}]
+    rows, dropped = load({"path": path, "limit": 3, "filter": filters})
+    assert [row["n"] for row in rows] == [3, 4, 5]
+    assert dropped == {"filtered": 2}
+
+
+def test_a_mixture_of_formats(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a.jsonl", [{"prompt": f"p{n}"} for n in range(4)])
+    turn = {"role": "user", "content": "hi"}
+    chats = write(tmp_path / "b.jsonl", [{"prompt": [turn], "id": n} for n in range(2)])
+    rows, _ = load({"path": plain}, {"path": chats})
+    assert [row.get("prompt", row.get("id")) for row in rows] == ["p0", 0, "p1", "p2", 1, "p3"]
+    assert rows[1] == {"messages": [turn], "id": 0, "_source": 1}
+    weighted, dropped = load({"path": plain, "weight": 1.0}, {"path": chats, "weight": 2.0})
+    assert [row.get("prompt", row.get("id")) for row in weighted] == [0, "p0", 1]
+    assert dropped == {"over_weight": 3}
+
+
+def test_weights_are_shares_of_the_rows_that_are_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{n}", "n": n} for n in range(20)] + [{"prompt": "", "n": 9}] * 5
+    one = write(tmp_path / "a.jsonl", rows)
+    other = write(tmp_path / "b.jsonl", [{"prompt": f"b{n}"} for n in range(10)])
+    few = {"column": "n", "op": "<", "value": 10}
+    found, dropped = load(
+        {"path": one, "weight": 1.0, "filter": few}, {"path": other, "weight": 1.0}
+    )
+    assert [row["prompt"][0] for row in found] == ["a", "b"] * 10
+    assert dropped == {"empty": 5, "filtered": 10}
+
+
+def test_rows_that_cannot_be_used_are_not_in_the_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": text} for text in ("a", "", "b", "", "c")])
+    loaded = load_rows([DataSource(path=path)], "prompts")
+    assert loaded.table["prompt"][:] == ["a", "b", "c"]
+    assert [(mark["_bad"], mark["_num"]) for mark in loaded.marks] == [("empty", 2)]
+
+
+def test_a_part_of_a_mixture_of_which_nothing_is_left(tmp_path: Path) -> None:
+    one, other = (write(tmp_path / name, [{"prompt": "x"}]) for name in ("a.jsonl", "b.jsonl"))
+    none = {"column": "prompt", "value": "y"}
+    with pytest.raises(DataError, match=r"b\.jsonl: none of 1 rows can be used .*filtered: 1"):
+        load({"path": one}, {"path": other, "filter": none})
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([], {}, "holds no rows"),
+        ([{"a": 1, "b": 2}], {}, r"lacks the columns .* prompts can use: .*Found a, b"),
+        ([{"text": "a"}], {}, "lacks the columns"),
+        ([{"text": "a"}], {"format": "text"}, "format text is of no use for prompts; give one of"),
+        ([{"prompt": "a"}], {"format": "verl"}, r"verl \(data_source, prompt, reward_model\)"),
+        ([{"a": 1}], {"columns": {"prompt": "b"}}, "no column b, which columns names; found a"),
+        ([{"a": 1}], {"columns": {"prompt": "a", "x": "a"}}, "names one column twice"),
+        (
+            [{"prompt": "a"}],
+            {"filter": {"column": "votes", "op": ">", "value": 1}},
+            "a filter cannot be applied .* columns prompt: KeyError: 'votes'",
+        ),
+    ],
+)
+def test_sets_that_cannot_be_used(
+    tmp_path: Path, rows: Rows, more: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=message) as caught:
+        load({"path": path, **more})
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "names no data set"),
+        ([{"path": "a", "weight": 1.0}, {"path": "b"}], "a weight, or none of them"),
+        ({"path": "a", "filter": {"op": "<", "value": 3}}, "either {column, op, value} or"),
+        ({"path": "a", "filter": "no_colon"}, "named module:name"),
+        ({"path": "a", "filter": {"column": "n", "op": "in", "value": 3}}, "list of values"),
+        ({"path": "a", "format": "alpaca"}, r"data\.sft\.0\.format"),
+    ],
+)
+def test_configs_that_make_no_sense(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve({"data": {"sft": given}})
+
+
+def test_one_source_may_be_written_without_the_list() -> None:
+    sources = resolve({"data": {"sft": {"path": "a", "filter": "m:f"}}}).data.sft
+    assert sources == [DataSource.model_validate({"path": "a", "filter": [{"function": "m:f"}]})]

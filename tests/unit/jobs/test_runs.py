@@ -1,0 +1,249 @@
+"""A run of this machine and a job of a cluster, by the same commands."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_client import FakeJobClient, details
+
+from rlhf_ray.errors import ActorFailure, ConfigError
+from rlhf_ray.jobs import runs
+from rlhf_ray.jobs import server as job_server
+from rlhf_ray.jobs.runs import JobRun, LocalRun, find_run
+from rlhf_ray.jobs.server import JobServer
+from rlhf_ray.runs.control import ControlFiles, Wish
+from rlhf_ray.types import GeneratorStatus
+
+GENERATORS = (GeneratorStatus("generator-0", "ready", 3, 0),)
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in job_server.ADDRESS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Another process that drives a run in the test's folder; it is in PPO."""
+    (tmp_path / "config.yaml").write_text("{}\n")
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from rlhf_ray.runs.control import ControlFiles\n"
+        "files = ControlFiles(Path(sys.argv[1])); files.open('mine'); files.tell(stage='ppo')\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def job_run(told: dict[str, Any], **job: Any) -> tuple[FakeJobClient, JobRun]:
+    answer = {"name": "mine", "folder": "/mnt/mine", "generators": [], **told}
+    client = FakeJobClient({"mine-1": details("mine-1", **job)}, answer={"status": answer})
+    server = JobServer(client, sleep=lambda _: None)
+    return client, JobRun(server, server.find("mine"))
+
+
+def test_a_run_of_this_machine_is_named_by_its_folder_or_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("{}\n")
+    ControlFiles(folder).open("mine")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(folder), "runs/mine", "mine"):
+        assert find_run(name, None).status().folder == str(folder)
+
+
+def test_where_an_address_is_given_the_cluster_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("{}\n")
+    client = FakeJobClient({"mine-1": details("mine-1")})
+    asked = []
+
+    def connect(address: str | None) -> JobServer:
+        asked.append(address)
+        return JobServer(client)
+
+    monkeypatch.setattr(runs, "connect", connect)
+    with pytest.raises(ConfigError, match="The cluster has no run"):
+        find_run(str(tmp_path), "http://head:8265")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+    assert isinstance(find_run("mine", None), JobRun)
+    assert asked == ["http://head:8265", None]
+
+
+def test_a_stop_of_this_machine_waits_for_the_commit_or_ends_the_process(
+    tmp_path: Path, driver: "subprocess.Popen[bytes]"
+) -> None:
+    said: list[str] = []
+    run = LocalRun(tmp_path)
+    run.stop(False, said.append)
+    assert ControlFiles(tmp_path).asked() == Wish(stop=True)
+    assert driver.poll() is None
+    run.stop(True, said.append)
+    assert driver.wait(10) == -signal.SIGTERM
+    assert said[0].endswith("after the iteration that it is in, committed and saved")
+    assert said[1].endswith("PPO goes on from its last saved commit (ppo.save_every)")
+    with pytest.raises(ConfigError, match="does not run: it is dead"):
+        run.stop(False, said.append)
+
+
+def test_a_supervised_stage_of_this_machine_ends_at_once(
+    tmp_path: Path, driver: "subprocess.Popen[bytes]"
+) -> None:
+    said: list[str] = []
+    ControlFiles(tmp_path).tell(stage="sft")
+    LocalRun(tmp_path).stop(False, said.append)
+    assert driver.wait(10) == -signal.SIGTERM
+    assert said == [
+        "Ended at once, in the stage sft; it goes on from that stage's last checkpoint, or does "
+        "the stage again where it has none"
+    ]
+
+
+def test_a_driver_of_another_machine_is_not_looked_for_here(
+    tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, said = socket.gethostname(), list[str]()
+    monkeypatch.setattr(socket, "gethostname", lambda: "laptop")
+    with pytest.raises(ConfigError, match=f"is not on this machine but on {host}; nothing was"):
+        LocalRun(tmp_path).stop(True, print)
+    assert driver.poll() is None
+    assert ControlFiles(tmp_path).asked() == Wish(), "what is refused is not asked either"
+    LocalRun(tmp_path).stop(False, said.append)
+    assert ControlFiles(tmp_path).asked() == Wish(stop=True), "a commit needs no signal"
+    assert said == ["Asked; it ends after the iteration that it is in, committed and saved"]
+
+
+def test_a_driver_that_ends_while_it_is_stopped_is_not_on_another_machine(
+    tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ControlFiles.ask
+
+    def ask_too_late(files: ControlFiles, *, stop: bool) -> None:
+        ask(files, stop=stop)
+        files.tell(state="finished")
+        driver.kill()
+        driver.wait(10)
+
+    monkeypatch.setattr(ControlFiles, "ask", ask_too_late)
+    with pytest.raises(ConfigError, match="Run mine does not run: it is finished"):
+        LocalRun(tmp_path).stop(True, print)
+
+
+def test_generators_are_changed_while_there_are_any(tmp_path: Path) -> None:
+    files = ControlFiles(tmp_path)
+    files.open("mine")
+    files.tell(stage="sft")
+    with pytest.raises(ConfigError, match="has no generators now: it is in the stage sft"):
+        LocalRun(tmp_path).scale(3)
+    files.tell(stage="ppo", generators=GENERATORS)
+    LocalRun(tmp_path).scale(3)
+    assert files.asked() == Wish(num_generators=3, scalings=1)
+
+
+def test_what_a_run_of_this_machine_printed_is_kept_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no job of a cluster"):
+        LocalRun(tmp_path).logs(follow=False)
+
+
+def test_a_job_in_ppo_is_asked_and_waited_for() -> None:
+    client, run = job_run({"stage": "ppo"})
+    said: list[str] = []
+    run.stop(False, said.append)
+    assert client.asked == ["mine-1 --stop"]
+    assert client.stopped == []
+    assert said[-1] == "Job mine-1 succeeded; submit it again to go on"
+
+
+@pytest.mark.parametrize(
+    ("now", "stage", "job"),
+    [
+        (True, "ppo", {}),
+        (False, "sft", {}),
+        (False, None, {}),  # between its start and its first stage
+        (False, "ppo", {"status": "PENDING"}),
+    ],
+)
+def test_a_job_that_has_no_iteration_to_commit_or_no_time_ends_at_once(
+    now: bool, stage: str | None, job: dict[str, str]
+) -> None:
+    client, run = job_run({"stage": stage}, **job)
+    said: list[str] = []
+    run.stop(now, said.append)
+    assert client.stopped == ["mine-1"]
+    (text,) = said
+    assert text.startswith("Ended at once")
+
+
+def test_a_job_is_scaled_by_its_driver() -> None:
+    generators = [{"name": "generator-0", "state": "ready", "version": 3, "restarts": 0}]
+    client, run = job_run({"stage": "ppo", "generators": generators})
+    run.scale(3)
+    assert client.asked == ["mine-1", "mine-1 --generators 3"]
+
+
+def test_a_job_that_has_ended_is_not_asked() -> None:
+    client, run = job_run({"stage": "ppo"}, status="FAILED")
+    for order in (lambda: run.stop(False, print), lambda: run.scale(2)):
+        with pytest.raises(ConfigError, match=r"mine-1 has ended already \(failed\)"):
+            order()
+    assert client.submitted == []
+
+
+@pytest.mark.parametrize(("job", "state"), [("STOPPED", "stopped"), ("FAILED", "dead")])
+def test_a_driver_that_was_stopped_with_force_is_not_called_dead(job: str, state: str) -> None:
+    _, run = job_run({"stage": "ppo", "state": "dead"}, status=job)
+    assert run.status().state == state
+
+
+def ticking_run(client: FakeJobClient) -> JobRun:
+    now = iter(range(10_000))
+    server = JobServer(client, sleep=lambda _: None, clock=lambda: next(now))
+    return JobRun(server, server.find("mine"))
+
+
+def test_of_an_ended_run_whose_node_is_gone_the_job_server_tells() -> None:
+    message = "x" * 20_000 + "\nIts node has died."
+    ended = details("mine-1", status="FAILED", end_time=5_000, message=message)
+    client = FakeJobClient({"mine-1": ended}, answers=False)
+    found = ticking_run(client).status()
+    assert (found.name, found.folder, found.state) == ("mine", "/mnt/mine", "failed")
+    assert found.updated == 5.0
+    assert found.message is not None
+    assert found.message.endswith("Its node has died.")
+    assert len(found.message) == runs.MESSAGE_CHARS
+
+
+def test_so_it_does_of_one_that_never_opened_its_folder() -> None:
+    ended = details("mine-1", status="FAILED", message="exit code 2")
+    client = FakeJobClient({"mine-1": ended}, answer={"error": "no folder (yet)"})
+    assert ticking_run(client).status().message == "exit code 2"
+
+
+def test_a_run_that_goes_on_must_answer_unless_it_ends_meanwhile() -> None:
+    client = FakeJobClient({"mine-1": details("mine-1")}, answers=False)
+    run = ticking_run(client)
+    with pytest.raises(ActorFailure, match="did not answer within 60 s"):
+        run.status()
+    client.jobs["mine-1"] = details("mine-1", status="STOPPED")
+    assert run.status().state == "stopped"
+
+
+def test_a_job_between_its_rehearsal_and_its_run_ends_at_once() -> None:
+    client, run = job_run({"stage": "ppo", "state": "finished"})
+    run.stop(False, print)
+    assert client.stopped == ["mine-1"]

@@ -1,0 +1,134 @@
+"""Runs on their way to a cluster: what is sent, what is refused, what is tried again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from job_client import FakeJobClient, details, work_folder
+from typer.testing import CliRunner
+
+from rlhf_ray.cli import app
+from rlhf_ray.config import Config
+from rlhf_ray.config.load import load, resolve
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.jobs import server as job_server
+from rlhf_ray.jobs.server import JobServer
+from rlhf_ray.jobs.submit import exit_code, follow, submit
+
+
+def config_of(**run: Any) -> Config:
+    return resolve({"run": {"name": "mine", "dir": "/mnt/mine", **run}})
+
+
+def server_of(client: FakeJobClient) -> JobServer:
+    return JobServer(client, sleep=lambda _: None)
+
+
+def followed(
+    client: FakeJobClient, folder: Path, num_retries: int, rehearse: bool = False
+) -> tuple[int, str]:
+    config, server, written = config_of(), server_of(client), list[str]()
+    job = submit(config, server, folder, rehearse=rehearse)
+    code = follow(config, server, folder, job, written.append, num_retries, rehearse=rehearse)
+    return code, "".join(written)
+
+
+def test_a_run_is_sent_with_its_folder_and_its_config_as_it_was_resolved(tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent.yaml", tmp_path / "child.yaml"
+    parent.write_text("ppo: {gamma: 0.5}\n")
+    child.write_text("extends: parent.yaml\nrun: {name: mine, dir: /mnt/mine}\n")
+    config = load(child, ["ppo.epochs=3"])
+    client = FakeJobClient()
+    job = submit(config, server_of(client), work_folder(tmp_path / "work"), rehearse=False)
+    (sent,) = client.submitted
+    assert sent["entrypoint"] == "exec rlhf-ray run submitted.yaml"
+    assert sent["metadata"] == {"rlhf_ray.run": "mine", "rlhf_ray.folder": "/mnt/mine"}
+    assert set(sent["runtime_env"]) == {"working_dir"}
+    assert job.id.startswith("mine-")
+    (files,) = client.packed
+    assert files["rewards.py"] == "def mine(): ...\n"
+    assert resolve(yaml.safe_load(files["submitted.yaml"])) == config
+
+
+def test_no_secret_of_this_machine_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "planted-5ecret"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secret)
+    folder = work_folder(tmp_path / "work")
+    for name in (".env", ".netrc", "cluster.key"):
+        (folder / name).write_text(secret)
+    client = FakeJobClient()
+    submit(config_of(), server_of(client), folder, rehearse=False)
+    assert secret not in repr(client.submitted) + repr(client.packed)
+    assert len(client.packed[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"run": {"name": "mine"}}, r"run\.dir runs/mine is relative.*/mnt/shared/runs/mine"),
+        (
+            {"run": {"dir": "/mnt/mine"}, "cluster": {"mode": "local"}},
+            r"cluster\.mode local runs on one machine",
+        ),
+    ],
+)
+def test_what_cannot_run_on_a_cluster_is_refused_before_any_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(job_server, "connect", lambda _: pytest.fail("a cluster was asked"))
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, ["submit", str(tmp_path / "config.yaml")], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("run", [{}, {"name": "other"}, {"dir": "/mnt/other"}])
+def test_a_run_that_goes_on_is_not_sent_again(tmp_path: Path, run: dict[str, str]) -> None:
+    client = FakeJobClient({"mine-1": details("mine-1")})
+    folder = work_folder(tmp_path / "work")
+    with pytest.raises(ConfigError, match=r"goes on already, as job mine-1: stop it first"):
+        submit(config_of(**run), server_of(client), folder, rehearse=False)
+    client.jobs["mine-1"].status = "FAILED"
+    submit(config_of(**run), server_of(client), folder, rehearse=False)
+
+
+def test_a_run_that_fails_is_sent_again_to_go_on(tmp_path: Path) -> None:
+    client = FakeJobClient(outcomes=[("FAILED", 1), ("FAILED", -9), ("SUCCEEDED", 0)])
+    code, written = followed(client, work_folder(tmp_path / "work"), num_retries=3)
+    assert code == 0
+    assert written.count("The run failed and goes on as mine-") == 2
+    fresh, *again = [job["entrypoint"] for job in client.submitted]
+    assert fresh == "exec rlhf-ray run submitted.yaml"
+    assert again == ["exec rlhf-ray run submitted.yaml run.resume=auto"] * 2
+
+
+def test_one_that_fails_in_its_rehearsal_is_rehearsed_again(tmp_path: Path) -> None:
+    client = FakeJobClient(outcomes=[("FAILED", 1), ("SUCCEEDED", 0)])
+    code, _ = followed(client, work_folder(tmp_path / "work"), num_retries=1, rehearse=True)
+    assert code == 0
+    assert [job["entrypoint"] for job in client.submitted] == [
+        "exec rlhf-ray run submitted.yaml --rehearse",
+        "exec rlhf-ray run submitted.yaml run.resume=auto --rehearse",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "num_sent", "code"),
+    [
+        ([("FAILED", 1)] * 3, 2, 1),  # one retry, and no more
+        ([("FAILED", 2)], 1, 2),  # the user's error
+        ([("STOPPED", None)], 1, 1),  # somebody wanted it to end
+    ],
+)
+def test_what_is_not_tried_again_ends_with_its_exit_code(
+    tmp_path: Path, outcomes: list[tuple[str, int | None]], num_sent: int, code: int
+) -> None:
+    client = FakeJobClient(outcomes=outcomes)
+    found, _ = followed(client, work_folder(tmp_path / "work"), num_retries=1)
+    assert (found, len(client.submitted)) == (code, num_sent)
+
+
+def test_a_driver_that_was_killed_has_the_exit_code_that_shells_give() -> None:
+    killed = details("mine-1", status="FAILED", driver_exit_code=-9)
+    assert exit_code(server_of(FakeJobClient({"mine-1": killed})).job("mine-1")) == 137

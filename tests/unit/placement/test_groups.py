@@ -1,0 +1,177 @@
+"""Who is given which seat, over placement groups that are only made believe."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import PlacementError
+from rlhf_ray.placement import groups as placement
+from rlhf_ray.placement.groups import LiveNode, Placement
+from rlhf_ray.placement.layout import Demand, Node
+
+GENERATORS = Demand("generator", 2, 0.5, sharers=frozenset({"generator"}))
+
+
+class Group:
+    """A placement group that is reserved at once."""
+
+    def __init__(self, bundles: Sequence[Any], selectors: Sequence[Any]) -> None:
+        self.bundles = bundles
+        self.nodes = [selector[placement.NODE_ID] for selector in selectors]
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
+class Cluster:
+    """Nodes, and the placement groups on them."""
+
+    def __init__(self, *nodes: Node) -> None:
+        self.nodes = list(nodes)
+        self.groups: list[Any] = []
+        self.removed: list[Any] = []
+        self.kind: type = Group
+
+    def live(self) -> list[LiveNode]:
+        held = sum(b.get("GPU", 0) for group in self.groups for b in group.bundles)
+        return [LiveNode(n.name, n, int(n.gpus - held)) for n in self.nodes]
+
+    def make(self, bundles: Sequence[Any], bundle_label_selector: Sequence[Any]) -> Any:
+        self.groups.append(self.kind(bundles, bundle_label_selector))
+        return self.groups[-1]
+
+    def remove(self, group: Any) -> None:
+        self.groups.remove(group)
+        self.removed.append(group)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """One node of two GPUs."""
+    made = Cluster(Node("n", 2))
+    monkeypatch.setattr(placement, "live_nodes", made.live)
+    monkeypatch.setattr(placement, "placement_group", made.make)
+    monkeypatch.setattr(placement, "remove_placement_group", made.remove)
+    monkeypatch.setattr(placement, "POLL_S", 0.001)
+    return made
+
+
+async def test_a_seat_goes_with_its_group(cluster: Cluster) -> None:
+    """Two that shared a GPU leave; who comes then sits in a group that is there."""
+    held = Placement(1.0, may_grow=True)
+    await held.reserve([GENERATORS])
+    held.release("generator-1")
+    held.release("generator-0")
+    assert not cluster.groups
+    await held.reserve_one(GENERATORS, 2)
+    seat = held.seat("generator-2")
+    assert seat is not None
+    assert seat.group.handle in cluster.groups
+
+
+async def test_a_seat_left_beside_others_is_for_the_next_of_its_role(cluster: Cluster) -> None:
+    held = Placement(1.0, may_grow=True)
+    await held.reserve([GENERATORS])
+    left = held.seat("generator-1")
+    held.release("generator-1")
+    await held.reserve_one(GENERATORS, 2)
+    assert held.seat("generator-2") is left
+    assert len(cluster.groups) == 1
+
+
+async def test_gpu_nodes_that_have_yet_to_join_are_waited_for(cluster: Cluster) -> None:
+    """A cluster whose head alone is up is no cluster of CPUs."""
+    (gpu_node,) = cluster.nodes
+    cluster.nodes = [Node("head", 0)]
+    held = Placement(5.0, may_grow=True)
+    reserving = asyncio.create_task(held.reserve([GENERATORS]))
+    await asyncio.sleep(0.02)
+    assert not reserving.done()
+    cluster.nodes.append(gpu_node)
+    await reserving
+    assert held.seat("generator-1") is not None
+
+
+async def test_a_joined_cluster_without_gpus_is_told_how_to_do_without(cluster: Cluster) -> None:
+    cluster.nodes = [Node("head", 0)]
+    with pytest.raises(PlacementError) as error:
+        await Placement(0.01, may_grow=True).reserve([GENERATORS])
+    for part in ("generator 2 x 0.5", "No node has GPUs", "set placement.gpus=0", "timeout_s"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("gpus", "may_grow"), [(0, True), (0.5, False)])
+async def test_any_cpu_will_do(cluster: Cluster, gpus: float, may_grow: bool) -> None:
+    """Where GPUs are not asked for, and on a machine of the run's own that has none."""
+    cluster.nodes = [Node("head", 0)]
+    held, asked = Placement(0.01, may_grow=may_grow), replace(GENERATORS, gpus=gpus)
+    await held.reserve([asked])
+    cluster.nodes.append(Node("late", 2))
+    await held.reserve_one(asked, 2)
+    assert held.seat("generator-0") is held.seat("generator-2") is None
+
+
+def test_labels_are_asked_for_where_some_node_carries_such_a_one(cluster: Cluster) -> None:
+    cluster.nodes = [Node("n", 2, {"role": "train", "zone": "a"})]
+    asked = [Demand("policy", 2, 1, {"role": "train"}), Demand("reward", 1, 0, {"disk": "fast"})]
+    held = Placement(1.0, may_grow=True)
+    assert held.labels(asked) == [{"role": "train"}, {"role": "train"}, {}]
+    assert held.labels([Demand("generator", 1, 1, {"role": "rollout"})]) == [{"role": "rollout"}]
+    on_cpus = [replace(demand, gpus=0) for demand in asked]
+    assert held.labels(on_cpus) == [{}, {}, {}], "any CPU will do"
+
+
+class Contested(Group):
+    """One that another run's group is in the way of, until ours are gone for once."""
+
+    in_the_way = True
+
+    def wait(self, timeout_s: float) -> bool:
+        return not Contested.in_the_way
+
+
+TWO_GROUPS = Demand("generator", 2, 1)
+
+
+async def test_two_runs_do_not_wait_for_each_other(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be had whole is let go, and laid out again on what is free then."""
+    monkeypatch.setattr(placement, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(placement, "MAX_PAUSE_S", 0.0)
+    remove = cluster.remove
+
+    def step_aside(group: Any) -> None:
+        remove(group)
+        if not cluster.groups:  # the other run has had its turn, on a node that is full now
+            Contested.in_the_way = False
+            cluster.nodes = [Node("m", 2)]
+
+    monkeypatch.setattr(Contested, "in_the_way", True)
+    monkeypatch.setattr(placement, "remove_placement_group", step_aside)
+    cluster.kind = Contested
+    held = Placement(5.0, may_grow=True)
+    await held.reserve([TWO_GROUPS])
+    assert len(cluster.removed) == len(cluster.groups) == 2
+    assert {group.nodes[0] for group in cluster.groups} == {"m"}
+    seats = [held.seat(f"generator-{rank}") for rank in range(2)]
+    assert {seat.group.handle for seat in seats if seat} == set(cluster.groups)
+
+
+async def test_places_that_ray_never_makes_are_told_and_let_go(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where nodes have GPUs and too few CPUs."""
+    monkeypatch.setattr(Contested, "in_the_way", True)
+    monkeypatch.setattr(
+        placement.ray.util, "placement_group_table", lambda _: {"bundles": {0: "x"}}
+    )
+    cluster.kind = Contested
+    held = Placement(0.01, may_grow=True)
+    with pytest.raises(PlacementError, match=r"for generator-0 within 0.01 s.* Asked: \['x'\]"):
+        await held.reserve([TWO_GROUPS])
+    assert cluster.groups == []
+    assert held.seat("generator-0") is None

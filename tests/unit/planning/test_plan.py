@@ -1,0 +1,308 @@
+"""The plan of known jobs on known clusters: what fits, what does not, and why."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf_ray import cli
+from rlhf_ray.config import Config, load
+from rlhf_ray.config.identity import fixed_keys
+from rlhf_ray.errors import DataError
+from rlhf_ray.placement.hardware import parse_cluster
+from rlhf_ray.placement.layout import Node
+from rlhf_ray.planning.layouts import layouts
+from rlhf_ray.planning.memory import GB
+from rlhf_ray.planning.memory_check import together
+from rlhf_ray.planning.plan import Plan, as_text, prediction_for
+from rlhf_ray.planning.prediction import memory_gb, prediction
+from rlhf_ray.planning.roles import PlannedRole
+from rlhf_ray.planning.suggestions import remedies
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+STACKLLAMA = CONFIGS / "stackllama" / "ppo_3x8_a100.yaml"
+SHIPPED = [
+    ("stackllama/ppo_1_gpu.yaml", "1xA100-80GB"),
+    ("stackllama/ppo_1x8_a100.yaml", "8xA100-80GB"),
+    ("stackllama/ppo_3x8_a100.yaml", "3x8xA100-80GB"),
+    ("stackllama/sft.yaml", "8xA100-80GB"),
+    ("stackllama/reward.yaml", "8xA100-80GB"),
+    ("models/llama31_8b_instruct.yaml", "8xA100-80GB"),
+    ("models/llama31_70b_qlora.yaml", "2x8xA100-80GB"),
+    ("models/qwen3_8b.yaml", "8xA100-80GB"),
+    ("models/qwen3_8b_32k.yaml", "8xA100-80GB"),
+    ("models/qwen25_0_5b_1gpu.yaml", "1xA10G-24GB"),
+    ("models/qwen25_32b_tp.yaml", "2x8xA100-80GB"),
+]
+"""Configs, and the machines that they name."""
+
+
+def planned(path: str | Path, cluster: str, *keys: str) -> Plan:
+    return prediction(load(CONFIGS / path, keys), parse_cluster(cluster))
+
+
+def reasons(plan: Plan) -> str:
+    return "; ".join(shortage.reason for shortage in plan.shortages)
+
+
+def test_stackllama_fits_three_nodes_of_eight_and_programs_can_read_it() -> None:
+    arguments = ["plan", str(STACKLLAMA), "--cluster", "3x8xA100-80GB", "--json"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["fits"] is True
+    assert found["reasons"] == []
+    named = {"fits", "reasons", "roles", "placement", "seconds_per_iteration", "bytes_per_sync"}
+    assert named | {"days"} <= set(found)
+    assert {frozenset(place) for place in found["placement"]} == {
+        frozenset({"role", "rank", "node", "gpu"})
+    }
+    policy = found["roles"]["policy"]
+    assert (policy["workers"], policy["gpus_per_worker"]) == (8, 1)
+    parts = dict(policy["memory_gb"])
+    assert parts.pop("total") == pytest.approx(sum(parts.values()))
+    assert parts["weights"] == pytest.approx(7.0, abs=0.01)  # 7 GB of an int8 7B
+    assert len(found["placement"]) == 24
+    assert {"role": "policy", "rank": 7, "node": "node-0", "gpu": 7} in found["placement"]
+    seconds = dict(found["seconds_per_iteration"])
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
+    assert found["bytes_per_sync"] == 2 * 8_388_608
+    best, worst = found["days_range"]
+    assert best < 20 / 24 < worst  # published: 20 hours
+    assert best < found["days"] < worst
+
+
+def test_text_is_readable_at_100_columns() -> None:
+    plan = planned(STACKLLAMA, "3x8xA100-80GB")
+    tables = as_text(plan, [], layouts(plan)).split("\nrole ", 1)[1]
+    assert max(map(len, tables.splitlines())) <= 100
+    assert tables.rstrip().endswith("It fits.")
+    assert "node-0, 8 x A100-80GB:\n  0: policy-0  1: policy-1" in tables
+
+
+def test_full_fine_tuning_of_70b_does_not_fit_one_gpu() -> None:
+    keys = ("run.stages=[sft]", "sft.tuning=full", "model.quantization=none")
+    plan = planned("models/llama31_70b_qlora.yaml", "1xA100-80GB", *keys)
+    assert not plan.fits
+    # 16 bytes of each of 70.55e9 parameters, and 2 of its copy in half precision.
+    state = sum(
+        plan.role("sft").parts[part]
+        for part in ("weights", "gradients", "optimizer", "autocast weights")
+    )
+    assert state == pytest.approx(18 * 70.55e9, rel=1e-3)
+    assert "sft needs 1,350.3 GB on one A100-80GB, which has 81.6 GB for tensors" in reasons(plan)
+    (change,) = remedies(plan)
+    assert {"sft.tuning", "model.quantization"} <= set(change)
+
+
+def test_32b_fits_two_nodes_with_two_gpus_a_generator_and_zero_3() -> None:
+    keys = ("generators.tensor_parallel_size=2",)
+    plan = planned("models/qwen25_32b_tp.yaml", "2x8xA100-80GB", *keys)
+    assert plan.fits
+    assert plan.role("generator").gpus == 2
+    policy = plan.role("policy")
+    # A quarter of 65.5 GB, and a billion parameters that are gathered at a time.
+    assert policy.parts["weights"] + policy.parts["gathered"] == pytest.approx(18.4 * GB, rel=1e-2)
+    assert policy.start > 65.5 * GB > policy.total  # whole until it is divided
+    rows = [place for place in plan.places if place.role == "generator"]
+    assert [len(place.gpus) for place in rows] == [2, 2]
+
+
+def test_32b_does_not_load_on_40_gb_although_zero_3_would_divide_it() -> None:
+    plan = planned("models/qwen25_32b_tp.yaml", "2x8xA100-40GB")
+    assert "policy's weights are whole while it loads, before ZeRO-3 divides them" in reasons(plan)
+
+
+def test_70b_fits_two_nodes_as_an_adapter_on_nf4_with_four_gpus_a_generator() -> None:
+    plan = planned("models/llama31_70b_qlora.yaml", "2x8xA100-80GB")
+    assert plan.fits
+    # 68.5e9 parameters of the blocks at 0.516 bytes, 2.1e9 at 2; heads of KV are divided by four.
+    assert plan.role("policy").parts["weights"] == pytest.approx(39.5 * GB, rel=1e-2)
+    assert plan.role("generator").parts["weights"] == pytest.approx(141.1 * GB / 4, rel=1e-2)
+    one = planned("models/llama31_70b_qlora.yaml", "2x8xA100-80GB", "generators.num=1",
+                  "generators.tensor_parallel_size=1")  # fmt: skip
+    assert "a generator has 0.00 GB left for its KV cache" in reasons(one)
+    assert any("generators.tensor_parallel_size" in change for change in remedies(one))
+
+
+def test_8b_with_32k_of_context_fits_and_needs_recomputing() -> None:
+    plan = planned("models/qwen3_8b_32k.yaml", "8xA100-80GB")
+    assert plan.fits
+    # 36 layers x 8 heads x 128 x 2 x 2 bytes = 147,456 bytes a token: 4.83 GB a sequence.
+    assert plan.sequences == int(plan.role("generator").parts["KV cache"] / (147_456 * 32_768))
+    assert plan.sequences == 12
+    kept = planned("models/qwen3_8b_32k.yaml", "8xA100-80GB", "policy.gradient_checkpointing=false")
+    assert "policy needs" in reasons(kept)
+    assert {"policy.gradient_checkpointing": True} in remedies(kept)
+
+
+@pytest.mark.parametrize(("path", "cluster"), SHIPPED)
+def test_shipped_configs_fit_the_machines_that_they_name_and_are_in_time(
+    path: str, cluster: str
+) -> None:
+    plan = planned(path, cluster)
+    assert reasons(plan) == ""
+    assert plan.late_calls is None
+
+
+def test_no_shipped_config_that_names_machines_is_left_out() -> None:
+    there = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/*.yaml")}
+    elsewhere = {"ci/prove_recipe.yaml", "stackllama/prepare.yaml"}  # on CPUs
+    shared = {"stackllama/llama_7b.yaml", "stackllama/ppo.yaml"}  # no jobs of their own
+    assert there - elsewhere - shared == {path for path, _ in SHIPPED}
+
+
+def test_training_all_of_7b_takes_70_gb_as_it_was_published_and_112_as_it_is_done_here() -> None:
+    keys = ("sft.tuning=full", "model.quantization=none", "model.dtype=float16")
+    parts = planned("stackllama/sft.yaml", "8xA100-80GB", *keys).role("sft").parts
+    of_7b = {name: size / 6_738_415_616 * 7 for name, size in parts.items()}  # GB
+    # Published: 2 bytes a parameter in half precision, and 8 of Adam's moments.
+    assert of_7b["autocast weights"] + of_7b["optimizer"] == pytest.approx(70)
+    # Here weights and gradients of four bytes each stand beside the moments.
+    assert of_7b["weights"] + of_7b["gradients"] + of_7b["optimizer"] == pytest.approx(112)
+
+
+def test_int8_and_lora_take_a_fifth_to_two_fifths_more_than_the_parameters() -> None:
+    """The report's 1.2 to 1.4 GB a billion parameters, from short batches to long ones."""
+    for tokens in (512, 1024):
+        keys = ("sft.batch_size=8", f"sft.block_size={tokens}")  # a row a process
+        sft = planned("stackllama/sft.yaml", "8xA100-80GB", *keys).role("sft")
+        assert 1.2 < (sft.total - sft.parts["libraries"]) / 6.738e9 < 1.4
+
+
+def test_of_sides_that_take_turns_the_larger_one_counts() -> None:
+    keys = ("model.quantization=none", "rollout.engine_args.gpu_memory_utilization=0.5")
+    at_once = planned("stackllama/ppo_1_gpu.yaml", "1xA100-80GB", *keys)
+    assert "GB on one A100-80GB, which has 81.6 GB for tensors" in reasons(at_once)
+    by_turns = planned("stackllama/ppo_1_gpu.yaml", "1xA100-80GB", *keys, "placement.turns=true")
+    assert reasons(by_turns) == ""
+
+
+def test_a_side_that_sleeps_keeps_its_libraries_and_others_never_sleep() -> None:
+    held = [
+        PlannedRole("generator", 1, 0.25, {"libraries": 2.0, "KV cache": 40.0}),
+        PlannedRole("policy", 1, 0.25, {"libraries": 1.0, "weights": 20.0}, start=31.0),
+        PlannedRole("critic", 1, 0.25, {"libraries": 1.0, "weights": 20.0}),
+        PlannedRole("reward", 1, 0.25, {"libraries": 1.0, "weights": 5.0}),
+    ]
+    assert together(held, turns=False) == 42 + 31 + 21 + 6
+    assert together(held, turns=True) == 2 + (31 + 21) + 6
+
+
+def test_what_is_trained_stays_on_the_gpu_of_a_side_that_sleeps() -> None:
+    trained = {"adapter": 1.0, "gradients": 2.0, "optimizer": 3.0, "reduce buffer": 4.0}
+    held = [
+        PlannedRole("generator", 1, 0.5, {"libraries": 2.0, "KV cache": 40.0}),
+        PlannedRole("policy", 1, 0.5, {"libraries": 1.0, "weights": 20.0, **trained}),
+    ]
+    assert together(held, turns=True) == (2 + 40) + (1 + 10)
+
+
+def test_too_few_gpus_are_told_with_what_would_fit() -> None:
+    plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB")
+    assert "The cluster has no room for every role" in reasons(plan)
+    assert plan.pace is None
+    arguments = ["plan", str(CONFIGS / "stackllama/ppo_1x8_a100.yaml"), "--cluster", "4xA100-80GB"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    assert result.output.count("It would fit with") == 1
+    assert "It would fit with:\n  reference.kind=policy_base" in result.output
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    (reason,) = found["reasons"]
+    assert reason.endswith("There: node-0 4; in all 4")
+    assert found["changes"]
+
+
+def test_where_no_change_would_do_the_layout_says_what_would() -> None:
+    path = str(CONFIGS / "models/qwen25_32b_tp.yaml")
+    arguments = ["plan", path, "--cluster", "4xA100-80GB"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    assert result.output.count("It would fit") == 1
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    assert not found["changes"]
+    (reason,) = found["reasons"]
+    assert reason.endswith("in all 4. It would fit with 3 more nodes of 4 GPUs")
+
+
+def test_every_change_that_is_named_makes_it_fit() -> None:
+    keys = [f"{name}.gradient_checkpointing=false" for name in ("policy", "critic", "reward")]
+    plan = planned("models/qwen25_0_5b_1gpu.yaml", "1xA10G-24GB", *keys)
+    assert not plan.fits
+    changes = remedies(plan)
+    assert changes
+    for change in changes:
+        more = [f"{key}={json.dumps(value)}" for key, value in change.items()]
+        again = planned("models/qwen25_0_5b_1gpu.yaml", "1xA10G-24GB", *keys, *more)
+        assert again.fits, change
+
+
+def test_a_model_that_is_neither_here_nor_described_is_refused_with_what_to_add() -> None:
+    config = load(None, ["model.path=nobody/model-of-nobody"])
+    with pytest.raises(DataError, match=r"describe it for the plan: model\.shape=\{num_layers"):
+        prediction(config, parse_cluster("8xA100-80GB"))
+
+
+def test_a_folder_says_more_than_a_shape(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    shape = "{num_layers: 9, hidden_size: 8, num_heads: 1, intermediate_size: 8, vocab_size: 8}"
+    keys = [f"model.path={tmp_path}", f"model.shape={shape}"]
+    assert prediction(load(None, keys), ()).models.base.shape.num_layers == 2
+
+
+def test_gpus_of_an_unknown_kind_are_placed_and_not_compared() -> None:
+    nodes = [Node("10.0.0.1", 8), Node("10.0.0.2", 8), Node("10.0.0.3", 8)]
+    plan = prediction(load(STACKLLAMA), nodes)
+    assert plan.fits
+    assert len(plan.places) == 24
+    assert plan.pace is None
+    assert "what GPUs 10.0.0.1, 10.0.0.2, 10.0.0.3 has is not known" in " ".join(plan.assumptions)
+
+
+def test_in_a_ray_job_the_cluster_that_the_run_joins_is_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load(STACKLLAMA, ["cluster.mode=auto"])
+    nodes = parse_cluster("3x8xA100-80GB")
+    monkeypatch.setattr("rlhf_ray.planning.plan.live_cluster", lambda: nodes)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_JOB_ID", "1")
+    assert prediction_for(config).nodes == nodes
+    monkeypatch.delenv("RAY_JOB_ID")
+    assert prediction_for(config).nodes != nodes
+
+
+def test_without_gpus_the_machines_memory_is_what_there_is(monkeypatch: Any) -> None:
+    config = load(CONFIGS / "quickstart.yaml")
+    assert prediction(config, ()).fits
+    monkeypatch.setattr("rlhf_ray.planning.memory_check.memory_of_machine", lambda: GB)
+    plan = prediction(config, ())
+    assert "PPO's roles need" in reasons(plan)
+    assert "GB of this machine's 1.0 GB of memory" in reasons(plan)
+
+
+def test_idle_gpus_are_those_that_wait_for_other_phases() -> None:
+    plan = planned(STACKLLAMA, "3x8xA100-80GB")
+    assert plan.pace is not None
+    phases = {name: sum(what) / 2 for name, what in plan.pace.phases.items()}
+    total = sum(phases.values())
+    busy = {
+        8: phases["gen"] + phases["sync"],
+        12: phases["score"] + phases["learn"] + phases["commit"],
+        4: phases["score"],
+    }
+    idle = sum(gpus * (total - seconds) for gpus, seconds in busy.items())
+    assert plan.pace.idle_gpu_hours == pytest.approx(idle * 2500 / 3600)
+
+
+def test_a_shape_is_no_part_of_what_a_run_is() -> None:
+    assert not [key for key in fixed_keys(Config) if ".shape" in key]
+
+
+def test_parts_of_nothing_are_left_out() -> None:
+    role = planned(STACKLLAMA, "3x8xA100-80GB").role("reference")
+    assert set(memory_gb(role)) == {"libraries", "weights", "activations", "logits", "total"}

@@ -1,0 +1,23 @@
+"""What a server that others can reach warns of."""
+
+import pytest
+
+from rlhf_ray.serving.serve import exposure
+
+
+@pytest.mark.parametrize(
+    ("further", "warns"),
+    [
+        ([], False),
+        (["--port=8001"], False),
+        (["--host=127.0.0.1"], False),
+        (["--host", "0.0.0.0", "--host", "localhost"], False),  # the last one wins
+        (["--host=0.0.0.0"], True),
+        (["--host", "10.0.0.1"], True),
+    ],
+)
+def test_only_what_opens_it_is_warned_of(further: list[str], warns: bool) -> None:
+    warning = exposure(further)
+    assert (warning is not None) == warns
+    if warning:
+        assert f"--host {further[-1].rpartition('=')[2]} opens the server" in warning

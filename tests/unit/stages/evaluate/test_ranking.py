@@ -1,0 +1,88 @@
+"""Win rates and Elo against numbers worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_ray.stages.evaluate.ranking import (
+    bradley_terry,
+    elo,
+    outcomes_of_pairs,
+    outcomes_of_scores,
+    win_probability,
+    win_rates,
+)
+
+
+def won(share: float, num: int) -> np.ndarray:
+    """Outcomes of two models, of which the second wins the given share of so many prompts."""
+    of_second = [1.0] * round(share * num) + [0.0] * (num - round(share * num))
+    return outcomes_of_pairs(2, [(1, 0, of_second)])
+
+
+def test_the_higher_score_wins_ties_are_halves_and_missing_ones_unknown() -> None:
+    outcomes = outcomes_of_scores(np.array([[1.0, 2.0, 0.0, np.nan], [2.0, 2.0, -1.0, 1.0]]))
+    assert outcomes[1, 0][:3].tolist() == [1.0, 0.5, 0.0]
+    assert outcomes[0, 1][:3].tolist() == [0.0, 0.5, 1.0]
+    assert np.isnan(outcomes[:, :, 3][0, 1])
+    rates = win_rates(outcomes, 100, 0)
+    assert rates.value[1, 0] == rates.value[0, 1] == 0.5  # (1 + .5 + 0) / 3
+
+
+def test_two_hundred_points_are_a_win_probability_of_76_percent() -> None:
+    assert win_probability(200) == pytest.approx(0.7597, abs=1e-4)  # 1 / (1 + 10 ** -.5)
+    assert win_probability(0) == 0.5
+    found = elo(won(0.76, 50_000), 100, 0)
+    assert found.value[0] == 1000
+    # 400 log10(.76 / .24) = 200.24; the half win of each side takes .003 off.
+    assert found.value[1] == pytest.approx(1200.24, abs=0.01)
+    assert found.low[0] == found.high[0] == 1000
+    assert found.low[1] < 1200.24 < found.high[1]
+
+
+def test_strengths_of_three_models_are_those_that_made_the_games() -> None:
+    """P(i beats j) = p_i / (p_i + p_j) with p = 1, 2, 4; a likelihood that is met exactly."""
+    p = np.array([1.0, 2.0, 4.0])
+    wins = 1e9 * p[:, None] / (p[:, None] + p)
+    strengths = bradley_terry(wins[None])[0]
+    assert np.diff(strengths) == pytest.approx([math.log(2)] * 2, abs=1e-6)
+
+
+def test_a_model_that_always_wins_has_a_finite_rating() -> None:
+    found = elo(won(1.0, 100), 100, 0)
+    # 400 log10(100.5 / .5)
+    assert found.value[1] == pytest.approx(1000 + 921.28, abs=0.01)
+
+
+def test_identical_models_are_equal_and_half_lies_in_the_interval() -> None:
+    """The same texts get the same scores: every prompt is a tie."""
+    same = outcomes_of_scores(np.tile(np.random.default_rng(0).normal(size=50), (3, 1)))
+    assert elo(same, 100, 0).value.tolist() == [1000.0] * 3
+    assert win_rates(same, 100, 0).value[0, 1] == 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_of_one_model_twice_cannot_be_told_apart(seed: int) -> None:
+    scores = np.random.default_rng(seed).normal(size=(2, 400))
+    outcomes = outcomes_of_scores(scores)
+    rates, ratings = win_rates(outcomes, 1000, 0), elo(outcomes, 1000, 0)
+    assert rates.low[1, 0] <= 0.5 <= rates.high[1, 0]
+    assert ratings.low[1] <= 1000 <= ratings.high[1]
+    # The interval is as wide as a binomial's: 1.96 * sqrt(.25 / 400) on either side.
+    assert rates.high[1, 0] - rates.low[1, 0] == pytest.approx(2 * 0.049, abs=0.008)
+
+
+def test_a_win_rate_mirrors_that_of_the_other_side() -> None:
+    rates = win_rates(outcomes_of_scores(np.random.default_rng(1).normal(size=(3, 30))), 200, 0)
+    off = ~np.eye(3, dtype=bool)
+    assert rates.value[off] == pytest.approx((1 - rates.value.T)[off])
+    assert rates.low[off] == pytest.approx((1 - rates.high.T)[off])
+
+
+def test_a_pair_without_a_known_game_has_no_win_rate() -> None:
+    outcomes = outcomes_of_pairs(3, [(0, 1, [1.0, None]), (0, 2, [None, None]), (1, 2, [0.5, 1])])
+    rates = win_rates(outcomes, 100, 0)
+    assert rates.value[0, 1] == 1.0
+    assert np.isnan([rates.value[0, 2], rates.low[0, 2], rates.high[2, 0]]).all()
+    assert np.isfinite(elo(outcomes, 100, 0).value).all()

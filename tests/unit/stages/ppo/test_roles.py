@@ -1,0 +1,138 @@
+"""What scorers are started with, and what room a run asks for."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_ray.cluster import spawner as spawner_module
+from rlhf_ray.cluster.spawner import RoleSpawner
+from rlhf_ray.config import resolve
+from rlhf_ray.errors import PlacementError
+from rlhf_ray.placement.groups import Placement
+from rlhf_ray.placement.layout import Demand
+from rlhf_ray.stages.ppo import roles as ppo_roles
+from rlhf_ray.stages.ppo.roles import spawn_scorers
+
+
+class Spawner:
+    """Remembers what it was asked to start."""
+
+    def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list:
+        self.count, self.args = count, args
+        return [None]
+
+
+def test_files_are_named_by_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scorer's process may run elsewhere in the file system."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    sources = [
+        {"type": "function", "name": "file", "function": "mine.py:f"},
+        {"type": "function", "name": "module", "function": "mine:f"},
+        {"type": "model", "path": "model"},
+        {"type": "classifier", "path": "hub/name"},
+    ]
+    spawner: Any = Spawner()
+    spawn_scorers(spawner, resolve({"rewards": sources}), "reward", "policy")
+    file, module, model, classifier = spawner.args[0]
+    assert file.function == f"{tmp_path}/mine.py:f"
+    assert module.function == "mine:f"
+    assert model.path == str(tmp_path / "model")
+    assert classifier.path == "hub/name"
+    assert spawner.args[1].func is ppo_roles.reward_sources
+
+
+ASKED = [Demand("policy", 2, 1), Demand("reward", 1, 0), Demand("generator", 1, 2)]
+POLICY, REWARD, GENERATOR = {"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}, {"CPU": 1.0, "GPU": 2}
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Ray's autoscaler is asked for, time after time; the demands go on to be reserved."""
+    made: list[Any] = []
+
+    async def reserve(placement: Placement, demands: Any) -> None:
+        made.append("reserved")
+
+    monkeypatch.setattr(spawner_module, "ask_for_room", lambda bundles, _: made.append(bundles))
+    monkeypatch.setattr(Placement, "labels", lambda *_: [])
+    monkeypatch.setattr(Placement, "reserve", reserve)
+    return made
+
+
+async def test_room_is_asked_for_everybody_and_given_back(requests: list[Any]) -> None:
+    """Before it is waited for, and also for GPUs that no node has yet."""
+    spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
+    await spawner.place(ASKED)
+    first = [POLICY, POLICY, REWARD, GENERATOR]
+    assert requests == [first, "reserved"]
+    spawner.make_room(3)
+    await spawner.stop_all()
+    assert requests[2:] == [[*first, GENERATOR, GENERATOR], []]
+
+
+async def test_no_room_is_kept_for_a_run_that_found_none(
+    requests: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: Any) -> None:
+        raise PlacementError("no room")
+
+    monkeypatch.setattr(Placement, "reserve", refuse)
+    config = resolve(
+        {"cluster": {"mode": "ray"}, "ppo": {"advantage": "rloo", "samples_per_prompt": 2}}
+    )
+    with pytest.raises(PlacementError):
+        async with ppo_roles.ppo_roles(config, "model", None, None, lambda *_: None, print):
+            pass
+    assert requests[0]
+    assert requests[-1] == []
+
+
+async def test_while_room_is_waited_for_it_is_asked_for_anew(
+    requests: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As labels are known, and where another run's request may have taken the place of ours."""
+    labels: list[dict[str, str]] = []
+    now = 0.0
+    monkeypatch.setattr(spawner_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Placement, "labels", lambda *_: [*labels])
+    monkeypatch.setattr(spawner_module, "ask_for_room", lambda _, labels: requests.append(labels))
+
+    async def wait(placement: Placement, _: Any) -> None:
+        nonlocal now
+        placement._ask()
+        labels.append({"role": "train"})
+        placement._ask()
+        placement._ask()
+        now = 31.0
+        placement._ask()
+
+    monkeypatch.setattr(Placement, "reserve", wait)
+    spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
+    await spawner.place(ASKED)
+    assert requests == [[], [{"role": "train"}], [{"role": "train"}]]
+
+
+async def test_a_cluster_of_the_runs_own_is_asked_for_nothing(requests: list[Any]) -> None:
+    spawner = RoleSpawner(resolve({"cluster": {"mode": "local"}}), lambda *_: None)
+    await spawner.place(ASKED)
+    await spawner.stop_all()
+    assert requests == ["reserved"]
+
+
+@pytest.mark.parametrize(("mode", "num_cpus"), [("local", 0), ("ray", 1)])
+def test_a_machine_of_its_own_has_room_for_every_role(
+    mode: str, num_cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def spawn(_: type, name: str, *, num_cpus: float, **__: Any) -> Any:
+        asked.append(num_cpus)
+        return SimpleNamespace(name=name)
+
+    monkeypatch.setattr(spawner_module, "spawn", spawn)
+    spawner = RoleSpawner(resolve({"cluster": {"mode": mode}}), lambda *_: None)
+    spawner.spawn_one(Spawner, "generator-9")
+    assert asked == [num_cpus]
