@@ -1,86 +1,90 @@
-"""What other systems call our keys, for whoever writes one of their names into a config of ours."""
+"""Other systems' names for our keys: hints for users who write one of them into a config."""
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from importlib import resources
+from itertools import chain
 
-from rlhf_ray.config import foreign_tables
+SUPERVISED = "TRL supervised"
+"""Heading of the names that TRL's supervised trainers use; the other headings are systems."""
+
+_STAGES = ("pretrain", "sft", "reward", "dpo")
 
 
 @dataclass(frozen=True)
-class ForeignKey:
+class KeyAlias:
     """One name in another system."""
 
     system: str
     """`TRL`, `OpenRLHF` or `verl`."""
     name: str
-    """Their name; dots part sections."""
+    """Their name, with dots between sections."""
     ours: str
-    """Our dotted key; `{stage}` is the supervised stage that is configured."""
-    note: str
+    """Our dotted key; `{stage}` stands for the supervised stage that is configured."""
+    note: str = ""
     """What differs; may be empty."""
 
-
-_STAGES = ("pretrain", "sft", "reward", "dpo")
-
-
-def _read(system: str, table: str) -> list[ForeignKey]:
-    rows = [line.split(None, 2) for line in table.strip().splitlines()]
-    return [ForeignKey(system, name, ours, *(note or [""])) for name, ours, *note in rows]
+    def for_stage(self, stage: str) -> "KeyAlias":
+        """The alias with `{stage}` filled in."""
+        ours, note = (text.replace("{stage}", stage) for text in (self.ours, self.note))
+        return replace(self, ours=ours, note=note)
 
 
-FOREIGN_KEYS: tuple[ForeignKey, ...] = (
-    *_read("TRL", foreign_tables.TRL),
-    *_read("OpenRLHF", foreign_tables.OPENRLHF),
-    *_read("verl", foreign_tables.VERL),
-)
-SUPERVISED_KEYS: tuple[ForeignKey, ...] = tuple(_read("TRL", foreign_tables.TRL_SUPERVISED))
+@functools.cache
+def aliases() -> Mapping[str, list[KeyAlias]]:
+    """Return the names in `key_aliases.txt` by heading; read only once a key is unknown."""
+    table = resources.files("rlhf_ray.config") / "key_aliases.txt"
+    found: dict[str, list[KeyAlias]] = {}
+    heading = ""
+    for line in table.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            heading = line.strip("[]")
+            found[heading] = []
+        elif line and not line.startswith("#"):
+            found[heading].append(KeyAlias(heading.split()[0], *line.split(None, 2)))
+    return found
 
 
-def hints(key: str, value: Any, known: Collection[str]) -> list[str]:
-    """A sentence for each name of another system that an unknown key is, or holds.
+def hints(key: str, value: object, known: Collection[str]) -> list[str]:
+    """Return a sentence for each name of another system in an unknown key.
 
     Args:
         key: dotted, as it stands in the config.
-        value: what stands there; of a section, as verl nests its keys, each key is looked up.
+        value: its value; each key of a mapping is looked up, because verl nests its keys.
         known: every dotted key of ours.
     """
-    found: dict[tuple[str, str, str], list[str]] = {}
+    systems: dict[KeyAlias, list[str]] = {}
     for leaf in _leaves(key.replace("-", "_").lstrip("_"), value):
-        for match in _matches(leaf):
-            if match.ours in known:
-                systems = found.setdefault((match.name, match.ours, match.note), [])
-                systems.append(match.system)
+        for alias in _matches(leaf):
+            if alias.ours in known:
+                systems.setdefault(replace(alias, system=""), []).append(alias.system)
     return [
-        f"{' and '.join(systems)}'s {name} is our {ours}{f' ({note})' if note else ''}."
-        for (name, ours, note), systems in found.items()
+        f"{' and '.join(names)}'s {alias.name} is our {alias.ours}"
+        f"{f' ({alias.note})' if alias.note else ''}."
+        for alias, names in systems.items()
     ]
 
 
 def markdown() -> str:
-    """The whole of ``docs/other_names.md``."""
+    """Return the whole of ``docs/other_names.md``."""
     lines = [
         "# What other systems call our keys",
         "",
-        "Generated from `rlhf_ray/config/key_aliases.py` by `scripts/docs.sh`. One of their names",
-        "in a config is refused with the hint that stands here. What ours mean:",
+        "Generated from `rlhf_ray/config/key_aliases.txt` by `scripts/docs.sh`. A config that uses",
+        "one of their names is refused with the hint in this table. What our keys mean:",
         "[config.md](config.md); STAGE is `pretrain`, `sft`, `reward` or `dpo`.",
     ]
-    tables = {"TRL": [*_named("TRL"), *SUPERVISED_KEYS]}
-    tables |= {system: _named(system) for system in ("OpenRLHF", "verl")}
-    for system, rows in tables.items():
+    by_system: dict[str, list[KeyAlias]] = {}
+    for alias in chain.from_iterable(aliases().values()):
+        by_system.setdefault(alias.system, []).append(alias.for_stage("STAGE"))
+    for system, rows in by_system.items():
         lines += ["", f"## {system}", "", f"| {system} | ours | mind |", "|---|---|---|"]
-        for row in rows:
-            ours = row.ours.replace("{stage}", "STAGE")
-            lines.append(f"| `{row.name}` | `{ours}` | {row.note.replace('{stage}', 'STAGE')} |")
+        lines += [f"| `{row.name}` | `{row.ours}` | {row.note} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _named(system: str) -> list[ForeignKey]:
-    return [row for row in FOREIGN_KEYS if row.system == system]
-
-
-def _leaves(key: str, value: Any) -> Iterator[str]:
+def _leaves(key: str, value: object) -> Iterator[str]:
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
             yield from _leaves(f"{key}.{name}", item)
@@ -88,22 +92,12 @@ def _leaves(key: str, value: Any) -> Iterator[str]:
         yield key
 
 
-def _matches(key: str) -> list[ForeignKey]:
-    """Rows of the whole key, else of its last part: their keys may stand in a section of ours."""
+def _matches(key: str) -> list[KeyAlias]:
+    """Aliases of the whole key, else of its last part: their keys may stand in our sections."""
     section, _, leaf = key.rpartition(".")
     if section in _STAGES:
-        rows = [row for row in SUPERVISED_KEYS if row.name == leaf]
-        return [
-            ForeignKey(
-                row.system,
-                row.name,
-                row.ours.replace("{stage}", section),
-                row.note.replace("{stage}", section),
-            )
-            for row in rows
-        ]
-    for name in (key, leaf):
-        rows = [row for row in FOREIGN_KEYS if row.name == name]
-        if rows:
-            return rows
-    return []
+        return [row.for_stage(section) for row in aliases()[SUPERVISED] if row.name == leaf]
+    systems = [row for heading, rows in aliases().items() if heading != SUPERVISED for row in rows]
+    return next(
+        (rows for name in (key, leaf) if (rows := [r for r in systems if r.name == name])), []
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf_ray.config import key_aliases as foreign_keys
+from rlhf_ray.config.key_aliases import hints as alias_hints
 from rlhf_ray.config.root import Config
 from rlhf_ray.errors import ConfigError
 
@@ -153,7 +153,7 @@ def _interpolate(value: Any, key: tuple[str, ...]) -> Any:
 
 def _describe(detail: Any) -> str:
     key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
-    hints = foreign_keys.hints(key, value, set(keys()))
+    hints = alias_hints(key, value, set(keys()))
     if detail["type"] == "extra_forbidden":
         if hints:  # without the value: of a tracker's it may be a secret
             return f"{key}: unknown key. " + "\n    ".join(hints)

@@ -9,7 +9,7 @@ import typer
 
 from rlhf_ray import cli
 from rlhf_ray.config import load
-from rlhf_ray.config.key_aliases import FOREIGN_KEYS, SUPERVISED_KEYS
+from rlhf_ray.config.key_aliases import aliases
 from rlhf_ray.config.load import keys
 from rlhf_ray.doctor.node_readings import PORTS
 from rlhf_ray.doctor.node_verdicts import PRIVATE_PORTS
@@ -50,7 +50,7 @@ def test_commands_that_pages_name_are_there(page: Path) -> None:
 )
 def test_their_options_stand_in_the_table_of_names(system: str, program: str) -> None:
     (words,) = commands(MIGRATING, program)
-    named = {row.name for row in (*FOREIGN_KEYS, *SUPERVISED_KEYS) if row.system == system}
+    named = {row.name for rows in aliases().values() for row in rows if row.system == system}
     same = {key.rpartition(".")[2] for key in keys()}
     used = [
         word.lstrip("-").partition("=")[0]

@@ -1,15 +1,19 @@
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from rlhf_ray.config import key_aliases as foreign_keys
 from rlhf_ray.config import load
-from rlhf_ray.config.key_aliases import FOREIGN_KEYS, SUPERVISED_KEYS, hints
+from rlhf_ray.config.key_aliases import SUPERVISED, KeyAlias, aliases, hints, markdown
 from rlhf_ray.config.load import keys
 from rlhf_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 KNOWN = set(keys())
+
+
+def systems() -> list[KeyAlias]:
+    return [row for heading, rows in aliases().items() if heading != SUPERVISED for row in rows]
 
 
 def refused(*overrides: str) -> str:
@@ -18,24 +22,30 @@ def refused(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_every_key_that_is_named_exists() -> None:
+def test_the_table_ships_with_the_package_and_parses() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shipped = pyproject["tool"]["setuptools"]["package-data"]["rlhf_ray.config"]
+    assert shipped == ["key_aliases.txt"]
+    assert list(aliases()) == ["TRL", SUPERVISED, "OpenRLHF", "verl"]
+    assert all(len(rows) > 20 for rows in aliases().values())
+    (quantized,) = [row for row in aliases()["TRL"] if row.name == "load_in_8bit"]
+    assert quantized == KeyAlias("TRL", "load_in_8bit", "model.quantization", "int8")
+
+
+def test_every_key_of_ours_in_the_table_exists() -> None:
     stages = ("pretrain", "sft", "reward", "dpo")
-    absent = [row for row in FOREIGN_KEYS if row.ours not in KNOWN]
-    absent += [
-        row
-        for row in SUPERVISED_KEYS
-        if not any(row.ours.replace("{stage}", stage) in KNOWN for stage in stages)
-    ]
+    rows = [row for named in aliases().values() for row in named]
+    absent = [r for r in rows if not any(r.for_stage(stage).ours in KNOWN for stage in stages)]
     assert not absent
 
 
-def test_no_name_is_a_key_of_ours_that_takes_a_value() -> None:
+def test_no_alias_is_a_key_of_ours_that_takes_a_value() -> None:
     sections = {key.rpartition(".")[0] for key in KNOWN}
-    assert not [row for row in FOREIGN_KEYS if row.name in KNOWN - sections]
+    assert not [row for row in systems() if row.name in KNOWN - sections]
 
 
 def test_no_system_has_a_name_twice() -> None:
-    named = [(row.system, row.name) for row in FOREIGN_KEYS]
+    named = [(row.system, row.name) for row in systems()]
     assert len(named) == len(set(named))
 
 
@@ -74,13 +84,13 @@ def test_no_system_has_a_name_twice() -> None:
         ("critic.model.path=x", "verl's critic.model.path is our critic.path."),
     ],
 )
-def test_an_unknown_key_is_told_by_its_name_here(override: str, hint: str) -> None:
+def test_a_name_of_another_system_is_answered_with_ours(override: str, hint: str) -> None:
     message = refused(override)
     assert hint in message
     assert "Did you mean" not in message
 
 
-def test_each_key_of_a_foreign_section_is_told_and_its_values_are_not_repeated() -> None:
+def test_each_key_of_another_systems_section_is_named_and_its_values_are_not_repeated() -> None:
     message = refused("algorithm={gamma: 1.0, lam: 0.9, no_such_key: 777}")
     assert "verl's algorithm.gamma is our ppo.gamma." in message
     assert "verl's algorithm.lam is our ppo.gae_lambda." in message
@@ -88,11 +98,11 @@ def test_each_key_of_a_foreign_section_is_told_and_its_values_are_not_repeated()
     assert "s3cret" not in refused("use_wandb=s3cret")
 
 
-def test_a_key_that_nobody_knows_has_no_hint() -> None:
+def test_a_key_that_no_system_has_gets_no_hint() -> None:
     assert hints("ppo.gama", 1, KNOWN) == []
     assert hints("lora_r", 1, {"ppo"}) == []
 
 
 def test_the_page_is_up_to_date() -> None:
-    if (ROOT / "docs" / "other_names.md").read_text() != foreign_keys.markdown():
+    if (ROOT / "docs" / "other_names.md").read_text() != markdown():
         pytest.fail("docs/other_names.md is out of date: run scripts/docs.sh")
