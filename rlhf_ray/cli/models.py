@@ -107,8 +107,8 @@ def serve(
     from rlhf_ray.serving import serve as serve_stage
 
     arguments = serve_stage.command(read_config(config, overrides), model or [], further or [])
-    if warning := serve_stage.exposure(further or []):
+    if warning := serve_stage.exposure_warning(further or []):
         typer.echo(f"Warning: {warning}", err=True)
-    typer.echo(serve_stage.printed(arguments))
+    typer.echo(serve_stage.shell_command(arguments))
     if not print_only:
         serve_stage.run(arguments)

@@ -31,7 +31,7 @@ _BUFFER = 65536
 _PARTS = 16
 
 
-class Texts:
+class TextStats:
     """Counts of one kind of text; memory does not grow with their number.
 
     Use as a context manager: its scratch file, 8 bytes a text, is removed at the end.
@@ -43,7 +43,7 @@ class Texts:
         self._digests = array("Q")
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
 
-    def __enter__(self) -> "Texts":
+    def __enter__(self) -> "TextStats":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,15 +90,15 @@ class Texts:
         return sum(len(np.unique(digests[part == index])) for index in range(_PARTS))
 
 
-class RowTexts:
-    """Counts of the texts of rows, by kind; a context manager, such as `Texts`."""
+class RowStats:
+    """Counts of the texts of rows, by kind; a context manager, such as `TextStats`."""
 
     def __init__(self) -> None:
         self._files = ExitStack()
-        self._texts: dict[str, Texts] = {}
+        self._texts: dict[str, TextStats] = {}
         self._scores: Counter[int] = Counter()
 
-    def __enter__(self) -> "RowTexts":
+    def __enter__(self) -> "RowStats":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,13 +109,13 @@ class RowTexts:
         for kind, columns in _KINDS.items():
             for text in _texts_of(row, columns):
                 if kind not in self._texts:
-                    self._texts[kind] = self._files.enter_context(Texts())
+                    self._texts[kind] = self._files.enter_context(TextStats())
                 self._texts[kind].add(text)
         if isinstance(row.get("score"), int | float):
             self._scores[round(row["score"])] += 1
 
     def report(self) -> dict[str, Any]:
-        """Plain values for JSON: a `Texts.report` for each kind, and the ``scores``, rounded."""
+        """Return plain values for JSON: a `TextStats.report` a kind, and the rounded ``scores``."""
         kinds = {kind: texts.report() for kind, texts in self._texts.items()}
         return {**kinds, "scores": histogram(self._scores)}
 

@@ -13,7 +13,7 @@ from rlhf_ray.config.rewards import (
     ModelSourceConfig,
 )
 from rlhf_ray.data.datasets.instructions import load_instructions
-from rlhf_ray.data.reading.readers import read
+from rlhf_ray.data.reading.readers import read_rows
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import locate
 from rlhf_ray.plugins import load_function
@@ -71,7 +71,7 @@ def files_of_roles(folder: RunFolder) -> list[str]:
 
 def _require_rows(key: str, sources: Sequence[DataSource]) -> None:
     for source in sources:
-        if next(read(source), None) is None:
+        if next(read_rows(source), None) is None:
             raise DataError(f"{key}: {source.path} holds no rows")
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from rlhf_ray.data.reading.rows import Message
+from rlhf_ray.data.reading.chats import Message
 from rlhf_ray.errors import DataError
 from rlhf_ray.types import Prompt, Rollout
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.prompts import Prompts, load_prompts
-from rlhf_ray.data.quality import RowTexts
+from rlhf_ray.data.quality import RowStats
 from rlhf_ray.data.reading.formats import Use
-from rlhf_ray.data.reading.rows import Loaded, Row
+from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
@@ -21,7 +21,7 @@ from rlhf_ray.types import Prompt
 
 def user_rows(
     config: Config, key: Literal["pretrain", "sft", "preferences", "prompts", "eval"], use: Use
-) -> Loaded:
+) -> StoredRows:
     """The rows of ``data.<key>``, which must be set; writes ``data/<key>.json``.
 
     Raises:
@@ -29,7 +29,7 @@ def user_rows(
         ConfigError: a filter's function cannot be imported, or the run folder cannot be written.
     """
     name = f"data.{key}"
-    with RowTexts() as texts, Progress(config.run.stages).stage(name, unit="row") as bar:
+    with RowStats() as texts, Progress(config.run.stages).stage(name, unit="row") as bar:
 
         def count(row: Row) -> None:
             texts.add(row)
@@ -47,7 +47,7 @@ def ppo_prompts(
 ) -> tuple[Prompts, list[Prompt], dict[str, int]]:
     """What PPO samples from (data.prompts, else prepare's rl set), what is held out, and counts."""
     if config.data.prompts is None:
-        prompts, counts = _load(config, Loaded(folder.rows("rl")), tokenizer, "prompts")
+        prompts, counts = _load(config, StoredRows(folder.rows("rl")), tokenizer, "prompts")
     else:
         rows = user_rows(config, "prompts", "prompts")
         prompts, counts = _load(config, rows, tokenizer, "prompts")
@@ -65,7 +65,7 @@ def held_out_prompts(config: Config, folder: RunFolder, tokenizer: Any, limit: i
         prompts, _ = _load(config, user_rows(config, "prompts", "prompts"), tokenizer, "prompts")
         prompts = prompts[-_num_held_out(prompts) :]
     else:
-        rows = Loaded(folder.rows("evaluation"))
+        rows = StoredRows(folder.rows("evaluation"))
         prompts, _ = _load(config, rows, tokenizer, "evaluation")
     return list(prompts[:limit])
 
@@ -85,7 +85,7 @@ def _num_held_out(prompts: Prompts) -> int:
 
 
 def _load(
-    config: Config, rows: Loaded, tokenizer: Any, name: str
+    config: Config, rows: StoredRows, tokenizer: Any, name: str
 ) -> tuple[Prompts, dict[str, int]]:
     return load_prompts(
         rows,

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.reading.rows import Message
+from rlhf_ray.data.reading.chats import Message
 from rlhf_ray.errors import DataError
 from rlhf_ray.runs.models import find_model
-from rlhf_ray.serving.conversation import open_generator, prompt_ids
+from rlhf_ray.serving.text_generation import load_generator, prompt_ids
 
 COMMANDS = "Enter says it; /new starts anew; /quit or the end of input ends."
 
@@ -34,7 +34,7 @@ def run(
         DataError: no such model.
     """
     chosen = find_model(config, model)
-    generator = open_generator(config, chosen, temperature=temperature, max_tokens=max_tokens)
+    generator = load_generator(config, chosen, temperature=temperature, max_tokens=max_tokens)
     limit = config.model.max_length - (max_tokens or config.rollout.max_tokens)
     write(f"{chosen.name} ({chosen.path}). {COMMANDS}\n")
     said: list[Message] = []

@@ -9,7 +9,7 @@ from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.runs.datasets import held_out_prompts
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.models import find_model, policies
-from rlhf_ray.serving.conversation import open_generator, prompt_ids
+from rlhf_ray.serving.text_generation import load_generator, prompt_ids
 from rlhf_ray.types import Prompt
 
 
@@ -43,7 +43,7 @@ def run(
     asked = _own(config, tokenizer, prompts) if prompts else _held_out(config, tokenizer, num)
     rows: list[dict[str, Any]] = [{"prompt": prompt.text, "samples": {}} for prompt in asked]
     for model in chosen:
-        generator = open_generator(config, model, temperature=temperature, max_tokens=max_tokens)
+        generator = load_generator(config, model, temperature=temperature, max_tokens=max_tokens)
         for index, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
             answer = generator.answer(prompt.token_ids, config.run.seed + index)
             row["samples"][model.name] = answer

@@ -29,12 +29,12 @@ def run(config: Config, model: str = "ppo") -> dict[str, Any]:
     """
     run_folder = RunFolder(config)
     adapter = find_model(config, model).path
-    summary = merge_folders(adapter, run_folder.stage("merge") / "model", config.model)
+    summary = merge_folder(adapter, run_folder.stage("merge") / "model", config.model)
     run_folder.write_summary("merge", summary)
     return summary
 
 
-def merge_folders(adapter: str | Path, out: str | Path, settings: ModelConfig) -> dict[str, Any]:
+def merge_folder(adapter: str | Path, out: str | Path, settings: ModelConfig) -> dict[str, Any]:
     """Merge any PEFT folder into the base that it names.
 
     Args:

@@ -23,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 """Where the server listens unless told otherwise: by itself vLLM lets the whole network in."""
 
 
-def exposure(further: Sequence[str]) -> str | None:
+def exposure_warning(further: Sequence[str]) -> str | None:
     """What to warn of where the server is opened to others; None: it stays on loopback."""
     words = [part for word in further for part in word.split("=", 1)]
     hosts = [host for option, host in pairwise(words) if option == "--host"]
@@ -86,7 +86,7 @@ def _adapter_arguments(adapters: Sequence[RunModel]) -> list[str]:
     ]
 
 
-def printed(arguments: Sequence[str]) -> str:
+def shell_command(arguments: Sequence[str]) -> str:
     """The command as a shell reads it."""
     return shlex.join(arguments)
 

@@ -19,11 +19,11 @@ from datasets.arrow_writer import ArrowWriter
 
 from rlhf_ray.config import Config
 from rlhf_ray.data import template
-from rlhf_ray.data.quality import Texts, histogram
+from rlhf_ray.data.quality import TextStats, histogram
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.stack_exchange import posts as stack_exchange
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
-from rlhf_ray.data.stack_exchange.archives import site_of, unpacked
+from rlhf_ray.data.stack_exchange.archives import site_name, unpacked
 from rlhf_ray.data.stack_exchange.posts import Answer, Question
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar, Progress
@@ -110,7 +110,7 @@ def _fill(sets: "_Sets", file: Path, bar: Bar) -> None:
     """One pass over the posts and one over the questions; memory does not grow with the dump."""
     num_megabytes = max(1, file.stat().st_size // MEGABYTE) if file.is_file() else None
     bar.restart(num_megabytes, "megabyte")
-    with stack_exchange.opened_posts(
+    with stack_exchange.open_posts(
         file,
         sets.folder,
         sets.skipped,
@@ -136,7 +136,7 @@ class _Sets:
         self.skipped: Counter[str] = Counter()
         self._config = config
         self._posts = posts
-        self._site = config.prepare.site or site_of(posts)
+        self._site = config.prepare.site or site_name(posts)
         self._tally = RowTally(str(posts), config.data.max_bad_share)
         self._unused: Counter[str] = Counter()
         self._num_rows = dict.fromkeys(SETS, 0)
@@ -147,7 +147,9 @@ class _Sets:
 
     def __enter__(self) -> "_Sets":
         with ExitStack() as stack:
-            self._texts = {name: stack.enter_context(Texts()) for name in ("questions", "answers")}
+            self._texts = {
+                name: stack.enter_context(TextStats()) for name in ("questions", "answers")
+            }
             self._writers = {
                 name: stack.enter_context(
                     ArrowWriter(features=features, path=_table(self.folder, name))

@@ -6,9 +6,9 @@ from typing import Any
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally
-from rlhf_ray.data.reading.rows import Row, batches, prompt_of, text_of
-from rlhf_ray.data.reading.tables import TOKEN_IDS, on_disk
-from rlhf_ray.data.rendering.render import Layout, Rendered, Renderer
+from rlhf_ray.data.reading.rows import Row, batches, require_text, row_prompt
+from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
+from rlhf_ray.data.rendering.render import Renderer, TextSegments, TokenizedRow
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
 
 _PAIRS = datasets.Features(
@@ -60,7 +60,7 @@ def load_pairs(
             if longest > max_length and overlong == "drop":
                 tally.drop_bad("overlong")
                 continue
-            num_prompt, (chosen, rejected) = cut(sides, max_length)
+            num_prompt, (chosen, rejected) = truncate_answers(sides, max_length)
             if chosen == rejected:
                 tally.drop_bad("equal")
                 continue
@@ -71,34 +71,34 @@ def load_pairs(
                 "num_prompt_tokens": num_prompt,
             }
 
-    found = on_disk(pairs(), _PAIRS)
+    found = write_table(pairs(), _PAIRS)
     return found, tally.finish()
 
 
 def _rendered(
     rows: Iterable[Row], renderer: Renderer, tally: RowTally
-) -> Iterator[tuple[int, Rendered, Rendered]]:
+) -> Iterator[tuple[int, TokenizedRow, TokenizedRow]]:
     """(place, chosen, rejected) of the rows in which all three have text."""
     for batch in batches(rows, tally):
         places: list[int] = []
-        layouts: list[Layout] = []
+        layouts: list[TextSegments] = []
         for index, row in batch:
             try:
                 layouts += _layouts(row, renderer)
                 places.append(index)
             except BadRow as bad:
-                tally.refuse(bad)
+                tally.drop_row(bad)
         sides = renderer.tokenize(layouts)
         yield from zip(places, sides[0::2], sides[1::2], strict=True)
 
 
-def _layouts(row: Row, renderer: Renderer) -> list[Layout]:
-    prompt, question = prompt_of(row), row.get("question")
-    answers = [text_of(row, column) for column in ("chosen", "rejected")]
-    return [renderer.answered(prompt, answer, question) for answer in answers]
+def _layouts(row: Row, renderer: Renderer) -> list[TextSegments]:
+    prompt, question = row_prompt(row), row.get("question")
+    answers = [require_text(row, column) for column in ("chosen", "rejected")]
+    return [renderer.prompt_and_answer(prompt, answer, question) for answer in answers]
 
 
-def cut(sides: Sequence[Rendered], max_length: int) -> tuple[int, list[list[int]]]:
+def truncate_answers(sides: Sequence[TokenizedRow], max_length: int) -> tuple[int, list[list[int]]]:
     """Prompt tokens, and texts cut to ``max_length`` with the same prompt and their ends."""
     room = max_length - 1
     num_prompt = sides[0].num_prompt_tokens

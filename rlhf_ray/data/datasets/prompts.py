@@ -7,9 +7,9 @@ from typing import Any, overload
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally
-from rlhf_ray.data.reading.rows import SOURCE, Row, batches, prompt_of
-from rlhf_ray.data.reading.tables import TOKEN_IDS, on_disk
-from rlhf_ray.data.rendering.render import Layout, Renderer
+from rlhf_ray.data.reading.rows import SOURCE, Row, batches, row_prompt
+from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
+from rlhf_ray.data.rendering.render import Renderer, TextSegments
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
 from rlhf_ray.types import Prompt
 
@@ -73,7 +73,7 @@ def load_prompts(
     """
     tally = RowTally(name, max_bad_share)
     prompts = _rendered(rows, renderer, max_prompt_tokens, overlong, tally)
-    table = on_disk(prompts, _PROMPTS)
+    table = write_table(prompts, _PROMPTS)
     return Prompts(table), tally.finish()
 
 
@@ -91,7 +91,7 @@ def _rendered(
         rendered = renderer.tokenize([layout for *_, layout in fresh], ended=False)
         for (index, identity, row, layout), tokens in zip(fresh, rendered, strict=True):
             token_ids = tokens.token_ids
-            text = renderer.written(layout)
+            text = renderer.visible_text(layout)
             if len(token_ids) > max_prompt_tokens:
                 if overlong == "error":
                     key = "rollout.max_prompt_tokens"
@@ -100,7 +100,7 @@ def _rendered(
                     tally.drop_bad("overlong")
                     continue
                 token_ids = token_ids[-max_prompt_tokens:]
-                text = renderer.without_start(str(renderer.tokenizer.decode(token_ids)))
+                text = renderer.strip_bos(str(renderer.tokenizer.decode(token_ids)))
             fields = json.dumps(_fields(row, renderer), default=str)
             known.add(identity)
             tally.keep()
@@ -112,18 +112,18 @@ def _usable(
     renderer: Renderer,
     known: Container[str | int],
     tally: RowTally,
-) -> list[tuple[int, str | int, Row, Layout]]:
+) -> list[tuple[int, str | int, Row, TextSegments]]:
     """(place, id, row, layout) of the rows with a prompt and an id not met before."""
-    fresh: dict[str | int, tuple[int, str | int, Row, Layout]] = {}
+    fresh: dict[str | int, tuple[int, str | int, Row, TextSegments]] = {}
     for index, row in batch:
         identity = _identity(row, index)
         if identity in known or identity in fresh:
             tally.drop_unused("repeated")
             continue
         try:
-            layout = renderer.prompt(prompt_of(row), row.get("question"))
+            layout = renderer.prompt(row_prompt(row), row.get("question"))
         except BadRow as bad:
-            tally.refuse(bad)
+            tally.drop_row(bad)
             continue
         fresh[identity] = (index, identity, row, layout)
     return list(fresh.values())
@@ -131,7 +131,7 @@ def _usable(
 
 def _fields(row: Row, renderer: Renderer) -> dict[str, Any]:
     fields = {name: value for name, value in row.items() if name not in _NO_FIELDS}
-    messages = renderer.messages(prompt_of(row), row.get("question"))
+    messages = renderer.messages(row_prompt(row), row.get("question"))
     return fields if messages is None else {**fields, "messages": messages}
 
 

@@ -1,4 +1,4 @@
-"""Rows with a prompt, an answer and what it is worth, for a pointwise reward model."""
+"""Rows with a prompt, an answer and its target (label or score), for a pointwise reward model."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 import datasets
 
-from rlhf_ray.data.datasets.preferences import cut
+from rlhf_ray.data.datasets.preferences import truncate_answers
 from rlhf_ray.data.reading.counts import BadRow, RowTally
-from rlhf_ray.data.reading.rows import Row, batches, prompt_of, text_of, truth_of
-from rlhf_ray.data.reading.tables import TOKEN_IDS, on_disk
+from rlhf_ray.data.reading.rows import Row, batches, parse_bool, require_text, row_prompt
+from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
 
-Worth = Literal["label", "score"]
-"""Column that says what an answer is worth: liked or not, or a number."""
+TargetColumn = Literal["label", "score"]
+"""Column with an answer's target: liked or not, or a number."""
 
 _RATED = datasets.Features({"token_ids": TOKEN_IDS, "target": datasets.Value("float32")})
 
@@ -22,7 +22,7 @@ _RATED = datasets.Features({"token_ids": TOKEN_IDS, "target": datasets.Value("fl
 def load_ratings(
     rows: Iterable[Any],
     renderer: Renderer,
-    worth: Worth,
+    target_column: TargetColumn,
     max_length: int,
     overlong: Overlong = "drop",
     max_bad_share: float = 0.2,
@@ -31,9 +31,9 @@ def load_ratings(
     """Token ids of prompt, completion and end, with the number that a model should give them.
 
     Args:
-        rows: a data set, or any rows with a prompt, ``completion`` and the column ``worth``.
+        rows: a dataset, or any rows with a prompt, ``completion`` and the target column.
         renderer: of the reward model's tokenizer.
-        worth: which column; a label comes out as 0 or 1.
+        target_column: which column; a label comes out as 0 or 1.
         max_length: most tokens of a text, its end included.
         overlong: what becomes of a longer one; ``truncate`` as for pairs.
         max_bad_share: share of rows that cannot be used above which loading stops.
@@ -49,7 +49,7 @@ def load_ratings(
     tally = RowTally(name, max_bad_share)
 
     def rated() -> Iterator[dict[str, Any]]:
-        for index, target, side in _rendered(rows, renderer, worth, tally):
+        for index, target, side in _rendered(rows, renderer, target_column, tally):
             num_tokens = len(side.token_ids)
             if num_tokens > max_length and overlong == "error":
                 raise overlong_error(name, index, num_tokens, max_length, "model.max_length")
@@ -57,35 +57,37 @@ def load_ratings(
                 tally.drop_bad("overlong")
                 continue
             tally.keep()
-            _, (token_ids,) = cut([side], max_length)
+            _, (token_ids,) = truncate_answers([side], max_length)
             yield {"token_ids": token_ids, "target": target}
 
-    found = on_disk(rated(), _RATED)
+    found = write_table(rated(), _RATED)
     return found, tally.finish()
 
 
 def _rendered(
-    rows: Iterable[Row], renderer: Renderer, worth: Worth, tally: RowTally
+    rows: Iterable[Row], renderer: Renderer, target_column: TargetColumn, tally: RowTally
 ) -> Iterator[tuple[int, float, Any]]:
     """(place, target, text) of the rows that have all of them."""
     for batch in batches(rows, tally):
         known, layouts = [], []
         for index, row in batch:
             try:
-                target = _target(row, worth)
-                answer = text_of(row, "completion")
-                layouts.append(renderer.answered(prompt_of(row), answer, row.get("question")))
+                target = _target(row, target_column)
+                answer = require_text(row, "completion")
+                layouts.append(
+                    renderer.prompt_and_answer(row_prompt(row), answer, row.get("question"))
+                )
                 known.append((index, target))
             except BadRow as bad:
-                tally.refuse(bad)
+                tally.drop_row(bad)
         for (index, target), side in zip(known, renderer.tokenize(layouts), strict=True):
             yield index, target, side
 
 
-def _target(row: Row, worth: Worth) -> float:
-    value = row.get(worth)
-    if worth == "label":
-        truth = truth_of(value)
+def _target(row: Row, target_column: TargetColumn) -> float:
+    value = row.get(target_column)
+    if target_column == "label":
+        truth = parse_bool(value)
         if truth is None:
             raise BadRow("no_label", f"the column label must be true or false, got {value!r}")
         return float(truth)

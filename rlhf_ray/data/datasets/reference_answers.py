@@ -5,20 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_ray.data.reading.counts import BadRow
-from rlhf_ray.data.reading.rows import truth_of
+from rlhf_ray.data.reading.rows import parse_bool
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.types import Prompt, Rollout
 
 _COLUMNS = ("reference", "completion", "chosen")
 
 
-def references(prompt: Prompt) -> list[str]:
+def reference_answers(prompt: Prompt) -> list[str]:
     """Good answers to a prompt, from the first of its columns `reference` (a text or a list of
     them), `completion` (unless its `label` says that it is a bad one) and `chosen`; or none.
     """
     for column in _COLUMNS:
         value = prompt.fields.get(column)
-        if column == "completion" and truth_of(prompt.fields.get("label")) is False:
+        if column == "completion" and parse_bool(prompt.fields.get("label")) is False:
             continue
         texts = value if isinstance(value, list | tuple) else [value]
         found = [text for text in texts if isinstance(text, str) and text.strip()]
@@ -27,7 +27,9 @@ def references(prompt: Prompt) -> list[str]:
     return []
 
 
-def given_answers(prompts: Sequence[Prompt], renderer: Renderer, max_length: int) -> list[Rollout]:
+def reference_rollouts(
+    prompts: Sequence[Prompt], renderer: Renderer, max_length: int
+) -> list[Rollout]:
     """The first reference of each prompt that has one, as if it had been sampled.
 
     Its tokens are those that a stage would train on, its end among them.
@@ -39,7 +41,7 @@ def given_answers(prompts: Sequence[Prompt], renderer: Renderer, max_length: int
     """
     answers = []
     for position, prompt in enumerate(prompts):
-        texts = references(prompt)
+        texts = reference_answers(prompt)
         if not texts:
             continue
         try:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally
-from rlhf_ray.data.reading.rows import Row, batches, prompt_of, text_of, truth_of
-from rlhf_ray.data.reading.tables import TOKEN_IDS, on_disk
-from rlhf_ray.data.rendering.render import Layout, Rendered, Renderer
+from rlhf_ray.data.reading.rows import Row, batches, parse_bool, require_text, row_prompt
+from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
+from rlhf_ray.data.rendering.render import Renderer, TextSegments, TokenizedRow
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
 from rlhf_ray.errors import DataError
 
@@ -73,28 +73,30 @@ def load_documents(
                 tally.keep()
                 yield {"token_ids": rendered.token_ids[:limit], "learnt": learnt[:limit]}
 
-    found = on_disk(documents(), _DOCUMENTS)
+    found = write_table(documents(), _DOCUMENTS)
     return found, tally.finish()
 
 
 def _is_unwanted(row: Row, preferred_only: bool) -> bool:
-    return preferred_only and truth_of(row.get("preferred")) is False
+    return preferred_only and parse_bool(row.get("preferred")) is False
 
 
-def _layout(row: Row, renderer: Renderer, loss_on: LossOn, tally: RowTally) -> Layout | None:
+def _layout(row: Row, renderer: Renderer, loss_on: LossOn, tally: RowTally) -> TextSegments | None:
     """What the row comes to; None, and counted, where it cannot be used."""
     try:
         if "completion" in row and ("prompt" in row or "messages" in row):
-            prompt, answer = prompt_of(row), text_of(row, "completion")
-            return renderer.answered(prompt, answer, row.get("question"), loss_on == "assistant")
+            prompt, answer = row_prompt(row), require_text(row, "completion")
+            return renderer.prompt_and_answer(
+                prompt, answer, row.get("question"), loss_on == "assistant"
+            )
         if "text" not in row:
             raise DataError(
                 f"{tally.name}: no column text, nor prompt and completion; found {', '.join(row)}. "
                 "Map them in the data set's columns"
             )
-        text = text_of(row, "text")
+        text = require_text(row, "text")
     except BadRow as bad:
-        tally.refuse(bad)
+        tally.drop_row(bad)
         return None
     if loss_on != "all":
         raise DataError(
@@ -104,7 +106,7 @@ def _layout(row: Row, renderer: Renderer, loss_on: LossOn, tally: RowTally) -> L
     return renderer.text(text)
 
 
-def _learnt(rendered: Rendered, loss_on: LossOn) -> Sequence[int]:
+def _learnt(rendered: TokenizedRow, loss_on: LossOn) -> Sequence[int]:
     num_tokens = len(rendered.token_ids)
     if loss_on == "all":
         return [1] * num_tokens

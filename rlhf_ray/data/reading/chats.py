@@ -6,7 +6,12 @@ from itertools import takewhile
 from typing import Any
 
 from rlhf_ray.data.reading.counts import BadRow
-from rlhf_ray.data.reading.rows import Message, PromptLike
+
+Message = Mapping[str, str]
+"""One turn of a chat: ``role`` (system, user, assistant) and ``content``."""
+
+PromptLike = str | Sequence[Message]
+"""A prompt as text, or as the turns of a chat up to the answer."""
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -17,11 +22,11 @@ def is_transcript(value: object) -> bool:
     return isinstance(value, str) and value.startswith("\n\nHuman:")
 
 
-def transcript_messages(text: str) -> list[Message]:
+def parse_transcript(text: str) -> list[Message]:
     """The turns of a transcript; an empty one at its end, where the answer would follow, is none.
 
     Example:
-        >>> transcript_messages("\\n\\nHuman: Why?\\n\\nAssistant:")
+        >>> parse_transcript("\\n\\nHuman: Why?\\n\\nAssistant:")
         [{'role': 'user', 'content': 'Why?'}]
     """
     _, *parts = _TURN.split(text)
@@ -34,14 +39,14 @@ def transcript_messages(text: str) -> list[Message]:
     return turns
 
 
-def messages_of(value: Any) -> list[Message]:
+def parse_messages(value: Any) -> list[Message]:
     """A list of messages, or a transcript, as plain ``role`` and ``content``.
 
     Raises:
         BadRow: it is neither, or a message has no text.
     """
     if is_transcript(value):
-        return transcript_messages(value)
+        return parse_transcript(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRow("not_messages", "messages are a list of {role, content}")
     return [_message(item) for item in value]
@@ -52,14 +57,14 @@ def is_chat(value: object) -> bool:
     return isinstance(value, (list, tuple)) or is_transcript(value)
 
 
-def prompt_of_cell(value: Any) -> PromptLike:
+def parse_prompt(value: Any) -> PromptLike:
     """A prompt's cell: messages where it is a chat, else its text.
 
     Raises:
         BadRow: the cell holds neither.
     """
     if is_chat(value):
-        return messages_of(value)
+        return parse_messages(value)
     if not isinstance(value, str) or not value.strip():
         raise BadRow("empty")
     return value

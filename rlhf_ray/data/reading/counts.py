@@ -44,7 +44,7 @@ class RowTally:
         if num:
             self._bad[reason] += num
 
-    def refuse(self, row: BadRow, num: int = 1) -> None:
+    def drop_row(self, row: BadRow, num: int = 1) -> None:
         """Count rows that could not be used."""
         self.drop_bad(row.reason, num)
         if row.why:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.config.data import RowFilter
-from rlhf_ray.data.reading.rows import Row, truth_of
+from rlhf_ray.data.reading.rows import Row, parse_bool
 from rlhf_ray.errors import DataError
 from rlhf_ray.plugins import load_function
 
@@ -24,7 +24,7 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
+def build_predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
     """Whether a row passes all filters; a cell without a value passes no comparison.
 
     Args:
@@ -70,7 +70,7 @@ def _as(kind: type, value: Any) -> Any:
     if not isinstance(value, str) or kind not in (bool, int, float):
         return value
     if kind is bool:
-        return truth_of(value)
+        return parse_bool(value)
     try:
         return float(value)
     except ValueError:

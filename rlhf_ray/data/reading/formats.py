@@ -12,16 +12,18 @@ from rlhf_ray.config.data import Format
 from rlhf_ray.data import template
 from rlhf_ray.data.reading import hub_layouts
 from rlhf_ray.data.reading.chats import (
+    Message,
+    PromptLike,
     common_messages,
     common_text,
     is_chat,
-    messages_of,
-    prompt_of_cell,
+    parse_messages,
+    parse_prompt,
     split_last_answer,
 )
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.reading.pairing import pairs_by_prompt
-from rlhf_ray.data.reading.rows import Message, PromptLike, Row, text_of, truth_of
+from rlhf_ray.data.reading.rows import Row, parse_bool, require_text
 from rlhf_ray.errors import DataError
 
 Use = Literal["pretrain", "sft", "preferences", "ratings", "prompts"]
@@ -135,24 +137,24 @@ def _each(
 
 
 def _text(row: Row, reading: Reading) -> Iterator[Row]:
-    yield {**row, "text": text_of(row, "text")}
+    yield {**row, "text": require_text(row, "text")}
 
 
 def _messages(row: Row, reading: Reading) -> Iterator[Row]:
-    turns, answer = split_last_answer(messages_of(row["messages"]))
+    turns, answer = split_last_answer(parse_messages(row["messages"]))
     yield _row(_without(row, "messages"), turns, _answer(answer, reading))
 
 
 def _completed(row: Row, reading: Reading) -> Iterator[Row]:
     prompt, answer = _prompt(row), row.get("completion")
     if is_chat(answer):
-        before, answer = split_last_answer(messages_of(answer))
+        before, answer = split_last_answer(parse_messages(answer))
         prompt = [*_turns(prompt), *before] if before else prompt
     yield _row(_without(row, "prompt", "completion"), prompt, _answer(answer, reading))
 
 
 def _labelled(row: Row, reading: Reading) -> Iterator[Row]:
-    label = truth_of(row["label"])
+    label = parse_bool(row["label"])
     if label is None:
         raise BadRow("no_label", "the label is neither true nor false")
     for found in _completed({**row, "label": label}, reading):
@@ -171,9 +173,11 @@ def _preference(row: Row, reading: Reading) -> Iterator[Row]:
     chosen, rejected = row["chosen"], row["rejected"]
     explicit = _prompt(row) if row.get("prompt") or row.get("question") else None
     if is_chat(chosen) and is_chat(rejected):
-        prompt, chosen, rejected = _chat_pair(explicit, messages_of(chosen), messages_of(rejected))
+        prompt, chosen, rejected = _chat_pair(
+            explicit, parse_messages(chosen), parse_messages(rejected)
+        )
     else:
-        chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+        chosen, rejected = require_text(row, "chosen"), require_text(row, "rejected")
         prompt = explicit
         if prompt is None:
             prompt = common_text(chosen, rejected)
@@ -220,8 +224,8 @@ _CONVERTERS: Mapping[str, Callable[[Row, Reading], Iterable[Row]]] = {
 def _prompt(row: Row) -> PromptLike:
     """The prompt's cell; a bare question gets the plain layout."""
     if row.get("prompt") is None and "question" in row:
-        return template.prompt(text_of(row, "question"))
-    return prompt_of_cell(row.get("prompt"))
+        return template.prompt(require_text(row, "question"))
+    return parse_prompt(row.get("prompt"))
 
 
 def _turns(prompt: PromptLike) -> list[Message]:

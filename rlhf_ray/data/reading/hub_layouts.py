@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_ray.data import template
 from rlhf_ray.data.reading.counts import BadRow
-from rlhf_ray.data.reading.rows import Row, text_of
+from rlhf_ray.data.reading.rows import Row, require_text
 from rlhf_ray.data.stack_exchange.posts import Answer, Question, html_to_markdown, sample_pairs
 
 # A post in HTML begins with a block; one in Markdown may show tags further on.
@@ -30,7 +30,7 @@ def rows(row: Row, use: str, max_pairs: int, seed: int) -> Iterator[Row]:
     Raises:
         BadRow: the row holds no text, or no answer with a score.
     """
-    question = _markdown(text_of(row, "question"))
+    question = _markdown(require_text(row, "question"))
     columns = {
         "question_id": row.get("qid"),
         "question": question,
@@ -42,7 +42,9 @@ def rows(row: Row, use: str, max_pairs: int, seed: int) -> Iterator[Row]:
     elif "answers" in row:
         yield from _from_answers(columns, _answers(row["answers"]), use, max_pairs, seed)
     else:
-        better, worse = (_markdown(text_of(row, name)) for name in ("response_j", "response_k"))
+        better, worse = (
+            _markdown(require_text(row, name)) for name in ("response_j", "response_k")
+        )
         pair = {"chosen": better, "rejected": worse}
         yield columns | (pair if use == "preferences" else {"completion": better})
 

@@ -16,7 +16,7 @@ from pyarrow import csv, parquet
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.errors import DataError
 
-Raw = dict[str, Any]
+RawRow = dict[str, Any]
 
 _HUB_NAME = re.compile(r"(?:([\w.-]+)/)?\w[\w.-]*")
 """A data set on the hub; the oldest have no owner."""
@@ -31,7 +31,7 @@ _ABOUT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "
 """Files in which `datasets` describes others."""
 
 
-def read(source: DataSource) -> Iterator[Raw]:
+def read_rows(source: DataSource) -> Iterator[RawRow]:
     """The rows of a source as they are, never all of them in memory.
 
     Raises:
@@ -55,7 +55,7 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in _READERS if name.endswith(suffix)), "")
 
 
-def _read_file(path: Path) -> Iterator[Raw]:
+def _read_file(path: Path) -> Iterator[RawRow]:
     reader = _READERS.get(_suffix(path))
     if reader is None:
         raise DataError(
@@ -71,7 +71,7 @@ def _read_file(path: Path) -> Iterator[Raw]:
         raise DataError(f"Cannot read {path} as {_suffix(path)[1:]}: {error}") from error
 
 
-def _read_folder(path: Path, split: str) -> Iterator[Raw]:
+def _read_folder(path: Path, split: str) -> Iterator[RawRow]:
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         yield from _read_saved(path, split)
         return
@@ -116,7 +116,7 @@ def _split_name(file: Path) -> str | None:
     return next((match[1] for match in found if match), None)
 
 
-def _read_saved(path: Path, split: str) -> Iterator[Raw]:
+def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (pa.ArrowException, ValueError, OSError) as error:
@@ -129,7 +129,7 @@ def _read_saved(path: Path, split: str) -> Iterator[Raw]:
     yield from loaded  # type: ignore[misc]  (rows of a Dataset are mappings)
 
 
-def _read_hub(source: DataSource) -> Iterator[Raw]:
+def _read_hub(source: DataSource) -> Iterator[RawRow]:
     try:
         HfApi().dataset_info(source.path, timeout=20)
         rows = datasets.load_dataset(source.path, source.name, split=source.split, streaming=True)
@@ -200,13 +200,13 @@ def _may_go_on(error: json.JSONDecodeError) -> bool:
     return is_at_end or error.msg.startswith("Unterminated string")
 
 
-def _read_parquet(path: Path) -> Iterator[Raw]:
+def _read_parquet(path: Path) -> Iterator[RawRow]:
     with parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1000):
             yield from batch.to_pylist()
 
 
-def _read_csv(path: Path) -> Iterator[Raw]:
+def _read_csv(path: Path) -> Iterator[RawRow]:
     """Every cell as text, whatever it looks like, or None where it is empty.
 
     A type guessed from the first cells would make numbers of answers, and not fit those after.

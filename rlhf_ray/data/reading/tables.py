@@ -13,7 +13,7 @@ TOKEN_IDS = datasets.List(datasets.Value("int32"))
 """A column of token ids."""
 
 
-def on_disk(rows: Iterable[Mapping[str, Any]], features: datasets.Features) -> datasets.Dataset:
+def write_table(rows: Iterable[Mapping[str, Any]], features: datasets.Features) -> datasets.Dataset:
     """Write rows one by one and map the file into memory: no more than a batch is ever held.
 
     The file lies in the system's temporary folder and has no name any more: its space is free again

@@ -16,8 +16,8 @@ from jinja2 import TemplateError
 
 from rlhf_ray.config.template import TemplateConfig
 from rlhf_ray.data import template
+from rlhf_ray.data.reading.chats import Message, PromptLike
 from rlhf_ray.data.reading.counts import BadRow
-from rlhf_ray.data.reading.rows import Message, PromptLike
 from rlhf_ray.data.rendering.tokens import encode, eos_id
 from rlhf_ray.errors import DataError
 
@@ -29,7 +29,7 @@ _PROBE = "zxq7probe"
 
 
 @dataclass(frozen=True)
-class Layout:
+class TextSegments:
     """The text of one row in the pieces that are tokenised apart.
 
     Attributes:
@@ -44,7 +44,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class TokenizedRow:
     """One row as token ids."""
 
     token_ids: list[int]
@@ -79,7 +79,7 @@ class Renderer:
         if self._settings.kind == "chat":
             _ = self._chat_end
 
-    def full(self, prompt: PromptLike, answer: str, ended: bool = True) -> Rendered:
+    def full(self, prompt: PromptLike, answer: str, ended: bool = True) -> TokenizedRow:
         """A prompt and its answer, ended once by the template's end of turn, or by EOS.
 
         Args:
@@ -90,7 +90,7 @@ class Renderer:
         Raises:
             BadRow: the template cannot render these messages.
         """
-        return self.tokenize([self.answered(prompt, answer)], ended)[0]
+        return self.tokenize([self.prompt_and_answer(prompt, answer)], ended)[0]
 
     def messages(self, prompt: PromptLike, question: str | None = None) -> list[Message] | None:
         """What the template is given; None where the prompt is written as it stands.
@@ -105,7 +105,7 @@ class Renderer:
             return None
         return [{"role": "user", "content": question or prompt}]
 
-    def prompt(self, prompt: PromptLike, question: str | None = None) -> Layout:
+    def prompt(self, prompt: PromptLike, question: str | None = None) -> TextSegments:
         """What a model continues; arguments as in `messages`.
 
         Raises:
@@ -118,13 +118,13 @@ class Renderer:
         _require_user_text(messages, text)
         return self._layout((text,))
 
-    def answered(
+    def prompt_and_answer(
         self,
         prompt: PromptLike,
         answer: str,
         question: str | None = None,
         every_answer: bool = False,
-    ) -> Layout:
+    ) -> TextSegments:
         """A prompt and its answer.
 
         Args:
@@ -140,7 +140,7 @@ class Renderer:
         """
         messages = self.messages(prompt, question)
         if messages is None:
-            return Layout((str(prompt), answer), self._eos_id, is_plain=True)
+            return TextSegments((str(prompt), answer), self._eos_id, is_plain=True)
         turns = [*messages, {"role": "assistant", "content": answer}]
         whole = self._render(turns, generation_prompt=False)
         _require_user_text(turns, whole)
@@ -156,11 +156,11 @@ class Renderer:
             cut = end
         return self._layout(tuple(texts))
 
-    def text(self, text: str) -> Layout:
+    def text(self, text: str) -> TextSegments:
         """A text that is learnt as it stands."""
-        return Layout((text,), self._eos_id, is_plain=True)
+        return TextSegments((text,), self._eos_id, is_plain=True)
 
-    def tokenize(self, layouts: Sequence[Layout], ended: bool = True) -> list[Rendered]:
+    def tokenize(self, layouts: Sequence[TextSegments], ended: bool = True) -> list[TokenizedRow]:
         """Ids of many rows at once; ``ended`` as in `full`, False for prompts."""
         pieces = encode(self.tokenizer, list(chain(*(layout.texts for layout in layouts))))
         bounds = accumulate((len(layout.texts) for layout in layouts), initial=0)
@@ -169,11 +169,11 @@ class Renderer:
             for layout, (first, last) in zip(layouts, pairwise(bounds), strict=True)
         ]
 
-    def written(self, layout: Layout) -> str:
+    def visible_text(self, layout: TextSegments) -> str:
         """The text that the row's tokens stand for, without the start token and its end."""
-        return self.without_start("".join(layout.texts))
+        return self.strip_bos("".join(layout.texts))
 
-    def without_start(self, text: str) -> str:
+    def strip_bos(self, text: str) -> str:
         """The text as another tokenizer, a judge or a person reads it: no token begins it."""
         return text.removeprefix(str(self.tokenizer.bos_token or ""))
 
@@ -185,7 +185,7 @@ class Renderer:
             return None
         return self._chat_end
 
-    def _join(self, layout: Layout, pieces: Sequence[list[int]], ended: bool) -> Rendered:
+    def _join(self, layout: TextSegments, pieces: Sequence[list[int]], ended: bool) -> TokenizedRow:
         start = self._start_ids if layout.is_plain else []
         ids = list(pieces[0]) if pieces[0][: len(start)] == start else [*start, *pieces[0]]
         mask = [int(len(pieces) == 1)] * len(ids)
@@ -199,12 +199,12 @@ class Renderer:
         if ended and ids[-1:] != [layout.end_id]:
             ids.append(layout.end_id)
             mask.append(1)
-        return Rendered(ids, num_prompt_tokens, mask)
+        return TokenizedRow(ids, num_prompt_tokens, mask)
 
-    def _layout(self, texts: tuple[str, ...]) -> Layout:
+    def _layout(self, texts: tuple[str, ...]) -> TextSegments:
         if self._settings.kind == "question_answer":
-            return Layout(texts, self._eos_id, is_plain=True)
-        return Layout(texts, self._chat_end, is_plain=False)
+            return TextSegments(texts, self._eos_id, is_plain=True)
+        return TextSegments(texts, self._chat_end, is_plain=False)
 
     def _span(
         self, turns: Sequence[Message], place: int, whole: str, earliest: int

@@ -16,13 +16,13 @@ MEMBER = "Posts.xml"
 _SITE = re.compile(r"(?:[a-z0-9-]+\.)+(?:com|net|org)")
 
 
-def site_of(path: Path) -> str | None:
+def site_name(path: Path) -> str | None:
     """The site that an archive or a dump's folder is named after; None where it says nothing.
 
     Example:
-        >>> site_of(Path("dumps/stackoverflow.com-Posts.7z"))
+        >>> site_name(Path("dumps/stackoverflow.com-Posts.7z"))
         'stackoverflow.com'
-        >>> site_of(Path("coffee.stackexchange.com/Posts.xml"))
+        >>> site_name(Path("coffee.stackexchange.com/Posts.xml"))
         'coffee.stackexchange.com'
     """
     is_archive = path.suffix.lower() == ".7z"

@@ -141,14 +141,14 @@ def read_posts(
 ) -> Iterator[Question]:
     """Questions of a dump in the order of their ids, each with its answers.
 
-    Arguments and errors as those of `opened_posts`.
+    Arguments and errors as those of `open_posts`.
     """
-    with opened_posts(path, work_dir, skipped) as posts:
+    with open_posts(path, work_dir, skipped) as posts:
         yield from posts.questions()
 
 
 @contextmanager
-def opened_posts(
+def open_posts(
     path: str | Path,
     work_dir: str | Path | None = None,
     skipped: Counter[str] | None = None,

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.instructions import Instruction, load_instructions
-from rlhf_ray.data.datasets.reference_answers import given_answers, references
+from rlhf_ray.data.datasets.reference_answers import reference_answers, reference_rollouts
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.stack_exchange.synthetic_site import gold_score
 from rlhf_ray.driver.checkpoint import Checkpoints
@@ -24,7 +24,7 @@ from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.rewards.rouge import rouge
 from rlhf_ray.runs.datasets import held_out_prompts
 from rlhf_ray.runs.folder import RunFolder, write_atomically
-from rlhf_ray.serving.conversation import prompt_ids
+from rlhf_ray.serving.text_generation import prompt_ids
 from rlhf_ray.stages.evaluate.answers import (
     SAMPLES_PER_INSTRUCTION,
     answers_of_models,
@@ -153,7 +153,7 @@ def _judged_by(config: Config, has_gold: bool, prompts: Sequence[Prompt]) -> Seq
             "evaluate.judged_by names gold, which is known of the synthetic site's questions alone "
             "(prepare without prepare.posts, and neither data.prompts nor data.eval); leave it out"
         )
-    if "rouge" in judged_by and not any(map(references, prompts)):
+    if "rouge" in judged_by and not any(map(reference_answers, prompts)):
         raise DataError(
             f"evaluate.judged_by names rouge, and none of the {len(prompts)} held-out prompts has "
             "a text in a column reference, completion or chosen; name one in the data set's "
@@ -167,7 +167,7 @@ def _add_scores(samples: Samples, names: Sequence[str]) -> None:
         if "gold" in names:
             row["gold"] = gold_score(row["prompt"].fields["question"], row["text"])
         if "rouge" in names:
-            texts = references(row["prompt"])
+            texts = reference_answers(row["prompt"])
             scores = [rouge("rougeL", row["text"], text) for text in texts]
             row["rouge"] = max(scores, default=None)
 
@@ -191,7 +191,7 @@ def _perplexities(
 ) -> dict[str, float]:
     """Of each model on the answers that the held-out rows bring along; empty where none does."""
     renderer = Renderer(tokenizer, config.template)
-    answers = given_answers(prompts, renderer, config.model.max_length)
+    answers = reference_rollouts(prompts, renderer, config.model.max_length)
     if not answers:
         return {}
     bar.restart(len(adapters) * len(answers), "given answer")

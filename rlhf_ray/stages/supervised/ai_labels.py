@@ -17,14 +17,14 @@ from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.reading.rows import (
-    STORED,
-    Loaded,
+    STORED_FEATURES,
     Row,
-    collect,
-    is_mark,
-    opened,
-    prompt_of,
-    text_of,
+    StoredRows,
+    is_skipped,
+    require_text,
+    row_prompt,
+    store_rows,
+    unpack_row,
 )
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
@@ -36,14 +36,14 @@ from rlhf_ray.types import Prompt
 CHUNK = 64
 """Pairs judged between two writes of verdicts."""
 
-MARKS: Mapping[str, Mapping[str, str]] = {
+SKIPPED: Mapping[str, Mapping[str, str]] = {
     "unread": {"_bad": "no_verdict", "_why": "the judge named neither answer"},
     "order": {"_unused": "verdict_follows_order"},
 }
 """Verdict that is none -> how its row is marked, to be counted where rows are counted."""
 
 
-def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Loaded:
+def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> StoredRows:
     """The rows of ``data.preferences`` with ``chosen`` and ``rejected`` as the judge says.
 
     Args:
@@ -59,20 +59,20 @@ def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Loaded:
     path = RunFolder(config).stage(stage) / f"verdicts-{_digest(config, judge)}.jsonl"
     asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), rows, path, config))
     verdicts = iter(record["verdict"] for record in read_jsonl(path))
-    return collect(_labelled(_pairs(rows), verdicts))
+    return store_rows(_labelled(_pairs(rows), verdicts))
 
 
-def _pairs(rows: Loaded) -> Iterator[Pair | Row]:
-    return (_pair(opened(row)) for row in rows)
+def _pairs(rows: StoredRows) -> Iterator[Pair | Row]:
+    return (_pair(unpack_row(row)) for row in rows)
 
 
 def _pair(row: Row) -> Pair | Row:
     """The pair in a row, or how the row is marked because there is none."""
-    if is_mark(row):
+    if is_skipped(row):
         return row
     try:
-        prompt = prompt_of(row)
-        a, b = text_of(row, "completion_a"), text_of(row, "completion_b")
+        prompt = row_prompt(row)
+        a, b = require_text(row, "completion_a"), require_text(row, "completion_b")
     except BadRow as bad:
         return {"_bad": bad.reason, "_why": "prompt, completion_a or completion_b has no text"}
     if a == b:
@@ -81,7 +81,7 @@ def _pair(row: Row) -> Pair | Row:
     return Pair(Prompt("", text, (), row), a, b)
 
 
-async def _judge(judge: PairJudge, rows: Loaded, path: Path, config: Config) -> None:
+async def _judge(judge: PairJudge, rows: StoredRows, path: Path, config: Config) -> None:
     """Ask for the verdicts that the file lacks."""
     sink = JsonlSink(path)
     sink.truncate_after("pair", math.inf)  # a line that a kill tore goes
@@ -100,19 +100,19 @@ async def _judge(judge: PairJudge, rows: Loaded, path: Path, config: Config) -> 
 
 
 def _labelled(pairs: Iterable[Pair | Row], verdicts: Iterator[str]) -> Iterator[Row]:
-    """Rows such as `STORED`, or marks, in the order of ``pairs``; a verdict a pair."""
+    """Yield a stored row, or a record of a skipped one, for each of ``pairs``, in order."""
     for pair in pairs:
         if not isinstance(pair, Pair):
             yield pair
             continue
         verdict = next(verdicts)
-        if verdict in MARKS:
-            yield MARKS[verdict]
+        if verdict in SKIPPED:
+            yield SKIPPED[verdict]
             continue
         fields = pair.prompt.fields
         chosen, rejected = (pair.a, pair.b) if verdict == "a" else (pair.b, pair.a)
         yield {
-            **dict.fromkeys(STORED),
+            **dict.fromkeys(STORED_FEATURES),
             "prompt": fields.get("prompt"),
             "messages": fields.get("messages"),
             "chosen": chosen,

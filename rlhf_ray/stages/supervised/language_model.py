@@ -12,8 +12,8 @@ from transformers import EvalPrediction, Trainer
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
-from rlhf_ray.data.reading.rows import Loaded
-from rlhf_ray.data.reading.tables import TOKEN_IDS, on_disk
+from rlhf_ray.data.reading.rows import StoredRows
+from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.packing import IGNORED, Block, concatenated, isolated, padded, unpacked
 from rlhf_ray.errors import DataError
 from rlhf_ray.runs.datasets import user_rows
@@ -87,7 +87,7 @@ class LanguageModelTraining(Training):
         return batch
 
 
-def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> Loaded:
+def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> StoredRows:
     """The user's own rows, or the answers that prepare set aside for language modelling.
 
     Raises:
@@ -95,7 +95,7 @@ def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> Loaded:
     """
     if getattr(config.data, stage) is not None:
         return user_rows(config, stage, stage)
-    return Loaded(RunFolder(config).rows("finetune"))
+    return StoredRows(RunFolder(config).rows("finetune"))
 
 
 def packed_blocks(
@@ -130,7 +130,7 @@ def packed_blocks(
     parts: dict[str, Dataset] = {}
     for part, rows in texts.items():
         blocks = islice(_blocks(rows, settings, pad_id), most[part])
-        parts[part] = on_disk(
+        parts[part] = write_table(
             ({c: getattr(block, c) for c in columns} for block in blocks), features
         )
         if not len(parts[part]):

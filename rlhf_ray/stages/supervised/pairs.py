@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.datasets.preferences import load_pairs
-from rlhf_ray.data.reading.rows import Loaded
+from rlhf_ray.data.reading.rows import StoredRows
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.models import loading
 from rlhf_ray.models.heads import position_ids
@@ -94,14 +94,14 @@ def load_training_pairs(
     return pairs, counts
 
 
-def _pair_rows(training: PairTraining) -> dict[str, Loaded]:
+def _pair_rows(training: PairTraining) -> dict[str, StoredRows]:
     """Rows to train on and held out: the user's own, the last of them held out, or prepare's."""
     config, settings = training.config, training.settings
     seed = config.run.seed
     if config.data.preferences is None:
         run_folder = RunFolder(config)
         train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
-        return _limited(Loaded(train_rows), held_out, settings, seed)
+        return _limited(StoredRows(train_rows), held_out, settings, seed)
     if settings.judge is not None:
         loaded = judged_rows(config, training.name, settings.judge)
     else:
@@ -109,27 +109,27 @@ def _pair_rows(training: PairTraining) -> dict[str, Loaded]:
     return parts_of(loaded, settings, seed)
 
 
-def parts_of(loaded: Loaded, settings: PairsConfig, seed: int) -> dict[str, Loaded]:
+def parts_of(loaded: StoredRows, settings: PairsConfig, seed: int) -> dict[str, StoredRows]:
     """The user's own rows to train on, and the last of them held out."""
     rows = loaded.table
     num_held_out = min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
     cut = max(0, len(rows) - num_held_out)
-    train_rows = Loaded(rows.select(range(cut)), loaded.marks)
+    train_rows = StoredRows(rows.select(range(cut)), loaded.skipped)
     return _limited(train_rows, rows.select(range(cut, len(rows))), settings, seed)
 
 
 def _limited(
-    train_rows: Loaded, held_out: Dataset, settings: PairsConfig, seed: int
-) -> dict[str, Loaded]:
+    train_rows: StoredRows, held_out: Dataset, settings: PairsConfig, seed: int
+) -> dict[str, StoredRows]:
     """Both parts with at most as many rows as the config says."""
-    chosen, marks = _at_most(train_rows.table, settings.max_pairs, seed), list(train_rows.marks)
+    chosen, skipped = _at_most(train_rows.table, settings.max_pairs, seed), list(train_rows.skipped)
     num_left_out = len(train_rows.table) - len(chosen)
     if num_left_out:
         # Good rows all the same: the share of bad ones is one of the whole set.
-        marks.append({"_unused": "over_max_pairs", "_num": num_left_out})
+        skipped.append({"_unused": "over_max_pairs", "_num": num_left_out})
     return {
-        TRAIN: Loaded(chosen, marks),
-        HELD_OUT: Loaded(_at_most(held_out, settings.eval_rows, seed)),
+        TRAIN: StoredRows(chosen, skipped),
+        HELD_OUT: StoredRows(_at_most(held_out, settings.eval_rows, seed)),
     }
 
 

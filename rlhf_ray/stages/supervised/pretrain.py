@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.texts import load_documents
-from rlhf_ray.data.reading.rows import Loaded
+from rlhf_ray.data.reading.rows import StoredRows
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.rendering.tokens import pad_id
 from rlhf_ray.models import loading, tiny
@@ -78,7 +78,7 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _texts(rows: Loaded) -> Iterator[str]:
+def _texts(rows: StoredRows) -> Iterator[str]:
     """Each text as it is tokenised: a prompt and its completion apart."""
     for row in rows:
         turns = [message["content"] for message in row.get("messages") or []]

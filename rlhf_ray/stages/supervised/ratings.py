@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from rlhf_ray.algorithms.losses import pointwise_reward_loss
 from rlhf_ray.config.supervised import PointwiseLoss, RewardConfig
-from rlhf_ray.data.datasets.ratings import Worth, load_ratings
+from rlhf_ray.data.datasets.ratings import TargetColumn, load_ratings
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import loading
@@ -19,7 +19,7 @@ from rlhf_ray.stages.supervised.pairs import padded_texts, parts_of
 from rlhf_ray.stages.supervised.trainers import RowMeanTrainer
 from rlhf_ray.stages.supervised.training import HELD_OUT, Training
 
-WORTH: dict[PointwiseLoss, Worth] = {"bce": "label", "mse": "score"}
+WORTH: dict[PointwiseLoss, TargetColumn] = {"bce": "label", "mse": "score"}
 """Loss -> the column that it learns."""
 
 
@@ -71,20 +71,20 @@ def load_training_ratings(
     """Tokenised rows to train on and held out, and the counts of the rows read for each.
 
     Raises:
-        DataError: no rows, too many that cannot be used, or held-out rows all worth the same.
+        DataError: no rows, too many that cannot be used, or held-out rows of one target.
     """
     config = training.config
     assert settings.loss != "pairwise"
     loaded = user_rows(config, "preferences", "ratings")
     renderer = Renderer(loading.load_tokenizer(training.base), config.template)
-    worth = WORTH[settings.loss]
+    target_column = WORTH[settings.loss]
     ratings: dict[str, Dataset] = {}
     counts: dict[str, dict[str, int]] = {}
     for part, rows in parts_of(loaded, settings, config.run.seed).items():
         ratings[part], counts[part] = load_ratings(
             rows,
             renderer,
-            worth,
+            target_column,
             config.model.max_length,
             config.data.overlong,
             config.data.max_bad_share,
@@ -93,7 +93,7 @@ def load_training_ratings(
     if len(set(ratings[HELD_OUT]["target"])) < 2:
         raise DataError(
             f"reward.loss {settings.loss}: all {len(ratings[HELD_OUT])} held-out rows of "
-            f"data.preferences have the same {worth}, so nothing can be measured by them; shuffle "
-            "the rows, or raise reward.eval_rows"
+            f"data.preferences have the same {target_column}, so nothing can be measured by them; "
+            "shuffle the rows, or raise reward.eval_rows"
         )
     return ratings, counts

@@ -21,7 +21,7 @@ from rlhf_ray.models import adapters, folders, heads, loading
 from rlhf_ray.runs.lineage import lineage, model_licence
 from rlhf_ray.runs.models import find_model, policies
 from rlhf_ray.serving import chat, export, generate, serve
-from rlhf_ray.serving.conversation import template_of
+from rlhf_ray.serving.text_generation import resolve_template
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
@@ -206,9 +206,9 @@ def test_models_answer_side_by_side(policy_run: Config) -> None:
 
 def test_a_prompt_is_laid_out_as_the_run_trains_it(policy_run: Config) -> None:
     tokenizer = loading.load_tokenizer(find_model(policy_run, "sft").path)
-    assert template_of(policy_run, tokenizer).kind == "question_answer"
+    assert resolve_template(policy_run, tokenizer).kind == "question_answer"
     chats = with_keys(policy_run, template={"kind": "chat"})
-    assert template_of(chats, tokenizer).kind == "chat"
+    assert resolve_template(chats, tokenizer).kind == "chat"
 
 
 def test_a_chat_remembers_until_it_starts_anew(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_ray.serving.serve import exposure
+from rlhf_ray.serving.serve import exposure_warning
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from rlhf_ray.serving.serve import exposure
     ],
 )
 def test_only_what_opens_it_is_warned_of(further: list[str], warns: bool) -> None:
-    warning = exposure(further)
+    warning = exposure_warning(further)
     assert (warning is not None) == warns
     if warning:
         assert f"--host {further[-1].rpartition('=')[2]} opens the server" in warning

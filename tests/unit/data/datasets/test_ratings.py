@@ -33,7 +33,7 @@ def test_labels_and_scores_come_out_as_numbers(tokenizer: PreTrainedTokenizerFas
 
 
 @pytest.mark.parametrize(
-    ("worth", "cell", "why"),
+    ("target_column", "cell", "why"),
     [
         ("label", 3, "the column label must be true or false, got 3"),
         ("label", None, "the column label must be true or false, got None"),
@@ -44,14 +44,14 @@ def test_labels_and_scores_come_out_as_numbers(tokenizer: PreTrainedTokenizerFas
     ],
 )
 def test_what_an_answer_is_worth_must_be_told(
-    tokenizer: PreTrainedTokenizerFast, worth: Any, cell: Any, why: str
+    tokenizer: PreTrainedTokenizerFast, target_column: Any, cell: Any, why: str
 ) -> None:
     good = {"prompt": "q", "completion": "a", "label": True, "score": 1.0}
-    rows = [good, good | {worth: cell}]
-    _, counts = load_ratings(rows, Renderer(tokenizer), worth, 32, max_bad_share=0.5)
-    assert counts == {"kept": 1, f"no_{worth}": 1}
-    with pytest.raises(DataError, match=f"no_{worth}: {why}".replace("[", r"\[")):
-        load_ratings(rows, Renderer(tokenizer), worth, 32)
+    rows = [good, good | {target_column: cell}]
+    _, counts = load_ratings(rows, Renderer(tokenizer), target_column, 32, max_bad_share=0.5)
+    assert counts == {"kept": 1, f"no_{target_column}": 1}
+    with pytest.raises(DataError, match=f"no_{target_column}: {why}".replace("[", r"\[")):
+        load_ratings(rows, Renderer(tokenizer), target_column, 32)
 
 
 def test_overlong_answers(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.data import RowFilter
-from rlhf_ray.data.reading.filters import predicate
+from rlhf_ray.data.reading.filters import build_predicate
 from rlhf_ray.errors import ConfigError, DataError
 
 ROW: dict[str, Any] = {"prompt": "Why so?", "votes": 3, "tags": ["a", "b"], "none": None}
@@ -14,7 +14,7 @@ CELLS = {"cell": "3.5", "said": "False"}
 
 
 def passes(row: dict[str, Any], *filters: Any) -> bool:
-    return predicate([RowFilter.model_validate(item) for item in filters], "set")(row)
+    return build_predicate([RowFilter.model_validate(item) for item in filters], "set")(row)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.data.reading import readers
-from rlhf_ray.data.reading.readers import read
+from rlhf_ray.data.reading.readers import read_rows
 from rlhf_ray.errors import DataError
 
 ROWS: list[dict[str, Any]] = [{"q": "why", "n": 1}, {"q": "how", "n": 2}, {"q": "who", "n": 3}]
@@ -43,13 +43,13 @@ def save(folder: Path, suffix: str) -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".json.gz", ".parquet", ""])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    assert list(read(source(save(tmp_path, suffix)))) == ROWS
+    assert list(read_rows(source(save(tmp_path, suffix)))) == ROWS
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
 def test_the_cells_of_a_csv_file_are_text(tmp_path: Path, suffix: str) -> None:
     texts = [{"q": row["q"], "n": str(row["n"])} for row in ROWS]
-    assert list(read(source(save(tmp_path, suffix)))) == texts
+    assert list(read_rows(source(save(tmp_path, suffix)))) == texts
 
 
 def test_no_type_is_guessed_from_the_first_cells_of_a_csv_file(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_no_type_is_guessed_from_the_first_cells_of_a_csv_file(tmp_path: Path) -
     cells = ["007", "NA", "true", *numbers, "3/4"]
     path = tmp_path / "rows.csv"
     path.write_text("completion,n\n" + "".join(f"{cell},\n" for cell in cells))
-    rows = list(read(source(path)))
+    rows = list(read_rows(source(path)))
     assert [row["completion"] for row in rows] == cells
     assert rows[0]["n"] is None
 
@@ -66,7 +66,7 @@ def test_the_files_of_a_folder_follow_each_other_by_name(tmp_path: Path) -> None
     for name, rows in (("b.jsonl", ROWS[2:]), ("a.jsonl", ROWS[:2])):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "README.md").write_text("no rows")
-    assert list(read(source(tmp_path))) == ROWS
+    assert list(read_rows(source(tmp_path))) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -82,20 +82,20 @@ def test_a_split_of_a_folder_of_files(tmp_path: Path, train: str, test: str) -> 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "dataset_infos.json").write_text('{"splits": {}}')
-    assert list(read(source(tmp_path))) == ROWS[:2]
-    assert list(read(source(tmp_path, split="test"))) == ROWS[2:]
+    assert list(read_rows(source(tmp_path))) == ROWS[:2]
+    assert list(read_rows(source(tmp_path, split="test"))) == ROWS[2:]
     with pytest.raises(DataError, match=r"no split dev .* one of its splits: test, train"):
-        list(read(source(tmp_path, split="dev")))
+        list(read_rows(source(tmp_path, split="dev")))
 
 
 def test_a_split_of_a_saved_folder(tmp_path: Path) -> None:
     halves = {"train": ROWS[:2], "test": ROWS[2:]}
     rows = {name: datasets.Dataset.from_list(half) for name, half in halves.items()}
     datasets.DatasetDict(rows).save_to_disk(str(tmp_path))  # type: ignore[arg-type]
-    assert list(read(source(tmp_path))) == ROWS[:2]
-    assert list(read(source(tmp_path, split="test"))) == ROWS[2:]
+    assert list(read_rows(source(tmp_path))) == ROWS[:2]
+    assert list(read_rows(source(tmp_path, split="test"))) == ROWS[2:]
     with pytest.raises(DataError, match="no split dev; name one of its splits: train, test"):
-        list(read(source(tmp_path, split="dev")))
+        list(read_rows(source(tmp_path, split="dev")))
 
 
 def test_a_list_is_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_a_list_is_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, indent=2))
     monkeypatch.setattr(readers, "_CHUNK", 16)
-    assert list(read(source(path))) == rows
+    assert list(read_rows(source(path))) == rows
 
 
 def test_what_is_no_json_is_refused_before_all_of_it_is_read(
@@ -129,7 +129,7 @@ def test_a_data_set_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(readers.datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(readers.HfApi, "dataset_info", lambda *_, **__: None)
-    rows = read(source(path, name="small", split="test"))
+    rows = read_rows(source(path, name="small", split="test"))
     assert list(rows) == ROWS
     assert asked == [(path, "small", "test", True)]
 
@@ -138,7 +138,7 @@ def test_a_folder_is_no_owner_on_the_hub(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="data/pairs does not exist"):
-        read(source("data/pairs"))
+        read_rows(source("data/pairs"))
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         DataError, match=r"'someone/pairs' .* cannot be had from the hub: no route\."
     ):
-        list(read(source("someone/pairs")))
+        list(read_rows(source("someone/pairs")))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str | None, mes
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=message) as caught:
-        list(read(source(path)))
+        list(read_rows(source(path)))
     assert str(path) in str(caught.value)
 
 
@@ -183,9 +183,9 @@ def test_a_packed_file_with_flipped_bytes(tmp_path: Path, name: str) -> None:
     content[12:28] = bytes(byte ^ 0x55 for byte in content[12:28])
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"Cannot read .*{name}"):
-        list(read(source(tmp_path / name)))
+        list(read_rows(source(tmp_path / name)))
 
 
 def test_a_folder_without_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder, but not one that datasets' save_to_disk"):
-        list(read(source(tmp_path)))
+        list(read_rows(source(tmp_path)))

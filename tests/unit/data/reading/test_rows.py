@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally
-from rlhf_ray.data.reading.rows import batches, prompt_of, text_of
+from rlhf_ray.data.reading.rows import batches, require_text, row_prompt
 
 
 def test_batches_number_the_rows() -> None:
@@ -15,12 +15,12 @@ def test_batches_number_the_rows() -> None:
 
 def test_messages_come_before_the_text() -> None:
     turns = [{"role": "user", "content": "a"}]
-    assert prompt_of({"messages": turns, "prompt": "b"}) == turns
-    assert prompt_of({"messages": None, "prompt": "b"}) == "b"
+    assert row_prompt({"messages": turns, "prompt": "b"}) == turns
+    assert row_prompt({"messages": None, "prompt": "b"}) == "b"
 
 
 @pytest.mark.parametrize("value", [" \n", "", None, 3, ["a"]])
 def test_cells_without_text(value: object) -> None:
     with pytest.raises(BadRow) as caught:
-        text_of({"prompt": value}, "prompt")
+        require_text({"prompt": value}, "prompt")
     assert caught.value.reason == "empty"

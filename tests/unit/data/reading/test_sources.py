@@ -9,7 +9,7 @@ from rlhf_ray.config.data import DataSource
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.reading.formats import Use
 from rlhf_ray.data.reading.rows import batches
-from rlhf_ray.data.reading.sources import load_rows
+from rlhf_ray.data.reading.sources import interleave, load_rows
 from rlhf_ray.errors import ConfigError, DataError
 
 Rows = list[dict[str, Any]]
@@ -84,7 +84,7 @@ def test_rows_that_cannot_be_used_are_not_in_the_table(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": text} for text in ("a", "", "b", "", "c")])
     loaded = load_rows([DataSource(path=path)], "prompts")
     assert loaded.table["prompt"][:] == ["a", "b", "c"]
-    assert [(mark["_bad"], mark["_num"]) for mark in loaded.marks] == [("empty", 2)]
+    assert [(mark["_bad"], mark["_num"]) for mark in loaded.skipped] == [("empty", 2)]
 
 
 def test_a_part_of_a_mixture_of_which_nothing_is_left(tmp_path: Path) -> None:
@@ -139,3 +139,30 @@ def test_configs_that_make_no_sense(given: Any, message: str) -> None:
 def test_one_source_may_be_written_without_the_list() -> None:
     sources = resolve({"data": {"sft": {"path": "a", "filter": "m:f"}}}).data.sft
     assert sources == [DataSource.model_validate({"path": "a", "filter": [{"function": "m:f"}]})]
+
+
+def test_without_weights_every_row_comes_once_and_sets_are_spread_evenly() -> None:
+    order = interleave([6, 2, 1], [None, None, None]).tolist()
+    assert sorted(order) == list(range(9))
+    # Depths: (.5, 1.5 ... 5.5) / 6; .25, .75; .5.
+    assert order == [0, 1, 6, 2, 8, 3, 4, 7, 5]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "counts"),
+    [
+        ([100, 100], [3.0, 1.0], [100, 33]),
+        ([10, 100], [0.5, 0.5], [10, 10]),
+        ([3, 7, 70], [0.3, 0.7, 1.0], [3, 7, 10]),
+        ([5], [0.1], [5]),
+    ],
+)
+def test_weights_hold_until_a_set_is_used_up(
+    sizes: list[int], weights: list[float | None], counts: list[int]
+) -> None:
+    order = interleave(sizes, weights)
+    assert len(order) == len(set(order)) == sum(counts)
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    for start, size, count in zip(starts, sizes, counts, strict=True):
+        own = order[(order >= start) & (order < start + size)]
+        assert own.tolist() == list(range(start, start + count))

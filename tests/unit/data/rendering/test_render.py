@@ -64,20 +64,20 @@ class TestPlainText:
 
     def test_what_is_written_has_no_start_token(self, llama3: Tokenizer) -> None:
         renderer = Renderer(llama3)
-        assert renderer.written(renderer.prompt("q")) == "q"
-        assert renderer.written(renderer.prompt("<|begin|>q<|begin|>")) == "q<|begin|>"
+        assert renderer.visible_text(renderer.prompt("q")) == "q"
+        assert renderer.visible_text(renderer.prompt("<|begin|>q<|begin|>")) == "q<|begin|>"
         header = "<|start_header_id|>user<|end_header_id|>"
-        assert renderer.written(renderer.prompt([user("q")])).startswith(header)
+        assert renderer.visible_text(renderer.prompt([user("q")])).startswith(header)
 
     def test_the_question_answer_layout(self, tokenizer: Tokenizer) -> None:
         renderer = Renderer(tokenizer, template("question_answer"))
         text = "Question: Why?\n\nAnswer: "
-        assert renderer.written(renderer.prompt("Why?")) == text
+        assert renderer.visible_text(renderer.prompt("Why?")) == text
         # A prompt that has the layout already comes with its bare question.
-        assert renderer.written(renderer.prompt(text, "Why?")) == text
+        assert renderer.visible_text(renderer.prompt(text, "Why?")) == text
         assert renderer.full("Why?", "So.") == Renderer(tokenizer).full(text, "So.")
         chat = [user("Why?"), assistant("So."), user("How?")]
-        whole = renderer.tokenize([renderer.answered(chat, "Thus.", every_answer=True)])[0]
+        whole = renderer.tokenize([renderer.prompt_and_answer(chat, "Thus.", every_answer=True)])[0]
         assert tokenizer.decode(whole.token_ids) == (
             f"{text}So.<eos>Question: How?\n\nAnswer: Thus.<eos>"
         )
@@ -90,7 +90,7 @@ class TestChat:
     def test_chatml(self, chatml: Tokenizer) -> None:
         renderer = Renderer(chatml)
         prompt = f"{self.SYSTEM}<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-        assert renderer.written(renderer.prompt([user("Why?")])) == prompt
+        assert renderer.visible_text(renderer.prompt([user("Why?")])) == prompt
         full = renderer.full([user("Why?")], "So.")
         # Ends in the end of turn, once; the line break that the template writes after it is no
         # answer's.
@@ -128,12 +128,12 @@ class TestChat:
     def test_every_answer_of_a_chat(self, chatml: Tokenizer) -> None:
         renderer = Renderer(chatml)
         chat = [user("a"), assistant("one"), user("b"), assistant("one"), user("c")]
-        layout = renderer.answered(chat, "three", every_answer=True)
+        layout = renderer.prompt_and_answer(chat, "three", every_answer=True)
         (every,) = renderer.tokenize([layout])
         assert learnt(renderer, every.token_ids, every.answer_mask) == (
             "one<|im_end|>one<|im_end|>three<|im_end|>"
         )
-        (last,) = renderer.tokenize([renderer.answered(chat, "three")])
+        (last,) = renderer.tokenize([renderer.prompt_and_answer(chat, "three")])
         assert last.token_ids == every.token_ids
         assert learnt(renderer, last.token_ids, last.answer_mask) == "three<|im_end|>"
 
@@ -141,14 +141,14 @@ class TestChat:
         renderer = Renderer(chatml, template("chat"))
         wanted = Renderer(chatml).full([user("Why?")], "So.")
         assert renderer.full("Why?", "So.") == wanted
-        layout = renderer.answered("Question: Why?\n\nAnswer: ", "So.", question="Why?")
+        layout = renderer.prompt_and_answer("Question: Why?\n\nAnswer: ", "So.", question="Why?")
         assert renderer.tokenize([layout]) == [wanted]
         assert Renderer(chatml).messages("Why?") is None
 
     def test_variables_reach_the_template(self, chatml: Tokenizer) -> None:
         chatml.chat_template += "{% if thinks is false %}{{ '<think></think>' }}{% endif %}"
         renderer = Renderer(chatml, template("auto", thinks=False))
-        assert renderer.written(renderer.prompt([user("a")])).endswith("<think></think>")
+        assert renderer.visible_text(renderer.prompt([user("a")])).endswith("<think></think>")
 
     def test_a_template_without_an_end_of_turn_ends_in_eos(self, tokenizer: Tokenizer) -> None:
         plain = Tokenizer(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
@@ -157,7 +157,9 @@ class TestChat:
             "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
         )
         renderer = Renderer(plain)
-        layout = renderer.answered([user("a"), assistant("b"), user("c")], "b", every_answer=True)
+        layout = renderer.prompt_and_answer(
+            [user("a"), assistant("b"), user("c")], "b", every_answer=True
+        )
         (full,) = renderer.tokenize([layout])
         assert plain.decode(full.token_ids) == "user: a\nassistant: b\nuser: c\nassistant: b<eos>"
         assert learnt(renderer, full.token_ids, full.answer_mask) == "bb<eos>"
@@ -201,7 +203,7 @@ class TestRefusals:
         renderer = Renderer(chatml)
         chatml.chat_template = CHANGES_WITH_THE_NUMBER_OF_TURNS
         with pytest.raises(BadRow) as caught:
-            renderer.answered([user("a")], "b")
+            renderer.prompt_and_answer([user("a")], "b")
         assert caught.value.reason == "template_not_prefix"
 
     def test_a_turn_that_is_dropped(self, chatml: Tokenizer) -> None:

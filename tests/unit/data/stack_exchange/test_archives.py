@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.data.stack_exchange.archives import site_of, unpacked
+from rlhf_ray.data.stack_exchange.archives import site_name, unpacked
 from rlhf_ray.errors import ConfigError, DataError
 
 
@@ -18,7 +18,7 @@ from rlhf_ray.errors import ConfigError, DataError
     ],
 )
 def test_the_site_is_told_by_the_name(path: str, site: str | None) -> None:
-    assert site_of(Path(path)) == site
+    assert site_name(Path(path)) == site
 
 
 def test_a_plain_file_is_taken_as_it_is(tmp_path: Path) -> None:

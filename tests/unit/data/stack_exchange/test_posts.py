@@ -9,7 +9,7 @@ from rlhf_ray.data.stack_exchange.posts import (
     Question,
     answer_score,
     html_to_markdown,
-    opened_posts,
+    open_posts,
     read_posts,
     sample_pairs,
 )
@@ -171,7 +171,7 @@ def test_reading_tells_how_far_it_is(tmp_path: Path) -> None:
     row = '<row Id="{}" PostTypeId="1" Title="q" Body="b"/>'
     path.write_text(f"<posts>{''.join(row.format(i) for i in range(1, 2501))}</posts>")
     told: list[int] = []
-    with opened_posts(path, tmp_path, on_read=told.append) as posts:
+    with open_posts(path, tmp_path, on_read=told.append) as posts:
         assert posts.num_questions == 2500
         assert len(list(posts.questions())) == 2500
     assert len(told) == 3

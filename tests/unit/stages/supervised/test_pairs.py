@@ -5,13 +5,13 @@ from pathlib import Path
 
 from rlhf_ray.config import resolve
 from rlhf_ray.data.reading.counts import RowTally
-from rlhf_ray.data.reading.rows import Loaded, batches
+from rlhf_ray.data.reading.rows import StoredRows, batches
 from rlhf_ray.stages.supervised.pairs import _pair_rows
 from rlhf_ray.stages.supervised.reward import RewardTraining
 from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN
 
 
-def counted(rows: Loaded) -> tuple[int, dict[str, int]]:
+def counted(rows: StoredRows) -> tuple[int, dict[str, int]]:
     """Rows that can be used, and the others by reason."""
     tally = RowTally("pairs", 1.0)
     return sum(map(len, batches(rows, tally))), tally.dropped
