@@ -19,6 +19,7 @@ from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import TrainingEngine
 from rlhf_ray.models.adapters import tensors_from_bytes, tensors_to_bytes
+from rlhf_ray.observability.metrics import metric
 from rlhf_ray.types import AssembledStats, Rollout, StepReport
 
 LEARNER_STATE = "learner.safetensors"
@@ -241,7 +242,7 @@ class Learner(ABC):
 
 
 class Tally:
-    """Metrics of micro-batches: means over tokens, and maxima of names that end in ``_max``."""
+    """Metrics of micro-batches, reduced as registered: means over tokens, and maxima."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
@@ -251,7 +252,7 @@ class Tally:
         """Count a micro-batch."""
         self._num_tokens += num_tokens
         for name, value in metrics.items():
-            self._count(name, float(value) * (1 if name.endswith("_max") else num_tokens))
+            self._count(name, float(value) * (1 if _is_maximum(name) else num_tokens))
 
     def merge(self, other: "Tally") -> None:
         """Count what another one counted."""
@@ -260,7 +261,7 @@ class Tally:
             self._count(name, total)
 
     def _count(self, name: str, total: float) -> None:
-        together = max if name.endswith("_max") else add
+        together = max if _is_maximum(name) else add
         self._totals[name] = together(self._totals[name], total) if name in self._totals else total
 
     def total(self, name: str) -> float:
@@ -270,9 +271,13 @@ class Tally:
     def means(self) -> dict[str, float]:
         """Every metric; none where nothing was counted."""
         return {
-            name: total if name.endswith("_max") else total / self._num_tokens
+            name: total if _is_maximum(name) else total / self._num_tokens
             for name, total in self._totals.items()
         }
+
+
+def _is_maximum(name: str) -> bool:
+    return metric(name).reduction.how == "maximum"
 
 
 def assembler(config: Config) -> Assembler:

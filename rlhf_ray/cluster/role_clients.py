@@ -9,6 +9,7 @@ from operator import add
 from typing import Any
 
 from rlhf_ray.cluster.workers import Worker
+from rlhf_ray.observability.metrics import metric
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
@@ -185,18 +186,15 @@ class CriticClient(LearnerGroupClient):
 
 
 def merge_reports(reports: Sequence[StepReport]) -> StepReport:
-    """One report of a group: means weighted by tokens, maxima of maxima."""
-    tokens = sum(report.num_tokens for report in reports)
-
-    def merge(name: str) -> float:
-        values = [report.metrics[name] for report in reports]
-        if name.endswith("_max"):
-            return max(values)
-        weighted = zip(values, reports, strict=True)
-        return sum(value * report.num_tokens for value, report in weighted) / tokens
-
+    """Merge the reports of a group's ranks, each metric by its registered reduction."""
+    num_tokens = [report.num_tokens for report in reports]
     return StepReport(
-        metrics={name: merge(name) for name in reports[0].metrics},
+        metrics={
+            name: metric(name).reduction.merge(
+                [report.metrics[name] for report in reports], num_tokens
+            )
+            for name in reports[0].metrics
+        },
         samples_learnt=sum(report.samples_learnt for report in reports),
-        num_tokens=tokens,
+        num_tokens=sum(num_tokens),
     )

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.observability import metrics
+from rlhf_ray.observability.registry import ROWS
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,9 +20,28 @@ def test_check_names_the_unknown_metric_and_the_nearest_one():
 
 
 def test_every_row_is_registered_once_and_in_full():
-    assert len(metrics.METRICS) == len(metrics._ROWS)
+    assert len(metrics.METRICS) == len(ROWS)
     for metric in metrics.METRICS.values():
-        assert all((metric.unit, metric.reduction, metric.meaning.endswith(".")))
+        assert all((metric.unit, str(metric.reduction), metric.meaning.endswith(".")))
+
+
+@pytest.mark.parametrize(
+    ("name", "merged"),
+    [
+        ("policy/clipfrac_avg", 3.25),  # (1 * 10 + 4 * 30) / 40
+        ("val/ratio_max", 4.0),
+        ("val/ratio_minibatch_max", 4.0),
+        ("objective/missing/judge", 5.0),
+        ("policy/ratio_exceeded", 1.0),
+    ],
+)
+def test_a_metric_of_several_ranks_is_merged_by_its_reduction(name: str, merged: float):
+    assert metrics.metric(name).reduction.merge([1.0, 4.0], [10, 30]) == merged
+
+
+def test_a_statistic_of_several_ranks_is_refused():
+    with pytest.raises(ValueError, match="'over samples', which cannot be merged"):
+        metrics.metric("objective/scores_std").reduction.merge([1.0, 4.0], [10, 30])
 
 
 def test_a_bar_in_a_meaning_does_not_break_the_table():
