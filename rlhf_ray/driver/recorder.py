@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.trackers import TrackersConfig
-from rlhf_ray.observability.busy import BusyTime
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
-from rlhf_ray.observability.tracing import Tracer
+from rlhf_ray.observability.tracing import BusyTime, Tracer
 from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.types import GeneratorsReport, Rollout
 

@@ -1,18 +1,18 @@
 """Spans of every actor in Chrome's trace format, which https://ui.perfetto.dev opens.
 
-The file is the format's JSON array without its closing bracket, which the format allows: it can be
-appended to, and a killed run leaves a readable trace. Each event is a line of its own.
+The file is a JSON array with one event per line, written as events arrive and completed by `close`.
+The format allows the closing bracket to be missing, so the trace of a killed run opens as well.
 
-An actor is a row. Perfetto drops a span that overlaps another one of its row without lying inside
-it, as the calls of a generator do; it goes to a further row of the same name.
+An actor is a row. Perfetto drops a span that partly overlaps another one of its row, as the calls
+of a generator do; such a span goes to another row of the same name.
 
 Source: "Trace Event Format", JSON Array Format, complete (X) and metadata (M) events.
 """
 
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 LANE_MEMORY = 256
-"""Spans of a row that a new one is compared with; those before ended long ago."""
+"""Latest spans of a row that a new one is compared with; older ones ended long ago."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One stretch of work on one row."""
+    """One piece of work on one row."""
 
     row: str
     """Name of the actor, such as `policy-0`."""
@@ -35,12 +35,16 @@ class Span:
     """Unix time, seconds."""
     end_s: float
     """Unix time, seconds."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """What else is known, such as `iteration`."""
+    args: Mapping[str, int] = field(default_factory=dict)
+    """Further numbers, such as `iteration`."""
+
+
+_Event = dict[str, Any]
+"""One event in Chrome's format."""
 
 
 class Tracer:
-    """Writes spans; an existing trace is appended to. One process writes a file.
+    """Writes spans to a new or an existing trace. Only one process may write a file.
 
     Args:
         path: trace file.
@@ -59,32 +63,34 @@ class Tracer:
         self._clock = clock
         self._lanes: dict[str, list[_Lane]] = {}
         self._num_lanes = 0
-        for thread_id, row in _keep_whole_lines(path).items():
+        events = _reopen(path)
+        for thread_id, row in _row_names(events).items():
             self._lanes.setdefault(row, []).append(_Lane(thread_id))
             self._num_lanes = max(self._num_lanes, thread_id)
         self._file = path.open("a", encoding="utf-8")
-        if path.stat().st_size == 0:
-            self._file.write("[\n")
+        # Separators come before an event, so that closing only appends.
+        self._separator = ",\n" if events else "[\n"
+        if not events:
             self._write_name("process_name", 0, run_name or path.resolve().parent.name)
 
     @contextmanager
-    def span(self, row: str, name: str, **args: Any) -> Iterator[None]:
-        """Record the body of the ``with`` as a span, also when it raises."""
+    def span(self, row: str, name: str, **args: int) -> Iterator[None]:
+        """Record the body of the ``with`` as a span, even when it raises."""
         start_s = self._clock()
         try:
             yield
         finally:
             self.add(row, name, start_s, self._clock(), **args)
 
-    def add(self, row: str, name: str, start_s: float, end_s: float, **args: Any) -> None:
+    def add(self, row: str, name: str, start_s: float, end_s: float, **args: int) -> None:
         """Record a span measured elsewhere.
 
         Args:
             row: actor name; a new one opens a new row.
-            name: what was done.
+            name: kind of work.
             start_s: Unix time, seconds.
             end_s: Unix time, seconds.
-            args: shown with the span; the report's timeline reads ``iteration``.
+            args: numbers shown with the span; the report's timeline reads ``iteration``.
         """
         start_us, end_us = round(start_s * 1e6), round(end_s * 1e6)
         self._write(
@@ -100,7 +106,7 @@ class Tracer:
         )
 
     def _lane(self, row: str, start_us: int, end_us: int) -> int:
-        """Thread id of the first lane of a row that has room for a span."""
+        """Return the thread id of the row's first lane in which the span fits."""
         lanes = self._lanes.setdefault(row, [])
         for lane in lanes:
             if lane.takes(start_us, end_us):
@@ -113,26 +119,29 @@ class Tracer:
         return lane.thread_id
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Complete the JSON array and close the file."""
+        if not self._file.closed:
+            self._file.write("\n]\n")
+            self._file.close()
 
     def _write_name(self, kind: str, thread_id: int, name: str) -> None:
         self._write({"ph": "M", "name": kind, "pid": 1, "tid": thread_id, "args": {"name": name}})
 
-    def _write(self, event: dict[str, Any]) -> None:
-        self._file.write(json.dumps(event) + ",\n")
+    def _write(self, event: _Event) -> None:
+        self._file.write(self._separator + json.dumps(event))
         self._file.flush()
+        self._separator = ",\n"
 
 
 class _Lane:
-    """A row of the trace, in which spans lie beside or inside each other."""
+    """A row of the trace, in which spans lie side by side or nested."""
 
     def __init__(self, thread_id: int) -> None:
         self.thread_id = thread_id
         self._spans: deque[tuple[int, int]] = deque(maxlen=LANE_MEMORY)
 
     def takes(self, start_us: int, end_us: int) -> bool:
-        """Take a span, unless it overlaps another one in part."""
+        """Add a span and return True, unless it partly overlaps another one."""
         for start, end in reversed(self._spans):
             apart = end <= start_us or end_us <= start
             inside = (start_us <= start and end <= end_us) or (start <= start_us and end_us <= end)
@@ -142,8 +151,50 @@ class _Lane:
         return True
 
 
+class BusyTime:
+    """Share of time in which each actor was busy; overlapping calls count once.
+
+    Args:
+        since_s: start of the first interval, Unix seconds.
+    """
+
+    def __init__(self, since_s: float) -> None:
+        self._since_s = since_s
+        self._calls: dict[str, list[tuple[float, float]]] = defaultdict(list)
+
+    def add(self, actor: str, start_s: float, end_s: float) -> None:
+        """Add a call that an actor worked on, Unix seconds."""
+        self._calls[actor].append((start_s, end_s))
+
+    def shares(self, now_s: float) -> dict[str, float]:
+        """Return the busy share of every known actor since the last call of this method."""
+        length_s = max(now_s - self._since_s, 1e-9)
+        shares = {
+            actor: self._covered_s(sorted(calls)) / length_s for actor, calls in self._calls.items()
+        }
+        self._since_s = now_s
+        for calls in self._calls.values():
+            calls.clear()
+        return shares
+
+    def forget(self, actor: str) -> None:
+        """Drop an actor that has left."""
+        self._calls.pop(actor, None)
+
+    def actors(self) -> list[str]:
+        """Return the names of the known actors."""
+        return list(self._calls)
+
+    def _covered_s(self, calls: list[tuple[float, float]]) -> float:
+        covered_s, reached_s = 0.0, self._since_s
+        for start_s, end_s in calls:
+            covered_s += max(0.0, end_s - max(start_s, reached_s))
+            reached_s = max(reached_s, end_s)
+        return covered_s
+
+
 def read_spans(path: str | Path) -> list[Span]:
-    """Spans of a trace in the order written; none where the file is absent."""
+    """Return the spans of a trace in the order written; none if the file is absent."""
     events = _read_events(Path(path))
     rows = _row_names(events)
     return [
@@ -160,10 +211,10 @@ def read_spans(path: str | Path) -> list[Span]:
 
 
 def phase_totals(path: str | Path) -> dict[str, dict[str, float]]:
-    """Seconds that each row spent in each kind of span: ``{row: {name: seconds}}``.
+    """Return the seconds of each row by kind of span: ``{row: {name: seconds}}``.
 
-    A span's time is its own: what spans nested in it on the same row took is theirs, so a row's
-    sum is at most the time that it was busy.
+    The time of nested spans is not counted again in the span around them, so that a row's sum is at
+    most the time that it was busy.
     """
     totals: dict[str, dict[str, float]] = {}
     spans = sorted(read_spans(path), key=lambda span: (span.row, span.start_s, -span.end_s))
@@ -181,22 +232,24 @@ def phase_totals(path: str | Path) -> dict[str, dict[str, float]]:
     return totals
 
 
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """Events of a trace; a line torn by a kill is left out."""
+def _read_events(path: Path) -> list[_Event]:
+    """Return the events of a trace, but for a line torn by a kill."""
     if not path.exists():
         return []
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            event = json.loads(line.rstrip(","))
-        except json.JSONDecodeError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
+    with path.open("rb") as file:
+        return [event for line in file if (event := _parsed(line)) is not None]
 
 
-def _row_names(events: list[dict[str, Any]]) -> dict[int, str]:
+def _parsed(line: bytes) -> _Event | None:
+    """Return a line's event; None for a bracket or a torn line."""
+    try:
+        event = json.loads(line.rstrip(b",\n"))
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _row_names(events: list[_Event]) -> dict[int, str]:
     return {
         event["tid"]: event["args"]["name"]
         for event in events
@@ -204,10 +257,16 @@ def _row_names(events: list[dict[str, Any]]) -> dict[int, str]:
     }
 
 
-def _keep_whole_lines(path: Path) -> dict[int, str]:
-    """Cut a torn last line off an existing trace; return its rows' names by thread id."""
+def _reopen(path: Path) -> list[_Event]:
+    """Cut an existing trace back to the end of its last whole event; return its events."""
     if not path.exists():
-        return {}
+        return []
+    events, start, end = [], 0, 0
     with path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-    return _row_names(_read_events(path))
+        for line in file:
+            if (event := _parsed(line)) is not None:
+                events.append(event)
+                end = start + len(line.rstrip(b",\n"))
+            start += len(line)
+        file.truncate(end)
+    return events

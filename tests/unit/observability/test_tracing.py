@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.observability.tracing import Span, Tracer, phase_totals, read_spans
+from rlhf_ray.observability.tracing import BusyTime, Span, Tracer, phase_totals, read_spans
 
 
 @pytest.fixture
@@ -12,11 +12,12 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "demo" / "trace.json"
 
 
-def test_the_file_is_a_chrome_trace_once_its_array_is_closed(path: Path):
+def test_the_trace_of_an_ended_run_is_whole_json(path: Path):
     tracer = Tracer(path)
     tracer.add("policy-0", "learn", 100.0, 101.5, iteration=3)
-    events = json.loads(path.read_text().rstrip(",\n") + "]")
-    assert events == [
+    tracer.close()
+    tracer.close()
+    assert json.loads(path.read_text()) == [
         {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "demo"}},
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "policy-0"}},
         {
@@ -31,6 +32,38 @@ def test_the_file_is_a_chrome_trace_once_its_array_is_closed(path: Path):
     ]
 
 
+def test_the_trace_of_a_killed_run_lacks_only_its_bracket_and_can_be_read(path: Path):
+    tracer = Tracer(path)
+    tracer.add("policy-0", "learn", 100.0, 101.5, iteration=3)
+    tracer.add("critic-0", "learn", 100.0, 102.0, iteration=3)
+    text = path.read_text()
+    assert [event["ph"] for event in json.loads(text + "]")] == ["M", "M", "X", "M", "X"]
+    learn = Span("policy-0", "learn", 100.0, 101.5, {"iteration": 3})
+    assert read_spans(path) == [learn, Span("critic-0", "learn", 100.0, 102.0, {"iteration": 3})]
+    path.write_text(text[:-20])
+    assert read_spans(path) == [learn]
+
+
+def test_a_resumed_run_continues_the_array_of_an_ended_one(path: Path):
+    for start in (0.0, 10.0, 20.0):
+        tracer = Tracer(path)
+        tracer.add("policy-0", "learn", start, start + 1)
+        tracer.close()
+    events = json.loads(path.read_text())
+    assert [event["ph"] for event in events] == ["M", "M", "X", "X", "X"]
+    assert [span.start_s for span in read_spans(path)] == [0.0, 10.0, 20.0]
+
+
+def test_a_trace_whose_lines_end_in_commas_is_continued(path: Path):
+    path.parent.mkdir()
+    first = {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "policy-0"}}
+    path.write_text(f"[\n{json.dumps(first)},\n")
+    tracer = Tracer(path)
+    tracer.add("policy-0", "learn", 0.0, 1.0)
+    tracer.close()
+    assert [event["ph"] for event in json.loads(path.read_text())] == ["M", "X"]
+
+
 def test_a_span_is_recorded_although_its_body_raises(path: Path):
     times = iter((10.0, 12.0))
     tracer = Tracer(path, "run", clock=lambda: next(times))
@@ -39,17 +72,18 @@ def test_a_span_is_recorded_although_its_body_raises(path: Path):
     assert read_spans(path) == [Span("critic-0", "learn", 10.0, 12.0, {"iteration": 1})]
 
 
-def test_resuming_keeps_rows_and_drops_a_torn_event(path: Path):
+def test_a_resumed_trace_keeps_its_rows_and_drops_a_torn_event(path: Path):
     first = Tracer(path)
     first.add("policy-0", "learn", 0.0, 1.0)
     first.add("critic-0", "learn", 0.0, 2.0)
     first.close()
     with path.open("a") as file:
-        file.write('{"ph": "X", "na')
+        file.write(',\n{"ph": "X", "na')
     second = Tracer(path)
     second.add("critic-0", "learn", 5.0, 6.0)
     second.add("generator-0", "generate", 5.0, 6.0)
-    events = json.loads(path.read_text().rstrip(",\n") + "]")
+    second.close()
+    events = json.loads(path.read_text())
     names = [event["args"]["name"] for event in events if event["ph"] == "M"]
     assert names == ["demo", "policy-0", "critic-0", "generator-0"]
     assert [span.row for span in read_spans(path)] == [
@@ -82,7 +116,7 @@ def test_no_trace_has_no_totals(path: Path):
 def lanes(path: Path) -> dict[int, list[tuple[float, float]]]:
     """Spans of each thread, (start, end) in microseconds."""
     found: dict[int, list[tuple[float, float]]] = {}
-    for event in json.loads(path.read_text().rstrip(",\n") + "]"):
+    for event in json.loads(path.read_text().removesuffix("\n]\n") + "]"):
         if event["ph"] == "X":
             found.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
     return found
@@ -102,7 +136,7 @@ def test_spans_of_one_actor_that_overlap_lie_in_lanes_of_the_same_name(path: Pat
     assert len(read_spans(path)) == 6
 
 
-def test_a_run_that_goes_on_fills_the_lanes_that_it_had(path: Path):
+def test_a_resumed_run_uses_the_lanes_that_it_had(path: Path):
     first = Tracer(path)
     first.add("generator-0", "generate", 0.0, 4.0)
     first.add("generator-0", "generate", 1.0, 5.0)
@@ -114,7 +148,7 @@ def test_a_run_that_goes_on_fills_the_lanes_that_it_had(path: Path):
     assert [len(spans) for spans in lanes(path).values()] == [2, 2, 1]
 
 
-def test_a_trace_that_a_kill_tore_anywhere_opens_again(path: Path):
+def test_a_trace_torn_anywhere_by_a_kill_can_be_continued(path: Path):
     whole = Tracer(path)
     whole.add("policy-0", "learn", 0.0, 1.0)
     whole.close()
@@ -124,6 +158,24 @@ def test_a_trace_that_a_kill_tore_anywhere_opens_again(path: Path):
         tracer = Tracer(path)
         tracer.add("critic-0", "learn", 1.0, 2.0)
         tracer.close()
-        events = json.loads(path.read_text().rstrip(",\n") + "]")
+        events = json.loads(path.read_text())
         assert events[-1]["ts"] == 1_000_000
         assert read_spans(path)[-1].row == "critic-0"
+
+
+def test_overlapping_calls_of_an_actor_count_once() -> None:
+    busy = BusyTime(since_s=100.0)
+    busy.add("generator-0", 102.0, 106.0)
+    busy.add("generator-0", 100.0, 103.0)  # reported later, begun before
+    busy.add("generator-0", 103.0, 104.0)
+    busy.add("policy-0", 108.0, 109.0)
+    # 100..106 of 10 s, and 1 s of 10.
+    assert busy.shares(110.0) == {"generator-0": 0.6, "policy-0": 0.1}
+
+
+def test_a_call_counts_only_in_its_interval_and_an_idle_actor_has_a_share_of_zero() -> None:
+    busy = BusyTime(since_s=100.0)
+    busy.add("policy-0", 100.0, 104.0)
+    busy.shares(110.0)
+    busy.add("reward-0", 108.0, 112.0)  # 2 s of it in this interval
+    assert busy.shares(120.0) == {"policy-0": 0.0, "reward-0": 0.2}
