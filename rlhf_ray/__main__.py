@@ -1,4 +1,4 @@
-"""`python -m rlhf_ray`: the command line."""
+"""Runs the command line as ``python -m rlhf_ray``."""
 
 from rlhf_ray.cli import main
 

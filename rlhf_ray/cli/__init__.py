@@ -1,46 +1,85 @@
-"""The command line: ``rlhf-ray COMMAND CONFIG [key=value ...]``. Imports heavy things late."""
+"""The command line: ``rlhf-ray COMMAND CONFIG [key=value ...]``.
+
+One module per group of commands; the groups are the panels of ``rlhf-ray --help``. Commands import
+what they run when they run, so that help answers at once. May import every room; read
+`training` first.
+"""
 
 import signal
 import sys
 from types import FrameType
+from typing import Annotated
 
 import typer
 
 from rlhf_ray.cli import inspection, jobs, models, training
 from rlhf_ray.errors import RlhfError
+from rlhf_ray.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train language models with human feedback on a Ray cluster.\n\n"
-    "Most commands take a CONFIG (a YAML file, or the folder of a run) and overrides such as "
-    "ppo.iterations=20; those that watch or change a run take its name, folder or submission id.",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _commands in (training, jobs, models, inspection):
+for _commands in (training, inspection, jobs, models):
     app.add_typer(_commands.app)
 
 INTERRUPTED = 130
-"""Exit code that typer makes of KeyboardInterrupt."""
+"""Exit code that typer gives to KeyboardInterrupt."""
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"rlhf-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Train language models with reinforcement learning from human feedback, on a Ray cluster.
+
+    Most commands take a CONFIG, which is a YAML file or the folder of a run, and then any number of
+    overrides such as ppo.iterations=20. Commands that watch or change a run on a cluster take the
+    run's name, its folder or its submission id.
+
+    [bold]Examples[/bold]
+
+    rlhf-ray run configs/quickstart.yaml ppo.iterations=20
+
+    rlhf-ray plan configs/stackllama/ppo_3x8_a100.yaml --cluster 3x8xA100-80GB
+
+    rlhf-ray chat runs/quickstart
+    """
 
 
 def main() -> None:
-    """Entry point: errors of ours become one message and their exit code."""
+    """Run the command line; an `RlhfError` becomes one message and its exit code."""
     from rlhf_ray.observability.quiet import silence_dependencies
 
     silence_dependencies()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
+        app(prog_name="rlhf-ray")
     except RlhfError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            typer.echo("Interrupted; what was committed is kept, and the run can go on", err=True)
+            typer.echo(
+                "Interrupted. What was committed is kept; run the command again to resume", err=True
+            )
         raise
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command as Ctrl-C does: every part of it cleans up on the way out."""
+    """Treat SIGTERM as Ctrl-C, so that every part of a command cleans up as it unwinds."""
     raise KeyboardInterrupt

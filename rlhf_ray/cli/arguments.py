@@ -1,4 +1,4 @@
-"""Arguments that commands share, and reading the config that they name."""
+"""Arguments that several commands share, and the config that they name."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,34 +9,39 @@ from rlhf_ray.config import Config, load
 from rlhf_ray.errors import ConfigError
 
 ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file, or the folder of a run.")
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Dotted keys on top, e.g. run.seed=1."),
+    typer.Argument(metavar="KEY=VALUE", help="Config keys to override, such as run.seed=1."),
 ]
 
 OneModel = Annotated[
     str,
-    typer.Option(help="sft, dpo, ppo (ppo@best, ppo@7: other commits), reward, or a path."),
+    typer.Option(
+        help="sft, dpo, ppo, reward or a path; ppo@best and ppo@7 name other commits of PPO."
+    ),
 ]
 ManyModels = Annotated[
     list[str] | None,
     typer.Option(
-        "--model", help="sft, dpo, ppo (ppo@best, ppo@7), or a path; repeatable. Default: all."
+        "--model",
+        help="sft, dpo, ppo, ppo@best, ppo@7 or a path; may be repeated. Default: all models.",
     ),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0.0, help="0: the likeliest token. Default: rollout.temperature."),
+    typer.Option(
+        min=0.0, help="0 takes the likeliest token each time. Default: rollout.temperature."
+    ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest answer. Default: rollout.max_tokens.")
+    int | None, typer.Option(min=1, help="Longest answer in tokens. Default: rollout.max_tokens.")
 ]
 
 
 def read_config(path: Path, overrides: list[str] | None) -> Config:
-    """The config that a command was given.
+    """Read the config that a command names: a YAML file, or the one in a run's folder.
 
     Raises:
         ConfigError: see `rlhf_ray.config.load`.
@@ -44,5 +49,7 @@ def read_config(path: Path, overrides: list[str] | None) -> Config:
     if path.is_dir():
         path = path / "config.yaml"
         if not path.is_file():
-            raise ConfigError(f"{path.parent} is no run: it has no config.yaml; name a YAML file")
+            raise ConfigError(
+                f"{path.parent} is not the folder of a run: it has no config.yaml. Name a YAML file"
+            )
     return load(path, overrides or [])

@@ -1,4 +1,4 @@
-"""Commands that look: at a config, a run, a machine."""
+"""Commands that inspect a config, a run or a machine."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +10,11 @@ from rlhf_ray.config import Config
 
 app = typer.Typer()
 
+CHECK = "Check a config or a machine"
+SHOW = "Look at a run"
 
-@app.command()
+
+@app.command(rich_help_panel=CHECK)
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -19,64 +22,71 @@ def plan(
         str | None,
         typer.Option(
             metavar="NODESxGPUSxKIND",
-            help="Such as 3x8xA100-80GB, 8xA100-80GB+2x4xL40S-48GB, or live (the Ray cluster "
-            "there is). Default: live where the run would join that cluster, else this machine.",
+            help="Cluster to plan for, such as 3x8xA100-80GB or 8xA100-80GB+2x4xL40S-48GB; 'live' "
+            "is the running Ray cluster. Default: live if the run would join it, else this machine.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Say what a config takes of a cluster: memory, places, time; exit 1 if it does not fit."""
+    """Estimate the memory, placement and run time of a config.
+
+    The exit code is 1 if the config does not fit on the cluster. Nothing is started.
+    """
     from rlhf_ray.planning import plan as planning
 
-    found, changes, layouts = planning.plan_for(read_config(config, overrides), cluster)
+    estimate, changes, layouts = planning.plan_for(read_config(config, overrides), cluster)
     if as_json:
         import json
 
-        typer.echo(json.dumps(planning.as_json(found, changes, layouts), indent=2))
+        typer.echo(json.dumps(planning.as_json(estimate, changes, layouts), indent=2))
     else:
-        typer.echo(planning.as_text(found, changes, layouts))
-    raise typer.Exit(0 if found.fits else 1)
+        typer.echo(planning.as_text(estimate, changes, layouts))
+    raise typer.Exit(0 if estimate.fits else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=SHOW)
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Draw the HTML report of a run again."""
+    """Write the HTML report of a run, finished or not, to report.html in its folder."""
     from rlhf_ray.report.report import build
 
     typer.echo(f"Report: {build(Path(read_config(config, overrides).run.dir))}")
 
 
-@app.command()
+@app.command(rich_help_panel=SHOW)
 def dashboards(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("dashboards"),
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("dashboards"),
     no_commit_minutes: Annotated[
-        float, typer.Option(min=1, help="Alarm when a run has not committed for so long.")
+        float,
+        typer.Option(min=1, help="Raise an alert when a run has not committed for this long."),
     ] = 60.0,
     max_kl: Annotated[
-        float, typer.Option(min=0, help="Alarm when the KL to the reference is higher, nats.")
+        float,
+        typer.Option(min=0, help="Raise an alert when the KL to the reference exceeds this, nats."),
     ] = 50.0,
 ) -> None:
-    """Write a Grafana dashboard and Prometheus's configuration with alarms, for Ray's dashboard."""
+    """Write a Grafana dashboard and a Prometheus configuration with alert rules."""
     from rlhf_ray.observability.dashboards.files import write
     from rlhf_ray.observability.dashboards.prometheus import Bounds
 
     typer.echo(write(out, Bounds(no_commit_minutes, max_kl)))
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Its paths are checked on all nodes.")
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="Also check this config's paths on every node."),
     ] = None,
     overrides: Overrides = None,
     cluster: Annotated[
-        bool, typer.Option("--cluster", help="Every node of the Ray cluster instead.")
+        bool,
+        typer.Option("--cluster", help="Check every node of the Ray cluster, not this machine."),
     ] = False,
     min_bandwidth: Annotated[
-        float, typer.Option(min=0.0, help="Gbit/s that every two nodes must reach.")
+        float, typer.Option(min=0.0, help="Gbit/s required between every two nodes.")
     ] = 1.0,
 ) -> None:
-    """Check this machine, or every node of a cluster, and say what to fix."""
+    """Check this machine, or every node of a Ray cluster, and say what to fix."""
     from rlhf_ray.doctor import preflight
 
     if not cluster:
@@ -90,13 +100,13 @@ def doctor(
     raise typer.Exit(0 if is_healthy else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def schema(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Tables for people instead: docs/config.md.")
+        bool, typer.Option("--markdown", help="Print Markdown tables, as in docs/config.md.")
     ] = False,
 ) -> None:
-    """Print the JSON Schema of the config."""
+    """Print the JSON Schema of the config, with a description of every key."""
     import json
 
     from rlhf_ray.config import reference

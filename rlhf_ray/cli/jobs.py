@@ -1,4 +1,4 @@
-"""Commands for runs of a cluster: send one, watch it, change it, end it."""
+"""Commands for runs on a Ray cluster: submit, watch, scale and stop them."""
 
 import json
 import sys
@@ -6,47 +6,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlhf_ray.cli.arguments import ConfigPath, Overrides, read_config
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 app = typer.Typer()
 
+PANEL = "Run on a cluster"
+
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name of a run, its folder, or its submission id.")
+    str, typer.Argument(metavar="RUN", help="Name of the run, its folder, or its submission id.")
 ]
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Dashboard of the cluster, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS, "
-        "RAY_ADDRESS, this machine's."
+        help="Address of the cluster's dashboard, http://HOST:8265. Default: "
+        "RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else this machine."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
     address: Address = None,
     working_dir: Annotated[
-        Path, typer.Option(help="Folder that is sent, without runs, data and environments.")
+        Path,
+        typer.Option(help="Folder to upload; runs, data and virtual environments are left out."),
     ] = Path(),
     follow: Annotated[
-        bool, typer.Option("--follow", help="Print what it prints; end with its exit code.")
+        bool, typer.Option("--follow", help="Print the run's output; exit with its exit code.")
     ] = False,
     rehearse: Annotated[
         bool,
-        typer.Option(help="Rehearse PPO first, where it can be and this config was not."),
+        typer.Option(help="Rehearse PPO first, unless this config has been rehearsed already."),
     ] = True,
     retries: Annotated[
-        int, typer.Option(min=0, help="Submit again to go on where it fails; follows it.")
+        int,
+        typer.Option(
+            min=0, help="Submit a failed run again up to this many times; implies --follow."
+        ),
     ] = 0,
 ) -> None:
-    """Send a run to a cluster as a Ray job."""
+    """Submit a run to a cluster as a Ray job."""
     from rlhf_ray.jobs import server as job_server
     from rlhf_ray.jobs import submit as submission
 
@@ -54,7 +63,7 @@ def submit(
     submission.require_for_a_cluster(resolved)
     server = job_server.connect(address)
     job = submission.submit(resolved, server, working_dir, rehearse=rehearse)
-    typer.echo(f"Submitted {job.id}: rlhf-ray status {job.id}, rlhf-ray logs {job.id} --follow")
+    typer.echo(f"Submitted {job.id}\nWatch it with: rlhf-ray logs {job.id} --follow")
     if follow or retries:
         with _watching(job.id):
             code = submission.follow(
@@ -63,9 +72,9 @@ def submit(
         raise typer.Exit(code)
 
 
-@app.command("list")
+@app.command("list", rich_help_panel=PANEL)
 def list_runs(address: Address = None, as_json: AsJson = False) -> None:
-    """List the runs of a cluster."""
+    """List the runs on a cluster."""
     from rlhf_ray.jobs.server import connect
     from rlhf_ray.jobs.tables import list_table
 
@@ -76,26 +85,28 @@ def list_runs(address: Address = None, as_json: AsJson = False) -> None:
         _print(list_table(jobs))
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def status(run: RunName, address: Address = None, as_json: AsJson = False) -> None:
-    """Show how a run stands: stage, iteration, reward, KL, generators, ETA."""
+    """Show the state of a run: stage, iteration, reward, KL, generators, ETA."""
     from rlhf_ray.jobs.runs import find_run
     from rlhf_ray.jobs.tables import status_table
 
-    found = find_run(run, address).status()
+    current = find_run(run, address).status()
     if as_json:
-        _print_json(asdict(found))
+        _print_json(asdict(current))
     else:
-        _print(status_table(found))
+        _print(status_table(current))
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def logs(
     run: RunName,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Until the run ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Keep printing until the run ends.")
+    ] = False,
 ) -> None:
-    """Print what a run prints."""
+    """Print the output of a run."""
     from rlhf_ray.jobs.runs import find_run
 
     with _watching(run):
@@ -103,40 +114,44 @@ def logs(
             _write(text)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def stop(
     run: RunName,
     address: Address = None,
     now: Annotated[
-        bool, typer.Option("--now", help="At once; go on later from the last saved commit.")
+        bool,
+        typer.Option("--now", help="Stop at once; the run resumes from its last saved commit."),
     ] = False,
 ) -> None:
-    """End a run: PPO commits and saves the iteration that it is in; it can go on later."""
+    """Stop a run after the current iteration has been committed and saved.
+
+    A stopped run resumes when it is run or submitted again.
+    """
     from rlhf_ray.jobs.runs import find_run
 
     find_run(run, address).stop(now, typer.echo)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def scale(
     run: RunName,
-    generators: Annotated[int, typer.Option(min=1, help="How many there shall be.")],
+    generators: Annotated[int, typer.Option(min=1, help="New number of generators.")],
     address: Address = None,
 ) -> None:
-    """Change the number of generators while a run goes on."""
+    """Change the number of generators of a running run."""
     from rlhf_ray.jobs.runs import find_run
 
     find_run(run, address).scale(generators)
-    typer.echo(f"Asked for {generators} generators; rlhf-ray status {run} shows them come and go")
+    typer.echo(f"Requested {generators} generators. See them start or stop: rlhf-ray status {run}")
 
 
 @contextmanager
 def _watching(run: str) -> Iterator[None]:
-    """Whoever stops watching shall know that the run does not stop."""
+    """On Ctrl-C, say that the run itself continues."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"\nThe run goes on: rlhf-ray logs {run} --follow, rlhf-ray stop {run}")
+        typer.echo(f"\nThe run continues. Stop it with: rlhf-ray stop {run}")
         raise typer.Exit(0) from None
 
 
@@ -145,11 +160,11 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _print(table: Any) -> None:
+def _print(table: "Table") -> None:
     from rich.console import Console
 
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
 
 
-def _print_json(values: Any) -> None:
+def _print_json(values: object) -> None:
     typer.echo(json.dumps(values, indent=2))

@@ -1,4 +1,4 @@
-"""Commands that talk with a run's models."""
+"""Commands that use a run's models."""
 
 import sys
 from collections.abc import Iterator
@@ -18,22 +18,24 @@ from rlhf_ray.cli.arguments import (
 
 app = typer.Typer()
 
+PANEL = "Use the models"
 
-@app.command()
+
+@app.command(rich_help_panel=PANEL)
 def generate(
     config: ConfigPath,
     overrides: Overrides = None,
     model: ManyModels = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What a user says; repeatable. Default: held-out prompts."),
+        typer.Option(help="Prompt to answer; may be repeated. Default: held-out prompts."),
     ] = None,
-    num: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 4,
+    num: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 4,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Sample the run's language models on the same prompts, side by side."""
+    """Show the answers of a run's models to the same prompts, side by side."""
     from rlhf_ray.serving import generate as generate_stage
 
     rows = generate_stage.run(
@@ -54,7 +56,7 @@ def generate(
     Console().print(generate_stage.table(rows))
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def chat(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -62,7 +64,7 @@ def chat(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
 ) -> None:
-    """Talk with one of the run's language models in the terminal."""
+    """Chat with one of a run's models in the terminal."""
     from rlhf_ray.serving.chat import run as run_chat
 
     def write(text: str) -> None:
@@ -80,9 +82,9 @@ def chat(
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines as they are typed, with editing and history on a terminal; ends with the input."""
+    """Yield typed lines until the input ends, with editing and history on a terminal."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (makes input() edit and remember)
+        import readline  # noqa: F401  (gives input() line editing and history)
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
@@ -90,20 +92,20 @@ def _typed_lines() -> Iterator[str]:
             return
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def serve(
     config: ConfigPath,
     overrides: Overrides = None,
     model: ManyModels = None,
     further: Annotated[
         list[str] | None,
-        typer.Option("--vllm", help="Further argument of vllm serve, e.g. --vllm=--port=8001."),
+        typer.Option("--vllm", help="Argument for `vllm serve`, such as --vllm=--port=8001."),
     ] = None,
     print_only: Annotated[
-        bool, typer.Option("--print-only", help="Print the command; do not run it.")
+        bool, typer.Option("--print-only", help="Print the command without running it.")
     ] = False,
 ) -> None:
-    """Serve the run's language models through vLLM's OpenAI-compatible server."""
+    """Serve a run's models through vLLM's OpenAI-compatible server."""
     from rlhf_ray.serving import serve as serve_stage
 
     arguments = serve_stage.command(read_config(config, overrides), model or [], further or [])

@@ -129,7 +129,11 @@ class TestConfig:
 
     def test_no_file(self, refused: Refused, tmp_path: Path) -> None:
         refused("run", tmp_path / "no.yaml", says=r"Config file .*no\.yaml does not exist; name a")
-        refused("run", tmp_path, says="is no run: it has no config.yaml; name a YAML file")
+        refused(
+            "run",
+            tmp_path,
+            says="is not the folder of a run: it has no config.yaml. Name a YAML file",
+        )
 
 
 class TestModel:

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from rlhf_ray import cli
 from rlhf_ray.cli.arguments import read_config
 from rlhf_ray.doctor import preflight
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.version import __version__
 
 JOBS = ("submit", "list", "status", "logs", "stop", "scale")
 HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "deepspeed", "matplotlib")
@@ -46,6 +48,26 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         assert f" {command} " in out
     for command in ("export", "generate", "chat", "serve", "plan", "report", "doctor", "schema"):
         assert f" {command} " in out
+
+
+def test_version_is_printed_by_the_installed_command_and_by_the_module() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).output == f"rlhf-ray {__version__}\n"
+    code = (
+        "import runpy, sys; sys.argv = ['rlhf_ray', '--version']\n"
+        "try: runpy.run_module('rlhf_ray', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+    )
+    assert python(code) == f"rlhf-ray {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [command.name for command in get_command(cli.app).commands.values()]
+)
+def test_each_command_explains_itself_and_its_options(command: str) -> None:
+    described = get_command(cli.app).commands[command]
+    assert described.help
+    assert all(option.help for option in described.params), [o.name for o in described.params]
+    assert CliRunner().invoke(cli.app, [command, "-h"]).exit_code == 0
 
 
 def test_a_config_is_read_without_anything_heavy() -> None:
@@ -122,7 +144,7 @@ def test_schema_is_json_and_describes_every_key() -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is no run: it has no config\.yaml"):
+    with pytest.raises(ConfigError, match=r"is not the folder of a run: it has no config\.yaml"):
         read_config(tmp_path, None)
 
 
@@ -156,4 +178,4 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(
         cli.main()
     signal.signal(signal.SIGTERM, before)
     assert end.value.code == 130
-    assert "what was committed is kept" in capsys.readouterr().err
+    assert "What was committed is kept" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_runs_are_listed_and_shown(client: FakeJobClient) -> None:
 
 def test_runs_are_scaled_and_stopped(client: FakeJobClient) -> None:
     at = ("--address", "http://head:8265")
-    assert "Asked for 3 generators" in command("scale", "mine", "--generators", "3", *at)
+    assert "Requested 3 generators" in command("scale", "mine", "--generators", "3", *at)
     assert "Ended at once" in command("stop", "mine", "--now", *at)
     assert client.asked == ["mine-1", "mine-1 --generators 3"]
     assert client.stopped == ["mine-1"]
@@ -66,12 +66,12 @@ def test_a_followed_run_gives_its_exit_code(client: FakeJobClient, tmp_path: Pat
     assert "Submitted new-" in result.output
 
 
-def test_who_stops_watching_does_not_stop_the_run(
+def test_ctrl_c_while_watching_does_not_stop_the_run(
     client: FakeJobClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: JobServer, job: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(JobServer, "follow", interrupted)
-    assert "The run goes on" in command("logs", "mine", "--follow", "--address", "http://head:1")
+    assert "The run continues" in command("logs", "mine", "--follow", "--address", "http://head:1")
     assert client.stopped == []
