@@ -13,7 +13,7 @@ import typer
 from rlhf_ray.cli.arguments import ConfigPath, Overrides, read_config
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 app = typer.Typer()
 
@@ -160,7 +160,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _print(table: "Table") -> None:
+def _print(table: "RenderableType") -> None:
     from rich.console import Console
 
     Console(soft_wrap=not sys.stdout.isatty()).print(table)

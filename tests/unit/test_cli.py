@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,12 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         "except SystemExit as end: assert not end.code, end.code\n"
         f"print('LOADED', [name for name in {HEAVY} if name in sys.modules])"
     )
-    started = time.perf_counter()
+    before = os.times()
     out = python(code)
-    assert time.perf_counter() - started < 3.0  # under a second on an idle machine
+    after = os.times()
+    # Processor time, because other tests may run beside this one.
+    used_s = sum(after[2:4]) - sum(before[2:4])
+    assert used_s < 2.0  # 0.7 s on an idle machine
     assert "LOADED []" in out
     for command in ("run", "prepare", "pretrain", "sft", "reward", "ppo", "evaluate", "merge"):
         assert f" {command} " in out
