@@ -10,8 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from actors.learner import Learner
-from rlhf_ray.algorithms.assembly import Assembled
-from rlhf_ray.algorithms.experience import Experience, response_logits
+from rlhf_ray.algorithms.experience import Assembled, Experience, response_logits
 from rlhf_ray.algorithms.losses import value_loss
 from rlhf_ray.models.adapters import (
     adapter_state,

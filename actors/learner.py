@@ -10,10 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.assembly import Assembled, Assembler, Collected
-from rlhf_ray.algorithms.batching import micro_batches
-from rlhf_ray.algorithms.estimators import resolve
-from rlhf_ray.algorithms.experience import Experience
+from rlhf_ray.algorithms.advantages import resolve
+from rlhf_ray.algorithms.experience import (
+    Assembled,
+    Assembler,
+    Collected,
+    Experience,
+    micro_batches,
+)
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config

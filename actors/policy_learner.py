@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from actors.learner import EngineKind, Learner, Tally
-from rlhf_ray.algorithms.assembly import Assembled
 from rlhf_ray.algorithms.correction import truncated_importance_weights
-from rlhf_ray.algorithms.experience import Experience
+from rlhf_ray.algorithms.experience import Assembled, Experience
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.losses import resolve_policy_loss
-from rlhf_ray.algorithms.masking import masked_sum, zero_padding
-from rlhf_ray.algorithms.whitening import masked_mean, whiten
+from rlhf_ray.algorithms.whitening import masked_mean, masked_sum, whiten, zero_padding
 from rlhf_ray.config import Config
 from rlhf_ray.models.adapters import (
     TensorDict,

@@ -7,8 +7,8 @@ from typing import Any
 from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import ActorFailure
-from rlhf_ray.generators.idle_times import IdleTimes
 from rlhf_ray.generators.pool import GeneratorPool
+from rlhf_ray.generators.queue import IdleTimes
 from rlhf_ray.types import (
     AdapterUpdate,
     Prompt,

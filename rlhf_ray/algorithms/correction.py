@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.masking import require_same_shape, zero_padding
+from rlhf_ray.algorithms.whitening import require_same_shape, zero_padding
 
 
 def truncated_importance_weights(

@@ -1,7 +1,93 @@
-"""Log-probabilities and entropy of a language model's next-token distribution."""
+"""The distribution that next tokens are drawn from: its logits, log-probabilities and entropy."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRule:
+    """What tokens are drawn; log-probs are those of the distribution that it makes."""
+
+    temperature: float = 1.0
+    """Divides the logits, > 0."""
+    top_k: int = 0
+    """Only this many of the likeliest tokens, and those that tie with the last; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that hold this share of the probability, at least one; 1: all."""
+    min_tokens: int = 0
+    """Response tokens that must be there before a stop token is drawn."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a response, and belong to it."""
+
+    def __post_init__(self) -> None:
+        can_draw = self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1
+        if not (can_draw and self.min_tokens >= 0):
+            raise ValueError(
+                f"no way to draw tokens: {self}; temperature must be > 0 (greedy decoding has no "
+                "ratio), top_k and min_tokens >= 0, top_p in (0, 1]"
+            )
+
+    def logits(
+        self,
+        logits_BTV: Tensor,
+        tokens_BT: Tensor | None = None,
+        steps_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Logits whose softmax is the distribution that tokens are drawn from.
+
+        Stop tokens that come too early go first, then temperature, top-k, and top-p among what
+        top-k left: the order of vLLM, whose log-probs these must equal. The given tokens are kept
+        by top-k and top-p in any case. They were drawn, but a policy that has moved on, or the
+        reference, may not count them among its likeliest: their log-prob stays finite, and a ratio
+        that fell has a gradient. An early stop token is never drawn by anyone: its log-prob is
+        -inf.
+
+        Args:
+            logits_BTV: of the model, any floating dtype, any number of leading dimensions.
+            tokens_BT: token ids to keep, one a position.
+            steps_BT: response tokens before each position, or what broadcasts to that; needed
+                with ``min_tokens``.
+
+        Returns:
+            fp32 `_BTV`, -inf on tokens that are never drawn; differentiable in the others.
+
+        Raises:
+            ValueError: positions are not given where the distribution depends on them.
+        """
+        scaled_BTV = self._without_early_stops(logits_BTV.float(), steps_BT)
+        if self.temperature != 1.0:
+            scaled_BTV = scaled_BTV / self.temperature
+        if self.top_k == 0 and self.top_p == 1:
+            return scaled_BTV
+        kept_BTV = self._kept(scaled_BTV.detach())
+        if tokens_BT is not None:
+            kept_BTV = kept_BTV.scatter(-1, tokens_BT.unsqueeze(-1), True)
+        return scaled_BTV.masked_fill(~kept_BTV, -torch.inf)
+
+    def _without_early_stops(self, logits_BTV: Tensor, steps_BT: Tensor | None) -> Tensor:
+        if self.min_tokens == 0:
+            return logits_BTV
+        if steps_BT is None:
+            raise ValueError(f"min_tokens {self.min_tokens} needs the place of each token")
+        is_stop_V = torch.zeros(logits_BTV.shape[-1], dtype=torch.bool, device=logits_BTV.device)
+        is_stop_V[list(self.stop_token_ids)] = True
+        is_early_BT1 = (steps_BT < self.min_tokens).unsqueeze(-1)
+        return logits_BTV.masked_fill(is_early_BT1 & is_stop_V, -torch.inf)
+
+    def _kept(self, scaled_BTV: Tensor) -> Tensor:
+        if 0 < self.top_k < scaled_BTV.shape[-1]:
+            last_BT1 = scaled_BTV.topk(self.top_k, dim=-1).values[..., -1:]
+            scaled_BTV = scaled_BTV.masked_fill(scaled_BTV < last_BT1, -torch.inf)
+        kept_BTV = scaled_BTV > -torch.inf
+        if self.top_p < 1:
+            ascending_BTV, order_BTV = scaled_BTV.sort(dim=-1)
+            tail_BTV = ascending_BTV.softmax(dim=-1).cumsum(dim=-1)
+            dropped_BTV = tail_BTV <= 1 - self.top_p
+            dropped_BTV[..., -1] = False
+            kept_BTV &= ~torch.empty_like(dropped_BTV).scatter(-1, order_BTV, dropped_BTV)
+        return kept_BTV
 
 
 def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float = 1.0) -> Tensor:

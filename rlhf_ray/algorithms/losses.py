@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_ray.algorithms.masking import count, masked_sum, require_same_shape, zero_padding
-from rlhf_ray.algorithms.whitening import masked_mean
+from rlhf_ray.algorithms.whitening import (
+    count,
+    masked_mean,
+    masked_sum,
+    require_same_shape,
+    zero_padding,
+)
 from rlhf_ray.plugins import load_function
 
 Stats = dict[str, Tensor]

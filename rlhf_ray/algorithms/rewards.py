@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.masking import require_same_shape, zero_padding
+from rlhf_ray.algorithms.whitening import require_same_shape, zero_padding
 
 ScorePosition = Literal["last_token", "first_pad"]
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from rlhf_ray.cluster.workers import Worker
+from rlhf_ray.cluster.role_clients import Worker
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.types import Handle
 

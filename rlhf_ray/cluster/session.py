@@ -15,7 +15,7 @@ from ray._private import ray_constants
 
 from rlhf_ray.cluster.actor_logs import show_warnings
 from rlhf_ray.cluster.orphans import ProcessRecord, sweep
-from rlhf_ray.cluster.workers import LOOPBACK
+from rlhf_ray.cluster.role_clients import LOOPBACK
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.observability.progress import Progress

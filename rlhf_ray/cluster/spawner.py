@@ -10,8 +10,8 @@ from typing import Any
 
 from rlhf_ray.cluster.colocation import SIDES, Turns, TurnWorker
 from rlhf_ray.cluster.ray_workers import RayWorker, ask_for_room, fetch, kill, spawn
+from rlhf_ray.cluster.role_clients import InlineWorker, OnCall, Worker
 from rlhf_ray.cluster.session import joins_cluster, runs_on_ray
-from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.placement.layout import Demand

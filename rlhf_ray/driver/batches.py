@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_ray.types import Prompt, SampleRequest, ShardRequest
+from rlhf_ray.errors import RlhfError
+from rlhf_ray.types import Prompt, SampleRequest, ScoredShard, ShardRequest, StepReport
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -58,3 +59,40 @@ def shard_requests(
         ShardRequest(index, tuple(samples[first : first + shard_size]), version)
         for index, first in enumerate(range(0, len(samples), shard_size))
     ]
+
+
+def num_rollouts(batch: Sequence[ScoredShard]) -> int:
+    """Samples of a batch."""
+    return sum(len(scored.shard.info.positions) for scored in batch)
+
+
+def require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -> None:
+    """A sample is never lost or learnt twice, and each is of the current policy.
+
+    Raises:
+        RlhfError: a sample is missing, there twice, or of another version.
+    """
+    positions = sorted(position for scored in batch for position in scored.shard.info.positions)
+    if positions != list(range(batch_size)):
+        raise RlhfError(
+            f"The batch holds {len(positions)} samples ({len(set(positions))} distinct) where "
+            f"{batch_size} were asked for: a shard was lost or came twice"
+        )
+    stale = {v for scored in batch for v in scored.shard.info.versions} - {version}
+    if stale:
+        raise RlhfError(
+            f"The batch holds samples of versions {sorted(stale)}, {version} is current"
+        )
+
+
+def require_all_learnt(report: StepReport, num_samples: int) -> None:
+    """Every sample is learnt once.
+
+    Raises:
+        RlhfError: a group learnt fewer, or more.
+    """
+    if report.samples_learnt != num_samples:
+        raise RlhfError(
+            f"A learner group learnt {report.samples_learnt} of the {num_samples} samples that "
+            "were generated: its ranks did not share the batch out once"
+        )

@@ -8,13 +8,53 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import CheckpointError
+
+PlainMoments = Mapping[str, Sequence[float]]
+"""Source -> count, sum, sum of squares of its raw scores so far."""
+Losses = Mapping[str, Sequence[float]]
+"""Watched metric -> its absolute values in the latest iterations."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a commit holds besides the learners."""
+
+    iteration: int = 0
+    """Iterations done."""
+    version: int = 0
+    """Adapter version."""
+    prompts_drawn: int = 0
+    """Data cursor: prompts learnt from or set aside."""
+    samples_generated: int = 0
+    """Rollouts that came from generators and belong to a batch."""
+    samples_learnt: int = 0
+    """Rollouts that were learnt from."""
+    samples_set_aside: int = 0
+    """Rollouts whose learning was rolled back."""
+    samples_requeued: int = 0
+    """Rollouts that were handed back by a generator and sampled again."""
+    generator_restarts: int = 0
+    """Generators that were started anew."""
+    kl_coef: float = 0.0
+    """Coefficient of the next iteration."""
+    gap_bound: float | None = None
+    """Bound on the sampler gap, once calibrated."""
+    reward_moments: PlainMoments = field(default_factory=dict)
+    """Running moments of the reward sources that are scaled by them."""
+    losses: Losses = field(default_factory=dict)
+    """Latest losses and gradient norms, by which a spike is known."""
+    rollbacks_in_a_row: int = 0
+    """Iterations up to this one that were rolled back."""
+    best_score: float | None = None
+    """Best held-out score so far."""
+
 
 STATE = "state.json"
 GROUPS = ("policy", "critic")

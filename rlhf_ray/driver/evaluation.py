@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.driver.batches import sample_requests, shard_requests
-from rlhf_ray.driver.scoring import mean_score
+from rlhf_ray.driver.metrics import mean_score
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.roles import Roles
 from rlhf_ray.types import Prompt, Shard

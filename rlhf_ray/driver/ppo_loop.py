@@ -17,25 +17,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rlhf_ray.algorithms.estimators import resolve
+from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.kl_controller import AdaptiveKL, FixedKL, KLController
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
-from rlhf_ray.driver.batches import PromptCursor, sample_requests, shard_requests
-from rlhf_ray.driver.checkpoint import Checkpoints
-from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.guards.detectors import remembered
-from rlhf_ray.driver.guards.mismatch import (
-    SamplerGapGuard,
+from rlhf_ray.driver.batches import (
+    PromptCursor,
     num_rollouts,
     require_all_learnt,
     require_whole,
+    sample_requests,
+    shard_requests,
 )
-from rlhf_ray.driver.guards.response import Watch
-from rlhf_ray.driver.metrics import generator_metrics, iteration_metrics, pace_metrics, run_summary
+from rlhf_ray.driver.checkpoint import Checkpoints, RunState
+from rlhf_ray.driver.evaluation import Evaluator
+from rlhf_ray.driver.guards import SamplerGapGuard, Watch, remembered
+from rlhf_ray.driver.metrics import (
+    generator_metrics,
+    iteration_metrics,
+    pace_metrics,
+    run_summary,
+    with_scores,
+)
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.driver.run_state import RunState
-from rlhf_ray.driver.scoring import with_scores
 from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums

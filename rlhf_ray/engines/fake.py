@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.adapters import digest, tensors_from_bytes

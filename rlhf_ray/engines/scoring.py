@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.batching import micro_batches
-from rlhf_ray.algorithms.experience import pad
+from rlhf_ray.algorithms.experience import micro_batches, pad
 from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import (
     ClassifierSourceConfig,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError

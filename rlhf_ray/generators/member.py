@@ -1,12 +1,41 @@
 """One generator of a pool, and who starts and ends its process."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from rlhf_ray.generators.state_machine import Life
 from rlhf_ray.roles import Generator
-from rlhf_ray.types import AdapterUpdate, GeneratorStatus
+from rlhf_ray.types import AdapterUpdate, GeneratorState, GeneratorStatus
+
+FOLLOWERS: Mapping[GeneratorState, frozenset[GeneratorState]] = {
+    "starting": frozenset({"stale", "suspect", "retired"}),
+    "stale": frozenset({"ready", "suspect", "retired"}),
+    "ready": frozenset({"stale", "suspect", "retired"}),
+    "suspect": frozenset({"dead", "retired"}),
+    "dead": frozenset({"restarting", "retired"}),
+    "restarting": frozenset({"starting", "retired"}),
+    "retired": frozenset(),
+}
+"""State -> the states that may come next."""
+
+
+class Life:
+    """Where one generator is in its life; a new one is starting."""
+
+    def __init__(self) -> None:
+        self.state: GeneratorState = "starting"
+
+    def to(self, state: GeneratorState) -> None:
+        """Go on.
+
+        Raises:
+            RuntimeError: this state does not follow the one before.
+        """
+        if state not in FOLLOWERS[self.state]:
+            raise RuntimeError(f"A generator that is {self.state} cannot become {state}")
+        self.state = state
+
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 """Before a generator is started anew; twice as long after each failure without a shard between."""

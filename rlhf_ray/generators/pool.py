@@ -20,9 +20,8 @@ from typing import Any, Generic
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError, WeightSyncError
 from rlhf_ray.generators.autoscale import next_target
-from rlhf_ray.generators.idle_times import NOTHING_YET, IdleTimes
 from rlhf_ray.generators.member import FIRST_WAIT_S, Factory, GeneratorT, Member
-from rlhf_ray.generators.queue import Batch
+from rlhf_ray.generators.queue import NOTHING_YET, Batch, IdleTimes
 from rlhf_ray.roles import Generator, Proof
 from rlhf_ray.types import (
     AdapterUpdate,
@@ -126,8 +125,9 @@ class GeneratorPool(Generic[GeneratorT]):
         self._factory.make_room(num)
         for _ in range(num - len(wanted)):
             self._add()
-        # Of equally easy ones the newest leaves.
-        easiest_first = sorted(wanted[::-1], key=lambda m: (m.life.state == "ready", m.load))
+        # Of equally easy ones the newest leaves: sorting is stable.
+        newest_first = wanted[::-1]
+        easiest_first = sorted(newest_first, key=lambda m: (m.life.state == "ready", m.load))
         for member in easiest_first[: max(0, len(wanted) - num)]:
             self._change(member, "retired", self._leave(member))
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.types import FinishReason
 
 Decode = Callable[[Sequence[int]], str]

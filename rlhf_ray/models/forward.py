@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.batching import micro_batches
-from rlhf_ray.algorithms.experience import pad, response_logits
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.experience import micro_batches, pad, response_logits
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.models.heads import position_ids
 from rlhf_ray.models.token_logprobs import chunked_logprobs

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_ray.algorithms.experience import response_logits
-from rlhf_ray.algorithms.logprobs import entropy, token_logprobs
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule, entropy, token_logprobs
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.heads import position_ids
 

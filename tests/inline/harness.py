@@ -10,15 +10,13 @@ from typing import Any
 from fakes import Events, FakeCritic, FakePolicy, FakeReference, FakeScorer, Tokenizer
 
 from actors.generator import Generator
-from rlhf_ray.cluster.role_clients import GeneratorClient
-from rlhf_ray.cluster.workers import InlineWorker
+from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.batches import PromptCursor
-from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
+from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.ppo_loop import PpoLoop
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.generators.pool import GeneratorPool

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from harness import Harness, make_config
 
-from rlhf_ray.driver.run_state import RunState
+from rlhf_ray.driver.checkpoint import RunState
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.generators.pool import GeneratorPool

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.vllm.engine import VllmEngine
 from rlhf_ray.models.ending import Ending
 from rlhf_ray.types import AdapterUpdate, ServedAdapter

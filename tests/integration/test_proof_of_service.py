@@ -20,10 +20,9 @@ from transformers import GenerationConfig
 
 from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
-from rlhf_ray.cluster.role_clients import GeneratorClient, PolicyClient
-from rlhf_ray.cluster.workers import InlineWorker
+from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker, PolicyClient
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.driver.guards.mismatch import SamplerGapGuard
+from rlhf_ray.driver.guards import SamplerGapGuard
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
 from rlhf_ray.engines.vllm.engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError

@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError

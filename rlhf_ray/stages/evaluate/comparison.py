@@ -10,7 +10,7 @@ import numpy as np
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.data.datasets.instruction_checks import passes
 from rlhf_ray.data.datasets.instructions import Instruction
-from rlhf_ray.driver.scoring import mean_score
+from rlhf_ray.driver.metrics import mean_score
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.judge_pairs import Pair, PairJudge

@@ -10,13 +10,13 @@ from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
 from rlhf_ray.cluster.role_clients import (
     CriticClient,
+    OnCall,
     PolicyBaseClient,
     PolicyClient,
     ReferenceClient,
     ScorerClient,
 )
 from rlhf_ray.cluster.spawner import RoleSpawner
-from rlhf_ray.cluster.workers import OnCall
 from rlhf_ray.config import Config
 from rlhf_ray.engines.scoring import reward_sources
 from rlhf_ray.placement.layout import demands

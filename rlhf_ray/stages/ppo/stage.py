@@ -7,14 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.algorithms.estimators import resolve
+from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import PromptCursor
-from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
+from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.ppo_loop import PpoLoop
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.driver.run_state import RunState
 from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders

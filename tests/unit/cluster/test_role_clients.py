@@ -8,13 +8,13 @@ import pytest
 from rlhf_ray.cluster.role_clients import (
     CriticClient,
     GeneratorClient,
+    InlineWorker,
     PolicyBaseClient,
     PolicyClient,
     ReferenceClient,
     ScorerClient,
     merge_reports,
 )
-from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,

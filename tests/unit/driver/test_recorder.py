@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_ray.config.trackers import TrackersConfig
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.generators.idle_times import NOTHING_YET
+from rlhf_ray.generators.queue import NOTHING_YET
 from rlhf_ray.observability.tracing import Tracer, read_spans
 from rlhf_ray.types import GeneratorsReport
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine, adapted_logits
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.adapters import digest, tensors_to_bytes

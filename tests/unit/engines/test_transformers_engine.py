@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.transformers_engine import TransformersEngine, TransformersSettings

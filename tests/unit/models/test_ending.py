@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.models.ending import Ending
 
 PIECES = ("</s>", "one", " two", "\n", "\nQ", "uestion", ":", "\n\n")

@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from rlhf_ray.algorithms.experience import response_logits
-from rlhf_ray.algorithms.logprobs import entropy, token_logprobs
-from rlhf_ray.algorithms.sampling import SamplingRule
+from rlhf_ray.algorithms.logprobs import SamplingRule, entropy, token_logprobs
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import token_logprobs as module

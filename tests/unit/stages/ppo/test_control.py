@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from rlhf_ray.driver.run_state import RunState
-from rlhf_ray.generators.idle_times import NOTHING_YET
+from rlhf_ray.driver.checkpoint import RunState
+from rlhf_ray.generators.queue import NOTHING_YET
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.runs.control import ControlFiles
 from rlhf_ray.stages.ppo import control as ppo_control

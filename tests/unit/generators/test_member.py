@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from rlhf_ray.generators.state_machine import FOLLOWERS, Life
+from rlhf_ray.generators.member import FOLLOWERS, Life
 from rlhf_ray.types import GeneratorState
 
 STATES: tuple[GeneratorState, ...] = get_args(GeneratorState)

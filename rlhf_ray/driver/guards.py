@@ -13,6 +13,11 @@ from rlhf_ray.config.guards import (
     RatioGuard,
     RepetitionGuard,
 )
+from rlhf_ray.driver.checkpoint import Losses
+from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.errors import DivergenceError, WeightSyncError
+from rlhf_ray.observability.progress import Progress
+from rlhf_ray.types import ScoredShard
 
 GUARDS = ("repetition", "negative_kl", "ratio", "loss_spike", "prompt_reuse")
 WATCHED = ("loss/policy_avg", "policy/grad_norm", "loss/value_avg", "val/grad_norm")
@@ -21,8 +26,6 @@ MIN_HISTORY = 5
 """Iterations that a median needs."""
 
 Metrics = Mapping[str, float]
-Losses = Mapping[str, Sequence[float]]
-"""Watched metric -> its absolute values in the latest iterations, as a commit keeps them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +158,134 @@ def _jump(name: str, guard: LossSpikeGuard, metrics: Metrics, losses: Losses) ->
 
 def _picked(metrics: Metrics, names: Sequence[str]) -> dict[str, float]:
     return {name: metrics[name] for name in names}
+
+
+CALIBRATION_FACTOR = 10.0
+FLOOR, CEILING = 1e-4, 0.01
+"""Nats a token between which the bound lies where engine and learner hold equal fp32 weights."""
+ROUNDED_FLOOR, ROUNDED_CEILING = 0.02, 0.1
+"""The same where one of them rounds or quantises its weights."""
+
+
+class SamplerGapGuard:
+    """Bounds |engine's - learner's log-prob| of every shard.
+
+    The first batch, sampled right after the proof of service, sets the bound: ten times its mean
+    gap, no lower than rounding can reach, no higher than a wrong adapter or temperature would.
+    """
+
+    def __init__(self, engine_is_exact: bool, bound: float | None = None) -> None:
+        """Args: `Config.engine_is_exact`; a bound that is set already, nats a token."""
+        self._floor = FLOOR if engine_is_exact else ROUNDED_FLOOR
+        self._ceiling = CEILING if engine_is_exact else ROUNDED_CEILING
+        self.bound = bound
+
+    def check(self, batch: Sequence[ScoredShard]) -> None:
+        """Pass or refuse a batch.
+
+        Raises:
+            WeightSyncError: a shard was sampled by something else than the learner's policy.
+        """
+        if self.bound is None:
+            tokens = sum(shard.gap.num_tokens for shard in batch)
+            mean = sum(shard.gap.mean * shard.gap.num_tokens for shard in batch) / tokens
+            self.bound = min(max(CALIBRATION_FACTOR * mean, self._floor), self._ceiling)
+        for scored in batch:
+            if not scored.gap.mean <= self.bound:
+                info = scored.shard.info
+                raise WeightSyncError(
+                    f"Shard {info.index} (version {info.versions[0]}): engine and learner differ "
+                    f"by {scored.gap.mean:.2g} nats a token, the bound is {self.bound:.2g}. The "
+                    "generator does not sample from the policy: wrong adapter, base or temperature"
+                )
+
+
+def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
+    """Stop before a broken state is committed.
+
+    Raises:
+        DivergenceError: a loss or gradient norm is NaN or infinite.
+    """
+    broken = [
+        name
+        for name, value in metrics.items()
+        if name.startswith("loss/") or name.endswith("/grad_norm")
+        if not math.isfinite(value)
+    ]
+    if broken:
+        raise DivergenceError(
+            f"Iteration {iteration}: {', '.join(broken)} not finite. The last commit is whole; "
+            "lower ppo.learning_rate or critic.learning_rate, or raise ppo.kl_coef, and go on"
+        )
+
+
+class Watch:
+    """The guards of a run."""
+
+    def __init__(self, guards: GuardsConfig, recorder: Recorder) -> None:
+        self._guards = guards
+        self._recorder = recorder
+        self._last_told: dict[str, int] = {}
+
+    def check_prompts(self, num_drawn: int, num_prompts: int) -> None:
+        """Warn once of a run that passes over its prompts more than once.
+
+        Args:
+            num_drawn: prompts that the whole run draws.
+            num_prompts: prompts that there are.
+        """
+        alarm = prompt_reuse(num_drawn, num_prompts)
+        known = any(record["guard"] == "prompt_reuse" for record in self._recorder.warnings())
+        if alarm is not None and not known:
+            self._warn(0, alarm)
+
+    def asks_to_go_back(
+        self, iteration: int, metrics: Mapping[str, float], losses: Losses, num_rollbacks: int
+    ) -> bool:
+        """Whether an iteration that was learnt must not be committed.
+
+        Args:
+            iteration: its number.
+            metrics: what it came to.
+            losses: what its losses are compared with.
+            num_rollbacks: iterations right before it that were not committed.
+
+        Raises:
+            DivergenceError: a guard stops the run.
+        """
+        spike = self._guards.loss_spike
+        if spike.action != "rollback":
+            refuse_non_finite(metrics, iteration)
+        found = alarms(self._guards, metrics, losses)
+        for alarm in found:
+            self._warn(iteration, alarm)
+            if alarm.action == "stop":
+                raise DivergenceError(
+                    f"Iteration {iteration}: {alarm.text}. It was not committed; to go on from "
+                    f"the last commit whatever comes, set guards.{alarm.guard}.action=warn"
+                )
+        spikes = [alarm for alarm in found if alarm.action == "rollback"]
+        if spikes and num_rollbacks >= spike.max_in_a_row:
+            raise DivergenceError(
+                f"Iteration {iteration}: {spikes[0].text}. It is the iteration after "
+                f"{num_rollbacks} that were rolled back already (guards.loss_spike.max_in_a_row): "
+                "other prompts do not help"
+            )
+        return bool(spikes)
+
+    def _warn(self, iteration: int, alarm: Alarm) -> None:
+        self._recorder.warning(
+            {
+                "iteration": iteration,
+                "guard": alarm.guard,
+                "action": alarm.action,
+                "numbers": alarm.numbers,
+                "text": alarm.text,
+            }
+        )
+        last = self._last_told.get(alarm.guard)
+        if last is None or iteration - last >= self._guards.remind_every:
+            self._last_told[alarm.guard] = iteration
+            where = f"ppo, iteration {iteration}" if iteration else "ppo"
+            # A Progress made now prints above a bar that is being shown.
+            Progress().say(f"Warning: {where}, {alarm.guard}: {alarm.text}")
