@@ -9,6 +9,7 @@ import typer
 
 from rlhf_ray.cli.arguments import ConfigPath, OneModel, Overrides, read_config
 from rlhf_ray.config import Config
+from rlhf_ray.config.stages import STAGES
 
 app = typer.Typer()
 
@@ -61,16 +62,9 @@ def _stage_command(stage: str) -> Callable[..., None]:
     return command
 
 
-for _stage, _help in {
-    "prepare": "Turn a Stack Exchange dump into disjoint sets.",
-    "pretrain": "Train a causal language model on packed text.",
-    "sft": "Fine-tune on questions and answers, with LoRA, then merge.",
-    "reward": "Train the pairwise reward model.",
-    "dpo": "Train the policy on pairs directly, without a reward model.",
-    "ppo": "Train the policy by PPO; goes on from its last commit.",
-    "evaluate": "Compare SFT and PPO on held-out questions.",
-}.items():
-    app.command(_stage, help=_help)(_stage_command(_stage))
+for _name, _stage in STAGES.items():
+    if _name != "report":  # its command also draws the report of a run that is going on
+        app.command(_name, help=_stage.does)(_stage_command(_name))
 
 
 @app.command()

@@ -8,24 +8,7 @@ from pydantic.fields import FieldInfo
 
 from rlhf_ray.config.load import sections_of
 from rlhf_ray.config.root import Config
-
-READ_BY: Mapping[str, tuple[str, ...]] = {
-    "run": ("prepare", "pretrain", "sft", "reward", "dpo", "ppo"),
-    "model": ("pretrain", "sft", "reward", "dpo", "ppo"),
-    "prepare": ("prepare",),
-    "template": ("pretrain", "sft", "reward", "dpo", "ppo"),
-    "pretrain": ("pretrain",),
-    "sft": ("sft", "reward", "dpo", "ppo"),
-    "reward": ("reward", "ppo"),
-    "dpo": ("dpo",),
-    "rewards": ("ppo",),
-    "lora": ("ppo",),
-    "critic": ("ppo",),
-    "ppo": ("ppo",),
-    "rollout": ("ppo",),
-    "data": ("pretrain", "sft", "reward", "dpo", "ppo"),
-}
-"""Section -> stages that read it; a change matters once one of them has begun."""
+from rlhf_ray.config.stages import STAGES
 
 
 def differences(
@@ -39,10 +22,10 @@ def differences(
         begun: stages that have begun.
     """
     now = config.model_dump(mode="json")
+    sections = {section for stage in begun for section in STAGES[stage].sections}
     odd = []
     for key in fixed_keys(Config):
-        section = key.partition(".")[0]
-        if not set(READ_BY.get(section, ())) & set(begun):
+        if key.partition(".")[0] not in sections:
             continue
         old, new = (_fixed_part(key, _look_up(values, key)) for values in (saved, now))
         if old != new:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import chain
 
+from rlhf_ray.config import stages
+
 SUPERVISED = "TRL supervised"
 """Heading of the names that TRL's supervised trainers use; the other headings are systems."""
-
-_STAGES = ("pretrain", "sft", "reward", "dpo")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def markdown() -> str:
         "",
         "Generated from `rlhf_ray/config/key_aliases.txt` by `scripts/docs.sh`. A config that uses",
         "one of their names is refused with the hint in this table. What our keys mean:",
-        "[config.md](config.md); STAGE is `pretrain`, `sft`, `reward` or `dpo`.",
+        f"[config.md](config.md); STAGE is one of {', '.join(stages.SUPERVISED)}.",
     ]
     by_system: dict[str, list[KeyAlias]] = {}
     for alias in chain.from_iterable(aliases().values()):
@@ -95,7 +95,7 @@ def _leaves(key: str, value: object) -> Iterator[str]:
 def _matches(key: str) -> list[KeyAlias]:
     """Aliases of the whole key, else of its last part: their keys may stand in our sections."""
     section, _, leaf = key.rpartition(".")
-    if section in _STAGES:
+    if section in stages.SUPERVISED:
         return [row.for_stage(section) for row in aliases()[SUPERVISED] if row.name == leaf]
     systems = [row for heading, rows in aliases().items() if heading != SUPERVISED for row in rows]
     return next(

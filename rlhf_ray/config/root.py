@@ -27,6 +27,7 @@ from rlhf_ray.config.rewards import (
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig, RolloutConfig
 from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section
+from rlhf_ray.config.stages import SUPERVISED
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
 from rlhf_ray.config.template import TemplateConfig
 from rlhf_ray.config.trackers import TrackersConfig
@@ -115,6 +116,10 @@ class Config(Section):
         """Whether the advantage needs values; a function of the user's own is taken to."""
         return self.ppo.advantage not in WITHOUT_CRITIC
 
+    def external_model(self, stage: str) -> str | None:
+        """The finished model that stands in for a stage (sft.path, reward.path)."""
+        return getattr(getattr(self, stage, None), "path", None)
+
     @field_validator("rewards")
     @classmethod
     def _names_differ(cls, sources: list[RewardSourceConfig]) -> list[RewardSourceConfig]:
@@ -161,7 +166,7 @@ class Config(Section):
             _require_divisible(
                 "ppo.mini_batch_size", ppo.mini_batch_size, f"{role}.num_ranks", group.num_ranks
             )
-        for name in ("pretrain", "sft", "reward", "dpo"):
+        for name in SUPERVISED:
             stage = getattr(self, name)
             _require_divisible(
                 f"{name}.batch_size", stage.batch_size, f"{name}.train_workers", stage.train_workers
@@ -324,11 +329,9 @@ class Config(Section):
             "generators.num": self.generators.num,
             "reference.num_workers": self.reference.num_workers,
             "reward.num_workers": self.reward.num_workers,
-            "pretrain.train_workers": self.pretrain.train_workers,
-            "sft.train_workers": self.sft.train_workers,
-            "reward.train_workers": self.reward.train_workers,
-            "dpo.train_workers": self.dpo.train_workers,
         }
+        for name in SUPERVISED:
+            counts[f"{name}.train_workers"] = getattr(self, name).train_workers
         many = [f"{key}={count}" for key, count in counts.items() if count != 1]
         if many:
             raise ValueError(f"cluster.mode inline is one process; set {', '.join(many)} to 1")

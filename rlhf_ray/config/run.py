@@ -5,22 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.section import Section, changeable
-
-StageName = Literal["prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate", "report"]
-STAGES: tuple[StageName, ...] = (
-    "prepare",
-    "pretrain",
-    "sft",
-    "reward",
-    "dpo",
-    "ppo",
-    "evaluate",
-    "report",
-)
-
-
-DEFAULT_STAGES: tuple[StageName, ...] = tuple(stage for stage in STAGES if stage != "dpo")
-"""dpo is another way from pairs to a policy than reward and ppo: only where it is asked for."""
+from rlhf_ray.config.stages import DEFAULT_STAGES, StageName
 
 
 class RunConfig(Section):

@@ -12,23 +12,13 @@ from rlhf_ray.config.rewards import (
     FunctionSourceConfig,
     ModelSourceConfig,
 )
+from rlhf_ray.config.stages import POLICIES, STAGES
 from rlhf_ray.data.datasets.instructions import load_instructions
 from rlhf_ray.data.reading.readers import read_rows
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import locate
 from rlhf_ray.plugins import load_function
 from rlhf_ray.runs.folder import RunFolder, absolute, located_function
-from rlhf_ray.runs.models import POLICIES
-
-TRAINED_OR_SAMPLED = {"pretrain", "sft", "reward", "dpo", "ppo", "evaluate"}
-READERS = {
-    "pretrain": {"pretrain"},
-    "sft": {"sft"},
-    "preferences": {"reward", "dpo"},
-    "prompts": {"ppo", "evaluate"},
-    "eval": {"ppo", "evaluate"},
-}
-"""Use of a data set -> stages that read it."""
 
 
 def require_inputs(config: Config, stages: Collection[str]) -> None:
@@ -38,12 +28,11 @@ def require_inputs(config: Config, stages: Collection[str]) -> None:
         DataError: one is not there, or the first row of a data set cannot be read.
         ConfigError: a function cannot be imported.
     """
-    if TRAINED_OR_SAMPLED & set(stages):
+    if any(STAGES[stage].needs_ray for stage in stages):
         for path in _models(config):
             locate(path)
-    for use, readers in READERS.items():
-        if readers & set(stages):
-            _require_rows(f"data.{use}", getattr(config.data, use) or ())
+    for use in dict.fromkeys(use for stage in stages for use in STAGES[stage].datasets):
+        _require_rows(f"data.{use}", getattr(config.data, use) or ())
     if "reward" in stages:
         _require_rows("reward.benchmark", config.reward.benchmark or ())
     if "evaluate" in stages:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.stages import SUPERVISED
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.planning.changes import BASE_AS_REFERENCE, Change, changed
 from rlhf_ray.planning.prediction import Plan, prediction
@@ -143,8 +144,8 @@ def _stages(config: Config) -> list[str]:
     """The supervised stages that would train."""
     return [
         name
-        for name in ("pretrain", "sft", "reward", "dpo")
-        if name in config.run.stages and getattr(getattr(config, name), "path", None) is None
+        for name in SUPERVISED
+        if name in config.run.stages and config.external_model(name) is None
     ]
 
 

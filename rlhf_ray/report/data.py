@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from rlhf_ray.config import run as config_run
+from rlhf_ray.config import stages
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.observability.tracing import Span, phase_totals, read_spans
 
-STAGES = tuple(stage for stage in config_run.STAGES if stage != "report")
+STAGES = tuple(stage for stage in stages.STAGES if stage != "report")
 
 Record = Mapping[str, Any]
 
@@ -72,7 +72,7 @@ class RunFiles:
 
     def pending(self) -> list[str]:
         """Stages that the config names and that come after the last finished one."""
-        wanted = self.option("run.stages") or config_run.DEFAULT_STAGES
+        wanted = self.option("run.stages") or stages.DEFAULT_STAGES
         done = [STAGES.index(stage) for stage in self.summaries]
         first = max(done, default=-1) + 1
         return [stage for stage in STAGES[first:] if stage in wanted and not self._external(stage)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from rlhf_ray.config import Config
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.report import evaluation as report_evaluation
@@ -23,6 +24,11 @@ class Card:
     value: str
     explanation: str
     """In plain words, with what is good and what is not."""
+
+
+def run(config: Config) -> Path:
+    """Draw the report of a run; returns its path."""
+    return build(Path(config.run.dir))
 
 
 def build(run_dir: Path) -> Path:

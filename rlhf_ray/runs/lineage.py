@@ -10,36 +10,10 @@ from huggingface_hub import try_to_load_from_cache
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.credentials import masked
-from rlhf_ray.config.identity import READ_BY
+from rlhf_ray.config.stages import STAGES
 from rlhf_ray.runs.folder import RunFolder
 
 UNKNOWN = "unknown"
-
-CHAINS: Mapping[str, tuple[str, ...]] = {
-    "sft": ("pretrain", "sft"),
-    "dpo": ("pretrain", "sft", "dpo"),
-    "ppo": ("pretrain", "sft", "reward", "ppo"),
-    "reward": ("pretrain", "sft", "reward"),
-}
-"""Model -> stages that it may have gone through, in order."""
-
-_PREPARED = {
-    "pretrain": "finetune",
-    "sft": "finetune",
-    "reward": "reward",
-    "dpo": "reward",
-    "ppo": "rl",
-}
-"""Stage -> the set of prepare that it reads where the user gives none."""
-
-_OWN = {
-    "pretrain": "pretrain",
-    "sft": "sft",
-    "reward": "preferences",
-    "dpo": "preferences",
-    "ppo": "prompts",
-}
-"""Stage -> the key under ``data`` that it reads."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +61,7 @@ def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
     folder = RunFolder(config)
     stages = [
         stage
-        for stage in CHAINS[model]
+        for stage in (*STAGES[model].after, model)
         if not (stage == "reward" and model == "ppo" and not config.needs_reward_model)
         # What came before a model that was given is not this run's.
         and not (stage == "pretrain" and config.sft.path)
@@ -128,8 +102,7 @@ def model_licence(path: str) -> str:
 def _step(
     config: Config, folder: RunFolder, stage: str, summary: Mapping[str, Any] | None
 ) -> Step | None:
-    given = {"sft": config.sft.path, "reward": config.reward.path}.get(stage)
-    if given:
+    if given := config.external_model(stage):
         return Step(stage, given, True, (), {})
     if summary is None:
         return None
@@ -156,10 +129,10 @@ def _reward_sources(config: Config) -> list[Step]:
 
 
 def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
-    own = getattr(config.data, _OWN[stage])
+    own = getattr(config.data, STAGES[stage].datasets[0])
     if own is not None:
         return tuple(Source(masked(source.path), source.licence or UNKNOWN) for source in own)
-    part = _PREPARED[stage]
+    part = STAGES[stage].prepared
     prepared = folder.summary("prepare") or {}
     if prepared.get("synthetic"):
         return (Source(f"synthetic Stack Exchange site, part {part}", "none (generated)"),)
@@ -168,10 +141,8 @@ def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
 
 
 def _settings(config: Config, stages: Sequence[str]) -> dict[str, Any]:
-    sections = [
-        name
-        for name, readers in READ_BY.items()
-        if set(readers) & set(stages) and name not in ("run", "data")
-    ]
-    changed = config.model_dump(mode="json", exclude_defaults=True, include=set(sections))
+    sections = {section for stage in stages for section in STAGES[stage].sections}
+    changed = config.model_dump(
+        mode="json", exclude_defaults=True, include=sections - {"run", "data"}
+    )
     return {"run": {"seed": config.run.seed}, **masked(changed)}

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.stages import POLICIES
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import folders
 from rlhf_ray.runs.folder import RunFolder
-
-POLICIES = ("sft", "dpo", "ppo")
-"""Language models that a run can have, in the order of the pipeline."""
 
 
 @dataclass(frozen=True)

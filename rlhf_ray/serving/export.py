@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.stages import POLICIES
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import folders
 from rlhf_ray.models.merging import merge_adapter
 from rlhf_ray.runs.folder import RunFolder, unwritable_is_an_error
-from rlhf_ray.runs.lineage import CHAINS, lineage
+from rlhf_ray.runs.lineage import lineage
 from rlhf_ray.runs.models import RunModel, find_model
 from rlhf_ray.serving.model_card import WRITTEN_BY, Exported, model_card
 
@@ -18,6 +19,9 @@ Kind = Literal["adapter", "merged"]
 
 _OURS = ("learner.safetensors", folders.BASE_MODEL, "README.md")
 """Files beside a model that are of no use elsewhere, or that are written anew."""
+
+EXPORTED = (*POLICIES, "reward")
+"""The models of a run that can be exported."""
 
 
 def run(
@@ -41,8 +45,8 @@ def run(
             folder cannot be written.
     """
     name = model.partition("@")[0]
-    if name not in CHAINS:
-        raise ConfigError(f"export takes {', '.join(CHAINS)} (or ppo@best, ppo@7), got {model!r}")
+    if name not in EXPORTED:
+        raise ConfigError(f"export takes {', '.join(EXPORTED)} (or ppo@best, ppo@7), got {model!r}")
     chosen = find_model(config, model)
     run_folder = RunFolder(config)
     target = out or run_folder.stage("export") / f"{model.replace('@', '-')}-{kind}"

@@ -1,6 +1,5 @@
 """The whole run: its stages in order, each once, from the first that is not finished."""
 
-import importlib
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,13 +16,12 @@ from rlhf_ray.cluster.session import (
 )
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.identity import differences
-from rlhf_ray.config.run import STAGES
+from rlhf_ray.config.stages import STAGES
 from rlhf_ray.doctor.inputs import files_of_roles, require_inputs
 from rlhf_ray.doctor.node_checks import require_same_view
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.trackers import tracking
-from rlhf_ray.report.report import build
 from rlhf_ray.runs.control import ControlFiles, told
 from rlhf_ray.runs.folder import (
     RunFolder,
@@ -31,17 +29,6 @@ from rlhf_ray.runs.folder import (
     unwritable_is_an_error,
     write_atomically,
 )
-
-MODULES = {
-    "prepare": "prepare",
-    "pretrain": "supervised.pretrain",
-    "sft": "supervised.sft",
-    "reward": "supervised.reward",
-    "dpo": "supervised.dpo",
-    "ppo": "ppo.stage",
-    "evaluate": "evaluate.stage",
-}
-NEEDS_RAY = {"pretrain", "sft", "reward", "dpo", "ppo", "evaluate"}
 
 
 def run(config: Config) -> Path:
@@ -63,7 +50,7 @@ def run(config: Config) -> Path:
             if _finished(folder, stage):
                 progress.say(f"{stage}: {_why_skipped(config, stage)}")
                 continue
-            if stage in NEEDS_RAY and not on_ray:
+            if STAGES[stage].needs_ray and not on_ray:
                 _enter_ray(session, folder, progress)
                 on_ray = True
             control.begin(stage)
@@ -78,11 +65,8 @@ def run(config: Config) -> Path:
 
 def run_stage(config: Config, stage: str) -> Any:
     """One stage, in the Ray session that the caller opened."""
-    folder = RunFolder(config).path
-    with full_disk_is_an_error(folder):
-        if stage == "report":
-            return build(folder)
-        return importlib.import_module(f"rlhf_ray.stages.{MODULES[stage]}").run(config)
+    with full_disk_is_an_error(RunFolder(config).path):
+        return STAGES[stage].load()(config)
 
 
 def run_single(config: Config, stage: str) -> Path:
@@ -97,7 +81,7 @@ def run_single(config: Config, stage: str) -> Path:
         session.enter_context(tracking(config, folder.path))
         control = session.enter_context(told(config.run.name, folder.path))
         control.begin(stage)
-        if stage in NEEDS_RAY:
+        if STAGES[stage].needs_ray:
             _enter_ray(session, folder, Progress())
         run_stage(config, stage)
         control.tell(state="stopped" if control.asked().stop else "finished")
@@ -172,11 +156,10 @@ def _finished(folder: RunFolder, stage: str) -> bool:
     config = folder.config
     if stage == "report":
         return False
-    given = {"sft": config.sft.path, "reward": config.reward.path}
     summary = folder.summary(stage)
     if stage == "reward" and config.reward.benchmark is not None:
         return summary is not None and "benchmark" in summary
-    if given.get(stage):
+    if config.external_model(stage):
         return True
     if stage == "ppo" and summary is not None:
         return summary["iterations"] >= config.ppo.iterations
@@ -189,5 +172,5 @@ def _finished(folder: RunFolder, stage: str) -> bool:
 
 
 def _why_skipped(config: Config, stage: str) -> str:
-    given = {"sft": config.sft.path, "reward": config.reward.path}.get(stage)
+    given = config.external_model(stage)
     return f"given as {given}" if given else "finished before"

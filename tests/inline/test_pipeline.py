@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.config.run import DEFAULT_STAGES
+from rlhf_ray.config.stages import DEFAULT_STAGES
 from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.models.adapters import adapter_state, digest, tensors_from_bytes

@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.run import DEFAULT_STAGES
+from rlhf_ray.config.stages import DEFAULT_STAGES
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import heads, loading
 from rlhf_ray.models.token_logprobs import answer_with_logprobs

@@ -1,0 +1,136 @@
+"""The stages of a run: one entry each, in pipeline order.
+
+Whatever depends on the stage asks this table: the command line, the pipeline, resume, lineage,
+input checks, the plan and the report.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+StageName = Literal["prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate", "report"]
+Made = Literal["datasets", "language model", "policy", "reward model", "numbers"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the rest of the system knows of a stage."""
+
+    function: str
+    """``module:name``; called with the Config, writes ``<stage>/summary.json`` last."""
+    does: str
+    """One sentence for the command line."""
+    makes: Made
+    """What it leaves in the run's folder."""
+    sections: tuple[str, ...] = ()
+    """Config sections that it reads; once it has begun, their fixed keys may not change."""
+    datasets: tuple[str, ...] = ()
+    """Keys under ``data`` that it reads, the one that it learns from first."""
+    prepared: str | None = None
+    """The set of prepare that it reads where ``data`` names none."""
+    after: tuple[str, ...] = ()
+    """Stages that its model may have gone through before, in order."""
+    needs_ray: bool = True
+    """Whether it starts processes (on Ray, unless cluster.mode is inline)."""
+    is_supervised: bool = False
+    """Trained by transformers.Trainer, with a section of `config.supervised`."""
+    is_default: bool = True
+    """Whether ``run.stages`` has it unless told otherwise."""
+
+    def load(self) -> Callable[..., object]:
+        """Import its function, and with it what only this stage needs."""
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_EVERYWHERE = ("run", "model", "template", "data")
+
+STAGES: Mapping[str, Stage] = {
+    "prepare": Stage(
+        function="rlhf_ray.stages.prepare:run",
+        does="Turn a Stack Exchange dump into disjoint sets.",
+        makes="datasets",
+        sections=("run", "prepare"),
+        needs_ray=False,
+    ),
+    "pretrain": Stage(
+        function="rlhf_ray.stages.supervised.pretrain:run",
+        does="Train a causal language model on packed text.",
+        makes="language model",
+        sections=(*_EVERYWHERE, "pretrain"),
+        datasets=("pretrain",),
+        prepared="finetune",
+        is_supervised=True,
+    ),
+    "sft": Stage(
+        function="rlhf_ray.stages.supervised.sft:run",
+        does="Fine-tune on questions and answers, with LoRA, then merge.",
+        makes="policy",
+        sections=(*_EVERYWHERE, "sft"),
+        datasets=("sft",),
+        prepared="finetune",
+        after=("pretrain",),
+        is_supervised=True,
+    ),
+    "reward": Stage(
+        function="rlhf_ray.stages.supervised.reward:run",
+        does="Train the reward model on pairs or rated answers.",
+        makes="reward model",
+        sections=(*_EVERYWHERE, "sft", "reward"),
+        datasets=("preferences",),
+        prepared="reward",
+        after=("pretrain", "sft"),
+        is_supervised=True,
+    ),
+    "dpo": Stage(
+        function="rlhf_ray.stages.supervised.dpo:run",
+        does="Train the policy on pairs directly, without a reward model.",
+        makes="policy",
+        sections=(*_EVERYWHERE, "sft", "dpo"),
+        datasets=("preferences",),
+        prepared="reward",
+        after=("pretrain", "sft"),
+        is_supervised=True,
+        is_default=False,  # another way from pairs to a policy than reward and ppo
+    ),
+    "ppo": Stage(
+        function="rlhf_ray.stages.ppo.stage:run",
+        does="Train the policy by PPO; resumes from its last commit.",
+        makes="policy",
+        sections=(
+            *_EVERYWHERE,
+            "sft",
+            "reward",
+            "rewards",
+            "lora",
+            "critic",
+            "ppo",
+            "rollout",
+        ),
+        datasets=("prompts", "eval"),
+        prepared="rl",
+        after=("pretrain", "sft", "reward"),
+    ),
+    "evaluate": Stage(
+        function="rlhf_ray.stages.evaluate.stage:run",
+        does="Compare the run's policies on held-out prompts.",
+        makes="numbers",
+        datasets=("prompts", "eval"),
+    ),
+    "report": Stage(
+        function="rlhf_ray.report.report:run",
+        does="Draw the HTML report of a run again.",
+        makes="numbers",
+        needs_ray=False,
+    ),
+}
+
+DEFAULT_STAGES = tuple(name for name, stage in STAGES.items() if stage.is_default)
+"""Stages of a run that names none."""
+
+SUPERVISED = tuple(name for name, stage in STAGES.items() if stage.is_supervised)
+"""Stages that transformers.Trainer runs."""
+
+POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "policy")
+"""Stages that leave a policy, which is called by the stage's name."""
