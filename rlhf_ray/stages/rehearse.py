@@ -1,7 +1,7 @@
-"""The command rehearse: two iterations at the worst that a config allows, where the run will be.
+"""The command rehearse: run two iterations of a config's worst case, on the run's own machines.
 
-Prompts are at their limit, no response ends before its own, and a generator is killed between the
-iterations. What it finds out lies in ``rehearsal.json``, which the command plan goes by.
+Prompts and responses have their largest lengths, and a generator is killed between the iterations.
+The measurements are written to ``rehearsal.json``, which the command plan uses.
 """
 
 import json
@@ -31,40 +31,40 @@ from rlhf_ray.runs.folder import RunFolder, absolute, write_atomically
 from rlhf_ray.stages.pipeline import run as run_pipeline
 
 FOLDER = "rehearsal"
-"""In the run's folder; a run of its own."""
+"""Folder of the rehearsal, a run of its own, inside the run's folder."""
 PHASES = ("gen", "score", "learn", "commit", "sync", "save")
 VICTIM = "generator-0"
 
 
 def run(config: Config) -> Rehearsal | None:
-    """Rehearse; what was found out is also in the run's folder. None: it was stopped on request.
+    """Rehearse, and write the measurements to the run's folder; None: stopped on request.
 
     Raises:
         ConfigError: PPO is no stage of the run, or there is no model yet to rehearse with.
-        RlhfError: what went wrong, as it would in the run.
+        RlhfError: whatever would fail in the run.
     """
     worst = worst_case(config)
     folder = Path(worst.run.dir)
-    for used in (folder.parent, folder):
-        ControlFiles(used).require_free()
+    for path in (folder.parent, folder):
+        ControlFiles(path).require_free()
     RunFolder(config).make()
     shutil.rmtree(folder, ignore_errors=True)
     RunFolder(worst).make()
     _write_prompts(folder / "prompts.jsonl", worst)
-    make_known(config.run.name, folder.parent)  # a job is known as the run that it rehearses for
+    make_known(config.run.name, folder.parent)  # list the job under the name of the run
     Progress().say("rehearsal: two iterations of the longest rollouts, and the loss of a generator")
-    with _a_loss(worst):
+    with _killing_a_generator(worst):
         run_pipeline(worst)
     if ControlFiles(folder).asked().stop:
         return None
     summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
-    found = _measured(config, read_jsonl(folder / "ppo" / "metrics.jsonl"), summary)
-    write_atomically(folder.parent / RESULT, json.dumps(found.as_mapping(), indent=2))
-    return found
+    result = _measured(config, read_jsonl(folder / "ppo" / "metrics.jsonl"), summary)
+    write_atomically(folder.parent / RESULT, json.dumps(result.as_mapping(), indent=2))
+    return result
 
 
 def is_needed(config: Config) -> bool:
-    """Whether there is something to rehearse that was not rehearsed yet."""
+    """Tell whether the config can be rehearsed and was not yet."""
     try:
         worst_case(config)
     except ConfigError:
@@ -73,9 +73,9 @@ def is_needed(config: Config) -> bool:
 
 
 def worst_case(config: Config) -> Config:
-    """Two iterations of the longest rollouts that the config allows, in a folder of their own.
+    """Make the config of two iterations of the longest rollouts, in a folder of their own.
 
-    What asks others for a score, or reads columns of the data, is left out: scores by models stay.
+    Reward sources that ask a service, or read columns of the data, are left out; models stay.
 
     Raises:
         ConfigError: see `run`.
@@ -108,13 +108,13 @@ def worst_case(config: Config) -> Config:
     return resolve(values)
 
 
-def length(completions: Sequence[str], **_: Any) -> list[float]:
-    """A reward that needs no model: characters."""
+def length(completions: Sequence[str], **_: object) -> list[float]:
+    """Reward the number of characters; needs no model."""
     return [float(len(text)) for text in completions]
 
 
 def _reward_model(folder: RunFolder) -> str | None:
-    """None: the run has none yet; the policy's model with a new head is as large."""
+    """Return the run's reward model; None: there is none yet, and the policy's is as large."""
     if folder.config.reward.path:
         return absolute(folder.config.reward.path)
     trained = folder.path / "reward" / "model"
@@ -122,7 +122,7 @@ def _reward_model(folder: RunFolder) -> str | None:
 
 
 def _write_prompts(path: Path, config: Config) -> None:
-    """Random words, at least one token each, so that every prompt is cut at its limit."""
+    """Write random words, at least one token each, so that every prompt is cut at its limit."""
     letters = random.Random(config.run.seed)
     num = max(20, 3 * config.num_prompts_per_iteration)
     with path.open("w", encoding="utf-8") as file:
@@ -135,8 +135,8 @@ def _write_prompts(path: Path, config: Config) -> None:
 
 
 @contextmanager
-def _a_loss(config: Config) -> Iterator[None]:
-    """Within, a generator is killed once the first iteration is recorded."""
+def _killing_a_generator(config: Config) -> Iterator[None]:
+    """Kill a generator in the background, once the first iteration is recorded."""
     over = threading.Event()
     metrics = Path(config.run.dir) / "ppo" / "metrics.jsonl"
 
@@ -159,13 +159,13 @@ def _a_loss(config: Config) -> Iterator[None]:
 
 
 def _measured(
-    config: Config, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+    config: Config, records: Sequence[Mapping[str, float]], summary: Mapping[str, Any]
 ) -> Rehearsal:
     seconds = {
-        # The better of the two: one is the first of its processes, one has lost a generator.
-        phase: min(found)
+        # The faster iteration: the first one warms its processes up, the second loses a generator.
+        phase: min(measured)
         for phase in PHASES
-        if (found := [r[f"timing_s/{phase}"] for r in records if f"timing_s/{phase}" in r])
+        if (measured := [r[f"timing_s/{phase}"] for r in records if f"timing_s/{phase}" in r])
     }
     return Rehearsal(
         when=time.strftime("%Y-%m-%d %H:%M"),

@@ -17,7 +17,7 @@ from rlhf_ray.stages.supervised.launcher import open_training
 from rlhf_ray.stages.supervised.pairs import load_training_pairs
 from rlhf_ray.stages.supervised.reward import RewardTraining
 from rlhf_ray.stages.supervised.sft import SftTraining
-from rlhf_ray.stages.supervised.training import train
+from rlhf_ray.stages.supervised.trainer import train
 
 
 def main(config_file: str, stage: str, out: str) -> None:
@@ -39,13 +39,13 @@ def main(config_file: str, stage: str, out: str) -> None:
         for split, rows in data.items():
             rows.save_to_disk(str(training.data / split))
     torch.distributed.barrier()
-    numbers = train(training, world)
+    trained = train(training, world)
     if rank == 0:
         Path(out).mkdir()
         (file,) = training.folder.glob("*/adapter_model.safetensors")
         Path(out, "weights.safetensors").write_bytes(file.read_bytes())
-        text = json.dumps(numbers | {"processes": world})
-        Path(out, "numbers.json").write_text(text)
+        losses = {"before_loss": trained.before["loss"], "after_loss": trained.after["loss"]}
+        Path(out, "numbers.json").write_text(json.dumps(losses | {"processes": world}))
     torch.distributed.destroy_process_group()
 
 

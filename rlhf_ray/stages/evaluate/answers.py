@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from actors.likelihood import Likelihood
-from rlhf_ray.cluster.role_clients import ScorerClient
+from rlhf_ray.cluster.role_clients import GeneratorClient, ScorerClient
+from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import sample_requests, shard_requests
 from rlhf_ray.generators.pool import GeneratorPool
@@ -16,22 +16,30 @@ from rlhf_ray.models.folders import ADAPTER_CONFIG
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.placement.layout import Demand, demands
 from rlhf_ray.rewards.combine import raw_sums
+from rlhf_ray.stages.evaluate.inputs import Inputs
 from rlhf_ray.stages.evaluate.models import WEIGHTS, AdapterFiles
 from rlhf_ray.stages.ppo.generators import spawn_generators
-from rlhf_ray.stages.ppo.roles import RoleSpawner, spawn_scorers
-from rlhf_ray.types import AdapterUpdate, Prompt, Rollout, SampleRequest, Shard
-
-Sample = dict[str, Any]
-"""A held-out prompt and an answer to it: position, prompt, text, reward; other scores are added."""
+from rlhf_ray.stages.ppo.roles import spawn_scorers
+from rlhf_ray.types import AdapterUpdate, Prompt, Rollout, SampleRequest
 
 SAMPLES_PER_INSTRUCTION = 4
 ANSWERS_AT_ONCE = 64
-"""Given answers of one call: a call has a deadline."""
+"""Reference answers in one call, which has a deadline."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One model's answer to a held-out prompt, with its scores."""
+
+    prompt: Prompt
+    text: str
+    scores: dict[str, float | None]
+    """By name: reward, gold, rouge; None where the response could not be scored."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """One model's."""
+    """One model's answers."""
 
     held_out: list[Sample]
     """In the order of the held-out prompts."""
@@ -39,46 +47,69 @@ class Answers:
     """`SAMPLES_PER_INSTRUCTION` for each instruction, in their order."""
 
 
-@dataclass(frozen=True)
-class _Roles:
-    config: Config
-    generators: GeneratorPool
-    scorers: ScorerClient
-    spawner: RoleSpawner
-
-
 async def answers_of_models(
-    config: Config,
-    sft_model: str,
-    reward_model: str | None,
-    adapters: Mapping[str, AdapterFiles],
-    held_out: Sequence[Prompt],
-    instructed: Sequence[Prompt],
-    bar: Bar,
-    tell: Callable[[str], None],
+    inputs: Inputs, bar: Bar, say: Callable[[str], None]
 ) -> dict[str, Answers]:
-    """Serve one model after the other and ask it everything."""
-    asked = sample_requests(held_out, 1, config.run.seed, "evaluate")
-    told = sample_requests(instructed, SAMPLES_PER_INSTRUCTION, config.run.seed, "instructions")
+    """Serve one model after the other, and sample its answers to every prompt."""
+    config, seed = inputs.config, inputs.config.run.seed
+    held_out = sample_requests(inputs.prompts, 1, seed, "evaluate")
+    instructed = sample_requests(
+        inputs.instruction_prompts, SAMPLES_PER_INSTRUCTION, seed, "instructions"
+    )
     spawner = RoleSpawner(config, lambda *_: None)
     await spawner.place([d for d in demands(config) if d.role in ("generator", "reward")])
     roles = _Roles(
         config,
-        spawn_generators(spawner, _for_largest(config, adapters), sft_model, tell),
-        spawn_scorers(spawner, config, reward_model, sft_model),
+        spawn_generators(spawner, _for_largest(config, inputs.adapters), inputs.sft_model, say),
+        spawn_scorers(spawner, config, inputs.reward_model, inputs.sft_model),
         spawner,
+        bar,
     )
     answers: dict[str, Answers] = {}
     try:
         await spawner.start_all([])
-        for version, (name, files) in enumerate(adapters.items()):
+        for version, (name, files) in enumerate(inputs.adapters.items()):
             await roles.generators.publish(_update(version, files))
-            held_out_samples = await _scored(roles, asked, version, bar)
-            answers[name] = Answers(held_out_samples, await _texts(roles, told, version, bar))
+            answers[name] = Answers(
+                held_out=await roles.scored(held_out, version),
+                instructed=await roles.texts(instructed, version),
+            )
     finally:
         await roles.generators.close()
         await spawner.stop_all()
     return answers
+
+
+@dataclass(frozen=True)
+class _Roles:
+    config: Config
+    generators: GeneratorPool[GeneratorClient]
+    scorers: ScorerClient
+    spawner: RoleSpawner
+    bar: Bar
+
+    async def scored(self, requests: Sequence[SampleRequest], version: int) -> list[Sample]:
+        """Sample answers with their rewards, in order of position."""
+        samples: dict[int, Sample] = {}
+        shards = shard_requests(requests, self.config.rollout.shard_size, version)
+        async for shard in self.generators.generate(shards):
+            rewards = raw_sums(self.config.rewards, await self.scorers.score(shard))
+            rollouts: list[Rollout] = await self.spawner.fetch(shard.rollouts)
+            for rollout, reward in zip(rollouts, rewards, strict=True):
+                sample = Sample(rollout.prompt, rollout.text, {"reward": reward})
+                samples[rollout.position] = sample
+            self.bar.advance(len(rollouts))
+        return [samples[position] for position in range(len(requests))]
+
+    async def texts(self, requests: Sequence[SampleRequest], version: int) -> list[str]:
+        """Sample answers, in order of position."""
+        texts: dict[int, str] = {}
+        shards = shard_requests(requests, self.config.rollout.shard_size, version)
+        async for shard in self.generators.generate(shards):
+            rollouts: list[Rollout] = await self.spawner.fetch(shard.rollouts)
+            texts |= {rollout.position: rollout.text for rollout in rollouts}
+            self.bar.advance(len(rollouts))
+        return [texts[position] for position in range(len(requests))]
 
 
 async def perplexities(
@@ -88,13 +119,13 @@ async def perplexities(
     answers: Sequence[Rollout],
     bar: Bar,
 ) -> dict[str, float]:
-    """exp of each model's mean loss over the tokens of given answers, at temperature 1."""
+    """Return exp of each model's mean loss over the tokens of given answers, at temperature 1."""
     spawner = RoleSpawner(config, lambda *_: None)
-    place = config.placement
-    one = Demand("likelihood", 1, place.gpus_of("reference"), place.reference.labels)
-    await spawner.place([one])
+    placement = config.placement  # it needs what a reference needs
+    gpus, labels = placement.gpus_of("reference"), placement.reference.labels
+    await spawner.place([Demand("likelihood", 1, gpus, labels)])
     (worker,) = spawner.spawn(Likelihood, "likelihood", 1, config, sft_model)
-    found = {}
+    results = {}
     try:
         await spawner.start_all([])
         for name, files in adapters.items():
@@ -105,44 +136,10 @@ async def perplexities(
                 part_loss, part_tokens = await worker.call("loss", part)
                 loss, num_tokens = loss + part_loss, num_tokens + part_tokens
                 bar.advance(len(part))
-            found[name] = math.exp(loss / num_tokens)
+            results[name] = math.exp(loss / num_tokens)
     finally:
         await spawner.stop_all()
-    return found
-
-
-async def _scored(
-    roles: _Roles, requests: Sequence[SampleRequest], version: int, bar: Bar
-) -> list[Sample]:
-    """Answers to held-out prompts with their rewards."""
-    samples: list[Sample] = []
-    async for shard in _shards(roles, requests, version):
-        scores = raw_sums(roles.config.rewards, await roles.scorers.score(shard))
-        rollouts: list[Rollout] = await roles.spawner.fetch(shard.rollouts)
-        samples += [
-            {"position": r.position, "prompt": r.prompt, "text": r.text, "reward": score}
-            for r, score in zip(rollouts, scores, strict=True)
-        ]
-        bar.advance(len(rollouts))
-    return sorted(samples, key=lambda sample: sample["position"])
-
-
-async def _texts(
-    roles: _Roles, requests: Sequence[SampleRequest], version: int, bar: Bar
-) -> list[str]:
-    """Answers to instructions, in order of position."""
-    texts: dict[int, str] = {}
-    async for shard in _shards(roles, requests, version):
-        rollouts: list[Rollout] = await roles.spawner.fetch(shard.rollouts)
-        texts |= {rollout.position: rollout.text for rollout in rollouts}
-        bar.advance(len(rollouts))
-    return [texts[position] for position in range(len(requests))]
-
-
-def _shards(roles: _Roles, requests: Sequence[SampleRequest], version: int) -> AsyncIterator[Shard]:
-    """Shards as they are done."""
-    size = roles.config.rollout.shard_size
-    return roles.generators.generate(shard_requests(requests, size, version))
+    return results
 
 
 def _update(version: int, files: AdapterFiles) -> AdapterUpdate:
@@ -151,7 +148,8 @@ def _update(version: int, files: AdapterFiles) -> AdapterUpdate:
 
 
 def _for_largest(config: Config, adapters: Mapping[str, AdapterFiles]) -> Config:
-    """The config by which engines make room for the largest rank: another run's may be larger."""
+    """Raise ``lora.r`` to the largest rank compared: engines reserve memory for it, and another
+    run's adapter may be larger than this config's."""
     rank = max(json.loads(files[ADAPTER_CONFIG])["r"] for files in adapters.values())
     lora = config.lora.model_copy(update={"r": max(config.lora.r, rank)})
     return config.model_copy(update={"lora": lora})

@@ -1,4 +1,4 @@
-"""Which models the stage evaluate compares: each an adapter on the run's SFT model."""
+"""The models that the stage evaluate compares, each an adapter on the run's SFT model."""
 
 import hashlib
 from pathlib import Path
@@ -11,23 +11,27 @@ from rlhf_ray.models.weight_files import safetensors_files
 from rlhf_ray.runs.folder import RunFolder
 
 SFT = "sft"
-"""Name of the model that all are compared with; an adapter that changes nothing stands for it."""
+"""Name of the model that all others are compared with; a zero adapter stands for it."""
 WEIGHTS = "adapter_model.safetensors"
 
 AdapterFiles = dict[str, bytes]
 
 
 def compared_models(folder: RunFolder, newest: SavedCommit | None) -> dict[str, AdapterFiles]:
-    """Adapter files of every model by the name that the config gives it, sft first.
+    """Return every model's adapter files by the name that the config gives it, sft first.
 
     Args:
         folder: the run's.
         newest: its newest commit.
 
     Raises:
-        DataError: one is not there, or does not fit; or there is none but sft.
+        DataError: a model is missing or does not fit the SFT model, or there is none but sft.
     """
-    own = _dpo_policy(folder) | ({"ppo": newest.policy} if newest else {})
+    own: dict[str, AdapterFiles] = {}
+    if folder.summary("dpo") is not None:
+        own["dpo"] = _read(folder.path / "dpo" / "model")
+    if newest:
+        own["ppo"] = newest.policy
     names = folder.config.evaluate.models
     if names is None:
         trained = own
@@ -40,19 +44,11 @@ def compared_models(folder: RunFolder, newest: SavedCommit | None) -> dict[str, 
     return {SFT: _zero_adapter(next(iter(trained.values()))), **trained}
 
 
-def _dpo_policy(folder: RunFolder) -> dict[str, AdapterFiles]:
-    """The stage dpo's adapter under its name; empty where that stage has not run."""
-    if folder.summary("dpo") is None:
-        return {}
-    return {"dpo": _read(folder.path / "dpo" / "model")}
-
-
 def _named(folder: RunFolder, name: str, own: dict[str, AdapterFiles]) -> AdapterFiles:
-    """A commit, or an adapter's folder."""
+    """Read a commit (``ppo@<version>``), or an adapter's folder."""
     is_commit = name.startswith("ppo@")
-    path = (
-        folder.path / "checkpoints" / name.partition("@")[2] / "policy" if is_commit else Path(name)
-    )
+    commit = folder.path / "checkpoints" / name.partition("@")[2] / "policy"
+    path = commit if is_commit else Path(name)
     if not path.is_dir():
         raise DataError(
             f"evaluate.models names {name}, which is neither a model of the run nor a folder. The "
@@ -86,7 +82,7 @@ def _read(path: Path) -> AdapterFiles:
 
 
 def _require_fit(path: Path, sft_model: str) -> None:
-    """Refuse what was not trained as an adapter on the SFT model: it would be served on another."""
+    """Refuse what is no adapter trained on the SFT model: it would be served on another base."""
     named = f"evaluate.models names {path}"
     if not (folders.is_adapter(str(path)) and (path / WEIGHTS).is_file()):
         raise DataError(
@@ -104,7 +100,7 @@ def _require_fit(path: Path, sft_model: str) -> None:
 
 
 def _is_same_model(first: str, second: str) -> bool:
-    """Whether two names stand for one model: the same one, or equal weights."""
+    """Tell whether two names stand for one model: equal names, or equal weights."""
     if first == second or not (Path(first).is_dir() and Path(second).is_dir()):
         return first == second
     if Path(first).resolve() == Path(second).resolve():
@@ -121,7 +117,7 @@ def _digest(path: Path) -> str:
 
 
 def _zero_adapter(files: AdapterFiles) -> AdapterFiles:
-    """An adapter of the same shape that leaves the SFT model as it is."""
+    """Make an adapter of the same shape that leaves the SFT model as it is."""
     state = tensors_from_bytes(files[WEIGHTS])
     zero = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in state.items()}
     return {**files, WEIGHTS: tensors_to_bytes(zero)}

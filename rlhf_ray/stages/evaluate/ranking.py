@@ -1,4 +1,4 @@
-"""Who is better, from who won: win rates and Elo ratings of M models on N prompts. NumPy alone.
+"""Win rates and Elo ratings of M models on N prompts, from who won. NumPy alone.
 
 An outcome is 1 for a win, 0 for a loss, a half for a tie, NaN where it is not known. Intervals come
 from resampling the prompts (Efron 1979, doi:10.1214/aos/1176344552), the same ones for every model:
@@ -13,8 +13,8 @@ import numpy as np
 ELO_SCALE = 400 / np.log(10)
 """Elo points of one unit of log-odds: 400 points are odds of ten to one."""
 VIRTUAL_WINS = 0.5
-"""Wins added to each side of a pair (Haldane 1956): a model that never loses has no finite rating,
-and would have one in some resamples only."""
+"""Wins added to each side of a pair (Haldane 1956): without them a model that never loses has no
+finite rating."""
 _MOST_STEPS = 10_000
 _CONVERGED = 1e-9
 
@@ -29,7 +29,7 @@ class Estimate:
 
 
 def outcomes_of_scores(scores_MN: np.ndarray) -> np.ndarray:
-    """Each model against each other, `_MMN`: the higher score wins; NaN where one has none.
+    """Return each model's outcome against each other, `_MMN`: the higher score wins.
 
     Example:
         >>> outcomes_of_scores(np.array([[1.0, 2.0], [0.0, 2.0]]))[0, 1].tolist()
@@ -40,15 +40,15 @@ def outcomes_of_scores(scores_MN: np.ndarray) -> np.ndarray:
 
 
 def resampled_prompts(num_prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each prompt is drawn in each of R resamples of the same size, `_RN`."""
+    """Return how often each prompt is drawn in each of R resamples of the same size, `_RN`."""
     picks_RN = np.random.default_rng(seed).integers(0, num_prompts, size=(resamples, num_prompts))
-    places = picks_RN + num_prompts * np.arange(resamples)[:, None]
-    drawn = np.bincount(places.ravel(), minlength=resamples * num_prompts)
+    cells = picks_RN + num_prompts * np.arange(resamples)[:, None]
+    drawn = np.bincount(cells.ravel(), minlength=resamples * num_prompts)
     return drawn.reshape(resamples, num_prompts)
 
 
 def win_rates(outcomes_MMN: np.ndarray, resamples: int, seed: int) -> Estimate:
-    """Mean outcome of each model against each other, `_MM`; NaN where none is known."""
+    """Return each model's mean outcome against each other, `_MM`; NaN where none is known."""
     whole = _rates(*_tallies(outcomes_MMN, np.ones((1, outcomes_MMN.shape[-1]))))[0]
     drawn_RN = resampled_prompts(outcomes_MMN.shape[-1], resamples, seed)
     return _with_interval(whole, _rates(*_tallies(outcomes_MMN, drawn_RN)))
@@ -57,13 +57,13 @@ def win_rates(outcomes_MMN: np.ndarray, resamples: int, seed: int) -> Estimate:
 def elo(
     outcomes_MMN: np.ndarray, resamples: int, seed: int, anchor: int = 0, anchored_at: float = 1000
 ) -> Estimate:
-    """Elo rating of each model, `_M`.
+    """Return the Elo rating of each model, `_M`.
 
     Args:
         outcomes_MMN: each model against each other.
         resamples: of the prompts.
         seed: of the resampling.
-        anchor: the model whose rating is known, and so has no interval.
+        anchor: the model whose rating is fixed, and so has no interval.
         anchored_at: its rating.
     """
 
@@ -77,10 +77,10 @@ def elo(
 
 
 def bradley_terry(wins_RMM: np.ndarray) -> np.ndarray:
-    """Maximum-likelihood strengths of M models in R tables of wins, `_RM`, as log-odds, mean 0.
+    """Return maximum-likelihood strengths of M models in R tables of wins, `_RM`, as log-odds.
 
-    P(i beats j) = 1 / (1 + exp(s_j - s_i)) (Bradley and Terry 1952, doi:10.2307/2334029), solved by
-    the MM algorithm (Hunter 2004, doi:10.1214/aos/1079120141, equation 3).
+    P(i beats j) = 1 / (1 + exp(s_j - s_i)) (Bradley and Terry 1952, doi:10.2307/2334029). The
+    mean of s is 0. Solved by the MM algorithm (Hunter 2004, doi:10.1214/aos/1079120141, eq. 3).
 
     Args:
         wins_RMM: how often the row's model beat the column's; a tie is half a win for both. Each
@@ -104,19 +104,14 @@ def bradley_terry(wins_RMM: np.ndarray) -> np.ndarray:
     return strengths_RM
 
 
-def win_probability(elo_difference: float) -> float:
-    """How often the model that is so many points ahead wins."""
-    return float(1 / (1 + np.exp(-elo_difference / ELO_SCALE)))
-
-
 def outcomes_of_pairs(
     num_models: int, pairs: Sequence[tuple[int, int, Sequence[float | None]]]
 ) -> np.ndarray:
-    """Outcomes that a judge gave pair by pair, `_MMN`.
+    """Arrange outcomes that a judge gave pair by pair as `_MMN`.
 
     Args:
         num_models: M.
-        pairs: for two models the first one's outcome on each prompt; None: not known.
+        pairs: two models, and the first one's outcome on each prompt; None: not known.
     """
     num_prompts = len(pairs[0][2])
     outcomes_MMN = np.full((num_models, num_models, num_prompts), np.nan)
@@ -127,7 +122,7 @@ def outcomes_of_pairs(
 
 
 def _tallies(outcomes_MMN: np.ndarray, drawn_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wins and known games of each pair in each resample, `_RMM`."""
+    """Count the wins and the known games of each pair in each resample, `_RMM`."""
     num_models, _, num_prompts = outcomes_MMN.shape
     flat = outcomes_MMN.reshape(-1, num_prompts)
     known = ~np.isnan(flat)
@@ -143,7 +138,7 @@ def _rates(wins_RMM: np.ndarray, games_RMM: np.ndarray) -> np.ndarray:
 
 
 def _with_interval(value: np.ndarray, resampled: np.ndarray) -> Estimate:
-    """95% percentile interval; a pair of which some resample knows no game is left out there."""
+    """Add the 95% percentile interval, over the resamples that know a game of the pair."""
     known = ~np.isnan(value)
     low, high = np.full_like(value, np.nan), np.full_like(value, np.nan)
     if known.any():

@@ -1,9 +1,8 @@
-"""What an evaluation leaves besides its summary: metrics for trackers, tables for the terminal."""
+"""What an evaluation writes besides its summary: metrics for trackers, tables for the terminal."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -12,9 +11,8 @@ from rich.table import Table
 from rlhf_ray.config import Config
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.trackers import current
+from rlhf_ray.stages.evaluate.comparison import Interval, Ranking, Summary
 from rlhf_ray.stages.evaluate.models import SFT
-
-Summary = Mapping[str, Any]
 
 NUMBERS = {
     "reward_mean": "reward",
@@ -23,15 +21,15 @@ NUMBERS = {
     "perplexity": "perplexity",
     "instruction_pass_rate": "followed",
 }
-"""Plain number that a model may have in the summary, and a metric -> its heading in a table."""
+"""Plain number that a model may have in the summary, also a metric -> its heading in a table."""
 
 
 def metrics_of(summary: Summary) -> dict[str, float]:
-    """Every number of every model, by registered name."""
+    """Return every number of every model, by registered metric name."""
     ratings = summary["judges"][summary["judge"]]["elo"]
     metrics = {}
     for name, model in summary["models"].items():
-        label = re.sub(r"[^\w.-]+", "_", name).strip("_")  # what every tracker takes
+        label = re.sub(r"[^\w.-]+", "_", name).strip("_")  # as every tracker accepts it
         metrics |= {f"{key}/{label}": model[key] for key in NUMBERS if key in model}
         metrics[f"elo/{label}"] = ratings[name]["value"]
         if "win_rate" in model:
@@ -39,13 +37,13 @@ def metrics_of(summary: Summary) -> dict[str, float]:
     return metrics
 
 
-def tell(config: Config, folder: Path, version: int, metrics: Mapping[str, float]) -> None:
-    """Write ``metrics.jsonl``, a line for each newest policy that was evaluated, and tell trackers.
+def log_metrics(config: Config, folder: Path, version: int, metrics: Mapping[str, float]) -> None:
+    """Log to the trackers and to ``metrics.jsonl``, which has a line for each policy evaluated.
 
     Args:
         config: the run's.
         folder: the stage's.
-        version: of the newest policy.
+        version: the newest policy's; the step of the line, which replaces an older one.
         metrics: by registered name.
     """
     path = folder / "metrics.jsonl"
@@ -53,50 +51,50 @@ def tell(config: Config, folder: Path, version: int, metrics: Mapping[str, float
         current().forget("evaluate")
     lines = JsonlSink(path, "step")
     lines.truncate_after("step", version - 1)
-    told = current().sinks("evaluate", "step", read_jsonl(path))
+    trackers = current().sinks("evaluate", "step", read_jsonl(path))
     local: list[Sink] = []
     if config.trackers.tensorboard:
         local.append(TensorBoardSink(folder / "tensorboard", purge_step=version))
-    sinks = Sinks([lines, *local, *told])
+    sinks = Sinks([lines, *local, *trackers])
     sinks.log(version, metrics)
     sinks.close()
 
 
 def tables(summary: Summary) -> Iterator[Table]:
-    """For the terminal: a row a model; all numbers and what the first judge says, then the others.
+    """Yield tables with a row for each model: all numbers and the first judge, then the others.
 
-    They fit 100 columns, names of models apart, which fold.
+    They fit 100 columns, except for models' names, which fold.
     """
     first, *others = summary["judges"]
     models = summary["models"]
     numbers = [name for name in NUMBERS if any(name in model for model in models.values())]
-    view = _ranking(f"{summary['num_prompts']} held-out prompts, judged by {first}", numbers)
+    table = _table(f"{summary['num_prompts']} held-out prompts, judged by {first}", numbers)
     for name, model in models.items():
         plain = (f"{model[number]:.3g}" if number in model else "–" for number in numbers)
-        view.add_row(*_rank(summary["judges"][first], name), *plain)
-    yield view
+        table.add_row(*_rank(summary["judges"][first], name), *plain)
+    yield table
     for judge in others:
-        view = _ranking(f"judged by {judge}", ())
+        table = _table(f"judged by {judge}", ())
         for name in models:
-            view.add_row(*_rank(summary["judges"][judge], name))
-        yield view
+            table.add_row(*_rank(summary["judges"][judge], name))
+        yield table
 
 
-def _ranking(title: str, numbers: Iterable[str]) -> Table:
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    view.add_column("model", overflow="fold")
+def _table(title: str, numbers: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("model", overflow="fold")
     for heading in ("win rate over sft", "Elo", *(NUMBERS[number] for number in numbers)):
-        view.add_column(heading, justify="right", no_wrap=True)
-    return view
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
-def _rank(judged: Mapping[str, Any], name: str) -> tuple[str, str, str]:
-    """Name, win rate over sft and rating, with their intervals."""
-    rate, rating = judged["win_rates"][name].get(SFT), judged["elo"][name]
+def _rank(ranking: Ranking, name: str) -> tuple[str, str, str]:
+    """Return a model's name, win rate over sft and rating, with their intervals."""
+    rate, rating = ranking["win_rates"][name].get(SFT), ranking["elo"][name]
     return escape(name), _with_interval(rate, ".2f"), _with_interval(rating, ".0f")
 
 
-def _with_interval(estimate: Mapping[str, Any] | None, form: str) -> str:
+def _with_interval(estimate: Interval | None, form: str) -> str:
     if estimate is None:
         return "–"
     value, (low, high) = estimate["value"], estimate["ci95"]

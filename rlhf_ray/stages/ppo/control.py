@@ -1,10 +1,9 @@
-"""While PPO runs: tells others how it stands, and passes on what they ask."""
+"""While PPO runs: writes its status for others, and carries out their requests."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from rlhf_ray.driver.ppo_loop import PpoLoop
 from rlhf_ray.driver.recorder import Recorder
@@ -14,57 +13,58 @@ from rlhf_ray.runs.control import INTERVAL_S, ControlFiles
 
 
 @asynccontextmanager
-async def exchanged(
+async def controlled(
     folder: Path,
     loop: PpoLoop,
     generators: Generators,
     bar: Bar,
     recorder: Recorder,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> AsyncIterator[None]:
-    """Exchange status and wishes with the files of a run until the loop has ended."""
+    """Write the status and serve requests, through the run's control files, until the loop ends."""
     files = ControlFiles(folder)
-    exchange = asyncio.ensure_future(_exchange(files, loop, generators, bar, recorder, tell))
+
+    def write_status() -> None:
+        files.tell(
+            iteration=loop.state.iteration,
+            iterations=bar.total,
+            reward=bar.values.get("reward"),
+            kl=bar.values.get("kl"),
+            version=loop.state.version,
+            seconds_per_iteration=bar.pace_s,
+            generators=tuple(generators.statuses()),
+        )
+
+    async def exchange() -> None:
+        num_scaled, last_error = 0, None
+        while True:
+            write_status()
+            try:
+                names = [each.name for each in generators.statuses()]
+                recorder.generators(generators.report(), names)
+                num_scaled = _serve_request(files, loop, generators, num_scaled)
+            except Exception as error:  # storage or a cluster that does not answer just now
+                if str(error) != last_error:
+                    say(f"A request to the run failed and will be tried again: {error}")
+                last_error = str(error)
+            await asyncio.sleep(INTERVAL_S)
+
+    task = asyncio.ensure_future(exchange())
     try:
         yield
     finally:
-        exchange.cancel()
-        files.tell(**_standing(loop, generators, bar))
+        task.cancel()
+        write_status()
 
 
-async def _exchange(
-    files: ControlFiles,
-    loop: PpoLoop,
-    generators: Generators,
-    bar: Bar,
-    recorder: Recorder,
-    tell: Callable[[str], None],
-) -> None:
-    num_scaled, trouble = 0, None
-    while True:
-        files.tell(**_standing(loop, generators, bar))
-        try:
-            recorder.generators(generators.report(), [each.name for each in generators.statuses()])
-            wish = files.asked()
-            if wish.stop:
-                loop.request_stop()
-            if wish.num_generators is not None and wish.scalings != num_scaled:
-                generators.scale_to(wish.num_generators)
-                num_scaled = wish.scalings
-        except Exception as error:  # storage or cluster that does not answer just now
-            if str(error) != trouble:
-                tell(f"What was asked of the run could not be done, and is tried again: {error}")
-            trouble = str(error)
-        await asyncio.sleep(INTERVAL_S)
-
-
-def _standing(loop: PpoLoop, generators: Generators, bar: Bar) -> dict[str, Any]:
-    return {
-        "iteration": loop.state.iteration,
-        "iterations": bar.total,
-        "reward": bar.values.get("reward"),
-        "kl": bar.values.get("kl"),
-        "version": loop.state.version,
-        "seconds_per_iteration": bar.pace_s,
-        "generators": tuple(generators.statuses()),
-    }
+def _serve_request(
+    files: ControlFiles, loop: PpoLoop, generators: Generators, num_scaled: int
+) -> int:
+    """Stop or scale as requested; returns how many requests to scale have been served."""
+    request = files.asked()
+    if request.stop:
+        loop.request_stop()
+    # Counted, not compared: the same number may be requested again after an autoscaler changed it.
+    if request.num_generators is not None and request.scalings != num_scaled:
+        generators.scale_to(request.num_generators)
+    return request.scalings

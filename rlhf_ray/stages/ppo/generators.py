@@ -1,4 +1,4 @@
-"""Generators whose processes start and end one by one."""
+"""Starts and ends the processes of generators one by one, for the elastic pool."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ from rlhf_ray.placement.layout import demands
 
 
 class GeneratorFactory:
-    """Generators over a base model; `cluster.generator_pool.Factory`."""
+    """Makes generators over a base model; the `Factory` of `generators.pool`."""
 
     def __init__(self, spawner: RoleSpawner, config: Config, base: str) -> None:
         self._spawner = spawner
@@ -29,26 +29,26 @@ class GeneratorFactory:
         )
 
     def spawn(self, name: str) -> GeneratorClient:
-        """One that is not started."""
+        """Make a generator that is not started."""
         return GeneratorClient(self._spawner.spawn_one(Generator, name, *self._args))
 
     async def start(self, name: str) -> GeneratorClient:
-        """One that is, in a place of its own."""
+        """Make and start a generator on a slot of its own."""
         await self._spawner.place_one(self._demand, int(name.rpartition("-")[2]))
         generator = self.spawn(name)
         try:
             await generator.worker.call("start")
-        except BaseException:  # also where it is not wanted any more
+        except BaseException:  # cancelled, too: the pool may have shrunk meanwhile
             await self.end(generator)
             raise
         return generator
 
     async def end(self, generator: GeneratorClient) -> None:
-        """End its process."""
+        """End a generator's process."""
         await self._spawner.end_one(generator.worker)
 
     def make_room(self, num: int) -> None:
-        """Ask Ray for room for ``num`` generators besides everybody else."""
+        """Ask Ray for capacity for ``num`` generators beside the other roles."""
         self._spawner.make_room(num)
 
 
@@ -56,10 +56,10 @@ def spawn_generators(
     spawner: RoleSpawner,
     config: Config,
     base: str,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
     autoscale: AutoscaleConfig | None = None,
 ) -> GeneratorPool[GeneratorClient]:
-    """Generators over a base model, not started; their number changes as ``autoscale`` says."""
+    """Make the pool of generators over a base model, not started; ``autoscale`` may resize it."""
     factory = GeneratorFactory(spawner, config, base)
     first = [factory.spawn(f"generator-{i}") for i in range(config.generators.num)]
-    return GeneratorPool(first, factory, publish_to, config.generators, autoscale, tell)
+    return GeneratorPool(first, factory, publish_to, config.generators, autoscale, say)

@@ -1,4 +1,4 @@
-"""Who carries out the roles of a PPO run: actors in Ray, or objects in this process."""
+"""Spawns the roles of a PPO run: actors in Ray, or objects in this process (inline)."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,7 +28,7 @@ from rlhf_ray.stages.ppo.generators import spawn_generators
 def spawn_scorers(
     spawner: RoleSpawner, config: Config, reward_model: str | None, policy_model: str
 ) -> ScorerClient:
-    """Scorers with all sources of rewards, not started."""
+    """Make the scorers, with all reward sources; they are not started."""
     sources = [located(source) for source in config.rewards]
     config = config.model_copy(update={"rewards": sources})
     workers = spawner.spawn(
@@ -48,17 +48,17 @@ async def ppo_roles(
     reward_model: str | None,
     critic_model: str | None,
     on_call: OnCall,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> AsyncIterator[Roles]:
-    """Every role that the config needs, ready to work; ended on the way out."""
+    """Start every role that the config needs; end them on the way out."""
     spawner = RoleSpawner(config, on_call)
     engine = spawner.learner_engine
-    asked = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
-    async with AsyncExitStack() as ending:
-        ending.push_async_callback(spawner.stop_all)
-        await spawner.place(asked)
-        generators = spawn_generators(spawner, config, policy_model, tell, config.rollout.autoscale)
-        ending.push_async_callback(generators.close)
+    needed = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(spawner.stop_all)
+        await spawner.place(needed)
+        generators = spawn_generators(spawner, config, policy_model, say, config.rollout.autoscale)
+        stack.push_async_callback(generators.close)
         scorer = spawn_scorers(spawner, config, reward_model, policy_model)
         references = spawner.spawn(
             Reference, "reference", config.reference.num_processes, config, policy_model
@@ -70,12 +70,12 @@ async def ppo_roles(
         critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
         await spawner.start_all([group for group in (policy, critic) if group])
         policy_client = PolicyClient(policy, config.policy.zero_stage)
+        # Without reference processes the policy's own base answers, its adapter switched off.
+        reference = ReferenceClient(references) if references else PolicyBaseClient(policy_client)
         yield Roles(
             generators=generators,
             scorer=scorer,
-            reference=ReferenceClient(references)
-            if references
-            else PolicyBaseClient(policy_client),
+            reference=reference,
             policy=policy_client,
             critic=CriticClient(critic, config.critic.zero_stage) if critic else None,
             fetch=spawner.fetch,

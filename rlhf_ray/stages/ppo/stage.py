@@ -1,11 +1,12 @@
-"""Stage 5: PPO. Wires roles, data and checkpoints into the loop."""
+"""Stage ppo: wires roles, data and checkpoints into the loop of `driver.ppo_loop`."""
 
 import asyncio
 import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.config import Config
@@ -26,21 +27,20 @@ from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.roles import Roles
 from rlhf_ray.runs.datasets import ppo_prompts
 from rlhf_ray.runs.folder import RunFolder, located_function
-from rlhf_ray.stages.ppo.control import exchanged
+from rlhf_ray.stages.ppo.control import controlled
 from rlhf_ray.stages.ppo.roles import ppo_roles
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Train the policy from where the run stands; returns the summary that it wrote.
+def run(config: Config) -> dict[str, object]:
+    """Train the policy from the run's last commit; returns the summary that it wrote.
 
     Raises:
         RlhfError: naming the role, the numbers and the remedy.
     """
     config = _with_located_functions(config)
     folder = RunFolder(config)
-    stage = folder.stage("ppo")
     policy_model, reward_model = folder.sft_model(), folder.reward_model()
-    _require_whole(policy_model)
+    _refuse_adapter(policy_model)
     tokenizer = load_tokenizer(policy_model)
     critic_model = _critic_model(folder, tokenizer)
     prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer)
@@ -48,17 +48,19 @@ def run(config: Config) -> dict[str, Any]:
     saved = checkpoints.latest()
     state = _state_of(saved)
     tracer = Tracer(folder.path / "trace.json", config.run.name)
-    live = ray_sinks(config.run.name, "driver")
-    recorder = Recorder(stage, tracer, config.trackers, state.iteration if saved else None, live)
-
+    sinks = ray_sinks(config.run.name, "driver")
+    resumed_at = state.iteration if saved else None
+    recorder = Recorder(folder.stage("ppo"), tracer, config.trackers, resumed_at, sinks)
     progress = Progress(config.run.stages)
 
-    async def train(bar: Bar) -> dict[str, Any]:
+    async def train(bar: Bar) -> dict[str, object]:
         async with ppo_roles(
             config, policy_model, reward_model, critic_model, recorder.span, progress.say
         ) as roles:
             await _restore(roles, saved)
-            progress.say("ppo: every role is ready; proving that generators serve what is sent")
+            progress.say(
+                "ppo: every role is ready; proving that generators serve the adapter they receive"
+            )
             canaries = canary_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
             loop = PpoLoop(
                 config,
@@ -71,7 +73,7 @@ def run(config: Config) -> dict[str, Any]:
                 state,
                 bar,
             )
-            async with exchanged(folder.path, loop, roles.generators, bar, recorder, progress.say):
+            async with controlled(folder.path, loop, roles.generators, bar, recorder, progress.say):
                 return await loop.run()
 
     try:
@@ -85,14 +87,14 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _with_located_functions(config: Config) -> Config:
-    """The config with the user's files by absolute path: a learner's process may run elsewhere."""
+    """Name the user's files by absolute path: a learner's process may run in another folder."""
     keys = ("advantage", "policy_loss")
     located = {key: located_function(getattr(config.ppo, key)) for key in keys}
     return config.model_copy(update={"ppo": config.ppo.model_copy(update=located)})
 
 
-def _require_whole(policy_model: str) -> None:
-    """Refuse an adapter as what PPO starts from: it would train an adapter on an adapter."""
+def _refuse_adapter(policy_model: str) -> None:
+    """Refuse to start from an adapter: PPO would train an adapter on an adapter."""
     if folders.is_adapter(policy_model):
         raise DataError(
             f"{policy_model} is an adapter; PPO trains an adapter of its own on a whole model: "
@@ -100,11 +102,11 @@ def _require_whole(policy_model: str) -> None:
         )
 
 
-def _critic_model(folder: RunFolder, tokenizer: Any) -> str | None:
-    """What the critic starts from; None where the advantages need none.
+def _critic_model(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what the critic starts from; None where the advantages need no critic.
 
     Raises:
-        DataError: it would read the policy's token ids as other words.
+        DataError: its tokenizer gives the policy's token ids another meaning.
     """
     if not resolve(folder.config.ppo.advantage).needs_critic:
         return None
@@ -129,17 +131,22 @@ async def _restore(roles: Roles, saved: SavedCommit | None) -> None:
 def _state_of(saved: SavedCommit | None) -> RunState:
     if saved is None:
         return RunState()
+    # A run of another version may have saved other fields.
     known = {field.name for field in fields(RunState)}
     return RunState(**{name: value for name, value in saved.progress.items() if name in known})
 
 
-def _checkpoints(folder: RunFolder, tokenizer: Any, bases: Mapping[str, str | None]) -> Checkpoints:
+def _checkpoints(
+    folder: RunFolder, tokenizer: PreTrainedTokenizerBase, bases: Mapping[str, str | None]
+) -> Checkpoints:
     files = {name: _static_files(tokenizer, base, folder) for name, base in bases.items() if base}
     return Checkpoints(folder.path / "checkpoints", folder.config.ppo.keep_checkpoints, files)
 
 
-def _static_files(tokenizer: Any, base: str, folder: RunFolder) -> dict[str, bytes]:
-    """What a committed PEFT folder holds besides its adapter: all that generating needs."""
+def _static_files(
+    tokenizer: PreTrainedTokenizerBase, base: str, folder: RunFolder
+) -> dict[str, bytes]:
+    """Return what a committed PEFT folder holds besides its adapter: all that generating needs."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         generation_config(base, folder.config.template).save_pretrained(scratch)

@@ -1,7 +1,7 @@
-"""Pairs for a reward model or DPO that a judge labels: AI feedback instead of people's.
+"""AI-labelled pairs for a reward model or DPO: a judge prefers one of two answers.
 
-Verdicts are written as they come, ``verdicts-<settings>.jsonl`` in the stage's folder: a stage that
-goes on asks for the missing ones alone, and other settings ask anew.
+Verdicts are written as they come to ``verdicts-<digest of the settings>.jsonl`` in the stage's
+folder: a resumed stage asks for the missing ones alone, and other settings ask for all again.
 """
 
 import asyncio
@@ -34,25 +34,25 @@ from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.types import Prompt
 
 CHUNK = 64
-"""Pairs judged between two writes of verdicts."""
+"""Pairs judged at once, between two writes of verdicts."""
 
 SKIPPED: Mapping[str, Mapping[str, str]] = {
     "unread": {"_bad": "no_verdict", "_why": "the judge named neither answer"},
     "order": {"_unused": "verdict_follows_order"},
 }
-"""Verdict that is none -> how its row is marked, to be counted where rows are counted."""
+"""Verdict that prefers neither -> the record of the skipped row."""
 
 
-def judged_rows(config: Config, stage: str, judge: PairJudgeConfig) -> StoredRows:
-    """The rows of ``data.preferences`` with ``chosen`` and ``rejected`` as the judge says.
+def ai_labelled_rows(config: Config, stage: str, judge: PairJudgeConfig) -> StoredRows:
+    """Return the rows of ``data.preferences`` with the judge's ``chosen`` and ``rejected``.
 
     Args:
         config: the run's.
-        stage: reward or dpo, in whose folder the verdicts go.
-        judge: who labels.
+        stage: reward or dpo; the verdicts go into its folder.
+        judge: the language model that labels.
 
     Raises:
-        RlhfError: the judge stayed down; verdicts so far are kept.
+        RlhfError: the judge stayed unavailable; the verdicts so far are kept.
         DataError: the data set cannot be read.
     """
     rows = user_rows(config, "preferences", "prompts")
@@ -67,7 +67,7 @@ def _pairs(rows: StoredRows) -> Iterator[Pair | Row]:
 
 
 def _pair(row: Row) -> Pair | Row:
-    """The pair in a row, or how the row is marked because there is none."""
+    """Return the pair in a row, or the record of a skipped row."""
     if is_skipped(row):
         return row
     try:
@@ -84,13 +84,13 @@ def _pair(row: Row) -> Pair | Row:
 async def _judge(judge: PairJudge, rows: StoredRows, path: Path, config: Config) -> None:
     """Ask for the verdicts that the file lacks."""
     sink = JsonlSink(path)
-    sink.truncate_after("pair", math.inf)  # a line that a kill tore goes
+    sink.truncate_after("pair", math.inf)  # drops a line that a kill cut short
     done = len(read_jsonl(path))
     total = sum(isinstance(pair, Pair) for pair in _pairs(rows))
-    waiting = islice((pair for pair in _pairs(rows) if isinstance(pair, Pair)), done, None)
+    remaining = islice((pair for pair in _pairs(rows) if isinstance(pair, Pair)), done, None)
     try:
         with Progress(config.run.stages).stage("judge", total, "pair", done) as bar:
-            while chunk := list(islice(waiting, CHUNK)):
+            while chunk := list(islice(remaining, CHUNK)):
                 for verdict in await judge.verdicts(chunk):
                     sink.append({"pair": done, "verdict": verdict})
                     done += 1
@@ -122,7 +122,7 @@ def _labelled(pairs: Iterable[Pair | Row], verdicts: Iterator[str]) -> Iterator[
 
 
 def _digest(config: Config, judge: PairJudgeConfig) -> str:
-    """What decides the verdicts, and not how or where they are asked for."""
+    """Identify what decides the verdicts; the judge's address and time limits are left out."""
     sources = [source.model_dump(mode="json") for source in config.data.preferences or ()]
     fixed = {name: getattr(judge, name) for name in fixed_keys(PairJudgeConfig)}
     text = json.dumps([sources, fixed], sort_keys=True)

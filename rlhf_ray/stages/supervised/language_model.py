@@ -1,31 +1,36 @@
 """What pretrain and SFT share: packed blocks, next-token loss, perplexity."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset, Features
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import EvalPrediction, Trainer
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
-from rlhf_ray.data.reading.rows import StoredRows
+from rlhf_ray.data.datasets.texts import load_documents
+from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.packing import IGNORED, Block, concatenated, isolated, padded, unpacked
+from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
+from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder
-from rlhf_ray.stages.supervised.step_log import TOKEN_LOSS
-from rlhf_ray.stages.supervised.trainers import RowTrainer
+from rlhf_ray.stages.supervised.launcher import run_training
+from rlhf_ray.stages.supervised.trainer import Trained
 from rlhf_ray.stages.supervised.training import (
     HELD_OUT,
     HELD_OUT_SHARE,
+    TOKEN_LOSS,
     TRAIN,
+    Counts,
     Training,
-    sizes,
 )
 
 _COLUMNS = {
@@ -33,62 +38,51 @@ _COLUMNS = {
     "isolate": ("input_ids", "labels", "position_ids"),
     "none": ("input_ids", "labels", "position_ids"),
 }
-"""Packing -> what a block gives to the model."""
+"""Packing -> columns of a block that the model gets."""
 
 
-class LanguageModelTrainer(RowTrainer):
-    """A Trainer whose predictions are the summed loss of each row and its number of labels, `_B2`.
+class LanguageModelTraining(Training):
+    """Training on packed blocks of one length, or on single texts."""
 
-    Rows have unequal numbers of labels, so a mean of batch means would depend on how rows are
-    dealt out to batches and processes.
-    """
+    model_computes_loss = True
 
-    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def settings(self) -> PretrainConfig | SftConfig:
+        return getattr(self.config, self.name)
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The blocks' columns, `_BS`; the model shifts the labels itself.
+
+        No attention mask: the positions alone keep texts apart. Flash attention reads positions
+        in a single row only, so there a batch becomes one row.
+        """
+        if self.settings.packing == "none":
+            longest = max(len(row["input_ids"]) for row in rows)
+            rows = [vars(padded(Block(**row), longest, self.pad_id)) for row in rows]
+        batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+        if "position_ids" in batch and "flash" in self.config.model.attn_implementation:
+            return {name: tensor.view(1, -1) for name, tensor in batch.items()}
+        return batch
+
+    def predict_rows(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss, and the summed loss of each row with its number of labels, `_B2`.
+
+        Rows have unequal numbers of labels, so the mean over labels needs both.
+        """
         labels_BS = inputs.pop("labels")[:, 1:]
         logits_BVS = model(**inputs).logits[:, :-1].float().transpose(1, 2)
         losses_BS = cross_entropy(logits_BVS, labels_BS, ignore_index=IGNORED, reduction="none")
         sums_B2 = torch.stack([losses_BS.sum(1), (labels_BS != IGNORED).sum(1)], dim=1)
         return losses_BS.mean(), sums_B2
 
-
-def token_loss(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean loss of all labels, nats a token, and its perplexity."""
-    sums_B2: Any = prediction.predictions
-    loss = float(sums_B2[:, 0].sum() / sums_B2[:, 1].sum())
-    return {TOKEN_LOSS: loss, "perplexity": math.exp(loss)}
-
-
-class LanguageModelTraining(Training):
-    """Training on packed blocks of one length, or on single texts."""
-
-    @property
-    def settings(self) -> PretrainConfig | SftConfig:
-        return getattr(self.config, self.name)
-
-    def trainer(self, **parts: Any) -> Trainer:
-        return LanguageModelTrainer(**parts)
-
-    @property
-    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
-        return token_loss
-
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The blocks' columns, `_BS`; the model shifts the labels itself.
-
-        No attention mask: texts that do not see each other are told by their positions alone. Flash
-        attention reads these in a single row only, so there a batch becomes one.
-        """
-        if self.settings.packing == "none":
-            longest = max(len(row["input_ids"]) for row in rows)
-            rows = [vars(padded(Block(**row), longest, self._pad_id)) for row in rows]
-        batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-        if "position_ids" in batch and "flash" in self.config.model.attn_implementation:
-            return {name: tensor.view(1, -1) for name, tensor in batch.items()}
-        return batch
+    def measure(self, rows: np.ndarray) -> dict[str, float]:
+        """Compute the mean loss of all labels, nats a token, and its perplexity."""
+        loss = float(rows[:, 0].sum() / rows[:, 1].sum())
+        return {TOKEN_LOSS: loss, "perplexity": math.exp(loss)}
 
 
 def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> StoredRows:
-    """The user's own rows, or the answers that prepare set aside for language modelling.
+    """Return the user's rows, or the answers that prepare keeps for language modelling.
 
     Raises:
         DataError: the data cannot be read, or prepare has not run.
@@ -104,10 +98,10 @@ def packed_blocks(
     settings: PretrainConfig | SftConfig,
     pad_id: int,
 ) -> dict[str, Dataset]:
-    """Texts packed into blocks: the last share of the texts held out, the rest to train on.
+    """Pack texts into blocks; the last share of the texts is held out.
 
     Args:
-        stage: name, for the message.
+        stage: its name, for the message.
         documents: from `load_documents`.
         settings: the stage's section: how to pack, tokens of a block, most held-out blocks.
         pad_id: fills blocks of whole texts.
@@ -124,12 +118,12 @@ def packed_blocks(
         TRAIN: documents.select(range(num_train)),
         HELD_OUT: documents.select(range(num_train, len(documents))),
     }
-    most = {TRAIN: None, HELD_OUT: settings.eval_rows}
+    max_blocks = {TRAIN: None, HELD_OUT: settings.eval_rows}
     columns = _COLUMNS[settings.packing]
     features = Features(dict.fromkeys(columns, TOKEN_IDS))
     parts: dict[str, Dataset] = {}
     for part, rows in texts.items():
-        blocks = islice(_blocks(rows, settings, pad_id), most[part])
+        blocks = islice(_blocks(rows, settings, pad_id), max_blocks[part])
         parts[part] = write_table(
             ({c: getattr(block, c) for c in columns} for block in blocks), features
         )
@@ -144,8 +138,8 @@ def packed_blocks(
 def _blocks(
     documents: Dataset, settings: PretrainConfig | SftConfig, pad_id: int
 ) -> Iterator[Block]:
-    """The texts in blocks; a block of which nothing would be learnt is left out."""
-    rows: Any = documents
+    """Pack the texts, and leave out blocks from which nothing would be learnt."""
+    rows: Any = documents  # datasets types a row as a dict or a list
     texts = ((row["token_ids"], row["learnt"]) for row in rows)
     if settings.packing == "concat":
         blocks = concatenated(texts, settings.block_size)
@@ -157,11 +151,31 @@ def _blocks(
     return (block for block in blocks if any(label != IGNORED for label in block.labels[1:]))
 
 
-def language_model_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Held-out loss (nats a token) and perplexity, exp(loss), before and after; steps and sizes."""
+def train_on_texts(
+    training: LanguageModelTraining,
+    rows: StoredRows,
+    load: Callable[..., tuple[Dataset, Counts]] = load_documents,
+) -> tuple[Trained, dict[str, object]]:
+    """Tokenise and pack the rows and train on them; returns also the summary, but for the seconds.
+
+    The summary has the held-out loss (nats a token) and perplexity, exp(loss), before and after.
+
+    Args:
+        training: from `open_training`.
+        rows: from `text_rows`.
+        load: `load_documents` with the stage's settings.
+
+    Raises:
+        RlhfError: no usable data or model, or the training failed.
+    """
+    name, config = training.name, training.config
+    renderer = Renderer(load_tokenizer(training.base), config.template)
+    documents, counts = load(rows, renderer, config.data.max_bad_share, name=f"{name}'s texts")
+    blocks = packed_blocks(name, documents, training.settings, training.pad_id)
+    trained = run_training(training, blocks)
     held_out = {
-        f"{name}_{when}": numbers[f"{when}_{name}"]
-        for name in ("loss", "perplexity")
-        for when in ("before", "after")
+        f"{key}_{when}": numbers[key]
+        for key in ("loss", "perplexity")
+        for when, numbers in (("before", trained.before), ("after", trained.after))
     }
-    return held_out | sizes(numbers)
+    return trained, held_out | trained.sizes() | {"rows": counts}

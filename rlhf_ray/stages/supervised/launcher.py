@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
@@ -16,7 +16,7 @@ from datasets import Dataset
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, DataError, PlacementError, RlhfError
 from rlhf_ray.models import folders
-from rlhf_ray.models.parameters import ParameterGroup, parameter_table
+from rlhf_ray.models.parameters import parameter_table
 from rlhf_ray.observability import quiet
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
@@ -24,24 +24,20 @@ from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.runs.folder import RunFolder, unwritable_is_an_error
-from rlhf_ray.stages.supervised.training import (
-    TRAIN,
-    Training,
-    refuse_unknown_arguments,
-    steps_done,
-    train,
-)
+from rlhf_ray.stages.supervised.arguments import refuse_unknown_arguments
+from rlhf_ray.stages.supervised.trainer import Trained, train
+from rlhf_ray.stages.supervised.training import TRAIN, Training
 
 T = TypeVar("T", bound=Training)
 
 POLL_S = 1.0
-"""Seconds between two looks at what the cluster has."""
+"""Seconds between two checks of the cluster's resources."""
 FOLLOW_INTERVAL_S = 0.5
-"""Seconds between two looks at the metrics that the training processes write."""
+"""Seconds between two reads of the metrics that the training processes write."""
 
 
 def open_training(kind: type[T], config: Config, base: str) -> T:
-    """A stage's work with absolute paths, its ``<stage>.trainer`` keys checked.
+    """Make a stage's `Training` with absolute paths, its ``<stage>.trainer`` keys checked.
 
     Raises:
         ConfigError: an unknown key in ``<stage>.trainer``, or the folder cannot be written.
@@ -60,11 +56,11 @@ def open_training(kind: type[T], config: Config, base: str) -> T:
 
 
 def with_steps(training: Training, num_rows: int) -> Training:
-    """The same work with ``<stage>.steps`` of its own where ``<stage>.epochs`` is given.
+    """Compute ``<stage>.steps`` from ``<stage>.epochs`` where that is given.
 
     Args:
         training: from `open_training`.
-        num_rows: to train on; the last batch of a pass may be a smaller one.
+        num_rows: rows to train on; the last batch of a pass may be smaller.
     """
     settings = training.settings
     if settings.epochs is None:
@@ -75,15 +71,12 @@ def with_steps(training: Training, num_rows: int) -> Training:
     return replace(training, config=config)
 
 
-def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, Any]:
-    """Train one stage to its end, showing progress; what training alone needed is removed then.
+def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
+    """Train one stage to its end, with progress; remove its tokenised data and checkpoints then.
 
     Args:
         training: from `open_training`.
         data: tokenised rows, keys ``training.TRAIN`` and ``training.HELD_OUT``.
-
-    Returns:
-        What `training.train` returns.
 
     Raises:
         RlhfError: what a training process raised.
@@ -99,32 +92,35 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> dict[str, A
         for split, rows in data.items():
             rows.save_to_disk(str(training.data / split))
     training = with_steps(training, len(data[TRAIN]))
-    done = steps_done(training)
+    done, _ = training.last_checkpoint()
     for file in (training.metrics_file, training.evaluations_file):
         JsonlSink(file).truncate_after("step", done)
-    inline = training.config.cluster.mode == "inline"
     progress = Progress(training.config.run.stages)
     with (
         progress.stage(training.name, training.settings.steps, "step", done) as bar,
         _following(training, bar, done),
     ):
-        results = _train_inline(training) if inline else _train_on_ray(training)
+        if training.config.cluster.mode == "inline":
+            torch.set_num_threads(_num_threads(1))
+            trained = train(training, 1)
+        else:
+            trained = _train_on_ray(training)
     shutil.rmtree(training.data, ignore_errors=True)
     shutil.rmtree(training.checkpoints, ignore_errors=True)
-    progress.say(parameter_table([ParameterGroup(**g) for g in results["parameter_groups"]]))
-    return results
+    progress.say(parameter_table(trained.groups))
+    return trained
 
 
 @dataclass
 class _Stream:
-    """A file of metrics as it grows, and who is told what appears in it."""
+    """A file of metrics as it grows, and the sinks that get its new lines."""
 
     file: Path
     sinks: Sinks
     num_seen: int
 
-    def news(self) -> Iterator[tuple[int, Mapping[str, float]]]:
-        """Step and metrics of each line that is new; the sinks are told first."""
+    def forward(self) -> Iterator[tuple[int, Mapping[str, float]]]:
+        """Log each new line to the sinks; yields its step and metrics."""
         records = read_jsonl(self.file)
         for record in records[self.num_seen :]:
             step, metrics = record["step"], numbers(record)
@@ -135,7 +131,7 @@ class _Stream:
 
 @contextmanager
 def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
-    """Pass on the metrics as lines appear in files that another process may write."""
+    """Forward the metrics as lines appear in files that another process may write."""
     local = ray_sinks(training.config.run.name, training.name)
     if training.config.trackers.tensorboard:
         local.append(TensorBoardSink(training.folder / "tensorboard", purge_step=done + 1))
@@ -145,30 +141,26 @@ def _following(training: Training, bar: Bar, done: int) -> Iterator[None]:
         tracked = current().sinks(training.name, "step", known, part)
         streams.append(_Stream(file, Sinks([*local, *tracked]), len(known)))
 
-    def look() -> None:
+    def forward() -> None:
         for stream in streams:
-            for step, metrics in stream.news():
+            for step, metrics in stream.forward():
                 if "loss" in metrics:
                     bar.advance(step - bar.done, loss=metrics["loss"])
 
     try:
-        with repeated(look, FOLLOW_INTERVAL_S, "follow metrics"):
+        with repeated(forward, FOLLOW_INTERVAL_S, "follow metrics"):
             yield
     finally:
-        look()
+        forward()
         for sink in local:
             sink.close()
     if bar.total is not None and bar.total > bar.done:
-        bar.advance(bar.total - bar.done)  # not every step is logged
+        bar.advance(bar.total - bar.done)  # the last steps may not be logged
 
 
-def _train_inline(training: Training) -> dict[str, Any]:
-    torch.set_num_threads(_num_threads(1))
-    return train(training, 1)
-
-
-def _train_on_ray(training: Training) -> dict[str, Any]:
-    # Paths in the config are relative to where the run was started, not to a worker's folder.
+def _train_on_ray(training: Training) -> Trained:
+    # Else Ray Train moves each worker to a folder of its own, where the config's relative paths
+    # point nowhere.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -187,32 +179,32 @@ def _train_on_ray(training: Training) -> dict[str, Any]:
         ),
     )
     try:
-        numbers = trainer.fit().return_value
+        trained = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _cause(training, error) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-    if numbers is None:
+    if trained is None:
         raise ActorFailure(f"{training.name}: Ray Train ended without a result; see its logs")
-    return numbers
+    return trained
 
 
-def _train_worker(loop_config: Mapping[str, Training]) -> dict[str, Any]:
-    """Runs in each process that Ray Train starts."""
+def _train_worker(loop_config: Mapping[str, Training]) -> Trained:
+    """Train in a process that Ray Train started."""
     quiet.silence_dependencies()
     from ray.train import get_context
 
     context = get_context()
-    # Ray sets one thread for a one-CPU actor, but here nothing runs beside the training.
+    # Ray sets OMP_NUM_THREADS=1 for a one-CPU actor, but nothing else runs during the training.
     torch.set_num_threads(_num_threads(context.get_local_world_size()))
     return train(loop_config["training"], context.get_world_size())
 
 
 def _on_gpu(training: Training) -> bool:
-    """Whether to train on GPUs; where nodes may join, room is waited for.
+    """Decide whether to train on GPUs; waits for nodes where an autoscaler may add them.
 
     Raises:
-        PlacementError: fewer GPUs, or CPUs where those are asked for, than training processes.
+        PlacementError: the cluster has fewer GPUs (or CPUs, if it trains on them) than processes.
     """
     import ray
 
@@ -222,27 +214,27 @@ def _on_gpu(training: Training) -> bool:
     may_grow, settings = joins_cluster(training.config), training.config.placement
     has_gpus = may_grow or bool(ray.cluster_resources().get("GPU"))
     kind = "GPU" if settings.gpus and has_gpus else "CPU"
-    wanted, deadline = training.settings.train_workers, time.monotonic() + settings.timeout_s
-    there = int(ray.cluster_resources().get(kind, 0))
-    if may_grow and there < wanted:
-        ask_for_room([{kind: 1.0}] * wanted, [{}] * wanted)
+    needed, deadline = training.settings.train_workers, time.monotonic() + settings.timeout_s
+    available = int(ray.cluster_resources().get(kind, 0))
+    if may_grow and available < needed:
+        ask_for_room([{kind: 1.0}] * needed, [{}] * needed)
         try:
-            while there < wanted and time.monotonic() < deadline:
+            while available < needed and time.monotonic() < deadline:
                 time.sleep(POLL_S)
-                there = int(ray.cluster_resources().get(kind, 0))
+                available = int(ray.cluster_resources().get(kind, 0))
         finally:
             ask_for_room([], [])
-    if wanted > there:
-        remedy = f"Lower it to {there} or add nodes"
+    if needed > available:
+        remedy = f"Lower it to {available} or add nodes"
         raise PlacementError(
-            f"{training.name}.train_workers={wanted} needs {wanted} {kind}s; the cluster has "
-            f"{there}. {remedy if there else 'For a cluster of CPUs set placement.gpus=0'}"
+            f"{training.name}.train_workers={needed} needs {needed} {kind}s; the cluster has "
+            f"{available}. {remedy if available else 'For a cluster of CPUs set placement.gpus=0'}"
         )
     return kind == "GPU"
 
 
 def _cause(training: Training, error: Exception) -> RlhfError:
-    """What a training process raised on purpose, or else a message that names its last words."""
+    """Return the error that a training process raised on purpose, else one with its last line."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         raised = getattr(failure, "_base_exc", failure)
@@ -252,15 +244,15 @@ def _cause(training: Training, error: Exception) -> RlhfError:
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
     return ActorFailure(
         f"{training.name}: training process {rank} failed: {lines[-1]}\nRun the same command again "
-        "to go on from its last checkpoint; with less memory, lower "
+        "to resume from its last checkpoint; if it ran out of memory, lower "
         f"{training.name}.batch_size or set {training.name}.gradient_checkpointing=true"
     )
 
 
 def _num_threads(num_processes: int) -> int:
-    """Threads of each of this machine's training processes; one core is left to driver and Ray.
+    """Return the threads of each training process here; one core is left to driver and Ray.
 
-    A thread too many costs far more than it gives: OpenMP's threads spin while they wait for one
+    One thread too many costs far more than it gives: OpenMP's threads spin while they wait for one
     that has lost its core (measured on two busy cores: two threads took nine times as long as one).
     """
     affinity = getattr(os, "sched_getaffinity", None)

@@ -1,26 +1,27 @@
 """What reward and dpo share: pairs of answers of which people preferred one."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EvalPrediction
 
+from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.datasets.preferences import load_pairs
-from rlhf_ray.data.reading.rows import StoredRows
+from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.models import loading
 from rlhf_ray.models.heads import position_ids
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder
-from rlhf_ray.stages.supervised.ai_labels import judged_rows
-from rlhf_ray.stages.supervised.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Training
+from rlhf_ray.stages.supervised.ai_labels import ai_labelled_rows
+from rlhf_ray.stages.supervised.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Counts, Training
 
 CHOSEN, REJECTED = 0, 1
-"""Places in the pair dimension, P, of every batch."""
+"""Indices in the pair dimension, P, of every batch."""
 
 
 class PairTraining(Training):
@@ -30,26 +31,26 @@ class PairTraining(Training):
     def settings(self) -> PairsConfig:
         return getattr(self.config, self.name)
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pairs padded on the right to the longest text of the batch.
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Pad pairs on the right to the longest text of the batch.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``position_ids``, each `_BPS`; ``prompt_lengths``,
             `_B`.
         """
         sides = [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")]
-        flat = padded_texts(sides, self._pad_id)
+        flat = padded_texts(sides, self.pad_id)
         texts = {name: tensor_NS.view(len(rows), 2, -1) for name, tensor_NS in flat.items()}
         prompts_B = torch.tensor([row["num_prompt_tokens"] for row in rows])
         return texts | {"prompt_lengths": prompts_B}
 
-    @property
-    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
-        return pair_accuracy
+    def measure(self, rows: np.ndarray) -> dict[str, float]:
+        """Compute the share of pairs whose chosen answer scores higher; a tie counts as wrong."""
+        return {"accuracy": float((rows[:, CHOSEN] > rows[:, REJECTED]).mean())}
 
 
-def padded_texts(token_lists: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Texts padded on the right to the longest of them.
+def padded_texts(token_lists: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Pad texts on the right to the longest of them.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``position_ids``, each `_NS`.
@@ -64,38 +65,52 @@ def padded_texts(token_lists: Sequence[Sequence[int]], pad_id: int) -> dict[str,
     }
 
 
-def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the pairs whose chosen answer scores higher; a tie counts as wrong."""
-    scores_BP: Any = prediction.predictions
-    return {"accuracy": float((scores_BP[:, CHOSEN] > scores_BP[:, REJECTED]).mean())}
-
-
-def load_training_pairs(
-    training: PairTraining,
-) -> tuple[dict[str, Dataset], dict[str, dict[str, int]]]:
-    """Tokenised pairs to train on and held out, and the counts of the rows read for each.
+def load_training_pairs(training: PairTraining) -> tuple[dict[str, Dataset], dict[str, Counts]]:
+    """Load tokenised pairs to train on and held out, and the counts of the rows read for each.
 
     Raises:
         DataError: no rows, or too many that cannot be used.
     """
-    config = training.config
-    renderer = Renderer(loading.load_tokenizer(training.base), config.template)
-    pairs: dict[str, Dataset] = {}
-    counts: dict[str, dict[str, int]] = {}
-    for part, rows in _pair_rows(training).items():
-        pairs[part], counts[part] = load_pairs(
+    rows, what = _pair_rows(training), f"{training.name}'s pairs"
+    return load_parts(rows, load_pairs, training.config, training.base, what)
+
+
+def load_parts(
+    parts: Mapping[str, Iterable[Row]],
+    load: Callable[..., tuple[Dataset, Counts]],
+    config: Config,
+    tokenizer: str,
+    what: str,
+) -> tuple[dict[str, Dataset], dict[str, Counts]]:
+    """Tokenise each part of the rows; return its data set and the counts of its rows.
+
+    Args:
+        parts: name -> rows.
+        load: `load_pairs`, or a loader with the same keywords.
+        config: the run's.
+        tokenizer: model folder or hub name.
+        what: the rows, for messages.
+
+    Raises:
+        DataError: a part without rows, or with too many that cannot be used.
+    """
+    renderer = Renderer(loading.load_tokenizer(tokenizer), config.template)
+    data: dict[str, Dataset] = {}
+    counts: dict[str, Counts] = {}
+    for part, rows in parts.items():
+        data[part], counts[part] = load(
             rows,
             renderer,
-            config.model.max_length,
-            config.data.overlong,
-            config.data.max_bad_share,
-            f"{training.name}'s pairs ({part.replace('_', '-')})",
+            max_length=config.model.max_length,
+            overlong=config.data.overlong,
+            max_bad_share=config.data.max_bad_share,
+            name=f"{what} ({part.replace(HELD_OUT, 'held-out')})",
         )
-    return pairs, counts
+    return data, counts
 
 
 def _pair_rows(training: PairTraining) -> dict[str, StoredRows]:
-    """Rows to train on and held out: the user's own, the last of them held out, or prepare's."""
+    """Return rows to train on and held out: the user's, or else prepare's two sets."""
     config, settings = training.config, training.settings
     seed = config.run.seed
     if config.data.preferences is None:
@@ -103,14 +118,14 @@ def _pair_rows(training: PairTraining) -> dict[str, StoredRows]:
         train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
         return _limited(StoredRows(train_rows), held_out, settings, seed)
     if settings.judge is not None:
-        loaded = judged_rows(config, training.name, settings.judge)
+        loaded = ai_labelled_rows(config, training.name, settings.judge)
     else:
         loaded = user_rows(config, "preferences", "preferences")
-    return parts_of(loaded, settings, seed)
+    return split_rows(loaded, settings, seed)
 
 
-def parts_of(loaded: StoredRows, settings: PairsConfig, seed: int) -> dict[str, StoredRows]:
-    """The user's own rows to train on, and the last of them held out."""
+def split_rows(loaded: StoredRows, settings: PairsConfig, seed: int) -> dict[str, StoredRows]:
+    """Split the user's rows: the last of them are held out, the others are to train on."""
     rows = loaded.table
     num_held_out = min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
     cut = max(0, len(rows) - num_held_out)
@@ -121,11 +136,11 @@ def parts_of(loaded: StoredRows, settings: PairsConfig, seed: int) -> dict[str, 
 def _limited(
     train_rows: StoredRows, held_out: Dataset, settings: PairsConfig, seed: int
 ) -> dict[str, StoredRows]:
-    """Both parts with at most as many rows as the config says."""
+    """Cut both parts to the numbers of rows that the config allows."""
     chosen, skipped = _at_most(train_rows.table, settings.max_pairs, seed), list(train_rows.skipped)
     num_left_out = len(train_rows.table) - len(chosen)
     if num_left_out:
-        # Good rows all the same: the share of bad ones is one of the whole set.
+        # They still count as good rows: max_bad_share is a share of the whole set.
         skipped.append({"_unused": "over_max_pairs", "_num": num_left_out})
     return {
         TRAIN: StoredRows(chosen, skipped),
@@ -134,7 +149,7 @@ def _limited(
 
 
 def _at_most(rows: Dataset, limit: int | None, seed: int) -> Dataset:
-    """A random choice of the rows: neighbours share a question."""
+    """Choose rows at random, because neighbours share a question."""
     if limit is None or limit >= len(rows):
         return rows
     return rows.shuffle(seed=seed, keep_in_memory=True).select(range(limit))

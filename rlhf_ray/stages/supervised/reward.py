@@ -1,51 +1,38 @@
-"""Stage 4: a reward model learns which answers people preferred, or how they rated each."""
+"""Stage reward: a reward model learns which answers people preferred, or how they rated each."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer
+from datasets import Dataset
+from torch import Tensor, nn
 
-from rlhf_ray.algorithms.losses import pairwise_reward_loss
+from rlhf_ray.algorithms.losses import pairwise_reward_loss, pointwise_reward_loss
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PointwiseLoss
-from rlhf_ray.models import adapters, loading
-from rlhf_ray.models.quantization import ready_for_adapter
+from rlhf_ray.data.datasets.ratings import TargetColumn, load_ratings
+from rlhf_ray.data.reading.rows import Row
+from rlhf_ray.errors import DataError
+from rlhf_ray.models import loading
+from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder, absolute
 from rlhf_ray.stages.supervised.launcher import open_training, run_training
 from rlhf_ray.stages.supervised.pairs import (
     CHOSEN,
     REJECTED,
     PairTraining,
+    load_parts,
     load_training_pairs,
-)
-from rlhf_ray.stages.supervised.ratings import (
-    RatingTrainer,
-    agreement,
-    load_training_ratings,
-    rated_batch,
+    padded_texts,
+    split_rows,
 )
 from rlhf_ray.stages.supervised.reward_benchmark import benchmark
-from rlhf_ray.stages.supervised.trainers import RowMeanTrainer
-from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN, Training, sizes
+from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN, Counts, Model, Training
 
-
-class RewardTrainer(RowMeanTrainer):
-    """Scores both answers of each pair, `_BP`; the pairwise loss."""
-
-    def __init__(self, centre: float, **parts: Any) -> None:
-        super().__init__(**parts)
-        self._centre = centre
-
-    def predict_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        texts = {name: tensor for name, tensor in inputs.items() if name != "prompt_lengths"}
-        flat = {name: tensor.flatten(0, 1) for name, tensor in texts.items()}
-        scores_BP = model(**flat).logits.float().view(-1, 2)
-        loss = pairwise_reward_loss(
-            scores_BP[:, CHOSEN], scores_BP[:, REJECTED], centre=self._centre
-        )
-        return loss, scores_BP
+TARGETS: dict[PointwiseLoss, TargetColumn] = {"bce": "label", "mse": "score"}
+"""Loss -> the column that is learnt."""
 
 
 class _RewardModel(Training):
@@ -57,62 +44,86 @@ class _RewardModel(Training):
     def all_weights(self) -> bool:
         return self.config.reward.tuning == "full"
 
-    def load_model(self) -> Any:
+    def load_model(self) -> Model:
         settings, seed = self.model_settings, self.config.run.seed
         model = loading.load_sequence_classifier(self.base, settings, quantized=True, seed=seed)
         # The model finds the end of a text by looking for padding.
-        model.config.pad_token_id = self._pad_id
+        model.config.pad_token_id = self.pad_id
         if self.all_weights:
             return self.partly_frozen(model, "score")
-        model, lora = ready_for_adapter(model, settings), self.config.reward.lora
-        return adapters.attach(model, lora, "SEQ_CLS", seed=seed, dropout=lora.dropout)
-
-    def save(self, model: Any) -> None:
-        if self.all_weights:
-            self.save_whole(model)
-        else:
-            self.save_adapter(model)
+        return self.with_adapter(model, self.config.reward.lora, "SEQ_CLS")
 
 
 class RewardTraining(_RewardModel, PairTraining):
-    """On pairs of answers of which one was preferred."""
+    """Training on pairs of answers of which one was preferred."""
 
-    def trainer(self, **parts: Any) -> Trainer:
-        return RewardTrainer(self.config.reward.centre, **parts)
+    def predict_rows(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the pairwise loss and the scores of both answers of each pair, `_BP`."""
+        texts = {name: tensor for name, tensor in inputs.items() if name != "prompt_lengths"}
+        flat = {name: tensor.flatten(0, 1) for name, tensor in texts.items()}
+        scores_BP = model(**flat).logits.float().view(-1, 2)
+        chosen_B, rejected_B = scores_BP[:, CHOSEN], scores_BP[:, REJECTED]
+        loss = pairwise_reward_loss(chosen_B, rejected_B, centre=self.config.reward.centre)
+        return loss, scores_BP
 
 
 class RatedRewardTraining(_RewardModel):
-    """On single answers with a label or a rating."""
+    """Training on single answers, each with a label or a rating."""
 
     @property
-    def _kind(self) -> PointwiseLoss:
+    def loss(self) -> PointwiseLoss:
+        """What is learnt."""
         assert self.config.reward.loss != "pairwise"
         return self.config.reward.loss
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return rated_batch(rows, self._pad_id)
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """TextStats padded on the right, `_BS`, and ``targets``, `_B`."""
+        targets_B = torch.tensor([row["target"] for row in rows])
+        return padded_texts([row["token_ids"] for row in rows], self.pad_id) | {
+            "targets": targets_B
+        }
 
-    @property
-    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
-        return agreement(self._kind)
+    def predict_rows(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the pointwise loss, and the score and the target of each row, `_B2`."""
+        texts = {name: tensor for name, tensor in inputs.items() if name != "targets"}
+        scores_B = model(**texts).logits.float().squeeze(-1)
+        loss = pointwise_reward_loss(scores_B, inputs["targets"], self.loss)
+        return loss, torch.stack([scores_B, inputs["targets"]], dim=1)
 
-    def trainer(self, **parts: Any) -> Trainer:
-        return RatingTrainer(self._kind, **parts)
+    def measure(self, rows: np.ndarray) -> dict[str, float]:
+        """Compute ``auc`` of labels, or Pearson's ``correlation`` of ratings, with the scores."""
+        scores_B, targets_B = rows.astype(np.float64).T
+        if self.loss == "bce":
+            return {"auc": auc(scores_B[targets_B == 1], scores_B[targets_B == 0])}
+        return {"correlation": correlation(scores_B, targets_B)}
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Train a reward model on the SFT model, or take the given one; measure it by the benchmark.
+def auc(liked: np.ndarray, disliked: np.ndarray) -> float:
+    """Return the share of (liked, disliked) pairs that the liked answer wins; a tie is half."""
+    ordered = np.sort(disliked)
+    ends = (np.searchsorted(ordered, liked, side) for side in ("left", "right"))
+    return float(sum(end.mean() for end in ends) / 2 / len(ordered))
+
+
+def correlation(scores_B: np.ndarray, targets_B: np.ndarray) -> float:
+    """Return Pearson's correlation; 0 where either does not vary."""
+    spread = scores_B.std() * targets_B.std()
+    product = ((scores_B - scores_B.mean()) * (targets_B - targets_B.mean())).mean()
+    return float(product / spread) if spread else 0.0
+
+
+def run(config: Config) -> dict[str, object]:
+    """Train a reward model on the SFT model, or take ``reward.path``; run ``reward.benchmark``.
 
     Returns:
-        The summary: of the training (what `_train` returns, seconds), and ``benchmark`` where
-        there is one.
+        The summary: what `_train` returns and seconds, and ``benchmark`` where there is one.
 
     Raises:
         RlhfError: no usable data or model, or the training failed.
     """
     start_s = time.monotonic()
     folder = RunFolder(config)
-    summary = _unmeasured(folder)
+    summary = _summary_to_extend(folder)
     if summary is None:
         summary = _train(folder) | {"seconds": time.monotonic() - start_s}
         folder.write_summary("reward", summary)
@@ -122,8 +133,8 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _unmeasured(folder: RunFolder) -> dict[str, Any] | None:
-    """The summary of a model that is there and waits for its benchmark; None: train one."""
+def _summary_to_extend(folder: RunFolder) -> dict[str, object] | None:
+    """Return the summary of a model that only lacks its benchmark; None: train one first."""
     settings = folder.config.reward
     if settings.benchmark is None:
         return None
@@ -138,28 +149,48 @@ def _model(folder: RunFolder) -> str:
     return absolute(given) if given else str(folder.path / "reward" / "model")
 
 
-def _train(folder: RunFolder) -> dict[str, Any]:
+def _train(folder: RunFolder) -> dict[str, object]:
     """Write ``reward/model`` with its head: a PEFT folder, or a whole model with tuning full.
 
     Returns:
         pairs_train and pairs_eval (rated answers: rows_train and rows_eval), counts of rows,
         held-out accuracy (labels: auc, ratings: correlation) after and before, steps and sizes.
     """
-    config, settings = folder.config, folder.config.reward
-    if settings.loss == "pairwise":
+    config, loss = folder.config, folder.config.reward.loss
+    if loss == "pairwise":
         training = open_training(RewardTraining, config, folder.sft_model())
         data, counts = load_training_pairs(training)
         unit, measure = "pairs", "accuracy"
     else:
         training = open_training(RatedRewardTraining, config, folder.sft_model())
-        data, counts = load_training_ratings(training, settings)
-        unit, measure = "rows", "auc" if settings.loss == "bce" else "correlation"
-    numbers = run_training(training, data)
+        data, counts = _load_ratings(training)
+        unit, measure = "rows", "auc" if loss == "bce" else "correlation"
+    trained = run_training(training, data)
     return {
         f"{unit}_train": len(data[TRAIN]),
         f"{unit}_eval": len(data[HELD_OUT]),
         "rows": counts,
-        measure: numbers[f"after_{measure}"],
-        f"{measure}_before": numbers[f"before_{measure}"],
-        **sizes(numbers),
+        measure: trained.after[measure],
+        f"{measure}_before": trained.before[measure],
+        **trained.sizes(),
     }
+
+
+def _load_ratings(training: RatedRewardTraining) -> tuple[dict[str, Dataset], dict[str, Counts]]:
+    """Load tokenised rows to train on and held out, and the counts of the rows read for each.
+
+    Raises:
+        DataError: no rows, too many that cannot be used, or held-out rows of one target.
+    """
+    config, column = training.config, TARGETS[training.loss]
+    rows = user_rows(config, "preferences", "ratings")
+    parts = split_rows(rows, config.reward, config.run.seed)
+    load = partial(load_ratings, target_column=column)
+    ratings, counts = load_parts(parts, load, config, training.base, "reward's rated answers")
+    if len(set(ratings[HELD_OUT]["target"])) < 2:
+        raise DataError(
+            f"reward.loss {training.loss}: all {len(ratings[HELD_OUT])} held-out rows of "
+            f"data.preferences have the same {column}, so nothing can be measured by them; shuffle "
+            "the rows, or raise reward.eval_rows"
+        )
+    return ratings, counts

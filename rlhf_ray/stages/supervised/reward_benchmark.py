@@ -1,32 +1,32 @@
-"""How often a reward model prefers the better answer, by kind of pair (as RewardBench does)."""
+"""Accuracy of a reward model by kind of pair, as RewardBench measures it."""
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
 
 import numpy as np
 from datasets import Dataset
 
+from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import ModelSourceConfig
 from rlhf_ray.data.datasets.preferences import load_pairs
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.reading.rows import Row, batches
 from rlhf_ray.data.reading.sources import load_rows
-from rlhf_ray.data.rendering.render import Renderer
-from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.placement.layout import demands
-from rlhf_ray.stages.ppo.roles import RoleSpawner, spawn_scorers
+from rlhf_ray.stages.ppo.roles import spawn_scorers
+from rlhf_ray.stages.supervised.pairs import load_parts
 from rlhf_ray.types import Prompt, Rollout, Shard, ShardInfo
 
 NO_SUBSET = "all"
-"""Subset of rows without a column ``subset``."""
+"""Name of the subset of rows without a column ``subset``."""
 
 
-def benchmark(config: Config, model: str) -> dict[str, Any]:
-    """Accuracy of a reward model on ``reward.benchmark``; a tie counts as wrong.
+def benchmark(config: Config, model: str) -> dict[str, object]:
+    """Measure the accuracy of a reward model on ``reward.benchmark``; a tie counts as wrong.
 
     Args:
         config: the run's.
@@ -39,17 +39,8 @@ def benchmark(config: Config, model: str) -> dict[str, Any]:
     Raises:
         DataError: the set cannot be read, or too many of a subset's rows cannot be used.
     """
-    renderer = Renderer(load_tokenizer(model), config.template)
-    pairs, counts = {}, {}
-    for name, rows in _by_subset(config).items():
-        pairs[name], counts[name] = load_pairs(
-            rows,
-            renderer,
-            config.model.max_length,
-            config.data.overlong,
-            config.data.max_bad_share,
-            f"reward.benchmark ({name})",
-        )
+    what = "reward.benchmark"
+    pairs, counts = load_parts(_by_subset(config), load_pairs, config, model, what)
     total = sum(map(len, pairs.values()))
     with Progress(config.run.stages).stage("benchmark", total, "pair") as bar:
         wins = asyncio.run(_wins(config, model, pairs, bar))
@@ -57,8 +48,7 @@ def benchmark(config: Config, model: str) -> dict[str, Any]:
         name: {"accuracy": sum(won) / len(won), "pairs": len(won), "rows": counts[name]}
         for name, won in wins.items()
     }
-    everything = [win for won in wins.values() for win in won]
-    return {"accuracy": sum(everything) / total, "pairs": total, "subsets": subsets}
+    return {"accuracy": sum(map(sum, wins.values())) / total, "pairs": total, "subsets": subsets}
 
 
 def _by_subset(config: Config) -> dict[str, list[Row]]:
@@ -76,16 +66,16 @@ def _by_subset(config: Config) -> dict[str, list[Row]]:
 async def _wins(
     config: Config, model: str, pairs: dict[str, Dataset], bar: Bar
 ) -> dict[str, list[bool]]:
-    """Whether the chosen answer of each pair scores higher, by subset."""
+    """Tell of each pair, by subset, whether its chosen answer scores higher."""
     alone = config.model_copy(update={"rewards": [ModelSourceConfig(path=model)]})
     spawner = RoleSpawner(config, lambda *_: None)
     await spawner.place([d for d in demands(alone) if d.role == "reward"])
     scorer = spawn_scorers(spawner, alone, None, policy_model=model)
     size = config.rollout.shard_size
 
-    async def compare(chunk: Sequence[Any]) -> list[bool]:
-        sides = [_answer(row[side]) for row in chunk for side in ("chosen_ids", "rejected_ids")]
-        (scores,) = (await scorer.score(_shard(sides))).values()
+    async def compare(chunk: Sequence[Row]) -> list[bool]:
+        answers = [_answer(row[side]) for row in chunk for side in ("chosen_ids", "rejected_ids")]
+        (scores,) = (await scorer.score(Shard(ShardInfo(0, (), (), (), ()), answers))).values()
         bar.advance(len(chunk))
         return [
             better is not None and worse is not None and better > worse
@@ -95,22 +85,17 @@ async def _wins(
     try:
         await spawner.start_all([])
         wins = {}
-        for name, rows in pairs.items():
-            listed: list[Any] = rows.to_list()
-            chunks = (listed[start : start + size] for start in range(0, len(listed), size))
-            found = await asyncio.gather(*map(compare, chunks))
-            wins[name] = [win for chunk in found for win in chunk]
+        for name, data in pairs.items():
+            rows: list[Row] = data.to_list()
+            chunks = (rows[i : i + size] for i in range(0, len(rows), size))
+            wins[name] = list(chain.from_iterable(await asyncio.gather(*map(compare, chunks))))
         return wins
     finally:
         await spawner.stop_all()
 
 
 def _answer(ids: Sequence[int]) -> Rollout:
-    """A rollout of which the scorer reads the tokens alone."""
+    """Wrap token ids as a rollout; the scorer reads nothing else of it."""
     tokens = np.asarray(ids, np.int64)
-    nothing = np.zeros(len(tokens), np.float32)
-    return Rollout(0, Prompt("", "", ()), tokens, nothing, "stop", 0, "")
-
-
-def _shard(rollouts: list[Rollout]) -> Shard:
-    return Shard(ShardInfo(0, (), (), (), ()), rollouts)
+    no_logprobs = np.zeros(len(tokens), np.float32)
+    return Rollout(0, Prompt("", "", ()), tokens, no_logprobs, "stop", 0, "")

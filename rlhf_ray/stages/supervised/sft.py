@@ -1,57 +1,41 @@
-"""Stage 3: supervised fine-tuning on question and answer, with LoRA (then merged) or in full."""
+"""Stage sft: fine-tune on questions and answers, with LoRA (merged afterwards) or in full."""
 
 import time
-from typing import Any
+from functools import partial
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.texts import load_documents
-from rlhf_ray.data.rendering.render import Renderer
-from rlhf_ray.data.rendering.tokens import pad_id
-from rlhf_ray.models import adapters, loading
+from rlhf_ray.models import loading
 from rlhf_ray.models.merging import merge_adapter
-from rlhf_ray.models.quantization import ready_for_adapter
 from rlhf_ray.models.stopping import generation_config
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.language_model import (
     LanguageModelTraining,
-    language_model_numbers,
-    packed_blocks,
     text_rows,
+    train_on_texts,
 )
-from rlhf_ray.stages.supervised.launcher import open_training, run_training
+from rlhf_ray.stages.supervised.launcher import open_training
+from rlhf_ray.stages.supervised.training import Model
 
 
 class SftTraining(LanguageModelTraining):
     """A LoRA adapter over a frozen base, which may be quantised; or all weights."""
 
     name = "sft"
+    adapter_folder = "adapter"
 
     @property
     def all_weights(self) -> bool:
         return self.config.sft.tuning == "full"
 
-    def load_model(self) -> Any:
-        settings = self.model_settings
-        model = loading.load_causal_lm(self.base, settings, quantized=True)
+    def load_model(self) -> Model:
+        model = loading.load_causal_lm(self.base, self.model_settings, quantized=True)
         if self.all_weights:
             return self.partly_frozen(model)
-        lora = self.config.sft.lora
-        return adapters.attach(
-            ready_for_adapter(model, settings),
-            lora,
-            "CAUSAL_LM",
-            seed=self.config.run.seed,
-            dropout=lora.dropout,
-        )
-
-    def save(self, model: Any) -> None:
-        if self.all_weights:
-            self.save_whole(model)
-        else:
-            self.save_adapter(model, "adapter")
+        return self.with_adapter(model, self.config.sft.lora, "CAUSAL_LM")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> dict[str, object]:
     """Fine-tune what pretrain left, or ``model.path``; write ``sft/model``, and ``sft/adapter``.
 
     Returns:
@@ -65,28 +49,19 @@ def run(config: Config) -> dict[str, Any]:
     run_folder = RunFolder(config)
     settings = config.sft
     training = open_training(SftTraining, config, run_folder.pretrained_model())
-    tokenizer = loading.load_tokenizer(training.base)
-    documents, counts = load_documents(
-        text_rows(config, "sft"),
-        Renderer(tokenizer, config.template),
-        config.data.max_bad_share,
-        settings.preferred_only,
-        settings.loss_on,
-        name="sft's texts",
-        # Plain concatenation lets a text go on in the next block, so there none is too long.
+    load = partial(
+        load_documents,
+        preferred_only=settings.preferred_only,
+        loss_on=settings.loss_on,
+        # With plain concatenation a text continues in the next block, so none is too long.
         max_tokens=None if settings.packing == "concat" else settings.block_size,
         overlong=config.data.overlong,
     )
-    blocks = packed_blocks("sft", documents, settings, pad_id(tokenizer))
-    numbers = run_training(training, blocks)
-    summary = {
-        **language_model_numbers(numbers),
-        "rows": counts,
-    }
-    if not training.all_weights:
-        adapter, out = str(training.folder / "adapter"), training.folder / "model"
-        summary["merge_survived"] = merge_adapter(training.base, adapter, out, config.model)
+    _, summary = train_on_texts(training, text_rows(config, "sft"), load)
     model = training.folder / "model"
+    if not training.all_weights:
+        adapter = str(training.folder / training.adapter_folder)
+        summary["merge_survived"] = merge_adapter(training.base, adapter, model, config.model)
     generation_config(str(model), config.template).save_pretrained(model)
     summary["seconds"] = time.monotonic() - start_s
     run_folder.write_summary("sft", summary)

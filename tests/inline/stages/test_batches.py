@@ -7,16 +7,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import EvalPrediction
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import SftConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import heads, loading
 from rlhf_ray.stages.supervised import sft
-from rlhf_ray.stages.supervised.language_model import LanguageModelTrainer, packed_blocks
-from rlhf_ray.stages.supervised.pairs import pair_accuracy
-from rlhf_ray.stages.supervised.reward import RewardTrainer, RewardTraining
+from rlhf_ray.stages.supervised.language_model import packed_blocks
+from rlhf_ray.stages.supervised.reward import RewardTraining
 
 Trained = tuple[Config, dict[str, Any]]
 
@@ -26,7 +24,9 @@ def folder_of(config: Config) -> Path:
 
 
 def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
-    config, _ = trained_run
+    source, _ = trained_run
+    reward = source.reward.model_copy(update={"centre": 0.5})
+    config = source.model_copy(update={"reward": reward})
     training = RewardTraining(config, folder_of(config), str(folder_of(config) / "sft" / "model"))
     model = training.load_model().eval()
     rows = [
@@ -40,11 +40,7 @@ def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
     ]
     assert batch["attention_mask"].sum(-1).tolist() == [[4, 2], [2, 3]]
     with torch.no_grad():
-        loss, scores_BP = RewardTrainer.predict_rows(
-            _WithoutInit(centre=0.5),  # type: ignore[arg-type]
-            model,
-            batch,
-        )
+        loss, scores_BP = training.predict_rows(model, batch)
         alone = [
             heads.sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids))).item()
             for row in rows
@@ -57,17 +53,9 @@ def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-class _WithoutInit:
-    """Stands in for the Trainer's self: the loss needs nothing else of it."""
-
-    def __init__(self, centre: float) -> None:
-        self._centre = centre
-
-
-def test_ties_count_as_wrong() -> None:
+def test_ties_count_as_wrong(make_run: Any, tmp_path: Path) -> None:
     scores_BP = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [2.0, 1.0]]).numpy()
-    prediction = EvalPrediction(predictions=scores_BP, label_ids=scores_BP)
-    assert pair_accuracy(prediction) == {"accuracy": 0.5}
+    assert RewardTraining(make_run(), tmp_path, "base").measure(scores_BP) == {"accuracy": 0.5}
 
 
 def test_blocks_hold_out_the_last_twentieth() -> None:
@@ -119,7 +107,7 @@ def test_without_packing_a_batch_is_padded_and_its_texts_have_the_loss_of_isolat
             assert batch["labels"][0].tolist() == [-100, 11, 12] + [-100] * 8
         with torch.no_grad():
             means.append(model(**batch).loss.item())
-            _, sums_B2 = LanguageModelTrainer.predict_rows(None, model, batch)  # type: ignore[arg-type]
+            _, sums_B2 = training.predict_rows(model, batch)
         losses.append(sums_B2.sum(0))
     torch.testing.assert_close(losses[0], losses[1], atol=1e-3, rtol=1e-6)
     assert losses[0][1] == sum(len(text) - 1 for text in texts[:38])

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction
 
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.data.rendering.tokens import encode
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import heads, loading
 from rlhf_ray.stages.supervised import reward as reward_model
-from rlhf_ray.stages.supervised.ratings import agreement, auc
+from rlhf_ray.stages.supervised.reward import auc, correlation
 
 Trained = tuple[Config, dict[str, Any]]
 
@@ -118,10 +117,7 @@ def test_auc_counts_ties_as_half() -> None:
 
 
 def test_correlation_is_pearsons() -> None:
-    scores_B2 = np.array([[1.0, 2.0], [2.0, 1.0], [4.0, 5.0]], np.float32)
-    found = agreement("mse")(EvalPrediction(predictions=scores_B2, label_ids=scores_B2))
-    assert found["correlation"] == pytest.approx(np.corrcoef(scores_B2.T)[0, 1])
-    flat = np.array([[1.0, 2.0], [1.0, 3.0]], np.float32)
-    assert agreement("mse")(EvalPrediction(predictions=flat, label_ids=flat)) == {
-        "correlation": 0.0
-    }
+    scores_B, targets_B = np.array([1.0, 2.0, 4.0]), np.array([2.0, 1.0, 5.0])
+    expected = np.corrcoef(scores_B, targets_B)[0, 1]
+    assert correlation(scores_B, targets_B) == pytest.approx(expected)
+    assert correlation(np.array([1.0, 1.0]), np.array([2.0, 3.0])) == 0.0

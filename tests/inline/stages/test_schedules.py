@@ -15,7 +15,8 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.stages.supervised import launcher as supervised
-from rlhf_ray.stages.supervised import pretrain, sft, training
+from rlhf_ray.stages.supervised import pretrain, sft, trainer
+from rlhf_ray.stages.supervised.arguments import arguments
 from rlhf_ray.stages.supervised.pretrain import PretrainTraining
 
 MakeRun = Callable[..., Config]
@@ -25,15 +26,15 @@ BLOG = {"learning_rate": 1e-5, "final_lr_share": 0.1, "warmup_share": 0.03, "war
 
 def rates(config: Config, folder: Path) -> list[float]:
     """The learning rate of each step of pretrain, and the one after the last."""
-    arguments = training.arguments(PretrainTraining(config, folder, "base"), 1)
+    args = arguments(PretrainTraining(config, folder, "base"), 1)
     steps = config.pretrain.steps
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     schedule = get_scheduler(
-        arguments.lr_scheduler_type,
+        args.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_warmup_steps=args.get_warmup_steps(steps),
         num_training_steps=steps,
-        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
     found = []
     for _ in range(steps + 1):
@@ -100,10 +101,10 @@ def of_batches(config: Config, rows: int) -> list[int]:
     work = supervised.open_training(Counting, config, f"{config.run.dir}/pretrain/base")
     block = {"input_ids": [5] * 8, "labels": [5] * 8, "position_ids": list(range(8))}
     held_out = Dataset.from_list([block])
-    numbers = supervised.run_training(
+    trained = supervised.run_training(
         work, {"train": Dataset.from_list([block] * rows), "held_out": held_out}
     )
-    assert numbers["steps"] == len(seen) - 2  # evaluated before and after
+    assert trained.steps == len(seen) - 2  # evaluated before and after
     return seen[1:-1]
 
 
@@ -140,13 +141,13 @@ def test_evaluated_after_each_epoch_a_killed_stage_has_the_curve_of_a_whole_one(
     class Killed(BaseException):
         pass
 
-    class Killer(training.StepLog):
+    class Killer(trainer.StepLog):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == per_epoch + 4:
                 raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "StepLog", Killer)
+        patch.setattr(trainer, "StepLog", Killer)
         with pytest.raises(Killed):
             sft.run(configs[1])
     sft.run(configs[1])

@@ -16,8 +16,9 @@ from rlhf_ray.runs import folder as run_folder
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import pipeline
 from rlhf_ray.stages.supervised import launcher as supervised
-from rlhf_ray.stages.supervised import pretrain, sft, training
+from rlhf_ray.stages.supervised import pretrain, sft, trainer
 from rlhf_ray.stages.supervised import reward as reward_model
+from rlhf_ray.stages.supervised.arguments import arguments
 
 MakeRun = Callable[..., Config]
 
@@ -29,12 +30,12 @@ class Killed(BaseException):
 def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training die at the end of a step, after what the Trainer saves at it."""
 
-    class _Killer(training.StepLog):
+    class _Killer(trainer.StepLog):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == step:
                 raise Killed
 
-    monkeypatch.setattr(training, "StepLog", _Killer)
+    monkeypatch.setattr(trainer, "StepLog", _Killer)
 
 
 def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
@@ -88,12 +89,9 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
     work = supervised.open_training(
         pretrain.PretrainTraining, config, RunFolder(config).base_model()
     )
-    assert training.steps_done(work) == 4
+    assert work.last_checkpoint()[0] == 4
     (work.checkpoints / "checkpoint-4" / "trainer_state.json").write_text('{"global')
-    assert training.steps_done(work) == 2
-    last = training.last_checkpoint(work)
-    assert last is not None
-    assert last.name == "checkpoint-2"
+    assert work.last_checkpoint() == (2, work.checkpoints / "checkpoint-2")
     assert pretrain.run(config)["steps"] == 6
 
 
@@ -118,11 +116,11 @@ def test_a_loss_that_is_not_finite_ends_the_stage(make_run: MakeRun) -> None:
 def test_further_training_arguments_reach_the_trainer(make_run: MakeRun) -> None:
     config = make_run(pretrain={"trainer": {"adam_beta2": 0.5, "gradient_accumulation_steps": 2}})
     work = pretrain.PretrainTraining(config, Path(config.run.dir), "base")
-    arguments = training.arguments(work, num_processes=2)
-    assert arguments.adam_beta2 == 0.5
-    assert arguments.per_device_train_batch_size == 1  # 4 sequences, 2 processes, 2 rounds
+    args = arguments(work, num_processes=2)
+    assert args.adam_beta2 == 0.5
+    assert args.per_device_train_batch_size == 1  # 4 sequences, 2 processes, 2 rounds
     with pytest.raises(ConfigError, match="batch_size 4 does not divide by train_workers 3 x"):
-        training.arguments(work, num_processes=3)
+        arguments(work, num_processes=3)
 
 
 def test_wrong_training_arguments_are_refused_by_name(make_run: MakeRun) -> None:
@@ -159,7 +157,7 @@ def test_progress_ends_at_the_last_step_though_few_are_logged(
 def test_a_process_that_does_not_see_the_folder_says_so(make_run: MakeRun, tmp_path: Path) -> None:
     work = pretrain.PretrainTraining(make_run(), tmp_path / "elsewhere", "base")
     with pytest.raises(ConfigError, match=r"run\.dir must be on storage that the training"):
-        training.train(work, 1)
+        trainer.train(work, 1)
 
 
 class RayError(Exception):

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from rlhf_ray.stages.evaluate.ranking import (
+    ELO_SCALE,
     bradley_terry,
     elo,
     outcomes_of_pairs,
     outcomes_of_scores,
-    win_probability,
     win_rates,
 )
 
 
 def won(share: float, num: int) -> np.ndarray:
-    """Outcomes of two models, of which the second wins the given share of so many prompts."""
+    """Outcomes of two models, of which the second wins the given share of ``num`` prompts."""
     of_second = [1.0] * round(share * num) + [0.0] * (num - round(share * num))
     return outcomes_of_pairs(2, [(1, 0, of_second)])
 
@@ -31,8 +31,8 @@ def test_the_higher_score_wins_ties_are_halves_and_missing_ones_unknown() -> Non
 
 
 def test_two_hundred_points_are_a_win_probability_of_76_percent() -> None:
-    assert win_probability(200) == pytest.approx(0.7597, abs=1e-4)  # 1 / (1 + 10 ** -.5)
-    assert win_probability(0) == 0.5
+    probability = 1 / (1 + np.exp(-200 / ELO_SCALE))
+    assert probability == pytest.approx(0.7597, abs=1e-4)  # 1 / (1 + 10 ** -.5)
     found = elo(won(0.76, 50_000), 100, 0)
     assert found.value[0] == 1000
     # 400 log10(.76 / .24) = 200.24; the half win of each side takes .003 off.

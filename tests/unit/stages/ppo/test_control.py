@@ -1,4 +1,4 @@
-"""PPO tells how it stands, and is told what is asked of it."""
+"""PPO writes its status for others, and carries out their requests."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from rlhf_ray.generators.queue import NOTHING_YET
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.runs.control import ControlFiles
 from rlhf_ray.stages.ppo import control as ppo_control
-from rlhf_ray.stages.ppo.control import exchanged
+from rlhf_ray.stages.ppo.control import controlled
 from rlhf_ray.types import GeneratorsReport, GeneratorStatus
 
 
@@ -41,7 +41,7 @@ class Pool:
 
 @dataclass
 class Watcher:
-    """Who shows how generators are at this moment."""
+    """Stands in for the recorder, which shows the state of the generators."""
 
     seen: list[tuple[int, int, list[str]]] = field(default_factory=list)
 
@@ -49,7 +49,7 @@ class Watcher:
         self.seen.append((report.ready, report.target, names))
 
 
-async def test_status_and_wishes_are_exchanged(
+async def test_status_is_written_and_each_request_carried_out_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ppo_control, "INTERVAL_S", 0.001)
@@ -62,9 +62,9 @@ async def test_status_and_wishes_are_exchanged(
     now = 12.0
     bar.advance(1)
     watcher: Any = Watcher()
-    async with exchanged(tmp_path, cast(Any, loop), cast(Any, pool), bar, watcher, print):
+    async with controlled(tmp_path, cast(Any, loop), cast(Any, pool), bar, watcher, print):
         await asyncio.sleep(0.02)
-        told = files.status()
+        status = files.status()
         assert loop.stops == 0
         files.ask(num_generators=3)
         await asyncio.sleep(0.05)
@@ -74,27 +74,27 @@ async def test_status_and_wishes_are_exchanged(
         await asyncio.sleep(0.05)
         files.ask(stop=True)
         await asyncio.sleep(0.05)
-    assert (told.iteration, told.iterations, told.version) == (2, 7, 3)
-    assert (told.reward, told.kl) == (0.25, 1.5)
-    assert told.seconds_per_iteration == 2.0  # the second iteration, from 10 s to 12 s
-    assert told.generators == tuple(pool.statuses())
-    assert pool.asked == [3, 2, 2], "each wish is passed on once"
+    assert (status.iteration, status.iterations, status.version) == (2, 7, 3)
+    assert (status.reward, status.kl) == (0.25, 1.5)
+    assert status.seconds_per_iteration == 2.0  # the second iteration, from 10 s to 12 s
+    assert status.generators == tuple(pool.statuses())
+    assert pool.asked == [3, 2, 2], "each request is carried out once"
     assert loop.stops > 0
     assert watcher.seen[0] == watcher.seen[-1] == (1, 2, ["generator-0"])
 
 
-async def test_the_last_word_is_told_when_the_loop_has_ended(tmp_path: Path) -> None:
+async def test_the_status_is_written_once_more_when_the_loop_has_ended(tmp_path: Path) -> None:
     files, loop = ControlFiles(tmp_path), Loop(RunState())
     files.open("mine")
     bar = Bar("ppo", 7, "iteration", 0, lambda: 0.0)
-    async with exchanged(
+    async with controlled(
         tmp_path, cast(Any, loop), cast(Any, Pool()), bar, cast(Any, Watcher()), print
     ):
         loop.state = RunState(iteration=7)
     assert files.status().iteration == 7
 
 
-async def test_a_wish_that_cannot_be_done_is_told_once_and_tried_again(
+async def test_a_request_that_fails_is_reported_once_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ppo_control, "INTERVAL_S", 0.001)
@@ -110,10 +110,10 @@ async def test_a_wish_that_cannot_be_done_is_told_once_and_tried_again(
     monkeypatch.setattr(pool, "scale_to", scale_to)
     files.ask(num_generators=3)
     bar = Bar("ppo", 7, "iteration", 0, lambda: 0.0)
-    async with exchanged(
+    async with controlled(
         tmp_path, cast(Any, loop), cast(Any, pool), bar, cast(Any, Watcher()), said.append
     ):
         await asyncio.sleep(0.1)
     assert pool.asked == [3]
     (line,) = said
-    assert line.endswith("tried again: no answer")
+    assert line == "A request to the run failed and will be tried again: no answer"

@@ -1,4 +1,4 @@
-"""Labels of a judge as rows for the stages that train on pairs."""
+"""Pairs that a judge labels, as rows for the stages that train on pairs."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.reading.rows import Row, batches
 from rlhf_ray.errors import ConfigError, RlhfError
-from rlhf_ray.stages.supervised import ai_labels as judged_pairs
-from rlhf_ray.stages.supervised.ai_labels import judged_rows
+from rlhf_ray.stages.supervised import ai_labels
+from rlhf_ray.stages.supervised.ai_labels import ai_labelled_rows
 
 ROWS = [
     {"prompt": "1", "completion_a": "longer", "completion_b": "short", "question": "one"},
@@ -56,7 +56,7 @@ def labelled(config: Config) -> tuple[list[Row], dict[str, int]]:
     """The rows that can be used, and how many were dropped for which reason."""
     assert config.reward.judge is not None
     tally = RowTally("pairs", 1.0)
-    rows = judged_rows(config, "reward", config.reward.judge)
+    rows = ai_labelled_rows(config, "reward", config.reward.judge)
     kept = [row for batch in batches(rows, tally) for _, row in batch]
     return kept, tally.dropped
 
@@ -74,7 +74,7 @@ def test_rows_come_out_as_prompt_chosen_and_rejected(data: Path) -> None:
 
 
 def test_verdicts_are_asked_for_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judged_pairs, "CHUNK", 2)
+    monkeypatch.setattr(ai_labels, "CHUNK", 2)
 
     def goes_down(number: int, body: Any) -> tuple[int, Any]:
         return judge(number, body) if number < 4 else (503, "")
@@ -91,7 +91,7 @@ def test_verdicts_are_asked_for_once(data: Path, monkeypatch: pytest.MonkeyPatch
     ]
     with file.open("a") as torn:
         torn.write('{"pair": 2, "verd')
-    with serve(judge) as server:  # at another address: that is no other judge
+    with serve(judge) as server:  # the same judge at another address
         kept, _ = labelled(config_of(data, server.url))
         assert len(server.requests) == 2 * 3
         assert labelled(config_of(data, server.url))[0] == kept

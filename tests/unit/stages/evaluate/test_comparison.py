@@ -7,15 +7,20 @@ import pytest
 
 from rlhf_ray.data.datasets.instructions import Instruction
 from rlhf_ray.errors import DataError, DivergenceError
-from rlhf_ray.stages.evaluate.answers import SAMPLES_PER_INSTRUCTION, Answers
+from rlhf_ray.stages.evaluate.answers import SAMPLES_PER_INSTRUCTION, Answers, Sample
 from rlhf_ray.stages.evaluate.comparison import follow, outcomes_by_score, summarize
+from rlhf_ray.types import Prompt
 
 
-def samples(*rewards: float | None) -> list[dict[str, Any]]:
-    return [{"reward": reward} for reward in rewards]
+def sample(**scores: float | None) -> Sample:
+    return Sample(Prompt("", "", ()), "", scores)
 
 
-def compared(**models: list[dict[str, Any]]) -> dict[str, Any]:
+def samples(*rewards: float | None) -> list[Sample]:
+    return [sample(reward=reward) for reward in rewards]
+
+
+def compared(**models: list[Sample]) -> dict[str, Any]:
     """The summary of models by their rewards."""
     return summarize(models, {"reward": outcomes_by_score(models, "reward")}, 100, 0)
 
@@ -51,8 +56,8 @@ def test_every_model_meets_every_other_and_ppo_gives_the_win_rate() -> None:
 
 def test_the_first_judge_gives_the_win_rate_and_others_stand_beside() -> None:
     models = {
-        "sft": [{"reward": 1.0, "gold": 0.0}] * 3,
-        "dpo": [{"reward": 0.0, "gold": 1.0}] * 3,
+        "sft": [sample(reward=1.0, gold=0.0)] * 3,
+        "dpo": [sample(reward=0.0, gold=1.0)] * 3,
     }
     outcomes = {judge: outcomes_by_score(models, judge) for judge in ("gold", "reward")}
     found = summarize(models, outcomes, 100, 0)
@@ -69,13 +74,13 @@ def test_a_judge_that_decides_nothing_is_refused() -> None:
 
 
 def test_the_share_of_answers_that_follow_an_instruction() -> None:
-    told = [
+    instructions = [
         Instruction("p", "words_begin_with", {"letter": "a"}),
         Instruction("q", "lower_case"),
     ]
     texts = ["an ant", "a bee", "ants", "", "small", "Large", "LARGE", "7"]
     assert len(texts) == 2 * SAMPLES_PER_INSTRUCTION
-    first, second = follow(told, {"sft": Answers([], texts)})
+    first, second = follow(instructions, {"sft": Answers([], texts)})
     assert first["models"]["sft"] == {"pass_rate": 0.5, "text": "an ant"}
     assert second["models"]["sft"] == {"pass_rate": 0.25, "text": "small"}
     assert (second["prompt"], second["check"], second["args"]) == ("q", "lower_case", {})

@@ -1,0 +1,210 @@
+"""What every training process of a supervised stage runs: transformers.Trainer on its `Training`.
+
+The same function runs in Ray Train's workers and, inline, in the driver's own process.
+"""
+
+import math
+import platform
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from rlhf_ray.errors import ConfigError, DivergenceError
+from rlhf_ray.models.parameters import ParameterGroup, parameter_groups
+from rlhf_ray.observability.sinks import JsonlSink
+from rlhf_ray.stages.supervised.arguments import arguments
+from rlhf_ray.stages.supervised.training import (
+    HELD_OUT,
+    HELD_OUT_METRICS,
+    TOKEN_LOSS,
+    TRAIN,
+    Training,
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished training reports."""
+
+    steps: int
+    groups: list[ParameterGroup]
+    before: dict[str, float]
+    """``loss`` on the held-out rows (a mean over tokens for language models), and what
+    `Training.measure` gives, before the first step."""
+    after: dict[str, float]
+    """The same after the last step."""
+
+    def sizes(self) -> dict[str, object]:
+        """Return what every stage's summary has: steps and parameters."""
+        return {
+            "steps": self.steps,
+            "parameters": sum(group.parameters for group in self.groups),
+            "trainable_parameters": sum(group.trainable for group in self.groups),
+            "parameter_groups": [asdict(group) for group in self.groups],
+        }
+
+
+def train(training: Training, num_processes: int) -> Trained:
+    """Train one stage in this process, as one of ``num_processes`` that all call this.
+
+    Resumes from the last checkpoint in ``training.checkpoints``, if there is one.
+
+    Raises:
+        ConfigError: the stage's folder is not visible here, or a TrainingArguments value is wrong.
+        DivergenceError: the loss is not finite.
+    """
+    if not training.data.is_dir():
+        raise ConfigError(
+            f"A training process of the stage {training.name} on {platform.node()} does not "
+            f"see {training.data}; run.dir must be on storage that the training nodes share"
+        )
+    transformers.set_seed(training.config.run.seed)
+    model = training.load_model()
+    with closing(StepLog(training)) as step_log:
+        trainer = StageTrainer(training, model, num_processes, step_log)
+        _, checkpoint = training.last_checkpoint()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+        is_done = evaluations[-1]["step"] == trainer.state.global_step
+        before, after = evaluations[0], evaluations[-1] if is_done else trainer.evaluate()
+    groups = parameter_groups(model)
+    if trainer.is_world_process_zero():
+        training.save(model)
+    steps = trainer.state.global_step
+    return Trained(steps, groups, held_out_numbers(before), held_out_numbers(after))
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose predictions are numbers of each held-out row.
+
+    Means over them are exact; means of batch means would depend on how rows are dealt out to
+    batches and processes.
+    """
+
+    def __init__(
+        self, training: Training, model: nn.Module, num_processes: int, step_log: "StepLog"
+    ) -> None:
+        def measure(prediction: EvalPrediction) -> dict[str, float]:
+            assert isinstance(prediction.predictions, np.ndarray)
+            return training.measure(prediction.predictions)
+
+        super().__init__(
+            model=model,
+            args=arguments(training, num_processes),
+            train_dataset=training.load_data(TRAIN),
+            eval_dataset=training.load_data(HELD_OUT),
+            data_collator=training.collate,
+            compute_metrics=measure,
+            callbacks=[step_log],
+        )
+        self.remove_callback(PrinterCallback)
+        self._training = training
+        if not training.model_computes_loss:
+            # Let the Trainer average the means of accumulated batches.
+            self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self._training.model_computes_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, numbers = self._training.predict_rows(model, inputs)
+        return (loss, numbers) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, numbers = self._training.predict_rows(model, self._prepare_inputs(inputs))
+        # The Trainer calls compute_metrics only where it has labels; ours reads none.
+        return loss, numbers, torch.zeros_like(numbers)
+
+
+class StepLog(TrainerCallback):
+    """Writes ``{step, loss, learning_rate, grad_norm}`` lines, and stops at a loss not finite.
+
+    With ``<stage>.eval_every`` also ``{step, eval_loss, ...}`` lines, in a file of their own.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._steps = JsonlSink(training.metrics_file, step_key="step")
+        self._evaluations = JsonlSink(training.evaluations_file, step_key="step")
+        self._is_new = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        # A resumed training is evaluated at once, as it was when its checkpoint was saved.
+        self._is_new = state.global_step == 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._is_new = True
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # the stage's result follows at once
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        logs = logs or {}
+        name, settings = self._training.name, self._training.settings
+        if "eval_loss" in logs and self._is_new and settings.eval_every is not None:
+            numbers = held_out_numbers(logs).items()
+            self._write(self._evaluations, state, {f"eval_{key}": value for key, value in numbers})
+        if "loss" not in logs:
+            return
+        values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm")}
+        self._write(self._steps, state, values)
+        if not math.isfinite(values["loss"]):
+            raise DivergenceError(
+                f"{name}: the loss of step {state.global_step} is {values['loss']}; lower "
+                f"{name}.learning_rate {settings.learning_rate:g} or add {name}.warmup_steps"
+            )
+
+    def _write(self, sink: JsonlSink, state: TrainerState, values: Mapping[str, float]) -> None:
+        if state.is_world_process_zero:
+            sink.log(state.global_step, values)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._steps.close()
+        self._evaluations.close()
+
+
+def held_out_numbers(evaluation: Mapping[str, float]) -> dict[str, float]:
+    """Return an evaluation's ``loss`` (a mean over tokens where that is known) and metrics."""
+    numbers = {
+        name: evaluation[f"eval_{name}"]
+        for name in ("loss", *HELD_OUT_METRICS)
+        if evaluation.get(f"eval_{name}") is not None
+    }
+    return numbers | {"loss": numbers.pop(TOKEN_LOSS, numbers["loss"])}
