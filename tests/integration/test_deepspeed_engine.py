@@ -17,7 +17,7 @@ from deepspeed_ranks import OPTIMIZER, STEPS, build, rank_main, take_steps
 
 from rlhf_ray.engines.torch_engine import TorchEngine
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.timeout(300)]
 
 BUFFERS, BUFFER = Path("/dev/shm"), "deepspeed_allreduce_buffer_*"
 
