@@ -1,10 +1,9 @@
-"""The whole run: its stages in order, each once, from the first that is not finished."""
+"""A whole run: its stages in order, each once, resumed at the first unfinished one."""
 
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -46,7 +45,7 @@ def run(config: Config) -> Path:
         control = session.enter_context(told(config.run.name, folder.path))
         on_ray = False
         for stage in (stage for stage in STAGES if stage in config.run.stages):
-            # Asked only now: whether evaluate is up to date depends on what ppo has just done.
+            # Checked only now: whether evaluate is up to date depends on what ppo has just done.
             if _finished(folder, stage):
                 progress.say(f"{stage}: {_why_skipped(config, stage)}")
                 continue
@@ -57,20 +56,20 @@ def run(config: Config) -> Path:
             run_stage(config, stage)
             if control.asked().stop:
                 control.tell(state="stopped")
-                progress.say(f"Stopped on request; run or submit {folder.path} again to go on")
+                progress.say(f"Stopped on request; run or submit {folder.path} again to resume")
                 return folder.path
         control.tell(state="finished")
     return folder.path
 
 
-def run_stage(config: Config, stage: str) -> Any:
-    """One stage, in the Ray session that the caller opened."""
+def run_stage(config: Config, stage: str) -> object:
+    """Run one stage, in the Ray session that the caller opened."""
     with full_disk_is_an_error(RunFolder(config).path):
         return STAGES[stage].load()(config)
 
 
 def run_single(config: Config, stage: str) -> Path:
-    """One stage as a command of its own: done again even where it is finished.
+    """Run one stage as a command of its own, even if it is finished.
 
     Raises:
         RlhfError: what the stage raised.
@@ -89,15 +88,15 @@ def run_single(config: Config, stage: str) -> Path:
 
 
 def _enter_ray(session: ExitStack, folder: RunFolder, progress: Progress) -> None:
-    """Start or join Ray for the length of a session; a joined cluster's nodes are looked at."""
+    """Start or join Ray for the length of a session; check the nodes of a joined cluster."""
     config = folder.config
     session.enter_context(ray_session(config))
     if joins_cluster(config):
         files = files_of_roles(folder)
         if unguarded := require_same_view(folder.path, files, config.cluster.interface):
             progress.say(
-                f"warning: Ray asks for no token on {', '.join(unguarded)}: whoever reaches its "
-                "ports there runs code; start it with RAY_AUTH_MODE=token (docs/security.md)"
+                f"warning: Ray asks for no token on {', '.join(unguarded)}: anyone who reaches "
+                "its ports can run code; start it with RAY_AUTH_MODE=token (docs/security.md)"
             )
     if url := dashboard_url():
         progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
@@ -108,11 +107,11 @@ def open_run(folder: RunFolder) -> None:
 
     Raises:
         CheckpointError: the folder holds another run's models, data or algorithm.
-        ConfigError: nothing to go on from, where run.resume is must; the folder is not writable, or
-            another process writes to it.
+        ConfigError: run.resume is must and there is no run; the folder is not writable, or another
+            process writes to it.
     """
     config, saved = folder.config, folder.saved
-    ControlFiles(folder.path).require_free()  # before anything in it is changed
+    ControlFiles(folder.path).require_free()  # first: another process may be writing there
     if joins_cluster(config):
         require_durable_folder(config)
     if config.run.resume == "never" and saved.is_file():
@@ -124,13 +123,13 @@ def open_run(folder: RunFolder) -> None:
     elif config.run.resume == "must":
         raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
     folder.make()
-    if not saved.is_file():  # later, whom its owner let in stays in
+    if not saved.is_file():  # only once: the owner may have let others in since
         with unwritable_is_an_error(folder.path):
             folder.path.chmod(0o700)
     write_atomically(saved, dump(config))
 
 
-def _read_saved(path: Path) -> Mapping[str, Any]:
+def _read_saved(path: Path) -> Mapping[str, object]:
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -140,19 +139,19 @@ def _read_saved(path: Path) -> Mapping[str, Any]:
     return saved
 
 
-def _require_same_run(folder: RunFolder, saved: Mapping[str, Any]) -> None:
+def _require_same_run(folder: RunFolder, saved: Mapping[str, object]) -> None:
     begun = [stage for stage in STAGES if folder.has_begun(stage)]
-    odd = differences(saved, folder.config, begun)
-    if odd:
-        listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in odd)
+    if changes := differences(saved, folder.config, begun):
+        listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
         raise CheckpointError(
             f"{folder.path} holds a run with another model, data or algorithm:\n{listed}\n"
-            "Choose another run.name, set these back, or start anew with run.resume=never "
+            "Choose another run.name, set these back, or start again with run.resume=never "
             "(the old run is moved aside)"
         )
 
 
 def _finished(folder: RunFolder, stage: str) -> bool:
+    """Tell whether a stage has nothing left to do under this config."""
     config = folder.config
     if stage == "report":
         return False
@@ -161,7 +160,7 @@ def _finished(folder: RunFolder, stage: str) -> bool:
         return summary is not None and "benchmark" in summary
     if config.external_model(stage):
         return True
-    if stage == "ppo" and summary is not None:
+    if stage == "ppo" and summary is not None:  # more iterations may be configured by now
         return summary["iterations"] >= config.ppo.iterations
     if stage == "evaluate" and summary is not None:
         policy, has_dpo = folder.summary("ppo"), folder.summary("dpo") is not None
@@ -172,5 +171,5 @@ def _finished(folder: RunFolder, stage: str) -> bool:
 
 
 def _why_skipped(config: Config, stage: str) -> str:
-    given = config.external_model(stage)
-    return f"given as {given}" if given else "finished before"
+    model = config.external_model(stage)
+    return f"given as {model}" if model else "finished before"

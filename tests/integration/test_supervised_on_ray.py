@@ -70,7 +70,7 @@ def test_two_workers_train_what_one_process_trains(workplace: Path) -> None:
     assert len(lines) == 8
 
 
-def test_what_goes_wrong_in_a_worker_is_told(
+def test_an_error_in_a_worker_reaches_the_user(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wild = make_config(

@@ -112,7 +112,7 @@ def test_two_processes_take_the_step_that_one_takes(
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_a_training_that_is_killed_goes_on_with_the_same_command(
+def test_a_killed_training_resumes_with_the_same_command(
     tmp_path: Path, pretrained: str, stage: str
 ) -> None:
     keys = {"steps": 60, "batch_size": 4, "trainer": {"save_steps": 10, "logging_steps": 5}}

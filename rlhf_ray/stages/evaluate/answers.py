@@ -112,23 +112,17 @@ class _Roles:
         return [texts[position] for position in range(len(requests))]
 
 
-async def perplexities(
-    config: Config,
-    sft_model: str,
-    adapters: Mapping[str, AdapterFiles],
-    answers: Sequence[Rollout],
-    bar: Bar,
-) -> dict[str, float]:
-    """Return exp of each model's mean loss over the tokens of given answers, at temperature 1."""
-    spawner = RoleSpawner(config, lambda *_: None)
-    placement = config.placement  # it needs what a reference needs
+async def perplexities(inputs: Inputs, answers: Sequence[Rollout], bar: Bar) -> dict[str, float]:
+    """Return exp of each model's mean loss over the tokens of ``answers``, at temperature 1."""
+    spawner = RoleSpawner(inputs.config, lambda *_: None)
+    placement = inputs.config.placement  # the worker needs what a reference needs
     gpus, labels = placement.gpus_of("reference"), placement.reference.labels
     await spawner.place([Demand("likelihood", 1, gpus, labels)])
-    (worker,) = spawner.spawn(Likelihood, "likelihood", 1, config, sft_model)
+    (worker,) = spawner.spawn(Likelihood, "likelihood", 1, inputs.config, inputs.sft_model)
     results = {}
     try:
         await spawner.start_all([])
-        for name, files in adapters.items():
+        for name, files in inputs.adapters.items():
             await worker.call("hold", json.loads(files[ADAPTER_CONFIG]), files[WEIGHTS])
             loss, num_tokens = 0.0, 0
             for first in range(0, len(answers), ANSWERS_AT_ONCE):

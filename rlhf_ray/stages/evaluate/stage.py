@@ -109,7 +109,7 @@ def _perplexities(inputs: Inputs, bar: Bar) -> dict[str, float]:
     if not answers:
         return {}
     bar.restart(len(inputs.adapters) * len(answers), "given answer")
-    return asyncio.run(perplexities(config, inputs.sft_model, inputs.adapters, answers, bar))
+    return asyncio.run(perplexities(inputs, answers, bar))
 
 
 def _side_by_side(samples: Samples, inputs: Inputs) -> list[dict[str, object]]:

@@ -75,7 +75,7 @@ def test_completions_are_counted_whole_and_without_their_prompt(make_dpo: Any) -
     assert prompt.endswith("A: ")
 
 
-def test_the_base_stays_as_it_was(make_dpo: Any) -> None:
+def test_dpo_leaves_the_base_unchanged(make_dpo: Any) -> None:
     config = make_dpo(steps=3)
     dpo.run(config)
     path = str(Path(config.run.dir) / "dpo" / "model")
@@ -96,6 +96,6 @@ def test_smoothing_is_refused_for_ipo(make_dpo: Any) -> None:
         make_dpo(loss="ipo", label_smoothing=0.1)
 
 
-def test_it_runs_only_where_it_is_asked_for(make_run: Any) -> None:
+def test_dpo_is_no_default_stage(make_run: Any) -> None:
     assert "dpo" not in DEFAULT_STAGES
     assert "dpo" not in make_run().run.stages

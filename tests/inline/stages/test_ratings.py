@@ -105,7 +105,9 @@ def test_rows_that_do_not_fit_are_refused(
         ),
     ],
 )
-def test_what_belongs_to_pairs_is_refused(keys: dict[str, Any], message: str) -> None:
+def test_settings_of_pairs_are_refused_for_rated_answers(
+    keys: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(keys)
 
@@ -116,7 +118,7 @@ def test_auc_counts_ties_as_half() -> None:
     assert auc(np.array([0.0]), np.array([1.0])) == 0.0
 
 
-def test_correlation_is_pearsons() -> None:
+def test_correlation_is_that_of_pearson() -> None:
     scores_B, targets_B = np.array([1.0, 2.0, 4.0]), np.array([2.0, 1.0, 5.0])
     expected = np.corrcoef(scores_B, targets_B)[0, 1]
     assert correlation(scores_B, targets_B) == pytest.approx(expected)

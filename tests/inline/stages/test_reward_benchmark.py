@@ -64,7 +64,7 @@ def test_accuracy_by_subset_of_a_given_model(config: Config) -> None:
     assert "66.7%" in report
 
 
-def test_a_file_without_a_column_for_the_subset(config: Config) -> None:
+def test_a_benchmark_without_subsets_is_one_subset(config: Config) -> None:
     assert config.reward.benchmark is not None
     path = Path(config.reward.benchmark[0].path)
     plain = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows()[:2]]

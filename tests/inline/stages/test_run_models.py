@@ -133,7 +133,7 @@ def test_the_card_carries_the_lineage(policy_run: Config, tmp_path: Path) -> Non
     assert "learning_rate: 0.01" in body  # sft's, which is not the default
 
 
-def test_external_stages_and_licences_are_told(policy_run: Config, tmp_path: Path) -> None:
+def test_the_card_names_external_stages_and_licences(policy_run: Config, tmp_path: Path) -> None:
     given = tmp_path / "given"
     given.mkdir()
     (given / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
@@ -161,7 +161,7 @@ def test_external_stages_and_licences_are_told(policy_run: Config, tmp_path: Pat
     assert model_licence(str(given)) == "unknown"
 
 
-def test_what_cannot_be_exported_is_told(policy_run: Config, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_exported_is_refused(policy_run: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"export takes sft, dpo, ppo, reward \(or ppo@best"):
         export.run(policy_run, model="critic")
     (tmp_path / "mine").mkdir()
@@ -211,7 +211,7 @@ def test_a_prompt_is_laid_out_as_the_run_trains_it(policy_run: Config) -> None:
     assert resolve_template(chats, tokenizer).kind == "chat"
 
 
-def test_a_chat_remembers_until_it_starts_anew(
+def test_a_chat_remembers_until_it_is_reset(
     policy_run: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
@@ -291,7 +291,7 @@ def test_ranks_are_rounded_up_to_what_vllm_takes() -> None:
 
 
 @pytest.mark.usefixtures("gpu_build")
-def test_commands_print_what_they_did(policy_run: Config, tmp_path: Path) -> None:
+def test_commands_print_their_results(policy_run: Config, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(dump(policy_run))
     call = CliRunner().invoke

@@ -60,7 +60,7 @@ def test_cosine_falls_to_a_tenth_of_the_peak_after_a_warm_up_of_a_share_but_five
     assert found[-1] == pytest.approx(0.1 * peak, rel=1e-9)
 
 
-def test_further_settings_of_the_scheduler_stay(make_run: MakeRun, tmp_path: Path) -> None:
+def test_further_settings_of_the_scheduler_are_kept(make_run: MakeRun, tmp_path: Path) -> None:
     more = {"trainer": {"lr_scheduler_kwargs": {"num_cycles": 1.5}}}
     found = rates(make_run(pretrain=BLOG | more | {"steps": 100}), tmp_path)
     # The first of two valleys lies a third of the way from step 5 to step 100.
@@ -68,7 +68,7 @@ def test_further_settings_of_the_scheduler_stay(make_run: MakeRun, tmp_path: Pat
     assert found[69] > 9e-6
 
 
-def test_an_end_of_the_cosine_belongs_to_cosine() -> None:
+def test_final_lr_share_is_refused_without_cosine() -> None:
     with pytest.raises(ConfigError, match=r"reward\.final_lr_share 0\.1 is for reward\.scheduler"):
         resolve({"reward": {"final_lr_share": 0.1, "scheduler": "linear"}})
 

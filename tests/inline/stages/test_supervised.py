@@ -48,7 +48,7 @@ def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
-def test_a_killed_stage_goes_on_and_ends_as_if_never_killed(
+def test_a_killed_stage_resumes_and_ends_as_if_never_killed(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Killed after step 4, last saved at step 3: the same weights and the same curve follow."""
@@ -132,7 +132,7 @@ def test_wrong_training_arguments_are_refused_by_name(make_run: MakeRun) -> None
         pretrain.run(config)
 
 
-def test_a_full_disk_is_told_whatever_the_library_raised(
+def test_a_full_disk_is_reported_whatever_the_library_raised(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -175,7 +175,7 @@ class WrappedError(Exception):
         self._base_exc = cause
 
 
-def test_what_a_worker_raised_on_purpose_reaches_the_user(make_run: MakeRun) -> None:
+def test_an_error_that_a_worker_raised_on_purpose_reaches_the_user(make_run: MakeRun) -> None:
     work = pretrain.PretrainTraining(make_run(), Path("x"), "base")
     meant = DataError("bad rows")
     hung_up = WrappedError(RuntimeError("connection closed by peer"))
@@ -230,7 +230,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, float], list[Any]
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(1, 2), (1, 3), (0, 2)])
-def test_a_joined_cluster_has_gpus_if_only_later(
+def test_a_joined_cluster_is_waited_for_until_it_has_gpus(
     make_run: MakeRun, joined: Any, gpus: int, workers: int
 ) -> None:
     config = make_run(

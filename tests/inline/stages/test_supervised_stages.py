@@ -73,7 +73,7 @@ def test_metrics_have_one_line_a_step(trained_run: Trained) -> None:
     assert records[0]["learning_rate"] == 0.01  # cosine from the peak, no warm-up
 
 
-def test_stages_leave_results_and_nothing_else(trained_run: Trained) -> None:
+def test_stages_leave_only_their_results(trained_run: Trained) -> None:
     config, _ = trained_run
     files = {"metrics.jsonl", "summary.json", "tensorboard"}
     expected = {"pretrain": {"base", "model"}, "sft": {"adapter", "model"}, "reward": {"model"}}
@@ -244,7 +244,7 @@ def test_training_on_an_adapter_is_refused(trained_run: Trained, make_run: Any) 
         pretrain.run(config)
 
 
-def test_merge_folds_the_newest_policy(trained_run: Trained, tmp_path: Path) -> None:
+def test_merge_merges_the_newest_policy(trained_run: Trained, tmp_path: Path) -> None:
     source, _ = trained_run
     config = source.model_copy(
         update={"run": source.run.model_copy(update={"dir": str(tmp_path / "merging")})}

@@ -19,7 +19,7 @@ from rlhf_ray.stages import pipeline
 
 
 @pytest.mark.parametrize("unguarded", [[], ["10.0.0.2", "10.0.0.3"]])
-def test_a_joined_cluster_without_a_token_is_warned_of(
+def test_a_joined_cluster_without_a_token_causes_a_warning(
     unguarded: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -35,12 +35,12 @@ def test_a_joined_cluster_without_a_token_is_warned_of(
     config = {"run": {"dir": str(tmp_path / "run")}, "cluster": {"mode": "ray"}}
     pipeline.run_single(resolve(config), "ppo")
     said = " ".join(capsys.readouterr().out.split())
-    assert ("no token on 10.0.0.2, 10.0.0.3: whoever reaches" in said) == bool(unguarded)
+    assert ("no token on 10.0.0.2, 10.0.0.3: anyone who reaches" in said) == bool(unguarded)
     assert ("warning" in said) == bool(unguarded)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_the_folder_of_a_run_that_goes_on_stays_as_it_is(resume: str, tmp_path: Path) -> None:
+def test_the_folder_of_a_run_in_progress_is_left_unchanged(resume: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("{}\n")

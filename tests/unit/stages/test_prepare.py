@@ -57,7 +57,7 @@ def test_the_sets_share_no_question_and_keep_their_shares(run: tuple[Path, dict[
     assert 8 <= len(ids["evaluation"]) <= 32
 
 
-def test_rows_and_columns(run: tuple[Path, dict[str, Any]]) -> None:
+def test_each_set_has_its_columns_and_rows(run: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = run
     base = ["question_id", "question", "prompt", "link"]
     sets = {name: load(folder, name) for name in SETS}
@@ -86,7 +86,7 @@ def test_the_summary_counts_everything(run: tuple[Path, dict[str, Any]]) -> None
     )
 
 
-def test_a_dump_of_ones_own_gives_what_the_synthetic_site_gave(
+def test_a_user_dump_with_the_synthetic_posts_gives_the_same_sets(
     run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, _ = run
@@ -126,7 +126,7 @@ def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
     assert not (tmp_path / "prepare" / ".partial").exists()
 
 
-def test_a_failed_run_leaves_what_was_there(
+def test_a_failed_run_keeps_the_earlier_sets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare.run(config(tmp_path))
@@ -187,7 +187,7 @@ def test_questions_keep_their_link_and_nobodys_name(tmp_path: Path) -> None:
     assert load(tmp_path, "rl")[0]["link"].startswith("https://other.example/questions/")
 
 
-def test_an_archive_is_read_as_the_dump_inside(tmp_path: Path) -> None:
+def test_an_archive_is_read_like_the_dump_inside(tmp_path: Path) -> None:
     py7zr = pytest.importorskip("py7zr")
     posts = dump(tmp_path / "Posts.xml", *(question(i, (0, 3)) for i in range(1, 60)))
     with py7zr.SevenZipFile(tmp_path / "coffee.stackexchange.com.7z", "w") as archive:
@@ -198,7 +198,7 @@ def test_an_archive_is_read_as_the_dump_inside(tmp_path: Path) -> None:
     assert not (tmp_path / "prepare" / ".partial").exists()
 
 
-def test_what_the_texts_are_like(tmp_path: Path) -> None:
+def test_quality_json_describes_the_texts(tmp_path: Path) -> None:
     posts = dump(
         tmp_path / "Posts.xml",
         *(question(i, (0, 3, 3, 7)) for i in range(1, 60)),
@@ -217,6 +217,6 @@ def test_what_the_texts_are_like(tmp_path: Path) -> None:
     assert quality["pairs"] == {"pairs": 58 * 6 + 10, "ties": 59}
 
 
-def test_progress_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare.run(config(tmp_path))
     assert re.search(r"prepare done: 200/200 questions in 0:0\d", capsys.readouterr().out)

@@ -69,7 +69,7 @@ def test_the_worst_case_is_the_longest_that_the_config_allows(tmp_path: Path) ->
     assert (worst.sft.path, worst.reward.path) == ("base", "base")  # until there are better ones
 
 
-def test_a_job_that_rehearses_is_known_as_the_run(
+def test_a_rehearsing_job_is_listed_under_the_name_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = list[tuple[str, str]]()
@@ -86,7 +86,7 @@ def test_a_job_that_rehearses_is_known_as_the_run(
     assert done == [(config.run.name, tmp_path / "run"), ("runs", f"{config.run.name}-rehearsal")]
 
 
-def test_only_scores_by_models_are_asked_for(tmp_path: Path) -> None:
+def test_a_rehearsal_keeps_only_reward_sources_that_are_models(tmp_path: Path) -> None:
     assert [s.type for s in worst_case(config_of(tmp_path)).rewards] == ["model"]
     asks = {"type": "function", "name": "mine", "function": "mine:reads_columns"}
     (source,) = worst_case(config_of(tmp_path, rewards=[asks])).rewards
@@ -104,7 +104,7 @@ def test_without_a_model_or_ppo_there_is_nothing_to_rehearse(tmp_path: Path) -> 
             worst_case(config)
 
 
-def test_a_runs_folder_that_a_rehearsal_makes_is_its_owners_alone(
+def test_a_rehearsal_makes_folders_for_their_owner_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(worst: Config) -> None:
@@ -118,7 +118,7 @@ def test_a_runs_folder_that_a_rehearsal_makes_is_its_owners_alone(
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
-def test_what_another_rehearsal_is_at_stays_as_it_is(
+def test_a_folder_in_use_by_another_rehearsal_is_left_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_use = tmp_path / "rehearsal"
@@ -135,7 +135,7 @@ def test_what_another_rehearsal_is_at_stays_as_it_is(
     assert (in_use / "prompts.jsonl").read_text() == "its own"
 
 
-def test_a_rehearsal_holds_for_its_own_config_alone(tmp_path: Path) -> None:
+def test_a_rehearsal_is_valid_for_its_own_config_alone(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert is_needed(config)
     (tmp_path / RESULT).write_text(json.dumps(asdict(rehearsal_of(config))))
@@ -150,7 +150,7 @@ def test_a_rehearsal_holds_for_its_own_config_alone(tmp_path: Path) -> None:
     assert is_needed(longer)
 
 
-def test_a_rehearsal_holds_for_such_gpus_as_it_was_made_on(tmp_path: Path) -> None:
+def test_a_rehearsal_is_valid_for_the_gpus_it_was_made_on(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     made = replace(rehearsal_of(config), gpus=["4 x L4-24GB", "8 x A100-80GB"])
     (tmp_path / RESULT).write_text(json.dumps(asdict(made)))
@@ -162,7 +162,7 @@ def test_a_rehearsal_holds_for_such_gpus_as_it_was_made_on(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("recorded", "holds"), [(["8 x None"], True), (["4 x None"], False), (["8 x H100-80GB"], False)]
 )
-def test_gpus_of_a_kind_that_no_node_told_may_be_the_same(
+def test_gpus_of_an_unknown_kind_match_by_number(
     recorded: list[str], holds: bool, tmp_path: Path
 ) -> None:
     config = config_of(tmp_path)
@@ -172,7 +172,7 @@ def test_gpus_of_a_kind_that_no_node_told_may_be_the_same(
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"when": "today", "of_another": 1}'])
-def test_a_rehearsal_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+def test_an_unreadable_rehearsal_counts_as_none(tmp_path: Path, text: str) -> None:
     config = config_of(tmp_path)
     (tmp_path / RESULT).write_text(text)
     assert load(config, ()) is None
@@ -201,7 +201,9 @@ def on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **peaks: int) -> Pla
     return plan
 
 
-def test_memory_that_was_measured_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_memory_replaces_the_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # All four share the GPU: some 26 GB the engine's, and a few the others'.
     less = on_a_gpu(tmp_path, monkeypatch, policy=30, generator=30)
     assert less.fits
@@ -229,7 +231,7 @@ def test_measured_seconds_are_the_worst_case_and_scale_the_best(tmp_path: Path) 
     assert unknown.days == pytest.approx((600 / day, 600 / day))
 
 
-def test_peaks_stand_beside_the_plan() -> None:
+def test_measured_peaks_are_shown_beside_the_plan() -> None:
     config = resolve(
         {
             "run": {"stages": ["ppo"]},

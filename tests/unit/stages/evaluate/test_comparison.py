@@ -54,7 +54,7 @@ def test_every_model_meets_every_other_and_ppo_gives_the_win_rate() -> None:
     assert ratings["ppo"] > ratings["other"]
 
 
-def test_the_first_judge_gives_the_win_rate_and_others_stand_beside() -> None:
+def test_the_first_judge_gives_the_win_rate_and_the_others_are_reported() -> None:
     models = {
         "sft": [sample(reward=1.0, gold=0.0)] * 3,
         "dpo": [sample(reward=0.0, gold=1.0)] * 3,
@@ -73,7 +73,7 @@ def test_a_judge_that_decides_nothing_is_refused() -> None:
         summarize(models, {"judge": np.full((2, 2, 1), np.nan)}, 100, 0)
 
 
-def test_the_share_of_answers_that_follow_an_instruction() -> None:
+def test_each_instruction_reports_the_share_of_answers_that_follow_it() -> None:
     instructions = [
         Instruction("p", "words_begin_with", {"letter": "a"}),
         Instruction("q", "lower_case"),

@@ -41,7 +41,7 @@ def test_two_hundred_points_are_a_win_probability_of_76_percent() -> None:
     assert found.low[1] < 1200.24 < found.high[1]
 
 
-def test_strengths_of_three_models_are_those_that_made_the_games() -> None:
+def test_strengths_of_three_models_are_recovered_from_their_games() -> None:
     """P(i beats j) = p_i / (p_i + p_j) with p = 1, 2, 4; a likelihood that is met exactly."""
     p = np.array([1.0, 2.0, 4.0])
     wins = 1e9 * p[:, None] / (p[:, None] + p)
@@ -63,7 +63,7 @@ def test_identical_models_are_equal_and_half_lies_in_the_interval() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_samples_of_one_model_twice_cannot_be_told_apart(seed: int) -> None:
+def test_two_samples_of_one_model_have_overlapping_intervals(seed: int) -> None:
     scores = np.random.default_rng(seed).normal(size=(2, 400))
     outcomes = outcomes_of_scores(scores)
     rates, ratings = win_rates(outcomes, 1000, 0), elo(outcomes, 1000, 0)

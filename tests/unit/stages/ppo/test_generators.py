@@ -54,7 +54,7 @@ def factory(monkeypatch: pytest.MonkeyPatch) -> GeneratorFactory:
     return GeneratorFactory(spawner, config, "base")
 
 
-async def test_one_that_starts_is_handed_over(factory: GeneratorFactory) -> None:
+async def test_a_generator_that_starts_is_returned_on_its_slot(factory: GeneratorFactory) -> None:
     generator = await factory.start("generator-3")
     assert generator.name == "generator-3"
     assert factory._spawner.placed == [(2, 3)]
@@ -63,14 +63,16 @@ async def test_one_that_starts_is_handed_over(factory: GeneratorFactory) -> None
     assert factory._spawner.ended == ["generator-3"]
 
 
-async def test_one_that_fails_to_start_leaves_no_process(factory: GeneratorFactory) -> None:
+async def test_a_generator_that_fails_to_start_leaves_no_process(factory: GeneratorFactory) -> None:
     factory._spawner.fails = True
     with pytest.raises(ActorFailure, match="no engine"):
         await factory.start("generator-3")
     assert factory._spawner.ended == ["generator-3"]
 
 
-async def test_one_that_is_not_wanted_any_more_leaves_no_process(factory: GeneratorFactory) -> None:
+async def test_a_cancelled_start_of_a_generator_leaves_no_process(
+    factory: GeneratorFactory,
+) -> None:
     factory._spawner.never_ready = True
     start = asyncio.ensure_future(factory.start("generator-3"))
     await asyncio.sleep(0)

@@ -24,7 +24,9 @@ class Spawner:
         return [None]
 
 
-def test_files_are_named_by_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scorers_get_files_by_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A scorer's process may run elsewhere in the file system."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
@@ -62,7 +64,9 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-async def test_room_is_asked_for_everybody_and_given_back(requests: list[Any]) -> None:
+async def test_capacity_is_requested_for_every_role_and_released_at_the_end(
+    requests: list[Any],
+) -> None:
     """Before it is waited for, and also for GPUs that no node has yet."""
     spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
     await spawner.place(ASKED)
@@ -73,7 +77,7 @@ async def test_room_is_asked_for_everybody_and_given_back(requests: list[Any]) -
     assert requests[2:] == [[*first, GENERATOR, GENERATOR], []]
 
 
-async def test_no_room_is_kept_for_a_run_that_found_none(
+async def test_a_run_that_cannot_be_placed_releases_its_request_for_capacity(
     requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(*_: Any) -> None:
@@ -90,7 +94,7 @@ async def test_no_room_is_kept_for_a_run_that_found_none(
     assert requests[-1] == []
 
 
-async def test_while_room_is_waited_for_it_is_asked_for_anew(
+async def test_the_request_for_capacity_is_repeated_while_waiting(
     requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As labels are known, and where another run's request may have taken the place of ours."""
@@ -115,7 +119,7 @@ async def test_while_room_is_waited_for_it_is_asked_for_anew(
     assert requests == [[], [{"role": "train"}], [{"role": "train"}]]
 
 
-async def test_a_cluster_of_the_runs_own_is_asked_for_nothing(requests: list[Any]) -> None:
+async def test_a_local_cluster_gets_no_request_for_capacity(requests: list[Any]) -> None:
     spawner = RoleSpawner(resolve({"cluster": {"mode": "local"}}), lambda *_: None)
     await spawner.place(ASKED)
     await spawner.stop_all()
@@ -123,7 +127,7 @@ async def test_a_cluster_of_the_runs_own_is_asked_for_nothing(requests: list[Any
 
 
 @pytest.mark.parametrize(("mode", "num_cpus"), [("local", 0), ("ray", 1)])
-def test_a_machine_of_its_own_has_room_for_every_role(
+def test_roles_of_a_local_run_reserve_no_cpu(
     mode: str, num_cpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []

@@ -61,7 +61,7 @@ def labelled(config: Config) -> tuple[list[Row], dict[str, int]]:
     return kept, tally.dropped
 
 
-def test_rows_come_out_as_prompt_chosen_and_rejected(data: Path) -> None:
+def test_labelled_rows_have_prompt_chosen_and_rejected(data: Path) -> None:
     with serve(judge) as server:
         kept, dropped = labelled(config_of(data, server.url))
     assert kept == [
@@ -73,7 +73,9 @@ def test_rows_come_out_as_prompt_chosen_and_rejected(data: Path) -> None:
     assert len(server.requests) == 2 * 5  # equal and empty ones are not asked about
 
 
-def test_verdicts_are_asked_for_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_stage_asks_only_for_missing_verdicts(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ai_labels, "CHUNK", 2)
 
     def goes_down(number: int, body: Any) -> tuple[int, Any]:

@@ -30,7 +30,7 @@ def parts_of(folder: Path, rows: list[dict[str, str]]) -> dict[str, tuple[int, d
     return {part: counted(rows) for part, rows in found.items()}
 
 
-def test_parts_are_made_of_rows_that_can_be_used(tmp_path: Path) -> None:
+def test_training_and_held_out_parts_contain_usable_rows_only(tmp_path: Path) -> None:
     good = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(40)]
     assert parts_of(tmp_path, [*good, *BAD]) == {
         TRAIN: (30, {"empty": 10, "over_max_pairs": 8}),
@@ -38,5 +38,5 @@ def test_parts_are_made_of_rows_that_can_be_used(tmp_path: Path) -> None:
     }
 
 
-def test_without_a_row_that_can_be_used_both_parts_are_empty(tmp_path: Path) -> None:
+def test_without_usable_rows_both_parts_are_empty(tmp_path: Path) -> None:
     assert parts_of(tmp_path, BAD) == {TRAIN: (0, {"empty": 10}), HELD_OUT: (0, {})}
