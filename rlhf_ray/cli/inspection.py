@@ -23,7 +23,8 @@ def plan(
         typer.Option(
             metavar="NODESxGPUSxKIND",
             help="Cluster to plan for, such as 3x8xA100-80GB or 8xA100-80GB+2x4xL40S-48GB; 'live' "
-            "is the running Ray cluster. Default: live if the run would join it, else this machine.",
+            "is the running Ray cluster. Default: live if the run would join it, else this "
+            "machine.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -18,10 +18,10 @@ from rlhf_ray.cli.arguments import (
 
 app = typer.Typer()
 
-PANEL = "Use the models"
+USE = "Use the models"
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=USE)
 def generate(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -56,7 +56,7 @@ def generate(
     Console().print(generate_stage.table(rows))
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=USE)
 def chat(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -92,7 +92,7 @@ def _typed_lines() -> Iterator[str]:
             return
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=USE)
 def serve(
     config: ConfigPath,
     overrides: Overrides = None,

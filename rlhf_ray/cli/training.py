@@ -1,4 +1,4 @@
-"""Commands that train: the whole pipeline, one stage, and what is made of its models."""
+"""Commands that train: the whole pipeline or one stage, and what is written from its models."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -8,22 +8,31 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.cli.arguments import ConfigPath, OneModel, Overrides, read_config
+from rlhf_ray.cli.inspection import CHECK
+from rlhf_ray.cli.models import USE
 from rlhf_ray.config import Config
 from rlhf_ray.config.stages import STAGES
 
 app = typer.Typer()
 
+TRAIN = "Train and evaluate"
 
-@app.command()
+
+@app.command(rich_help_panel=TRAIN)
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
     rehearse_first: Annotated[
         bool,
-        typer.Option("--rehearse", help="Rehearse PPO first, where it can be and was not yet."),
+        typer.Option(
+            "--rehearse", help="Rehearse PPO first, unless this config has been rehearsed already."
+        ),
     ] = False,
 ) -> None:
-    """Run the whole pipeline; goes on where an earlier run of the same name stopped."""
+    """Run the whole pipeline; resume where an earlier run of the same name stopped.
+
+    Prints the path of the report at the end.
+    """
     from rlhf_ray.stages.pipeline import run as run_pipeline
     from rlhf_ray.stages.rehearse import is_needed
 
@@ -35,22 +44,22 @@ def run(
         typer.echo(f"Report: {report}")
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def rehearse(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Run two PPO iterations at the worst case, and hold memory and seconds against the plan."""
+    """Run two worst-case PPO iterations and compare memory and time with the plan."""
     _rehearsed(read_config(config, overrides))
 
 
 def _rehearsed(config: Config) -> bool:
-    """Whether a rehearsal came to its end; one that was stopped on request did not."""
+    """Rehearse; return whether it finished rather than being stopped on request."""
     from rlhf_ray.planning.plan import prediction_for
     from rlhf_ray.planning.rehearsal import as_text
     from rlhf_ray.stages.rehearse import run as run_rehearsal
 
-    found = run_rehearsal(config)
-    if found is not None:
-        typer.echo(as_text(found, prediction_for(config)))
-    return found is not None
+    measured = run_rehearsal(config)
+    if measured is not None:
+        typer.echo(as_text(measured, prediction_for(config)))
+    return measured is not None
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -63,13 +72,13 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 for _name, _stage in STAGES.items():
-    if _name != "report":  # its command also draws the report of a run that is going on
-        app.command(_name, help=_stage.does)(_stage_command(_name))
+    if _name != "report":  # its command also draws the report of an unfinished run
+        app.command(_name, help=_stage.does, rich_help_panel=TRAIN)(_stage_command(_name))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def merge(config: ConfigPath, overrides: Overrides = None, model: OneModel = "ppo") -> None:
-    """Merge one of the run's adapters into its base."""
+    """Merge one of a run's adapters into its base model."""
     from rlhf_ray.serving.merge import run as run_merge
 
     resolved = read_config(config, overrides)
@@ -78,25 +87,25 @@ def merge(config: ConfigPath, overrides: Overrides = None, model: OneModel = "pp
 
 
 class ExportKind(StrEnum):
-    """What of a model is exported."""
+    """The parts of a model that can be exported."""
 
     ADAPTER = "adapter"
     MERGED = "merged"
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     config: ConfigPath,
     overrides: Overrides = None,
     model: OneModel = "ppo",
     kind: Annotated[
-        ExportKind, typer.Option(help="The adapter alone, or a whole model.")
+        ExportKind, typer.Option(help="Export the adapter alone or the merged model.")
     ] = ExportKind.ADAPTER,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; default export/ in the run's folder.")
+        Path | None, typer.Option(help="Folder to write to. Default: export/ in the run's folder.")
     ] = None,
 ) -> None:
-    """Write a model for other tools, with a card that says where it comes from."""
+    """Export a model for other tools, with a model card that states its origin."""
     from rlhf_ray.serving.export import run as run_export
 
     resolved = read_config(config, overrides)
@@ -107,4 +116,4 @@ def export(
 
 
 def _survived(config: Config, share: float) -> str:
-    return f"{share:.2%} of the weights that it changes kept a change in {config.model.dtype}"
+    return f"{share:.2%} of the changed weights still differ from the base in {config.model.dtype}"

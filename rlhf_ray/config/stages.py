@@ -49,7 +49,7 @@ _EVERYWHERE = ("run", "model", "template", "data")
 STAGES: Mapping[str, Stage] = {
     "prepare": Stage(
         function="rlhf_ray.stages.prepare:run",
-        does="Turn a Stack Exchange dump into disjoint sets.",
+        does="Split a Stack Exchange dump into the data sets of the other stages.",
         makes="datasets",
         sections=("run", "prepare"),
         needs_ray=False,
@@ -65,7 +65,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "sft": Stage(
         function="rlhf_ray.stages.supervised.sft:run",
-        does="Fine-tune on questions and answers, with LoRA, then merge.",
+        does="Fine-tune on questions and answers with LoRA, then merge the adapter.",
         makes="policy",
         sections=(*_EVERYWHERE, "sft"),
         datasets=("sft",),
@@ -85,7 +85,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "dpo": Stage(
         function="rlhf_ray.stages.supervised.dpo:run",
-        does="Train the policy on pairs directly, without a reward model.",
+        does="Train the policy on preference pairs directly, without a reward model.",
         makes="policy",
         sections=(*_EVERYWHERE, "sft", "dpo"),
         datasets=("preferences",),
@@ -96,7 +96,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "ppo": Stage(
         function="rlhf_ray.stages.ppo.stage:run",
-        does="Train the policy by PPO; resumes from its last commit.",
+        does="Train the policy with PPO; resume from its last commit.",
         makes="policy",
         sections=(
             *_EVERYWHERE,

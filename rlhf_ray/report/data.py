@@ -1,4 +1,4 @@
-"""What the report reads from a run's folder; whatever is missing or torn is left out."""
+"""What the report reads from a run's folder; missing and torn parts are left out."""
 
 import json
 import math
@@ -27,7 +27,7 @@ _SECRET = re.compile(
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of a run, read."""
+    """The contents of a run's files."""
 
     name: str
     """Name of the run, else of its folder."""
@@ -46,13 +46,13 @@ class RunFiles:
     completions: Sequence[Record]
     """ppo/completions.jsonl."""
     warnings: Sequence[Record]
-    """ppo/warnings.jsonl: what the guards saw."""
+    """ppo/warnings.jsonl, written by the guards."""
     samples: Sequence[Record]
     """evaluate/samples.jsonl."""
     instructions: Sequence[Record]
     """evaluate/instructions.jsonl."""
     quality: Mapping[str, Record]
-    """What texts are like: prepare/quality.json, and data/<key>.json of sets of the user's own."""
+    """Statistics of the texts: prepare/quality.json, and data/<key>.json of user datasets."""
     spans: Sequence[Span]
     """trace.json."""
     phase_totals: Mapping[str, Mapping[str, float]]
@@ -64,14 +64,14 @@ class RunFiles:
         return not (self.config or self.summaries or self.metrics)
 
     def option(self, dotted: str) -> Any:
-        """Value of a config key such as ``ppo.iterations``; None where absent."""
+        """Return the value of a config key such as ``ppo.iterations``; None if absent."""
         value: Any = self.config
         for key in dotted.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     def pending(self) -> list[str]:
-        """Stages that the config names and that come after the last finished one."""
+        """Return the stages of the config that come after the last finished one."""
         wanted = self.option("run.stages") or stages.DEFAULT_STAGES
         done = [STAGES.index(stage) for stage in self.summaries]
         first = max(done, default=-1) + 1
@@ -108,12 +108,13 @@ def read(run_dir: Path) -> RunFiles:
 
 
 def number(record: Record | None, *keys: str) -> float | None:
-    """The finite number at ``record[key][key]...``; None where there is none."""
-    value: Any = record
+    """Return the finite number at ``record[key][key]...``; None if there is none."""
+    value: object = record
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def _read_quality(run_dir: Path) -> dict[str, Record]:
@@ -123,7 +124,7 @@ def _read_quality(run_dir: Path) -> dict[str, Record]:
     return {name: record for name, path in sets.items() if (record := _read_json(path))}
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], str]:
+def _read_config(path: Path) -> tuple[Record, str]:
     try:
         text = path.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
@@ -132,7 +133,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
     return (config, text) if isinstance(config, dict) else ({}, "")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Record:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):

@@ -1,8 +1,7 @@
-"""The report's part on the compared models: ranking, who beats whom, instructions."""
+"""The report's section on compared models: ranking, win rates, instructions followed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf_ray.report.data import Record, RunFiles, number
 
@@ -13,7 +12,7 @@ _NUMBERS = {
     "perplexity": "perplexity",
     "instruction_pass_rate": "instructions followed",
 }
-"""Number of a model in the summary -> its heading."""
+"""Heading of each number that the summary has of a model."""
 
 _JUDGES = {
     "gold": "the gold score",
@@ -31,40 +30,40 @@ class Rank:
     elo: float
     interval: tuple[float, float]
     left: float
-    """Where the interval begins, in percent of the picture's width, ..."""
+    """Start of the interval, in percent of the scale's width."""
     width: float
-    """... how wide it is, ..."""
-    place: float
-    """... and where the rating is."""
+    """Width of the interval, in percent."""
+    position: float
+    """Position of the rating, in percent."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The comparison by one judge."""
+    """The comparison of all models by one judge."""
 
     judge: str
-    """In words."""
+    """Display name of the judge."""
     ranks: Sequence[Rank]
-    """The best model first."""
+    """Ratings, the best model first."""
     models: Sequence[str]
-    """In the order of rows and columns."""
-    rows: Sequence[Sequence[Mapping[str, Any] | None]]
-    """Win rate of the row's model over the column's; None where there is none."""
+    """Models in the order of rows and columns."""
+    rows: Sequence[Sequence[Record | None]]
+    """Win rate of the row's model over the column's; None on the diagonal."""
 
 
 def judged(files: RunFiles) -> list[Judged]:
-    """Ranking and win rates by every judge, the one of the win rate first."""
-    found = []
+    """Return ranking and win rates by every judge, starting with the judge of the win rate."""
+    comparisons = []
     for judge, record in files.summaries.get("evaluate", {}).get("judges", {}).items():
         models = list(record["elo"])
         rates = record["win_rates"]
         rows = [[rates[row].get(column) for column in models] for row in models]
-        found.append(Judged(_JUDGES[judge], _ranks(record["elo"]), models, rows))
-    return found
+        comparisons.append(Judged(_JUDGES[judge], _ranks(record["elo"]), models, rows))
+    return comparisons
 
 
 def numbers(files: RunFiles) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """Headings, and the numbers of each model under them; what no model has is left out."""
+    """Return headings and each model's numbers, without numbers that no model has."""
     models: Mapping[str, Record] = files.summaries.get("evaluate", {}).get("models", {})
     keys = [key for key in _NUMBERS if any(key in model for model in models.values())]
     return [_NUMBERS[key] for key in keys], [
@@ -72,8 +71,8 @@ def numbers(files: RunFiles) -> tuple[list[str], list[tuple[str, list[float | No
     ]
 
 
-def instructions(files: RunFiles) -> list[dict[str, Any]]:
-    """Every instruction with the share of each model's answers that follow it, and an answer."""
+def instructions(files: RunFiles) -> list[Record]:
+    """Return each instruction with every model's pass rate and first answer."""
     return [
         {
             "prompt": record.get("prompt", ""),

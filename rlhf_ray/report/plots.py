@@ -1,4 +1,4 @@
-"""Charts of the report: inline SVG whose colours follow the page, in light, dark and print."""
+"""Charts of the report as inline SVG, coloured by the page's CSS in light, dark and print."""
 
 import io
 import re
@@ -68,11 +68,11 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     is_points: bool = False
-    """Rare measurements (evaluations), drawn as marks; others get a smoothed line on top."""
+    """Whether these are sparse evaluations, drawn as dots; other curves get a smoothed line."""
 
 
 def curves(title: str, lines: Sequence[Curve], x_label: str) -> str:
-    """Line chart as SVG: pale raw values under a smoothed line, evaluations as marks."""
+    """Draw a line chart as SVG: pale raw values, a smoothed line on top, evaluations as dots."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure, axes = _figure(2.5)
         for line, colour in zip(lines, _COLOURS, strict=False):
@@ -87,9 +87,9 @@ def curves(title: str, lines: Sequence[Curve], x_label: str) -> str:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """Centred moving average over about a tenth of the values, at least 3; NaN is skipped.
+    """Return the centred moving average over a tenth of the values, at least 3; NaN is skipped.
 
-    The window shrinks at both ends, so that nothing is made up.
+    The window shrinks at both ends, so that no values are invented there.
     """
     array = np.asarray(values, dtype=float)
     half = max(1, len(array) // 20)
@@ -102,7 +102,7 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def phase_bars(title: str, totals: Mapping[str, Mapping[str, float]]) -> str:
-    """Stacked bars as SVG: one a row, one segment a phase, in minutes or seconds."""
+    """Draw stacked bars as SVG: a bar per row, a segment per phase, in minutes or seconds."""
     colours = phase_colours(totals)
     longest_s = max((sum(phases.values()) for phases in totals.values()), default=0.0)
     unit, scale = ("minutes", 60.0) if longest_s > 180 else ("seconds", 1.0)
@@ -126,7 +126,7 @@ def histogram(
     x_label: str,
     y_label: str,
 ) -> str:
-    """Bars over ordered bins as SVG, one colour a series."""
+    """Draw bars over ordered bins as SVG, a colour per series."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure, axes = _figure(2.5)
         width = 0.84 / len(series)
@@ -145,7 +145,7 @@ def histogram(
 
 
 def counts(title: str, numbers: Mapping[str, float], x_label: str) -> str:
-    """One horizontal bar a name as SVG, in the given order."""
+    """Draw a horizontal bar per name as SVG, in the given order."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title, "axes.grid.axis": "x"}):
         figure, axes = _figure(max(1.2, 0.6 + 0.24 * len(numbers)))
         axes.barh(range(len(numbers)), list(numbers.values()), color=_COLOURS[0], **_BAR)
@@ -154,9 +154,9 @@ def counts(title: str, numbers: Mapping[str, float], x_label: str) -> str:
 
 
 def timeline(title: str, spans: Sequence[Span], colours: Mapping[str, str]) -> str:
-    """Spans of each row over time as SVG, seconds from the first one on.
+    """Draw the spans of each row over time as SVG, in seconds from the first span.
 
-    Longer spans lie under the shorter ones that they contain.
+    Longer spans are drawn first, so that the spans nested in them stay visible.
     """
     rows = list(dict.fromkeys(span.row for span in spans))
     origin_s = min(span.start_s for span in spans)
@@ -175,7 +175,7 @@ def timeline(title: str, spans: Sequence[Span], colours: Mapping[str, str]) -> s
 
 
 def phase_colours(totals: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """Colour by phase name, the longest phases first; the rest share one as `other`."""
+    """Return a colour per phase, the longest phases first; the rest share one as `other`."""
     sums: dict[str, float] = {}
     for phases in totals.values():
         for name, seconds in phases.items():
@@ -230,7 +230,7 @@ def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element without prologue, metadata, fixed size or fixed colours."""
+    """Return the figure as an SVG element without prologue, metadata, fixed size or colours."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)

@@ -1,8 +1,7 @@
-"""The report's part on data: what the texts are like, which rows were used and which were not."""
+"""The report's section on data: statistics of the texts, and which rows were used."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
@@ -15,16 +14,16 @@ _KINDS = ("questions", "prompts", "answers", "texts")
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows that a stage read."""
+    """Rows that a stage read: kept and dropped."""
 
     stage: str
     kept: float
     dropped: Sequence[tuple[str, float]]
-    """Reason, number of rows."""
+    """Reason and number of rows."""
 
 
 def quality_charts(files: RunFiles) -> list[Chart]:
-    """Lengths, scores and languages of code, as they were counted when the data was read."""
+    """Draw lengths, scores and code languages, as counted when the data was read."""
     charts = []
     for name, quality in files.quality.items():
         of = "" if name == "prepare" else f" in {name}"
@@ -32,25 +31,25 @@ def quality_charts(files: RunFiles) -> list[Chart]:
         charts += [
             *_lengths(f"Length of the texts{of}", kinds),
             *_scores(f"Score of the answers{of}", quality.get("scores"), name == "prepare"),
-            *_languages(f"Languages of code in answers{of}", kinds.get("answers")),
+            *_languages(f"Programming languages in answers{of}", kinds.get("answers")),
         ]
     return charts
 
 
 def duplicates(files: RunFiles) -> list[tuple[str, float, float]]:
-    """(kind of text, how many repeat an earlier one, share of all)."""
-    found = []
+    """Return per kind of text: its name, the number that repeat an earlier one, their share."""
+    repeated = []
     for name, quality in files.quality.items():
         for kind, texts in _kinds(quality).items():
             num_texts, num_repeated = number(texts, "texts"), number(texts, "repeated")
             if num_texts and num_repeated is not None:
                 label = kind if name == "prepare" else f"{name}: {kind}"
-                found.append((label, num_repeated, num_repeated / num_texts))
-    return found
+                repeated.append((label, num_repeated, num_repeated / num_texts))
+    return repeated
 
 
 def ties(files: RunFiles) -> tuple[float, float] | None:
-    """Pairs of answers to one question with equal scores: how many, and their share of all."""
+    """Return number and share of pairs of answers to a question with equal scores."""
     counted = files.quality.get("prepare")
     num_pairs, num_ties = number(counted, "pairs", "pairs"), number(counted, "pairs", "ties")
     return (num_ties, num_ties / num_pairs) if num_pairs and num_ties is not None else None
@@ -61,19 +60,19 @@ def _kinds(quality: Record) -> dict[str, Record]:
 
 
 def row_counts(files: RunFiles) -> list[RowCounts]:
-    """Rows that each stage kept, and those that it dropped, by reason."""
-    found = []
+    """Return the rows that each stage kept, and those that it dropped, by reason."""
+    counts_by_stage = []
     for stage, summary in files.summaries.items():
         for part, counted in _counted(summary):
             reasons = {name: number(counted, name) for name in counted if name != "kept"}
             dropped = [(name.replace("_", " "), num) for name, num in reasons.items() if num]
             label = f"{stage}, {part.replace('_', ' ')}" if part else stage
-            found.append(RowCounts(label, number(counted, "kept") or 0, dropped))
-    return found
+            counts_by_stage.append(RowCounts(label, number(counted, "kept") or 0, dropped))
+    return counts_by_stage
 
 
 def _counted(summary: Record) -> Iterator[tuple[str, Record]]:
-    """The counts in a stage's summary: of all its rows, or of each part of them."""
+    """Yield the counts in a stage's summary, of all its rows or of each part of them."""
     for key in ("rows", "prompts_dropped"):
         value = summary.get(key)
         if isinstance(value, Mapping) and "kept" in value:
@@ -84,7 +83,7 @@ def _counted(summary: Record) -> Iterator[tuple[str, Record]]:
 
 
 def _lengths(title: str, kinds: Mapping[str, Record]) -> Iterator[Chart]:
-    bounds: Any = next((kind.get("length_bounds") for kind in kinds.values()), None)
+    bounds = next((kind.get("length_bounds") for kind in kinds.values()), None)
     shares = {
         name: [100 * num / kind["texts"] for num in kind["lengths"]]
         for name, kind in kinds.items()
@@ -92,19 +91,21 @@ def _lengths(title: str, kinds: Mapping[str, Record]) -> Iterator[Chart]:
     }
     if bounds and shares:
         labels = [f"{bound:g}" for bound in bounds]
-        svg = histogram(title, labels, shares, "characters, from", "% of the texts")
-        yield Chart(title, Markup(svg), "Share of the texts that have at least so many characters.")
+        svg = histogram(title, labels, shares, "characters", "% of the texts")
+        yield Chart(
+            title, Markup(svg), "Each bar counts the texts from its length up to the next one."
+        )
 
 
-def _scores(title: str, scores: Any, by_votes: bool) -> Iterator[Chart]:
+def _scores(title: str, scores: Record | None, by_votes: bool) -> Iterator[Chart]:
     if scores:
         bars = {"answers": list(scores.values())}
         svg = histogram(title, list(scores), bars, "score", "answers")
-        votes = "Rounded log2 of the upvotes, one more if accepted; -1 below zero votes."
+        votes = "log2 of the upvotes, rounded, plus one if accepted; -1 for negative votes."
         yield Chart(title, Markup(svg), votes if by_votes else "Rounded to whole numbers.")
 
 
 def _languages(title: str, answers: Record | None) -> Iterator[Chart]:
     if answers and answers.get("languages"):
         svg = counts(title, answers["languages"], "code fences")
-        yield Chart(title, Markup(svg), "As the fences name them; most posts name none.")
+        yield Chart(title, Markup(svg), "As named by the code fences; most name no language.")

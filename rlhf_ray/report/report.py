@@ -1,4 +1,4 @@
-"""The HTML report of a run: one file that needs nothing else, whatever the run has got to."""
+"""The HTML report of a run, finished or not, as one self-contained file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Card:
     title: str
     value: str
     explanation: str
-    """In plain words, with what is good and what is not."""
+    """What the number means, and which values are good."""
 
 
 def run(config: Config) -> Path:
@@ -32,7 +32,7 @@ def run(config: Config) -> Path:
 
 
 def build(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run's folder, from those of its files that exist.
+    """Write ``report.html`` into a run's folder from the files that exist there.
 
     Args:
         run_dir: folder of a run, finished or not.
@@ -57,7 +57,7 @@ def build(run_dir: Path) -> Path:
 
 
 def render(files: RunFiles) -> str:
-    """The report as HTML; every text of the run is escaped."""
+    """Return the report as HTML, with all texts of the run escaped."""
     environment = Environment(
         loader=PackageLoader("rlhf_ray.report", "templates"),
         autoescape=True,
@@ -97,7 +97,7 @@ def render(files: RunFiles) -> str:
 
 
 def verdict(files: RunFiles) -> str:
-    """The run's outcome in a sentence."""
+    """Return the run's outcome as a sentence."""
     if win_rate := _win_rate(files):
         rate, low, high = win_rate
         name = sections.model_title(_final_model(files))
@@ -106,7 +106,7 @@ def verdict(files: RunFiles) -> str:
         elif high < 0.5:
             outcome = f"{name} loses to SFT on held-out questions"
         else:
-            outcome = f"{name} and SFT cannot be told apart on held-out questions"
+            outcome = f"{name} and SFT do not differ significantly on held-out questions"
         return f"{outcome}: win rate {rate:.2f} (95% interval {low:.2f} to {high:.2f})."
     scores = [number(record, "objective/scores") for record in files.metrics.get("ppo", ())]
     known = [score for score in scores if score is not None]
@@ -121,7 +121,7 @@ def verdict(files: RunFiles) -> str:
 
 
 def figure(value: float | None, decimals: int | None = None) -> str:
-    """A number to three significant digits, or so many decimals; a dash where unknown."""
+    """Format a number with three significant digits or the given decimals; a dash if unknown."""
     if value is None:
         return "–"
     if decimals is not None:
@@ -130,7 +130,7 @@ def figure(value: float | None, decimals: int | None = None) -> str:
 
 
 def _trained(files: RunFiles) -> str:
-    """Model and algorithm in a line; empty without a config."""
+    """Describe model and algorithm in a line; empty without a config."""
     if not files.config:
         return ""
     model = files.option("model.path") or "a tiny Llama built from the config"
@@ -148,7 +148,7 @@ def _trained(files: RunFiles) -> str:
 
 
 def _status(files: RunFiles) -> str:
-    """What is still to come; empty for a finished run."""
+    """Describe what is still to come; empty for a finished run."""
     pending = files.pending()
     if not pending:
         return ""
@@ -156,13 +156,13 @@ def _status(files: RunFiles) -> str:
     num_records = len(files.metrics.get(current, ()))
     if current == "ppo" and num_records:
         total = files.option("ppo.iterations")
-        where = f"ppo has done {num_records}" + (f" of {total}" if total else "") + " iterations"
+        where = f"PPO has done {num_records}" + (f" of {total}" if total else "") + " iterations"
     elif num_records:
         where = f"{current} has begun"
     else:
         where = f"{current} is next"
-    rest = f"; after it: {', '.join(later)}" if later else ""
-    return f"This run has not finished (it may still be going): {where}{rest}."
+    rest = f" Still to come: {', '.join(later)}." if later else ""
+    return f"This run has not finished; it may still be running: {where}.{rest}"
 
 
 def _cards(files: RunFiles) -> Iterator[Card]:
@@ -173,19 +173,19 @@ def _cards(files: RunFiles) -> Iterator[Card]:
         yield Card(
             "Reward model accuracy",
             f"{accuracy:.1%}",
-            "Share of held-out answer pairs whose better answer it scores higher. "
-            "50% is a coin toss; noisy votes keep even a perfect model below 100%.",
+            "Share of held-out pairs in which it scores the better answer higher. "
+            "50% is chance; noisy votes keep even a perfect model below 100%.",
         )
     measured = number(files.summaries.get("reward"), "benchmark", "accuracy")
     if measured is not None:
         yield Card(
             "Reward model on its benchmark",
             f"{measured:.1%}",
-            "Share of the benchmark's pairs whose better answer it scores higher.",
+            "Share of the benchmark's pairs in which it scores the better answer higher.",
         )
     seconds = [_seconds(summary.get("seconds")) for summary in files.summaries.values()]
     if any(seconds):
-        yield Card("Time", clock_time(sum(seconds)), "Wall time of the finished stages together.")
+        yield Card("Time", clock_time(sum(seconds)), "Total wall time of the finished stages.")
 
 
 def _evaluation_cards(files: RunFiles) -> Iterator[Card]:
@@ -196,20 +196,20 @@ def _evaluation_cards(files: RunFiles) -> Iterator[Card]:
         yield Card(
             "Win rate against SFT",
             f"{rate:.2f}",
-            f"How often {name}'s answer is the better one, ties counting half. 95% interval "
-            f"{low:.2f} to {high:.2f}; above 0.5 throughout means a real gain.",
+            f"How often {name}'s answer is better; ties count half. 95% interval "
+            f"{low:.2f} to {high:.2f}; it is a real gain if all of it lies above 0.5.",
         )
     for key, title, explanation in (
         (
             "gold_mean",
             f"Gold score, SFT → {name}",
-            "Hidden quality that no model was trained on: a rise here is improvement, "
-            "not a gamed reward model.",
+            "A hidden quality score that no model was trained on. If it rises, answers became "
+            "better, not just better at pleasing the reward model.",
         ),
         (
             "reward_mean",
             f"Held-out reward, SFT → {name}",
-            "What the reward gives to answers to unseen questions.",
+            "Mean reward of the answers to unseen questions.",
         ),
     ):
         before = number(evaluation, "models", "sft", key)
@@ -225,7 +225,7 @@ def _ppo_cards(files: RunFiles) -> Iterator[Card]:
         yield Card(
             "Training reward, first → last",
             f"{figure(first)} → {figure(last)}",
-            "Mean score of the rollouts in the first and the last five iterations.",
+            "Mean score of the rollouts in the first five and the last five iterations.",
         )
     kl = number(ppo, "kl_last")
     if kl is not None:
@@ -233,7 +233,7 @@ def _ppo_cards(files: RunFiles) -> Iterator[Card]:
             "KL to the reference",
             f"{figure(kl)} nats",
             "How far the policy has moved from the SFT model, per answer. "
-            "Near 0 it has learnt nothing; far above 20 it is often gaming the reward.",
+            "Near 0 it has learnt nothing; far above 20 it often games the reward.",
         )
     episodes, rate = number(ppo, "episodes"), number(ppo, "episodes_per_s")
     if episodes is not None:
@@ -242,24 +242,24 @@ def _ppo_cards(files: RunFiles) -> Iterator[Card]:
         yield Card(
             "Rollouts learnt",
             figure(episodes),
-            f"Answers that PPO sampled and learnt from{speed}. Generator restarts: {restarts:.0f}.",
+            f"Answers that PPO sampled and trained on{speed}. Generator restarts: {restarts:.0f}.",
         )
 
 
 def _final_model(files: RunFiles) -> str:
-    """The model that the evaluation's win rate is about."""
+    """Return the model whose win rate was measured."""
     models = list(files.summaries.get("evaluate", {}).get("models", ()))
     return "ppo" if "ppo" in models or not models else models[-1]
 
 
 def _win_rate(files: RunFiles) -> tuple[float, float, float] | None:
-    """The final model's win rate against SFT, and the ends of its 95% interval."""
+    """Return the final model's win rate against SFT and the ends of its 95% interval."""
     measured = files.summaries.get("evaluate", {}).get("win_rate")
     return (measured["value"], *measured["ci95"]) if measured else None
 
 
 def _seconds(value: object) -> float:
-    """A stage's seconds: a number, or disjoint phases to add up (or their `total`)."""
+    """Return a stage's seconds, given as a number or as phases, which may include a `total`."""
     if isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, dict):

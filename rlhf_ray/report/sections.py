@@ -1,25 +1,18 @@
-"""The parts of the report below its key numbers, each empty where the run has no data for it."""
+"""The sections of the report below its key numbers; each is empty if the run lacks its data."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
 from rlhf_ray.observability.metrics import METRICS
 from rlhf_ray.observability.tracing import Span
 from rlhf_ray.report.data import Record, RunFiles, number
-from rlhf_ray.report.plots import (
-    Curve,
-    curves,
-    phase_bars,
-    phase_colours,
-    timeline,
-)
+from rlhf_ray.report.plots import Curve, curves, phase_bars, phase_colours, timeline
 
 MAX_TEXT = 1500
-"""Characters of a sample text that are shown."""
+"""Characters of a sample text that the report shows at most."""
 
 _MAX_SAMPLES = 8
 _MAX_VERSIONS = 6
@@ -38,20 +31,20 @@ class Chart:
 
 @dataclass(frozen=True)
 class Supervised:
-    """What a supervised stage did."""
+    """Results of a supervised stage."""
 
     title: str
     chart: Chart | None
     rows: Sequence[tuple[str, float | None, float | None]]
     """Figure, before, after."""
     facts: Sequence[tuple[str, float]]
-    groups: Sequence[Mapping[str, Any]]
+    groups: Sequence[Record]
     """Parameters by module: name, parameters, trainable."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which metrics make up a chart: training metrics with labels, and an evaluation's."""
+    """A chart's metrics: training metrics with their labels, and a metric of the evaluations."""
 
     title: str
     metrics: Mapping[str, str]
@@ -71,7 +64,7 @@ _PPO_CHARTS = (
     _Plan("Repeating responses", {"response/repeating_share": "training rollouts"}),
     _Plan("Distinct bigrams", {"response/distinct_bigrams": "training rollouts"}),
     _Plan("KL coefficient", {"objective/kl_coef": "coefficient"}),
-    _Plan("Gap between engine and learner", {"sampler/gap_mean": "gap"}),
+    _Plan("Log-prob mismatch between engine and learner", {"sampler/gap_mean": "mismatch"}),
 )
 
 _SUPERVISED = (
@@ -88,7 +81,7 @@ _SUPERVISED = (
 
 
 def ppo_charts(files: RunFiles) -> list[Chart]:
-    """PPO's curves over iterations; a chart whose metrics were not logged is left out."""
+    """Draw PPO's curves over iterations, without charts whose metrics were not logged."""
     records = files.metrics.get("ppo", ())
     charts = []
     for plan in _PPO_CHARTS:
@@ -106,8 +99,8 @@ def ppo_charts(files: RunFiles) -> list[Chart]:
     return charts
 
 
-def warnings(files: RunFiles) -> list[dict[str, Any]]:
-    """Each guard that fired: in how many iterations, the first and the last, and its last words."""
+def warnings(files: RunFiles) -> list[Record]:
+    """Return a row per guard that fired: its iterations, its action and its latest message."""
     by_guard: dict[str, list[Record]] = {}
     for record in files.warnings:
         by_guard.setdefault(str(record.get("guard", "–")).replace("_", " "), []).append(record)
@@ -125,8 +118,8 @@ def warnings(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def supervised(files: RunFiles) -> list[Supervised]:
-    """Loss curve, figures before and after, and sizes of each supervised stage that there is."""
-    found = []
+    """Return loss curve, figures before and after, and sizes of each supervised stage."""
+    stages = []
     for stage, title, figures, facts in _SUPERVISED:
         summary = files.summaries.get(stage, {})
         line = _curve("training loss", files.metrics.get(stage, ()), "loss", key="step")
@@ -140,12 +133,12 @@ def supervised(files: RunFiles) -> list[Supervised]:
         if chart or rows or known:
             named = [(name.replace("_", " "), value) for name, value in known]
             groups = summary.get("parameter_groups", ())
-            found.append(Supervised(title, chart, rows, named, groups))
-    return found
+            stages.append(Supervised(title, chart, rows, named, groups))
+    return stages
 
 
-def samples(files: RunFiles) -> list[dict[str, Any]]:
-    """The first held-out questions with the answers of each model, texts shortened."""
+def samples(files: RunFiles) -> list[Record]:
+    """Return the first held-out questions with each model's answers, texts shortened."""
     shown = []
     for record in files.samples[:_MAX_SAMPLES]:
         answers = [
@@ -166,14 +159,14 @@ def samples(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def model_title(name: str) -> str:
-    """A model of the run in capitals; a folder as it is written."""
+    """Return the display name of a model: stages in capitals, folders as they are."""
     return name.upper() if name.partition("@")[0] in ("sft", "dpo", "ppo") else name
 
 
-def fixed_prompts(files: RunFiles) -> list[dict[str, Any]]:
-    """Each fixed prompt with its responses across versions: first, last, evenly between."""
+def fixed_prompts(files: RunFiles) -> list[Record]:
+    """Return each fixed prompt with the responses of evenly spaced versions."""
     evaluations = [record for record in files.evaluations if record.get("samples")]
-    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    by_prompt: dict[str, list[Record]] = {}
     for record in _evenly(evaluations, _MAX_VERSIONS):
         for sample in record["samples"]:
             by_prompt.setdefault(str(sample.get("prompt", "")), []).append(
@@ -190,8 +183,8 @@ def fixed_prompts(files: RunFiles) -> list[dict[str, Any]]:
     ]
 
 
-def last_rollouts(files: RunFiles) -> list[dict[str, Any]]:
-    """The latest logged training rollouts, texts shortened."""
+def last_rollouts(files: RunFiles) -> list[Record]:
+    """Return the latest logged training rollouts, texts shortened."""
     return [
         {
             "iteration": record.get("iteration", "–"),
@@ -205,17 +198,17 @@ def last_rollouts(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def time_charts(files: RunFiles) -> list[Chart]:
-    """Time by actor and phase, and the timeline of the last iterations."""
+    """Draw the time by actor and phase, and the timeline of the last iterations."""
     if not files.phase_totals:
         return []
     totals = dict(list(files.phase_totals.items())[:_MAX_ROWS])
     left_out = len(files.phase_totals) - len(totals)
-    note = f" {left_out} further actors are in trace.json." if left_out else ""
+    note = f" trace.json has {left_out} more actors." if left_out else ""
     charts = [
         Chart(
             "Time by actor and phase",
             Markup(phase_bars("Time by actor and phase", totals)),
-            f"How long each actor was busy, by what it did.{note}",
+            f"Busy time of each actor by kind of work.{note}",
         )
     ]
     spans = [span for span in _last_iterations(files.spans) if span.row in totals]
@@ -224,8 +217,8 @@ def time_charts(files: RunFiles) -> list[Chart]:
             Chart(
                 f"Timeline of the last {_TIMELINE_ITERATIONS} iterations",
                 Markup(timeline("Timeline", spans, phase_colours(totals))),
-                "Colours as above; gaps are waiting. The whole run is in trace.json, which "
-                "opens at ui.perfetto.dev.",
+                "Colours as above; an actor waits in the gaps. To see the whole run, open "
+                "trace.json at ui.perfetto.dev.",
             )
         )
     return charts
@@ -233,14 +226,14 @@ def time_charts(files: RunFiles) -> list[Chart]:
 
 def _last_iterations(spans: Sequence[Span]) -> list[Span]:
     numbers = sorted({span.args["iteration"] for span in spans if "iteration" in span.args})
-    wanted = set(numbers[-_TIMELINE_ITERATIONS:])
-    return [span for span in spans if span.args.get("iteration") in wanted]
+    latest = set(numbers[-_TIMELINE_ITERATIONS:])
+    return [span for span in spans if span.args.get("iteration") in latest]
 
 
 def _curve(
     label: str, records: Sequence[Record], name: str, key: str = "iteration", points: bool = False
 ) -> Curve:
-    """Values of a metric over ``key``; what is null or not finite becomes a gap."""
+    """Return a metric's values over ``key``; null and non-finite values become gaps."""
     pairs = [
         (x, number(record, name))
         for record in records
@@ -272,7 +265,7 @@ def _before_after(summary: Record, name: str) -> tuple[str, float | None, float 
 
 
 def _evenly(records: Sequence[Record], most: int) -> list[Record]:
-    """At most ``most`` records, evenly spaced, the first and the last among them."""
+    """Return at most ``most`` evenly spaced records, with the first and the last."""
     if len(records) <= most:
         return list(records)
     step = (len(records) - 1) / (most - 1)

@@ -67,6 +67,7 @@ def test_version_is_printed_by_the_installed_command_and_by_the_module() -> None
 )
 def test_each_command_explains_itself_and_its_options(command: str) -> None:
     described = get_command(cli.app).commands[command]
+    assert described.rich_help_panel
     assert described.help
     assert all(option.help for option in described.params), [o.name for o in described.params]
     assert CliRunner().invoke(cli.app, [command, "-h"]).exit_code == 0

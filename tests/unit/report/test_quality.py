@@ -17,12 +17,12 @@ def test_charts_of_what_prepare_counted(run_dir: Path) -> None:
     assert list(charts) == [
         "Length of the texts",
         "Score of the answers",
-        "Languages of code in answers",
+        "Programming languages in answers",
     ]
-    assert ">characters, from<" in charts["Length of the texts"]
+    assert ">characters<" in charts["Length of the texts"]
     assert ">questions<" in charts["Length of the texts"]
     assert ">-1<" in charts["Score of the answers"].replace("\u2212", "-")
-    assert ">not named<" in charts["Languages of code in answers"]
+    assert ">not named<" in charts["Programming languages in answers"]
 
 
 def test_duplicates(run_dir: Path) -> None:
@@ -31,8 +31,9 @@ def test_duplicates(run_dir: Path) -> None:
 
 def test_ties(run_dir: Path, tmp_path: Path) -> None:
     assert ties(read(run_dir)) == (500, 0.25)
-    assert 'equal scores, not learnt from</td><td class="number">500 (25.0%)' in report.render(
-        read(run_dir)
+    assert (
+        'equal scores, not used for training</td><td class="number">500 (25.0%)'
+        in report.render(read(run_dir))
     )
     assert ties(read(tmp_path)) is None
 
@@ -67,7 +68,7 @@ def test_sets_of_ones_own(tmp_path: Path) -> None:
     files = read(tmp_path)
     assert [chart.title for chart in quality_charts(files)] == [
         "Length of the texts in data.sft",
-        "Languages of code in answers in data.sft",
+        "Programming languages in answers in data.sft",
     ]
     assert duplicates(files) == [("data.sft: prompts", 10, 0.25), ("data.sft: answers", 0, 0)]
     assert "data.sft: prompts that repeat an earlier one" in report.render(files)
@@ -82,6 +83,6 @@ def test_a_run_without_these_counts(tmp_path: Path) -> None:
 
 def test_the_report_shows_them(run_dir: Path) -> None:
     html = report.build(run_dir).read_text()
-    assert "Languages of code in answers" in html
+    assert "Programming languages in answers" in html
     assert "answers that repeat an earlier one" in html
     assert "450 (3.0%)" in html

@@ -156,7 +156,7 @@ def test_what_is_missing_is_left_out(run_dir: Path, missing: str):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_run_that_is_still_going_says_so(run_dir: Path):
+def test_the_report_of_an_unfinished_run_says_so(run_dir: Path):
     shutil.rmtree(run_dir / "evaluate")
     (run_dir / "ppo" / "summary.json").unlink()
     path = run_dir / "ppo" / "metrics.jsonl"
@@ -164,7 +164,7 @@ def test_a_run_that_is_still_going_says_so(run_dir: Path):
         "".join(path.read_text().splitlines(keepends=True)[:23]) + '{"iteration": 24, "obj'
     )
     html = _build(run_dir)
-    assert "ppo has done 23 of 60 iterations; after it: evaluate." in html
+    assert "PPO has done 23 of 60 iterations. Still to come: evaluate." in html
     assert "it has not been evaluated against SFT" in html
 
 
@@ -206,7 +206,7 @@ def test_every_model_is_ranked_and_answers_side_by_side(run_dir: Path):
     ("interval", "outcome"),
     [
         ([0.51, 0.6], "PPO beats SFT"),
-        ([0.49, 0.6], "PPO and SFT cannot be told apart"),
+        ([0.49, 0.6], "PPO and SFT do not differ significantly"),
         ([0.3, 0.45], "PPO loses to SFT"),
     ],
 )
