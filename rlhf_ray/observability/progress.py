@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, a plain line now and then in a log."""
+"""Progress of long work: a live bar on a terminal, a plain line every few seconds in a log."""
 
 import sys
 import time
@@ -11,29 +11,29 @@ from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as RichProgress
 
 PLAIN_INTERVAL_S = 10.0
-"""Seconds between two plain lines, at least."""
+"""Minimum seconds between two plain lines."""
 
 
 class View(Protocol):
-    """Shows how far a stage is."""
+    """Displays the progress of a stage."""
 
     def update(self, bar: "Bar") -> None:
-        """Called after each advance."""
+        """Show the bar's current state."""
         ...
 
     def close(self) -> None:
-        """Called once at the end, before the stage's final line."""
+        """Remove the display; called once, before the stage's final line."""
         ...
 
 
 class Bar:
-    """How far one stage is; made by `Progress.stage`.
+    """The progress of one stage; created by `Progress.stage`.
 
     Args:
         name: stage name.
         total: units of work, or None where unknown.
-        unit: what is counted, in the singular.
-        done: units that an earlier process did; they do not count towards the pace.
+        unit: name of a unit of work, in the singular.
+        done: units done by an earlier process; they do not count towards the throughput.
         clock: seconds, monotonic.
     """
 
@@ -51,23 +51,24 @@ class Bar:
         self._values: dict[str, float] = {}
 
     def advance(self, num_units: int = 1, **values: float) -> None:
-        """Count ``num_units`` more as done; ``values`` are shown, the latest of each name."""
+        """Count ``num_units`` more as done, and show the latest ``values``."""
         if self._pace_start_s == self._start_s:
-            # Starting up is no part of the pace: it is counted from the first units on.
+            # The first units include start-up (loading, compiling), so that they would make the
+            # estimate far too long: throughput is measured from their end.
             self._first, self._pace_start_s = self.done + num_units, self._clock()
         self.done += num_units
         self._values.update(values)
         self.changed()
 
     def restart(self, total: int | None, unit: str) -> None:
-        """Begin another part of the same stage, counted anew in units of its own."""
+        """Begin another part of the same stage, with its own unit and count."""
         self.total, self._unit = total, unit
         self.done = self._first = 0
         self._pace_start_s = self._start_s
         self.changed()
 
     def changed(self) -> None:
-        """Show it as it is now."""
+        """Show the current state in the view and to all watchers."""
         for show in [self.view.update, *_watchers] if self.view is not None else _watchers:
             show(self)
 
@@ -78,13 +79,13 @@ class Bar:
 
     @property
     def pace_s(self) -> float | None:
-        """Mean seconds a unit took since the first ones; None where nothing can be said."""
+        """Mean seconds per unit since the first ones; None before there is an estimate."""
         num_here = self.done - self._first
         return (self._clock() - self._pace_start_s) / num_here if num_here > 0 else None
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds left at that pace."""
+        """Estimated seconds left; None before there is an estimate."""
         pace_s = self.pace_s
         if self.total is None or pace_s is None:
             return None
@@ -92,21 +93,21 @@ class Bar:
 
     @property
     def values(self) -> Mapping[str, float]:
-        """The latest of each value that was shown."""
+        """The latest of each value shown."""
         return self._values
 
     def counted(self) -> str:
-        """Such as ``12/60 iterations``."""
+        """Return the count, such as ``12/60 iterations``."""
         number = self.total if self.total is not None else self.done
         units = self._unit if number == 1 else f"{self._unit}s"
         return f"{self.done} {units}" if self.total is None else f"{self.done}/{self.total} {units}"
 
     def shown_values(self) -> str:
-        """Such as ``, reward 0.51, kl 1.2``."""
+        """Return the values, such as ``, reward 0.51, kl 1.2``."""
         return "".join(f", {name} {value:.3g}" for name, value in self._values.items())
 
     def line(self) -> str:
-        """Such as ``ppo 12/60 iterations, 20%, 0:41 elapsed, ETA 2:41, reward 0.51``."""
+        """Return a line: ``ppo 12/60 iterations, 20%, 0:41 elapsed, ETA 2:41, reward 0.51``."""
         share = f", {self.done / self.total:.0%}" if self.total else ""
         eta = f", ETA {clock_time(self.eta_s)}" if self.eta_s is not None else ""
         return (
@@ -120,7 +121,7 @@ _watchers: list[Callable[[Bar], None]] = []
 
 @contextmanager
 def watched_by(watcher: Callable[[Bar], None]) -> Iterator[None]:
-    """Have every stage of this process tell someone else too how far it is."""
+    """Report the progress of every stage of this process to a watcher as well."""
     _watchers.append(watcher)
     try:
         yield
@@ -129,7 +130,7 @@ def watched_by(watcher: Callable[[Bar], None]) -> Iterator[None]:
 
 
 class Progress:
-    """Tells a person how far a run is.
+    """Shows a run's progress on a terminal or in a log.
 
     Args:
         stages: names of all stages of the run in order, for headings such as ``[3/7] sft``.
@@ -145,7 +146,7 @@ class Progress:
     ) -> None:
         self._stages = tuple(stages)
         shown: TextIO = stream or sys.stdout
-        # A job's log is no terminal, whatever FORCE_COLOR says: a live bar would fill it.
+        # rich takes FORCE_COLOR for a terminal, and a live bar would fill a job's log.
         self._console = Console(
             file=shown, highlight=False, soft_wrap=True, force_terminal=shown.isatty()
         )
@@ -160,8 +161,8 @@ class Progress:
         Args:
             name: stage name.
             total: units of work, or None where unknown.
-            unit: what is counted, in the singular.
-            done: units already done when a run goes on.
+            unit: name of a unit of work, in the singular.
+            done: units already done when a run resumes.
         """
         heading = self._heading(name)
         self.say(heading)
@@ -195,7 +196,7 @@ class Progress:
 
 
 class _PlainView:
-    """Prints the bar's line, at most every `PLAIN_INTERVAL_S`."""
+    """Prints the bar's line at most every `PLAIN_INTERVAL_S`."""
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float]) -> None:
         self._say = say
@@ -209,11 +210,11 @@ class _PlainView:
             self._say(bar.line())
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is no display to remove."""
 
 
 class _LiveView:
-    """A rich bar that goes away at the end."""
+    """A live bar that disappears at the end."""
 
     def __init__(self, console: Console, bar: Bar) -> None:
         columns: list[ProgressColumn] = [
@@ -244,7 +245,7 @@ class _LiveView:
 
 
 def clock_time(seconds: float) -> str:
-    """``0:41``, ``12:05`` or ``1:02:03``."""
+    """Format a duration as ``0:41``, ``12:05`` or ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

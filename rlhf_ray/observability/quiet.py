@@ -1,6 +1,6 @@
-"""Silences what dependencies print and a user can do nothing about, and turns telemetry off.
+"""Silences output of dependencies that a user cannot act on, and turns telemetry off.
 
-What the user set in the environment stays as it is.
+Variables that the user has set keep their values.
 """
 
 import logging
@@ -25,7 +25,7 @@ _DEFAULTS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "KMP_WARNINGS": "0",
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
-    # Takes the behaviour that Ray's FutureWarning announces for actors without an accelerator.
+    # Opts in to the behaviour that Ray's FutureWarning announces for actors without accelerators.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -34,7 +34,7 @@ _DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
-# vllm and transformers are not here: their own variables, above, govern their loggers.
+# vllm and transformers are missing here because their variables above set their loggers.
 _CHATTY_LOGGERS = (
     "accelerate",
     "bitsandbytes",
@@ -49,12 +49,12 @@ _NOISY_MODULES = r"(accelerate|bitsandbytes|datasets|deepspeed|peft|ray|torch|tr
 
 
 def environment() -> dict[str, str]:
-    """Variables for child processes: our default, or the user's value where one is set."""
+    """Return the variables for child processes: the user's value, or our default."""
     return {name: os.environ.get(name, value) for name, value in _DEFAULTS.items()}
 
 
 def silence_dependencies() -> None:
-    """Quieten this process and its future children. Call before the libraries are imported."""
+    """Silence this process and its future children. Call before the libraries are imported."""
     if not sys.warnoptions and "PYTHONWARNINGS" not in os.environ:
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
@@ -63,7 +63,7 @@ def silence_dependencies() -> None:
         os.environ.setdefault(name, value)
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed sets its logger's level anew when it is imported; a filter stays.
+    # DeepSpeed resets its logger's level on import, which a filter survives.
     logging.getLogger("DeepSpeed").addFilter(_errors_only)
 
 

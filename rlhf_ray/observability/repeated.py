@@ -1,4 +1,4 @@
-"""Something that is done again and again beside other work."""
+"""A call repeated in the background while other work runs."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,18 +6,18 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def repeated(what: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
-    """Do it in a thread of that name every so many seconds, until the block has ended."""
-    over = threading.Event()
+def repeated(action: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
+    """Call ``action`` every ``every_s`` seconds in a thread of that name until the block ends."""
+    ended = threading.Event()
 
     def repeat() -> None:
-        while not over.wait(every_s):
-            what()
+        while not ended.wait(every_s):
+            action()
 
     thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()

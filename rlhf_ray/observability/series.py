@@ -1,4 +1,4 @@
-"""What a metric of the registry is called in Prometheus, and what labels tell it apart."""
+"""Names and labels of registered metrics in Prometheus."""
 
 import re
 from collections.abc import Mapping
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 from rlhf_ray.observability.metrics import registered_as
 
 PREFIX = "rlhf_ray_"
-"""Of every name that we give to Ray."""
+"""Begins every metric name that we give to Ray."""
 
 EXPORTED_PREFIX = f"ray_{PREFIX}"
-"""Of every name that Prometheus gets: Ray puts its own in front."""
+"""Begins every name in Prometheus, because Ray adds a prefix of its own."""
 
 LABELS = ("run", "role", "rank")
-"""What every series is told apart by."""
+"""Labels of every series."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One number as Prometheus sees it."""
+    """A metric as Prometheus sees it."""
 
     name: str
-    """Such as ``rlhf_ray_objective_kl``."""
+    """Name such as ``rlhf_ray_objective_kl``."""
     labels: Mapping[str, str]
-    """What the metric's own name says, such as ``{"source": "model"}``."""
+    """Labels taken from the metric's own name, such as ``{"source": "model"}``."""
 
 
 def series(metric: str) -> Series:
-    """The series of a registered metric.
+    """Return the series of a registered metric.
 
-    A name of a family (``objective/scores/<source>``) is one series with a label; an actor is
-    told by its role and rank.
+    A family such as ``objective/scores/<source>`` is one series with a label; actors are labelled
+    by role and rank.
     """
     registered = registered_as(metric) or metric
     start, _, label = registered.rstrip(">").partition("<")
@@ -43,5 +43,5 @@ def series(metric: str) -> Series:
 
 
 def exported(registered: str) -> str:
-    """The name in Prometheus of a metric by its name in the registry."""
+    """Return the name in Prometheus of a metric in the registry."""
     return f"ray_{series(registered).name}"

@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines, TensorBoard, or both."""
+"""Destinations of metrics: JSON lines, TensorBoard, and several of them at once."""
 
 import json
 import math
@@ -11,25 +11,25 @@ from rlhf_ray.observability.metrics import check
 
 
 class Sink(Protocol):
-    """Takes the metrics of one step."""
+    """A destination of metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record ``metrics`` of ``step``."""
+        """Record the metrics of a step."""
         ...
 
     def close(self) -> None:
-        """Release what the sink holds."""
+        """Close files and connections."""
         ...
 
 
 class JsonlSink:
-    """Appends one JSON object a line, flushed, so that a reader sees it at once.
+    """Appends a JSON object per line and flushes it, so that readers see it at once.
 
-    Also holds sample texts: `append` takes any record, such as a completion
+    Also for sample texts: `append` takes any record, such as a completion
     ``{iteration, prompt, response, score, kl, length, finish_reason}``.
 
     Args:
-        path: file to append to; it and its folder are made on the first record.
+        path: file to append to; it and its folder are created with the first record.
         step_key: the key under which `log` writes the step.
     """
 
@@ -42,8 +42,8 @@ class JsonlSink:
         """Append ``{step_key: step, **metrics}``."""
         self.append({self._step_key: step, **metrics})
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Append one record; numbers that are not finite, which JSON lacks, become null."""
+    def append(self, record: Mapping[str, object]) -> None:
+        """Append a record; non-finite numbers, which JSON lacks, become null."""
         if self._file is None:
             self._file = _open_for_append(self._path)
         line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
@@ -51,9 +51,9 @@ class JsonlSink:
         self._file.flush()
 
     def truncate_after(self, key: str, value: float) -> None:
-        """Cut the file back to the records with ``record[key] <= value`` (for resume).
+        """Drop the records with ``record[key] > value``, as a resumed run does.
 
-        Records without ``key`` stay; a line torn by a kill goes. The file is replaced atomically.
+        Records without ``key`` stay; torn lines are dropped. The file is replaced atomically.
         """
         self.close()
         if not self._path.exists():
@@ -65,7 +65,7 @@ class JsonlSink:
         os.replace(new, self._path)
 
     def close(self) -> None:
-        """Close the file; a later `append` opens it again."""
+        """Close the file; a later `append` reopens it."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -75,9 +75,9 @@ class TensorBoardSink:
     """Writes scalars for TensorBoard.
 
     Args:
-        folder: where the event files go.
-        purge_step: on resume, the first step that is done again: older events from there on
-            are hidden.
+        folder: folder of the event files.
+        purge_step: on resume, the first step that is repeated; TensorBoard hides the events of
+            earlier processes from there on.
     """
 
     def __init__(self, folder: str | Path, purge_step: int | None = None) -> None:
@@ -97,16 +97,16 @@ class TensorBoardSink:
 
 
 class Sinks:
-    """Fans out to several sinks, in order, and refuses metrics that are not registered."""
+    """Logs to several sinks in order, and refuses metrics that are not registered."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log one step everywhere.
+        """Log one step to every sink.
 
         Raises:
-            KeyError: a name is not in the registry of metrics; nothing is logged then.
+            KeyError: a name is not in the registry of metrics; nothing has been logged.
         """
         check(metrics)
         for sink in self._sinks:
@@ -119,9 +119,9 @@ class Sinks:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a JSON lines file; a line that does not parse was torn by a kill: left out.
+    """Return the records of a JSON lines file, without lines torn by a kill.
 
-    An absent file has no records.
+    A missing file has no records.
     """
     records = []
     try:
@@ -139,7 +139,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _open_for_append(path: Path) -> TextIO:
-    """Open for appending at the start of a line, even where a kill tore the last one."""
+    """Open a file for appending; a torn last line is ended first, so that the next one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = False
     if path.exists() and path.stat().st_size:
@@ -152,7 +152,7 @@ def _open_for_append(path: Path) -> TextIO:
     return file
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

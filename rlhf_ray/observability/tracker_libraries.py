@@ -1,4 +1,4 @@
-"""Tracking libraries behind one protocol; each is imported where a run asks for it."""
+"""Tracking libraries behind one protocol; each is imported only if the config turns it on."""
 
 import contextlib
 import importlib
@@ -10,61 +10,61 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from rlhf_ray.config.trackers import MlflowConfig, TrackersConfig, TrackioConfig, WandbConfig
 
 WANDB_TIMEOUT_S = 60
-"""Longest wait for wandb's server, at the start and at the end of a run."""
+"""Longest wait for wandb's server at the start and at the end of a run."""
 
 MLFLOW_TIMEOUT_S = 10
-"""Longest wait for one answer of an MLflow server."""
+"""Longest wait for a response of an MLflow server."""
 
 PARAMS_AT_ONCE = 100
-"""Most parameters that MLflow takes in one call."""
+"""MLflow's limit of parameters per call."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of the run as a whole."""
+    """The run as a tracker records it."""
 
     name: str
     """Name of the run."""
     folder: Path
-    """Folder of the run, where a library may keep files of its own."""
-    config: Mapping[str, Any]
-    """Resolved config without secrets."""
+    """Folder of the run, where a library may keep its own files."""
+    config: Mapping[str, object]
+    """Resolved config with secrets masked."""
 
 
 class TrackedRun(Protocol):
-    """One run in one tracking library; any of its methods may raise whatever the library does."""
+    """One run in one tracking library. Every method may raise the library's own errors."""
 
     @property
     def run_id(self) -> str:
-        """What `connect` needs to go on with this run later."""
+        """Id with which `connect` resumes this run."""
         ...
 
     @property
     def where(self) -> str:
-        """Where a person finds the run."""
+        """Where to find the run: a URL or a command."""
         ...
 
     @property
     def is_local(self) -> bool:
-        """Whether what it is told stays on this machine."""
+        """Whether all recorded data stays on this machine."""
         ...
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record ``metrics`` at ``step`` of the axis, such as ``sft/step``."""
         ...
 
-    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record rows that have the same columns."""
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Record a table; all rows have the same columns."""
         ...
 
     def close(self, failed: bool) -> None:
-        """Say how the run ended, and wait until what was recorded is stored."""
+        """Mark the run as finished or failed, and wait until everything is stored."""
         ...
 
 
@@ -102,36 +102,36 @@ class WandbRun:
 
     @property
     def where(self) -> str:
-        """Its page; offline, the command that makes one of it."""
+        """URL of its page; offline, the command that uploads it."""
         if self._run.offline:
             return f"offline; wandb sync {self._run.settings.sync_dir}"
         return self._run.url or "disabled"
 
     @property
     def is_local(self) -> bool:
-        """Until somebody runs `wandb sync`."""
+        """True offline, until `wandb sync` uploads the run."""
         return bool(self._run.offline)
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics; wandb's own step only counts the calls."""
+        """Record metrics against the axis, because wandb's own step only counts calls."""
         for name in metrics.keys() - self._drawn:
             self._run.define_metric(name, step_metric=axis)
             self._drawn.add(name)
         self._run.log({**metrics, axis: step})
 
-    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Record a `wandb.Table`."""
         columns = list(rows[0])
         data = [[row[column] for column in columns] for row in rows]
         self._run.log({name: self._table(columns=columns, data=data)})
 
     def close(self, failed: bool) -> None:
-        """Upload what is left; what does not get through stays in run.dir for `wandb sync`."""
+        """Upload the rest; what fails to upload stays in run.dir for `wandb sync`."""
         self._run.finish(exit_code=1 if failed else 0)
 
 
 class TrackioRun:
-    """A run in Trackio, which knows runs by project and name."""
+    """A run in Trackio, which identifies runs by project and name."""
 
     def __init__(self, settings: TrackioConfig, info: RunInfo, run_id: str | None) -> None:
         self._trackio = importlib.import_module("trackio")
@@ -157,7 +157,7 @@ class TrackioRun:
 
     @property
     def where(self) -> str:
-        """Its Space; without one, the command that shows the project."""
+        """URL of its Space; without one, the command that shows the project."""
         space, project = self._settings.space_id, self._settings.project
         return (
             f"https://huggingface.co/spaces/{space}"
@@ -167,30 +167,30 @@ class TrackioRun:
 
     @property
     def is_local(self) -> bool:
-        """Without a Space."""
+        """True without a Space."""
         return self._settings.space_id is None
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at their own step: Trackio keeps one for each metric."""
         self._run.log(dict(metrics), step=step)
 
-    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Record a `trackio.Table`."""
         columns = list(rows[0])
         data = [[row[column] for column in columns] for row in rows]
         self._run.log({name: self._trackio.Table(columns=columns, data=data)}, step=step)
 
     def close(self, failed: bool) -> None:
-        """Store what is left."""
+        """Store the rest."""
         with _quietly():
             self._trackio.finish()
 
 
 class MlflowRun:
-    """A run in MLflow, written through its client: nothing of it is global to this process."""
+    """A run in MLflow, written through a client, so that no global state is touched."""
 
     def __init__(self, settings: MlflowConfig, info: RunInfo, run_id: str | None) -> None:
-        # MLflow's own waits add up to minutes, in which training would stand still.
+        # MLflow's default time-outs and retries would stall training for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(MLFLOW_TIMEOUT_S))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         mlflow = importlib.import_module("mlflow")
@@ -203,9 +203,11 @@ class MlflowRun:
             self._client.update_run(run_id, status="RUNNING")
 
     def _create(self, settings: MlflowConfig, info: RunInfo) -> str:
-        known = self._client.get_experiment_by_name(settings.experiment)
+        existing = self._client.get_experiment_by_name(settings.experiment)
         experiment = (
-            known.experiment_id if known else self._client.create_experiment(settings.experiment)
+            existing.experiment_id
+            if existing
+            else self._client.create_experiment(settings.experiment)
         )
         run_id = self._client.create_run(experiment, run_name=info.name).info.run_id
         params = [self._entities.Param(key, value) for key, value in _flat(info.config)]
@@ -215,17 +217,17 @@ class MlflowRun:
 
     @property
     def run_id(self) -> str:
-        """The id that the server gave."""
+        """Id given by the server."""
         return self._run_id
 
     @property
     def where(self) -> str:
-        """Its store and its id there."""
+        """Its tracking URI and its id."""
         return f"{self._client.tracking_uri}, run {self._run_id}"
 
     @property
     def is_local(self) -> bool:
-        """A folder or a file; a server, or a database that has a host, is not."""
+        """True for a folder or a file; false for a server or a database with a host."""
         return urlsplit(self._client.tracking_uri).scheme in ("", "file", "sqlite")
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -237,34 +239,34 @@ class MlflowRun:
         ]
         self._client.log_batch(self._run_id, metrics=values)
 
-    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record a table of its own for the step, as an artifact."""
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Record a separate table for the step, as an artifact."""
         columns = {column: [row[column] for row in rows] for column in rows[0]}
         self._client.log_table(self._run_id, columns, f"{name}/{step:06d}.json")
 
     def close(self, failed: bool) -> None:
-        """Mark the run as ended."""
+        """Mark the run as finished or failed."""
         self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
 
 
 Connect = Callable[[RunInfo, str | None], TrackedRun]
-"""Begins a tracker's run, or goes on with the one of the given id."""
+"""Starts a tracker's run, or resumes the one with the given id."""
 
 
 def configured(trackers: TrackersConfig) -> dict[str, Connect]:
-    """Name of each library that the config turns on, which is its package's, and how to begin."""
-    chosen: dict[str, Connect] = {}
+    """Return how to connect to each library that the config turns on, by its package's name."""
+    connects: dict[str, Connect] = {}
     if (wandb := trackers.wandb) is not None:
-        chosen["wandb"] = lambda info, run_id: WandbRun(wandb, info, run_id)
+        connects["wandb"] = lambda info, run_id: WandbRun(wandb, info, run_id)
     if (trackio := trackers.trackio) is not None:
-        chosen["trackio"] = lambda info, run_id: TrackioRun(trackio, info, run_id)
+        connects["trackio"] = lambda info, run_id: TrackioRun(trackio, info, run_id)
     if (mlflow := trackers.mlflow) is not None:
-        chosen["mlflow"] = lambda info, run_id: MlflowRun(mlflow, info, run_id)
-    return chosen
+        connects["mlflow"] = lambda info, run_id: MlflowRun(mlflow, info, run_id)
+    return connects
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values as text, as long as MLflow takes them."""
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted keys and values as text of at most 500 characters, MLflow's limit."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -274,9 +276,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _one_level(name: str) -> str:
-    """``objective/scores/judge`` as ``objective/scores.judge``.
+    """Turn ``objective/scores/judge`` into ``objective/scores.judge``.
 
-    MLflow's store of plain files makes a folder of each level, and ``objective/scores`` is a file.
+    MLflow's file store makes a folder per level, but ``objective/scores`` is already a file.
     """
     group, slash, rest = name.partition("/")
     return f"{group}{slash}{rest.replace('/', '.')}"
@@ -284,6 +286,6 @@ def _one_level(name: str) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep a library's own lines off the terminal."""
+    """Keep a library's own output off the terminal."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

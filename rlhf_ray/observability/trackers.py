@@ -1,7 +1,7 @@
-"""Trackers follow a whole pipeline run: every stage's metrics, under one run of theirs each.
+"""Trackers record a whole pipeline run: the metrics of every stage, in one run per tracker.
 
-What a tracker was told is noted in ``trackers.json`` in the run's folder: its run's id, so that a
-run which goes on continues there, and the last step of each stream, so that none is told twice.
+``trackers.json`` in the run's folder holds the id of each tracker's run, so that a resumed run
+continues there, and the last step of each stream, so that no step is recorded twice.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.credentials import masked
@@ -26,7 +26,7 @@ _current: ContextVar["Trackers | None"] = ContextVar("trackers", default=None)
 
 
 class Tracker:
-    """One tracker; once it fails, it is left alone until the next process."""
+    """One tracker. After a failure it is not used again by this process."""
 
     def __init__(
         self, name: str, connect: Connect, info: RunInfo, memory: "Memory", samples: Samples
@@ -35,53 +35,62 @@ class Tracker:
         self._run: TrackedRun | None = None
         try:
             self._run = connect(info, memory.run_id(name))
-            memory.begin(name, self._run.run_id)
+            memory.set_run_id(name, self._run.run_id)
             Progress().say(f"{name}: {self._run.where}")
         except Exception as error:
             self._give_up(error)
 
     def log(self, stream: str, axis: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Tell the metrics of a step of a stream, unless they were told before."""
-        self._tell(stream, step, lambda run: run.log(axis, step, metrics))
+        """Record the metrics of a stream's step, unless they were recorded before."""
+        self._record(stream, step, lambda run: run.log(axis, step, metrics))
 
-    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell a table of samples, unless it was told before, or may not be told such; its name is
-        its stream."""
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Record a table of samples, unless it was recorded before or the config forbids it.
+
+        The table's name is its stream.
+        """
         local = self._run is not None and self._run.is_local
         if self._samples == "all" or (self._samples == "local" and local):
-            self._tell(name, step, lambda run: run.table(name, step, rows))
+            self._record(name, step, lambda run: run.table(name, step, rows))
 
     def forget(self, stream: str) -> None:
-        """Tell a stream anew, from its first step."""
+        """Record a stream again from its first step."""
         if self._run is not None:
-            self._memory.note(self._name, stream, -1)
+            self._memory.set_last_step(self._name, stream, -1)
 
     def close(self, failed: bool) -> None:
-        """End the tracker's run."""
+        """Close the tracker's run."""
         if self._run is not None:
             try:
                 self._run.close(failed)
             except Exception as error:
                 self._give_up(error)
 
-    def _tell(self, stream: str, step: int, tell: Callable[[TrackedRun], None]) -> None:
-        if self._run is None or step <= self._memory.told(self._name, stream):
+    def _record(self, stream: str, step: int, record: Callable[[TrackedRun], None]) -> None:
+        if self._run is None or step <= self._memory.last_step(self._name, stream):
             return
         try:
-            tell(self._run)
+            record(self._run)
         except Exception as error:
             self._give_up(error)
         else:
-            self._memory.note(self._name, stream, step)
+            self._memory.set_last_step(self._name, stream, step)
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        # A Progress made now prints above a bar that is being shown.
+        # A Progress created now prints above the live bar.
         Progress().say(
-            f"Warning: {self._name} failed ({type(error).__name__}: {error}). The run goes on "
-            "without it; the next run in this folder tells it the numbers that it missed, from "
-            "metrics.jsonl and eval.jsonl, but not the tables of completions (completions.jsonl)"
+            f"Warning: {self._name} failed ({type(error).__name__}: {error}). The run continues "
+            "without it. The next run in this folder sends it the missing metrics, but not the "
+            "tables of completions; those are in completions.jsonl"
         )
+
+
+class _Recorded(TypedDict):
+    """What a tracker has recorded: the id of its run, and the last step of each stream."""
+
+    run_id: NotRequired[str]
+    told: dict[str, int]
 
 
 class Memory:
@@ -90,25 +99,25 @@ class Memory:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self._values: dict[str, _Recorded] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self._values = {}
 
     def run_id(self, tracker: str) -> str | None:
-        """Id of the tracker's run; None where it has none yet."""
-        return self._values.get(tracker, {}).get("run_id")
+        """Return the id of the tracker's run; None before it has one."""
+        return self._values[tracker].get("run_id") if tracker in self._values else None
 
-    def begin(self, tracker: str, run_id: str) -> None:
-        """Note a tracker's run."""
+    def set_run_id(self, tracker: str, run_id: str) -> None:
+        """Store the id of a tracker's run."""
         self._values.setdefault(tracker, {"told": {}})["run_id"] = run_id
         self._write()
 
-    def told(self, tracker: str, stream: str) -> int:
-        """Last step that was told; -1 where there was none."""
+    def last_step(self, tracker: str, stream: str) -> int:
+        """Return the last recorded step of a stream; -1 before the first."""
         return self._values[tracker]["told"].get(stream, -1)
 
-    def note(self, tracker: str, stream: str, step: int) -> None:
-        """Note the last step that was told."""
+    def set_last_step(self, tracker: str, stream: str, step: int) -> None:
+        """Store the last recorded step of a stream."""
         self._values[tracker]["told"][stream] = step
         self._write()
 
@@ -119,18 +128,18 @@ class Memory:
 
 
 class TrackerSink:
-    """A tracker as a stage's sink; names get ``prefix``, steps are of ``axis``."""
+    """A tracker as the sink of a stage; adds ``prefix`` to names and logs against ``axis``."""
 
     def __init__(self, tracker: Tracker, stream: str, prefix: str, axis: str) -> None:
         self._tracker, self._stream, self._prefix, self._axis = tracker, stream, prefix, axis
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tell the tracker."""
+        """Record the metrics of a step."""
         named = {f"{self._prefix}{name}": value for name, value in metrics.items()}
         self._tracker.log(self._stream, self._axis, step, named)
 
     def close(self) -> None:
-        """Nothing: the tracker goes on with the next stage."""
+        """Do nothing: the tracker stays open for the next stage."""
 
 
 class Trackers:
@@ -142,13 +151,13 @@ class Trackers:
     def sinks(
         self, stage: str, step_key: str, records: Sequence[Mapping[str, Any]], part: str = ""
     ) -> list[Sink]:
-        """A sink for each tracker, which catches up first with what it was not told.
+        """Return a sink per tracker, after recording the steps that the tracker has missed.
 
         Args:
-            stage: its name; PPO's metrics have names of their own, the others' get it as prefix.
-            step_key: what the steps count, and the key of the step in ``records``.
+            stage: name of the stage; prefix of its metrics, except for PPO's.
+            step_key: unit of the steps, and the key of the step in ``records``.
             records: the stage's JSON lines so far.
-            part: of the stage, where it tells the same step in several parts.
+            part: suffix of the stream, for a stage that logs a step in several parts.
         """
         prefix = "" if stage == "ppo" else f"{stage}/"
         sinks: list[Sink] = [
@@ -160,36 +169,36 @@ class Trackers:
                 sink.log(record[step_key], numbers(record))
         return sinks
 
-    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell every tracker a table."""
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Record a table in every tracker."""
         for tracker in self._trackers:
             tracker.table(name, step, rows)
 
     def forget(self, stage: str) -> None:
-        """A stage that was finished is done anew: its steps are told again."""
+        """Record the steps of a repeated stage again."""
         for tracker in self._trackers:
             for stream in (stage, f"{stage}/eval"):
                 tracker.forget(stream)
 
     def close(self, failed: bool) -> None:
-        """End every tracker's run."""
+        """Close every tracker's run."""
         for tracker in self._trackers:
             tracker.close(failed)
 
 
 @contextmanager
 def tracking(config: Config, folder: Path) -> Iterator[None]:
-    """The body of the ``with`` is followed by the trackers that the config turns on.
+    """Record the body of the ``with`` in the trackers that the config turns on.
 
     Args:
-        config: the run's.
-        folder: the run's.
+        config: config of the run.
+        folder: folder of the run.
 
     Raises:
-        ConfigError: the package of one is not installed.
+        ConfigError: the package of a tracker is not installed.
     """
-    chosen = configured(config.trackers)
-    missing = [name for name in chosen if importlib.util.find_spec(name) is None]
+    connects = configured(config.trackers)
+    missing = [name for name in connects if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"trackers.{missing[0]} is set, but the package {missing[0]} is not installed; run "
@@ -199,12 +208,12 @@ def tracking(config: Config, folder: Path) -> Iterator[None]:
     memory = Memory(folder / "trackers.json")
     samples = config.trackers.samples
     trackers = Trackers(
-        [Tracker(name, connect, info, memory, samples) for name, connect in chosen.items()]
+        [Tracker(name, connect, info, memory, samples) for name, connect in connects.items()]
     )
     token = _current.set(trackers)
     failed = True
     try:
-        if chosen:
+        if connects:
             _catch_up_with_finished_stages(trackers, folder)
         yield
         failed = False
@@ -218,18 +227,18 @@ def _catch_up_with_finished_stages(trackers: Trackers, folder: Path) -> None:
         stage = summary.parent.name
         step_key = "iteration" if stage == "ppo" else "step"
         trackers.sinks(stage, step_key, read_jsonl(summary.with_name("metrics.jsonl")))
-        # PPO's `Recorder`, and the supervised stages, tell them as this part.
+        # PPO's `Recorder` and the supervised stages log evaluations under this part.
         evaluations = read_jsonl(summary.with_name("eval.jsonl"))
         trackers.sinks(stage, step_key, evaluations, part="/eval")
 
 
 def current() -> Trackers:
-    """Those that follow this run; outside `tracking`, none."""
+    """Return the trackers of this run; outside `tracking` there are none."""
     return _current.get() or Trackers(())
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The registered metrics of a JSON line; what was not finite is null there, and left out."""
+    """Return the registered metrics of a JSON line, without null, which stands for non-finite."""
     return {
         name: value for name, value in record.items() if is_registered(name) and value is not None
     }

@@ -1,1 +1,4 @@
-"""Files for Grafana and Prometheus, made from the registry of metrics."""
+"""Files for Grafana and Prometheus, generated from the registry of metrics.
+
+Imports nothing but observability. Read `files` first: it writes everything.
+"""

@@ -1,4 +1,4 @@
-"""Writes the files of Grafana and Prometheus, and says how they come to be used."""
+"""Writes the files for Grafana and Prometheus, and explains how to use them."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from rlhf_ray.observability.dashboards.grafana import dashboard
 from rlhf_ray.observability.dashboards.prometheus import Bounds, alert_rules, configuration
 
 DISCOVERY = "prom_metrics_service_discovery.json"
-"""Ray's list of the metrics ports of its nodes; the head keeps it up to date."""
+"""Ray's list of its nodes' metrics ports, kept up to date by the head."""
 
 
 def write(folder: Path, bounds: Bounds) -> str:
-    """Write all files; returns what to do with them.
+    """Write all files; return instructions for using them.
 
     Args:
-        folder: where to; made when missing.
-        bounds: of the alert rules.
+        folder: destination; created if missing.
+        bounds: thresholds of the alert rules.
     """
     folder = folder.absolute()
     ray_folder = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
@@ -37,12 +37,12 @@ def write(folder: Path, bounds: Bounds) -> str:
               {alerts}
               {config}
 
-        On the head node, before Ray starts (Ray adds its own dashboards to the folder):
+        On the head node, before Ray starts (Ray adds its own dashboards to this folder):
           export RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR={shown.parent}
           export RAY_PROMETHEUS_HOST=http://localhost:9090 RAY_GRAFANA_HOST=http://localhost:3000
-        Where Ray runs already:
+        If Ray is already running, instead:
           cp {shown} {session / "dashboards"}/
-        Then start both, on loopback; Grafana, where it was unpacked, reads what Ray has prepared:
+        Then start both on loopback; run Grafana in its own folder, it reads Ray's settings:
           prometheus --config.file={config} --web.listen-address=127.0.0.1:9090
           bin/grafana server --config {session / "grafana.ini"} cfg:server.http_addr=127.0.0.1""")
 

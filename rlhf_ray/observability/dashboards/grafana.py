@@ -1,18 +1,16 @@
-"""The Grafana dashboard as JSON: rows of graphs, chosen by run."""
-
-from typing import Any
+"""The Grafana dashboard as JSON: rows of graphs, filtered by run."""
 
 from rlhf_ray.observability.dashboards.panels import Panel, panels
 from rlhf_ray.observability.series import EXPORTED_PREFIX
 
 WIDTH, HEIGHT, COLUMNS = 8, 7, 3
-"""Of a panel, in Grafana's grid of 24 columns; how many lie side by side."""
+"""Size of a panel in Grafana's grid of 24 columns, and panels per line."""
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
-def dashboard() -> dict[str, Any]:
-    """What Grafana imports."""
+def dashboard() -> dict[str, object]:
+    """Return the dashboard that Grafana imports."""
     return {
         "uid": "rlhfRay",
         "title": "rlhf_ray",
@@ -28,11 +26,11 @@ def dashboard() -> dict[str, Any]:
     }
 
 
-def _datasource() -> dict[str, Any]:
+def _datasource() -> dict[str, object]:
     return {"name": "datasource", "type": "datasource", "query": "prometheus", "hide": 2}
 
 
-def _run() -> dict[str, Any]:
+def _run() -> dict[str, object]:
     query = f'label_values({{__name__=~"{EXPORTED_PREFIX}.+"}}, run)'
     return {
         "name": "run",
@@ -50,8 +48,8 @@ def _run() -> dict[str, Any]:
     }
 
 
-def _placed(rows: dict[str, list[Panel]]) -> list[dict[str, Any]]:
-    placed: list[dict[str, Any]] = []
+def _placed(rows: dict[str, list[Panel]]) -> list[dict[str, object]]:
+    placed: list[dict[str, object]] = []
     y = 0
     for row, members in rows.items():
         position = {"x": 0, "y": y, "w": WIDTH * COLUMNS, "h": 1}
@@ -65,7 +63,7 @@ def _placed(rows: dict[str, list[Panel]]) -> list[dict[str, Any]]:
     return placed
 
 
-def _graph(panel: Panel) -> dict[str, Any]:
+def _graph(panel: Panel) -> dict[str, object]:
     target = {
         "refId": "A",
         "datasource": DATASOURCE,

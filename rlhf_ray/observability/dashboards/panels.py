@@ -1,4 +1,4 @@
-"""What the dashboard shows: a panel for each registered metric, and some of Ray's own."""
+"""Panels of the dashboard: one per registered metric, and some of Ray's own metrics."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rlhf_ray.observability.series import exported
 ROWS = ("Training", "Generation", "Roles", "Cluster", "Supervised stages")
 
 RUN = 'run=~"$run"'
-"""Selects the runs that are chosen on the dashboard."""
+"""Selects the runs that the dashboard's variable names."""
 
 _ROW_OF = {
     "rollout/": "Generation",
@@ -30,20 +30,20 @@ _ROW_OF = {
     "loss/": "Training",
     "episode": "Training",
 }
-"""Row by what the names of its metrics begin with, the longest that fits; of others, the first."""
+"""Row of a metric by the longest of these that its name begins with; else the first row."""
 
 _NOT_ALWAYS: Mapping[str, str] = {
     "cost/per_1000_samples": "where cluster.gpu_hour_price is set",
     "loss/kl_avg": "where ppo.kl_in is loss",
     "eval/gold": "where the data has a gold score",
     "timing_s/save": "from the first saved commit on",
-    "data/skipped": "where prompts were set aside",
+    "data/skipped": "where prompts were discarded",
 }
-"""Metrics that a PPO run may do without, and when there are values. So may a run without supervised
-stages those of that row."""
+"""When a metric that a PPO run may lack has values. A run without supervised stages also lacks the
+metrics of that row."""
 
 _UNITS = {"s": "s", "bytes": "bytes", "share": "percentunit", "1/s": "ops", "tokens/s": "ops"}
-"""Grafana's names of units."""
+"""Grafana's names of our units."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Panel:
     """PromQL; ``$run`` is the dashboard's variable."""
     legend: str
     unit: str
-    """Grafana's name of it."""
+    """Grafana's name of the unit."""
     description: str
 
 
 def panels() -> dict[str, list[Panel]]:
-    """Panels by row, in the order of the registry; rows without any are left out."""
+    """Return the panels by row in the order of the registry, without empty rows."""
     rows: dict[str, list[Panel]] = {row: [] for row in ROWS}
     for metric in METRICS.values():
-        # A comparison of finished models is drawn in the report, not followed.
-        if not metric.name.endswith("<model>"):
+        # Comparisons of finished models belong in the report; they do not change over time.
+        if metric.label != "model":
             rows[_row(metric.name)].append(_of_metric(metric))
     rows["Cluster"] += _of_ray()
     return {row: panels for row, panels in rows.items() if panels}
@@ -77,26 +77,26 @@ def _row(name: str) -> str:
 
 def _of_metric(metric: Metric) -> Panel:
     selected = f"{exported(metric.name)}{{{RUN}}}"
-    description = f"{metric.meaning} Taken as: {metric.reduction}. Unit: {metric.unit}."
+    description = f"{metric.meaning} Reduction: {metric.reduction}. Unit: {metric.unit}."
     legend, when = "{{run}}", _NOT_ALWAYS.get(metric.name)
-    if metric.name.endswith("<actor>"):
+    if metric.label == "actor":
         legend = "{{role}}-{{rank}}"
-    elif metric.name.endswith(">"):
-        legend = f"{{{{run}}}} {{{{{metric.name.partition('<')[2].rstrip('>')}}}}}"
+    elif metric.label:
+        legend = f"{{{{run}}}} {{{{{metric.label}}}}}"
     elif _row(metric.name) == "Supervised stages":
         legend, when = "{{run}} {{role}}", "while such a stage runs"
     if metric.name == "commit/time":
         return Panel("seconds since the last commit", f"time() - {selected}", legend, "s", "")
     if when:
-        # A point without a value: the graph is empty then, and no error.
+        # A point without a value: Grafana shows an empty graph instead of an error.
         selected += " or on() vector(NaN)"
-        description += f" There is one {when}."
+        description += f" Has values only {when}."
     unit = _UNITS.get(metric.unit, "none")
     return Panel(metric.name, selected, legend, unit, description)
 
 
 def _of_ray() -> Iterator[Panel]:
-    """Ray's own metrics of the nodes, whichever run uses them."""
+    """Yield panels of Ray's own metrics of the nodes, for all runs together."""
     node, gpu = "{{NodeAddress}}", "{{NodeAddress}} {{GpuIndex}}"
     yield Panel(
         "CPUs busy",

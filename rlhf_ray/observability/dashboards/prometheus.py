@@ -1,32 +1,31 @@
-"""Prometheus's configuration: whom it asks for metrics, and when it raises an alarm."""
+"""Prometheus's configuration: which endpoints it scrapes, and its alert rules."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_ray.observability.series import exported
 
 INTERVAL = "10s"
-"""Ray reports anew this often."""
+"""Interval in which Ray refreshes its metrics."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Beyond what an alarm is raised."""
+    """Thresholds of the alert rules."""
 
     no_commit_minutes: float
     max_kl: float
-    """Nats a response."""
+    """Nats per response."""
     min_free_disk: float = 0.1
     """Share of the disk."""
 
 
-def configuration(alerts: Path, discovery: Path) -> dict[str, Any]:
-    """``prometheus.yml``.
+def configuration(alerts: Path, discovery: Path) -> dict[str, object]:
+    """Return the contents of ``prometheus.yml``.
 
     Args:
-        alerts: file of `alert_rules`.
-        discovery: where Ray lists the metrics ports of all nodes.
+        alerts: path of the file with `alert_rules`.
+        discovery: path of the file in which Ray lists the metrics ports of all nodes.
     """
     return {
         "global": {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL},
@@ -37,8 +36,8 @@ def configuration(alerts: Path, discovery: Path) -> dict[str, Any]:
     }
 
 
-def alert_rules(bounds: Bounds) -> dict[str, Any]:
-    """The file of alert rules."""
+def alert_rules(bounds: Bounds) -> dict[str, object]:
+    """Return the contents of the file of alert rules."""
     commit, kl, disk = map(exported, ("commit/time", "objective/kl", "disk/free_share"))
     ready, target = exported("generators/ready"), exported("generators/target")
     rules = [
@@ -48,33 +47,33 @@ def alert_rules(bounds: Bounds) -> dict[str, Any]:
             "1m",
             "critical",
             "{{ $labels.run }} has not committed for {{ $value | humanizeDuration }}",
-            "An iteration takes long, or an actor hangs: look at the titles of its processes. "
-            "Calls end by themselves after cluster.call_timeout_s.",
+            "An iteration takes long or an actor hangs: its process titles show which one, and in "
+            "which phase. A call fails by itself after cluster.call_timeout_s.",
         ),
         _rule(
             "RlhfKlHigh",
             f"{kl} > {bounds.max_kl:g}",
             "5m",
             "warning",
-            "{{ $labels.run }} is {{ $value | humanize }} nats a response from its reference",
-            "The policy leaves what the reward model knows: read its completions, raise "
-            "ppo.kl_coef or lower ppo.learning_rate.",
+            "{{ $labels.run }} is {{ $value | humanize }} nats a response away from its reference",
+            "The policy moves to texts that the reward model does not know: read its "
+            "completions, raise ppo.kl_coef or lower ppo.learning_rate.",
         ),
         _rule(
             "RlhfGeneratorsDead",
             f"{ready} < {target}",
             "5m",
             "warning",
-            "{{ $labels.run }} works with {{ $value }} generators, fewer than it should",
-            "They died and were not restarted, or the cluster has no room for them.",
+            "{{ $labels.run }} has {{ $value }} ready generators, fewer than its target",
+            "Generators died and were not restarted, or the cluster lacks capacity for them.",
         ),
         _rule(
             "RlhfDiskNearlyFull",
             f"{disk} < {bounds.min_free_disk:g}",
             "5m",
             "critical",
-            "{{ $value | humanizePercentage }} of the disk of {{ $labels.run }} is free",
-            "A commit that cannot be written ends the run: free space, or lower "
+            "Only {{ $value | humanizePercentage }} of the disk of {{ $labels.run }} is free",
+            "The run ends when a commit cannot be written: free space, or lower "
             "ppo.keep_checkpoints.",
         ),
     ]
@@ -83,7 +82,7 @@ def alert_rules(bounds: Bounds) -> dict[str, Any]:
 
 def _rule(
     name: str, expr: str, lasting: str, severity: str, summary: str, description: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     return {
         "alert": name,
         "expr": expr,
