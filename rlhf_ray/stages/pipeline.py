@@ -151,7 +151,7 @@ def _require_same_run(folder: RunFolder, saved: Mapping[str, object]) -> None:
 
 
 def _finished(folder: RunFolder, stage: str) -> bool:
-    """Tell whether a stage has nothing left to do under this config."""
+    """Return whether a stage has nothing left to do under this config."""
     config = folder.config
     if stage == "report":
         return False
@@ -164,6 +164,7 @@ def _finished(folder: RunFolder, stage: str) -> bool:
         return summary["iterations"] >= config.ppo.iterations
     if stage == "evaluate" and summary is not None:
         policy, has_dpo = folder.summary("ppo"), folder.summary("dpo") is not None
+        # Evaluate is due again after more PPO, after dpo, or where it is configured otherwise.
         is_newest = policy is None or summary["policy_version"] == policy["adapter_version"]
         awaits_dpo = has_dpo and config.evaluate.models is None and "dpo" not in summary["models"]
         return is_newest and not awaits_dpo and summary.get("asked") == config.evaluate.asked

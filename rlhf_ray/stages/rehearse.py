@@ -64,7 +64,7 @@ def run(config: Config) -> Rehearsal | None:
 
 
 def is_needed(config: Config) -> bool:
-    """Tell whether the config can be rehearsed and was not yet."""
+    """Return whether the config can be rehearsed and was not yet."""
     try:
         worst_case(config)
     except ConfigError:

@@ -142,8 +142,10 @@ def _update(version: int, files: AdapterFiles) -> AdapterUpdate:
 
 
 def _for_largest(config: Config, adapters: Mapping[str, AdapterFiles]) -> Config:
-    """Raise ``lora.r`` to the largest rank compared: engines reserve memory for it, and another
-    run's adapter may be larger than this config's."""
+    """Raise ``lora.r`` to the largest rank compared, which another run may have set.
+
+    Engines reserve memory for the rank when they start.
+    """
     rank = max(json.loads(files[ADAPTER_CONFIG])["r"] for files in adapters.values())
     lora = config.lora.model_copy(update={"r": max(config.lora.r, rank)})
     return config.model_copy(update={"lora": lora})

@@ -72,7 +72,7 @@ def load_inputs(folder: RunFolder) -> Inputs:
 
 
 def _is_synthetic(folder: RunFolder) -> bool:
-    """Tell whether the held-out questions are the synthetic site's."""
+    """Return whether the held-out questions are the synthetic site's."""
     prepared, data = folder.summary("prepare"), folder.config.data
     is_user_data = bool(data.eval or data.prompts)
     return not is_user_data and prepared is not None and bool(prepared["synthetic"])

@@ -100,7 +100,7 @@ def _require_fit(path: Path, sft_model: str) -> None:
 
 
 def _is_same_model(first: str, second: str) -> bool:
-    """Tell whether two names stand for one model: equal names, or equal weights."""
+    """Return whether two names stand for one model: equal names, or equal weights."""
     if first == second or not (Path(first).is_dir() and Path(second).is_dir()):
         return first == second
     if Path(first).resolve() == Path(second).resolve():

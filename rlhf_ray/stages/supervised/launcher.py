@@ -84,9 +84,10 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
         ActorFailure: a training process died.
     """
     summary = training.folder / "summary.json"
-    if summary.is_file():
+    if summary.is_file():  # trained again: trackers get its steps once more
         current().forget(training.name)
     with unwritable_is_an_error(training.data):
+        # First: a stage that has a summary counts as finished, also if it is killed from here on.
         summary.unlink(missing_ok=True)
         shutil.rmtree(training.data, ignore_errors=True)
         for split, rows in data.items():
@@ -105,6 +106,7 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
             trained = train(training, 1)
         else:
             trained = _train_on_ray(training)
+    # Not where training fails: a later run resumes from the checkpoints.
     shutil.rmtree(training.data, ignore_errors=True)
     shutil.rmtree(training.checkpoints, ignore_errors=True)
     progress.say(parameter_table(trained.groups))

@@ -72,12 +72,12 @@ class RatedRewardTraining(_RewardModel):
 
     @property
     def loss(self) -> PointwiseLoss:
-        """What is learnt."""
+        """The kind of loss: of labels or of ratings."""
         assert self.config.reward.loss != "pairwise"
         return self.config.reward.loss
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """TextStats padded on the right, `_BS`, and ``targets``, `_B`."""
+        """Pad texts on the right, `_BS`; ``targets`` are `_B`."""
         targets_B = torch.tensor([row["target"] for row in rows])
         return padded_texts([row["token_ids"] for row in rows], self.pad_id) | {
             "targets": targets_B
@@ -145,8 +145,8 @@ def _summary_to_extend(folder: RunFolder) -> dict[str, object] | None:
 
 
 def _model(folder: RunFolder) -> str:
-    given = folder.config.reward.path
-    return absolute(given) if given else str(folder.path / "reward" / "model")
+    path = folder.config.reward.path
+    return absolute(path) if path else str(folder.path / "reward" / "model")
 
 
 def _train(folder: RunFolder) -> dict[str, object]:

@@ -66,7 +66,7 @@ def _by_subset(config: Config) -> dict[str, list[Row]]:
 async def _wins(
     config: Config, model: str, pairs: dict[str, Dataset], bar: Bar
 ) -> dict[str, list[bool]]:
-    """Tell of each pair, by subset, whether its chosen answer scores higher."""
+    """Return for each pair, by subset, whether its chosen answer scores higher."""
     alone = config.model_copy(update={"rewards": [ModelSourceConfig(path=model)]})
     spawner = RoleSpawner(config, lambda *_: None)
     await spawner.place([d for d in demands(alone) if d.role == "reward"])

@@ -159,11 +159,11 @@ class Training(ABC):
 
         A checkpoint that a kill cut short has no readable trainer state and is passed over.
         """
-        found = []
+        checkpoints = []
         for folder in self.checkpoints.glob("checkpoint-*"):
             try:
                 state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-                found.append((int(state["global_step"]), folder))
+                checkpoints.append((int(state["global_step"]), folder))
             except (OSError, ValueError, KeyError):
                 continue
-        return max(found, default=(0, None))
+        return max(checkpoints, default=(0, None))
