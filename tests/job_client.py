@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf_ray.jobs.server import CONTROL
+from rlhf_ray.jobs.job_server import CONTROL
 
 Attachment = Sequence[str | Exception | None]
 """What one connection to a job's log brings: texts, then perhaps how it breaks; None: it hangs."""

@@ -56,12 +56,11 @@ def submit(
     ] = 0,
 ) -> None:
     """Submit a run to a cluster as a Ray job."""
-    from rlhf_ray.jobs import server as job_server
-    from rlhf_ray.jobs import submit as submission
+    from rlhf_ray.jobs import connection, submission
 
     resolved = read_config(config, overrides)
     submission.require_for_a_cluster(resolved)
-    server = job_server.connect(address)
+    server = connection.connect(address)
     job = submission.submit(resolved, server, working_dir, rehearse=rehearse)
     typer.echo(f"Submitted {job.id}\nWatch it with: rlhf-ray logs {job.id} --follow")
     if follow or retries:
@@ -75,8 +74,8 @@ def submit(
 @app.command("list", rich_help_panel=PANEL)
 def list_runs(address: Address = None, as_json: AsJson = False) -> None:
     """List the runs on a cluster."""
-    from rlhf_ray.jobs.server import connect
-    from rlhf_ray.jobs.tables import list_table
+    from rlhf_ray.jobs.connection import connect
+    from rlhf_ray.jobs.run_tables import list_table
 
     jobs = connect(address).jobs()
     if as_json:
@@ -88,8 +87,8 @@ def list_runs(address: Address = None, as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=PANEL)
 def status(run: RunName, address: Address = None, as_json: AsJson = False) -> None:
     """Show the state of a run: stage, iteration, reward, KL, generators, ETA."""
-    from rlhf_ray.jobs.runs import find_run
-    from rlhf_ray.jobs.tables import status_table
+    from rlhf_ray.jobs.run_handles import find_run
+    from rlhf_ray.jobs.run_tables import status_table
 
     current = find_run(run, address).status()
     if as_json:
@@ -107,7 +106,7 @@ def logs(
     ] = False,
 ) -> None:
     """Print the output of a run."""
-    from rlhf_ray.jobs.runs import find_run
+    from rlhf_ray.jobs.run_handles import find_run
 
     with _watching(run):
         for text in find_run(run, address).logs(follow):
@@ -127,7 +126,7 @@ def stop(
 
     A stopped run resumes when it is run or submitted again.
     """
-    from rlhf_ray.jobs.runs import find_run
+    from rlhf_ray.jobs.run_handles import find_run
 
     find_run(run, address).stop(now, typer.echo)
 
@@ -139,7 +138,7 @@ def scale(
     address: Address = None,
 ) -> None:
     """Change the number of generators of a running run."""
-    from rlhf_ray.jobs.runs import find_run
+    from rlhf_ray.jobs.run_handles import find_run
 
     find_run(run, address).scale(generators)
     typer.echo(f"Requested {generators} generators. See them start or stop: rlhf-ray status {run}")

@@ -1,10 +1,10 @@
-"""One small task on every node of the cluster that Ray is connected to."""
+"""The living nodes of the cluster that Ray is connected to, and a function call on each."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -17,19 +17,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ClusterNode:
-    """A node that is alive."""
+    """A living node."""
 
     name: str
-    """Its address; where several have the same one, with the start of its id."""
+    """Its address, followed by the start of its id if several nodes have the same address."""
     node_id: str
-    """Ray's."""
+    """Ray's node id."""
     address: str
-    """Under which other nodes reach it."""
+    """The address under which other nodes reach it."""
 
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What a node answered, or why it did not."""
+    """What a node answered, or why it did not answer."""
 
     node: ClusterNode
     value: T | None
@@ -37,13 +37,14 @@ class Answer(Generic[T]):
 
 
 def alive_nodes() -> list[ClusterNode]:
-    """Every node that is alive, by name."""
+    """Return every living node, sorted by name."""
     entries = [entry for entry in ray.nodes() if entry["Alive"]]
-    shared = Counter(entry["NodeManagerAddress"] for entry in entries)
+    # Several nodes have one address where a cluster is simulated on one machine.
+    counts = Counter(entry["NodeManagerAddress"] for entry in entries)
     nodes = []
     for entry in entries:
         address, node_id = entry["NodeManagerAddress"], entry["NodeID"]
-        name = address if shared[address] == 1 else f"{address} ({node_id[:8]})"
+        name = address if counts[address] == 1 else f"{address} ({node_id[:8]})"
         nodes.append(ClusterNode(name, node_id, address))
     return sorted(nodes, key=lambda node: node.name)
 
@@ -51,21 +52,21 @@ def alive_nodes() -> list[ClusterNode]:
 def on_nodes(
     nodes: Sequence[ClusterNode],
     function: Callable[..., T],
-    arguments: Sequence[tuple[Any, ...]],
+    arguments: Sequence[tuple[object, ...]],
     timeout_s: float,
 ) -> list[Answer[T]]:
-    """Call a function once on each node, all at the same time.
+    """Call a function once on each node, on all at the same time.
 
     Args:
         nodes: from `alive_nodes`.
-        function: a function of a module, or one that pickles.
-        arguments: of each node's call.
-        timeout_s: for all of them together.
+        function: a function that can be pickled.
+        arguments: the arguments of each node's call.
+        timeout_s: deadline of all calls together.
 
     Returns:
-        An answer a node, in their order; a node that is lost or late has a problem, no value.
+        An answer per node, in their order; that of a lost or late node has no value, but a problem.
     """
-    # No CPU: the check of a full cluster must not wait for its work to end.
+    # No CPU: a check of a fully occupied cluster must not wait for its work to end.
     task = ray.remote(num_cpus=0, max_retries=0)(function)
     references = [
         task.options(
@@ -80,7 +81,9 @@ def on_nodes(
     ]
 
 
-def _answer(node: ClusterNode, reference: Any, left_s: float, timeout_s: float) -> Answer[Any]:
+def _answer(
+    node: ClusterNode, reference: "ray.ObjectRef[T]", left_s: float, timeout_s: float
+) -> Answer[T]:
     try:
         return Answer(node, ray.get(reference, timeout=left_s))
     except GetTimeoutError:
@@ -88,7 +91,7 @@ def _answer(node: ClusterNode, reference: Any, left_s: float, timeout_s: float) 
         return Answer(node, None, f"did not answer within {timeout_s:g} s")
     except RayTaskError as error:
         cause = error.cause
-        told = str(cause) if isinstance(cause, RlhfError) else f"{type(cause).__name__}: {cause}"
-        return Answer(node, None, told)
+        is_ours = isinstance(cause, RlhfError)
+        return Answer(node, None, str(cause) if is_ours else f"{type(cause).__name__}: {cause}")
     except RayError as error:
         return Answer(node, None, f"lost: {str(error).strip().splitlines()[0]}")

@@ -1,8 +1,8 @@
-"""What a dead run leaves on a machine, and its sweeping.
+"""Orphan cleanup: end the processes and remove the shared memory that a killed run left behind.
 
-While a run lives, a record in the temporary folder names its processes (id, start time, name) and
-the shared-memory files that they map. The next run kills and removes what records of dead drivers
-name; a process id that was given to someone else since is told by its start time.
+While a run lives, a record in the temporary folder lists its processes (id, start time, name) and
+the shared-memory files that they map. The next run cleans up after every record whose driver is
+dead. A process id that the system has reused since is recognised by its start time.
 """
 
 import json
@@ -11,37 +11,40 @@ import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 
+from rlhf_ray.disk import write_atomically
+
 SHARED_MEMORY = "/dev/shm/"
 INTERVAL_S = 1.0
-"""Between two looks at what this run holds (20 ms each): what a run made since the last one, and
-died, is not swept."""
+"""Between two updates of the record (20 ms each). Whatever a run starts after the last one before
+it is killed is not cleaned up."""
+
+
+class ProcessIdentity(TypedDict):
+    """Identifies a process beyond the reuse of its id; stands in records and in status.json."""
+
+    pid: int
+    started: float
+    name: str
 
 
 def records_folder() -> Path:
-    """Where records are kept: one folder a user."""
+    """Return the folder of records, one for each user of the machine."""
     return Path(tempfile.gettempdir()) / f"rlhf_ray-{os.getuid()}"
 
 
-def write_whole(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON that others read at any time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 class ProcessRecord:
-    """Keeps the record of this run up to date from a thread, until it is closed."""
+    """Keeps this run's record up to date from a thread, until it is closed."""
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or records_folder()
         folder.mkdir(mode=0o700, exist_ok=True)
         self._path = folder / f"{os.getpid()}.json"
         self._driver = psutil.Process()
-        self._processes: dict[str, dict[str, Any]] = {}
+        self._processes: dict[str, ProcessIdentity] = {}
         self._files: set[str] = set()
         self._closed = threading.Event()
         self.update()
@@ -49,7 +52,7 @@ class ProcessRecord:
         self._thread.start()
 
     def update(self) -> None:
-        """Write down every descendant and shared-memory file seen so far."""
+        """Record every descendant and every shared-memory file seen so far."""
         mapped = set()
         for process in self._driver.children(recursive=True):
             try:
@@ -64,22 +67,22 @@ class ProcessRecord:
             "processes": list(self._processes.values()),
             "files": sorted(self._files),
         }
-        write_whole(self._path, record)
+        write_atomically(self._path, json.dumps(record))
 
     def _keep(self) -> None:
         while not self._closed.wait(INTERVAL_S):
             self.update()
 
     def close(self) -> None:
-        """Sweep what is left of this run and drop the record."""
+        """Clean up what is left of this run and drop its record."""
         self._closed.set()
         self._thread.join()
         self.update()
-        _sweep_record(self._path)
+        _clean_up_record(self._path)
 
 
-def sweep(folder: Path | None = None) -> tuple[int, int]:
-    """End what dead runs left; returns the numbers of processes and files."""
+def clean_up(folder: Path | None = None) -> tuple[int, int]:
+    """Clean up after dead runs; return how many processes and files were removed."""
     processes = files = 0
     for path in (folder or records_folder()).glob("*.json"):
         try:
@@ -87,28 +90,29 @@ def sweep(folder: Path | None = None) -> tuple[int, int]:
         except (OSError, ValueError, KeyError):
             path.unlink(missing_ok=True)
             continue
-        if alive(driver) is None:
-            ended, removed = _sweep_record(path)
+        if living_process(driver) is None:
+            ended, removed = _clean_up_record(path)
             processes, files = processes + ended, files + removed
     return processes, files
 
 
-def num_left_over(folder: Path | None = None) -> int:
-    """Living processes of dead runs, which `sweep` would end."""
+def count_orphans(folder: Path | None = None) -> int:
+    """Count the living processes of dead runs, which `clean_up` would end."""
     count = 0
     for path in (folder or records_folder()).glob("*.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            dead = alive(record["driver"]) is None
-            count += sum(alive(entry) is not None for entry in record["processes"]) if dead else 0
+            if living_process(record["driver"]) is None:
+                count += sum(living_process(entry) is not None for entry in record["processes"])
         except (OSError, ValueError, KeyError):
             continue
     return count
 
 
-def _sweep_record(path: Path) -> tuple[int, int]:
+def _clean_up_record(path: Path) -> tuple[int, int]:
     record = json.loads(path.read_text(encoding="utf-8"))
-    survivors = [process for entry in record["processes"] if (process := alive(entry))]
+    survivors = [process for entry in record["processes"] if (process := living_process(entry))]
+    # Trackers last: once the processes they serve are dead, they remove their semaphores and end.
     trackers = [process for process in survivors if _is_resource_tracker(process)]
     _kill(set(survivors) - set(trackers))
     psutil.wait_procs(survivors, timeout=5)
@@ -131,22 +135,21 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:
-    """Whether it is multiprocessing's: once those that it serves are dead it removes their
-    semaphores, which it alone knows by name, and ends."""
+    """Whether it is multiprocessing's resource tracker, which alone knows names of semaphores."""
     try:
         return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
     except psutil.Error:
         return False
 
 
-def identity(process: psutil.Process | None = None) -> dict[str, Any]:
-    """By what a process, default this one, is known again: id, start time, name."""
+def identity(process: psutil.Process | None = None) -> ProcessIdentity:
+    """Return what identifies a process (default: this one)."""
     process = process or psutil.Process()
     return {"pid": process.pid, "started": process.create_time(), "name": process.name()}
 
 
-def alive(entry: dict[str, Any]) -> psutil.Process | None:
-    """The process of an `identity`, if it is still the same one."""
+def living_process(entry: ProcessIdentity) -> psutil.Process | None:
+    """Return the process of an `identity`; None if it is gone or its id was reused."""
     try:
         process = psutil.Process(entry["pid"])
         same = process.create_time() == entry["started"] and process.status() != "zombie"
@@ -156,9 +159,9 @@ def alive(entry: dict[str, Any]) -> psutil.Process | None:
 
 
 def _mapped_inodes(pid: int) -> set[int]:
-    """Inodes of the shared memory that a process maps (Linux; none elsewhere).
+    """Return the inodes of the shared memory that a process maps (Linux; none elsewhere).
 
-    Not by name: a semaphore's file is made under another name than the one that it then has.
+    Inodes, not names: a semaphore's file is created under one name and then renamed.
     """
     try:
         lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -168,7 +171,7 @@ def _mapped_inodes(pid: int) -> set[int]:
 
 
 def _shared_files() -> list[tuple[str, int]]:
-    """Every file in shared memory with its inode."""
+    """Return every file in shared memory with its inode."""
     if not os.path.isdir(SHARED_MEMORY):
         return []
     with os.scandir(SHARED_MEMORY) as files:

@@ -1,20 +1,26 @@
-"""Ray for the length of a run: a cluster on this machine, or the one that we are in."""
+"""Ray for the length of a run: a cluster started on this machine, or the one this process is in.
+
+Of what actors print, users see only warnings and errors, each once and with the actor's name in
+front. Everything else is in Ray's log files, which its dashboard shows.
+"""
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypedDict
 
 import ray
 from ray._private import ray_constants
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
-from rlhf_ray.cluster.actor_logs import show_warnings
-from rlhf_ray.cluster.orphans import ProcessRecord, sweep
+from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
 from rlhf_ray.cluster.role_clients import LOOPBACK
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ConfigError, PlacementError
@@ -22,36 +28,38 @@ from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
 
 POLL_S = 0.2
-FREE_WITHIN_S = 10.0
-"""For what a run's last process has left to be gone from the cluster."""
+NAME_FREE_WITHIN_S = 10.0
+"""How long the actors of an earlier run of the same name may take to disappear."""
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
+SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
-
-def runs_on_ray(config: Config) -> bool:
-    """Whether roles are Ray actors."""
-    return config.cluster.mode != "inline"
+RAY_PRINT_HANDLER = "ray_print_logs"
+"""The handler with which Ray prints actors' output; Ray removes it by this name at shutdown."""
+_SHOWN = re.compile(r"\b(WARNING|ERROR|CRITICAL|FATAL|Traceback)\b|\b\w*(Warning|Error|Exception):")
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
+"""What differs between two lines with the same message, such as those of two ranks."""
 
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Start or join Ray; on the way out end what was started.
+    """Start Ray or join its cluster; on leaving, end what was started.
 
     Raises:
         PlacementError: Ray cannot be started or reached.
         ConfigError: another run on the cluster has this run's name.
     """
-    if not runs_on_ray(config):
+    if not config.cluster.runs_on_ray:
         yield
         return
-    sweep()
+    clean_up()
     os.environ.update(_driver_environment() | dict(os.environ))
-    joined = joins_cluster(config)
+    joined = config.cluster.joins_cluster
     record = None if joined else ProcessRecord()
     try:
-        with _own_sigterm():
+        with _keep_sigterm_handler():
             _connect(config, joined)
         if joined:
-            _require_free(config.run.name)
+            _require_free_name(config.run.name)
         show_warnings(Progress().say)
         yield
     finally:
@@ -61,50 +69,39 @@ def ray_session(config: Config) -> Iterator[None]:
 
 
 def dashboard_url() -> str | None:
-    """Address of Ray's dashboard, while a session is on."""
+    """Return the address of Ray's dashboard; None outside a session."""
     context = ray.get_runtime_context() if ray.is_initialized() else None
     url = ray._private.worker.get_dashboard_url() if context else None  # type: ignore[attr-defined]
     return f"http://{url}" if url else None
 
 
-def joins_cluster(config: Config) -> bool:
-    """Whether the run's Ray is the cluster that this process belongs to."""
-    if config.cluster.mode == "auto":
-        return "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
-    return config.cluster.mode == "ray"
-
-
-def require_durable_folder(config: Config) -> None:
-    """Refuse a folder that would lie in the copy of the working folder, which Ray deletes.
-
-    Raises:
-        ConfigError: ``run.dir`` is relative.
-    """
-    if not Path(config.run.dir).is_absolute():
-        raise ConfigError(
-            f"run.dir {config.run.dir} is relative: on a cluster it would lie in a folder that Ray "
-            "deletes after the job. Set run.dir to an absolute path that outlives the job, such as "
-            f"run.dir=/mnt/shared/{config.run.dir}"
-        )
-
-
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep this process's way to end at SIGTERM, which Ray replaces by a bare exit."""
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Restore this process's SIGTERM handler, which `ray.init` replaces by a bare exit.
+
+    Without it a stopped run would not report its state nor release its actors.
+    """
     before = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
 
 
-def _require_free(name: str) -> None:
-    """Actors are known by the run's name, so two runs of one name would meet."""
-    deadline = time.monotonic() + FREE_WITHIN_S
+def _require_free_name(name: str) -> None:
+    """Refuse a run.name that another run on the cluster uses.
+
+    A run's actors live in a namespace with its name: two runs would find each other's actors.
+
+    Raises:
+        ConfigError: the name is in use.
+    """
+    deadline = time.monotonic() + NAME_FREE_WITHIN_S
     while others := ray.util.list_named_actors():  # in this run's namespace
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"run.name {name} is in use on this cluster, by {', '.join(sorted(others))}: stop "
-                f"that run first (rlhf-ray stop {name}), or choose another run.name"
+                f"run.name {name} is in use on this cluster by the actors "
+                f"{', '.join(sorted(others))}. Stop that run first (rlhf-ray stop {name}), or "
+                "choose another run.name"
             )
         time.sleep(POLL_S)
 
@@ -112,7 +109,7 @@ def _require_free(name: str) -> None:
 def _connect(config: Config, joined: bool) -> None:
     shared = {
         "logging_level": logging.ERROR,
-        "log_to_driver": True,  # of which `show_warnings` picks
+        "log_to_driver": True,  # filtered by `show_warnings`
         "namespace": f"rlhf_ray-{config.run.name}",
         "runtime_env": {"env_vars": role_environment(config, joined)},
     }
@@ -136,10 +133,11 @@ def _connect(config: Config, joined: bool) -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Ray's node gets the address 127.0.0.1, the only one with which all its ports are local.
+    """Give Ray's node the address 127.0.0.1, the only one with which all its ports are local.
 
-    Asked for by name, Ray replaces it by the machine's address in its network; where it may have no
-    other nodes (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, read when it was imported) it takes it itself.
+    `ray.init` has no argument for it: 127.0.0.1 given as an address is replaced by the machine's
+    address in its network. But a node that may have no peers takes 127.0.0.1 by itself; that is
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which Ray reads at import, so its constant is set here.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -150,9 +148,9 @@ def _on_loopback() -> Iterator[None]:
 
 
 def num_logical_cpus(config: Config) -> int:
-    """CPUs to declare, so that every role of the largest stage finds one.
+    """Return the CPUs to declare to Ray, so that every role of the largest stage gets one.
 
-    They share the real cores: five processes of one CPU each would not fit a two-core machine.
+    The processes share the real cores: five of one CPU each do not fit a two-core machine.
     """
     autoscale = config.rollout.autoscale
     ppo = (
@@ -169,7 +167,10 @@ def num_logical_cpus(config: Config) -> int:
 
 
 def _driver_environment() -> dict[str, str]:
-    """Of this process and Ray's own; ninja must be on PATH for DeepSpeed's first build."""
+    """Return variables of this process and of Ray's own, and put our binaries on PATH.
+
+    DeepSpeed's first build calls ninja, which lies beside the interpreter.
+    """
     binaries = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     if binaries not in path.split(os.pathsep):
@@ -178,20 +179,76 @@ def _driver_environment() -> dict[str, str]:
 
 
 def role_environment(config: Config, joined: bool) -> dict[str, str]:
-    """Variables of every role's process. They pass through Ray's runtime environment, which all who
-    may ask the cluster can read: no secret is among them; those are in the nodes' environment."""
+    """Return the environment variables of every role's process.
+
+    They pass through Ray's runtime environment, which everybody with access to the cluster can
+    read, so no secret may be among them; secrets belong in the nodes' own environment.
+    """
     threads = str(config.cluster.threads_per_actor)
     interface = config.cluster.interface if joined else LOOPBACK_INTERFACE
-    bound = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return {
-        **(dict.fromkeys(bound, interface) if interface else {}),
-        # An engine is never spread over nodes: its processes meet on their own.
+        **(dict.fromkeys(SOCKET_VARIABLES, interface) if interface else {}),
+        # An engine never spans nodes: its processes meet on loopback.
         "VLLM_HOST_IP": LOOPBACK,
         **environment(),
         "PATH": os.environ["PATH"],
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        # Several engines on one machine would all be bound to its first core.
+        # vLLM on CPU binds its threads to the first cores: several engines would share one core.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         **config.cluster.env,
     }
+
+
+class LogBatch(TypedDict):
+    """Lines that one process printed, as Ray's dispatcher hands them over."""
+
+    lines: Sequence[str]
+    is_err: bool
+    actor_name: str | None
+    task_name: str | None
+    pid: int | str
+    ip: str
+    localhost: str
+
+
+class ActorLog:
+    """Prints warnings and errors from the lines that Ray collects from the actors.
+
+    Args:
+        say: prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._shown: set[str] = set()
+
+    def __call__(self, batch: LogBatch) -> None:
+        """Print what is worth showing of the ``lines`` of one process; other keys name it."""
+        if not batch["is_err"]:
+            return
+        who = batch.get("actor_name") or batch.get("task_name") or f"process {batch['pid']}"
+        where = "" if batch["ip"] == batch["localhost"] else f" on {batch['ip']}"
+        for block in _blocks(batch["lines"]):
+            message = _NUMBERS.sub("", "\n".join(block))
+            if _SHOWN.search(block[0]) and message not in self._shown:
+                self._shown.add(message)
+                for line in block:
+                    self._say(f"{who}{where}: {line}")
+
+
+def _blocks(lines: Iterable[str]) -> list[list[str]]:
+    """Group each line with the lines indented below it, as in a traceback."""
+    blocks: list[list[str]] = []
+    for line in lines:
+        if blocks and line.startswith((" ", "\t")):
+            blocks[-1].append(line)
+        else:
+            blocks.append([line])
+    return blocks
+
+
+def show_warnings(say: Callable[[str], None]) -> None:
+    """Replace Ray's printing of actors' output by warnings and errors alone."""
+    global_worker_stdstream_dispatcher.remove_handler(RAY_PRINT_HANDLER)
+    global_worker_stdstream_dispatcher.add_handler(RAY_PRINT_HANDLER, ActorLog(say))

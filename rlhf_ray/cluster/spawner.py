@@ -11,7 +11,6 @@ from typing import Any
 from rlhf_ray.cluster.colocation import SIDES, Turns, TurnWorker
 from rlhf_ray.cluster.ray_workers import RayWorker, ask_for_room, fetch, kill, spawn
 from rlhf_ray.cluster.role_clients import InlineWorker, OnCall, Worker
-from rlhf_ray.cluster.session import joins_cluster, runs_on_ray
 from rlhf_ray.config import Config
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.placement.layout import Demand
@@ -31,10 +30,10 @@ class RoleSpawner:
     def __init__(self, config: Config, on_call: OnCall) -> None:
         self._config = config
         self._on_call = on_call
-        self._on_ray = runs_on_ray(config)
-        self._joins = joins_cluster(config)
+        self._on_ray = config.cluster.runs_on_ray
+        self._joins = config.cluster.joins_cluster
         self._placement = Placement(
-            config.placement.timeout_s, may_grow=self._joins, ask=self._ask_again
+            config.placement.timeout_s, may_grow=self._joins, request_nodes=self._ask_again
         )
         self._turns = Turns() if config.placement.turns else None
         self.workers: list[Worker] = []
@@ -120,15 +119,15 @@ class RoleSpawner:
     def _made(self, role_class: type, name: str, *args: Any) -> Worker:
         if not self._on_ray:
             return InlineWorker(name, role_class(name, *args), self._on_call)
-        seat = self._placement.seat(name)
+        slot = self._placement.slot(name)
         return spawn(
             role_class,
             name,
             *args,
             # On a machine that is the run's alone roles share the cores, however many come later.
-            num_cpus=1 if seat or self._joins else 0,
-            num_gpus=seat.num_gpus if seat else 0,
-            strategy=seat.strategy if seat else None,
+            num_cpus=1 if slot or self._joins else 0,
+            num_gpus=slot.num_gpus if slot else 0,
+            strategy=slot.strategy if slot else None,
             concurrency=ASYNC_CONCURRENCY if _is_async(role_class) else 1,
             start_timeout_s=self._config.cluster.start_timeout_s,
             timeout_s=self._config.cluster.call_timeout_s,

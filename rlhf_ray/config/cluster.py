@@ -1,5 +1,6 @@
 """Where the processes run, and how long to wait for them."""
 
+import os
 from typing import Literal
 
 from pydantic import field_validator
@@ -48,6 +49,18 @@ class ClusterConfig(Section):
     env: dict[str, str] = changeable(
         {}, description="Environment variables of every role's process; no secrets."
     )
+
+    @property
+    def runs_on_ray(self) -> bool:
+        """Whether roles are Ray actors."""
+        return self.mode != "inline"
+
+    @property
+    def joins_cluster(self) -> bool:
+        """Whether the run joins the Ray cluster that this process belongs to."""
+        if self.mode == "auto":
+            return "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
+        return self.mode == "ray"
 
     @field_validator("env")
     @classmethod

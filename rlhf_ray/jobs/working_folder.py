@@ -1,4 +1,4 @@
-"""What of the working folder travels with a job: code, configs and small files; packed as a zip."""
+"""Pack the part of the working folder that a job needs: code, configs and small files."""
 
 import os
 import subprocess
@@ -10,30 +10,31 @@ from pathlib import Path
 from rlhf_ray.errors import ConfigError
 
 MAX_BYTES = 100 * 10**6
-"""Largest sum of files; Ray's job server takes no request over 100 MiB."""
+"""Largest sum of file sizes; Ray's job server refuses requests over 100 MiB."""
 
-LEFT_OUT_AT_THE_TOP = ("runs", "data")
-"""Folders that are read from where the cluster keeps them; deeper down, names of code."""
+EXCLUDED_AT_TOP = ("runs", "data")
+"""Top-level folders that the cluster reads from its own storage; deeper down the names may be
+code."""
 
-LEFT_OUT_ANYWHERE = (
+EXCLUDED_ANYWHERE = (
     *(".git", ".venv", "venv", "node_modules", "wandb", "mlruns"),
     *("__pycache__", "*.egg-info", ".*_cache", ".hypothesis", ".ipynb_checkpoints"),
     *("*.safetensors", "*.gguf", "*.pt", "*.pth", "*.arrow", "*.parquet", "*.7z"),
     *(".env", ".env.*", ".netrc", "*.pem", "*.key"),  # secrets
 )
-"""Names, or patterns of names, of files and folders."""
+"""Patterns of names of files and folders."""
 
-NUM_NAMED = 5
-"""How many of the biggest files a refusal names."""
+NUM_LISTED = 5
+"""How many of the largest files an error names."""
 
 
 def pack(folder: Path, extra: dict[str, str], archive: Path) -> int:
-    """Write the archive of a working folder; returns the number of files.
+    """Write the archive of a working folder and return its number of files.
 
     Args:
-        folder: packed without what is left out above and without what Git ignores.
-        extra: name in the archive -> text of files that are added, over any that are there.
-        archive: to be written.
+        folder: packed without the exclusions above and without what Git ignores.
+        extra: name in the archive -> text of further files, which replace any of that name.
+        archive: the zip file to write.
 
     Raises:
         ConfigError: the files are too large together.
@@ -49,20 +50,20 @@ def pack(folder: Path, extra: dict[str, str], archive: Path) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Relative paths of the files that travel."""
+    """Return the relative paths of the files to pack."""
     listed = _known_to_git(folder)
     candidates = _walk(folder) if listed is None else listed
-    return sorted(p for p in candidates if not _left_out(p) and (folder / p).is_file())
+    return sorted(p for p in candidates if not _is_excluded(p) and (folder / p).is_file())
 
 
-def _left_out(path: Path) -> bool:
-    if path.parts[0] in LEFT_OUT_AT_THE_TOP and len(path.parts) > 1:
+def _is_excluded(path: Path) -> bool:
+    if path.parts[0] in EXCLUDED_AT_TOP and len(path.parts) > 1:
         return True
-    return any(fnmatch(part, pattern) for part in path.parts for pattern in LEFT_OUT_ANYWHERE)
+    return any(fnmatch(part, pattern) for part in path.parts for pattern in EXCLUDED_ANYWHERE)
 
 
 def _known_to_git(folder: Path) -> list[Path] | None:
-    """Files that Git does not ignore; None: this is no work tree of Git's."""
+    """Return the files that Git does not ignore; None outside a Git work tree."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
@@ -74,24 +75,24 @@ def _known_to_git(folder: Path) -> list[Path] | None:
 def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         here = Path(parent).relative_to(folder)
-        folders[:] = [name for name in folders if not _skipped(Path(parent), here / name)]
+        folders[:] = [name for name in folders if not _is_skipped(Path(parent), here / name)]
         yield from (here / name for name in names)
 
 
-def _skipped(parent: Path, folder: Path) -> bool:
-    """Whether nothing below a folder travels: left out by name, or a Python environment."""
-    return _left_out(folder / "_") or (parent / folder.name / "pyvenv.cfg").is_file()
+def _is_skipped(parent: Path, folder: Path) -> bool:
+    """Whether to pack nothing below a folder: excluded by name, or a Python environment."""
+    return _is_excluded(folder / "_") or (parent / folder.name / "pyvenv.cfg").is_file()
 
 
 def _require_small(folder: Path, files: Iterable[Path]) -> None:
     sizes = {path: (folder / path).stat().st_size for path in files}
     total = sum(sizes.values())
     if total > MAX_BYTES:
-        biggest = sorted(sizes, key=lambda path: -sizes[path])[:NUM_NAMED]
-        named = "\n".join(f"  {sizes[path] / 1e6:8.1f} MB  {path}" for path in biggest)
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:NUM_LISTED]
+        named = "\n".join(f"  {sizes[path] / 1e6:8.1f} MB  {path}" for path in largest)
         raise ConfigError(
-            f"The working folder {folder} has {total / 1e6:.0f} MB to send, over "
-            f"{MAX_BYTES / 1e6:.0f} MB. The biggest:\n{named}\nMove data and models to where the "
-            "cluster's nodes read them, name what is not needed in .gitignore, or choose another "
-            "folder with --working-dir"
+            f"The working folder {folder} has {total / 1e6:.0f} MB to send, more than the limit of "
+            f"{MAX_BYTES / 1e6:.0f} MB. The largest files:\n{named}\nMove data and models to "
+            "storage that the cluster's nodes can read, list what the run does not need in "
+            ".gitignore, or choose another folder with --working-dir"
         )

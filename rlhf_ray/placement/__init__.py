@@ -1,0 +1,5 @@
+"""Which worker gets which GPU: hardware, the layout as arithmetic, and Ray's placement groups.
+
+May import config, errors and Ray; layout.py and bundles.py need no Ray, so that `plan` and the
+tests can use them anywhere. Read layout.py first, then groups.py.
+"""

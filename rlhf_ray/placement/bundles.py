@@ -1,15 +1,18 @@
-"""From places to what Ray reserves together: bundles, by placement group. Without Ray."""
+"""Group the slots of a layout into the bundles and placement groups that Ray reserves.
+
+This module itself needs no Ray.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.placement.layout import Place
+from rlhf_ray.placement.layout import Slot
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What is reserved in one piece: whole GPUs of one node, and who is on them."""
+    """What is reserved in one piece: whole GPUs of one node, with the workers on them."""
 
     node: int
     gpus: tuple[int, ...]
@@ -18,52 +21,53 @@ class Bundle:
 
     @property
     def resources(self) -> dict[str, float]:
-        """As Ray counts them; each worker has a CPU."""
+        """The bundle as Ray counts resources; each worker takes one CPU."""
         gpus = {"GPU": float(len(self.gpus))} if self.gpus else {}
         return {"CPU": float(len(self.workers)), **gpus}
 
 
-def placement_groups(places: Sequence[Place]) -> list[list[Bundle]]:
-    """Bundles of each placement group, in the order of nodes and GPUs.
+def placement_groups(slots: Sequence[Slot]) -> list[list[Bundle]]:
+    """Return the bundles of each placement group, in the order of nodes and GPUs.
 
-    A learner group has one, each generator has one, so that it comes and goes alone, and the other
-    roles have one together; those that meet on a GPU are one. A GPU is always reserved whole:
-    parts of several bundles would be put on GPUs by Ray, two ranks of a group perhaps on one.
+    A learner group has its own placement group; so has each generator, so that it can come and go
+    alone; the other roles have one together. Groups that share a GPU are merged. A GPU is always
+    reserved whole: Ray would choose the GPUs for fractions by itself, and might put two ranks of a
+    learner group on one.
     """
-    parts: dict[str, list[Place]] = defaultdict(list)
-    for place in places:
-        parts[_owner(place)].append(place)
-    groups: list[list[Place]] = []
-    for part in parts.values():
-        meeting = [group for group in groups if _gpus(group) & _gpus(part)]
-        groups = [group for group in groups if not _gpus(group) & _gpus(part)]
-        groups.append([*(place for group in meeting for place in group), *part])
+    by_owner: dict[str, list[Slot]] = defaultdict(list)
+    for slot in slots:
+        by_owner[_owner(slot)].append(slot)
+    groups: list[list[Slot]] = []
+    for owned in by_owner.values():
+        sharing = [group for group in groups if _gpus(group) & _gpus(owned)]
+        groups = [group for group in groups if not _gpus(group) & _gpus(owned)]
+        groups.append([*(slot for group in sharing for slot in group), *owned])
     return sorted((_bundles(group) for group in groups), key=lambda group: _order(group[0]))
 
 
-def worker_name(place: Place) -> str:
-    """Name of the worker that sits there."""
-    return f"{place.role}-{place.rank}"
+def worker_name(slot: Slot) -> str:
+    """Return the name of the slot's worker."""
+    return f"{slot.role}-{slot.rank}"
 
 
-def _owner(place: Place) -> str:
-    if place.role == "generator":
-        return worker_name(place)
-    return place.role if place.role in ("policy", "critic") else "others"
+def _owner(slot: Slot) -> str:
+    if slot.role == "generator":
+        return worker_name(slot)
+    return slot.role if slot.role in ("policy", "critic") else "others"
 
 
-def _gpus(places: Iterable[Place]) -> set[tuple[int, int]]:
-    return {(place.node, gpu) for place in places for gpu in place.gpus}
+def _gpus(slots: Iterable[Slot]) -> set[tuple[int, int]]:
+    return {(slot.node, gpu) for slot in slots for gpu in slot.gpus}
 
 
-def _bundles(places: Sequence[Place]) -> list[Bundle]:
-    """One for the workers of a GPU, or for one of several GPUs, or for one without any."""
+def _bundles(slots: Sequence[Slot]) -> list[Bundle]:
+    """One bundle for the workers that share a GPU, for a worker of several GPUs or of none."""
     workers: dict[tuple[int, tuple[int, ...], str], list[str]] = defaultdict(list)
-    for place in places:
-        name = worker_name(place)
-        workers[place.node, place.gpus, "" if place.gpus else name].append(name)
-    found = [Bundle(node, gpus, tuple(names)) for (node, gpus, _), names in workers.items()]
-    return sorted(found, key=_order)
+    for slot in slots:
+        name = worker_name(slot)
+        workers[slot.node, slot.gpus, "" if slot.gpus else name].append(name)
+    bundles = [Bundle(node, gpus, tuple(names)) for (node, gpus, _), names in workers.items()]
+    return sorted(bundles, key=_order)
 
 
 def _order(bundle: Bundle) -> tuple[int, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The places of a layout, held on a live cluster by Ray's placement groups."""
+"""Hold the slots of a layout on a live cluster by Ray's placement groups."""
 
 import asyncio
 import random
@@ -14,16 +14,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.placement.bundles import Bundle, placement_groups, worker_name
 from rlhf_ray.placement.hardware import node_of
-from rlhf_ray.placement.layout import Demand, Node, Place, fit, lay_out, shortage
+from rlhf_ray.placement.layout import Demand, Node, Slot, fit, lay_out, shortage
 
 POLL_S = 1.0
-"""Between two looks at what is free."""
+"""Between two looks at the free GPUs."""
 WAIT_S = 0.01
-"""Between two looks at a placement group; Ray makes one in 6 ms where there is room."""
+"""Between two looks at a placement group; Ray creates one in 6 ms if there is capacity."""
 PATIENCE_S = 5.0
-"""For Ray to make all placement groups of a layout; two runs may each hold what the other needs."""
+"""How long Ray gets to create all placement groups of a layout. Then they are given back: two runs
+may each hold what the other needs."""
 MAX_PAUSE_S = 3.0
-"""Before the next try, drawn anew by each run, whatever its seed, so that one comes first."""
+"""Longest pause before the next try. It is random whatever the run's seed, so that one of two runs
+that compete wins."""
 NODE_ID = "ray.io/node-id"
 
 
@@ -34,20 +36,20 @@ class LiveNode:
     id: str
     node: Node
     free: int
-    """GPUs that nobody holds a part of."""
+    """Number of GPUs of which nobody holds any part."""
 
 
 @dataclass(eq=False)
 class _Group:
-    """A placement group and those who sit in it."""
+    """A placement group and its workers."""
 
     handle: PlacementGroup
     workers: set[str]
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where Ray is to put an actor."""
+class ReservedSlot:
+    """A slot that Ray has reserved for an actor."""
 
     num_gpus: float
     group: _Group
@@ -55,12 +57,12 @@ class Seat:
 
     @property
     def strategy(self) -> PlacementGroupSchedulingStrategy:
-        """As Ray's options want it."""
+        """The scheduling strategy for the actor's options."""
         return PlacementGroupSchedulingStrategy(self.group.handle, self.bundle)
 
 
 def live_nodes() -> list[LiveNode]:
-    """Nodes that are alive, by address."""
+    """Return the living nodes, sorted by address."""
     available = ray._private.state.available_resources_per_node()  # type: ignore[attr-defined]
     return [
         LiveNode(
@@ -74,31 +76,34 @@ def live_nodes() -> list[LiveNode]:
 
 
 class Placement:
-    """The seats of a run's workers; none where they need no GPU: there any CPU will do."""
+    """The reserved slots of a run's workers.
+
+    Workers have none if no role needs a GPU: then Ray may put them on any CPU.
+    """
 
     def __init__(
-        self, timeout_s: float, *, may_grow: bool, ask: Callable[[], None] = lambda: None
+        self, timeout_s: float, *, may_grow: bool, request_nodes: Callable[[], None] = lambda: None
     ) -> None:
         """
         Args:
-            timeout_s: how long to wait for room.
+            timeout_s: how long to wait for enough free GPUs.
             may_grow: whether nodes may join.
-            ask: has them join; called again and again while there is no room.
+            request_nodes: requests more nodes; called repeatedly while too few GPUs are free.
         """
         self._timeout_s = timeout_s
         self._may_grow = may_grow
-        self._ask = ask
+        self._request_nodes = request_nodes
         self._on_gpus = False
-        self._seats: dict[str, Seat] = {}
-        self._spare: dict[str, list[Seat]] = defaultdict(list)
-        """Role -> seats left by its workers, on GPUs that others are on as well."""
+        self._slots: dict[str, ReservedSlot] = {}
+        self._spare: dict[str, list[ReservedSlot]] = defaultdict(list)
+        """Role -> slots that its workers left, on GPUs that others still use."""
 
-    def seat(self, worker: str) -> Seat | None:
-        """Where a worker is to go; None: anywhere."""
-        return self._seats.get(worker)
+    def slot(self, worker: str) -> ReservedSlot | None:
+        """Return the slot of a worker; None: Ray may put it anywhere."""
+        return self._slots.get(worker)
 
     def resources(self, demands: Sequence[Demand]) -> list[dict[str, float]]:
-        """What each worker asks Ray for."""
+        """Return the resources that each worker requests from Ray."""
         return [
             {"CPU": 1.0} | ({"GPU": demand.gpus} if demand.gpus else {})
             for demand in demands
@@ -106,10 +111,10 @@ class Placement:
         ]
 
     def labels(self, demands: Sequence[Demand]) -> list[dict[str, str]]:
-        """Labels that each worker asks of its node, not where nodes without do, as in a layout.
+        """Return the labels that each worker requests of its node, by the same rule as a layout.
 
-        Of nodes that have yet to come nobody knows their labels. The first that come tell: then
-        those that are right are asked for.
+        The labels of nodes that have not joined yet are unknown. Those of the first nodes to join
+        show which labels exist, and then those are requested.
         """
         needs_gpus = any(demand.gpus for demand in demands)
         nodes = [live.node for live in live_nodes() if live.node.gpus] if needs_gpus else []
@@ -126,20 +131,20 @@ class Placement:
         ]
 
     async def reserve(self, demands: Sequence[Demand]) -> None:
-        """Hold a place for every worker.
+        """Reserve a slot for every worker.
 
-        A machine of ours has GPUs or not; those of a cluster that was joined are waited for.
+        On one machine without GPUs nothing is reserved; a cluster's GPUs are waited for.
 
         Raises:
-            PlacementError: what was asked, what the cluster has, and what would fit.
+            PlacementError: says what is requested, what the cluster has, and what would fit.
         """
-        there = self._may_grow or any(live.node.gpus for live in live_nodes())
-        self._on_gpus = there and any(demand.gpus for demand in demands)
+        may_have_gpus = self._may_grow or any(live.node.gpus for live in live_nodes())
+        self._on_gpus = may_have_gpus and any(demand.gpus for demand in demands)
         if self._on_gpus:
             await self._reserve(demands, 0)
 
     async def reserve_one(self, demand: Demand, rank: int) -> None:
-        """Hold a place for one worker that joins, or that comes back after `release`.
+        """Reserve a slot for one worker that joins, or that returns after `release`.
 
         Raises:
             PlacementError: as `reserve` does.
@@ -148,101 +153,105 @@ class Placement:
             return
         spare = self._spare[demand.role]
         if spare:
-            worker, seat = f"{demand.role}-{rank}", spare.pop()
-            seat.group.workers.add(worker)
-            self._seats[worker] = seat
+            worker, slot = f"{demand.role}-{rank}", spare.pop()
+            slot.group.workers.add(worker)
+            self._slots[worker] = slot
         else:
             await self._reserve([replace(demand, workers=1)], rank)
 
     def release(self, worker: str) -> None:
-        """Give up the place of a worker that has ended.
+        """Give up the slot of a worker that has ended.
 
-        On a GPU with others it is kept for the next worker of its role.
+        A slot on a GPU that others still use is kept for the next worker of its role: Ray can only
+        give back whole placement groups.
         """
-        seat = self._seats.pop(worker, None)
-        if seat is None:
+        slot = self._slots.pop(worker, None)
+        if slot is None:
             return
-        seat.group.workers.discard(worker)
-        if seat.group.workers:
-            self._spare[worker.rpartition("-")[0]].append(seat)
+        slot.group.workers.discard(worker)
+        if slot.group.workers:
+            self._spare[worker.rpartition("-")[0]].append(slot)
         else:
-            remove_placement_group(seat.group.handle)
-            for seats in self._spare.values():
-                seats[:] = [spare for spare in seats if spare.group is not seat.group]
+            remove_placement_group(slot.group.handle)
+            for slots in self._spare.values():
+                slots[:] = [spare for spare in slots if spare.group is not slot.group]
 
     def close(self) -> None:
-        """Give up every place."""
-        for worker in [*self._seats]:
+        """Give up all slots."""
+        for worker in [*self._slots]:
             self.release(worker)
         self._spare.clear()
 
     async def _reserve(self, demands: Sequence[Demand], first_rank: int) -> None:
         deadline = time.monotonic() + self._timeout_s
-        while not await self._is_held(demands, first_rank, deadline):
+        while not await self._try_reserve(demands, first_rank, deadline):
             await asyncio.sleep(random.SystemRandom().uniform(0, MAX_PAUSE_S))
 
-    async def _is_held(self, demands: Sequence[Demand], first_rank: int, deadline: float) -> bool:
-        """Lay out and reserve; False: Ray could not reserve all, and nothing is held."""
-        places, nodes = await self._laid_out(demands, deadline)
-        moved = [replace(place, rank=place.rank + first_rank) for place in places]
-        groups = [self._hold(bundles, nodes, moved) for bundles in placement_groups(moved)]
-        until, is_held = min(time.monotonic() + PATIENCE_S, deadline), False
+    async def _try_reserve(
+        self, demands: Sequence[Demand], first_rank: int, deadline: float
+    ) -> bool:
+        """Lay out and reserve; return False, and hold nothing, if Ray could not reserve all."""
+        layout, nodes = await self._lay_out_on_free(demands, deadline)
+        slots = [replace(slot, rank=slot.rank + first_rank) for slot in layout]
+        groups = [self._create(bundles, nodes, slots) for bundles in placement_groups(slots)]
+        until, is_reserved = min(time.monotonic() + PATIENCE_S, deadline), False
         try:
-            late = [group for group in groups if not await _is_made(group, until)]
-            if late and time.monotonic() >= deadline:
-                raise self._not_made(late[0])
-            is_held = not late
+            missing = [group for group in groups if not await _is_created(group, until)]
+            if missing and time.monotonic() >= deadline:
+                raise self._not_created(missing[0])
+            is_reserved = not missing
         finally:
-            for place in [] if is_held else moved:
-                self.release(worker_name(place))
-        return is_held
+            for slot in [] if is_reserved else slots:
+                self.release(worker_name(slot))
+        return is_reserved
 
-    async def _laid_out(
+    async def _lay_out_on_free(
         self, demands: Sequence[Demand], deadline: float
-    ) -> tuple[list[Place], list[LiveNode]]:
-        """Places on GPUs that are free, as soon as there are enough."""
+    ) -> tuple[list[Slot], list[LiveNode]]:
+        """Return slots on free GPUs, as soon as there are enough."""
         while True:
             nodes = live_nodes()
             free = [replace(live.node, gpus=live.free) for live in nodes]
-            places = fit(demands, free)
-            if places is not None:
-                return places, nodes
+            slots = fit(demands, free)
+            if slots is not None:
+                return slots, nodes
             if not self._may_grow:
+                # Raises if the demands do not fit even once others have given up their GPUs.
                 lay_out(demands, [live.node for live in nodes])
             if time.monotonic() >= deadline:
                 raise PlacementError(
                     f"{shortage(demands, free)}. {_in_use(nodes)}{_no_gpus(nodes)}"
-                    f"Waited {self._timeout_s:g} s for room (placement.timeout_s)"
+                    f"Waited {self._timeout_s:g} s for free GPUs (placement.timeout_s)"
                 )
-            self._ask()
+            self._request_nodes()
             await asyncio.sleep(POLL_S)
 
-    def _hold(
-        self, bundles: Sequence[Bundle], nodes: Sequence[LiveNode], places: Sequence[Place]
+    def _create(
+        self, bundles: Sequence[Bundle], nodes: Sequence[LiveNode], slots: Sequence[Slot]
     ) -> _Group:
         handle = placement_group(
             [bundle.resources for bundle in bundles],
             bundle_label_selector=[{NODE_ID: nodes[bundle.node].id} for bundle in bundles],
         )
-        shares = {worker_name(place): place.share for place in places}
+        shares = {worker_name(slot): slot.share for slot in slots}
         group = _Group(handle, {worker for bundle in bundles for worker in bundle.workers})
         for index, bundle in enumerate(bundles):
             for worker in bundle.workers:
-                self._seats[worker] = Seat(shares[worker], group, index)
+                self._slots[worker] = ReservedSlot(shares[worker], group, index)
         return group
 
-    def _not_made(self, group: _Group) -> PlacementError:
+    def _not_created(self, group: _Group) -> PlacementError:
         bundles = list(ray.util.placement_group_table(group.handle)["bundles"].values())
         return PlacementError(
-            f"Ray did not reserve places for {', '.join(sorted(group.workers))} within "
+            f"Ray did not reserve slots for {', '.join(sorted(group.workers))} within "
             f"{self._timeout_s:g} s (placement.timeout_s), though the GPUs were free: the nodes "
-            "have too few CPUs (each worker needs one), or somebody else was faster. "
-            f"Asked: {bundles}. {_in_use(live_nodes())}Try again"
+            "have too few CPUs (each worker needs one), or another run took the GPUs first. "
+            f"Requested: {bundles}. {_in_use(live_nodes())}Add CPUs, or try again"
         )
 
 
-async def _is_made(group: _Group, until: float) -> bool:
-    """Whether Ray has reserved it by then."""
+async def _is_created(group: _Group, until: float) -> bool:
+    """Wait until Ray has reserved a group; return False at the deadline."""
     while not group.handle.wait(0):
         if time.monotonic() >= until:
             return False
@@ -251,17 +260,17 @@ async def _is_made(group: _Group, until: float) -> bool:
 
 
 def _in_use(nodes: Sequence[LiveNode]) -> str:
-    """GPUs that others hold, where there are any."""
-    held = [
+    """Say how many GPUs others hold, if any."""
+    in_use = [
         f"{live.node.name} {live.node.gpus - live.free} of {live.node.gpus}"
         for live in nodes
         if live.free < live.node.gpus
     ]
-    return f"In use by others: {', '.join(held)}. " if held else ""
+    return f"In use by others: {', '.join(in_use)}. " if in_use else ""
 
 
 def _no_gpus(nodes: Sequence[LiveNode]) -> str:
-    """What to do on a cluster of CPUs."""
+    """Say what to set on a cluster without GPUs."""
     if any(live.node.gpus for live in nodes):
         return ""
-    return "No node has GPUs: for a cluster of CPUs set placement.gpus=0. "
+    return "No node has GPUs; for a cluster without GPUs set placement.gpus=0. "

@@ -1,4 +1,4 @@
-"""What clusters are made of: kinds of GPUs, and nodes as they are written or found."""
+"""Kinds of GPUs, and the nodes of a cluster: parsed from text, read from Ray, or this machine."""
 
 import json
 import os
@@ -12,25 +12,26 @@ from typing import Any
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.placement.layout import Node
 
-ASKS_RAY = "rlhf_ray.doctor.live_nodes"
-ASK_TIMEOUT_S = 45.0
+LIVE_NODES_MODULE = "rlhf_ray.doctor.live_nodes"
+"""Run as a process, so this room need not import doctor, which is above it."""
+LIVE_NODES_TIMEOUT_S = 45.0
 
 
 @dataclass(frozen=True)
 class GpuKind:
-    """One GPU. GB are 10^9 bytes."""
+    """The data of one GPU; a GB is 10^9 bytes."""
 
     memory_gb: float
-    """As the driver reports it: the number in the name is rounded, and in GiB for some."""
+    """As the driver reports it; the number in the name is rounded, and in GiB for some."""
     bf16_tflops: float
-    """Of the tensor cores, dense; of a kind without bf16, in fp16."""
+    """Dense, on the tensor cores; fp16 for a kind without bf16."""
     memory_gb_per_s: float
-    """Bandwidth of its own memory."""
+    """Bandwidth of its memory."""
     link_gb_per_s: float
-    """To another GPU of the node, one way: NVLink, or PCIe where there is none."""
+    """Bandwidth to another GPU of the node, one way: NVLink, else PCIe."""
     ray_names: tuple[str, ...]
-    """What Ray calls it: by the driver's name, without its size, unless people label nodes
-    themselves (``ray.util.accelerators``)."""
+    """Its names in Ray: from the driver's name and without the memory size, unless nodes are
+    labelled by hand (``ray.util.accelerators``)."""
 
 
 GPU_KINDS: dict[str, GpuKind] = {
@@ -48,87 +49,91 @@ GPU_KINDS: dict[str, GpuKind] = {
     "T4-16GB": GpuKind(16.1, 65, 320, 16, ("T4",)),
     "RTX4090-24GB": GpuKind(25.8, 165, 1008, 32, ("GeForce-RTX-4090",)),
 }
-"""Makers' data sheets: NVIDIA A100 (2021), H100 and H200 (SXM), B200 (HGX), L40S, L4, V100 (SXM2),
-T4, RTX A6000; the A10G's are its A10's, at the clock that AWS gives it; RTX 4090: Ada whitepaper,
-with fp32 accumulation. Memory is what nvidia-smi shows."""
+"""From the makers' data sheets: NVIDIA A100 (2021), H100 and H200 (SXM), B200 (HGX), L40S, L4, V100
+(SXM2), T4, RTX A6000; A10G: those of the A10, at AWS's clock; RTX 4090: Ada whitepaper, with fp32
+accumulation. Memory is what nvidia-smi shows."""
 
 NETWORK_GB_PER_S = 12.5
-"""Between nodes: 100 Gbit/s, the least that makers' training nodes come with."""
+"""Bandwidth between nodes: 100 Gbit/s, the least that training nodes are sold with."""
 
 _GROUP = re.compile(r"(?:(\d+)x)?(\d+)x([A-Za-z].*)")
 
 
 def parse_cluster(text: str) -> tuple[Node, ...]:
-    """Nodes as people write them.
+    """Parse a description of a cluster.
 
     Args:
-        text: ``3x8xA100-80GB`` (nodes x GPUs x kind), ``8xH100-80GB`` (one node); with ``+``
-            between groups of nodes that differ.
+        text: ``3x8xA100-80GB`` (nodes x GPUs x kind), ``8xH100-80GB`` (one node); groups of
+            different nodes are joined by ``+``.
 
     Raises:
-        ConfigError: it is not written so, or names a kind that is not known.
+        ConfigError: it has another form, or names an unknown kind of GPU.
     """
     nodes: list[Node] = []
     for group in text.split("+"):
-        found = _GROUP.fullmatch(group.strip())
-        if found is None or "0" in (found[1], found[2]):
+        match = _GROUP.fullmatch(group.strip())
+        if match is None or "0" in (match[1], match[2]):
             raise ConfigError(
                 f"--cluster {text}: {group!r} is not NODESxGPUSxKIND; write for example "
-                "3x8xA100-80GB, or 8xA100-80GB+2x4xL40S-48GB for unlike nodes, or live"
+                "3x8xA100-80GB, 8xA100-80GB+2x4xL40S-48GB for different nodes, or live for the "
+                "cluster that is running"
             )
-        if found[3] not in GPU_KINDS:
+        if match[3] not in GPU_KINDS:
             raise ConfigError(
-                f"--cluster {text}: {found[3]!r} is no known kind of GPU; known are "
+                f"--cluster {text}: {match[3]!r} is not a known kind of GPU; known are "
                 f"{', '.join(GPU_KINDS)}"
             )
         nodes += [
-            Node(f"node-{len(nodes) + number}", int(found[2]), gpu_kind=found[3])
-            for number in range(int(found[1] or 1))
+            Node(f"node-{len(nodes) + number}", int(match[2]), gpu_kind=match[3])
+            for number in range(int(match[1] or 1))
         ]
     return tuple(nodes)
 
 
 def live_cluster() -> tuple[Node, ...]:
-    """The nodes of the Ray cluster that this process belongs to, by their addresses.
+    """Return the nodes of the Ray cluster that this process belongs to, sorted by address.
 
-    Asked in a process of its own: Ray waits very long for a cluster that does not let it in.
+    Read in a separate process with a timeout: Ray waits for many minutes if a cluster refuses it.
 
     Raises:
         PlacementError: there is none, or it does not answer.
     """
-    command = [sys.executable, "-m", ASKS_RAY]
+    command = [sys.executable, "-m", LIVE_NODES_MODULE]
     try:
-        asked = subprocess.run(
-            command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIVE_NODES_TIMEOUT_S, check=False
         )
-        why = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
+        why = (result.stderr.strip().splitlines() or ["no answer"])[-1]
     except subprocess.TimeoutExpired:
-        asked, why = None, f"no answer within {ASK_TIMEOUT_S:g} s"
-    if asked is None or asked.returncode:
+        result, why = None, f"no answer within {LIVE_NODES_TIMEOUT_S:g} s"
+    if result is None or result.returncode:
         raise PlacementError(
-            f"No Ray cluster can be reached ({why}); say what it would be, for example "
-            "--cluster 3x8xA100-80GB"
+            f"No Ray cluster can be reached ({why}). Set RAY_ADDRESS, or describe the cluster, "
+            "for example --cluster 3x8xA100-80GB"
         )
-    return tuple(node_of(*found) for found in json.loads(asked.stdout.splitlines()[-1]))
+    return tuple(node_of(*entry) for entry in json.loads(result.stdout.splitlines()[-1]))
 
 
 def node_of(entry: Mapping[str, Any], gpu_memory_gb: float | None = None) -> Node:
-    """A node as ``ray.nodes()`` describes it.
+    """Return the node of an entry of ``ray.nodes()``.
 
     Args:
-        entry: Ray's.
-        gpu_memory_gb: of each of its GPUs; None: not known.
+        entry: Ray's description.
+        gpu_memory_gb: memory of each of its GPUs; None if unknown.
     """
     return Node(
         name=entry["NodeManagerAddress"],
         gpus=int(entry["Resources"].get("GPU", 0)),
         labels=entry["Labels"],
-        gpu_kind=kind_called(entry["Labels"].get("ray.io/accelerator-type", ""), gpu_memory_gb),
+        gpu_kind=gpu_kind(entry["Labels"].get("ray.io/accelerator-type", ""), gpu_memory_gb),
     )
 
 
-def kind_called(ray_name: str, memory_gb: float | None) -> str | None:
-    """The kind that Ray calls so, of kinds that it calls alike by its memory; None: not known."""
+def gpu_kind(ray_name: str, memory_gb: float | None) -> str | None:
+    """Return the kind with a name in Ray, by its memory if Ray gives several kinds that name.
+
+    None if it is unknown.
+    """
     family = [kind for kind, gpu in GPU_KINDS.items() if ray_name in gpu.ray_names]
     if memory_gb is None:
         return family[0] if len(family) == 1 else None
@@ -136,22 +141,24 @@ def kind_called(ray_name: str, memory_gb: float | None) -> str | None:
 
 
 def _of_size(family: Iterable[str], memory_gb: float) -> str | None:
-    """Of some kinds the one with about so much memory; None: there are none."""
+    """Return the kind whose memory is closest; None if there are no kinds."""
     return min(family, key=lambda kind: abs(GPU_KINDS[kind].memory_gb - memory_gb), default=None)
 
 
 def this_machine() -> Node:
-    """The machine of this process, its GPUs told apart by their memory."""
+    """Return this machine as a node; its kind of GPU is found by name and memory."""
     import torch
 
     count = torch.cuda.device_count()
     if not count:
         return Node("this machine", 0)
-    found = torch.cuda.get_device_properties(0)
-    family = [kind for kind in GPU_KINDS if kind.partition("-")[0] in found.name.replace(" ", "")]
-    return Node("this machine", count, gpu_kind=_of_size(family, found.total_memory / 1e9))
+    properties = torch.cuda.get_device_properties(0)
+    family = [
+        kind for kind in GPU_KINDS if kind.partition("-")[0] in properties.name.replace(" ", "")
+    ]
+    return Node("this machine", count, gpu_kind=_of_size(family, properties.total_memory / 1e9))
 
 
 def memory_of_machine() -> int:
-    """Bytes of this machine's memory."""
+    """Return the bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

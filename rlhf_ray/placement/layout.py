@@ -1,4 +1,8 @@
-"""Who sits on which GPU: pure arithmetic on a config and the shapes of nodes, without Ray."""
+"""The layout: which worker gets which GPUs, from a config and the shapes of nodes, without Ray.
+
+Roles are placed greedily, those that are hardest to place first; each goes onto the node that holds
+the most of its workers and has the least free capacity.
+"""
 
 import itertools
 import math
@@ -11,7 +15,7 @@ from rlhf_ray.config.rewards import ClassifierSourceConfig, ModelSourceConfig
 from rlhf_ray.errors import PlacementError
 
 RUN_MODELS = (ModelSourceConfig, ClassifierSourceConfig)
-"""Sources that compute in the scorer's own process, and want a GPU there."""
+"""Reward sources that run a model in the scorer's own process, and need a GPU there."""
 
 WORKERS_KEY: Mapping[str, str] = {
     "policy": "policy.num_ranks",
@@ -20,10 +24,10 @@ WORKERS_KEY: Mapping[str, str] = {
     "reward": "reward.num_workers",
     "generator": "generators.num",
 }
-"""Role -> the key that says how many workers it has."""
+"""Role -> the config key with its number of workers."""
 
 WHOLE = 10_000
-"""A GPU in the smallest parts that Ray counts."""
+"""One GPU in the smallest fractions that Ray counts; integers, so that fractions add up exactly."""
 
 
 @dataclass(frozen=True)
@@ -31,58 +35,58 @@ class Node:
     """One machine of a cluster."""
 
     name: str
-    """What people call it: its address in a live cluster, ``node-0`` in a planned one."""
+    """Its address in a live cluster, ``node-0`` and so on in a planned one."""
     gpus: int
     labels: Mapping[str, str] = field(default_factory=dict)
     """Ray's node labels, e.g. ``{"role": "rollout"}``."""
     gpu_kind: str | None = None
-    """A name of `cluster.hardware`, such as ``A100-80GB``; None: not known."""
+    """A key of `hardware.GPU_KINDS`, such as ``A100-80GB``; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What the workers of one role need."""
+    """What the workers of one role request."""
 
     role: str
     """``policy``, ``critic``, ``reference``, ``reward`` or ``generator``."""
     workers: int
     gpus: float
-    """Of one worker: a part of one that is shared, or a whole number of one node."""
+    """Per worker: a fraction of a shared GPU, or a whole number of GPUs of one node."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Labels that its nodes must carry; one that no node carries: nodes without that label."""
+    """Labels that its nodes must carry. If no node has a label's value, nodes without that label
+    are used: a config with labels then fits an unlabelled cluster."""
     is_group: bool = False
-    """Whether its workers talk to each other all the time: packed on as few nodes as can be, ranks
-    of a node in order, never two on one GPU."""
+    """Whether its workers communicate all the time: packed on as few nodes as possible, the ranks
+    of a node in order, never two on one GPU (NCCL refuses that)."""
     sharers: frozenset[str] | None = None
-    """Roles that may be on the same GPU, itself among them; None: any."""
+    """Roles that may share a GPU with it, itself included; None: any."""
 
     @property
     def parts(self) -> int:
-        """What one worker takes of each of its GPUs, in parts of `WHOLE`."""
+        """What one worker takes of each of its GPUs, in units of 1 / `WHOLE`."""
         return round(min(self.gpus, 1) * WHOLE)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one worker sits."""
+class Slot:
+    """The GPUs of one worker."""
 
     role: str
     rank: int
     node: int
     """Index of the node."""
     gpus: tuple[int, ...]
-    """Indices of its GPUs on that node; empty: it needs none."""
+    """Indices of its GPUs on that node; empty if it needs none."""
     share: float
-    """GPUs that it holds: their number, or a part of one."""
+    """How many GPUs it holds: their number, or a fraction of one."""
 
 
 def demands(config: Config) -> list[Demand]:
-    """What PPO's roles need, those without workers left out.
+    """Return the demands of PPO's roles; roles without workers are left out.
 
-    A custom advantage estimator is taken to need a critic: only its code could say.
+    A custom advantage estimator counts as one with a critic, because only its code knows.
     """
     runs_models = any(isinstance(source, RUN_MODELS) for source in config.rewards)
-    whole = config.generators.tensor_parallel_size
     workers: dict[Role, int] = {
         "policy": config.policy.num_ranks,
         "critic": config.critic.num_ranks if config.may_have_critic else 0,
@@ -90,14 +94,15 @@ def demands(config: Config) -> list[Demand]:
         "reward": config.reward.num_workers,
         "generator": config.generators.num,
     }
-    asked = {role: config.placement.gpus_of(role) for role in workers}
-    asked["reward"] *= runs_models
-    asked["generator"] = whole if whole > 1 else asked["generator"]
+    gpus: dict[Role, float] = {role: config.placement.gpus_of(role) for role in workers}
+    gpus["reward"] *= runs_models
+    if config.generators.tensor_parallel_size > 1:
+        gpus["generator"] = config.generators.tensor_parallel_size
     return [
         Demand(
             role=role,
             workers=count,
-            gpus=asked[role],
+            gpus=gpus[role],
             labels=config.placement.of(role).labels,
             is_group=role in ("policy", "critic"),
             sharers=config.placement.sharers(role),
@@ -107,38 +112,35 @@ def demands(config: Config) -> list[Demand]:
     ]
 
 
-def lay_out(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[Place]:
-    """A place for every worker, in the order of the demands and their ranks.
-
-    What is hardest to seat comes first: learner groups and engines of several GPUs. A role goes
-    onto the node that has least room to spare after it, or else onto as few nodes as can be.
+def lay_out(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[Slot]:
+    """Return a slot for every worker, in the order of the demands and their ranks.
 
     Raises:
-        PlacementError: what was asked, what there is, and what would fit.
+        PlacementError: they do not fit; says what is requested, what is available, what would fit.
     """
-    places = fit(demands, nodes)
-    if places is None:
+    slots = fit(demands, nodes)
+    if slots is None:
         raise PlacementError(shortage(demands, nodes))
-    return places
+    return slots
 
 
 @dataclass
 class _Gpu:
-    """What is left of a GPU, and who is on it."""
+    """The free fraction of a GPU, and the roles on it."""
 
     free: int = WHOLE
     roles: list[str] = field(default_factory=list)
 
     def takes(self, demand: Demand) -> bool:
-        """Whether a worker fits in."""
+        """Whether a worker of this demand fits."""
         if demand.parts > self.free or (demand.is_group and demand.role in self.roles):
             return False
         return demand.sharers is None or demand.sharers.issuperset(self.roles)
 
 
 @dataclass
-class _Room:
-    """What is left of a node."""
+class _Capacity:
+    """The free capacity of a node."""
 
     node: int
     gpus: list[_Gpu]
@@ -147,8 +149,8 @@ class _Room:
     def free(self) -> int:
         return sum(gpu.free for gpu in self.gpus)
 
-    def seat(self, demand: Demand) -> tuple[int, ...] | None:
-        """Seat a worker, a part of a GPU on the fullest that takes it; None: no room."""
+    def take(self, demand: Demand) -> tuple[int, ...] | None:
+        """Place a worker on the fullest GPUs that take it; None if it does not fit."""
         fitting = [index for index, gpu in enumerate(self.gpus) if gpu.takes(demand)]
         fitting.sort(key=lambda index: self.gpus[index].free)
         needed = math.ceil(demand.gpus)
@@ -160,82 +162,82 @@ class _Room:
         return tuple(fitting[:needed])
 
     def capacity(self, demand: Demand) -> int:
-        """How many of its workers fit, at most as many as there are."""
-        trial = _Room(self.node, [_Gpu(gpu.free, [*gpu.roles]) for gpu in self.gpus])
-        seats = (trial.seat(demand) for _ in range(demand.workers))
-        return sum(1 for _ in itertools.takewhile(lambda seat: seat is not None, seats))
+        """Return how many of a demand's workers fit, at most all of them."""
+        trial = _Capacity(self.node, [_Gpu(gpu.free, [*gpu.roles]) for gpu in self.gpus])
+        slots = (trial.take(demand) for _ in range(demand.workers))
+        return sum(1 for _ in itertools.takewhile(lambda slot: slot is not None, slots))
 
 
-def fit(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[Place] | None:
-    """What `lay_out` gives, or None where there is no room."""
-    rooms = [_Room(i, [_Gpu() for _ in range(node.gpus)]) for i, node in enumerate(nodes)]
-    seated: dict[str, list[Place]] = {}
+def fit(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[Slot] | None:
+    """Return what `lay_out` does, or None if the workers do not fit."""
+    capacities = [_Capacity(i, [_Gpu() for _ in range(node.gpus)]) for i, node in enumerate(nodes)]
+    placed: dict[str, list[Slot]] = {}
     for demand in sorted(demands, key=lambda d: _hardness(d, nodes), reverse=True):
         eligible = set(_eligible(demand, nodes))
-        places = list(_seat_all(demand, [room for room in rooms if room.node in eligible]))
-        if len(places) < demand.workers:
+        slots = list(_place(demand, [node for node in capacities if node.node in eligible]))
+        if len(slots) < demand.workers:
             return None
-        seated[demand.role] = places
-    return [place for demand in demands for place in seated[demand.role]]
+        placed[demand.role] = slots
+    return [slot for demand in demands for slot in placed[demand.role]]
 
 
 def _hardness(demand: Demand, nodes: Sequence[Node]) -> tuple[int, float, float]:
-    """Fewer nodes to choose from, the larger piece on one node, and the more in all."""
+    """Harder: fewer eligible nodes, then a larger piece on one node, then more GPUs in total."""
     total = demand.gpus * demand.workers
     return -len(_eligible(demand, nodes)), total if demand.is_group else demand.gpus, total
 
 
 def _eligible(demand: Demand, nodes: Sequence[Node]) -> list[int]:
-    """Nodes with GPUs that carry its labels."""
-    found = [index for index, node in enumerate(nodes) if node.gpus]
+    """Return the indices of nodes with GPUs and the demand's labels."""
+    eligible = [index for index, node in enumerate(nodes) if node.gpus]
     for key, value in demand.labels.items():
-        is_carried = any(node.labels.get(key) == value for node in nodes)
-        wanted = value if is_carried else None
-        found = [index for index in found if nodes[index].labels.get(key) == wanted]
-    return found
+        exists = any(node.labels.get(key) == value for node in nodes)
+        required = value if exists else None
+        eligible = [index for index in eligible if nodes[index].labels.get(key) == required]
+    return eligible
 
 
-def _seat_all(demand: Demand, rooms: Sequence[_Room]) -> Iterator[Place]:
-    """Places of its workers, as long as there is room."""
+def _place(demand: Demand, nodes: Sequence[_Capacity]) -> Iterator[Slot]:
+    """Yield slots for the demand's workers, until no node has capacity."""
     rank = 0
     while rank < demand.workers:
-        left = replace(demand, workers=demand.workers - rank)
-        room = min(rooms, key=lambda room: _preference(room, left), default=None)
-        count = room.capacity(left) if room else 0
-        if room is None or not count:
+        rest = replace(demand, workers=demand.workers - rank)
+        best = min(nodes, key=lambda node: _preference(node, rest), default=None)
+        count = best.capacity(rest) if best else 0
+        if best is None or not count:
             return
         for _ in range(count):
-            gpus = room.seat(demand)
+            gpus = best.take(demand)
             assert gpus is not None
-            yield Place(demand.role, rank, room.node, gpus, demand.gpus)
+            yield Slot(demand.role, rank, best.node, gpus, demand.gpus)
             rank += 1
 
 
-def _preference(room: _Room, demand: Demand) -> tuple[int, int, int]:
-    """Smallest first: as many as can be of its workers on one node, the fullest of equal ones."""
-    return -room.capacity(demand), room.free, room.node
+def _preference(node: _Capacity, demand: Demand) -> tuple[int, int, int]:
+    """Smallest first: the node that takes most of the workers, among equals the fullest one."""
+    return -node.capacity(demand), node.free, node.node
 
 
 def shortage(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
-    """What was asked, what there is, and what would fit, of demands that do not."""
-    return f"{asked_and_there(demands, nodes)}. {what_would_fit(demands, nodes)}"
+    """Say what is requested, what is available and what would fit, for demands that do not fit."""
+    return f"{request_and_capacity(demands, nodes)}. {what_fits(demands, nodes)}"
 
 
-def asked_and_there(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
-    """The first half of a `shortage`."""
-    asked = ", ".join(f"{d.role} {d.workers} x {d.gpus:g}{_listed(d.labels)}" for d in demands)
+def request_and_capacity(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
+    """Return the first half of a `shortage`."""
+    requested = ", ".join(f"{d.role} {d.workers} x {d.gpus:g}{_listed(d.labels)}" for d in demands)
     total = sum(d.workers * d.gpus for d in demands)
-    there = ", ".join(f"{node.name} {node.gpus}{_listed(node.labels)}" for node in nodes)
+    available = ", ".join(f"{node.name} {node.gpus}{_listed(node.labels)}" for node in nodes)
     return (
-        f"The cluster has no room for every role. Asked, workers x GPUs: {asked}; in all "
+        f"The roles do not fit on the cluster. Requested, workers x GPUs: {requested}; in total "
         f"{total:g}. "
-        f"There: {there or 'no node'}; in all {sum(node.gpus for node in nodes)}"
+        f"Available: {available or 'no node'}; in total {sum(node.gpus for node in nodes)}"
     )
 
 
-def what_would_fit(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
-    """Its second half."""
-    return f"It would fit with {' or '.join(_remedies(demands, nodes)) or 'fewer roles'}"
+def what_fits(demands: Sequence[Demand], nodes: Sequence[Node]) -> str:
+    """Return the second half of a `shortage`."""
+    return f"It would fit with {' or '.join(_suggestions(demands, nodes)) or 'fewer roles'}"
 
 
 def _listed(labels: Mapping[str, str]) -> str:
@@ -243,20 +245,20 @@ def _listed(labels: Mapping[str, str]) -> str:
     return f" ({listed})" if listed else ""
 
 
-def _remedies(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
-    """The smallest change of each kind with which it fits."""
-    found = (
+def _suggestions(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
+    """Return the smallest change of each kind with which the demands fit."""
+    suggestions = (
         _with_fewer(demands, nodes) or _with_smaller(demands, nodes),
         _without_labels(demands, nodes),
         _with_more(demands, nodes),
     )
-    return [remedy for remedy in found if remedy]
+    return [suggestion for suggestion in suggestions if suggestion]
 
 
 def _with_fewer(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
-    """Fewer workers of the role that gives up least.
+    """Suggest fewer workers of the role that gives up least.
 
-    A group keeps a divisor of its ranks, as batches are divided among them.
+    A learner group's ranks must stay a divisor, because batches are divided among them.
     """
     options = [
         ((demand.workers - count) * demand.gpus, f"{WORKERS_KEY[demand.role]}={count}")
@@ -269,7 +271,7 @@ def _with_fewer(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
 
 
 def _with_smaller(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
-    """Engines of fewer GPUs, or else parts of GPUs."""
+    """Suggest engines of fewer GPUs, or a fraction of a GPU for each worker."""
     largest = max(demand.gpus for demand in demands)
     options = [largest / 2**halvings for halvings in range(1, int(largest).bit_length())]
     if largest <= 1:
@@ -282,6 +284,7 @@ def _with_smaller(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | Non
 
 
 def _without_labels(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
+    """Suggest to drop a role's labels."""
     for demand in demands:
         anywhere = replace(demand, labels={})
         if fit([anywhere if d is demand else d for d in demands], nodes):
@@ -290,7 +293,7 @@ def _without_labels(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | N
 
 
 def _with_more(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
-    """More nodes as large as the largest, labelled as some node is; eight GPUs, where none is."""
+    """Suggest more nodes like the largest (8 GPUs if there is none), with some node's labels."""
     gpus = max((node.gpus for node in nodes), default=0) or 8
     kinds = list(dict.fromkeys(tuple(node.labels.items()) for node in nodes)) or [()]
     for number in range(1, sum(demand.workers for demand in demands) + 1):

@@ -2,7 +2,6 @@
 
 import math
 
-from rlhf_ray.cluster.session import runs_on_ray
 from rlhf_ray.planning.roles import Setting
 from rlhf_ray.planning.throughput import Pace, longest_shard
 
@@ -15,7 +14,7 @@ def late_calls(setting: Setting, pace: Pace | None) -> str | None:
         pace: of its run; None: how fast that would be is not known.
     """
     limit_s = setting.config.cluster.call_timeout_s
-    if pace is None or not pace.phases or not runs_on_ray(setting.config):
+    if pace is None or not pace.phases or not setting.config.cluster.runs_on_ray:
         return None
     longest = {
         "a shard of a generator": longest_shard(setting),

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.placement.layout import Node, Place, demands
+from rlhf_ray.placement.layout import Node, Slot, demands
 from rlhf_ray.planning.changes import BASE_AS_REFERENCE, Change, changed
 from rlhf_ray.planning.prediction import Plan, prediction
 from rlhf_ray.planning.throughput import Pace, Range
@@ -43,7 +43,7 @@ def _layout(changes: Change, plan: Plan, pace: Pace) -> Layout:
     return Layout(changes, len(_gpus(plan.places)), pace.days, pace.idle_gpu_hours)
 
 
-def _gpus(places: Sequence[Place], *roles: str) -> set[tuple[int, int]]:
+def _gpus(places: Sequence[Slot], *roles: str) -> set[tuple[int, int]]:
     """Node and index of the GPUs that some roles are on; none named: of all."""
     return {(p.node, gpu) for p in places if not roles or p.role in roles for gpu in p.gpus}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rlhf_ray.cluster.colocation import SIDES
 from rlhf_ray.config import Config
 from rlhf_ray.placement.hardware import GPU_KINDS, GpuKind, memory_of_machine
-from rlhf_ray.placement.layout import Demand, Node, Place, asked_and_there, what_would_fit
+from rlhf_ray.placement.layout import Demand, Node, Slot, request_and_capacity, what_fits
 from rlhf_ray.planning.generators import Engine
 from rlhf_ray.planning.memory import GB
 from rlhf_ray.planning.roles import PlannedRole
@@ -37,9 +37,9 @@ def no_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> Shortage:
     asked = sum(demand.workers * demand.gpus for demand in demands)
     there = sum(node.gpus for node in nodes)
     return Shortage(
-        asked_and_there(demands, nodes),
+        request_and_capacity(demands, nodes),
         GPU * (1 + max(0, asked - there)),
-        remedy=what_would_fit(demands, nodes),
+        remedy=what_fits(demands, nodes),
     )
 
 
@@ -52,7 +52,7 @@ def smallest_kind(nodes: Iterable[Node]) -> GpuKind | None:
 
 
 def on_gpus(
-    roles: Iterable[PlannedRole], places: Iterable[Place]
+    roles: Iterable[PlannedRole], places: Iterable[Slot]
 ) -> dict[tuple[int, int], list[PlannedRole]]:
     """Node and GPU -> the role of each worker that is on it."""
     by_name = {role.role: role for role in roles}
@@ -87,7 +87,7 @@ def usable_bytes(kind: GpuKind) -> float:
 
 
 def too_large(
-    roles: Iterable[PlannedRole], places: Iterable[Place], nodes: Sequence[Node], turns: bool
+    roles: Iterable[PlannedRole], places: Iterable[Slot], nodes: Sequence[Node], turns: bool
 ) -> list[Shortage]:
     """GPUs whose workers together take more than there is, one for each set of roles."""
     found: dict[tuple[str, ...], Shortage] = {}

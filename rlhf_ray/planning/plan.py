@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from rlhf_ray.cluster.session import joins_cluster
 from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.placement.hardware import live_cluster, parse_cluster, this_machine
@@ -58,7 +57,7 @@ def nodes_of(config: Config) -> tuple[Node, ...]:
 def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple[str, ...]]:
     if cluster is not None and cluster != LIVE:
         return parse_cluster(cluster), ()
-    if cluster is None and not joins_cluster(config):
+    if cluster is None and not config.cluster.joins_cluster:
         return (this_machine(),), ()
     try:
         return live_cluster(), ()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.config import Config
 from rlhf_ray.placement.hardware import GpuKind
-from rlhf_ray.placement.layout import Node, Place, demands, fit
+from rlhf_ray.placement.layout import Node, Slot, demands, fit
 from rlhf_ray.planning.deadlines import late_calls
 from rlhf_ray.planning.memory import GB
 from rlhf_ray.planning.memory_check import (
@@ -34,7 +34,7 @@ class Plan:
     models: Models
     roles: tuple[PlannedRole, ...]
     """Of PPO, and of the supervised stages, each of which has the cluster for itself."""
-    places: tuple[Place, ...]
+    places: tuple[Slot, ...]
     """Of PPO's workers; empty where there is no GPU, or no room."""
     sequences: int
     """Of model.max_length, that one generator's KV cache holds at a time; of GPUs of which nothing
@@ -113,14 +113,14 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     )
 
 
-def _places(config: Config, nodes: Sequence[Node]) -> tuple[list[Place], list[Shortage]]:
+def _places(config: Config, nodes: Sequence[Node]) -> tuple[list[Slot], list[Shortage]]:
     asked = demands(config)
     places = fit(asked, nodes)
     return ([], [no_room(asked, nodes)]) if places is None else (places, [])
 
 
 def _kinds(
-    config: Config, nodes: Sequence[Node], places: Iterable[Place]
+    config: Config, nodes: Sequence[Node], places: Iterable[Slot]
 ) -> dict[str, GpuKind | None]:
     """The smallest GPUs that each role is on; of the cluster where it has no place."""
     kinds: dict[str, GpuKind | None] = {}

@@ -1,11 +1,11 @@
-"""How others talk with a run's driver: through two small files in the run's folder.
+"""The status of a run and requests to its driver, through two small files in the run's folder.
 
-    driver --> status.json --> whoever asks
-    driver <-- asked.json  <-- whoever asks
+    driver --> status.json --> rlhf-ray status, dashboards, other drivers
+    driver <-- asked.json  <-- rlhf-ray stop, scale
 
-Both are written whole. They are the same with and without Ray, they outlive the driver, and need
-no process of their own. From another machine `cluster.job_server` has this module read and write
-them on the driver's node, as a job of a second: ``python -m rlhf_ray.runs.control``.
+Both are written whole. They work with and without Ray, outlive the driver, and need no process of
+their own. For a cluster, `jobs.job_server` runs this module on the driver's node as a job of a
+second: ``python -m rlhf_ray.runs.control``.
 """
 
 import argparse
@@ -20,46 +20,48 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_ray.cluster.orphans import alive, identity, write_whole
-from rlhf_ray.cluster.own_job import folder_of_job, make_known, note_folder
+from rlhf_ray.cluster.current_job import name_current_job, record_run_folder, run_folder_of_job
+from rlhf_ray.cluster.orphans import identity, living_process
+from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Bar, Progress, watched_by
 from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.types import GeneratorStatus
 
 INTERVAL_S = 1.0
-"""Between two looks of the driver at what is asked of it."""
+"""Between two looks of the driver for requests."""
 
 LIFE_SIGN_S = 20.0
-"""At most between two changes of the status while its driver lives."""
+"""Longest time between two changes of the status while its driver lives."""
 SILENT_S = 60.0
-"""After how long without a change the driver of another host is taken to be gone."""
+"""After this long without a change the driver of another host counts as gone."""
 
-_telling = threading.Lock()
+_updating = threading.Lock()
+"""The loop and the thread with the signs of life change the same file."""
 
 State = Literal["running", "stopped", "finished", "failed", "dead"]
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """How a run stands."""
+    """The status of a run, as written to status.json and printed by ``status --json``."""
 
     name: str
     """``run.name``."""
     folder: str
     """``run.dir``, absolute."""
     state: State = "running"
-    """stopped: on request; failed: by an error; dead: its driver is gone without a word."""
+    """stopped: on request; failed: by an error; dead: its driver vanished without reporting."""
     stage: str | None = None
-    """The stage that it is in, or was in last."""
+    """The current stage, or the last one."""
     progress: str | None = None
-    """How far the stage is, such as ``120/600 steps``."""
+    """Progress of the stage, such as ``120/600 steps``."""
     eta_s: float | None = None
-    """Seconds left of the stage."""
+    """Estimated seconds left of the stage."""
     iteration: int | None = None
-    """Iterations of PPO that are committed; None until PPO's roles are ready, like all below."""
+    """Committed PPO iterations; None until PPO's roles are ready, as are all fields below."""
     iterations: int | None = None
-    """Iterations in all."""
+    """Total iterations."""
     reward: float | None = None
     """Mean score of the last iteration."""
     kl: float | None = None
@@ -67,48 +69,48 @@ class RunStatus:
     version: int | None = None
     """Adapter version that is served."""
     seconds_per_iteration: float | None = None
-    """Mean of this process's iterations but the first."""
+    """Mean over this process's iterations except the first."""
     generators: tuple[GeneratorStatus, ...] = ()
-    """Each generator."""
+    """The state of each generator."""
     updated: float = 0.0
     """Unix seconds at which this was written."""
     message: str | None = None
-    """What the job server says of a run whose driver cannot be asked any more."""
+    """The job server's message about a run whose driver cannot be reached any more."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunStatus":
-        """The inverse of `asdict`."""
-        given: dict[str, Any] = dict(values)
-        given["generators"] = tuple(GeneratorStatus(**each) for each in values["generators"])
-        return cls(**given)
+        """Return the status of which `asdict` gave ``values``."""
+        generators = tuple(GeneratorStatus(**each) for each in values["generators"])
+        return cls(**{**values, "generators": generators})
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What is asked of a running driver."""
+class Request:
+    """What a running driver is requested to do, as written to asked.json."""
 
     stop: bool = False
-    """End after the iteration that it is in."""
+    """End after the current iteration."""
     num_generators: int | None = None
-    """Change the number of generators to this; None: no wish."""
+    """New number of generators; None: as it is."""
     scalings: int = 0
-    """How often that was asked for: the same number may be asked for again."""
+    """How often a number was requested: the same one may be requested again, after the driver has
+    changed it by itself."""
 
 
 class ControlFiles:
-    """The two files of a run."""
+    """The status and request files of a run."""
 
     def __init__(self, folder: Path) -> None:
-        self._status, self._asked = folder / "status.json", folder / "asked.json"
+        self._status, self._requests = folder / "status.json", folder / "asked.json"
 
     def open(self, name: str) -> None:
-        """Begin a run of this process: what was told and asked before is void.
+        """Begin a run of this process; drop the status and requests of earlier ones.
 
         Raises:
             ConfigError: another process runs here.
         """
         self.require_free()
-        self._asked.unlink(missing_ok=True)
+        self._requests.unlink(missing_ok=True)
         driver = identity() | {"host": socket.gethostname()}
         self._write_status(RunStatus(name, str(self._status.parent)), driver)
 
@@ -121,55 +123,57 @@ class ControlFiles:
         try:
             driver, state = self.driver(), self.status().state
         except (OSError, ValueError, KeyError, TypeError, ConfigError):
-            return  # no run's, or not to be read
+            return  # not the folder of a run, or its status is damaged
         is_other = (driver["host"], driver["pid"]) != (socket.gethostname(), os.getpid())
         if is_other and state == "running" and self._is_driven_by(driver):
             raise ConfigError(
                 f"{self._status.parent} is in use by process {driver['pid']} on "
-                f"{driver['host']}: stop it first (rlhf-ray stop {self._status.parent}), or "
+                f"{driver['host']}. Stop that run first (rlhf-ray stop {self._status.parent}), or "
                 "choose another run.dir"
             )
 
     def _is_driven_by(self, driver: dict[str, Any]) -> bool:
-        """Whether the driver of a run whose state is running lives.
+        """Whether the driver of a run whose state is "running" lives.
 
-        On another host only its signs of life tell, which are waited for: hosts' clocks may differ
-        too much to go by the age of the last one.
+        On another host only a change of its status proves it, so one is waited for: the age of the
+        last change says nothing, because the hosts' clocks may differ.
         """
         if driver["host"] == socket.gethostname():
-            return True  # as its state says
+            return True  # `status` has looked for the process
         Progress().say(
-            f"{self._status.parent} was left running by a driver on {driver['host']}: looking "
-            f"for up to {SILENT_S:g} s whether it lives"
+            f"{self._status.parent} was left running by a driver on {driver['host']}: waiting up "
+            f"to {SILENT_S:g} s for a sign of life"
         )
         before, deadline = None, time.monotonic() + SILENT_S
         while time.monotonic() < deadline:
-            with suppress(OSError, ValueError, ConfigError):  # as it is replaced, on some storage
+            with suppress(
+                OSError, ValueError, ConfigError
+            ):  # unreadable for a moment: replacing a file is not atomic on some network storage
                 status = self.status()
                 if before is not None and status != before:
                     return status.state == "running"
                 before = status
             time.sleep(INTERVAL_S)
-        self.tell(state="dead")
+        self.update(state="dead")
         return False
 
-    def begin(self, stage: str) -> None:
-        """Nothing is known yet of a stage that begins."""
+    def begin_stage(self, stage: str) -> None:
+        """Begin a stage: reset what is known of the one before."""
         unknown = {f.name: f.default for f in fields(RunStatus) if f.default is not MISSING}
-        self.tell(**unknown | {"stage": stage})
+        self.update(**unknown | {"stage": stage})
 
-    def tell(self, **changes: Any) -> None:
-        """Change fields of the status. No run ends because it is gone or cannot be written."""
-        with suppress(OSError, ValueError, TypeError, KeyError, ConfigError), _telling:
+    def update(self, **changes: Any) -> None:
+        """Change fields of the status. A missing or unwritable file does not end the run."""
+        with suppress(OSError, ValueError, TypeError, KeyError, ConfigError), _updating:
             written = self._read()
             self._write_status(replace(_status_in(written), **changes), written["driver"])
 
     def _write_status(self, status: RunStatus, driver: dict[str, Any]) -> None:
         values = asdict(replace(status, updated=time.time()))
-        write_whole(self._status, {"status": values, "driver": driver})
+        write_atomically(self._status, json.dumps({"status": values, "driver": driver}))
 
     def status(self) -> RunStatus:
-        """How the run stands.
+        """Return the status; "dead" if its driver on this host is gone.
 
         Raises:
             ConfigError: no run has written here.
@@ -177,12 +181,12 @@ class ControlFiles:
         written = self._read()
         status, driver = _status_in(written), written["driver"]
         here = driver["host"] == socket.gethostname()
-        if status.state == "running" and here and alive(driver) is None:
+        if status.state == "running" and here and living_process(driver) is None:
             return replace(status, state="dead")
         return status
 
     def driver(self) -> dict[str, Any]:
-        """Which process drives the run: host, pid, started, name."""
+        """Return the process that drives the run: host, pid, started, name."""
         return self._read()["driver"]
 
     def _read(self) -> dict[str, Any]:
@@ -191,45 +195,45 @@ class ControlFiles:
         except FileNotFoundError:
             raise ConfigError(
                 f"{self._status.parent} holds no run that was started: it has no "
-                f"{self._status.name}; see rlhf-ray list for the runs of a cluster"
+                f"{self._status.name}. For the runs of a cluster see rlhf-ray list"
             ) from None
 
-    def ask(self, *, stop: bool = False, num_generators: int | None = None) -> None:
-        """Leave a wish for the driver, beside what was asked before."""
-        before = self.asked()
-        wish = replace(before, stop=stop or before.stop)
+    def request(self, *, stop: bool = False, num_generators: int | None = None) -> None:
+        """Leave a request for the driver, in addition to earlier ones."""
+        before = self.requested()
+        request = replace(before, stop=stop or before.stop)
         if num_generators is not None:
-            wish = replace(wish, num_generators=num_generators, scalings=before.scalings + 1)
-        write_whole(self._asked, asdict(wish))
+            request = replace(request, num_generators=num_generators, scalings=before.scalings + 1)
+        write_atomically(self._requests, json.dumps(asdict(request)))
 
-    def asked(self) -> Wish:
-        """All that was asked since the run began."""
+    def requested(self) -> Request:
+        """Return everything requested since the run began."""
         try:
-            return Wish(**json.loads(self._asked.read_text(encoding="utf-8")))
+            return Request(**json.loads(self._requests.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            return Wish()
+            return Request()
 
 
 @contextmanager
-def told(name: str, folder: Path) -> Iterator[ControlFiles]:
-    """A run of this process, from its beginning to how it ended."""
+def reporting_status(name: str, folder: Path) -> Iterator[ControlFiles]:
+    """Keep the status of this process's run, from its beginning to how it ended."""
     files = ControlFiles(folder)
     files.open(name)
-    note_folder(folder)
-    make_known(name, folder)
+    record_run_folder(folder)
+    name_current_job(name, folder)
 
-    def tell_progress(bar: Bar) -> None:
-        files.tell(progress=bar.counted(), eta_s=bar.eta_s)
+    def report_progress(bar: Bar) -> None:
+        files.update(progress=bar.counted(), eta_s=bar.eta_s)
 
     try:
-        # Where nothing else renews the status, other hosts see by it that we live.
-        with watched_by(tell_progress), repeated(files.tell, LIFE_SIGN_S, "signs of life"):
+        # An unchanged update is a sign of life for other hosts in long phases without progress.
+        with watched_by(report_progress), repeated(files.update, LIFE_SIGN_S, "signs of life"):
             yield files
     except Exception:
-        files.tell(state="failed")
+        files.update(state="failed")
         raise
     except BaseException:
-        files.tell(state="stopped")
+        files.update(state="stopped")
         raise
 
 
@@ -238,17 +242,17 @@ def _status_in(written: dict[str, Any]) -> RunStatus:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Ask and answer on the driver's node; prints one line of JSON, the last of its output."""
+    """Answer a query on the driver's node; prints one line of JSON, the last of its output."""
     parser = argparse.ArgumentParser()
     parser.add_argument("job")
     parser.add_argument("--stop", action="store_true")
     parser.add_argument("--generators", type=int)
     args = parser.parse_args(arguments)
     try:
-        files = ControlFiles(folder_of_job(args.job))
+        files = ControlFiles(run_folder_of_job(args.job))
         status = files.status()
         if args.stop or args.generators is not None:
-            files.ask(stop=args.stop, num_generators=args.generators)
+            files.request(stop=args.stop, num_generators=args.generators)
     except ConfigError as error:
         print(json.dumps({"error": str(error)}))
         return

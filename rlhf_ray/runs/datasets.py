@@ -1,10 +1,12 @@
-"""The data sets of a run: the user's rows, and the prompts to learn from and to hold out.
+"""The data sets of a run: the user's rows, the prompts to learn from, and those held out.
 
-Rows are read with progress, and their texts are counted for the report.
+Rows are read with a progress bar, and statistics of their texts are written for the report.
 """
 
 import json
-from typing import Any, Literal
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.prompts import Prompts, load_prompts
@@ -13,16 +15,17 @@ from rlhf_ray.data.reading.formats import Use
 from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Progress
-from rlhf_ray.runs.folder import RunFolder, write_atomically
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.types import Prompt
 
 
 def user_rows(
     config: Config, key: Literal["pretrain", "sft", "preferences", "prompts", "eval"], use: Use
 ) -> StoredRows:
-    """The rows of ``data.<key>``, which must be set; writes ``data/<key>.json``.
+    """Read the rows of ``data.<key>``, which must be set; write ``data/<key>.json``.
 
     Raises:
         DataError: they cannot be read.
@@ -43,9 +46,12 @@ def user_rows(
 
 
 def ppo_prompts(
-    config: Config, folder: RunFolder, tokenizer: Any
+    config: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Prompts, list[Prompt], dict[str, int]]:
-    """What PPO samples from (data.prompts, else prepare's rl set), what is held out, and counts."""
+    """Return the prompts to train on, the held-out ones, and counts of dropped rows.
+
+    They come from data.prompts, else from prepare's rl set.
+    """
     if config.data.prompts is None:
         prompts, counts = _load(config, StoredRows(folder.rows("rl")), tokenizer, "prompts")
     else:
@@ -57,8 +63,13 @@ def ppo_prompts(
     return prompts, held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts), counts
 
 
-def held_out_prompts(config: Config, folder: RunFolder, tokenizer: Any, limit: int) -> list[Prompt]:
-    """Prompts that no stage trains on: data.eval, the end of data.prompts, or prepare's set."""
+def held_out_prompts(
+    config: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[Prompt]:
+    """Return prompts that no stage trains on.
+
+    They come from data.eval, else from the end of data.prompts, else from prepare's set.
+    """
     if config.data.eval is not None:
         prompts, _ = _load(config, user_rows(config, "eval", "prompts"), tokenizer, "eval")
     elif config.data.prompts is not None:
@@ -71,21 +82,21 @@ def held_out_prompts(config: Config, folder: RunFolder, tokenizer: Any, limit: i
 
 
 def _num_held_out(prompts: Prompts) -> int:
-    """A tenth of the user's prompts, where no set for evaluation is given.
+    """Return a tenth of the user's prompts, to hold out where data.eval is not set.
 
     Raises:
-        DataError: too few to divide.
+        DataError: there are fewer than two.
     """
     if len(prompts) < 2:
         raise DataError(
-            f"data.prompts holds {len(prompts)} usable prompts; at least 2 are needed, one of them "
-            "held out for evaluation (or name a set in data.eval)"
+            f"data.prompts holds {len(prompts)} usable prompts; at least 2 are needed, as one is "
+            "held out for evaluation. Add prompts, or set data.eval"
         )
     return max(1, len(prompts) // 10)
 
 
 def _load(
-    config: Config, rows: StoredRows, tokenizer: Any, name: str
+    config: Config, rows: StoredRows, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> tuple[Prompts, dict[str, int]]:
     return load_prompts(
         rows,

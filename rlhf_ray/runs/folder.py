@@ -1,11 +1,6 @@
-"""Where a run's files are, and which model or data set a stage reads."""
+"""The folder of a run: where its files are, and which model or data set a stage reads."""
 
-import errno
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +11,18 @@ from rlhf_ray.config.rewards import (
     ModelSourceConfig,
     RewardSourceConfig,
 )
-from rlhf_ray.errors import ConfigError, DataError, RlhfError
+from rlhf_ray.disk import unwritable_is_an_error, write_atomically
+from rlhf_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CHECKPOINTS = "trainer/checkpoint-*"
-"""Where the supervised stages keep what an unfinished training goes on from."""
-
-LEAST_FREE_BYTES = 2**20
-"""Less free space than this counts as a full disk."""
+"""Checkpoints from which the supervised stages resume an unfinished training."""
 
 
 class RunFolder:
-    """Paths under ``run.dir``; models and data by what the config or earlier stages give."""
+    """Paths under ``run.dir``, and the models and data that the config or earlier stages give."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -37,7 +30,7 @@ class RunFolder:
         self.saved = self.path / "config.yaml"
 
     def make(self) -> None:
-        """Make the folder when missing, for its owner alone.
+        """Create the folder if missing, readable by its owner alone.
 
         Raises:
             ConfigError: it cannot be written.
@@ -46,7 +39,7 @@ class RunFolder:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def stage(self, name: str) -> Path:
-        """Folder of a stage; made when missing.
+        """Return the folder of a stage, created if missing.
 
         Raises:
             ConfigError: the run folder cannot be written.
@@ -59,23 +52,23 @@ class RunFolder:
         return folder
 
     def summary(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage left, or None while it has not finished."""
+        """Return the summary of a finished stage; None if it has not finished."""
         path = self.path / stage / "summary.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write_summary(self, stage: str, summary: dict[str, Any]) -> None:
-        """Mark a stage as finished: written whole or not at all, as the stage's last act."""
+        """Write the summary, which marks the stage as finished: the last thing that it does."""
         write_atomically(self.stage(stage) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def has_begun(self, stage: str) -> bool:
-        """Whether a stage left something that a run which goes on would build on."""
+        """Whether a stage left something that a resumed run would build on."""
         parts = [(self.path / stage).glob(name) for name in ("summary.json", CHECKPOINTS)]
         if stage == "ppo":
             parts.append((self.path / "checkpoints").glob("*/state.json"))
         return any(True for part in parts for _ in part)
 
     def dataset(self, name: str) -> Path:
-        """One of the sets that prepare writes: finetune, reward, rl, evaluation.
+        """Return the folder of a set that prepare writes: finetune, reward, rl or evaluation.
 
         Raises:
             DataError: prepare has not run.
@@ -83,12 +76,13 @@ class RunFolder:
         folder = self.path / "prepare" / name
         if not folder.is_dir():
             raise DataError(
-                f"{folder} does not exist: run the stage prepare first, or name your set in data.*"
+                f"{folder} does not exist: run the stage prepare first, or set data.* to your "
+                "dataset"
             )
         return folder
 
     def rows(self, name: str) -> "Dataset":
-        """The rows of a set that prepare wrote.
+        """Return the rows of a set that prepare wrote.
 
         Raises:
             DataError: prepare has not run.
@@ -100,18 +94,18 @@ class RunFolder:
         return rows
 
     def base_model(self) -> str:
-        """The base that pretrain and SFT start from: model.path, or the tiny model."""
+        """Return the base that pretrain and SFT start from: model.path, else the tiny model."""
         return absolute(self.config.model.path or str(self.path / "pretrain" / "base"))
 
     def pretrained_model(self) -> str:
-        """What SFT starts from: pretrain's result where that stage ran, else the base."""
+        """Return what SFT starts from: pretrain's result if that stage ran, else the base."""
         result = self.path / "pretrain" / "model"
         if self.summary("pretrain") is not None:
             return str(result)
         return self._given("model.path", self.config.model.path, "pretrain")
 
     def sft_model(self) -> str:
-        """What PPO starts from: sft.path, SFT's merged result, or the base as it is."""
+        """Return what PPO starts from: sft.path, else SFT's merged result, else the base."""
         if self.config.sft.path:
             return absolute(self.config.sft.path)
         if self.summary("sft") is not None:
@@ -119,7 +113,7 @@ class RunFolder:
         return self._given("sft.path or model.path", self.config.model.path, "sft")
 
     def reward_model(self) -> str | None:
-        """The run's reward model: reward.path, or the reward stage's result; None: not needed."""
+        """Return reward.path, else the reward stage's result; None if no reward model is needed."""
         if not self.config.needs_reward_model:
             return None
         if self.config.reward.path:
@@ -129,7 +123,7 @@ class RunFolder:
         return self._given("reward.path", None, "reward")
 
     def critic_model(self) -> str:
-        """What the critic starts from: critic.path, or what critic.init names."""
+        """Return what the critic starts from: critic.path, else what critic.init names."""
         critic = self.config.critic
         if critic.path:
             return absolute(critic.path)
@@ -139,74 +133,41 @@ class RunFolder:
     def _given(self, key: str, value: str | None, stage: str) -> str:
         if value is None:
             raise ConfigError(
-                f"No model for this stage: {self.path / stage} holds no finished stage {stage} and "
-                f"{key} is not set; run the stage {stage}, or set {key}"
+                f"No model for this stage: {self.path / stage} holds no finished stage {stage}, "
+                f"and {key} is not set. Run the stage {stage}, or set {key}"
             )
         return absolute(value)
 
 
+def require_durable_folder(config: Config) -> None:
+    """Refuse a run folder inside the copy of the working folder, which Ray deletes.
+
+    Raises:
+        ConfigError: ``run.dir`` is relative.
+    """
+    if not Path(config.run.dir).is_absolute():
+        raise ConfigError(
+            f"run.dir {config.run.dir} is relative: on a cluster it would lie in a folder that Ray "
+            "deletes after the job. Set it to an absolute path on durable storage, for example "
+            f"run.dir=/mnt/shared/{config.run.dir}"
+        )
+
+
 def absolute(model: str) -> str:
-    """A local folder by absolute path (a role's process runs elsewhere); a hub name as it is."""
+    """Return a local folder by absolute path (roles run in other folders), a hub name as it is."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def located_function(spec: str) -> str:
-    """A function's file by absolute path; a module, or a name of ours, as it is."""
-    where, _, name = spec.rpartition(":")
-    return f"{Path(where).absolute()}:{name}" if where.endswith(".py") else spec
+    """Return ``file.py:name`` with an absolute path; a module or a built-in name as it is."""
+    file, _, name = spec.rpartition(":")
+    return f"{Path(file).absolute()}:{name}" if file.endswith(".py") else spec
 
 
 def located(source: RewardSourceConfig) -> RewardSourceConfig:
-    """A reward source whose model or file is named by absolute path."""
+    """Return a reward source with its model or file by absolute path."""
     if isinstance(source, FunctionSourceConfig):
         return source.model_copy(update={"function": located_function(source.function)})
     if isinstance(source, ModelSourceConfig | ClassifierSourceConfig) and source.path:
         return source.model_copy(update={"path": absolute(source.path)})
     return source
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        ConfigError: the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with unwritable_is_an_error(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-
-
-@contextmanager
-def unwritable_is_an_error(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one clear message."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write {path}: {error.strerror or error}. Free space or choose another "
-            "run.dir; what was written before is kept and the run can be continued"
-        ) from error
-
-
-@contextmanager
-def full_disk_is_an_error(folder: Path) -> Iterator[None]:
-    """Turn whatever a library makes of a full disk into one clear message.
-
-    Some tell it by an OSError, some by a RuntimeError without a reason, some in another process.
-    """
-    try:
-        yield
-    except Exception as error:
-        told = isinstance(error, RlhfError) and error.exit_code == 2
-        if told or not (_says_full(error) or shutil.disk_usage(folder).free < LEAST_FREE_BYTES):
-            raise
-        raise ConfigError(
-            f"The disk is full ({folder}): {type(error).__name__}: {error}. Free space or choose "
-            "another run.dir; what was written before is kept and the run can be continued"
-        ) from error
-
-
-def _says_full(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or os.strerror(errno.ENOSPC) in str(error)

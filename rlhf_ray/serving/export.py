@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.stages import POLICIES
+from rlhf_ray.disk import unwritable_is_an_error
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import folders
 from rlhf_ray.models.merging import merge_adapter
-from rlhf_ray.runs.folder import RunFolder, unwritable_is_an_error
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.lineage import lineage
 from rlhf_ray.runs.models import RunModel, find_model
 from rlhf_ray.serving.model_card import WRITTEN_BY, Exported, model_card

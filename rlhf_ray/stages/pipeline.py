@@ -7,27 +7,18 @@ from pathlib import Path
 
 import yaml
 
-from rlhf_ray.cluster.session import (
-    dashboard_url,
-    joins_cluster,
-    ray_session,
-    require_durable_folder,
-)
+from rlhf_ray.cluster.session import dashboard_url, ray_session
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.identity import differences
 from rlhf_ray.config.stages import STAGES
+from rlhf_ray.disk import full_disk_is_an_error, unwritable_is_an_error, write_atomically
 from rlhf_ray.doctor.inputs import files_of_roles, require_inputs
-from rlhf_ray.doctor.node_checks import require_same_view
+from rlhf_ray.doctor.shared_files import require_same_files
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.trackers import tracking
-from rlhf_ray.runs.control import ControlFiles, told
-from rlhf_ray.runs.folder import (
-    RunFolder,
-    full_disk_is_an_error,
-    unwritable_is_an_error,
-    write_atomically,
-)
+from rlhf_ray.runs.control import ControlFiles, reporting_status
+from rlhf_ray.runs.folder import RunFolder, require_durable_folder
 
 
 def run(config: Config) -> Path:
@@ -42,7 +33,7 @@ def run(config: Config) -> Path:
     progress = Progress(config.run.stages)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
-        control = session.enter_context(told(config.run.name, folder.path))
+        control = session.enter_context(reporting_status(config.run.name, folder.path))
         on_ray = False
         for stage in (stage for stage in STAGES if stage in config.run.stages):
             # Checked only now: whether evaluate is up to date depends on what ppo has just done.
@@ -52,13 +43,13 @@ def run(config: Config) -> Path:
             if STAGES[stage].needs_ray and not on_ray:
                 _enter_ray(session, folder, progress)
                 on_ray = True
-            control.begin(stage)
+            control.begin_stage(stage)
             run_stage(config, stage)
-            if control.asked().stop:
-                control.tell(state="stopped")
+            if control.requested().stop:
+                control.update(state="stopped")
                 progress.say(f"Stopped on request; run or submit {folder.path} again to resume")
                 return folder.path
-        control.tell(state="finished")
+        control.update(state="finished")
     return folder.path
 
 
@@ -78,12 +69,12 @@ def run_single(config: Config, stage: str) -> Path:
     open_run(folder)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
-        control = session.enter_context(told(config.run.name, folder.path))
-        control.begin(stage)
+        control = session.enter_context(reporting_status(config.run.name, folder.path))
+        control.begin_stage(stage)
         if STAGES[stage].needs_ray:
             _enter_ray(session, folder, Progress())
         run_stage(config, stage)
-        control.tell(state="stopped" if control.asked().stop else "finished")
+        control.update(state="stopped" if control.requested().stop else "finished")
     return folder.path
 
 
@@ -91,9 +82,9 @@ def _enter_ray(session: ExitStack, folder: RunFolder, progress: Progress) -> Non
     """Start or join Ray for the length of a session; check the nodes of a joined cluster."""
     config = folder.config
     session.enter_context(ray_session(config))
-    if joins_cluster(config):
+    if config.cluster.joins_cluster:
         files = files_of_roles(folder)
-        if unguarded := require_same_view(folder.path, files, config.cluster.interface):
+        if unguarded := require_same_files(folder.path, files, config.cluster.interface):
             progress.say(
                 f"warning: Ray asks for no token on {', '.join(unguarded)}: anyone who reaches "
                 "its ports can run code; start it with RAY_AUTH_MODE=token (docs/security.md)"
@@ -112,7 +103,7 @@ def open_run(folder: RunFolder) -> None:
     """
     config, saved = folder.config, folder.saved
     ControlFiles(folder.path).require_free()  # first: another process may be writing there
-    if joins_cluster(config):
+    if config.cluster.joins_cluster:
         require_durable_folder(config)
     if config.run.resume == "never" and saved.is_file():
         aside = folder.path.with_name(f"{folder.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -20,9 +20,10 @@ from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
 from rlhf_ray.data.stack_exchange.archives import site_name, unpacked
 from rlhf_ray.data.stack_exchange.posts import Question, open_posts
+from rlhf_ray.disk import unwritable_is_an_error
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar, Progress
-from rlhf_ray.runs.folder import RunFolder, unwritable_is_an_error
+from rlhf_ray.runs.folder import RunFolder
 
 MEGABYTE = 2**20
 

@@ -17,9 +17,9 @@ from typing import Any
 import ray
 import yaml
 
-from rlhf_ray.cluster.own_job import make_known
-from rlhf_ray.cluster.session import runs_on_ray
+from rlhf_ray.cluster.current_job import name_current_job
 from rlhf_ray.config import Config, dump, resolve
+from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import read_jsonl
@@ -27,7 +27,7 @@ from rlhf_ray.placement.layout import RUN_MODELS
 from rlhf_ray.planning.plan import nodes_of
 from rlhf_ray.planning.rehearsal import RESULT, Rehearsal, gpus_of, load, worst_keys
 from rlhf_ray.runs.control import ControlFiles
-from rlhf_ray.runs.folder import RunFolder, absolute, write_atomically
+from rlhf_ray.runs.folder import RunFolder, absolute
 from rlhf_ray.stages.pipeline import run as run_pipeline
 
 FOLDER = "rehearsal"
@@ -51,11 +51,11 @@ def run(config: Config) -> Rehearsal | None:
     shutil.rmtree(folder, ignore_errors=True)
     RunFolder(worst).make()
     _write_prompts(folder / "prompts.jsonl", worst)
-    make_known(config.run.name, folder.parent)  # list the job under the name of the run
+    name_current_job(config.run.name, folder.parent)  # list the job under the name of the run
     Progress().say("rehearsal: two iterations of the longest rollouts, and the loss of a generator")
     with _killing_a_generator(worst):
         run_pipeline(worst)
-    if ControlFiles(folder).asked().stop:
+    if ControlFiles(folder).requested().stop:
         return None
     summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
     result = _measured(config, read_jsonl(folder / "ppo" / "metrics.jsonl"), summary)
@@ -148,7 +148,7 @@ def _killing_a_generator(config: Config) -> Iterator[None]:
                 return
 
     killer = threading.Thread(target=kill_one, daemon=True)
-    if runs_on_ray(config):
+    if config.cluster.runs_on_ray:
         killer.start()
     try:
         yield

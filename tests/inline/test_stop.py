@@ -52,7 +52,7 @@ def test_a_pipeline_that_is_asked_to_stop_begins_no_further_stage(
         begun.append(stage)
         assert files.status().stage == stage
         if len(begun) == 1:
-            files.ask(stop=True)
+            files.request(stop=True)
 
     monkeypatch.setattr(pipeline, "run_stage", run_stage)
     pipeline.run(config)

@@ -31,7 +31,7 @@ def test_every_node_and_link_is_looked_at(cluster: Cluster, tmp_path: Path) -> N
         "/dev/shm",
         "limits",
         "ninja",
-        "left-overs",
+        "orphans",
         "interface",
         "ports",
         "versions",

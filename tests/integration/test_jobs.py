@@ -109,7 +109,7 @@ def test_ppo_runs_as_a_job_is_stopped_and_goes_on_to_its_end(
 
     again = cluster.run("rlhf-ray", "submit", *arguments)
     assert again.code == 2
-    assert "goes on already" in again.output
+    assert "is running already" in again.output
 
     assert "committed and saved" in cluster.rlhf_ray("stop", str(run))
     summary = json.loads((run / "ppo" / "summary.json").read_text(encoding="utf-8"))
@@ -156,7 +156,8 @@ def test_two_runs_at_once_one_of_them_by_rays_own_command(
     )
     assert twin.code != 0
     assert (
-        "run.name two is in use on this cluster, by generator-0, policy-0, reward-0" in twin.output
+        "run.name two is in use on this cluster by the actors generator-0, policy-0, reward-0"
+        in twin.output
     )
 
     for run in ("quickstart", str(one), "plain"):
@@ -186,7 +187,7 @@ def test_a_supervised_stage_ends_at_once_and_says_what_it_goes_on_from(
     wait_until(cluster, tmp_path / "third", lambda s: s.stage == "pretrain" and has_begun(s))
     assert status_of(cluster, "third")["progress"].endswith("/100000 steps")
     told = cluster.rlhf_ray("stop", "third")
-    assert "Ended at once, in the stage pretrain; it goes on from that stage's last" in told
+    assert "Stopped in the stage pretrain; it will resume from that stage's last" in told
     deadline = time.monotonic() + 30
     while living_actors(cluster):
         assert time.monotonic() < deadline, living_actors(cluster)
@@ -199,6 +200,6 @@ def test_a_job_ends_with_the_exit_code_of_its_run(cluster: JobCluster, tmp_path:
     keys = ("run.name=bad", f"run.dir={tmp_path / 'bad'}", f"prepare.posts={tmp_path / 'none.xml'}")
     done = cluster.run("rlhf-ray", "submit", "cheap.yaml", *keys, "--follow", "--retries", "1")
     assert done.code == 2, done.output
-    assert "goes on as" not in done.output, "what its user must mend is not tried again"
+    assert "resumes as" not in done.output, "what its user must mend is not tried again"
     relative = cluster.run("ray", "job", "submit", "--", "rlhf-ray", "run", "cheap.yaml")
     assert relative.code != 0

@@ -22,7 +22,7 @@ from rlhf_ray.config import Config, load, resolve
 from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.placement.groups import LiveNode, live_nodes
-from rlhf_ray.placement.layout import Demand, Place, demands, lay_out
+from rlhf_ray.placement.layout import Demand, Slot, demands, lay_out
 from rlhf_ray.stages.ppo import stage as ppo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(590)]
@@ -52,7 +52,7 @@ async def seats(workers: Sequence[Any]) -> Seats:
 
 
 def expected(asked: Sequence[Demand], nodes: Sequence[LiveNode]) -> Seats:
-    places: list[Place] = lay_out(asked, [live.node for live in nodes])
+    places: list[Slot] = lay_out(asked, [live.node for live in nodes])
     return {f"{p.role}-{p.rank}": (nodes[p.node].id, list(p.gpus)) for p in places}
 
 

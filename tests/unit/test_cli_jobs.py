@@ -8,9 +8,8 @@ from job_client import FakeJobClient, details, work_folder
 from typer.testing import CliRunner
 
 from rlhf_ray import cli
-from rlhf_ray.jobs import runs
-from rlhf_ray.jobs import server as job_server
-from rlhf_ray.jobs.server import JobServer
+from rlhf_ray.jobs import connection, run_handles
+from rlhf_ray.jobs.job_server import JobServer
 
 STATUS = {
     "name": "mine",
@@ -26,7 +25,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeJobClient:
     """A cluster with one run."""
     fake = FakeJobClient({"mine-1": details("mine-1")}, answer={"status": STATUS})
     server = JobServer(fake, sleep=lambda _: None)
-    for module in (job_server, runs):
+    for module in (connection, run_handles):
         monkeypatch.setattr(module, "connect", lambda _: server)
     return fake
 
@@ -51,7 +50,7 @@ def test_runs_are_listed_and_shown(client: FakeJobClient) -> None:
 def test_runs_are_scaled_and_stopped(client: FakeJobClient) -> None:
     at = ("--address", "http://head:8265")
     assert "Requested 3 generators" in command("scale", "mine", "--generators", "3", *at)
-    assert "Ended at once" in command("stop", "mine", "--now", *at)
+    assert "Stopped; run or submit it again" in command("stop", "mine", "--now", *at)
     assert client.asked == ["mine-1", "mine-1 --generators 3"]
     assert client.stopped == ["mine-1"]
 

@@ -18,9 +18,10 @@ from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.reference_answers import reference_answers, reference_rollouts
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.stack_exchange.synthetic_site import gold_score
+from rlhf_ray.disk import write_atomically
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.rewards.rouge import rouge
-from rlhf_ray.runs.folder import RunFolder, write_atomically
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.evaluate.answers import (
     SAMPLES_PER_INSTRUCTION,
     answers_of_models,

@@ -25,7 +25,7 @@ async def controlled(
     files = ControlFiles(folder)
 
     def write_status() -> None:
-        files.tell(
+        files.update(
             iteration=loop.state.iteration,
             iterations=bar.total,
             reward=bar.values.get("reward"),
@@ -61,7 +61,7 @@ def _serve_request(
     files: ControlFiles, loop: PpoLoop, generators: Generators, num_scaled: int
 ) -> int:
     """Stop or scale as requested; returns how many requests to scale have been served."""
-    request = files.asked()
+    request = files.requested()
     if request.stop:
         loop.request_stop()
     # Counted, not compared: the same number may be requested again after an autoscaler changed it.

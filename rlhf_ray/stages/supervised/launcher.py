@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 
 from rlhf_ray.config import Config
+from rlhf_ray.disk import unwritable_is_an_error
 from rlhf_ray.errors import ActorFailure, DataError, PlacementError, RlhfError
 from rlhf_ray.models import folders
 from rlhf_ray.models.parameters import parameter_table
@@ -23,7 +24,7 @@ from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.observability.sinks import JsonlSink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.trackers import current, numbers
-from rlhf_ray.runs.folder import RunFolder, unwritable_is_an_error
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.arguments import refuse_unknown_arguments
 from rlhf_ray.stages.supervised.trainer import Trained, train
 from rlhf_ray.stages.supervised.training import TRAIN, Training
@@ -211,9 +212,8 @@ def _on_gpu(training: Training) -> bool:
     import ray
 
     from rlhf_ray.cluster.ray_workers import ask_for_room
-    from rlhf_ray.cluster.session import joins_cluster
 
-    may_grow, settings = joins_cluster(training.config), training.config.placement
+    may_grow, settings = training.config.cluster.joins_cluster, training.config.placement
     has_gpus = may_grow or bool(ray.cluster_resources().get("GPU"))
     kind = "GPU" if settings.gpus and has_gpus else "CPU"
     needed, deadline = training.settings.train_workers, time.monotonic() + settings.timeout_s

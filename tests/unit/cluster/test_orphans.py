@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.cluster.orphans import num_left_over, sweep
+from rlhf_ray.cluster.orphans import clean_up, count_orphans
 
 DRIVER = """
 import mmap, subprocess, sys, time
@@ -83,7 +83,7 @@ def driver(tmp_path: Path, shared_file: Path) -> Iterator[Driver]:
             os.kill(pid, signal.SIGKILL)
 
 
-def alive(pid: int) -> bool:
+def living_process(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != "zombie"
     except psutil.Error:
@@ -95,27 +95,27 @@ def test_a_killed_drivers_processes_and_files_are_swept(
     driver: Driver, tmp_path: Path, shared_file: Path
 ) -> None:
     process = driver.process
-    assert num_left_over(tmp_path) == 0
-    assert sweep(tmp_path) == (0, 0), "a living driver's are its own"
-    assert all(alive(pid) for pid in driver.descendants)
+    assert count_orphans(tmp_path) == 0
+    assert clean_up(tmp_path) == (0, 0), "a living driver's are its own"
+    assert all(living_process(pid) for pid in driver.descendants)
     assert shared_file.exists()
     assert driver.semaphore.exists()
     process.kill()
     psutil.wait_procs([process], timeout=5)
     _wait_until_dead(process.pid)
-    assert num_left_over(tmp_path) == 2
-    assert sweep(tmp_path) == (2, 2)
-    assert num_left_over(tmp_path) == 0
-    assert not any(alive(pid) for pid in driver.descendants)
+    assert count_orphans(tmp_path) == 2
+    assert clean_up(tmp_path) == (2, 2)
+    assert count_orphans(tmp_path) == 0
+    assert not any(living_process(pid) for pid in driver.descendants)
     assert not shared_file.exists()
     assert not driver.semaphore.exists()
     assert list(tmp_path.iterdir()) == []
-    assert sweep(tmp_path) == (0, 0)
+    assert clean_up(tmp_path) == (0, 0)
 
 
 def _wait_until_dead(pid: int) -> None:
     deadline = time.monotonic() + 5
-    while alive(pid) and time.monotonic() < deadline:
+    while living_process(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
@@ -132,12 +132,12 @@ def test_a_process_id_that_was_given_away_is_spared(tmp_path: Path) -> None:
         dead = {"pid": os.getpid(), "started": 1.0, "name": "python"}  # this id, long ago
         reused = {"pid": bystander.pid, "started": started - 100, "name": "python"}
         record(tmp_path, dead, [reused], [])
-        assert sweep(tmp_path) == (0, 0)
-        assert alive(bystander.pid)
+        assert clean_up(tmp_path) == (0, 0)
+        assert living_process(bystander.pid)
         # The same record with the true start time is of that process: the time is what decides.
         record(tmp_path, dead, [reused | {"started": started}], [])
-        assert sweep(tmp_path) == (1, 0)
-        assert not alive(bystander.pid)
+        assert clean_up(tmp_path) == (1, 0)
+        assert not living_process(bystander.pid)
     finally:
         bystander.kill()
         bystander.wait()
@@ -146,7 +146,7 @@ def test_a_process_id_that_was_given_away_is_spared(tmp_path: Path) -> None:
 def test_a_record_that_does_not_parse_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "1.json").write_text('{"driver": ')
     (tmp_path / "2.json").write_text("{}")
-    assert sweep(tmp_path) == (0, 0)
+    assert clean_up(tmp_path) == (0, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,4 +176,4 @@ def test_closing_a_record_ends_what_is_left_of_the_run(tmp_path: Path) -> None:
 
 
 def test_no_folder_is_nothing_to_sweep(tmp_path: Path) -> None:
-    assert sweep(tmp_path / "absent") == (0, 0)
+    assert clean_up(tmp_path / "absent") == (0, 0)

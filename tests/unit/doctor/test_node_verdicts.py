@@ -41,11 +41,11 @@ GOOD = NodeReading(
     memlock=-1,
     temporary_disk=500 * GB,
     ninja="/env/bin/ninja",
-    left_over=0,
+    orphans=0,
     interface="eth1",
     listening={6379: ("10.0.0.1",), 8265: ("127.0.0.1", "::1")},
     binding="",
-    asks_for_token=True,
+    requires_token=True,
 )
 
 
@@ -67,7 +67,7 @@ def test_a_good_node_passes() -> None:
         ({"open_files": 1024}, {"limits": NOTE}),
         ({"memlock": 65_536}, {"limits": NOTE}),
         ({"temporary_disk": GB}, {"disk": NOTE}),
-        ({"left_over": 3}, {"left-overs": NOTE}),
+        ({"orphans": 3}, {"orphans": NOTE}),
         ({"interface": "eth0"}, {"interface": FAIL}),
         ({"binding": "Cannot assign requested address"}, {"ports": FAIL}),
         ({"listening": {8265: ("0.0.0.0",)}}, {"ports": NOTE}),
@@ -76,7 +76,7 @@ def test_a_good_node_passes() -> None:
         ({"listening": {9090: ("::",)}}, {"ports": NOTE}),
         # Ray opens these itself, and cannot be told otherwise.
         ({"listening": {10001: ("10.0.0.1",), 44217: ("0.0.0.0",)}}, {}),
-        ({"asks_for_token": False}, {"token": NOTE}),
+        ({"requires_token": False}, {"token": NOTE}),
         ({"machine": replace(MACHINE, shm=64_000_000)}, {"/dev/shm": FAIL}),
         ({"machine": replace(MACHINE, compiler=None)}, {"C++ compiler": FAIL}),
     ],

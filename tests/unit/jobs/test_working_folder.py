@@ -55,7 +55,7 @@ def test_the_resolved_config_is_added_over_a_file_of_its_name(tmp_path: Path) ->
     assert found == {"a.py": "x" * 10, "submitted.yaml": "run: {}\n"}
 
 
-def test_a_large_folder_is_refused_with_its_biggest_files(
+def test_a_large_folder_is_refused_with_its_largest_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(working_folder, "MAX_BYTES", 3_000_000)
@@ -65,7 +65,7 @@ def test_a_large_folder_is_refused_with_its_biggest_files(
     with pytest.raises(ConfigError) as refused:
         pack(tmp_path, {}, tmp_path / "a.zip")
     text = str(refused.value)
-    assert "has 3 MB to send, over 3 MB" in text
+    assert "has 3 MB to send, more than the limit of 3 MB" in text
     assert text.index("2.5 MB  big.bin") < text.index("0.6 MB  sub/second.bin")
     assert not (tmp_path / "a.zip").exists()
     write(tmp_path, "sub/second.bin", size=400_000)

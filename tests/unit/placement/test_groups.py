@@ -67,7 +67,7 @@ async def test_a_seat_goes_with_its_group(cluster: Cluster) -> None:
     held.release("generator-0")
     assert not cluster.groups
     await held.reserve_one(GENERATORS, 2)
-    seat = held.seat("generator-2")
+    seat = held.slot("generator-2")
     assert seat is not None
     assert seat.group.handle in cluster.groups
 
@@ -75,10 +75,10 @@ async def test_a_seat_goes_with_its_group(cluster: Cluster) -> None:
 async def test_a_seat_left_beside_others_is_for_the_next_of_its_role(cluster: Cluster) -> None:
     held = Placement(1.0, may_grow=True)
     await held.reserve([GENERATORS])
-    left = held.seat("generator-1")
+    left = held.slot("generator-1")
     held.release("generator-1")
     await held.reserve_one(GENERATORS, 2)
-    assert held.seat("generator-2") is left
+    assert held.slot("generator-2") is left
     assert len(cluster.groups) == 1
 
 
@@ -92,7 +92,7 @@ async def test_gpu_nodes_that_have_yet_to_join_are_waited_for(cluster: Cluster) 
     assert not reserving.done()
     cluster.nodes.append(gpu_node)
     await reserving
-    assert held.seat("generator-1") is not None
+    assert held.slot("generator-1") is not None
 
 
 async def test_a_joined_cluster_without_gpus_is_told_how_to_do_without(cluster: Cluster) -> None:
@@ -111,7 +111,7 @@ async def test_any_cpu_will_do(cluster: Cluster, gpus: float, may_grow: bool) ->
     await held.reserve([asked])
     cluster.nodes.append(Node("late", 2))
     await held.reserve_one(asked, 2)
-    assert held.seat("generator-0") is held.seat("generator-2") is None
+    assert held.slot("generator-0") is held.slot("generator-2") is None
 
 
 def test_labels_are_asked_for_where_some_node_carries_such_a_one(cluster: Cluster) -> None:
@@ -157,7 +157,7 @@ async def test_two_runs_do_not_wait_for_each_other(
     await held.reserve([TWO_GROUPS])
     assert len(cluster.removed) == len(cluster.groups) == 2
     assert {group.nodes[0] for group in cluster.groups} == {"m"}
-    seats = [held.seat(f"generator-{rank}") for rank in range(2)]
+    seats = [held.slot(f"generator-{rank}") for rank in range(2)]
     assert {seat.group.handle for seat in seats if seat} == set(cluster.groups)
 
 
@@ -171,7 +171,7 @@ async def test_places_that_ray_never_makes_are_told_and_let_go(
     )
     cluster.kind = Contested
     held = Placement(0.01, may_grow=True)
-    with pytest.raises(PlacementError, match=r"for generator-0 within 0.01 s.* Asked: \['x'\]"):
+    with pytest.raises(PlacementError, match=r"for generator-0 within 0.01 s.* Requested: \['x'\]"):
         await held.reserve([TWO_GROUPS])
     assert cluster.groups == []
-    assert held.seat("generator-0") is None
+    assert held.slot("generator-0") is None

@@ -12,7 +12,7 @@ from rlhf_ray.cluster.nodes import Answer, ClusterNode
 from rlhf_ray.doctor import live_nodes
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.placement import hardware
-from rlhf_ray.placement.hardware import GPU_KINDS, kind_called, parse_cluster
+from rlhf_ray.placement.hardware import GPU_KINDS, gpu_kind, parse_cluster
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_what_is_no_cluster_is_refused_with_an_example(text: str) -> None:
 
 
 def test_an_unknown_kind_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigError, match=r"'A100-8GB' is no known kind of GPU; known are .*T4"):
+    with pytest.raises(ConfigError, match=r"'A100-8GB' is not a known kind of GPU; known are .*T4"):
         parse_cluster("8xA100-8GB")
 
 
@@ -69,13 +69,13 @@ def test_gpus_are_known_by_the_name_that_ray_gives_them_and_their_memory(
 ) -> None:
     ray_name = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(driver_name)
     assert ray_name is not None
-    assert kind_called(ray_name, memory_gb) == kind
+    assert gpu_kind(ray_name, memory_gb) == kind
 
 
 def test_a_size_that_people_label_needs_no_memory() -> None:
-    assert kind_called("A100-80G", None) == "A100-80GB"
-    assert kind_called("A100-40G", None) == "A100-40GB"
-    assert kind_called("", 85.9) is None
+    assert gpu_kind("A100-80G", None) == "A100-80GB"
+    assert gpu_kind("A100-40G", None) == "A100-40GB"
+    assert gpu_kind("", 85.9) is None
 
 
 def test_kinds_have_about_the_memory_in_their_names() -> None:
@@ -88,7 +88,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> Non
     (tmp_path / "stand_in.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(hardware, "ASKS_RAY", "stand_in")
+    monkeypatch.setattr(hardware, "LIVE_NODES_MODULE", "stand_in")
 
 
 def test_nodes_of_a_live_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_nodes_with_gpus_alone_are_asked_for_their_memory(
 def test_a_cluster_that_does_not_answer_is_told_in_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, why: str
 ) -> None:
-    monkeypatch.setattr(hardware, "ASK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(hardware, "LIVE_NODES_TIMEOUT_S", 1.0)
     answering(monkeypatch, tmp_path, body)
-    with pytest.raises(PlacementError, match=rf"\({why}\); say what it would be"):
+    with pytest.raises(PlacementError, match=rf"\({why}\)\. Set RAY_ADDRESS, or describe"):
         hardware.live_cluster()

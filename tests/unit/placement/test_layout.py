@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_ray.config import load, resolve
 from rlhf_ray.errors import PlacementError
-from rlhf_ray.placement.layout import Demand, Node, Place, demands, lay_out
+from rlhf_ray.placement.layout import Demand, Node, Slot, demands, lay_out
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 ROLLOUT, TRAIN = {"role": "rollout"}, {"role": "train"}
@@ -23,7 +23,7 @@ def placed(*overrides: str, file: str = "stackllama/ppo_3x8_a100") -> list[Deman
     return demands(load(CONFIGS / f"{file}.yaml", list(overrides)))
 
 
-def table(places: list[Place]) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
+def table(places: list[Slot]) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
     """Role -> (node, GPUs) by rank."""
     seats = defaultdict(list)
     for place in places:
@@ -183,14 +183,14 @@ TOO_SMALL = {
     "a node too few": (
         [policy(8), critic(4), generators(8)],
         nodes(8, 8),
-        "policy 8 x 1, critic 4 x 1, generator 8 x 1; in all 20. There: node-0 8, node-1 8; in "
-        "all 16. It would fit with generators.num=4 or 1 more node of 8 GPUs",
+        "policy 8 x 1, critic 4 x 1, generator 8 x 1; in total 20. Available: node-0 8, node-1 8; "
+        "in total 16. It would fit with generators.num=4 or 1 more node of 8 GPUs",
     ),
     "an engine larger than every node": (
         [generators(2, 8)],
         nodes(4, 4, 4, 4),
-        "generator 2 x 8; in all 16. There: node-0 4, node-1 4, node-2 4, node-3 4; in all 16. "
-        "It would fit with generators.tensor_parallel_size=4",
+        "generator 2 x 8; in total 16. Available: node-0 4, node-1 4, node-2 4, node-3 4; "
+        "in total 16. It would fit with generators.tensor_parallel_size=4",
     ),
     "four whole roles on one GPU": (
         [policy(1), critic(1), Demand("reward", 1, 1), generators(1)],
@@ -200,7 +200,7 @@ TOO_SMALL = {
     "two ranks of a group on one GPU": (
         [policy(2, 0.5)],
         nodes(1),
-        "policy 2 x 0.5; in all 1. There: node-0 1; in all 1. It would fit with "
+        "policy 2 x 0.5; in total 1. Available: node-0 1; in total 1. It would fit with "
         "policy.num_ranks=1 or 1 more node of 1 GPU",
     ),
     "batches are divided among six ranks, so five would not do": (
@@ -211,8 +211,8 @@ TOO_SMALL = {
     "no node that carries a label": (
         [generators(1, pool="fast")],
         [Node("a", 8, {"pool": "slow"})],
-        "generator 1 x 1 (pool=fast); in all 1. There: a 8 (pool=slow); in all 8. It would fit "
-        "with placement.generator.labels={}",
+        "generator 1 x 1 (pool=fast); in total 1. Available: a 8 (pool=slow); in total 8. "
+        "It would fit with placement.generator.labels={}",
     ),
     "enough GPUs, but too few with the label": (
         [generators(3, **ROLLOUT)],
@@ -223,7 +223,7 @@ TOO_SMALL = {
     "no node at all": (
         [policy(1)],
         [],
-        "There: no node; in all 0. It would fit with 1 more node of 8 GPUs",
+        "Available: no node; in total 0. It would fit with 1 more node of 8 GPUs",
     ),
 }
 

@@ -202,7 +202,7 @@ def test_what_is_trained_stays_on_the_gpu_of_a_side_that_sleeps() -> None:
 
 def test_too_few_gpus_are_told_with_what_would_fit() -> None:
     plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB")
-    assert "The cluster has no room for every role" in reasons(plan)
+    assert "The roles do not fit on the cluster" in reasons(plan)
     assert plan.pace is None
     arguments = ["plan", str(CONFIGS / "stackllama/ppo_1x8_a100.yaml"), "--cluster", "4xA100-80GB"]
     result = CliRunner().invoke(cli.app, arguments)
@@ -211,7 +211,7 @@ def test_too_few_gpus_are_told_with_what_would_fit() -> None:
     assert "It would fit with:\n  reference.kind=policy_base" in result.output
     found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
     (reason,) = found["reasons"]
-    assert reason.endswith("There: node-0 4; in all 4")
+    assert reason.endswith("Available: node-0 4; in total 4")
     assert found["changes"]
 
 
@@ -224,7 +224,7 @@ def test_where_no_change_would_do_the_layout_says_what_would() -> None:
     found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
     assert not found["changes"]
     (reason,) = found["reasons"]
-    assert reason.endswith("in all 4. It would fit with 3 more nodes of 4 GPUs")
+    assert reason.endswith("in total 4. It would fit with 3 more nodes of 4 GPUs")
 
 
 def test_every_change_that_is_named_makes_it_fit() -> None:

@@ -1,4 +1,4 @@
-"""Status and wishes in the files of a run's folder."""
+"""Status and requests in the files of a run's folder."""
 
 import io
 import json
@@ -14,21 +14,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.cluster import own_job
+from rlhf_ray.cluster import current_job
 from rlhf_ray.cluster.orphans import identity
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.runs import control
-from rlhf_ray.runs.control import ControlFiles, RunStatus, Wish, told
+from rlhf_ray.runs.control import ControlFiles, Request, RunStatus, reporting_status
 from rlhf_ray.types import GeneratorStatus
 
 
 @pytest.fixture
 def as_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """This process is the entry point of a job."""
-    monkeypatch.setattr(own_job, "records_folder", lambda: tmp_path / "records")
-    monkeypatch.setattr(control, "make_known", lambda *_: None)
+    monkeypatch.setattr(current_job, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(control, "name_current_job", lambda *_: None)
     metadata = {"metadata": {"job_submission_id": "job-1"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(metadata))
     return "job-1"
@@ -39,10 +39,10 @@ def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_what_the_driver_tells_is_what_others_read(tmp_path: Path) -> None:
+def test_others_read_the_status_that_the_driver_wrote(tmp_path: Path) -> None:
     generators = (GeneratorStatus("generator-0", "ready", 7, 1),)
-    with told("mine", tmp_path) as files:
-        files.tell(stage="ppo", iteration=7, reward=0.5, generators=generators)
+    with reporting_status("mine", tmp_path) as files:
+        files.update(stage="ppo", iteration=7, reward=0.5, generators=generators)
         found = ControlFiles(tmp_path).status()
     assert (found.name, found.folder, found.state) == ("mine", str(tmp_path), "running")
     assert (found.stage, found.iteration, found.reward) == ("ppo", 7, 0.5)
@@ -54,16 +54,16 @@ def test_what_the_driver_tells_is_what_others_read(tmp_path: Path) -> None:
     ("error", "state"),
     [(ValueError, "failed"), (KeyboardInterrupt, "stopped"), (SystemExit, "stopped")],
 )
-def test_how_a_run_ended_is_told(tmp_path: Path, error: type[BaseException], state: str) -> None:
-    with pytest.raises(error), told("mine", tmp_path):
+def test_a_status_says_how_it_ended(tmp_path: Path, error: type[BaseException], state: str) -> None:
+    with pytest.raises(error), reporting_status("mine", tmp_path):
         raise error
     assert ControlFiles(tmp_path).status().state == state
 
 
-def test_how_far_a_stage_is_is_told_and_void_when_another_begins(tmp_path: Path) -> None:
+def test_progress_is_in_the_status_until_the_next_stage_begins(tmp_path: Path) -> None:
     now = 0.0
-    with told("mine", tmp_path) as files:
-        files.begin("sft")
+    with reporting_status("mine", tmp_path) as files:
+        files.begin_stage("sft")
         with Progress(stream=io.StringIO(), clock=lambda: now).stage("sft", 150) as bar:
             assert files.status().progress == "0/150 steps"
             now = 5.0
@@ -73,8 +73,8 @@ def test_how_far_a_stage_is_is_told_and_void_when_another_begins(tmp_path: Path)
             found = files.status()
         assert (found.stage, found.progress) == ("sft", "50/150 steps")
         assert found.eta_s == 50.0  # 100 steps at half a second, the first 10 apart
-        files.tell(iteration=3)
-        files.begin("evaluate")
+        files.update(iteration=3)
+        files.begin_stage("evaluate")
         found = files.status()
     assert (found.stage, found.progress, found.iteration) == ("evaluate", None, None)
     with Progress(stream=io.StringIO()).stage("other", 1) as bar:
@@ -82,7 +82,7 @@ def test_how_far_a_stage_is_is_told_and_void_when_another_begins(tmp_path: Path)
     assert files.status().progress is None, "what comes after the run is not the run's"
 
 
-def test_a_driver_that_is_gone_without_a_word_is_dead(tmp_path: Path) -> None:
+def test_a_driver_that_vanished_without_reporting_is_dead(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path\n"
         "from rlhf_ray.runs.control import ControlFiles\n"
@@ -92,17 +92,17 @@ def test_a_driver_that_is_gone_without_a_word_is_dead(tmp_path: Path) -> None:
     assert ControlFiles(tmp_path).status().state == "dead"
 
 
-def test_wishes_add_up_and_are_void_when_a_run_begins(tmp_path: Path) -> None:
+def test_requests_add_up_and_are_dropped_when_a_run_begins(tmp_path: Path) -> None:
     files = ControlFiles(tmp_path)
     files.open("mine")
-    assert files.asked() == Wish()
-    files.ask(num_generators=3)
-    files.ask(stop=True)
-    assert files.asked() == Wish(stop=True, num_generators=3, scalings=1)
-    files.ask(num_generators=2)
-    assert files.asked() == Wish(stop=True, num_generators=2, scalings=2)
+    assert files.requested() == Request()
+    files.request(num_generators=3)
+    files.request(stop=True)
+    assert files.requested() == Request(stop=True, num_generators=3, scalings=1)
+    files.request(num_generators=2)
+    assert files.requested() == Request(stop=True, num_generators=2, scalings=2)
     files.open("mine")
-    assert files.asked() == Wish()
+    assert files.requested() == Request()
 
 
 def test_a_status_that_cannot_be_written_ends_no_run(
@@ -115,24 +115,24 @@ def test_a_status_that_cannot_be_written_ends_no_run(
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "replace", full)
-    files.tell(iteration=1)
+    files.update(iteration=1)
     assert files.status().iteration is None
     (tmp_path / "status.json").unlink()
-    files.tell(iteration=1)
+    files.update(iteration=1)
 
 
-def test_a_job_is_asked_by_its_id_alone(
+def test_a_job_is_queried_by_its_id_alone(
     tmp_path: Path, as_job: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
     assert "has opened no run folder (yet)" in asked(capsys, as_job)["error"]
-    with told("mine", run) as files:
+    with reporting_status("mine", run) as files:
         answer = asked(capsys, as_job)
         assert answer["status"]["folder"] == str(run)
-        assert files.asked() == Wish()
+        assert files.requested() == Request()
         asked(capsys, as_job, "--stop", "--generators", "4")
-        assert files.asked() == Wish(stop=True, num_generators=4, scalings=1)
+        assert files.requested() == Request(stop=True, num_generators=4, scalings=1)
 
 
 def test_a_folder_without_a_run_has_no_status(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_folder_without_a_run_has_no_status(tmp_path: Path) -> None:
 
 def test_a_folder_in_which_another_process_runs_is_not_taken(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        with told("mine", tmp_path):
+        with reporting_status("mine", tmp_path):
             written = json.loads((tmp_path / "status.json").read_text())
             written["driver"] = identity(psutil.Process(other.pid)) | {
                 "host": written["driver"]["host"]
@@ -150,7 +150,7 @@ def test_a_folder_in_which_another_process_runs_is_not_taken(tmp_path: Path) -> 
             (tmp_path / "status.json").write_text(json.dumps(written))
             with (
                 pytest.raises(ConfigError, match=f"in use by process {other.pid}"),
-                told("mine", tmp_path),
+                reporting_status("mine", tmp_path),
             ):
                 pass
         other.kill()
@@ -175,15 +175,15 @@ def test_a_folder_in_which_a_driver_of_another_host_lives_is_not_taken(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(control, "SILENT_S", 10.0)
-    refused = f"in use by process {os.getpid()} on node-2: stop it"
-    living = repeated(left_running.tell, 0.005, "signs of life")
+    refused = rf"in use by process {os.getpid()} on node-2\. Stop that run"
+    living = repeated(left_running.update, 0.005, "signs of life")
     with living, pytest.raises(ConfigError, match=refused):
         ControlFiles(tmp_path).open("mine")
     assert left_running.driver()["host"] == "node-2"
-    assert "was left running by a driver on node-2: looking" in capsys.readouterr().out
+    assert "was left running by a driver on node-2: waiting" in capsys.readouterr().out
 
 
-def test_it_is_taken_from_one_that_ends_or_gives_no_sign_of_life(
+def test_a_folder_is_taken_from_a_driver_that_ends_or_gives_no_sign_of_life(
     left_running: ControlFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ControlFiles(tmp_path).require_free()
@@ -193,26 +193,26 @@ def test_it_is_taken_from_one_that_ends_or_gives_no_sign_of_life(
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(socket, "gethostname", lambda: "node-3")
         monkeypatch.setattr(control, "SILENT_S", 10.0)
-        timer = threading.Timer(0.02, left_running.tell, kwargs={"state": "stopped"})
+        timer = threading.Timer(0.02, left_running.update, kwargs={"state": "stopped"})
         timer.start()
         ControlFiles(tmp_path).open("mine")
         timer.join()
     assert left_running.driver()["host"] == "node-3"
 
 
-def test_a_driver_with_nothing_to_tell_gives_signs_of_life(
+def test_a_driver_without_progress_gives_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "LIFE_SIGN_S", 0.001)
-    with told("mine", tmp_path) as files:
-        files.begin("sft")
+    with reporting_status("mine", tmp_path) as files:
+        files.begin_stage("sft")
         first = files.status()
         deadline = time.monotonic() + 5
         while (found := files.status()).updated == first.updated:
             assert time.monotonic() < deadline
         assert found == replace(first, updated=found.updated), "and changes nothing else"
         for iteration in range(100):
-            files.tell(iteration=iteration)
+            files.update(iteration=iteration)
             assert files.status().iteration == iteration, "nor undoes what is told meanwhile"
     last = files.status().updated
     time.sleep(0.02)

@@ -76,10 +76,10 @@ def test_a_rehearsing_job_is_listed_under_the_name_of_the_run(
 
     def run(worst: Config) -> None:
         done.append(("runs", worst.run.name))
-        ControlFiles(Path(worst.run.dir)).ask(stop=True)
+        ControlFiles(Path(worst.run.dir)).request(stop=True)
 
     monkeypatch.setattr(rehearse, "run_pipeline", run)
-    monkeypatch.setattr(rehearse, "make_known", lambda name, folder: done.append((name, folder)))
+    monkeypatch.setattr(rehearse, "name_current_job", lambda *named: done.append(named))
     inline = {"cluster": {"mode": "inline"}, "rollout": {"engine": "transformers"}}
     config = config_of(tmp_path / "run", **inline)
     assert rehearse.run(config) is None

@@ -66,13 +66,13 @@ async def test_status_is_written_and_each_request_carried_out_once(
         await asyncio.sleep(0.02)
         status = files.status()
         assert loop.stops == 0
-        files.ask(num_generators=3)
+        files.request(num_generators=3)
         await asyncio.sleep(0.05)
-        files.ask(num_generators=2)
+        files.request(num_generators=2)
         await asyncio.sleep(0.05)
-        files.ask(num_generators=2)  # it may have been changed by itself in the meantime
+        files.request(num_generators=2)  # it may have been changed by itself in the meantime
         await asyncio.sleep(0.05)
-        files.ask(stop=True)
+        files.request(stop=True)
         await asyncio.sleep(0.05)
     assert (status.iteration, status.iterations, status.version) == (2, 7, 3)
     assert (status.reward, status.kl) == (0.25, 1.5)
@@ -108,7 +108,7 @@ async def test_a_request_that_fails_is_reported_once_and_tried_again(
         pool.asked.append(num)
 
     monkeypatch.setattr(pool, "scale_to", scale_to)
-    files.ask(num_generators=3)
+    files.request(num_generators=3)
     bar = Bar("ppo", 7, "iteration", 0, lambda: 0.0)
     async with controlled(
         tmp_path, cast(Any, loop), cast(Any, pool), bar, cast(Any, Watcher()), said.append

@@ -106,12 +106,12 @@ async def test_the_request_for_capacity_is_repeated_while_waiting(
 
     async def wait(placement: Placement, _: Any) -> None:
         nonlocal now
-        placement._ask()
+        placement._request_nodes()
         labels.append({"role": "train"})
-        placement._ask()
-        placement._ask()
+        placement._request_nodes()
+        placement._request_nodes()
         now = 31.0
-        placement._ask()
+        placement._request_nodes()
 
     monkeypatch.setattr(Placement, "reserve", wait)
     spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)

@@ -12,11 +12,10 @@ import pytest
 from job_client import FakeJobClient, details
 
 from rlhf_ray.errors import ActorFailure, ConfigError
-from rlhf_ray.jobs import runs
-from rlhf_ray.jobs import server as job_server
-from rlhf_ray.jobs.runs import JobRun, LocalRun, find_run
-from rlhf_ray.jobs.server import JobServer
-from rlhf_ray.runs.control import ControlFiles, Wish
+from rlhf_ray.jobs import connection, run_handles
+from rlhf_ray.jobs.job_server import JobServer
+from rlhf_ray.jobs.run_handles import JobRun, LocalRun, find_run
+from rlhf_ray.runs.control import ControlFiles, Request
 from rlhf_ray.types import GeneratorStatus
 
 GENERATORS = (GeneratorStatus("generator-0", "ready", 3, 0),)
@@ -24,7 +23,7 @@ GENERATORS = (GeneratorStatus("generator-0", "ready", 3, 0),)
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in job_server.ADDRESS_VARIABLES:
+    for name in connection.ADDRESS_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -35,7 +34,7 @@ def driver(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
     code = (
         "import sys, time; from pathlib import Path\n"
         "from rlhf_ray.runs.control import ControlFiles\n"
-        "files = ControlFiles(Path(sys.argv[1])); files.open('mine'); files.tell(stage='ppo')\n"
+        "files = ControlFiles(Path(sys.argv[1])); files.open('mine'); files.update(stage='ppo')\n"
         "print('ready', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
@@ -77,7 +76,7 @@ def test_where_an_address_is_given_the_cluster_is_asked(
         asked.append(address)
         return JobServer(client)
 
-    monkeypatch.setattr(runs, "connect", connect)
+    monkeypatch.setattr(run_handles, "connect", connect)
     with pytest.raises(ConfigError, match="The cluster has no run"):
         find_run(str(tmp_path), "http://head:8265")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
@@ -91,13 +90,13 @@ def test_a_stop_of_this_machine_waits_for_the_commit_or_ends_the_process(
     said: list[str] = []
     run = LocalRun(tmp_path)
     run.stop(False, said.append)
-    assert ControlFiles(tmp_path).asked() == Wish(stop=True)
+    assert ControlFiles(tmp_path).requested() == Request(stop=True)
     assert driver.poll() is None
     run.stop(True, said.append)
     assert driver.wait(10) == -signal.SIGTERM
-    assert said[0].endswith("after the iteration that it is in, committed and saved")
-    assert said[1].endswith("PPO goes on from its last saved commit (ppo.save_every)")
-    with pytest.raises(ConfigError, match="does not run: it is dead"):
+    assert said[0].endswith("after the current iteration, committed and saved")
+    assert said[1].endswith("PPO will resume from its last saved commit (ppo.save_every)")
+    with pytest.raises(ConfigError, match="is not running but dead"):
         run.stop(False, said.append)
 
 
@@ -105,12 +104,12 @@ def test_a_supervised_stage_of_this_machine_ends_at_once(
     tmp_path: Path, driver: "subprocess.Popen[bytes]"
 ) -> None:
     said: list[str] = []
-    ControlFiles(tmp_path).tell(stage="sft")
+    ControlFiles(tmp_path).update(stage="sft")
     LocalRun(tmp_path).stop(False, said.append)
     assert driver.wait(10) == -signal.SIGTERM
     assert said == [
-        "Ended at once, in the stage sft; it goes on from that stage's last checkpoint, or does "
-        "the stage again where it has none"
+        "Stopped in the stage sft; it will resume from that stage's last checkpoint, or repeat "
+        "the stage if it has none"
     ]
 
 
@@ -119,44 +118,44 @@ def test_a_driver_of_another_machine_is_not_looked_for_here(
 ) -> None:
     host, said = socket.gethostname(), list[str]()
     monkeypatch.setattr(socket, "gethostname", lambda: "laptop")
-    with pytest.raises(ConfigError, match=f"is not on this machine but on {host}; nothing was"):
+    with pytest.raises(ConfigError, match=f"runs on {host}, not on this machine; it was not"):
         LocalRun(tmp_path).stop(True, print)
     assert driver.poll() is None
-    assert ControlFiles(tmp_path).asked() == Wish(), "what is refused is not asked either"
+    assert ControlFiles(tmp_path).requested() == Request(), "a refused stop leaves no request"
     LocalRun(tmp_path).stop(False, said.append)
-    assert ControlFiles(tmp_path).asked() == Wish(stop=True), "a commit needs no signal"
-    assert said == ["Asked; it ends after the iteration that it is in, committed and saved"]
+    assert ControlFiles(tmp_path).requested() == Request(stop=True), "a commit needs no signal"
+    assert said == [run_handles.STOPPING]
 
 
 def test_a_driver_that_ends_while_it_is_stopped_is_not_on_another_machine(
     tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = ControlFiles.ask
+    ask = ControlFiles.request
 
     def ask_too_late(files: ControlFiles, *, stop: bool) -> None:
         ask(files, stop=stop)
-        files.tell(state="finished")
+        files.update(state="finished")
         driver.kill()
         driver.wait(10)
 
-    monkeypatch.setattr(ControlFiles, "ask", ask_too_late)
-    with pytest.raises(ConfigError, match="Run mine does not run: it is finished"):
+    monkeypatch.setattr(ControlFiles, "request", ask_too_late)
+    with pytest.raises(ConfigError, match="Run mine is not running but finished"):
         LocalRun(tmp_path).stop(True, print)
 
 
 def test_generators_are_changed_while_there_are_any(tmp_path: Path) -> None:
     files = ControlFiles(tmp_path)
     files.open("mine")
-    files.tell(stage="sft")
+    files.update(stage="sft")
     with pytest.raises(ConfigError, match="has no generators now: it is in the stage sft"):
         LocalRun(tmp_path).scale(3)
-    files.tell(stage="ppo", generators=GENERATORS)
+    files.update(stage="ppo", generators=GENERATORS)
     LocalRun(tmp_path).scale(3)
-    assert files.asked() == Wish(num_generators=3, scalings=1)
+    assert files.requested() == Request(num_generators=3, scalings=1)
 
 
 def test_what_a_run_of_this_machine_printed_is_kept_nowhere(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no job of a cluster"):
+    with pytest.raises(ConfigError, match="not a job of a cluster"):
         LocalRun(tmp_path).logs(follow=False)
 
 
@@ -166,7 +165,7 @@ def test_a_job_in_ppo_is_asked_and_waited_for() -> None:
     run.stop(False, said.append)
     assert client.asked == ["mine-1 --stop"]
     assert client.stopped == []
-    assert said[-1] == "Job mine-1 succeeded; submit it again to go on"
+    assert said[-1] == "Job mine-1 succeeded; submit it again to resume"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,7 @@ def test_a_job_that_has_no_iteration_to_commit_or_no_time_ends_at_once(
     run.stop(now, said.append)
     assert client.stopped == ["mine-1"]
     (text,) = said
-    assert text.startswith("Ended at once")
+    assert text.startswith("Stopped")
 
 
 def test_a_job_is_scaled_by_its_driver() -> None:
@@ -225,7 +224,7 @@ def test_of_an_ended_run_whose_node_is_gone_the_job_server_tells() -> None:
     assert found.updated == 5.0
     assert found.message is not None
     assert found.message.endswith("Its node has died.")
-    assert len(found.message) == runs.MESSAGE_CHARS
+    assert len(found.message) == run_handles.MESSAGE_CHARS
 
 
 def test_so_it_does_of_one_that_never_opened_its_folder() -> None:

@@ -1,4 +1,4 @@
-"""Runs as tables for people."""
+"""The tables that `rlhf-ray list` and `rlhf-ray status` print."""
 
 import time
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from datetime import datetime
 from rich.console import Group
 from rich.table import Table
 
-from rlhf_ray.jobs.server import Job
+from rlhf_ray.jobs.job_server import Job
 from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.runs.control import RunStatus
 
 
 def list_table(jobs: Sequence[Job]) -> Table:
-    """A row a run."""
+    """Return a table with a row for each run."""
     table = _table("run", "submission id", "status", "started", "duration", "folder")
     for job in jobs:
         duration = (job.ended or time.time()) - job.started
@@ -24,16 +24,16 @@ def list_table(jobs: Sequence[Job]) -> Table:
 
 
 def status_table(status: RunStatus) -> Group:
-    """How a run stands, and a row for each of its generators."""
+    """Return the facts of a run's status, and a row for each of its generators."""
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(status):
         facts.add_row(name, text)
     if not status.generators:
         return Group(facts)
     table = _table("generator", "state", "version", "restarts")
-    for one in status.generators:
-        version = "-" if one.version is None else str(one.version)
-        table.add_row(one.name, one.state, version, str(one.restarts))
+    for generator in status.generators:
+        version = "-" if generator.version is None else str(generator.version)
+        table.add_row(generator.name, generator.state, version, str(generator.restarts))
     return Group(facts, table)
 
 
@@ -41,7 +41,7 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
     age = clock_time(max(0.0, time.time() - status.updated))
     facts: list[tuple[str, str | None]] = [
         ("run", f"{status.name} in {status.folder}"),
-        ("state", f"{status.state}, as told {age} ago"),
+        ("state", f"{status.state}, reported {age} ago"),
         ("message", status.message),
         ("stage", status.stage),
         ("progress", status.progress),

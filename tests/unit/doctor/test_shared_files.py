@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from rlhf_ray.cluster.nodes import Answer, ClusterNode
-from rlhf_ray.doctor.node_checks import (
+from rlhf_ray.doctor.shared_files import (
     Look,
     digest,
     listing,
@@ -90,7 +90,7 @@ def test_a_node_reads_the_word_and_writes_it_back(
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert look(str(tmp_path), "node", [], None, "") == Look("word", "", "", {}, True)
     monkeypatch.delenv("RAY_AUTH_MODE")
-    assert not look(str(tmp_path), "node", [], None, "").asks_for_token
+    assert not look(str(tmp_path), "node", [], None, "").requires_token
     assert (tmp_path / "node").read_text() == "word"
     gone = look(str(tmp_path / "elsewhere"), "node", [], None, "")
     assert gone.read == gone.written == "No such file or directory"

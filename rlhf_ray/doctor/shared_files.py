@@ -41,11 +41,11 @@ class Look:
     interface: str
     """What is wrong with the network interface that the config names; empty: nothing."""
     files: Listing
-    asks_for_token: bool
+    requires_token: bool
     """Whether Ray on it talks to those alone who have its token."""
 
 
-def require_same_view(folder: Path, paths: Sequence[str], interface: str | None) -> list[str]:
+def require_same_files(folder: Path, paths: Sequence[str], interface: str | None) -> list[str]:
     """Check every node before anything is placed.
 
     Args:
@@ -78,7 +78,7 @@ def require_same_view(folder: Path, paths: Sequence[str], interface: str | None)
             "path; mount it there, or take the node out of the cluster"
         )
     looks = {answer.node.name: answer.value for answer in answers}
-    return [name for name, look in looks.items() if look and not look.asks_for_token]
+    return [name for name, look in looks.items() if look and not look.requires_token]
 
 
 def problems_of(
@@ -135,10 +135,10 @@ def look(
     except OSError as error:
         written = _reason(error)
     odd = "" if interface is None else problem_of_interface(interface, address)
-    return Look(read, written, odd, listing(paths), asks_for_token())
+    return Look(read, written, odd, listing(paths), requires_token())
 
 
-def asks_for_token() -> bool:
+def requires_token() -> bool:
     """Whether Ray on this node talks to those alone who have its token."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 

@@ -7,9 +7,9 @@ import pytest
 from job_client import FakeJobClient, details
 
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
-from rlhf_ray.jobs import logs as job_logs
-from rlhf_ray.jobs import server as job_server
-from rlhf_ray.jobs.server import JobServer, connect
+from rlhf_ray.jobs import job_server
+from rlhf_ray.jobs.connection import ADDRESS_VARIABLES, connect
+from rlhf_ray.jobs.job_server import JobServer
 
 LOST = ConnectionError("the network is gone")
 
@@ -26,7 +26,7 @@ def test_a_run_is_found_by_its_name_its_folder_or_its_submission_id() -> None:
         server.find("other")
 
 
-def test_of_several_jobs_of_a_run_it_is_the_one_that_goes_on_else_the_newest() -> None:
+def test_of_several_jobs_of_a_run_the_running_one_is_found_else_the_newest() -> None:
     old = details("old", start_time=1000, status="RUNNING")
     new = details("new", start_time=2000, status="FAILED")
     assert server_of(FakeJobClient({"old": old, "new": new})).find("mine").id == "old"
@@ -57,22 +57,22 @@ def test_other_jobs_are_no_runs_and_those_of_rays_own_command_are() -> None:
     assert server_of(FakeJobClient(jobs)).find("mine").id == "scripted"
 
 
-def test_a_driver_is_asked_on_its_own_node_by_a_job_that_leaves_no_trace() -> None:
+def test_a_driver_is_queried_on_its_own_node_by_a_job_that_is_deleted() -> None:
     status: dict[str, Any] = {"name": "mine", "folder": "/mnt/mine", "generators": []}
     client = FakeJobClient({"mine-1": details("mine-1")}, answer={"status": status})
     server = server_of(client)
-    assert server.ask(server.find("mine"), "--stop").folder == "/mnt/mine"
+    assert server.query(server.find("mine"), "--stop").folder == "/mnt/mine"
     assert client.asked == ["mine-1 --stop"]
     assert client.submitted[0]["entrypoint_label_selector"] == {"ray.io/node-id": "node-7"}
     assert "runtime_env" not in client.submitted[0]
     assert list(client.jobs) == ["mine-1"]
 
 
-def test_what_the_node_refuses_is_told() -> None:
+def test_what_the_node_refuses_is_reported() -> None:
     client = FakeJobClient({"mine-1": details("mine-1")}, answer={"error": "no folder (yet)"})
     server = server_of(client)
     with pytest.raises(ConfigError, match=r"no folder \(yet\)"):
-        server.ask(server.find("mine"))
+        server.query(server.find("mine"))
 
 
 def test_a_node_that_does_not_answer_is_not_waited_for() -> None:
@@ -80,7 +80,7 @@ def test_a_node_that_does_not_answer_is_not_waited_for() -> None:
     now = iter(range(0, 1000, 10))
     server = JobServer(client, sleep=lambda _: None, clock=lambda: next(now))
     with pytest.raises(ActorFailure, match="did not answer within 60 s"):
-        server.ask(server.find("mine"))
+        server.query(server.find("mine"))
     assert client.stopped == ["asking-1"]
 
 
@@ -94,8 +94,10 @@ def test_a_lost_connection_is_taken_up_where_it_broke() -> None:
 
 
 @pytest.mark.timeout(10)
-def test_a_connection_that_was_cut_unseen_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_logs, "QUIET_S", 0.005)
+def test_a_connection_cut_without_a_sign_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job_server, "SILENT_S", 0.005)
     hangs = None
     client = FakeJobClient(
         {"mine-1": details("mine-1")},
@@ -110,7 +112,7 @@ def test_a_connection_that_was_cut_unseen_is_made_anew(monkeypatch: pytest.Monke
 def test_what_a_run_printed_unseen_before_its_end_is_not_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job_logs, "QUIET_S", 0.005)
+    monkeypatch.setattr(job_server, "SILENT_S", 0.005)
     client = FakeJobClient(
         {"mine-1": details("mine-1", status="SUCCEEDED")},
         attachments={"mine-1": [["one\n", None], ["one\ntwo\n"]]},
@@ -120,7 +122,7 @@ def test_what_a_run_printed_unseen_before_its_end_is_not_lost(
 
 
 def test_a_quiet_run_is_no_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_logs, "QUIET_S", 0.001)
+    monkeypatch.setattr(job_server, "SILENT_S", 0.001)
     planned = [[LOST], *[[None]] * 20, [LOST], ["one\n"]]
     client = FakeJobClient({"mine-1": details("mine-1")}, attachments={"mine-1": planned})
     now = iter(range(0, 100_000, 400))  # so that two lost ones in a row are given up
@@ -131,7 +133,7 @@ def test_a_quiet_run_is_no_lost_connection(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_quiet_connection_to_a_server_that_is_gone_is_a_lost_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job_logs, "QUIET_S", 0.001)
+    monkeypatch.setattr(job_server, "SILENT_S", 0.001)
     client = FakeJobClient(
         {"mine-1": details("mine-1")}, attachments={"mine-1": [[None] for _ in range(20)]}
     )
@@ -157,11 +159,13 @@ def test_a_server_that_stays_away_is_given_up() -> None:
         list(server.follow(server.find("mine")))
 
 
-def test_nobody_at_the_address_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in job_server.ADDRESS_VARIABLES:
+def test_a_wrong_address_is_reported_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ADDRESS_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
-        with pytest.raises(PlacementError, match=r"Nobody answers at http://127\.0\.0\.1:\d+"):
+        with pytest.raises(PlacementError, match=r"Nothing answers at http://127\.0\.0\.1:\d+"):
             connect(f"http://127.0.0.1:{taken.getsockname()[1]}")

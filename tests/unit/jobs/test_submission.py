@@ -12,9 +12,9 @@ from rlhf_ray.cli import app
 from rlhf_ray.config import Config
 from rlhf_ray.config.load import load, resolve
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.jobs import server as job_server
-from rlhf_ray.jobs.server import JobServer
-from rlhf_ray.jobs.submit import exit_code, follow, submit
+from rlhf_ray.jobs import connection
+from rlhf_ray.jobs.job_server import JobServer
+from rlhf_ray.jobs.submission import exit_code, follow, submit
 
 
 def config_of(**run: Any) -> Config:
@@ -70,34 +70,34 @@ def test_no_secret_of_this_machine_travels(tmp_path: Path, monkeypatch: pytest.M
         ({"run": {"name": "mine"}}, r"run\.dir runs/mine is relative.*/mnt/shared/runs/mine"),
         (
             {"run": {"dir": "/mnt/mine"}, "cluster": {"mode": "local"}},
-            r"cluster\.mode local runs on one machine",
+            r"cluster\.mode=local runs on one machine",
         ),
     ],
 )
-def test_what_cannot_run_on_a_cluster_is_refused_before_any_is_asked(
+def test_a_config_for_one_machine_is_refused_before_a_cluster_is_contacted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.setattr(job_server, "connect", lambda _: pytest.fail("a cluster was asked"))
+    monkeypatch.setattr(connection, "connect", lambda _: pytest.fail("a cluster was contacted"))
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(app, ["submit", str(tmp_path / "config.yaml")], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("run", [{}, {"name": "other"}, {"dir": "/mnt/other"}])
-def test_a_run_that_goes_on_is_not_sent_again(tmp_path: Path, run: dict[str, str]) -> None:
+def test_a_run_that_is_running_is_not_submitted_again(tmp_path: Path, run: dict[str, str]) -> None:
     client = FakeJobClient({"mine-1": details("mine-1")})
     folder = work_folder(tmp_path / "work")
-    with pytest.raises(ConfigError, match=r"goes on already, as job mine-1: stop it first"):
+    with pytest.raises(ConfigError, match=r"is running already, as job mine-1\. Stop it first"):
         submit(config_of(**run), server_of(client), folder, rehearse=False)
     client.jobs["mine-1"].status = "FAILED"
     submit(config_of(**run), server_of(client), folder, rehearse=False)
 
 
-def test_a_run_that_fails_is_sent_again_to_go_on(tmp_path: Path) -> None:
+def test_a_run_that_fails_is_submitted_again_to_resume(tmp_path: Path) -> None:
     client = FakeJobClient(outcomes=[("FAILED", 1), ("FAILED", -9), ("SUCCEEDED", 0)])
     code, written = followed(client, work_folder(tmp_path / "work"), num_retries=3)
     assert code == 0
-    assert written.count("The run failed and goes on as mine-") == 2
+    assert written.count("The run failed and resumes as mine-") == 2
     fresh, *again = [job["entrypoint"] for job in client.submitted]
     assert fresh == "exec rlhf-ray run submitted.yaml"
     assert again == ["exec rlhf-ray run submitted.yaml run.resume=auto"] * 2

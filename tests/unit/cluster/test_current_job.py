@@ -8,9 +8,9 @@ import pytest
 from job_client import FakeJobClient, details
 from ray.dashboard.modules.job.common import JobInfo, JobInfoStorageClient, JobStatus
 
-from rlhf_ray.cluster import own_job
-from rlhf_ray.cluster.own_job import make_known
-from rlhf_ray.jobs.server import JobServer
+from rlhf_ray.cluster import current_job
+from rlhf_ray.cluster.current_job import name_current_job
+from rlhf_ray.jobs.job_server import JobServer
 
 KEY = JobInfoStorageClient.JOB_DATA_KEY.format(job_id="plain").encode()
 
@@ -65,7 +65,7 @@ def test_a_job_of_rays_own_command_is_found_by_its_runs_name_and_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = store_of(monkeypatch, {"team": "a"})
-    make_known("mine", Path("/mnt/other/../mine"))
+    name_current_job("mine", Path("/mnt/other/../mine"))
     info = store.info()
     assert info.metadata["team"] == "a"
     assert (info.status, info.driver_node_id) == (JobStatus.RUNNING, "node-7")
@@ -78,13 +78,13 @@ def test_a_job_of_rays_own_command_is_found_by_its_runs_name_and_folder(
 
 def test_a_job_without_metadata_gets_some(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(monkeypatch, None)
-    make_known("mine", Path("/mnt/mine"))
+    name_current_job("mine", Path("/mnt/mine"))
     assert store.info().metadata == {"rlhf_ray.run": "mine", "rlhf_ray.folder": "/mnt/mine"}
 
 
 def test_the_first_name_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(monkeypatch, {"rlhf_ray.run": "mine", "rlhf_ray.folder": "/mnt/mine"})
-    make_known("mine-rehearsal", Path("/mnt/mine/rehearsal"))
+    name_current_job("mine-rehearsal", Path("/mnt/mine/rehearsal"))
     assert store.info().metadata["rlhf_ray.run"] == "mine"
     assert store.num_puts == 0
 
@@ -94,11 +94,11 @@ def test_a_run_goes_on_where_its_name_is_not_taken(
 ) -> None:
     store = store_of(monkeypatch, None)
     store.records.clear()
-    make_known("mine", Path("/mnt/mine"))
-    assert "list, status and stop know it as plain alone" in capsys.readouterr().out
+    name_current_job("mine", Path("/mnt/mine"))
+    assert "list, status and stop know it as plain only" in capsys.readouterr().out
 
 
 def test_what_is_no_job_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    monkeypatch.setattr(own_job, "_describe", lambda *_: pytest.fail("a store was asked"))
-    make_known("mine", Path("/mnt/mine"))
+    monkeypatch.setattr(current_job, "_describe", lambda *_: pytest.fail("a store was asked"))
+    name_current_job("mine", Path("/mnt/mine"))

@@ -6,8 +6,8 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_ray.jobs.server import Job
-from rlhf_ray.jobs.tables import list_table, status_table
+from rlhf_ray.jobs.job_server import Job
+from rlhf_ray.jobs.run_tables import list_table, status_table
 from rlhf_ray.runs.control import RunStatus
 from rlhf_ray.types import GeneratorStatus
 
@@ -29,7 +29,7 @@ def test_a_status_shows_what_there_is() -> None:
     )
     assert shown(status_table(status)) == [
         "run mine in /mnt/mine",
-        "state running, as told 0:02 ago",
+        "state running, reported 0:02 ago",
         "stage ppo",
         "progress 12/40 iterations",
         "ETA 1:37",
@@ -45,7 +45,7 @@ def test_a_status_shows_what_there_is() -> None:
 
 def test_outside_ppo_it_is_short() -> None:
     status = RunStatus("mine", "/mnt/mine", "running", "sft", updated=time.time())
-    assert shown(status_table(status))[1:] == ["state running, as told 0:00 ago", "stage sft"]
+    assert shown(status_table(status))[1:] == ["state running, reported 0:00 ago", "stage sft"]
 
 
 def test_what_the_job_server_says_of_a_run_that_is_gone_is_shown() -> None:

@@ -1,0 +1,86 @@
+"""The Ray job that this process is the entry point of, if any.
+
+Others know a job by its id alone. So its driver records the run's folder on this node, and gives
+the job the run's name and folder in Ray's own store.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from rlhf_ray.cluster.orphans import records_folder
+from rlhf_ray.disk import write_atomically
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.observability.progress import Progress
+
+RUN_NAME, RUN_FOLDER = "rlhf_ray.run", "rlhf_ray.folder"
+"""Keys in a job's metadata: its run's name and folder."""
+
+GCS_TIMEOUT_S = 10.0
+
+
+def submission_id() -> str | None:
+    """Return the id of the job whose entry point this process is; None outside a job."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return job.get("metadata", {}).get("job_submission_id")
+
+
+def record_run_folder(folder: Path) -> None:
+    """Record on this node which folder the current job writes to."""
+    job = submission_id()
+    if job is not None:
+        for folder_of_records in (records_folder(), _record(job).parent):
+            folder_of_records.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(_record(job), json.dumps({"folder": str(folder)}))
+
+
+def run_folder_of_job(job: str) -> Path:
+    """Return the run folder of a job whose driver is, or was, on this node.
+
+    Raises:
+        ConfigError: the job has not opened a folder yet, or is not a run.
+    """
+    try:
+        return Path(json.loads(_record(job).read_text(encoding="utf-8"))["folder"])
+    except FileNotFoundError:
+        raise ConfigError(
+            f"Job {job} has opened no run folder (yet): it is still starting, or it failed before; "
+            f"see rlhf-ray logs {job}"
+        ) from None
+
+
+def _record(job: str) -> Path:
+    return records_folder() / "jobs" / f"{job}.json"
+
+
+def name_current_job(name: str, folder: Path) -> None:
+    """Give the current job its run's name and folder, unless its submitter did."""
+    job = submission_id()
+    if job is None:
+        return
+    try:
+        _describe(job, {RUN_NAME: name, RUN_FOLDER: os.path.normpath(folder)})
+    except Exception as error:  # of many kinds; none is worth failing a run
+        Progress().say(
+            f"warning: the job server did not accept this run's name and folder ({error}); unless "
+            f"rlhf-ray submit started it, rlhf-ray list, status and stop know it as {job} only"
+        )
+
+
+def _describe(job: str, run: dict[str, str]) -> None:
+    """Fill in the job's record in Ray's internal store, where its supervisor keeps the status.
+
+    Ray's API can set metadata only when a job is submitted. The supervisor writes the record again
+    only after the driver has ended, so the two never write at the same time.
+    """
+    from ray._private.ray_constants import KV_NAMESPACE_JOB
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.dashboard.modules.job.common import JobInfoStorageClient
+
+    gcs = GcsClient(address=os.environ["RAY_ADDRESS"])  # set by the supervisor
+    key = JobInfoStorageClient.JOB_DATA_KEY.format(job_id=job).encode()
+    info = json.loads(gcs.internal_kv_get(key, KV_NAMESPACE_JOB, timeout=GCS_TIMEOUT_S))
+    metadata = info["metadata"] or {}
+    if RUN_NAME not in metadata:
+        described = json.dumps(info | {"metadata": metadata | run}).encode()
+        gcs.internal_kv_put(key, described, True, KV_NAMESPACE_JOB, timeout=GCS_TIMEOUT_S)

@@ -1,0 +1,64 @@
+"""Connect to the job server of a cluster, and fail soon with one clear message where it is away."""
+
+import logging
+import os
+import socket
+from urllib.parse import urlsplit
+
+from rlhf_ray.errors import PlacementError
+from rlhf_ray.jobs.job_server import JobServer
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+def connect(address: str | None) -> JobServer:
+    """Connect to the job server at an address, else where Ray's variables say, else on localhost.
+
+    Raises:
+        PlacementError: nothing answers there, or it refuses this user.
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for module in ("dashboard_sdk", "job.sdk"):  # they set their own level at import
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    if address is not None:
+        # Ray prefers this variable to the address that its client is given.
+        os.environ[ADDRESS_VARIABLES[0]] = address
+    url = configured_address() or DEFAULT_ADDRESS
+    _require_reachable(url)
+    try:
+        return JobServer(JobSubmissionClient(url))
+    except AuthenticationError as error:
+        raise PlacementError(
+            f"The job server at {url} refuses this user: {str(error).splitlines()[0]}. Set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise PlacementError(
+            f"Cannot use the job server at {url}: {error}. Check that this is the address of the "
+            "cluster's dashboard and that the cluster runs this version of Ray"
+        ) from error
+
+
+def configured_address() -> str | None:
+    """Return the address in Ray's variables; None where none is set."""
+    return next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
+
+
+def _require_reachable(address: str) -> None:
+    """Fail within seconds where nothing listens: Ray's client would wait for minutes."""
+    url = urlsplit(address)
+    if url.scheme not in ("http", "https") or url.hostname is None:
+        return  # a cluster's address, which Ray turns into its dashboard's
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname, port), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise PlacementError(
+            f"Nothing answers at {address}: {error}. Give the dashboard's address with --address "
+            f"or in {ADDRESS_VARIABLES[0]}, for example http://head-node:8265"
+        ) from error
