@@ -1,10 +1,10 @@
-"""How fast nodes send each other bytes, over plain TCP between their addresses in the cluster."""
+"""Measure the bandwidth between nodes, by plain TCP between their addresses in the cluster."""
 
 import itertools
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlhf_ray.cluster.nodes import ClusterNode
 
 SECONDS = 1.0
-"""How long a pair is measured."""
+"""Duration of the measurement of a pair."""
 CHUNK_BYTES = 2**20
 CONNECT_S = 5.0
 TIMEOUT_S = 60.0
@@ -23,17 +23,17 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Link:
-    """From one node to another."""
+    """The measured link from one node to another."""
 
     sender: str
     receiver: str
     gbit_s: float
-    """0 where they cannot talk."""
+    """0 if they cannot connect."""
     problem: str = ""
 
 
 class Peer:
-    """Sends and receives on one node."""
+    """An actor that sends and receives on one node."""
 
     def __init__(self, address: str) -> None:
         self._server = socket.create_server(
@@ -42,7 +42,7 @@ class Peer:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def port(self) -> int:
-        """Where it sends to whoever connects."""
+        """Return the port on which it sends to anyone who connects."""
         return self._server.getsockname()[1]
 
     def _serve(self) -> None:
@@ -55,10 +55,10 @@ class Peer:
                     while True:
                         connection.sendall(chunk)
                 except OSError:
-                    continue  # the receiver has seen enough
+                    continue  # the receiver has closed the connection after its measurement
 
     def receive(self, address: str, port: int) -> float:
-        """Gbit/s that another peer sends to this one."""
+        """Measure how many Gbit/s another peer sends to this one."""
         buffer, received = bytearray(CHUNK_BYTES), 0
         with socket.create_connection((address, port), timeout=CONNECT_S) as connection:
             started = time.perf_counter()
@@ -68,7 +68,7 @@ class Peer:
 
 
 def measure(nodes: Sequence[ClusterNode]) -> list[Link]:
-    """Every pair of nodes, one pair after the other."""
+    """Measure every pair of nodes, one after the other so that they do not share a link."""
     peers: dict[ClusterNode, Any] = {
         node: ray.remote(Peer)
         .options(
@@ -86,7 +86,7 @@ def measure(nodes: Sequence[ClusterNode]) -> list[Link]:
             ray.kill(peer)
 
 
-def _link(sender: ClusterNode, receiver: ClusterNode, peers: dict[ClusterNode, Any]) -> Link:
+def _link(sender: ClusterNode, receiver: ClusterNode, peers: Mapping[ClusterNode, Any]) -> Link:
     try:
         port = ray.get(peers[sender].port.remote(), timeout=TIMEOUT_S)
         receiving = peers[receiver].receive.remote(sender.address, port)

@@ -1,4 +1,4 @@
-"""`doctor --cluster`: every node of a live cluster, the links between them, and what to fix."""
+"""`doctor --cluster`: check every node of a live cluster and the links between them."""
 
 import logging
 from collections.abc import Iterator
@@ -21,23 +21,23 @@ Section = tuple[str, list[Check]]
 
 
 def run(config: Config | None, min_gbit_s: float) -> tuple[list[Section], bool]:
-    """Look at the cluster that this machine belongs to, or that RAY_ADDRESS names.
+    """Check the cluster that this machine belongs to, or that RAY_ADDRESS names.
 
     Args:
-        config: whose paths and interface are checked; None: no paths.
-        min_gbit_s: that every pair of nodes must reach.
+        config: its paths and interface are checked too; None: only the nodes.
+        min_gbit_s: the bandwidth that every pair of nodes must reach.
 
     Returns:
-        Titled checks, and whether nothing must be fixed.
+        Titled checks, and whether all of them passed.
 
     Raises:
-        PlacementError: no cluster is there.
+        PlacementError: no cluster can be reached.
     """
     try:
         ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise PlacementError(
-            f"Cannot reach a Ray cluster: {error}; run this on one of its nodes, or set RAY_ADDRESS"
+            f"Cannot reach a Ray cluster: {error}. Run this on one of its nodes, or set RAY_ADDRESS"
         ) from error
     try:
         sections = list(_sections(config, min_gbit_s))
@@ -52,7 +52,7 @@ def _sections(config: Config | None, min_gbit_s: float) -> Iterator[Section]:
     interface = config.cluster.interface if config else None
     for answer in answers:
         if answer.value is None:
-            remedy = "look at the node, or take it out of the cluster"
+            remedy = "repair the node, or take it out of the cluster"
             yield answer.node.name, [Check("node", answer.problem, FAIL, remedy)]
         else:
             yield answer.node.name, checks_of(answer.value, interface)

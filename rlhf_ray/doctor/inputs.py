@@ -1,4 +1,4 @@
-"""What a run reads from outside is looked for before its first stage, not hours later."""
+"""Check that the models, data and functions of a run exist, before its first stage starts."""
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -22,10 +22,10 @@ from rlhf_ray.runs.folder import RunFolder, absolute, located_function
 
 
 def require_inputs(config: Config, stages: Collection[str]) -> None:
-    """Find every model, data set and function that the stages to come are given.
+    """Check every model, data set and function that the remaining stages read.
 
     Raises:
-        DataError: one is not there, or the first row of a data set cannot be read.
+        DataError: one does not exist, or the first row of a data set cannot be read.
         ConfigError: a function cannot be imported.
     """
     if any(STAGES[stage].needs_ray for stage in stages):
@@ -46,8 +46,11 @@ def require_inputs(config: Config, stages: Collection[str]) -> None:
 
 
 def files_of_roles(folder: RunFolder) -> list[str]:
-    """What processes of roles read on their own nodes, by absolute path: models that are folders,
-    those of the run's finished stages among them, and files of the user's functions."""
+    """Return the absolute paths of what roles read on their own nodes.
+
+    These are local model folders, including those of the run's finished stages, and the files of
+    the user's functions.
+    """
     config = folder.config
     functions = [config.ppo.advantage, config.ppo.policy_loss]
     functions += [s.function for s in config.rewards if isinstance(s, FunctionSourceConfig)]
@@ -65,13 +68,13 @@ def _require_rows(key: str, sources: Sequence[DataSource]) -> None:
 
 
 def _require_compared(config: Config) -> None:
-    """Folders of models from elsewhere, and the user's own instructions."""
+    """Check the models to compare and the user's instructions."""
     for name in config.evaluate.models or ():
-        is_own = name in POLICIES or name.startswith("ppo@")
-        if not is_own and not Path(name).is_dir():
+        is_of_run = name in POLICIES or name.startswith("ppo@")
+        if not is_of_run and not Path(name).is_dir():
             raise DataError(
-                f"evaluate.models names {name}, which is no folder; name {', '.join(POLICIES)}, a "
-                "commit such as ppo@12 or ppo@best, or the folder of an adapter"
+                f"evaluate.models: {name} is not a model of the run and not a folder; give "
+                f"{', '.join(POLICIES)}, a commit such as ppo@12 or ppo@best, or a folder"
             )
     if config.evaluate.instructions is not None:
         load_instructions(config.evaluate.instructions)

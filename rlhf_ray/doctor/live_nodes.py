@@ -1,6 +1,8 @@
-"""Prints the living nodes of the Ray cluster that there is, and the memory of their GPUs.
+"""Print the living nodes of the Ray cluster and the memory of their GPUs.
 
-A line of JSON: pairs of Ray's entry of a node and GB of each of its GPUs, null where not known.
+One line of JSON: pairs of Ray's entry of a node and the GB of each of its GPUs, null if unknown.
+`hardware.live_cluster` runs it as a process (``python -m rlhf_ray.doctor.live_nodes``), because
+joining a cluster that refuses this user can hang.
 """
 
 import json
@@ -11,17 +13,17 @@ import ray
 from rlhf_ray.cluster.nodes import alive_nodes, on_nodes
 from rlhf_ray.doctor.node_readings import NVIDIA_SMI_S, smallest_gpu_gb
 
-ASK_NODES_S = NVIDIA_SMI_S + 5.0
-"""For all nodes together: a driver that is not loaded yet takes seconds for a node's GPUs."""
+NODES_TIMEOUT_S = NVIDIA_SMI_S + 5.0
+"""For all nodes together; a driver that is not loaded yet takes seconds to list a node's GPUs."""
 
 
 def main() -> None:
-    """Join, ask, leave."""
+    """Join the cluster, read its nodes and print them."""
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     entries = [node for node in ray.nodes() if node["Alive"]]
     with_gpus = {node["NodeID"] for node in entries if node["Resources"].get("GPU", 0)}
-    asked = [node for node in alive_nodes() if node.node_id in with_gpus]
-    answers = on_nodes(asked, smallest_gpu_gb, [()] * len(asked), ASK_NODES_S)
+    nodes = [node for node in alive_nodes() if node.node_id in with_gpus]
+    answers = on_nodes(nodes, smallest_gpu_gb, [()] * len(nodes), NODES_TIMEOUT_S)
     memory_gb = {answer.node.node_id: answer.value for answer in answers}
     print(json.dumps([(node, memory_gb.get(node["NodeID"])) for node in entries], default=str))
 

@@ -1,4 +1,4 @@
-"""What `doctor --cluster` and `plan` read on a node; runs there, in a task."""
+"""The readings that `doctor --cluster` and `plan` take of a node; runs on the node, in a task."""
 
 import ipaddress
 import resource
@@ -27,7 +27,7 @@ PORTS = (3000, 6379, 8000, 8265, 9090, 10001, 44217, 44227, 52365)
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, as `nvidia-smi` shows it. Memory in MiB."""
+    """The memory of one GPU in MiB, as `nvidia-smi` shows it."""
 
     free: int
     total: int
@@ -35,39 +35,39 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NodeReading:
-    """Readings of one node. Sizes in bytes."""
+    """Readings of one node; sizes in bytes."""
 
     machine: Machine
     driver: str
-    """Version of the NVIDIA driver; empty: there is none."""
+    """Version of the NVIDIA driver; empty if there is none."""
     gpus: tuple[Gpu, ...]
     versions: Mapping[str, str]
-    """Of Python and of `PACKAGES`."""
+    """Versions of Python and of `PACKAGES`."""
     open_files: int
-    """Most that a process may have open."""
+    """Limit of open files of a process."""
     memlock: int
-    """Most memory that a process may lock; -1: any."""
+    """Limit of locked memory of a process; -1: none."""
     temporary_disk: int
-    """Free in the folder of temporary files, where Ray keeps its session."""
+    """Free space in the folder of temporary files, where Ray keeps its session."""
     ninja: str | None
     """Path of the program that builds DeepSpeed's operations."""
     orphans: int
     """Processes of runs whose driver is dead."""
     interface: str
-    """Network interface that carries the address under which Ray knows the node; empty: none."""
+    """Network interface that has the node's address in Ray; empty if none has."""
     listening: Mapping[int, tuple[str, ...]]
-    """Each of `PORTS` that somebody listens on -> at which addresses."""
+    """Each of `PORTS` on which something listens -> the addresses it listens at."""
     binding: str
-    """Why no port can be opened at the address under which Ray knows the node; empty: it can."""
+    """Why no port can be opened at the node's address in Ray; empty if one can."""
     requires_token: bool
-    """Whether Ray talks to those alone who have its token."""
+    """Whether Ray accepts only clients that have the cluster's token."""
 
 
 def read_node(address: str) -> NodeReading:
     """Take all readings.
 
     Args:
-        address: under which Ray knows this node.
+        address: this node's address in Ray.
     """
     driver, gpus = parse_gpu_query(_gpu_query())
     temporary = Path(tempfile.gettempdir())
@@ -90,21 +90,24 @@ def read_node(address: str) -> NodeReading:
 
 
 def parse_gpu_query(text: str) -> tuple[str, tuple[Gpu, ...]]:
-    """Driver version and GPUs in ``nvidia-smi --query-gpu=driver_version,memory.free,memory.total``
-    as CSV without header and units."""
-    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
-    whole = [row for row in rows if len(row) == 3 and row[1].isdigit() and row[2].isdigit()]
-    driver = whole[0][0] if whole else ""
-    return driver, tuple(Gpu(int(free), int(total)) for _, free, total in whole)
+    """Return driver version and GPUs from the output of `_gpu_query`.
+
+    Rows of GPUs in an error state have words for numbers, and are left out.
+    """
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    valid = [row for row in rows if len(row) == 3 and row[1].isdigit() and row[2].isdigit()]
+    driver = valid[0][0] if valid else ""
+    return driver, tuple(Gpu(int(free), int(total)) for _, free, total in valid)
 
 
 def smallest_gpu_gb() -> float | None:
-    """Memory of the node's smallest GPU, GB; None: nvidia-smi shows no GPU."""
+    """Return the memory of the node's smallest GPU in GB; None if nvidia-smi shows none."""
     _, gpus = parse_gpu_query(_gpu_query())
     return min((gpu.total * 2**20 / 1e9 for gpu in gpus), default=None)
 
 
 def _gpu_query() -> str:
+    """Return a line of CSV per GPU: driver version, free and total memory in MiB."""
     query = "--query-gpu=driver_version,memory.free,memory.total"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
@@ -123,21 +126,24 @@ def _version(package: str) -> str:
 
 
 def _interface_of(address: str) -> str:
-    wanted = ipaddress.ip_address(address)
+    node_address = ipaddress.ip_address(address)
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:
-            if entry.family == socket.AF_INET and ipaddress.ip_address(entry.address) == wanted:
+            if (
+                entry.family == socket.AF_INET
+                and ipaddress.ip_address(entry.address) == node_address
+            ):
                 return name
     return ""
 
 
 def _listening() -> dict[int, tuple[str, ...]]:
-    found: dict[int, set[str]] = {}
+    addresses: dict[int, set[str]] = {}
     for connection in psutil.net_connections("tcp"):
-        at = connection.laddr
-        if connection.status == psutil.CONN_LISTEN and at and at.port in PORTS:
-            found.setdefault(at.port, set()).add(at.ip)
-    return {port: tuple(sorted(found[port])) for port in sorted(found)}
+        local = connection.laddr
+        if connection.status == psutil.CONN_LISTEN and local and local.port in PORTS:
+            addresses.setdefault(local.port, set()).add(local.ip)
+    return {port: tuple(sorted(addresses[port])) for port in sorted(addresses)}
 
 
 def _binding(address: str) -> str:

@@ -1,4 +1,4 @@
-"""What the readings of a cluster's nodes mean, and what to do: pure functions, without Ray."""
+"""Judge the readings of a cluster's nodes and say what to fix: pure functions, without Ray."""
 
 import ipaddress
 from collections import Counter
@@ -20,20 +20,20 @@ from rlhf_ray.doctor.preflight import (
 )
 
 OPEN_FILES_NEEDED = 65_536
-"""Ray opens some hundred a process; below this it warns by itself."""
+"""Ray opens some hundred files per process, and warns below this limit itself."""
 TEMPORARY_DISK_NEEDED = 10 * GB
-"""Ray spills objects there."""
+"""Ray spills objects to the disk of temporary files."""
 PRIVATE_PORTS = (3000, 8000, 8265, 9090)
-"""Those of docs/security.md that are kept on loopback."""
+"""The ports that docs/security.md keeps on loopback."""
 GPU_FREE_SHARE = 0.95
-"""Less free memory than this means that somebody else is on the GPU."""
+"""Less free memory than this means that another process uses the GPU."""
 
 
 def checks_of(reading: NodeReading, interface: str | None) -> list[Check]:
-    """All checks of one node.
+    """Return all checks of one node.
 
     Args:
-        reading: the node's.
+        reading: the node's readings.
         interface: cluster.interface.
     """
     machine = reading.machine
@@ -47,7 +47,7 @@ def checks_of(reading: NodeReading, interface: str | None) -> list[Check]:
         check_shm(machine),
         _check_limits(reading),
         _check_disk(reading),
-        _check_left_over(reading),
+        _check_orphans(reading),
         _check_interface(reading, interface),
         _check_ports(reading),
         _check_token(reading),
@@ -59,7 +59,9 @@ def _check_driver(reading: NodeReading) -> Check:
         return Check("driver", "no NVIDIA GPU")
     if lock_for(reading.driver):
         return Check("driver", reading.driver)
-    return Check("driver", reading.driver, FAIL, f"install {oldest_driver()} or newer")
+    return Check(
+        "driver", reading.driver, FAIL, f"install NVIDIA driver {oldest_driver()} or newer"
+    )
 
 
 def _check_gpus(reading: NodeReading) -> Iterator[Check]:
@@ -68,7 +70,7 @@ def _check_gpus(reading: NodeReading) -> Iterator[Check]:
     text = ", ".join(f"{gpu.free / 1024:.0f} of {gpu.total / 1024:.0f}" for gpu in reading.gpus)
     busy = [i for i, gpu in enumerate(reading.gpus) if gpu.free < GPU_FREE_SHARE * gpu.total]
     if busy:
-        remedy = f"GPU {', '.join(map(str, busy))} is in use: nvidia-smi shows by which process"
+        remedy = f"GPU {', '.join(map(str, busy))} in use by another process: see nvidia-smi"
         yield Check("GPU memory", f"{text} GiB free", NOTE, remedy)
     else:
         yield Check("GPU memory", f"{text} GiB free")
@@ -77,7 +79,7 @@ def _check_gpus(reading: NodeReading) -> Iterator[Check]:
 def _check_ninja(reading: NodeReading) -> Check:
     if reading.ninja:
         return Check("ninja", reading.ninja)
-    remedy = "start Ray with the environment's bin folder on PATH; DeepSpeed builds with it"
+    remedy = "start Ray with the environment's bin folder on PATH: DeepSpeed builds with ninja"
     return Check("ninja", "not found", NOTE, remedy)
 
 
@@ -85,10 +87,15 @@ def _check_limits(reading: NodeReading) -> Check:
     lock = "any" if reading.memlock < 0 else f"{reading.memlock / GB:.1f} GB"
     text = f"{reading.open_files} open files, {lock} locked memory"
     if reading.open_files < OPEN_FILES_NEEDED:
-        remedy = f"ulimit -n {OPEN_FILES_NEEDED} before ray start"
+        remedy = f"run ulimit -n {OPEN_FILES_NEEDED} before ray start"
         return Check("limits", text, NOTE, remedy)
     if reading.gpus and reading.memlock >= 0:
-        return Check("limits", text, NOTE, "ulimit -l unlimited, which InfiniBand needs")
+        return Check(
+            "limits",
+            text,
+            NOTE,
+            "run ulimit -l unlimited before ray start if the nodes use InfiniBand",
+        )
     return Check("limits", text)
 
 
@@ -100,32 +107,34 @@ def _check_disk(reading: NodeReading) -> Check:
     return Check("disk", text, NOTE, remedy)
 
 
-def _check_left_over(reading: NodeReading) -> Check:
+def _check_orphans(reading: NodeReading) -> Check:
     if not reading.orphans:
         return Check("orphans", "none")
-    remedy = "the next local run there ends them; or end them by hand"
+    remedy = "the next local run on that node ends them; or end them by hand"
     return Check("orphans", f"{reading.orphans} processes of dead runs", NOTE, remedy)
 
 
-def _check_interface(reading: NodeReading, wanted: str | None) -> Check:
-    text = reading.interface or "Ray's address is on none"
-    if wanted is None or reading.interface == wanted:
+def _check_interface(reading: NodeReading, required: str | None) -> Check:
+    text = reading.interface or "none has Ray's address"
+    if required is None or reading.interface == required:
         return Check("interface", text, OK if reading.interface else NOTE)
-    remedy = f"cluster.interface is {wanted}: start Ray with --node-ip-address of its address"
+    remedy = f"cluster.interface is {required}: start Ray there with its --node-ip-address"
     return Check("interface", text, FAIL, remedy)
 
 
 def _check_ports(reading: NodeReading) -> Check:
     if reading.binding:
-        remedy = "start Ray with --node-ip-address of an address that this node has"
-        return Check("ports", f"none at Ray's address: {reading.binding}", FAIL, remedy)
+        remedy = "start Ray with --node-ip-address set to an address of this node"
+        return Check(
+            "ports", f"none can be opened at Ray's address: {reading.binding}", FAIL, remedy
+        )
     listed = [f"{port} at {' and '.join(at)}" for port, at in reading.listening.items()]
-    text = ", ".join(listed) or "none of the fixed ones in use"
+    text = ", ".join(listed) or "none of Ray's fixed ports in use"
     opened = [p for p in PRIVATE_PORTS if any(map(_is_open, reading.listening.get(p, ())))]
     if not opened:
         return Check("ports", text)
     remedy = (
-        f"{', '.join(map(str, opened))} can be reached from other machines: keep it on 127.0.0.1, "
+        f"{', '.join(map(str, opened))} can be reached from other machines: bind it to 127.0.0.1 "
         "and reach it through ssh -L (docs/security.md)"
     )
     return Check("ports", text, NOTE, remedy)
@@ -138,15 +147,15 @@ def _is_open(address: str) -> bool:
 def _check_token(reading: NodeReading) -> Check:
     if reading.requires_token:
         return Check("token", "Ray asks for one")
-    remedy = "RAY_AUTH_MODE=token wherever Ray is started: without it, who reaches it runs code"
+    remedy = "set RAY_AUTH_MODE=token wherever Ray is started: anyone who reaches it can run code"
     return Check("token", "Ray asks for none", NOTE, remedy)
 
 
 def check_versions(readings: Mapping[str, NodeReading]) -> list[Check]:
-    """Every package must have one version in the whole cluster.
+    """Check that every package has the same version on all nodes.
 
     Args:
-        readings: by name of the node; without any there is no check.
+        readings: by name of the node; no check if empty.
     """
     if not readings:
         return []
@@ -157,22 +166,22 @@ def check_versions(readings: Mapping[str, NodeReading]) -> list[Check]:
         if len(counts) == 1:
             same += [f"{package} {usual}"] if usual != NOT_INSTALLED else []
             continue
-        odd = [f"{r.versions[package]} on {n}" for n, r in readings.items()]
-        remedy = f"install {package} {usual} everywhere, or use one image"
-        checks.append(Check("versions", f"{package}: {', '.join(odd)}", FAIL, remedy))
+        versions = [f"{r.versions[package]} on {n}" for n, r in readings.items()]
+        remedy = f"install {package} {usual} everywhere, or use the same image on all nodes"
+        checks.append(Check("versions", f"{package}: {', '.join(versions)}", FAIL, remedy))
     return [Check("versions", "the same on all: " + ", ".join(same)), *checks]
 
 
 def check_links(links: Sequence[Link], floor_gbit_s: float) -> list[Check]:
-    """Every pair must reach the floor."""
+    """Check that every pair of nodes reaches a bandwidth."""
     checks = []
     for link in links:
         name, speed = f"{link.sender} -> {link.receiver}", f"{link.gbit_s:.2f} Gbit/s"
         if link.problem:
-            remedy = "let nodes reach each other on all ports (docs/security.md)"
+            remedy = "open all ports between the nodes (docs/security.md)"
             checks.append(Check(name, link.problem, FAIL, remedy))
         elif link.gbit_s < floor_gbit_s:
-            remedy = f"under {floor_gbit_s:g} (--min-bandwidth): is Ray on the fast network?"
+            remedy = f"under {floor_gbit_s:g} (--min-bandwidth): start Ray on the fast network"
             checks.append(Check(name, speed, FAIL, remedy))
         else:
             checks.append(Check(name, speed))

@@ -1,6 +1,6 @@
-"""Which lock of GPU packages an NVIDIA driver can run.
+"""Choose the lock of GPU packages that the installed NVIDIA driver can run.
 
-Standard library only; scripts/setup.sh runs it as a file, before anything is installed.
+Standard library only: scripts/setup.sh runs this as a plain file before anything is installed.
 """
 
 import re
@@ -8,24 +8,24 @@ import subprocess
 import sys
 
 LOCKS = (("gpu", "CUDA 13", "580.65.06"), ("gpu_cu12", "CUDA 12", "525.60.13"))
-"""Lock, what its packages are built for, and the oldest driver that runs it; the best one first."""
+"""Lock, what its packages are built for, and the oldest driver that runs it; the best first."""
 
 NVIDIA_SMI_S = 20
 
 
 def lock_for(driver: str) -> str | None:
-    """The best lock that a driver runs; None: none of them."""
+    """Return the best lock that a driver runs; None if it runs none."""
     numbers = _numbers(driver)
     return next((lock for lock, _, oldest in LOCKS if numbers >= _numbers(oldest)), None)
 
 
 def oldest_driver() -> str:
-    """The oldest driver that runs any lock."""
+    """Return the oldest driver that runs any lock."""
     return LOCKS[-1][2]
 
 
 def read_driver() -> str:
-    """Version of this machine's driver, as nvidia-smi says; empty where there is none."""
+    """Return the version of this machine's driver by nvidia-smi; empty if there is none."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(
@@ -42,7 +42,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def main() -> int:
-    """Print the lock for this machine; exit code 2, with what is needed, where none fits."""
+    """Print the lock for this machine; if none fits, say what is needed and exit with 2."""
     driver = read_driver()
     lock = lock_for(driver)
     if lock is not None:
@@ -50,9 +50,9 @@ def main() -> int:
         return 0
     _, built_for, _ = LOCKS[-1]
     print(
-        f"the NVIDIA driver here is {driver or 'not to be seen (nvidia-smi)'}; the GPU packages "
-        f"({built_for}) need {oldest_driver()} or newer. Install that driver, or run "
-        "RLHF_RAY_LOCK=cpu scripts/setup.sh",
+        f"the NVIDIA driver of this machine is {driver or 'not found (nvidia-smi)'}; the GPU "
+        f"packages ({built_for}) need {oldest_driver()} or newer. Install it, or set up without "
+        "GPU support: RLHF_RAY_LOCK=cpu scripts/setup.sh",
         file=sys.stderr,
     )
     return 2

@@ -1,8 +1,8 @@
-"""What this machine must have, checked before anything is installed.
+"""Check that this machine has what an installation and the quick start need.
 
-Standard library only, and parseable by older Pythons, since their users need the message most.
-`read_machine` takes the readings; everything else is a pure function of them.
-Run by the scripts as a file, and by `rlhf-ray doctor` as a module.
+Standard library only, and parseable by old Pythons, whose users need the message most.
+`read_machine` takes the readings; everything else is a pure function of them. The scripts run this
+as a plain file before anything is installed; `rlhf-ray doctor` imports it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os.path
 import sys
 
 if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    del sys.path[0]  # run as a file: our types.py would hide the standard library's
+    del sys.path[0]  # run as a file: modules beside this one would hide the standard library's
 
 import argparse
 import platform
@@ -29,25 +29,25 @@ MB = 10**6
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 
 MEMORY_NEEDED = 8 * GB  # the quick start's limit
-MEMORY_LEAST = 4 * GB  # below this not even the one-process form is comfortable
+MEMORY_LEAST = 4 * GB  # less is too little even for one process
 SHM_NEEDED = 2 * GB
 SHM_LEAST = 512 * MB  # two learners take 66 MB each, the object store and vLLM the rest
 DISK_TO_RUN = 1 * GB
-LINK_MBIT_S = 100  # the download speed that the minutes are reckoned for
+LINK_MBIT_S = 100  # the download speed for which minutes are given
 
 ONE_PROCESS = "cluster.mode=inline rollout.engine=transformers"
 
 
 @dataclass(frozen=True)
 class Lock:
-    """What one of the two sets of pinned packages takes on Linux x86-64 with Python 3.11."""
+    """The size of one of the two sets of pinned packages, on Linux x86-64 with Python 3.11."""
 
     download: int
-    """Bytes of all wheels together."""
+    """Total bytes of the wheels."""
     disk: int
     """Bytes to have free at the checkout: the environment, the package cache and working space."""
     install_minutes: float
-    """Minutes on two cores, download not counted."""
+    """Minutes on two cores, without the download."""
 
 
 LOCKS = {
@@ -60,35 +60,35 @@ LOCKS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Readings of one machine. Sizes in bytes; None where there is nothing to read."""
+    """Readings of one machine; sizes in bytes, None if they cannot be read."""
 
     system: str
     """`Linux`, `macOS` or `Windows`."""
     arch: str
     """As `uname -m` says: `x86_64`, `aarch64`, `arm64`."""
     libc: str
-    """`glibc 2.36`, or empty where it is another C library."""
+    """Such as `glibc 2.36`; empty for another C library."""
     cpu_flags: frozenset[str]
     cpus: int
-    """CPUs that this process may use."""
+    """Number of CPUs that this process may use."""
     python: tuple[int, int]
     has_headers: bool
-    """Python.h is there: extensions can be compiled."""
+    """Whether Python.h is installed, without which extensions cannot be compiled."""
     memory: int | None
-    """Available to this process, container limits counted."""
+    """Available to this process within its container's limit."""
     disk: int
-    """Free at the checkout."""
+    """Free bytes at the checkout."""
     shm: int | None
     """Size of /dev/shm."""
     compiler: str | None
-    """Path of the C++ compiler that PyTorch would call."""
+    """Path of the C++ compiler that PyTorch will call."""
     gpus: tuple[str, ...]
     """Names of NVIDIA GPUs."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: a reading, its verdict (`ok`, `note`, `FAIL`) and what to do."""
+    """A row of the table: a reading, its verdict (`ok`, `note`, `FAIL`) and what to do."""
 
     name: str
     reading: str
@@ -97,7 +97,7 @@ class Check:
 
 
 def vllm_cpu_supported(machine: Machine | None = None) -> tuple[bool, str]:
-    """Whether vLLM's CPU build runs on `machine` (default: this one), and why not if so."""
+    """Return whether vLLM's CPU build runs on `machine` (default: this one), and the reason."""
     machine = machine or read_machine(Path.cwd())
     if machine.system != "Linux":
         return False, f"vLLM's CPU build is for Linux, this is {machine.system}"
@@ -109,14 +109,14 @@ def vllm_cpu_supported(machine: Machine | None = None) -> tuple[bool, str]:
 
 
 def choose_lock(machine: Machine) -> str:
-    """The lock for `machine`: `gpu` where Linux shows an NVIDIA GPU, else `cpu`."""
+    """Return the lock for `machine`: `gpu` on Linux with an NVIDIA GPU, else `cpu`."""
     return "gpu" if machine.gpus and machine.system == "Linux" else "cpu"
 
 
 def check_machine(machine: Machine, lock: str, installed: bool = False) -> list[Check]:
-    """All checks, in the order in which they are printed.
+    """Return all checks in the order in which they are printed.
 
-    `installed`: the packages are there already, so less disk is needed and no download.
+    `installed`: the packages are installed already, so less disk and no download is needed.
     """
     return [
         check_system(machine),
@@ -131,10 +131,10 @@ def check_machine(machine: Machine, lock: str, installed: bool = False) -> list[
 
 
 def check_system(machine: Machine) -> Check:
-    """Linux with glibc 2.28 (the wheels' manylinux_2_28); macOS in one process only."""
+    """Check for Linux with glibc 2.28 (the wheels are manylinux_2_28); macOS runs one process."""
     reading = f"{machine.system} {machine.arch}"
     if machine.system == "macOS":
-        remedy = f"no vLLM here: the quick start runs with {ONE_PROCESS}"
+        remedy = f"vLLM does not run on macOS: run the quick start with {ONE_PROCESS}"
         return Check("system", reading, NOTE, remedy)
     if machine.system != "Linux":
         return Check("system", reading, FAIL, "use Linux; on Windows: WSL 2 with Ubuntu")
@@ -147,21 +147,21 @@ def check_system(machine: Machine) -> Check:
 
 
 def check_cpu(machine: Machine, lock: str) -> Check:
-    """CPUs and vector instructions; a GPU build of vLLM does not ask for AVX2."""
+    """Check CPUs and vector instructions; only vLLM's CPU build needs AVX2."""
     cores = f"{machine.cpus} CPU" + ("s" if machine.cpus != 1 else "")
     vectors = [name for name in ("avx2", "avx512f") if name in machine.cpu_flags]
     reading = ", ".join([cores, *(name.rstrip("f").upper() for name in vectors)])
     supported, reason = vllm_cpu_supported(machine)
     if lock == "cpu" and machine.system == "Linux" and not supported:
-        remedy = f"{reason}: the quick start runs with {ONE_PROCESS}"
+        remedy = f"{reason}: run the quick start with {ONE_PROCESS}"
         return Check("CPU", reading, NOTE, remedy)
     if machine.cpus < 2:
-        return Check("CPU", reading, NOTE, "works, but times are given for 2 CPUs")
+        return Check("CPU", reading, NOTE, "works, but the documented times are for 2 CPUs")
     return Check("CPU", reading)
 
 
 def check_python(machine: Machine) -> Check:
-    """Python 3.11 or 3.12, the versions that the locks are resolved for."""
+    """Check for Python 3.11 or 3.12, for which the locks are resolved."""
     reading = "{}.{}".format(*machine.python)
     if machine.python in ((3, 11), (3, 12)):
         return Check("Python", reading)
@@ -170,7 +170,7 @@ def check_python(machine: Machine) -> Check:
 
 
 def check_compiler(machine: Machine) -> Check:
-    """C++ compiler and Python.h: DeepSpeed builds a small op on first use."""
+    """Check for a C++ compiler and Python.h: DeepSpeed builds an operation on first use."""
     verdict = FAIL if machine.system == "Linux" else NOTE
     if machine.compiler is None:
         remedy = "apt-get install g++, dnf install gcc-c++ or xcode-select --install; without root:"
@@ -184,9 +184,9 @@ def check_compiler(machine: Machine) -> Check:
 
 
 def check_memory(machine: Machine) -> Check:
-    """8 GB for the quick start; under 4 GB nothing is worth starting."""
+    """Check for the memory of the quick start; below `MEMORY_LEAST` nothing runs well."""
     if machine.memory is None:
-        return Check("memory", "unknown", NOTE, f"see that {_size(MEMORY_NEEDED)} are available")
+        return Check("memory", "unknown", NOTE, f"check that {_size(MEMORY_NEEDED)} are available")
     reading = f"{_size(machine.memory)} available"
     if machine.memory >= MEMORY_NEEDED:
         return Check("memory", reading)
@@ -197,27 +197,27 @@ def check_memory(machine: Machine) -> Check:
 
 
 def check_shm(machine: Machine) -> Check:
-    """Ray, vLLM and DeepSpeed share memory between processes through /dev/shm (Linux)."""
+    """Check /dev/shm, where Ray, vLLM and DeepSpeed share memory between processes on Linux."""
     reading = "none" if machine.shm is None else _size(machine.shm)
     size = machine.shm or 0
     if size >= SHM_NEEDED or machine.system != "Linux":
         return Check("/dev/shm", reading)
-    remedy = f"make it {_size(SHM_NEEDED)}: docker run --shm-size=2g, or mount -o remount,size=2g"
+    remedy = f"it needs {_size(SHM_NEEDED)}: docker run --shm-size=2g, or mount -o remount,size=2g"
     return Check("/dev/shm", reading, NOTE if size >= SHM_LEAST else FAIL, remedy)
 
 
 def check_disk(machine: Machine, lock: str, installed: bool) -> Check:
-    """Room at the checkout for the environment and a run."""
+    """Check the free space at the checkout for the environment and a run."""
     needed = DISK_TO_RUN if installed else LOCKS[lock].disk
     reading = f"{_size(machine.disk)} free here"
     if machine.disk >= needed:
         return Check("disk", reading)
-    remedy = f"free {_size(needed)}, or set VENV to a folder on a larger disk"
+    remedy = f"free {_size(needed)} in total, or set VENV to a folder on a larger disk"
     return Check("disk", reading, FAIL, remedy)
 
 
 def check_packages(machine: Machine, lock: str, installed: bool) -> Check:
-    """Which lock, how much it downloads and about how long that takes. Never fails."""
+    """Report the lock, its download size and about how long that takes; never fails."""
     device = machine.gpus[0] if machine.gpus else "no NVIDIA GPU"
     if installed:
         return Check("packages", f"{lock} lock, installed ({device})")
@@ -228,7 +228,7 @@ def check_packages(machine: Machine, lock: str, installed: bool) -> Check:
 
 
 def format_table(checks: list[Check], width: int = 96) -> str:
-    """Aligned plain text, remedies wrapped below their line; no line is over `width`."""
+    """Format the checks as aligned text with remedies below their row, `width` columns wide."""
     name_width = max(len(check.name) for check in checks)
     indent = " " * (2 + len(FAIL) + 2 + name_width + 2)
     lines: list[str] = []
@@ -245,7 +245,7 @@ def format_table(checks: list[Check], width: int = 96) -> str:
 
 
 def read_machine(root: Path) -> Machine:
-    """Takes all readings; `root` is where the environment and the runs will lie."""
+    """Take all readings; `root` is the folder of the environment and the runs."""
     libc = " ".join(platform.libc_ver())
     shm = Path("/dev/shm")
     return Machine(
@@ -265,22 +265,22 @@ def read_machine(root: Path) -> Machine:
 
 
 def parse_cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """Flags of the first CPU in the text of /proc/cpuinfo (`flags`, on ARM `Features`)."""
+    """Return the first CPU's flags from /proc/cpuinfo (`flags`, on ARM `Features`)."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
 
 
 def parse_available(meminfo: str) -> int | None:
-    """Bytes of `MemAvailable` in the text of /proc/meminfo, which counts in kB."""
+    """Return the bytes of `MemAvailable` from /proc/meminfo, which counts in KiB."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
-def cgroup_room(limit: str, used: str, stat: str) -> int | None:
-    """Bytes that a control group may still take; None where it has no limit.
+def cgroup_free(limit: str, used: str, stat: str) -> int | None:
+    """Return the bytes that a control group may still use; None if it has no limit.
 
-    Takes the texts of its limit, usage and memory.stat. The usage counts the page cache, of
-    which the kernel gives back at least the inactive part.
+    Takes the texts of its limit, usage and memory.stat. The usage includes the page cache, whose
+    inactive part at least is free for use.
     """
     if not (limit.strip().isdigit() and used.strip().isdigit()):  # no such file, or "max"
         return None
@@ -289,21 +289,21 @@ def cgroup_room(limit: str, used: str, stat: str) -> int | None:
 
 
 def parse_gpus(listing: str) -> tuple[str, ...]:
-    """Names in the output of `nvidia-smi -L` ("GPU 0: NVIDIA A100 (UUID: ...)")."""
+    """Return the GPU names in the output of `nvidia-smi -L` ("GPU 0: NVIDIA A100 (UUID: ...)")."""
     return tuple(re.findall(r"^GPU \d+: (.+?) \(UUID", listing, re.MULTILINE))
 
 
 def _read_memory() -> int | None:
     available = parse_available(_read_text("/proc/meminfo"))
     if available is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS: all there is
-    for limit, used, stat in (  # as a container sees its control group: version 2, version 1
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS: total memory
+    for limit, used, stat in (  # paths inside a container: control groups version 2, version 1
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
-        room = cgroup_room(*(_read_text(f"/sys/fs/cgroup/{name}") for name in (limit, used, stat)))
-        if available is not None and room is not None:
-            available = min(available, room)
+        free = cgroup_free(*(_read_text(f"/sys/fs/cgroup/{name}") for name in (limit, used, stat)))
+        if available is not None and free is not None:
+            available = min(available, free)
     return available
 
 
@@ -328,11 +328,11 @@ def _size(num_bytes: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table. Exit code 2 where a hard requirement is missing, else 0."""
-    parser = argparse.ArgumentParser(description="Checks this machine before installation.")
-    parser.add_argument("--root", type=Path, default=Path.cwd(), help="where it will be installed")
-    parser.add_argument("--lock", choices=sorted(LOCKS), help="default: gpu where there is one")
-    parser.add_argument("--installed", action="store_true", help="the packages are there already")
+    """Print the table; return 2 if a hard requirement is missing, else 0."""
+    parser = argparse.ArgumentParser(description="Check this machine before an installation.")
+    parser.add_argument("--root", type=Path, default=Path.cwd(), help="folder of the installation")
+    parser.add_argument("--lock", choices=sorted(LOCKS), help="default: gpu if there is one")
+    parser.add_argument("--installed", action="store_true", help="packages are installed already")
     parser.add_argument("--decide", action="store_true", help="print the lock and vllm or no-vllm")
     args = parser.parse_args(argv)
     machine = read_machine(args.root)

@@ -1,8 +1,9 @@
-"""Whether every node of a cluster sees the run's folder and the same models as the driver does.
+"""Check that every node of a cluster sees the same run folder and models as the driver.
 
-Before anything is placed, a task a node reads what the driver wrote to run.dir, writes an answer
-there, and lists the files of the models. Small files are compared by their whole SHA-256; those of
-over 64 MB by size and the first and last megabyte, where safetensors has names, shapes and offsets.
+Before anything is placed, a task on each node reads what the driver wrote to run.dir, writes it
+back there, and lists the files of the models. Files up to 64 MB are compared by their SHA-256,
+larger ones by their size and their first and last megabyte: the first holds names, shapes and
+offsets of a safetensors file.
 """
 
 import hashlib
@@ -22,27 +23,27 @@ from rlhf_ray.errors import PlacementError
 
 TIMEOUT_S = 120.0
 WHOLE_BYTES = 64 * 2**20
-"""Files up to this size are digested whole."""
+"""Files up to this size are hashed whole."""
 PART_BYTES = 2**20
 IP = (socket.AF_INET, socket.AF_INET6)
 
 Listing = Mapping[str, tuple[int, str]]
-"""Path -> size in bytes and digest; a path that cannot be read: -1 and the reason."""
+"""Path -> size in bytes and digest; -1 and the reason for a path that cannot be read."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a node found."""
+class NodeView:
+    """How a node sees run.dir, its network interface and the files."""
 
     read: str
     """What it read in run.dir, or why it could not."""
-    written: str
-    """Why it could not write there; empty: it could."""
-    interface: str
-    """What is wrong with the network interface that the config names; empty: nothing."""
+    write_problem: str
+    """Why it could not write there; empty if it could."""
+    interface_problem: str
+    """What is wrong with the network interface that the config names; empty if nothing is."""
     files: Listing
     requires_token: bool
-    """Whether Ray on it talks to those alone who have its token."""
+    """Whether its Ray accepts only clients that have the cluster's token."""
 
 
 def require_same_files(folder: Path, paths: Sequence[str], interface: str | None) -> list[str]:
@@ -54,97 +55,100 @@ def require_same_files(folder: Path, paths: Sequence[str], interface: str | None
         interface: cluster.interface.
 
     Returns:
-        The names of nodes where Ray asks for no token.
+        The names of nodes where Ray requires no token.
 
     Raises:
-        PlacementError: naming each node that cannot read or write run.dir, has other files, or is
+        PlacementError: names each node that cannot read or write run.dir, has other files, or is
             not on the interface.
     """
-    here, nodes = listing(paths), alive_nodes()
+    expected, nodes = listing(paths), alive_nodes()
     with _probe_folder(folder) as probe:
         word = (probe / "driver").read_text(encoding="utf-8")
         calls = [(str(probe), node.node_id, list(paths), interface, node.address) for node in nodes]
-        answers = on_nodes(nodes, look, calls, TIMEOUT_S)
+        answers = on_nodes(nodes, view_from_node, calls, TIMEOUT_S)
         problems = []
         for answer in answers:
-            mirrored = probe / answer.node.node_id
-            arrived = mirrored.is_file() and mirrored.read_text(encoding="utf-8") == word
-            found = problems_of(answer, folder, word, arrived, here)
-            problems += [f"  {answer.node.name}: {problem}" for problem in found]
+            echo = probe / answer.node.node_id
+            echoed = echo.is_file() and echo.read_text(encoding="utf-8") == word
+            problems += [
+                f"  {answer.node.name}: {problem}"
+                for problem in problems_of(answer, folder, word, echoed, expected)
+            ]
     if problems:
         raise PlacementError(
-            f"Not every one of the {len(nodes)} nodes can take part:\n" + "\n".join(problems) + "\n"
-            "run.dir, models and functions must be on storage that all nodes mount at the same "
+            f"Some of the {len(nodes)} nodes cannot take part in the run:\n"
+            + "\n".join(problems)
+            + "\nrun.dir, models and functions must be on storage that all nodes mount at the same "
             "path; mount it there, or take the node out of the cluster"
         )
-    looks = {answer.node.name: answer.value for answer in answers}
-    return [name for name, look in looks.items() if look and not look.requires_token]
+    views = {answer.node.name: answer.value for answer in answers}
+    return [name for name, view in views.items() if view and not view.requires_token]
 
 
 def problems_of(
-    answer: Answer[Look], folder: Path, word: str, arrived: bool, here: Listing
+    answer: Answer[NodeView], folder: Path, word: str, echoed: bool, expected: Listing
 ) -> Iterator[str]:
-    """What is wrong with a node.
+    """Yield what is wrong with a node.
 
     Args:
-        answer: the node's.
+        answer: the node's answer.
         folder: run.dir.
-        word: that it should have read.
-        arrived: whether what it wrote is to be seen by the driver.
-        here: the driver's files.
+        word: what it should have read there.
+        echoed: whether the driver sees what the node wrote.
+        expected: the driver's files.
     """
-    look = answer.value
-    if look is None:
+    view = answer.value
+    if view is None:
         yield answer.problem
         return
-    if look.interface:
-        yield look.interface
-    if look.read != word:
-        yield f"cannot read run.dir {folder} as the driver wrote it ({look.read})"
-    elif look.written:
-        yield f"cannot write to run.dir {folder} ({look.written})"
-    elif not arrived:
-        yield f"what it writes to run.dir {folder} is not seen by the driver"
-    blind = tuple(f"{path}/" for path, (size, _) in look.files.items() if size < 0)
-    for path in sorted(here.keys() | look.files.keys()):
-        if path.startswith(blind):
-            continue  # told already, by the folder
-        expected, (size, digest) = here.get(path), look.files.get(path, (-1, "not there"))
-        if (size, digest) == expected:
+    if view.interface_problem:
+        yield view.interface_problem
+    if view.read != word:
+        yield f"cannot read run.dir {folder} as the driver wrote it ({view.read})"
+    elif view.write_problem:
+        yield f"cannot write to run.dir {folder} ({view.write_problem})"
+    elif not echoed:
+        yield f"the driver does not see what it writes to run.dir {folder}"
+    missing_folders = tuple(f"{path}/" for path, (size, _) in view.files.items() if size < 0)
+    for path in sorted(expected.keys() | view.files.keys()):
+        if path.startswith(missing_folders):
+            continue  # the folder itself is reported
+        file, (size, digest) = expected.get(path), view.files.get(path, (-1, "not there"))
+        if (size, digest) == file:
             continue
         if size < 0:
             yield f"cannot read {path} ({digest})"
-        elif expected is None:
-            yield f"has {path}, which the driver has not"
+        elif file is None:
+            yield f"has {path}, which the driver does not have"
         else:
-            what = f"{size} bytes, not {expected[0]}" if size != expected[0] else "other contents"
-            yield f"has another {path} ({what})"
+            difference = f"{size} bytes, not {file[0]}" if size != file[0] else "other contents"
+            yield f"has another {path} ({difference})"
 
 
-def look(
+def view_from_node(
     probe: str, node_id: str, paths: Sequence[str], interface: str | None, address: str
-) -> Look:
-    """A node's view; runs on the node."""
+) -> NodeView:
+    """Return this node's view; runs on the node."""
     try:
         read = (Path(probe) / "driver").read_text(encoding="utf-8")
     except OSError as error:
         read = _reason(error)
     try:
         (Path(probe) / node_id).write_text(read, encoding="utf-8")
-        written = ""
+        write_problem = ""
     except OSError as error:
-        written = _reason(error)
-    odd = "" if interface is None else problem_of_interface(interface, address)
-    return Look(read, written, odd, listing(paths), requires_token())
+        write_problem = _reason(error)
+    interface_problem = "" if interface is None else problem_of_interface(interface, address)
+    return NodeView(read, write_problem, interface_problem, listing(paths), requires_token())
 
 
 def requires_token() -> bool:
-    """Whether Ray on this node talks to those alone who have its token."""
+    """Whether Ray on this node accepts only clients that have the cluster's token."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def problem_of_interface(interface: str, address: str) -> str:
-    """Why this node cannot talk by an interface to others, who know it by ``address``."""
+    """Return why others, who know this node by ``address``, cannot reach it on an interface."""
     addresses = psutil.net_if_addrs()
     if interface not in addresses:
         return f"has no network interface {interface} (cluster.interface), only {sorted(addresses)}"
@@ -160,8 +164,8 @@ def problem_of_interface(interface: str, address: str) -> str:
 
 
 def listing(paths: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Size and digest of every file at or below each of the paths; hidden files are left out."""
-    found: dict[str, tuple[int, str]] = {}
+    """Return size and digest of every file at or below the paths; hidden files are left out."""
+    entries: dict[str, tuple[int, str]] = {}
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.is_file())
@@ -170,14 +174,14 @@ def listing(paths: Sequence[str]) -> dict[str, tuple[int, str]]:
             files = [path]
         for file in files:
             try:
-                found[str(file)] = (file.stat().st_size, digest(file))
+                entries[str(file)] = (file.stat().st_size, digest(file))
             except OSError as error:
-                found[str(file)] = (-1, _reason(error))
-    return found
+                entries[str(file)] = (-1, _reason(error))
+    return entries
 
 
 def digest(file: Path, whole_bytes: int = WHOLE_BYTES, part_bytes: int = PART_BYTES) -> str:
-    """SHA-256 of a file, or of its first and last part where it is larger than ``whole_bytes``."""
+    """Return the SHA-256 of a file, or of its first and last part if over ``whole_bytes``."""
     sha = hashlib.sha256()
     with file.open("rb") as stream:
         size = file.stat().st_size

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_ray.cluster.current_job import name_current_job, record_run_folder, run_folder_of_job
-from rlhf_ray.cluster.orphans import identity, living_process
+from rlhf_ray.cluster.orphans import ProcessIdentity, identity, living_process
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Bar, Progress, watched_by
@@ -40,6 +40,12 @@ _updating = threading.Lock()
 """The loop and the thread with the signs of life change the same file."""
 
 State = Literal["running", "stopped", "finished", "failed", "dead"]
+
+
+class Driver(ProcessIdentity):
+    """The process that drives a run, as written to status.json."""
+
+    host: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,7 @@ class ControlFiles:
         """
         self.require_free()
         self._requests.unlink(missing_ok=True)
-        driver = identity() | {"host": socket.gethostname()}
+        driver: Driver = {**identity(), "host": socket.gethostname()}
         self._write_status(RunStatus(name, str(self._status.parent)), driver)
 
     def require_free(self) -> None:
@@ -132,7 +138,7 @@ class ControlFiles:
                 "choose another run.dir"
             )
 
-    def _is_driven_by(self, driver: dict[str, Any]) -> bool:
+    def _is_driven_by(self, driver: Driver) -> bool:
         """Whether the driver of a run whose state is "running" lives.
 
         On another host only a change of its status proves it, so one is waited for: the age of the
@@ -168,7 +174,7 @@ class ControlFiles:
             written = self._read()
             self._write_status(replace(_status_in(written), **changes), written["driver"])
 
-    def _write_status(self, status: RunStatus, driver: dict[str, Any]) -> None:
+    def _write_status(self, status: RunStatus, driver: Driver) -> None:
         values = asdict(replace(status, updated=time.time()))
         write_atomically(self._status, json.dumps({"status": values, "driver": driver}))
 
@@ -185,7 +191,7 @@ class ControlFiles:
             return replace(status, state="dead")
         return status
 
-    def driver(self) -> dict[str, Any]:
+    def driver(self) -> Driver:
         """Return the process that drives the run: host, pid, started, name."""
         return self._read()["driver"]
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: base, stages, data, licences, numbers."""
+"""The lineage of a model: its base, the stages it went through, their data and licences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Source:
-    """A data set or a model that was made elsewhere."""
+    """A data set or model from outside the run."""
 
     name: str
     licence: str
@@ -30,40 +30,40 @@ class Step:
 
     stage: str
     result: str
-    """The model that it left, or the external one that stands in for it."""
+    """The model that it wrote, or the external one that replaces it."""
     external: bool
-    """Made elsewhere: nothing is known of its training."""
+    """Made outside this run, so nothing is known of its training."""
     data: tuple[Source, ...]
     numbers: Mapping[str, Any]
-    """Plain values of its summary."""
+    """Numbers and texts of its summary."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model's history."""
+    """The lineage of a model."""
 
     base: Source
     """What the first stage started from."""
     steps: tuple[Step, ...]
     settings: Mapping[str, Any]
-    """The config's values that differ from the defaults, of the sections that the steps read;
-    without secrets."""
+    """Config values that differ from the defaults, of the sections that the steps read, without
+    secrets."""
 
 
 def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
-    """The history of one of a run's models.
+    """Return the lineage of one of a run's models.
 
     Args:
-        config: the run's.
+        config: the run's config.
         model: sft, dpo, ppo or reward.
-        version: of a policy that PPO committed, whether or not the stage is finished.
+        version: a version that PPO committed, whether or not the stage has finished.
     """
     folder = RunFolder(config)
     stages = [
         stage
         for stage in (*STAGES[model].after, model)
         if not (stage == "reward" and model == "ppo" and not config.needs_reward_model)
-        # What came before a model that was given is not this run's.
+        # A model given by path did not go through this run's earlier stages.
         and not (stage == "pretrain" and config.sft.path)
     ]
     summaries = {stage: folder.summary(stage) for stage in stages}
@@ -82,7 +82,7 @@ def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
 
 
 def model_licence(path: str) -> str:
-    """The licence that a model's card names in its first lines; unknown where there is none."""
+    """Return the licence in the front matter of a model's card; "unknown" if there is none."""
     card = Path(path) / "README.md"
     if not card.is_file() and not Path(path).is_dir():
         cached = try_to_load_from_cache(path, "README.md")
@@ -115,7 +115,7 @@ def _step(
 
 
 def _reward_sources(config: Config) -> list[Step]:
-    """What rated the policy besides the run's own reward model."""
+    """Return the reward sources other than the run's own reward model."""
     steps = []
     for source in config.rewards:
         if source.type == "model" and source.path is None:

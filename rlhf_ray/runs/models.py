@@ -1,4 +1,4 @@
-"""The models of a run by name: what export, generate, chat and serve are asked for."""
+"""Find a run's models by name, for export, generate, chat and serve."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from rlhf_ray.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class RunModel:
-    """One model.
+    """A model of a run, or one at a path.
 
     Attributes:
         name: sft, dpo, ppo, reward; or the folder's own name.
@@ -29,22 +29,22 @@ class RunModel:
 
     @property
     def base(self) -> str:
-        """The model that an adapter lies on; a whole model is its own."""
+        """The base of an adapter; a whole model is its own base."""
         base = folders.base_of(self.path) if self.is_adapter else self.path
         return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def find_model(config: Config, name: str) -> RunModel:
-    """A model of the run, or one at a path.
+    """Return a model of the run, or one at a path.
 
     Args:
-        config: the run's.
+        config: the run's config.
         name: sft, dpo, reward, ppo (its latest commit; ppo@best and ppo@7 are others); or a model
             folder, a PEFT folder, a hub name.
 
     Raises:
-        DataError: the run has no such model yet, or nothing is at the path.
-        ConfigError: the run neither made the SFT model nor was given one.
+        DataError: the run has no such model yet, or the path does not exist.
+        ConfigError: the run has neither trained an SFT model nor been given one.
     """
     folder = RunFolder(config)
     kind, _, version = name.partition("@")
@@ -62,7 +62,7 @@ def find_model(config: Config, name: str) -> RunModel:
 
 
 def policies(config: Config) -> list[RunModel]:
-    """Every language model that the run has, sft first.
+    """Return every language model that the run has, in the order of the stages.
 
     Raises:
         DataError: it has none.

@@ -103,7 +103,11 @@ def test_a_model_that_is_not_there_is_refused_with_what_exists(
     says("ppo@7", r"evaluate\.models names ppo@7, which is neither .* nor a folder\. " + there)
     says("dpo", r"evaluate\.models names dpo, which is neither .*\. " + there)
     says("sft", r"names sft alone, which leaves nothing to compare; the run has sft, ppo, ppo@1")
-    says("nowhere", "names nowhere, which is no folder; name sft, dpo, ppo", command="run")
+    says(
+        "nowhere",
+        "nowhere is not a model of the run and not a folder; give sft, dpo, ppo",
+        command="run",
+    )
     says(f"{run}/sft/model", r"which is no adapter \(adapter_config\.json and")
     says(f"{run}/reward/model", r"an adapter with task_type SEQ_CLS; CAUSAL_LM is needed")
     elsewhere = tmp_path / "policy"

@@ -34,7 +34,7 @@ def test_a_driver_gets_the_newest_packages_that_it_runs(driver: str, lock: str |
     [
         ("580.95.05", 0, "gpu\n"),
         ("550.54.15", 0, "gpu_cu12\n"),
-        ("470.256.02", 2, "driver here is 470.256.02"),
+        ("470.256.02", 2, "driver of this machine is 470.256.02"),
     ],
 )
 def test_setup_is_told_the_lock_or_the_driver_that_is_needed(

@@ -179,11 +179,11 @@ def test_readings_are_parsed() -> None:
 
 def test_a_container_limit_counts_without_its_page_cache() -> None:
     # 8,000 allowed, 6,000 used, of which 1,500 are page cache that the kernel gives back.
-    assert preflight.cgroup_room("8000\n", "6000\n", "anon 1\ninactive_file 1500\n") == 3500
-    assert preflight.cgroup_room("8000", "6000", "total_inactive_file 1500\n") == 3500
-    assert preflight.cgroup_room("8000", "9000", "") == 0
-    assert preflight.cgroup_room("max\n", "6000\n", "") is None
-    assert preflight.cgroup_room("", "", "") is None
+    assert preflight.cgroup_free("8000\n", "6000\n", "anon 1\ninactive_file 1500\n") == 3500
+    assert preflight.cgroup_free("8000", "6000", "total_inactive_file 1500\n") == 3500
+    assert preflight.cgroup_free("8000", "9000", "") == 0
+    assert preflight.cgroup_free("max\n", "6000\n", "") is None
+    assert preflight.cgroup_free("", "", "") is None
 
 
 def test_exit_code_tells_whether_something_is_missing(

@@ -1,4 +1,4 @@
-"""What a node reports is compared with what the driver has."""
+"""A node's view of run folder and files is compared with the driver's."""
 
 from pathlib import Path
 
@@ -7,56 +7,56 @@ import pytest
 
 from rlhf_ray.cluster.nodes import Answer, ClusterNode
 from rlhf_ray.doctor.shared_files import (
-    Look,
+    NodeView,
     digest,
     listing,
-    look,
     problem_of_interface,
     problems_of,
+    view_from_node,
 )
 
 NODE = ClusterNode("10.0.0.2", "f" * 56, "10.0.0.2")
 RUN = Path("/data/run")
 
 
-def problems(found: Look | None, here: dict[str, tuple[int, str]], arrived: bool = True) -> str:
+def problems(found: NodeView | None, here: dict[str, tuple[int, str]], arrived: bool = True) -> str:
     answer = Answer(NODE, found, "" if found else "did not answer within 5 s")
     return "; ".join(problems_of(answer, RUN, "word", arrived, here))
 
 
 def test_a_node_that_sees_the_same_has_no_problem() -> None:
     files = {"/m/config.json": (3, "abc")}
-    assert problems(Look("word", "", "", files, True), files) == ""
+    assert problems(NodeView("word", "", "", files, True), files) == ""
 
 
-def test_a_silent_node_is_told() -> None:
+def test_a_silent_node_is_reported() -> None:
     assert problems(None, {}) == "did not answer within 5 s"
 
 
-def test_a_blind_or_read_only_node_is_told() -> None:
-    blind = Look("No such file or directory", "No such file or directory", "", {}, True)
+def test_a_node_that_cannot_read_or_write_the_run_folder_is_reported() -> None:
+    blind = NodeView("No such file or directory", "No such file or directory", "", {}, True)
     assert "cannot read run.dir /data/run" in problems(blind, {}, arrived=False)
-    read_only = Look("word", "Read-only file system", "", {}, True)
+    read_only = NodeView("word", "Read-only file system", "", {}, True)
     assert "cannot write to run.dir /data/run (Read-only" in problems(read_only, {}, arrived=False)
-    assert "is not seen by the driver" in problems(
-        Look("word", "", "", {}, True), {}, arrived=False
+    assert "the driver does not see what it writes" in problems(
+        NodeView("word", "", "", {}, True), {}, arrived=False
     )
 
 
-def test_other_model_files_are_told_by_size_and_contents() -> None:
+def test_different_model_files_are_reported_by_size_and_contents() -> None:
     here = {"/m/a": (3, "x"), "/m/b": (4, "y"), "/m/c": (5, "z")}
     there = {"/m/a": (3, "other"), "/m/b": (2, "y"), "/m/d": (1, "w")}
-    told = problems(Look("word", "", "", there, True), here)
-    assert "another /m/a (other contents)" in told
-    assert "another /m/b (2 bytes, not 4)" in told
-    assert "cannot read /m/c (not there)" in told
-    assert "has /m/d, which the driver has not" in told
+    text = problems(NodeView("word", "", "", there, True), here)
+    assert "another /m/a (other contents)" in text
+    assert "another /m/b (2 bytes, not 4)" in text
+    assert "cannot read /m/c (not there)" in text
+    assert "has /m/d, which the driver does not have" in text
 
 
-def test_a_missing_model_folder_is_told_once() -> None:
+def test_a_missing_model_folder_is_reported_once() -> None:
     there = {"/m": (-1, "No such file or directory")}
-    told = problems(Look("word", "", "", there, True), {"/m/a": (1, "x"), "/m/b": (1, "y")})
-    assert told == "cannot read /m (No such file or directory)"
+    text = problems(NodeView("word", "", "", there, True), {"/m/a": (1, "x"), "/m/b": (1, "y")})
+    assert text == "cannot read /m (No such file or directory)"
 
 
 def test_large_files_are_digested_by_both_ends(tmp_path: Path) -> None:
@@ -88,12 +88,12 @@ def test_a_node_reads_the_word_and_writes_it_back(
 ) -> None:
     (tmp_path / "driver").write_text("word")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert look(str(tmp_path), "node", [], None, "") == Look("word", "", "", {}, True)
+    assert view_from_node(str(tmp_path), "node", [], None, "") == NodeView("word", "", "", {}, True)
     monkeypatch.delenv("RAY_AUTH_MODE")
-    assert not look(str(tmp_path), "node", [], None, "").requires_token
+    assert not view_from_node(str(tmp_path), "node", [], None, "").requires_token
     assert (tmp_path / "node").read_text() == "word"
-    gone = look(str(tmp_path / "elsewhere"), "node", [], None, "")
-    assert gone.read == gone.written == "No such file or directory"
+    gone = view_from_node(str(tmp_path / "elsewhere"), "node", [], None, "")
+    assert gone.read == gone.write_problem == "No such file or directory"
 
 
 def test_the_interface_must_carry_the_address_that_others_know() -> None:
