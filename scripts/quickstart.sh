@@ -19,14 +19,14 @@ run_folder() { # as the overrides say: run.dir, else runs/<run.name>
 offer_one_process() {
   cat <<'TEXT'
 
-vLLM does not run on this machine (see the table above). The same job runs in one process with
+vLLM does not run on this machine (see the table above). The same run works in one process with
   cluster.mode=inline rollout.engine=transformers
-What differs: no Ray and no vLLM, so nothing runs in parallel, sampling is slower, and the sync of
-adapters to another engine is not exercised. Stages, algorithms, files and report are the same.
+It then uses neither Ray nor vLLM: nothing runs in parallel, sampling is slower, and no adapters are
+sent to another engine. Stages, algorithms, files and report are the same.
 TEXT
   [[ -t 0 ]] || return 0
   local answer
-  read -r -p "Go on with that? [y/N] " answer
+  read -r -p "Continue in one process? [y/N] " answer
   [[ $answer == [yY]* ]] || exit 0
 }
 
@@ -41,9 +41,9 @@ rlhf-ray run configs/quickstart.yaml "$@"
 run=$(run_folder "$@")
 cat <<TEXT
 
-The report: $run/report.html
-Try next, after   source ${VENV#"$PWD"/}/bin/activate
-  rlhf-ray run configs/stack_exchange_cpu.yaml prepare.posts=PATH/Posts.xml   # a dump of your own
-  rlhf-ray plan configs/quickstart.yaml                                       # memory and placement
-  rlhf-ray report $run/config.yaml                              # the report, drawn again
+Open the report in a browser: $run/report.html
+Next steps, after   source ${VENV#"$PWD"/}/bin/activate
+  rlhf-ray generate $run   # answers of the SFT and the PPO model, side by side
+  rlhf-ray plan configs/quickstart.yaml   # memory, placement and run time of a config
+  rlhf-ray run configs/stack_exchange_cpu.yaml prepare.posts=PATH/Posts.xml   # train on your dump
 TEXT

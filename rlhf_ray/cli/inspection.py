@@ -14,7 +14,10 @@ CHECK = "Check a config or a machine"
 SHOW = "Look at a run"
 
 
-@app.command(rich_help_panel=CHECK)
+@app.command(
+    rich_help_panel=CHECK,
+    epilog="Example: rlhf-ray plan config.yaml --cluster 3x8xA100-80GB",
+)
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -72,7 +75,7 @@ def dashboards(
     typer.echo(write(out, Bounds(no_commit_minutes, max_kl)))
 
 
-@app.command(rich_help_panel=CHECK)
+@app.command(rich_help_panel=CHECK, epilog="Example: rlhf-ray doctor config.yaml --cluster")
 def doctor(
     config: Annotated[
         Path | None,

@@ -32,7 +32,10 @@ Address = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: rlhf-ray submit config.yaml --address http://HEAD:8265",
+)
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -131,7 +134,7 @@ def stop(
     find_run(run, address).stop(now, typer.echo)
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=PANEL, epilog="Example: rlhf-ray scale my-run --generators 6")
 def scale(
     run: RunName,
     generators: Annotated[int, typer.Option(min=1, help="New number of generators.")],

@@ -21,7 +21,7 @@ app = typer.Typer()
 USE = "Use the models"
 
 
-@app.command(rich_help_panel=USE)
+@app.command(rich_help_panel=USE, epilog="Example: rlhf-ray generate runs/quickstart --num 8")
 def generate(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -56,7 +56,7 @@ def generate(
     Console().print(generate_stage.table(rows))
 
 
-@app.command(rich_help_panel=USE)
+@app.command(rich_help_panel=USE, epilog="Example: rlhf-ray chat runs/quickstart --model ppo@best")
 def chat(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -92,7 +92,7 @@ def _typed_lines() -> Iterator[str]:
             return
 
 
-@app.command(rich_help_panel=USE)
+@app.command(rich_help_panel=USE, epilog="Example: rlhf-ray serve runs/my-run --model ppo")
 def serve(
     config: ConfigPath,
     overrides: Overrides = None,

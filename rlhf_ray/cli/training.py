@@ -18,7 +18,10 @@ app = typer.Typer()
 TRAIN = "Train and evaluate"
 
 
-@app.command(rich_help_panel=TRAIN)
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: rlhf-ray run configs/quickstart.yaml ppo.iterations=20",
+)
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -31,7 +34,7 @@ def run(
 ) -> None:
     """Run the whole pipeline; resume where an earlier run of the same name stopped.
 
-    Prints the path of the report at the end.
+    The path of the report is printed at the end.
     """
     from rlhf_ray.stages.pipeline import run as run_pipeline
     from rlhf_ray.stages.rehearse import is_needed
@@ -93,7 +96,10 @@ class ExportKind(StrEnum):
     MERGED = "merged"
 
 
-@app.command(rich_help_panel=USE)
+@app.command(
+    rich_help_panel=USE,
+    epilog="Example: rlhf-ray export runs/my-run --kind merged --out my-model",
+)
 def export(
     config: ConfigPath,
     overrides: Overrides = None,

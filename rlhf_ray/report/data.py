@@ -65,7 +65,7 @@ class RunFiles:
 
     def option(self, dotted: str) -> Any:
         """Return the value of a config key such as ``ppo.iterations``; None if absent."""
-        value: Any = self.config
+        value: object = self.config
         for key in dotted.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
