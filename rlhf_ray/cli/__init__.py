@@ -19,6 +19,7 @@ from rlhf_ray.version import __version__
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    # Its tracebacks print local variables, which may hold credentials.
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -47,15 +47,15 @@ class Bar:
         self._unit = unit
         self._first = done
         self._clock = clock
-        self._start_s = self._pace_start_s = clock()
+        self._start_s = self._throughput_start_s = clock()
         self._values: dict[str, float] = {}
 
     def advance(self, num_units: int = 1, **values: float) -> None:
         """Count ``num_units`` more as done, and show the latest ``values``."""
-        if self._pace_start_s == self._start_s:
+        if self._throughput_start_s == self._start_s:
             # The first units include start-up (loading, compiling), so that they would make the
             # estimate far too long: throughput is measured from their end.
-            self._first, self._pace_start_s = self.done + num_units, self._clock()
+            self._first, self._throughput_start_s = self.done + num_units, self._clock()
         self.done += num_units
         self._values.update(values)
         self.changed()
@@ -64,7 +64,7 @@ class Bar:
         """Begin another part of the same stage, with its own unit and count."""
         self.total, self._unit = total, unit
         self.done = self._first = 0
-        self._pace_start_s = self._start_s
+        self._throughput_start_s = self._start_s
         self.changed()
 
     def changed(self) -> None:
@@ -78,18 +78,18 @@ class Bar:
         return self._clock() - self._start_s
 
     @property
-    def pace_s(self) -> float | None:
+    def seconds_per_unit(self) -> float | None:
         """Mean seconds per unit since the first ones; None before there is an estimate."""
         num_here = self.done - self._first
-        return (self._clock() - self._pace_start_s) / num_here if num_here > 0 else None
+        return (self._clock() - self._throughput_start_s) / num_here if num_here > 0 else None
 
     @property
     def eta_s(self) -> float | None:
         """Estimated seconds left; None before there is an estimate."""
-        pace_s = self.pace_s
-        if self.total is None or pace_s is None:
+        seconds_per_unit = self.seconds_per_unit
+        if self.total is None or seconds_per_unit is None:
             return None
-        return max(0, self.total - self.done) * pace_s
+        return max(0, self.total - self.done) * seconds_per_unit
 
     @property
     def values(self) -> Mapping[str, float]:

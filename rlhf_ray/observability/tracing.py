@@ -10,10 +10,8 @@ Source: "Trace Event Format", JSON Array Format, complete (X) and metadata (M) e
 """
 
 import json
-import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -49,18 +47,11 @@ class Tracer:
     Args:
         path: trace file.
         run_name: name of the trace's process; default: the name of the file's folder.
-        clock: Unix time in seconds.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        run_name: str | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, path: str | Path, run_name: str | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._clock = clock
         self._lanes: dict[str, list[_Lane]] = {}
         self._num_lanes = 0
         events = _reopen(path)
@@ -73,17 +64,8 @@ class Tracer:
         if not events:
             self._write_name("process_name", 0, run_name or path.resolve().parent.name)
 
-    @contextmanager
-    def span(self, row: str, name: str, **args: int) -> Iterator[None]:
-        """Record the body of the ``with`` as a span, even when it raises."""
-        start_s = self._clock()
-        try:
-            yield
-        finally:
-            self.add(row, name, start_s, self._clock(), **args)
-
     def add(self, row: str, name: str, start_s: float, end_s: float, **args: int) -> None:
-        """Record a span measured elsewhere.
+        """Record a span.
 
         Args:
             row: actor name; a new one opens a new row.

@@ -22,6 +22,7 @@ from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import Sink, read_jsonl
 from rlhf_ray.observability.tracker_libraries import Connect, RunInfo, TrackedRun, configured
 
+# A context variable, so that stages need not pass the trackers through every call.
 _current: ContextVar["Trackers | None"] = ContextVar("trackers", default=None)
 
 

@@ -35,12 +35,14 @@ _EVALUATION_COLOUR = _COLOURS[1]
 _WIDTH_INCHES = 5.4
 _STEPS = [1, 2, 5, 10]
 
+# Every chart sets svg.hashsalt and drops the date, so that the same data gives the same bytes.
+
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text: it can be searched, and follows the page's font
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
-    "text.parse_math": False,
+    "text.parse_math": False,  # a label with two dollar signs would be typeset as a formula
     "text.color": _INK,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _MUTED,

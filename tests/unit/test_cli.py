@@ -82,7 +82,7 @@ def test_a_config_is_read_without_anything_heavy() -> None:
     assert python(code).strip() == "[]"
 
 
-def test_plan_prints_what_the_config_comes_to(tmp_path: Path) -> None:
+def test_plan_prints_generators_and_steps_of_the_config(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("generators: {num: 3}\nppo: {iterations: 5}\n")
     result = CliRunner().invoke(cli.app, ["plan", str(path), "ppo.gamma=0.5"])
@@ -93,7 +93,7 @@ def test_plan_prints_what_the_config_comes_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["local", "inline"])
-def test_plan_says_who_answers_for_the_reference(mode: str) -> None:
+def test_plan_names_the_model_that_serves_as_reference(mode: str) -> None:
     keys = ["reference.kind=policy_base", f"cluster.mode={mode}", "rollout.engine=transformers"]
     result = CliRunner().invoke(cli.app, ["plan", "configs/quickstart.yaml", *keys])
     assert "reference          0  the policy's base, adapter off" in result.output
@@ -101,13 +101,13 @@ def test_plan_says_who_answers_for_the_reference(mode: str) -> None:
     assert "reference          1  frozen SFT model" in result.output
 
 
-def test_plan_says_over_how_many_gpus_a_generator_is_spread() -> None:
+def test_plan_names_the_gpus_per_generator() -> None:
     preset = Path(__file__).parents[2] / "configs" / "models" / "qwen25_32b_tp.yaml"
     result = CliRunner().invoke(cli.app, ["plan", str(preset), "--cluster", "2x8xA100-80GB"])
     assert "generator          2  vllm, adapter serving, over 4 GPUs each" in result.output
 
 
-def test_plan_says_how_large_models_are_and_what_is_trained(tmp_path: Path) -> None:
+def test_plan_shows_model_sizes_and_trainable_parameters(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     LlamaConfig().save_pretrained(tmp_path / "llama")

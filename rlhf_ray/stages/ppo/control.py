@@ -31,7 +31,7 @@ async def controlled(
             reward=bar.values.get("reward"),
             kl=bar.values.get("kl"),
             version=loop.state.version,
-            seconds_per_iteration=bar.pace_s,
+            seconds_per_iteration=bar.seconds_per_unit,
             generators=tuple(generators.statuses()),
         )
 

@@ -92,13 +92,13 @@ def graphs() -> list[dict[str, Any]]:
     return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
 
 
-def test_every_registered_metric_that_is_followed_has_a_panel() -> None:
+def test_every_registered_metric_that_changes_over_time_has_a_panel() -> None:
     shown = "\n".join(graph["targets"][0]["expr"] for graph in graphs())
     missing = {name for name in METRICS if f"{exported(name)}{{" not in shown}
     assert missing == {name for name in METRICS if name.endswith("/<model>")}
 
 
-def test_panels_lie_in_their_rows_beside_each_other() -> None:
+def test_panels_of_a_row_lie_side_by_side() -> None:
     rows = {row: [panel.title for panel in members] for row, members in panels().items()}
     assert tuple(rows) == ROWS
     assert rows["Training"][0] == "objective/kl"
@@ -117,7 +117,7 @@ def test_panels_lie_in_their_rows_beside_each_other() -> None:
         assert beside or below
 
 
-def test_panels_of_runs_are_chosen_by_the_variable_and_told_apart() -> None:
+def test_panels_filter_by_run_and_label_each_run() -> None:
     ours = [graph for graph in graphs() if "ray_rlhf_ray_" in graph["targets"][0]["expr"]]
     assert all('run=~"$run"' in graph["targets"][0]["expr"] for graph in ours)
     legends = {graph["title"]: graph["targets"][0]["legendFormat"] for graph in ours}
@@ -133,7 +133,9 @@ def test_panels_of_runs_are_chosen_by_the_variable_and_told_apart() -> None:
     ]
 
 
-def test_the_files_name_each_other_and_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_refer_to_each_other_and_to_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/scratch")
     monkeypatch.chdir(tmp_path)
     said = write(Path("out"), BOUNDS)
@@ -162,7 +164,7 @@ def test_the_files_name_each_other_and_ray(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="needs promtool: apt-get install prometheus")
-def test_alarms_are_raised_when_they_should_be(tmp_path: Path) -> None:
+def test_alerts_fire_beyond_their_thresholds(tmp_path: Path) -> None:
     write(tmp_path, BOUNDS)
     folder = tmp_path / "prometheus"
     (folder / "tests.yml").write_text(RULE_TESTS, encoding="utf-8")
@@ -178,7 +180,7 @@ def promtool(folder: Path, *arguments: str) -> None:
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="needs promtool: apt-get install prometheus")
-def test_a_metric_that_may_be_absent_has_its_value_alone_where_there_is_one(tmp_path: Path) -> None:
+def test_a_panel_of_an_optional_metric_shows_only_its_values(tmp_path: Path) -> None:
     (expr,) = (g["targets"][0]["expr"] for g in graphs() if g["title"] == "cost/per_1000_samples")
     assert "NaN" in expr
     quoted = json.dumps(expr.replace("$run", "priced"))

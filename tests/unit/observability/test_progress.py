@@ -55,7 +55,7 @@ def test_the_log_of_a_job_gets_plain_lines_whatever_colours_are_forced(
     ]
 
 
-def test_earlier_work_and_the_start_do_not_count_towards_the_pace():
+def test_earlier_work_and_start_up_do_not_count_towards_the_throughput():
     clock = Clock()
     progress = Progress(stream=io.StringIO(), clock=clock)
     with progress.stage("ppo", total=60, unit="iteration", done=40) as bar:
@@ -112,7 +112,7 @@ def test_clock_time(seconds: float, text: str):
     assert clock_time(seconds) == text
 
 
-def test_a_part_is_counted_anew_at_its_own_pace():
+def test_a_new_part_of_a_stage_has_its_own_count_and_eta():
     clock, stream = Clock(), io.StringIO()
     with Progress(stream=stream, clock=clock).stage("prepare", unit="question") as bar:
         bar.restart(100, "megabyte")

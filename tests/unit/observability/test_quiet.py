@@ -33,7 +33,7 @@ def _run(**variables: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_harmless_noise_goes_and_errors_stay():
+def test_harmless_output_is_silenced_and_errors_are_shown():
     output = _run()
     assert "harmless" not in output
     assert "kept: error" in output
@@ -41,7 +41,7 @@ def test_harmless_noise_goes_and_errors_stay():
     assert "ERROR 0\nFalse\n" in output
 
 
-def test_what_the_user_set_stays():
+def test_variables_set_by_the_user_are_kept():
     output = _run(VLLM_LOGGING_LEVEL="DEBUG", PYTHONWARNINGS="default")
     assert "DEBUG 0\n" in output
     assert output.count("harmless") == 2

@@ -44,7 +44,7 @@ def test_each_metric_is_a_gauge_with_run_role_and_rank(series: dict[object, floa
     }
 
 
-def test_what_has_ended_has_no_current_value(series: dict[object, float]) -> None:
+def test_a_closed_sink_leaves_no_current_values(series: dict[object, float]) -> None:
     sink = RaySink("demo", "driver")
     sink.log(1, {"objective/kl": 2.0, "actors/busy/policy-1": 0.25})
     sink.close()
@@ -52,5 +52,5 @@ def test_what_has_ended_has_no_current_value(series: dict[object, float]) -> Non
     assert all(math.isnan(value) for value in series.values())
 
 
-def test_without_ray_nobody_is_told() -> None:
+def test_without_ray_there_is_no_sink() -> None:
     assert ray_sinks("demo", "driver") == []

@@ -17,14 +17,14 @@ from rlhf_ray.observability.series import exported, series
         ("actors/busy/policy-3", "rlhf_ray_actors_busy_actor", {"role": "policy", "rank": "3"}),
     ],
 )
-def test_a_metric_is_one_series_and_its_members_are_told_by_labels(
+def test_the_members_of_a_family_share_a_series_and_differ_in_labels(
     metric: str, name: str, labels: dict[str, str]
 ) -> None:
     found = series(metric)
     assert (found.name, dict(found.labels)) == (name, labels)
 
 
-def test_every_registered_metric_has_a_name_of_its_own_that_prometheus_takes() -> None:
+def test_every_registered_metric_has_a_unique_valid_prometheus_name() -> None:
     names = [exported(metric) for metric in METRICS]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"ray_rlhf_ray_[a-z0-9_]+", name) for name in names)

@@ -44,19 +44,19 @@ def test_truncate_keeps_up_to_the_value_and_drops_a_torn_line(path: Path):
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_truncate_of_an_absent_file_makes_none(path: Path):
+def test_truncating_a_missing_file_creates_none(path: Path):
     JsonlSink(path).truncate_after("iteration", 2)
     assert not path.exists()
 
 
-def test_appending_after_a_torn_line_loses_that_line_alone(path: Path):
+def test_appending_after_a_torn_line_loses_only_that_line(path: Path):
     path.parent.mkdir()
     path.write_text('{"iteration": 1}\n{"iterat')
     JsonlSink(path).append({"iteration": 2})
     assert read_jsonl(path) == [{"iteration": 1}, {"iteration": 2}]
 
 
-def test_sinks_fan_out_and_refuse_unregistered_names_before_logging(path: Path, tmp_path: Path):
+def test_sinks_refuse_unregistered_names_before_any_sink_logs(path: Path, tmp_path: Path):
     other = tmp_path / "other.jsonl"
     sinks = Sinks([JsonlSink(path), JsonlSink(other, step_key="step")])
     sinks.log(1, {"objective/kl": 0.5})
@@ -67,7 +67,7 @@ def test_sinks_fan_out_and_refuse_unregistered_names_before_logging(path: Path, 
     assert read_jsonl(other) == [{"step": 1, "objective/kl": 0.5}]
 
 
-def test_tensorboard_reads_back_what_was_logged_and_hides_what_was_undone(tmp_path: Path):
+def test_tensorboard_shows_logged_scalars_and_hides_undone_steps(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sink = TensorBoardSink(tmp_path)

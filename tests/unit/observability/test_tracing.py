@@ -64,14 +64,6 @@ def test_a_trace_whose_lines_end_in_commas_is_continued(path: Path):
     assert [event["ph"] for event in json.loads(path.read_text())] == ["M", "X"]
 
 
-def test_a_span_is_recorded_although_its_body_raises(path: Path):
-    times = iter((10.0, 12.0))
-    tracer = Tracer(path, "run", clock=lambda: next(times))
-    with pytest.raises(ValueError, match="boom"), tracer.span("critic-0", "learn", iteration=1):
-        raise ValueError("boom")
-    assert read_spans(path) == [Span("critic-0", "learn", 10.0, 12.0, {"iteration": 1})]
-
-
 def test_a_resumed_trace_keeps_its_rows_and_drops_a_torn_event(path: Path):
     first = Tracer(path)
     first.add("policy-0", "learn", 0.0, 1.0)
@@ -109,7 +101,7 @@ def test_totals_count_nested_time_once(path: Path):
     }
 
 
-def test_no_trace_has_no_totals(path: Path):
+def test_a_missing_trace_has_no_totals(path: Path):
     assert phase_totals(path) == {}
 
 

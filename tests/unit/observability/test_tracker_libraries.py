@@ -150,7 +150,7 @@ class FakeMlflow(ModuleType):
         return [arguments for name, arguments in self.calls if name == kind]
 
 
-def test_what_mlflow_is_called_with(
+def test_the_mlflow_run_calls_its_client(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeMlflow()
@@ -177,7 +177,7 @@ def test_what_mlflow_is_called_with(
     assert fake.of("end") == [("r1", "FINISHED")] * 2
 
 
-def test_what_trackio_is_called_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trackio_run_calls_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake, calls = ModuleType("trackio"), []
     fake.__spec__ = ModuleSpec("trackio", None)
 

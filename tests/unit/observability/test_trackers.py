@@ -71,7 +71,7 @@ def log(sinks: list[Sink], *steps: int) -> None:
             sink.log(step, {"loss": step / 10})
 
 
-def test_names_and_axes_tell_the_stages_apart(
+def test_each_stage_has_its_own_metric_names_and_axis(
     wandb: FakeWandb, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tracking(config, tmp_path):
@@ -90,7 +90,7 @@ def test_names_and_axes_tell_the_stages_apart(
     assert wandb.of("finish") == [(0,)]
 
 
-def test_the_run_goes_on_under_its_id_and_no_step_is_told_twice(
+def test_a_resumed_run_keeps_its_id_and_records_no_step_twice(
     wandb: FakeWandb, config: Config, tmp_path: Path
 ) -> None:
     with tracking(config, tmp_path):
@@ -116,7 +116,7 @@ def test_a_new_folder_is_a_new_run(wandb: FakeWandb, config: Config, tmp_path: P
     assert first != second
 
 
-def test_a_tracker_that_joins_late_is_told_what_it_missed(
+def test_a_tracker_turned_on_late_receives_the_earlier_steps(
     wandb: FakeWandb, config: Config, tmp_path: Path
 ) -> None:
     records = [{"iteration": 1, "loss": 0.1}, {"iteration": 2, "loss": None, "samples": [1]}]
@@ -125,7 +125,7 @@ def test_a_tracker_that_joins_late_is_told_what_it_missed(
     assert wandb.of("log") == [({"loss": 0.1, "iteration": 1},), ({"iteration": 2},)]
 
 
-def test_finished_stages_are_told_to_one_that_missed_them(
+def test_a_tracker_turned_on_late_receives_finished_stages(
     wandb: FakeWandb, config: Config, tmp_path: Path
 ) -> None:
     for stage, finished in (("sft", True), ("reward", False)):
@@ -138,7 +138,7 @@ def test_finished_stages_are_told_to_one_that_missed_them(
     assert wandb.of("log") == [({"sft/loss": 0.5, "sft/step": 5},)]
 
 
-def test_evaluations_of_a_finished_ppo_are_told_once(
+def test_evaluations_of_a_finished_ppo_are_recorded_once(
     wandb: FakeWandb, config: Config, tmp_path: Path
 ) -> None:
     folder = tmp_path / "ppo"
@@ -157,7 +157,7 @@ def test_evaluations_of_a_finished_ppo_are_told_once(
     assert told == {"ppo": 1, "ppo/eval": 0}
 
 
-def test_parts_of_a_stage_have_steps_of_their_own(
+def test_the_parts_of_a_stage_count_steps_separately(
     wandb: FakeWandb, config: Config, tmp_path: Path
 ) -> None:
     with tracking(config, tmp_path):
@@ -168,7 +168,7 @@ def test_parts_of_a_stage_have_steps_of_their_own(
     assert told == {"ppo": 1, "ppo/eval": 1}
 
 
-def test_a_stage_that_is_done_anew_is_told_anew(
+def test_a_repeated_stage_is_recorded_again(
     wandb: FakeWandb, config: Config, tmp_path: Path
 ) -> None:
     with tracking(config, tmp_path):
@@ -179,7 +179,7 @@ def test_a_stage_that_is_done_anew_is_told_anew(
     assert [values["sft/step"] for (values,) in wandb.of("log")] == [1, 2, 1, 2]
 
 
-def test_one_that_fails_is_warned_of_once_and_catches_up_in_the_next_process(
+def test_a_failing_tracker_warns_once_and_catches_up_in_the_next_process(
     wandb: FakeWandb, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [{"step": step, "loss": step / 10} for step in (1, 2, 3)]
@@ -197,7 +197,7 @@ def test_one_that_fails_is_warned_of_once_and_catches_up_in_the_next_process(
     assert [values["sft/step"] for (values,) in wandb.of("log")] == [1, 2, 3]
 
 
-def test_a_start_that_fails_is_no_failure_of_the_run(
+def test_a_tracker_that_cannot_start_does_not_fail_the_run(
     wandb: FakeWandb,
     config: Config,
     tmp_path: Path,
@@ -223,7 +223,7 @@ def test_a_start_that_fails_is_no_failure_of_the_run(
         ("none", True, False),
     ],
 )
-def test_samples_leave_the_machine_only_where_the_config_says_so(
+def test_samples_leave_the_machine_only_if_the_config_allows_it(
     wandb: FakeWandb, tmp_path: Path, samples: str, offline: bool, is_told: bool
 ) -> None:
     wandb.offline = offline
@@ -240,7 +240,7 @@ def test_a_run_that_fails_is_marked_as_failed(
     assert wandb.of("finish") == [(1,)]
 
 
-def test_the_trackers_see_the_config_without_secrets(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_trackers_receive_the_config_without_secrets(wandb: FakeWandb, tmp_path: Path) -> None:
     config = load(
         None,
         ["trackers.wandb={}", "cluster.env={A: b}"],
@@ -254,7 +254,7 @@ def test_the_trackers_see_the_config_without_secrets(wandb: FakeWandb, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
-def test_a_missing_package_is_told_with_what_to_install(
+def test_a_missing_package_is_refused_with_the_command_that_installs_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
@@ -264,13 +264,13 @@ def test_a_missing_package_is_told_with_what_to_install(
         pass
 
 
-def test_without_trackers_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_trackers_no_file_is_written(tmp_path: Path) -> None:
     with tracking(Config(), tmp_path):
         assert current().sinks("sft", "step", [{"step": 1, "loss": 0.5}]) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_are_what_a_json_line_measured() -> None:
+def test_numbers_are_the_registered_metrics_of_a_json_line() -> None:
     record = {"step": 3, "loss": None, "grad_norm": 0.5, "samples": [], "note": "x"}
     assert numbers(record) == {"grad_norm": 0.5}
     assert numbers({"objective/scores/judge": 2.0}) == {"objective/scores/judge": 2.0}

@@ -58,7 +58,7 @@ def test_rows_that_each_stage_used(tmp_path: Path) -> None:
     assert "not preferred 30, empty 2" in html
 
 
-def test_sets_of_ones_own(tmp_path: Path) -> None:
+def test_user_datasets_have_charts_of_their_own(tmp_path: Path) -> None:
     texts = {"texts": 40, "repeated": 10, "length_bounds": [0, 32], "lengths": [30, 10]}
     answers = {**texts, "repeated": 0, "languages": {"py": 3}}
     (tmp_path / "data").mkdir()
@@ -74,14 +74,14 @@ def test_sets_of_ones_own(tmp_path: Path) -> None:
     assert "data.sft: prompts that repeat an earlier one" in report.render(files)
 
 
-def test_a_run_without_these_counts(tmp_path: Path) -> None:
+def test_a_run_without_text_statistics_has_no_data_charts(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: {name: x}")
     files = read(tmp_path)
     assert (quality_charts(files), duplicates(files), row_counts(files)) == ([], [], [])
     assert "<h2>Data</h2>" not in report.render(files)
 
 
-def test_the_report_shows_them(run_dir: Path) -> None:
+def test_the_report_shows_the_data_charts(run_dir: Path) -> None:
     html = report.build(run_dir).read_text()
     assert "Programming languages in answers" in html
     assert "answers that repeat an earlier one" in html

@@ -94,7 +94,7 @@ def test_texts_of_the_run_are_escaped(run_dir: Path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_the_guards_saw_is_shown_by_guard(run_dir: Path):
+def test_warnings_are_shown_by_guard(run_dir: Path):
     assert "Warnings" not in Page(_build(run_dir)).headings
     seen = [(0, "prompt_reuse"), (3, "loss_spike"), (7, "ratio"), (9, "loss_spike")]
     records = [
@@ -137,7 +137,7 @@ def test_credentials_in_the_config_are_hidden(run_dir: Path):
         "evaluate/samples.jsonl",
     ],
 )
-def test_what_is_missing_is_left_out(run_dir: Path, missing: str):
+def test_the_report_leaves_out_missing_files(run_dir: Path, missing: str):
     path = run_dir / missing
     if path.is_dir():
         shutil.rmtree(path)
@@ -175,7 +175,7 @@ def test_a_run_that_has_just_begun_has_curves(run_dir: Path, num_iterations: int
     assert "Policy loss" in _build(run_dir)
 
 
-def test_a_stage_given_by_path_is_not_awaited(run_dir: Path):
+def test_a_stage_whose_model_is_given_is_not_pending(run_dir: Path):
     for stage in ("pretrain", "sft", "reward", "ppo", "evaluate"):
         shutil.rmtree(run_dir / stage)
     with (run_dir / "config.yaml").open("a") as file:
@@ -216,7 +216,7 @@ def test_the_verdict_follows_the_interval(run_dir: Path, interval: list[float], 
     assert verdict(read(run_dir)).startswith(outcome)
 
 
-def test_values_that_are_null_leave_gaps(run_dir: Path):
+def test_null_values_leave_gaps_in_curves(run_dir: Path):
     records = [{"iteration": i, "loss/policy_avg": None if i == 3 else 0.1 * i} for i in range(8)]
     (run_dir / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     html = _build(run_dir)
@@ -230,7 +230,7 @@ def test_perplexities_have_two_decimals(run_dir: Path):
     assert ">4.61<" in html
 
 
-def test_what_a_stage_trains_is_listed_by_module(run_dir: Path):
+def test_trained_parameters_are_listed_by_module(run_dir: Path):
     summary = run_dir / "sft" / "summary.json"
     groups = [{"name": "transformer.h.11", "parameters": 4000, "trainable": 1000}]
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"parameter_groups": groups}))
