@@ -7,17 +7,13 @@ as a plain file before anything is installed; `rlhf-ray doctor` imports it.
 
 from __future__ import annotations
 
-import os.path
-import sys
-
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    del sys.path[0]  # run as a file: modules beside this one would hide the standard library's
-
 import argparse
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import textwrap
 from dataclasses import dataclass

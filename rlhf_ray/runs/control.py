@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from rlhf_ray.cluster.current_job import name_current_job, record_run_folder, run_folder_of_job
 from rlhf_ray.cluster.orphans import ProcessIdentity, identity, living_process
@@ -46,6 +46,13 @@ class Driver(ProcessIdentity):
     """The process that drives a run, as written to status.json."""
 
     host: str
+
+
+class _Written(TypedDict):
+    """The contents of status.json."""
+
+    status: dict[str, Any]
+    driver: Driver
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +175,7 @@ class ControlFiles:
         unknown = {f.name: f.default for f in fields(RunStatus) if f.default is not MISSING}
         self.update(**unknown | {"stage": stage})
 
-    def update(self, **changes: Any) -> None:
+    def update(self, **changes: object) -> None:
         """Change fields of the status. A missing or unwritable file does not end the run."""
         with suppress(OSError, ValueError, TypeError, KeyError, ConfigError), _updating:
             written = self._read()
@@ -195,7 +202,7 @@ class ControlFiles:
         """Return the process that drives the run: host, pid, started, name."""
         return self._read()["driver"]
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> _Written:
         try:
             return json.loads(self._status.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -243,7 +250,7 @@ def reporting_status(name: str, folder: Path) -> Iterator[ControlFiles]:
         raise
 
 
-def _status_in(written: dict[str, Any]) -> RunStatus:
+def _status_in(written: _Written) -> RunStatus:
     return RunStatus.from_json(written["status"])
 
 

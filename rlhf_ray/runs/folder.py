@@ -1,6 +1,7 @@
 """The folder of a run: where its files are, and which model or data set a stage reads."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ class RunFolder:
         path = self.path / stage / "summary.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def write_summary(self, stage: str, summary: dict[str, Any]) -> None:
+    def write_summary(self, stage: str, summary: Mapping[str, object]) -> None:
         """Write the summary, which marks the stage as finished: the last thing that it does."""
         write_atomically(self.stage(stage) / "summary.json", json.dumps(summary, indent=2) + "\n")
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
@@ -34,7 +33,7 @@ class Step:
     external: bool
     """Made outside this run, so nothing is known of its training."""
     data: tuple[Source, ...]
-    numbers: Mapping[str, Any]
+    numbers: Mapping[str, float | str]
     """Numbers and texts of its summary."""
 
 
@@ -45,7 +44,7 @@ class Lineage:
     base: Source
     """What the first stage started from."""
     steps: tuple[Step, ...]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     """Config values that differ from the defaults, of the sections that the steps read, without
     secrets."""
 
@@ -100,7 +99,7 @@ def model_licence(path: str) -> str:
 
 
 def _step(
-    config: Config, folder: RunFolder, stage: str, summary: Mapping[str, Any] | None
+    config: Config, folder: RunFolder, stage: str, summary: Mapping[str, object] | None
 ) -> Step | None:
     if given := config.external_model(stage):
         return Step(stage, given, True, (), {})
@@ -121,17 +120,16 @@ def _reward_sources(config: Config) -> list[Step]:
         if source.type == "model" and source.path is None:
             continue
         values = masked(source.model_dump())
-        what = next(
-            (values[key] for key in ("path", "function", "model", "url") if key in values), ""
-        )
-        steps.append(Step(f"rewards: {source.name}", f"{source.type} {what}".strip(), True, (), {}))
+        origins = [values[key] for key in ("path", "function", "model", "url") if key in values]
+        result = " ".join([source.type, *map(str, origins[:1])])
+        steps.append(Step(f"rewards: {source.name}", result, True, (), {}))
     return steps
 
 
 def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
-    own = getattr(config.data, STAGES[stage].datasets[0])
-    if own is not None:
-        return tuple(Source(masked(source.path), source.licence or UNKNOWN) for source in own)
+    user_data = getattr(config.data, STAGES[stage].datasets[0])
+    if user_data is not None:
+        return tuple(Source(masked(source.path), source.licence or UNKNOWN) for source in user_data)
     part = STAGES[stage].prepared
     prepared = folder.summary("prepare") or {}
     if prepared.get("synthetic"):
@@ -140,7 +138,7 @@ def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
     return (Source(dump, "CC BY-SA, of each post's author"),)
 
 
-def _settings(config: Config, stages: Sequence[str]) -> dict[str, Any]:
+def _settings(config: Config, stages: Sequence[str]) -> dict[str, object]:
     sections = {section for stage in stages for section in STAGES[stage].sections}
     changed = config.model_dump(
         mode="json", exclude_defaults=True, include=sections - {"run", "data"}

@@ -82,14 +82,14 @@ def test_a_job_without_metadata_gets_some(monkeypatch: pytest.MonkeyPatch) -> No
     assert store.info().metadata == {"rlhf_ray.run": "mine", "rlhf_ray.folder": "/mnt/mine"}
 
 
-def test_the_first_name_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_keeps_its_first_name(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(monkeypatch, {"rlhf_ray.run": "mine", "rlhf_ray.folder": "/mnt/mine"})
     name_current_job("mine-rehearsal", Path("/mnt/mine/rehearsal"))
     assert store.info().metadata["rlhf_ray.run"] == "mine"
     assert store.num_puts == 0
 
 
-def test_a_run_goes_on_where_its_name_is_not_taken(
+def test_a_run_continues_if_the_job_server_refuses_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = store_of(monkeypatch, None)
@@ -98,7 +98,7 @@ def test_a_run_goes_on_where_its_name_is_not_taken(
     assert "list, status and stop know it as plain only" in capsys.readouterr().out
 
 
-def test_what_is_no_job_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_job_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     monkeypatch.setattr(current_job, "_describe", lambda *_: pytest.fail("a store was asked"))
     name_current_job("mine", Path("/mnt/mine"))

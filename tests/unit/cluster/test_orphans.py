@@ -91,7 +91,7 @@ def living_process(pid: int) -> bool:
 
 
 @linux_only
-def test_a_killed_drivers_processes_and_files_are_swept(
+def test_processes_and_files_of_a_killed_driver_are_cleaned_up(
     driver: Driver, tmp_path: Path, shared_file: Path
 ) -> None:
     process = driver.process
@@ -125,7 +125,7 @@ def record(folder: Path, driver: dict, processes: list[dict], files: list[str]) 
     (folder / f"{driver['pid']}.json").write_text(json.dumps(content))
 
 
-def test_a_process_id_that_was_given_away_is_spared(tmp_path: Path) -> None:
+def test_a_process_with_a_reused_id_is_spared(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         started = psutil.Process(bystander.pid).create_time()
@@ -175,5 +175,5 @@ def test_closing_a_record_ends_what_is_left_of_the_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_folder_is_nothing_to_sweep(tmp_path: Path) -> None:
+def test_without_a_folder_there_is_nothing_to_clean_up(tmp_path: Path) -> None:
     assert clean_up(tmp_path / "absent") == (0, 0)

@@ -38,7 +38,7 @@ def batch(*lines: str, actor: str | None = "policy-0 v3 learning", **more: Any) 
     }
 
 
-def test_warnings_and_errors_are_shown_with_who_said_them(said: list[str]) -> None:
+def test_warnings_and_errors_are_shown_with_the_actors_name(said: list[str]) -> None:
     log = ActorLog(said.append)
     log(batch("loading", "WARNING: low on memory", "x.py:3: UserWarning: slow path"))
     log(batch("step done", actor="critic-0 idle"))
@@ -66,14 +66,14 @@ def test_a_traceback_is_shown_whole(said: list[str]) -> None:
     assert [line.partition(": ")[2] for line in said[4:]] == [*lines[:2], "    g()"]
 
 
-def test_what_every_rank_says_is_shown_once(said: list[str]) -> None:
+def test_a_warning_of_every_rank_is_shown_once(said: list[str]) -> None:
     log = ActorLog(said.append)
     for rank in range(8):
         log(batch(f"WARNING: rank {rank} uses 0x{rank:x} buffers", actor=f"policy-{rank} v3 idle"))
     assert said == ["policy-0 v3 idle: WARNING: rank 0 uses 0x0 buffers"]
 
 
-def test_it_takes_the_place_of_rays_own_printing(said: list[str]) -> None:
+def test_warnings_replace_rays_own_printing(said: list[str]) -> None:
     printed: list[Any] = []
     dispatcher.add_handler(RAY_PRINT_HANDLER, printed.append)
     try:

@@ -9,7 +9,7 @@ from rlhf_ray.cluster.nodes import Answer, ClusterNode
 from rlhf_ray.doctor import cluster as cluster_doctor
 
 
-def test_a_cluster_of_which_no_node_answers_is_told_node_by_node(
+def test_nodes_that_do_not_answer_are_reported_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nodes = [ClusterNode(address, address, address) for address in ("10.0.0.1", "10.0.0.2")]

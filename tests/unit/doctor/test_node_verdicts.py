@@ -96,7 +96,7 @@ def test_versions_must_be_the_same_everywhere() -> None:
     assert check_versions({}) == []
 
 
-def test_links_have_a_floor() -> None:
+def test_a_link_below_the_minimum_bandwidth_fails() -> None:
     links = [Link("a", "b", 9.5), Link("a", "c", 0.5), Link("b", "c", 0.0, "refused")]
     found = check_links(links, 1.0)
     assert [check.verdict for check in found] == [OK, FAIL, FAIL]

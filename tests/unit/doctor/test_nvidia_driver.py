@@ -37,7 +37,7 @@ def test_a_driver_gets_the_newest_packages_that_it_runs(driver: str, lock: str |
         ("470.256.02", 2, "driver of this machine is 470.256.02"),
     ],
 )
-def test_setup_is_told_the_lock_or_the_driver_that_is_needed(
+def test_setup_gets_the_lock_or_an_error_with_the_driver_that_is_needed(
     tmp_path: Path, driver: str, code: int, says: str
 ) -> None:
     fake = tmp_path / "nvidia-smi"
@@ -58,7 +58,7 @@ def test_setup_is_told_the_lock_or_the_driver_that_is_needed(
 @pytest.mark.parametrize(
     ("lock", "built_for"), [(lock, cuda) for lock, cuda, _ in nvidia_driver.LOCKS]
 )
-def test_each_lock_is_there_and_of_the_cuda_that_it_says(lock: str, built_for: str) -> None:
+def test_each_lock_exists_and_has_the_cuda_version_it_names(lock: str, built_for: str) -> None:
     text = (Path(__file__).parents[3] / "scripts" / "requirements" / f"{lock}.txt").read_text()
     pinned = set(re.findall(r"^([\w-]+)==", text, re.MULTILINE))
     assert {"torch", "vllm", "deepspeed", "ray"} <= pinned

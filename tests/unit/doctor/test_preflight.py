@@ -58,7 +58,7 @@ def test_every_check_that_is_not_ok_names_a_remedy() -> None:
     assert all(check.remedy for check in checks.values() if check.verdict != OK)
 
 
-def test_macos_is_led_to_the_form_without_ray() -> None:
+def test_on_macos_the_remedy_is_one_process() -> None:
     assert verdicts(MAC) == {"system": NOTE}
     assert "cluster.mode=inline rollout.engine=transformers" in by_name(MAC)["system"].remedy
     supported, reason = preflight.vllm_cpu_supported(MAC)
@@ -66,7 +66,7 @@ def test_macos_is_led_to_the_form_without_ray() -> None:
     assert "macOS" in reason
 
 
-def test_no_avx2_is_led_to_the_form_without_vllm() -> None:
+def test_without_avx2_the_remedy_is_no_vllm() -> None:
     old = replace(GOOD, cpu_flags=frozenset({"avx"}))
     assert verdicts(old) == {"CPU": NOTE}
     assert "rollout.engine=transformers" in by_name(old)["CPU"].remedy
@@ -186,7 +186,7 @@ def test_a_container_limit_counts_without_its_page_cache() -> None:
     assert preflight.cgroup_free("", "", "") is None
 
 
-def test_exit_code_tells_whether_something_is_missing(
+def test_the_exit_code_says_whether_something_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preflight, "read_machine", lambda root: GOOD)
@@ -218,8 +218,8 @@ def test_decision_for_the_installation(
     assert capsys.readouterr().out.strip() == decision
 
 
-def test_runs_as_a_file_beside_our_types_module_without_any_package() -> None:
-    # -S: no site-packages. As a file, rlhf_ray/ comes first on sys.path, types.py with it.
+def test_preflight_runs_as_a_plain_file_without_any_package() -> None:
+    # -S: no site-packages. As a file, its folder comes first on sys.path.
     command = [sys.executable, "-S", str(Path(preflight.__file__)), "--installed"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode in (0, 2), done.stderr

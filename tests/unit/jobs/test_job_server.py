@@ -44,7 +44,7 @@ def test_a_run_that_was_refused_as_its_name_is_in_use_does_not_hide_the_one_that
     assert server.find("mine").id == "first"
 
 
-def test_other_jobs_are_no_runs_and_those_of_rays_own_command_are() -> None:
+def test_other_jobs_are_not_runs_but_runs_of_rays_own_command_are() -> None:
     jobs = {
         "other": details("other", entrypoint="python train.py", metadata=None),
         "asking": details("asking", entrypoint=f"exec {job_server.CONTROL} rlhf-ray-1"),
@@ -75,7 +75,7 @@ def test_what_the_node_refuses_is_reported() -> None:
         server.query(server.find("mine"))
 
 
-def test_a_node_that_does_not_answer_is_not_waited_for() -> None:
+def test_a_query_to_a_node_that_does_not_answer_times_out() -> None:
     client = FakeJobClient({"mine-1": details("mine-1")}, answers=False)
     now = iter(range(0, 1000, 10))
     server = JobServer(client, sleep=lambda _: None, clock=lambda: next(now))
@@ -84,7 +84,7 @@ def test_a_node_that_does_not_answer_is_not_waited_for() -> None:
     assert client.stopped == ["asking-1"]
 
 
-def test_a_lost_connection_is_taken_up_where_it_broke() -> None:
+def test_logs_continue_where_a_lost_connection_broke() -> None:
     attachments = {
         "mine-1": [["one\n", "two\n", LOST], [LOST], ["one\ntwo\nth"], ["one\ntwo\nthree\n"]]
     }

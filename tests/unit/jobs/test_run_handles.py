@@ -65,7 +65,7 @@ def test_a_run_of_this_machine_is_named_by_its_folder_or_its_name(
         assert find_run(name, None).status().folder == str(folder)
 
 
-def test_where_an_address_is_given_the_cluster_is_asked(
+def test_with_an_address_the_run_is_looked_up_on_the_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.yaml").write_text("{}\n")
@@ -84,7 +84,7 @@ def test_where_an_address_is_given_the_cluster_is_asked(
     assert asked == ["http://head:8265", None]
 
 
-def test_a_stop_of_this_machine_waits_for_the_commit_or_ends_the_process(
+def test_a_local_stop_waits_for_the_commit_or_ends_the_process(
     tmp_path: Path, driver: "subprocess.Popen[bytes]"
 ) -> None:
     said: list[str] = []
@@ -113,7 +113,7 @@ def test_a_supervised_stage_of_this_machine_ends_at_once(
     ]
 
 
-def test_a_driver_of_another_machine_is_not_looked_for_here(
+def test_a_driver_on_another_machine_is_not_signalled(
     tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host, said = socket.gethostname(), list[str]()
@@ -143,7 +143,7 @@ def test_a_driver_that_ends_while_it_is_stopped_is_not_on_another_machine(
         LocalRun(tmp_path).stop(True, print)
 
 
-def test_generators_are_changed_while_there_are_any(tmp_path: Path) -> None:
+def test_a_local_run_is_scaled_while_it_has_generators(tmp_path: Path) -> None:
     files = ControlFiles(tmp_path)
     files.open("mine")
     files.update(stage="sft")
@@ -154,12 +154,12 @@ def test_generators_are_changed_while_there_are_any(tmp_path: Path) -> None:
     assert files.requested() == Request(num_generators=3, scalings=1)
 
 
-def test_what_a_run_of_this_machine_printed_is_kept_nowhere(tmp_path: Path) -> None:
+def test_the_output_of_a_local_run_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a job of a cluster"):
         LocalRun(tmp_path).logs(follow=False)
 
 
-def test_a_job_in_ppo_is_asked_and_waited_for() -> None:
+def test_stopping_a_job_in_ppo_waits_for_its_commit() -> None:
     client, run = job_run({"stage": "ppo"})
     said: list[str] = []
     run.stop(False, said.append)
@@ -177,7 +177,7 @@ def test_a_job_in_ppo_is_asked_and_waited_for() -> None:
         (False, "ppo", {"status": "PENDING"}),
     ],
 )
-def test_a_job_that_has_no_iteration_to_commit_or_no_time_ends_at_once(
+def test_a_job_without_an_iteration_to_commit_is_stopped_at_once(
     now: bool, stage: str | None, job: dict[str, str]
 ) -> None:
     client, run = job_run({"stage": stage}, **job)
@@ -195,7 +195,7 @@ def test_a_job_is_scaled_by_its_driver() -> None:
     assert client.asked == ["mine-1", "mine-1 --generators 3"]
 
 
-def test_a_job_that_has_ended_is_not_asked() -> None:
+def test_a_job_that_has_ended_is_not_queried() -> None:
     client, run = job_run({"stage": "ppo"}, status="FAILED")
     for order in (lambda: run.stop(False, print), lambda: run.scale(2)):
         with pytest.raises(ConfigError, match=r"mine-1 has ended already \(failed\)"):
@@ -215,7 +215,7 @@ def ticking_run(client: FakeJobClient) -> JobRun:
     return JobRun(server, server.find("mine"))
 
 
-def test_of_an_ended_run_whose_node_is_gone_the_job_server_tells() -> None:
+def test_the_job_server_gives_the_status_of_an_ended_run_whose_node_is_gone() -> None:
     message = "x" * 20_000 + "\nIts node has died."
     ended = details("mine-1", status="FAILED", end_time=5_000, message=message)
     client = FakeJobClient({"mine-1": ended}, answers=False)
@@ -227,13 +227,13 @@ def test_of_an_ended_run_whose_node_is_gone_the_job_server_tells() -> None:
     assert len(found.message) == run_handles.MESSAGE_CHARS
 
 
-def test_so_it_does_of_one_that_never_opened_its_folder() -> None:
+def test_the_job_server_gives_the_status_of_a_run_that_never_opened_its_folder() -> None:
     ended = details("mine-1", status="FAILED", message="exit code 2")
     client = FakeJobClient({"mine-1": ended}, answer={"error": "no folder (yet)"})
     assert ticking_run(client).status().message == "exit code 2"
 
 
-def test_a_run_that_goes_on_must_answer_unless_it_ends_meanwhile() -> None:
+def test_a_running_run_must_answer_unless_it_ends_meanwhile() -> None:
     client = FakeJobClient({"mine-1": details("mine-1")}, answers=False)
     run = ticking_run(client)
     with pytest.raises(ActorFailure, match="did not answer within 60 s"):

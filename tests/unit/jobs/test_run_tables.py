@@ -18,7 +18,7 @@ def shown(table: object) -> list[str]:
     return [" ".join(line.split()) for line in written.getvalue().splitlines()]
 
 
-def test_a_status_shows_what_there_is() -> None:
+def test_a_status_shows_every_known_field() -> None:
     generators = (
         GeneratorStatus("generator-0", "ready", 12, 1),
         GeneratorStatus("generator-1", "starting", None, 0),
@@ -43,7 +43,7 @@ def test_a_status_shows_what_there_is() -> None:
     ]
 
 
-def test_outside_ppo_it_is_short() -> None:
+def test_a_status_outside_ppo_is_short() -> None:
     status = RunStatus("mine", "/mnt/mine", "running", "sft", updated=time.time())
     assert shown(status_table(status))[1:] == ["state running, reported 0:00 ago", "stage sft"]
 
@@ -53,7 +53,7 @@ def test_what_the_job_server_says_of_a_run_that_is_gone_is_shown() -> None:
     assert shown(status_table(status))[2:] == ["message Its node has died."]
 
 
-def test_a_row_a_run() -> None:
+def test_the_list_has_a_row_per_run() -> None:
     over = Job("a-1", "a", "/mnt/a", "SUCCEEDED", 1000.0, 1065.0, 0, "", "node")
     plain = Job("raysubmit_x", None, None, "RUNNING", time.time() - 5, None, None, "", None)
     table = list_table([over, plain])

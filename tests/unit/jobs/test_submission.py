@@ -103,7 +103,7 @@ def test_a_run_that_fails_is_submitted_again_to_resume(tmp_path: Path) -> None:
     assert again == ["exec rlhf-ray run submitted.yaml run.resume=auto"] * 2
 
 
-def test_one_that_fails_in_its_rehearsal_is_rehearsed_again(tmp_path: Path) -> None:
+def test_a_run_that_fails_in_its_rehearsal_is_rehearsed_again(tmp_path: Path) -> None:
     client = FakeJobClient(outcomes=[("FAILED", 1), ("SUCCEEDED", 0)])
     code, _ = followed(client, work_folder(tmp_path / "work"), num_retries=1, rehearse=True)
     assert code == 0
@@ -121,7 +121,7 @@ def test_one_that_fails_in_its_rehearsal_is_rehearsed_again(tmp_path: Path) -> N
         ([("STOPPED", None)], 1, 1),  # somebody wanted it to end
     ],
 )
-def test_what_is_not_tried_again_ends_with_its_exit_code(
+def test_without_retries_the_exit_code_is_the_drivers(
     tmp_path: Path, outcomes: list[tuple[str, int | None]], num_sent: int, code: int
 ) -> None:
     client = FakeJobClient(outcomes=outcomes)

@@ -37,7 +37,7 @@ def test_code_and_configs_travel_and_runs_data_environments_and_secrets_do_not(
     assert set(packed(work, tmp_path / "a.zip")) == set(kept)
 
 
-def test_what_git_ignores_stays_and_what_is_new_travels(tmp_path: Path) -> None:
+def test_files_ignored_by_git_stay_and_new_files_travel(tmp_path: Path) -> None:
     work = tmp_path / "work"
     write(work, "known.py", "new.py", "scratch/notes.txt", "sub/local.txt")
     (work / ".gitignore").write_text("scratch/\n")

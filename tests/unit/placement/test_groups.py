@@ -59,7 +59,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return made
 
 
-async def test_a_seat_goes_with_its_group(cluster: Cluster) -> None:
+async def test_a_slot_is_released_with_its_placement_group(cluster: Cluster) -> None:
     """Two that shared a GPU leave; who comes then sits in a group that is there."""
     held = Placement(1.0, may_grow=True)
     await held.reserve([GENERATORS])
@@ -72,7 +72,9 @@ async def test_a_seat_goes_with_its_group(cluster: Cluster) -> None:
     assert seat.group.handle in cluster.groups
 
 
-async def test_a_seat_left_beside_others_is_for_the_next_of_its_role(cluster: Cluster) -> None:
+async def test_a_slot_beside_others_is_kept_for_the_next_worker_of_its_role(
+    cluster: Cluster,
+) -> None:
     held = Placement(1.0, may_grow=True)
     await held.reserve([GENERATORS])
     left = held.slot("generator-1")
@@ -95,7 +97,7 @@ async def test_gpu_nodes_that_have_yet_to_join_are_waited_for(cluster: Cluster) 
     assert held.slot("generator-1") is not None
 
 
-async def test_a_joined_cluster_without_gpus_is_told_how_to_do_without(cluster: Cluster) -> None:
+async def test_on_a_cluster_without_gpus_the_error_says_what_to_set(cluster: Cluster) -> None:
     cluster.nodes = [Node("head", 0)]
     with pytest.raises(PlacementError) as error:
         await Placement(0.01, may_grow=True).reserve([GENERATORS])
@@ -104,7 +106,9 @@ async def test_a_joined_cluster_without_gpus_is_told_how_to_do_without(cluster: 
 
 
 @pytest.mark.parametrize(("gpus", "may_grow"), [(0, True), (0.5, False)])
-async def test_any_cpu_will_do(cluster: Cluster, gpus: float, may_grow: bool) -> None:
+async def test_roles_without_gpus_reserve_nothing(
+    cluster: Cluster, gpus: float, may_grow: bool
+) -> None:
     """Where GPUs are not asked for, and on a machine of the run's own that has none."""
     cluster.nodes = [Node("head", 0)]
     held, asked = Placement(0.01, may_grow=may_grow), replace(GENERATORS, gpus=gpus)
@@ -114,7 +118,7 @@ async def test_any_cpu_will_do(cluster: Cluster, gpus: float, may_grow: bool) ->
     assert held.slot("generator-0") is held.slot("generator-2") is None
 
 
-def test_labels_are_asked_for_where_some_node_carries_such_a_one(cluster: Cluster) -> None:
+def test_a_label_is_requested_if_some_node_has_it(cluster: Cluster) -> None:
     cluster.nodes = [Node("n", 2, {"role": "train", "zone": "a"})]
     asked = [Demand("policy", 2, 1, {"role": "train"}), Demand("reward", 1, 0, {"disk": "fast"})]
     held = Placement(1.0, may_grow=True)
@@ -161,7 +165,7 @@ async def test_two_runs_do_not_wait_for_each_other(
     assert {seat.group.handle for seat in seats if seat} == set(cluster.groups)
 
 
-async def test_places_that_ray_never_makes_are_told_and_let_go(
+async def test_slots_that_ray_does_not_reserve_are_reported_and_given_up(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where nodes have GPUs and too few CPUs."""

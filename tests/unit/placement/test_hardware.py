@@ -23,7 +23,7 @@ from rlhf_ray.placement.hardware import GPU_KINDS, gpu_kind, parse_cluster
         ("8xA100-80GB+2x4xL40S-48GB", [8, 4, 4], ["A100-80GB", "L40S-48GB", "L40S-48GB"]),
     ],
 )
-def test_nodes_are_written_as_numbers_and_kinds(
+def test_a_cluster_is_parsed_from_numbers_and_kinds(
     text: str, gpus: list[int], kinds: list[str]
 ) -> None:
     nodes = parse_cluster(text)
@@ -33,7 +33,7 @@ def test_nodes_are_written_as_numbers_and_kinds(
 
 
 @pytest.mark.parametrize("text", ["", "A100-80GB", "3x8", "0x8xA100-80GB", "8xA100-80GB+"])
-def test_what_is_no_cluster_is_refused_with_an_example(text: str) -> None:
+def test_a_malformed_cluster_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match=r"write for example 3x8xA100-80GB"):
         parse_cluster(text)
 
@@ -64,7 +64,7 @@ def test_an_unknown_kind_is_refused_with_those_that_are_known() -> None:
         ("NVIDIA GB10", 85.9, None),
     ],
 )
-def test_gpus_are_known_by_the_name_that_ray_gives_them_and_their_memory(
+def test_a_gpu_kind_is_found_by_rays_name_and_memory(
     driver_name: str, memory_gb: float | None, kind: str | None
 ) -> None:
     ray_name = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(driver_name)
@@ -72,7 +72,7 @@ def test_gpus_are_known_by_the_name_that_ray_gives_them_and_their_memory(
     assert gpu_kind(ray_name, memory_gb) == kind
 
 
-def test_a_size_that_people_label_needs_no_memory() -> None:
+def test_a_labelled_memory_size_needs_no_measured_one() -> None:
     assert gpu_kind("A100-80G", None) == "A100-80GB"
     assert gpu_kind("A100-40G", None) == "A100-40GB"
     assert gpu_kind("", 85.9) is None
@@ -102,7 +102,7 @@ def test_nodes_of_a_live_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert [node.gpu_kind for node in nodes] == ["A100-80GB", "A100-40GB", None]
 
 
-def test_nodes_with_gpus_alone_are_asked_for_their_memory(
+def test_only_nodes_with_gpus_are_asked_for_their_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def entry(node_id: str, **resources: float) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def test_nodes_with_gpus_alone_are_asked_for_their_memory(
         ("import time; time.sleep(60)", "no answer within 1 s"),
     ],
 )
-def test_a_cluster_that_does_not_answer_is_told_in_time(
+def test_a_cluster_that_does_not_answer_is_reported_in_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, why: str
 ) -> None:
     monkeypatch.setattr(hardware, "LIVE_NODES_TIMEOUT_S", 1.0)

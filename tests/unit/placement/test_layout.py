@@ -165,14 +165,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_workers_sit_where_the_table_says(name: str) -> None:
+def test_workers_get_the_slots_in_the_table(name: str) -> None:
     asked, there, expected = CASES[name]
     places = lay_out(asked, there)
     assert table(places) == expected
     assert [place.role for place in places] == [d.role for d in asked for _ in range(d.workers)]
 
 
-def test_shares_add_up_to_what_was_asked() -> None:
+def test_shares_add_up_to_the_requested_gpus() -> None:
     places = lay_out(placed(file="models/qwen25_32b_tp"), nodes(8, 8))
     assert sum(place.share for place in places) == 16
     places = lay_out(placed(file="models/qwen25_0_5b_1gpu"), nodes(1))
@@ -229,7 +229,7 @@ TOO_SMALL = {
 
 
 @pytest.mark.parametrize("name", TOO_SMALL)
-def test_too_small_a_cluster_is_told_with_what_would_fit(name: str) -> None:
+def test_an_error_says_what_would_fit_on_a_cluster_that_is_too_small(name: str) -> None:
     asked, there, message = TOO_SMALL[name]
     with pytest.raises(PlacementError) as error:
         lay_out(asked, there)
@@ -240,7 +240,7 @@ def asked(**config: Any) -> dict[str, tuple[int, float]]:
     return {d.role: (d.workers, d.gpus) for d in demands(resolve(config))}
 
 
-def test_a_critic_is_asked_for_where_the_advantage_needs_one() -> None:
+def test_a_critic_is_requested_if_the_advantage_needs_one() -> None:
     assert asked()["critic"] == (1, 1)
     assert "critic" not in asked(ppo={"advantage": "reinforce"})
     assert asked(ppo={"advantage": "mine:own"})["critic"] == (1, 1)
@@ -255,12 +255,12 @@ def test_a_critic_is_asked_for_where_the_advantage_needs_one() -> None:
         ({"type": "judge", "url": "http://x", "model": "m"}, 0),
     ],
 )
-def test_a_scorer_wants_a_gpu_where_it_runs_a_model(source: dict[str, Any], gpus: int) -> None:
+def test_a_scorer_requests_a_gpu_if_it_runs_a_model(source: dict[str, Any], gpus: int) -> None:
     sources = [source, {"type": "rouge", "name": "r"}]
     assert asked(rewards=sources)["reward"] == (1, gpus)
 
 
-def test_a_role_may_have_another_part_than_the_rest() -> None:
+def test_a_role_may_have_another_share_of_a_gpu_than_the_rest() -> None:
     found = asked(placement={"gpus": 0.5, "reward": {"gpus": 0.1}, "policy": {"gpus": 1.0}})
     assert found == {
         "policy": (1, 1),
@@ -271,16 +271,16 @@ def test_a_role_may_have_another_part_than_the_rest() -> None:
     }
 
 
-def test_on_cpus_alone_no_role_asks_for_a_gpu() -> None:
+def test_with_placement_gpus_0_no_role_requests_a_gpu() -> None:
     asked = placed("placement.gpus=0", "placement.critic.gpus=0.5")
     assert {demand.gpus for demand in asked} == {0}
 
 
-def test_the_policys_base_as_the_reference_asks_for_nothing() -> None:
+def test_a_reference_on_the_policys_base_requests_nothing() -> None:
     assert "reference" not in asked(reference={"kind": "policy_base"})
 
 
-def test_sets_of_sharing_roles_say_who_may_meet_whom() -> None:
+def test_sharing_sets_decide_which_roles_share_a_gpu() -> None:
     config = resolve({"placement": {"share": [["critic", "reference"], ["reward"]]}})
     sharers = {d.role: d.sharers for d in demands(config)}
     assert sharers["critic"] == sharers["reference"] == {"critic", "reference"}
