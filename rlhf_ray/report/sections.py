@@ -61,7 +61,7 @@ _PPO_CHARTS = (
     _Plan("Value loss", {"loss/value_avg": "critic"}),
     _Plan("Clip fraction", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "critic"}),
     _Plan("Explained variance of the critic", {"val/explained_variance": "critic"}),
-    _Plan("Repeating responses", {"response/repeating_share": "training rollouts"}),
+    _Plan("Responses that repeat themselves", {"response/repeating_share": "training rollouts"}),
     _Plan("Distinct bigrams", {"response/distinct_bigrams": "training rollouts"}),
     _Plan("KL coefficient", {"objective/kl_coef": "coefficient"}),
     _Plan("Log-prob mismatch between engine and learner", {"sampler/gap_mean": "mismatch"}),
@@ -78,6 +78,14 @@ _SUPERVISED = (
     ),
     ("dpo", "Direct preference optimisation", ("loss",), ("pairs_train", "pairs_eval")),
 )
+
+_FACTS = {
+    "pairs_train": "training pairs",
+    "pairs_eval": "held-out pairs",
+    "rows_train": "training rows",
+    "rows_eval": "held-out rows",
+}
+"""Labels of a summary's keys; other keys are shown as they are."""
 
 
 def ppo_charts(files: RunFiles) -> list[Chart]:
@@ -131,7 +139,7 @@ def supervised(files: RunFiles) -> list[Supervised]:
         rows = [row for name in figures if any((row := _before_after(summary, name))[1:])]
         known = [(name, value) for name in facts if (value := number(summary, name)) is not None]
         if chart or rows or known:
-            named = [(name.replace("_", " "), value) for name, value in known]
+            named = [(_FACTS.get(name, name.replace("_", " ")), value) for name, value in known]
             groups = summary.get("parameter_groups", ())
             stages.append(Supervised(title, chart, rows, named, groups))
     return stages
