@@ -33,8 +33,8 @@ def read_driver() -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    found = re.search(r"^\d+(\.\d+)+$", done.stdout, re.MULTILINE)
-    return found[0] if found else ""
+    match = re.search(r"^\d+(\.\d+)+$", done.stdout, re.MULTILINE)
+    return match[0] if match else ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -134,8 +134,8 @@ def check_system(machine: Machine) -> Check:
         return Check("system", reading, NOTE, remedy)
     if machine.system != "Linux":
         return Check("system", reading, FAIL, "use Linux; on Windows: WSL 2 with Ubuntu")
-    found = re.fullmatch(r"glibc (\d+)\.(\d+)", machine.libc)
-    if found is None or (int(found[1]), int(found[2])) < (2, 28):
+    match = re.fullmatch(r"glibc (\d+)\.(\d+)", machine.libc)
+    if match is None or (int(match[1]), int(match[2])) < (2, 28):
         libc = machine.libc or "no glibc"
         remedy = "the packages need glibc 2.28: Debian 10, Ubuntu 20.04, RHEL 8 or newer"
         return Check("system", f"{reading}, {libc}", FAIL, remedy)
@@ -262,14 +262,14 @@ def read_machine(root: Path) -> Machine:
 
 def parse_cpu_flags(cpuinfo: str) -> frozenset[str]:
     """Return the first CPU's flags from /proc/cpuinfo (`flags`, on ARM `Features`)."""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return frozenset(match[1].split()) if match else frozenset()
 
 
 def parse_available(meminfo: str) -> int | None:
     """Return the bytes of `MemAvailable` from /proc/meminfo, which counts in KiB."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def cgroup_free(limit: str, used: str, stat: str) -> int | None:
@@ -280,8 +280,8 @@ def cgroup_free(limit: str, used: str, stat: str) -> int | None:
     """
     if not (limit.strip().isdigit() and used.strip().isdigit()):  # no such file, or "max"
         return None
-    found = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
-    return max(0, int(limit) - int(used) + (int(found[1]) if found else 0))
+    match = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
+    return max(0, int(limit) - int(used) + (int(match[1]) if match else 0))
 
 
 def parse_gpus(listing: str) -> tuple[str, ...]:

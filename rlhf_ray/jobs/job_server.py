@@ -292,6 +292,7 @@ def _answer_in(logs: str) -> dict[str, Any] | None:
 
 
 def _is_run(details: "JobDetails") -> bool:
+    # A run that Ray's own command submitted has no metadata until its driver has started.
     entrypoint = details.entrypoint or ""
     is_ours = RUN_NAME in (details.metadata or {}) or "rlhf-ray" in entrypoint
     return details.submission_id is not None and is_ours and CONTROL not in entrypoint

@@ -41,6 +41,7 @@ def pack(folder: Path, extra: dict[str, str], archive: Path) -> int:
     """
     files = [path for path in _files(folder) if path.as_posix() not in extra]
     _require_small(folder, files)
+    # Not strict: a zip holds no dates before 1980, which files of some build systems have.
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as packed:
         for path in files:
             packed.write(folder / path, path)

@@ -63,6 +63,7 @@ class ReservedSlot:
 
 def live_nodes() -> list[LiveNode]:
     """Return the living nodes, sorted by address."""
+    # Ray's public API has the free resources of the whole cluster only, not of each node.
     available = ray._private.state.available_resources_per_node()  # type: ignore[attr-defined]
     return [
         LiveNode(

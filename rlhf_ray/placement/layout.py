@@ -62,7 +62,7 @@ class Demand:
     """Roles that may share a GPU with it, itself included; None: any."""
 
     @property
-    def parts(self) -> int:
+    def units(self) -> int:
         """What one worker takes of each of its GPUs, in units of 1 / `WHOLE`."""
         return round(min(self.gpus, 1) * WHOLE)
 
@@ -133,9 +133,9 @@ class _Gpu:
 
     def takes(self, demand: Demand) -> bool:
         """Whether a worker of this demand fits."""
-        if demand.parts > self.free or (demand.is_group and demand.role in self.roles):
+        if demand.units > self.free or (demand.is_group and demand.role in self.roles):
             return False
-        return demand.sharers is None or demand.sharers.issuperset(self.roles)
+        return demand.unitsrs is None or demand.sharers.issuperset(self.roles)
 
 
 @dataclass
@@ -157,7 +157,7 @@ class _Capacity:
         if len(fitting) < needed:
             return None
         for index in fitting[:needed]:
-            self.gpus[index].free -= demand.parts
+            self.gpus[index].free -= demand.units
             self.gpus[index].roles.append(demand.role)
         return tuple(fitting[:needed])
 
@@ -275,6 +275,7 @@ def _with_smaller(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | Non
     largest = max(demand.gpus for demand in demands)
     options = [largest / 2**halvings for halvings in range(1, int(largest).bit_length())]
     if largest <= 1:
+        # Rounded down: three shares of 0.3334 would not fit on one GPU.
         options = [int(WHOLE / sharers) / WHOLE for sharers in range(2, 11)]
     key = "placement.gpus" if largest <= 1 else "generators.tensor_parallel_size"
     for gpus in options:

@@ -179,7 +179,9 @@ class ControlFiles:
         """Change fields of the status. A missing or unwritable file does not end the run."""
         with suppress(OSError, ValueError, TypeError, KeyError, ConfigError), _updating:
             written = self._read()
-            self._write_status(replace(_status_in(written), **changes), written["driver"])
+            self._write_status(
+                replace(RunStatus.from_json(written["status"]), **changes), written["driver"]
+            )
 
     def _write_status(self, status: RunStatus, driver: Driver) -> None:
         values = asdict(replace(status, updated=time.time()))
@@ -192,7 +194,7 @@ class ControlFiles:
             ConfigError: no run has written here.
         """
         written = self._read()
-        status, driver = _status_in(written), written["driver"]
+        status, driver = RunStatus.from_json(written["status"]), written["driver"]
         here = driver["host"] == socket.gethostname()
         if status.state == "running" and here and living_process(driver) is None:
             return replace(status, state="dead")
@@ -248,10 +250,6 @@ def reporting_status(name: str, folder: Path) -> Iterator[ControlFiles]:
     except BaseException:
         files.update(state="stopped")
         raise
-
-
-def _status_in(written: _Written) -> RunStatus:
-    return RunStatus.from_json(written["status"])
 
 
 def main(arguments: list[str] | None = None) -> None:

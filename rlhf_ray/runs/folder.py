@@ -63,10 +63,9 @@ class RunFolder:
 
     def has_begun(self, stage: str) -> bool:
         """Whether a stage left something that a resumed run would build on."""
-        parts = [(self.path / stage).glob(name) for name in ("summary.json", CHECKPOINTS)]
-        if stage == "ppo":
-            parts.append((self.path / "checkpoints").glob("*/state.json"))
-        return any(True for part in parts for _ in part)
+        patterns = [f"{stage}/summary.json", f"{stage}/{CHECKPOINTS}"]
+        patterns += ["checkpoints/*/state.json"] * (stage == "ppo")
+        return any(True for pattern in patterns for _ in self.path.glob(pattern))
 
     def dataset(self, name: str) -> Path:
         """Return the folder of a set that prepare writes: finetune, reward, rl or evaluation.

@@ -67,18 +67,18 @@ def policies(config: Config) -> list[RunModel]:
     Raises:
         DataError: it has none.
     """
-    found = []
+    models = []
     for name in POLICIES:
         try:
-            found.append(find_model(config, name))
+            models.append(find_model(config, name))
         except (DataError, ConfigError):
             continue
-    if not found:
+    if not models:
         raise DataError(
             f"{RunFolder(config).path} holds no language model yet: run the stage sft, dpo or ppo, "
             "or set sft.path or model.path"
         )
-    return found
+    return models
 
 
 def _made(folder: Path, stage: str) -> str:
