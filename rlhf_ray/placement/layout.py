@@ -135,7 +135,7 @@ class _Gpu:
         """Whether a worker of this demand fits."""
         if demand.units > self.free or (demand.is_group and demand.role in self.roles):
             return False
-        return demand.unitsrs is None or demand.sharers.issuperset(self.roles)
+        return demand.sharers is None or demand.sharers.issuperset(self.roles)
 
 
 @dataclass
