@@ -1,4 +1,4 @@
-"""What the texts of a data set are like, counted as they go by."""
+"""Statistics of a dataset's texts (lengths, duplicates, languages, scores), in one pass."""
 
 import hashlib
 import re
@@ -7,17 +7,17 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 
 from rlhf_ray.data.reading.rows import Row
 
 LENGTH_BOUNDS = (0, *(2**power for power in range(5, 15)))
-"""Lower bounds of the length bins, characters; the last one has no upper bound."""
+"""Lower bounds of the length bins, in characters; the last bin has no upper bound."""
 
 NO_LANGUAGE = "not named"
 MAX_LANGUAGES = 12
+"""Languages that are counted apart in a report; the rest are ``other``."""
 
 _KINDS = {
     "prompts": ("prompt", "messages"),
@@ -28,13 +28,14 @@ _KINDS = {
 
 _FENCE = re.compile(r"^```([^`\n]*)\n.*?^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _BUFFER = 65536
+"""Digests held in memory before they are written to the scratch file."""
 _PARTS = 16
 
 
 class TextStats:
-    """Counts of one kind of text; memory does not grow with their number.
+    """Statistics of one kind of text; memory does not grow with the number of texts.
 
-    Use as a context manager: its scratch file, 8 bytes a text, is removed at the end.
+    A context manager: its scratch file, 8 bytes a text, is removed at the end.
     """
 
     def __init__(self) -> None:
@@ -60,11 +61,11 @@ class TextStats:
         if len(self._digests) >= _BUFFER:
             self._flush()
 
-    def report(self) -> dict[str, Any]:
-        """Plain values for quality.json.
+    def report(self) -> dict[str, object]:
+        """Return plain values for quality.json.
 
-        ``texts``; ``repeated``: texts that another one before them equals, case and white space
-        aside; ``length_bounds`` (characters) and ``lengths``; ``languages`` of code fences.
+        ``texts``; ``repeated``: texts that equal an earlier one but for case and white space;
+        ``length_bounds`` (characters) and ``lengths``; ``languages`` of code fences.
         """
         num_texts = sum(self._lengths)
         return {
@@ -80,7 +81,7 @@ class TextStats:
         self._digests = array("Q")
 
     def _num_distinct(self) -> int:
-        """Distinct digests, a part at a time: sorting all of them would take twice their memory."""
+        """Count distinct digests, a part at a time: sorting all would take twice their memory."""
         self._flush()
         self._file.flush()
         if not self._file.tell():
@@ -91,7 +92,7 @@ class TextStats:
 
 
 class RowStats:
-    """Counts of the texts of rows, by kind; a context manager, such as `TextStats`."""
+    """Statistics of the texts of rows, by kind; a context manager like `TextStats`."""
 
     def __init__(self) -> None:
         self._files = ExitStack()
@@ -111,31 +112,32 @@ class RowStats:
                 if kind not in self._texts:
                     self._texts[kind] = self._files.enter_context(TextStats())
                 self._texts[kind].add(text)
-        if isinstance(row.get("score"), int | float):
-            self._scores[round(row["score"])] += 1
+        score = row.get("score")
+        if isinstance(score, int | float):
+            self._scores[round(score)] += 1
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, object]:
         """Return plain values for JSON: a `TextStats.report` a kind, and the rounded ``scores``."""
         kinds = {kind: texts.report() for kind, texts in self._texts.items()}
         return {**kinds, "scores": histogram(self._scores)}
 
 
 def histogram(scores: Mapping[int, int]) -> dict[str, int]:
-    """Scores from the lowest to the highest -> how many have it."""
+    """Return the counts of scores, from the lowest to the highest."""
     return {str(score): num for score, num in sorted(scores.items())}
 
 
 def _texts_of(row: Row, columns: Sequence[str]) -> Iterator[str]:
     for column in columns:
         value = row.get(column)
-        if column == "messages" and value:
+        if column == "messages" and isinstance(value, list | tuple) and value:
             yield "\n\n".join(str(message["content"]) for message in value)
         elif isinstance(value, str) and value:
             yield value
 
 
 def _largest(counts: Counter[str], most: int) -> dict[str, int]:
-    """The most frequent ones; the rest together as ``other``."""
+    """Return the most frequent ones; the rest together as ``other``."""
     largest: Sequence[tuple[str, int]] = counts.most_common(most)
     rest = counts.total() - sum(num for _, num in largest)
     return dict(largest) | ({"other": rest} if rest else {})

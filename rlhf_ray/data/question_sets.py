@@ -10,6 +10,7 @@ import datasets
 from rlhf_ray.config import Config
 from rlhf_ray.data import template
 from rlhf_ray.data.reading.counts import RowTally
+from rlhf_ray.data.reading.rows import Row
 from rlhf_ray.data.stack_exchange.posts import Answer, Question, html_to_markdown, sample_pairs
 
 _QUESTION = {
@@ -47,7 +48,7 @@ class MarkdownQuestion:
     """The better answer first."""
     link: str | None
 
-    def rows(self, name: str) -> list[dict[str, object]]:
+    def rows(self, name: str) -> list[Row]:
         """Return the question's rows in one of the sets."""
         columns = {
             "question_id": self.question.id,

@@ -1,10 +1,10 @@
-"""The plain layout of a question and its answer, the same bytes in every stage."""
+"""The plain question-and-answer layout, the same bytes in every stage."""
 
 from collections.abc import Mapping, Sequence
 
 
 def prompt(question: str) -> str:
-    """What a model continues; ends in a space, so the answer starts with its first word.
+    """Return what a model continues; it ends in a space, so the answer starts with its first word.
 
     Example:
         >>> prompt("How do I sort a list?")
@@ -14,12 +14,12 @@ def prompt(question: str) -> str:
 
 
 def full(question: str, answer: str) -> str:
-    """A question with its answer: ``prompt(question) + answer``."""
+    """Return a question with its answer: ``prompt(question) + answer``."""
     return prompt(question) + answer
 
 
 def chat(messages: Sequence[Mapping[str, str]], end: str) -> str:
-    """A chat in the same layout; each answer is followed by ``end``, other roles by a blank line.
+    """Return a chat in this layout, with ``end`` after answers and a blank line after other roles.
 
     Example:
         >>> chat([{"role": "user", "content": "Why?"}, {"role": "system", "content": "Say!"}], "")

@@ -53,6 +53,6 @@ class ModelSource:
         except BadRow as bad:
             raise DataError(
                 f"Prompt {prompt.id} cannot be shown to the reward model, whose tokenizer is not "
-                f"the policy's ({bad.reason}): {bad.why}"
+                f"the policy's ({bad.reason}): {bad.explanation}"
             ) from bad
         return np.asarray(rendered.token_ids[-self._max_length :], dtype=np.int64)

@@ -183,5 +183,5 @@ def prompt_ids(config: Config, tokenizer: Any, messages: Sequence[Message]) -> l
     try:
         layout = renderer.prompt(list(messages))
     except BadRow as bad:
-        raise DataError(f"The conversation cannot be laid out: {bad.why}") from bad
+        raise DataError(f"The conversation cannot be laid out: {bad.explanation}") from bad
     return renderer.tokenize([layout], ended=False)[0].token_ids

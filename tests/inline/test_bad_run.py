@@ -230,8 +230,8 @@ class TestBadRows:
         refused(
             *("run", *self.arguments(config_file, whole_run, tmp_path)),
             says=r"prompts: 5 of 20 rows are bad \(empty: 2, overlong: 3\), more than the 20% that "
-            r"data\.max_bad_share allows; clean the data, or raise that share, or raise the length "
-            r"limit, or set data\.overlong to truncate",
+            r"data\.max_bad_share allows; fix the data, or raise data\.max_bad_share, or raise "
+            r"the length limit, or set data\.overlong to truncate",
         )
 
     def test_of_a_dump_are_counted_and_limited(

@@ -1,29 +1,28 @@
-"""Instructions whose following a program can check: the built-in ones, or a file of the user's."""
+"""Instructions with a check that a program can run: the built-in ones, or a user's file."""
 
 import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rlhf_ray.data.datasets.instruction_checks import CHECKS
 from rlhf_ray.errors import DataError
 
 BUILT_IN = "builtin"
-"""Names `INSTRUCTIONS` where a path may stand."""
+"""Value of ``evaluate.instructions`` that selects `INSTRUCTIONS` instead of a file."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a model is told, and how the answer is checked."""
+    """A prompt and the check of its answer."""
 
     prompt: str
-    """What a user says."""
+    """The user's message."""
     check: str
-    """Name in `instruction_checks.CHECKS`."""
-    args: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the check."""
+    """Name of a check in `instruction_checks.CHECKS`."""
+    args: Mapping[str, object] = field(default_factory=dict)
+    """Arguments of the check besides the text."""
 
 
 INSTRUCTIONS = (
@@ -43,14 +42,14 @@ INSTRUCTIONS = (
     Instruction("Give a name and an age as JSON, nothing else.", "valid_json"),
     Instruction("Name three fruits, one on each line.", "num_lines", {"num": 3}),
 )
-"""The built-in ones, short enough for a small model's window."""
+"""The built-in instructions, short enough for a small model's context window."""
 
 
 def load_instructions(source: str) -> tuple[Instruction, ...]:
-    """The built-in instructions, or those of a JSON Lines file of ``{prompt, check, args}``.
+    """Return the built-in instructions, or those of a JSON Lines file of ``{prompt, check, args}``.
 
     Raises:
-        DataError: the file cannot be read, or a line is no instruction; it is named.
+        DataError: the file cannot be read, or a line (named by its number) is no instruction.
     """
     if source == BUILT_IN:
         return INSTRUCTIONS
@@ -61,14 +60,17 @@ def load_instructions(source: str) -> tuple[Instruction, ...]:
             f"evaluate.instructions: {source} cannot be read ({error}); give {BUILT_IN} or a JSON "
             "Lines file of {prompt, check, args}"
         ) from error
-    found = tuple(
+    instructions = tuple(
         _instruction(line, f"evaluate.instructions: {source}, line {number}")
         for number, line in enumerate(lines, 1)
         if line.strip()
     )
-    if not found:
-        raise DataError(f"evaluate.instructions: {source} holds no instruction")
-    return found
+    if not instructions:
+        raise DataError(
+            f"evaluate.instructions: {source} holds no instruction; give at least one line of "
+            "{prompt, check, args}"
+        )
+    return instructions
 
 
 def _instruction(line: str, where: str) -> Instruction:
@@ -77,19 +79,22 @@ def _instruction(line: str, where: str) -> Instruction:
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or not str(row.get("prompt") or "").strip():
-        raise DataError(f"{where} has no prompt; give {{prompt, check, args}}")
+        raise DataError(f"{where} has no prompt; each line must be {{prompt, check, args}}")
     check, args = str(row.get("check")), row.get("args") or {}
     if check not in CHECKS:
-        raise DataError(f"{where}: there is no check {check!r}; it must be {', '.join(CHECKS)}")
-    wanted = _arguments(check)
-    given = {name: type(value) for name, value in args.items()} if isinstance(args, dict) else args
-    if given != wanted:
-        told = ", ".join(f"{name} ({kind.__name__})" for name, kind in wanted.items()) or "nothing"
-        raise DataError(f"{where}: args of {check} must be {told}, got {json.dumps(args)}")
+        raise DataError(
+            f"{where}: there is no check {check!r}; it must be one of {', '.join(CHECKS)}"
+        )
+    expected = _argument_types(check)
+    if not isinstance(args, dict) or {key: type(value) for key, value in args.items()} != expected:
+        listed = ", ".join(f"{key} ({kind.__name__})" for key, kind in expected.items())
+        raise DataError(
+            f"{where}: args of {check} must be {listed or 'nothing'}, got {json.dumps(args)}"
+        )
     return Instruction(row["prompt"], check, args)
 
 
-def _arguments(check: str) -> dict[str, type]:
-    """Name and type of what a check takes besides the text."""
-    _, *others = inspect.signature(CHECKS[check]).parameters.values()
-    return {other.name: other.annotation for other in others}
+def _argument_types(check: str) -> dict[str, type]:
+    """Return the names and types of a check's parameters besides the text."""
+    _, *parameters = inspect.signature(CHECKS[check]).parameters.values()
+    return {parameter.name: parameter.annotation for parameter in parameters}

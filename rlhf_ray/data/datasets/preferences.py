@@ -1,12 +1,11 @@
-"""Rows with a prompt, ``chosen`` and ``rejected`` as token ids for a pairwise reward model."""
+"""Preference pairs as token ids, for a pairwise reward model or DPO."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import datasets
 
-from rlhf_ray.data.reading.counts import BadRow, RowTally
-from rlhf_ray.data.reading.rows import Row, batches, require_text, row_prompt
+from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
+from rlhf_ray.data.reading.rows import Row, batches, require_text, row_prompt, row_question
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments, TokenizedRow
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
@@ -21,27 +20,25 @@ _PAIRS = datasets.Features(
 
 
 def load_pairs(
-    rows: Iterable[Any],
+    rows: Iterable[Row | SkippedRows],
     renderer: Renderer,
     max_length: int,
     overlong: Overlong = "drop",
     max_bad_share: float = 0.2,
     name: str = "preferences",
 ) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Token ids of both sides of each pair: prompt, completion, end.
+    """Tokenize both sides of each pair: prompt, completion, end token.
 
-    A reward model reads the last token, so the end token ends each side as it ends a rollout that
-    stopped by itself.
+    A reward model scores at the last token, so each side ends with the token with which a rollout
+    that stops by itself ends.
 
     Args:
-        rows: a data set, or any rows with a prompt and the two columns.
-        renderer: of the reward model's tokenizer.
-        max_length: most tokens of a side, its end included.
-        overlong: what becomes of a pair with a longer side; ``truncate`` cuts the end of
-            completions and, where these are long too, the prompt's start, at most down to half of
-            the room.
+        rows: with a prompt, ``chosen`` and ``rejected``.
+        renderer: of the model's tokenizer.
+        max_length: most tokens of a side, end token included.
+        overlong: what to do with a pair with a longer side; ``truncate`` as `truncate_answers`.
         max_bad_share: share of bad pairs (empty, equal, over-long) above which loading stops.
-        name: the data set, for messages.
+        name: the dataset, for messages.
 
     Returns:
         Columns ``chosen_ids``, ``rejected_ids`` and ``num_prompt_tokens``, on disk, and counts:
@@ -52,7 +49,7 @@ def load_pairs(
     """
     tally = RowTally(name, max_bad_share)
 
-    def pairs() -> Iterator[dict[str, Any]]:
+    def pairs() -> Iterator[Row]:
         for index, *sides in _rendered(rows, renderer, tally):
             longest = max(len(side.token_ids) for side in sides)
             if longest > max_length and overlong == "error":
@@ -71,41 +68,47 @@ def load_pairs(
                 "num_prompt_tokens": num_prompt,
             }
 
-    found = write_table(pairs(), _PAIRS)
-    return found, tally.finish()
+    return write_table(pairs(), _PAIRS), tally.finish()
 
 
 def _rendered(
-    rows: Iterable[Row], renderer: Renderer, tally: RowTally
+    rows: Iterable[Row | SkippedRows], renderer: Renderer, tally: RowTally
 ) -> Iterator[tuple[int, TokenizedRow, TokenizedRow]]:
-    """(place, chosen, rejected) of the rows in which all three have text."""
+    """Yield (index, chosen, rejected) of the rows whose prompt and answers have text."""
     for batch in batches(rows, tally):
-        places: list[int] = []
-        layouts: list[TextSegments] = []
+        indices: list[int] = []
+        texts: list[TextSegments] = []
         for index, row in batch:
             try:
-                layouts += _layouts(row, renderer)
-                places.append(index)
+                texts += _render(row, renderer)
+                indices.append(index)
             except BadRow as bad:
                 tally.drop_row(bad)
-        sides = renderer.tokenize(layouts)
-        yield from zip(places, sides[0::2], sides[1::2], strict=True)
+        sides = renderer.tokenize(texts)
+        yield from zip(indices, sides[0::2], sides[1::2], strict=True)
 
 
-def _layouts(row: Row, renderer: Renderer) -> list[TextSegments]:
-    prompt, question = row_prompt(row), row.get("question")
+def _render(row: Row, renderer: Renderer) -> list[TextSegments]:
+    prompt, question = row_prompt(row), row_question(row)
     answers = [require_text(row, column) for column in ("chosen", "rejected")]
     return [renderer.prompt_and_answer(prompt, answer, question) for answer in answers]
 
 
 def truncate_answers(sides: Sequence[TokenizedRow], max_length: int) -> tuple[int, list[list[int]]]:
-    """Prompt tokens, and texts cut to ``max_length`` with the same prompt and their ends."""
-    room = max_length - 1
+    """Cut answers to the same prompt to ``max_length`` tokens, end tokens kept.
+
+    The ends of the answers are cut and, where these are long too, the prompt's start, which keeps
+    at least half of the tokens. All sides keep the same part of the prompt.
+
+    Returns:
+        Number of prompt tokens, and the token ids of each side.
+    """
+    limit = max_length - 1
     num_prompt = sides[0].num_prompt_tokens
     prompt = sides[0].token_ids[:num_prompt]
     answers = [side.token_ids[num_prompt:-1] for side in sides]
-    kept = min(num_prompt, max(room // 2, room - max(map(len, answers))))
+    kept = min(num_prompt, max(limit // 2, limit - max(map(len, answers))))
     return kept, [
-        [*prompt[num_prompt - kept :], *answer[: room - kept], side.token_ids[-1]]
+        [*prompt[num_prompt - kept :], *answer[: limit - kept], side.token_ids[-1]]
         for answer, side in zip(answers, sides, strict=True)
     ]

@@ -1,16 +1,24 @@
-"""Rows with a prompt, an answer and its target (label or score), for a pointwise reward model."""
+"""Rated answers as token ids with a target, for a pointwise reward model."""
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Literal
 
 import datasets
 
 from rlhf_ray.data.datasets.preferences import truncate_answers
-from rlhf_ray.data.reading.counts import BadRow, RowTally
-from rlhf_ray.data.reading.rows import Row, batches, parse_bool, require_text, row_prompt
+from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
+from rlhf_ray.data.reading.rows import (
+    Row,
+    batches,
+    parse_bool,
+    require_text,
+    row_prompt,
+    row_question,
+)
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
-from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.data.rendering.render import Renderer, TokenizedRow
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
 
 TargetColumn = Literal["label", "score"]
@@ -20,7 +28,7 @@ _RATED = datasets.Features({"token_ids": TOKEN_IDS, "target": datasets.Value("fl
 
 
 def load_ratings(
-    rows: Iterable[Any],
+    rows: Iterable[Row | SkippedRows],
     renderer: Renderer,
     target_column: TargetColumn,
     max_length: int,
@@ -28,16 +36,16 @@ def load_ratings(
     max_bad_share: float = 0.2,
     name: str = "ratings",
 ) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Token ids of prompt, completion and end, with the number that a model should give them.
+    """Tokenize prompt, completion and end token, each with the score that a model should give.
 
     Args:
-        rows: a dataset, or any rows with a prompt, ``completion`` and the target column.
+        rows: with a prompt, ``completion`` and the target column.
         renderer: of the reward model's tokenizer.
-        target_column: which column; a label comes out as 0 or 1.
-        max_length: most tokens of a text, its end included.
-        overlong: what becomes of a longer one; ``truncate`` as for pairs.
-        max_bad_share: share of rows that cannot be used above which loading stops.
-        name: the data set, for messages.
+        target_column: a label becomes 0 or 1.
+        max_length: most tokens of a text, end token included.
+        overlong: what to do with a longer one; ``truncate`` as for pairs.
+        max_bad_share: share of bad rows above which loading stops.
+        name: the dataset, for messages.
 
     Returns:
         Columns ``token_ids`` and ``target``, on disk, and counts: ``kept``, and dropped rows by
@@ -48,7 +56,7 @@ def load_ratings(
     """
     tally = RowTally(name, max_bad_share)
 
-    def rated() -> Iterator[dict[str, Any]]:
+    def rated() -> Iterator[Row]:
         for index, target, side in _rendered(rows, renderer, target_column, tally):
             num_tokens = len(side.token_ids)
             if num_tokens > max_length and overlong == "error":
@@ -60,41 +68,42 @@ def load_ratings(
             _, (token_ids,) = truncate_answers([side], max_length)
             yield {"token_ids": token_ids, "target": target}
 
-    found = write_table(rated(), _RATED)
-    return found, tally.finish()
+    return write_table(rated(), _RATED), tally.finish()
 
 
 def _rendered(
-    rows: Iterable[Row], renderer: Renderer, target_column: TargetColumn, tally: RowTally
-) -> Iterator[tuple[int, float, Any]]:
-    """(place, target, text) of the rows that have all of them."""
+    rows: Iterable[Row | SkippedRows],
+    renderer: Renderer,
+    target_column: TargetColumn,
+    tally: RowTally,
+) -> Iterator[tuple[int, float, TokenizedRow]]:
+    """Yield (index, target, tokenized row) of the rows with a prompt, an answer and a target."""
     for batch in batches(rows, tally):
-        known, layouts = [], []
+        targets, texts = [], []
         for index, row in batch:
             try:
                 target = _target(row, target_column)
                 answer = require_text(row, "completion")
-                layouts.append(
-                    renderer.prompt_and_answer(row_prompt(row), answer, row.get("question"))
-                )
-                known.append((index, target))
+                texts.append(renderer.prompt_and_answer(row_prompt(row), answer, row_question(row)))
+                targets.append((index, target))
             except BadRow as bad:
                 tally.drop_row(bad)
-        for (index, target), side in zip(known, renderer.tokenize(layouts), strict=True):
+        for (index, target), side in zip(targets, renderer.tokenize(texts), strict=True):
             yield index, target, side
 
 
 def _target(row: Row, target_column: TargetColumn) -> float:
     value = row.get(target_column)
     if target_column == "label":
-        truth = parse_bool(value)
-        if truth is None:
+        label = parse_bool(value)
+        if label is None:
             raise BadRow("no_label", f"the column label must be true or false, got {value!r}")
-        return float(truth)
-    try:
-        score = math.nan if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        score = math.nan
+        return float(label)
+    score = math.nan
+    # A csv file holds numbers as text. True is no score, though float(True) is 1.
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError):
+            score = float(value)
     if not math.isfinite(score):
         raise BadRow("no_score", f"the column score must be a number, got {value!r}")
     return score

@@ -1,4 +1,4 @@
-"""The answers that held-out rows bring along: what models' own are compared with."""
+"""Reference answers of held-out prompts, with which models' answers are compared."""
 
 from collections.abc import Sequence
 
@@ -13,31 +13,33 @@ _COLUMNS = ("reference", "completion", "chosen")
 
 
 def reference_answers(prompt: Prompt) -> list[str]:
-    """Good answers to a prompt, from the first of its columns `reference` (a text or a list of
-    them), `completion` (unless its `label` says that it is a bad one) and `chosen`; or none.
+    """Return the good answers in a prompt's columns; empty if there are none.
+
+    They are in `reference` (a text or a list of texts), else `completion` (unless `label` is
+    false), else `chosen`.
     """
     for column in _COLUMNS:
         value = prompt.fields.get(column)
         if column == "completion" and parse_bool(prompt.fields.get("label")) is False:
             continue
         texts = value if isinstance(value, list | tuple) else [value]
-        found = [text for text in texts if isinstance(text, str) and text.strip()]
-        if found:
-            return found
+        answers = [text for text in texts if isinstance(text, str) and text.strip()]
+        if answers:
+            return answers
     return []
 
 
 def reference_rollouts(
     prompts: Sequence[Prompt], renderer: Renderer, max_length: int
 ) -> list[Rollout]:
-    """The first reference of each prompt that has one, as if it had been sampled.
+    """Return the first reference answer of each prompt that has one, as if it had been sampled.
 
-    Its tokens are those that a stage would train on, its end among them.
+    Its tokens are those that a stage would train on, end token included.
 
     Args:
         prompts: held-out ones.
         renderer: of the model's tokenizer, with the run's template.
-        max_length: tokens of prompt and answer; what is beyond is cut off.
+        max_length: most tokens of prompt and answer; longer answers are cut.
     """
     answers = []
     for position, prompt in enumerate(prompts):
@@ -46,7 +48,7 @@ def reference_rollouts(
             continue
         try:
             rendered = renderer.full(prompt.fields.get("messages") or prompt.text, texts[0])
-        except BadRow:  # its template renders no such answer: there is none to measure
+        except BadRow:  # the template refuses this answer, so there is none to measure
             continue
         ids = rendered.token_ids[rendered.num_prompt_tokens :]
         ids = ids[: max_length - len(prompt.token_ids)]

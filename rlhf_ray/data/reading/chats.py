@@ -1,9 +1,8 @@
-"""Chats as data sets hold them: lists of messages, or transcripts in one text."""
+"""Chats as datasets hold them: lists of messages, or transcripts in one text."""
 
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any
 
 from rlhf_ray.data.reading.counts import BadRow
 
@@ -18,47 +17,55 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_transcript(value: object) -> bool:
-    """Whether a text is a chat as in HH-RLHF: ``\\n\\nHuman: ...\\n\\nAssistant: ...``."""
+    """True for a chat written as in HH-RLHF: ``\\n\\nHuman: ...\\n\\nAssistant: ...``."""
     return isinstance(value, str) and value.startswith("\n\nHuman:")
 
 
+def is_chat(value: object) -> bool:
+    """True if a cell holds turns instead of plain text."""
+    return isinstance(value, (list, tuple)) or is_transcript(value)
+
+
 def parse_transcript(text: str) -> list[Message]:
-    """The turns of a transcript; an empty one at its end, where the answer would follow, is none.
+    """Split a transcript into messages; an empty answer at its end is left out.
 
     Example:
         >>> parse_transcript("\\n\\nHuman: Why?\\n\\nAssistant:")
         [{'role': 'user', 'content': 'Why?'}]
     """
-    _, *parts = _TURN.split(text)
-    turns: list[Message] = [
+    _, *pieces = _TURN.split(text)
+    messages: list[Message] = [
         {"role": _ROLES[name], "content": content.strip()}
-        for name, content in zip(parts[0::2], parts[1::2], strict=True)
+        for name, content in zip(pieces[0::2], pieces[1::2], strict=True)
     ]
-    if turns and turns[-1] == {"role": "assistant", "content": ""}:
-        turns.pop()
-    return turns
+    if messages and messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    return messages
 
 
-def parse_messages(value: Any) -> list[Message]:
-    """A list of messages, or a transcript, as plain ``role`` and ``content``.
+def parse_messages(value: object) -> list[Message]:
+    """Return a list of messages, or a transcript, as messages with ``role`` and ``content`` alone.
 
     Raises:
         BadRow: it is neither, or a message has no text.
     """
-    if is_transcript(value):
+    if isinstance(value, str) and is_transcript(value):
         return parse_transcript(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise BadRow("not_messages", "messages are a list of {role, content}")
-    return [_message(item) for item in value]
+        raise BadRow("not_messages", "messages must be a list of {role, content}")
+    return [_parse_message(item) for item in value]
 
 
-def is_chat(value: object) -> bool:
-    """Whether a cell holds turns and not plain text."""
-    return isinstance(value, (list, tuple)) or is_transcript(value)
+def _parse_message(item: object) -> Message:
+    role = item.get("role") if isinstance(item, Mapping) else None
+    content = item.get("content") if isinstance(item, Mapping) else None
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise BadRow("not_messages", "a message must have a role and a content, both text")
+    return {"role": role, "content": content}
 
 
-def parse_prompt(value: Any) -> PromptLike:
-    """A prompt's cell: messages where it is a chat, else its text.
+def parse_prompt(value: object) -> PromptLike:
+    """Return a prompt's cell as messages where it is a chat, else as text.
 
     Raises:
         BadRow: the cell holds neither.
@@ -71,20 +78,23 @@ def parse_prompt(value: Any) -> PromptLike:
 
 
 def split_last_answer(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
-    """The turns before the last answer, and that answer; None where the user has the last word."""
+    """Split a chat into the messages before its last answer, and that answer.
+
+    The answer is None where the last message is not the assistant's.
+    """
     if messages and messages[-1]["role"] == "assistant":
         return list(messages[:-1]), messages[-1]["content"]
     return list(messages), None
 
 
 def common_messages(one: Sequence[Message], other: Sequence[Message]) -> list[Message]:
-    """The turns with which both begin."""
+    """Return the messages with which both chats begin."""
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return [message for message, _ in pairs]
 
 
 def common_text(one: str, other: str) -> str:
-    """The words with which both begin, the white space after them included.
+    """Return the whole words with which both begin, with the white space after them.
 
     Example:
         >>> common_text("Q: why? A: sum", "Q: why? A: so")
@@ -93,12 +103,3 @@ def common_text(one: str, other: str) -> str:
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     shared = "".join(character for character, _ in pairs)
     return shared[: len(shared) - len(re.split(r"\s", shared)[-1])]
-
-
-def _message(item: Any) -> Message:
-    role, content = (
-        (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
-    )
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise BadRow("not_messages", "a message has a role and a content, both text")
-    return {"role": role, "content": content}

@@ -1,29 +1,44 @@
-"""Counts of the rows that a loader kept and dropped, and the point at which it stops."""
+"""Counts of the rows that a loader keeps and drops, and the share of bad rows that it accepts."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 from rlhf_ray.errors import DataError
 
 
 class BadRow(Exception):
-    """One row cannot be used; whoever reads rows counts it.
+    """One row cannot be used; the code that reads the rows catches this and counts it.
 
     Args:
-        reason: one word, for the counts.
-        why: a clause for the message that a person reads where too many rows are bad.
+        reason: short name for the counts, such as ``no_answer``.
+        explanation: a clause for the error message when too many rows are bad.
     """
 
-    def __init__(self, reason: str, why: str = "") -> None:
-        super().__init__(reason, why)
+    def __init__(self, reason: str, explanation: str = "") -> None:
+        super().__init__(reason, explanation)
         self.reason = reason
-        self.why = why
+        self.explanation = explanation
+
+
+@dataclass(frozen=True)
+class SkippedRows:
+    """Stands in a stream of rows for rows that are left out, so that they are still counted."""
+
+    reason: str
+    """Short name for the counts."""
+    is_bad: bool
+    """True: wrong in themselves. False: good, but of no use here, such as filtered rows."""
+    explanation: str = ""
+    """As in `BadRow`."""
+    num: int = 1
+    """Number of rows."""
 
 
 class RowTally:
-    """Single bad rows are counted and reported; too many of them end the stage.
+    """Counts rows; a few bad ones are reported, too many end the stage.
 
     Args:
-        name: the data set, for messages.
+        name: the dataset, for messages.
         max_bad_share: share of bad rows, in [0, 1], above which `finish` raises.
     """
 
@@ -33,54 +48,66 @@ class RowTally:
         self._num_kept = 0
         self._bad: Counter[str] = Counter()
         self._unused: Counter[str] = Counter()
-        self._why: dict[str, str] = {}
+        self._explanations: dict[str, str] = {}
 
     def keep(self, num: int = 1) -> None:
         """Count good rows."""
         self._num_kept += num
 
-    def drop_bad(self, reason: str, num: int = 1) -> None:
+    def drop_bad(self, reason: str, num: int = 1, explanation: str = "") -> None:
         """Count rows that are wrong in themselves."""
         if num:
             self._bad[reason] += num
-
-    def drop_row(self, row: BadRow, num: int = 1) -> None:
-        """Count rows that could not be used."""
-        self.drop_bad(row.reason, num)
-        if row.why:
-            self._why.setdefault(row.reason, row.why)
+        if explanation:
+            self._explanations.setdefault(reason, explanation)
 
     def drop_unused(self, reason: str, num: int = 1) -> None:
-        """Count good rows that have no place here, such as repeated prompts."""
+        """Count good rows that are of no use here, such as repeated prompts."""
         if num:
             self._unused[reason] += num
 
+    def drop_row(self, row: BadRow) -> None:
+        """Count a row that raised `BadRow`."""
+        self.drop_bad(row.reason, explanation=row.explanation)
+
+    def skip(self, rows: SkippedRows) -> None:
+        """Count rows that a reader left out."""
+        if rows.is_bad:
+            self.drop_bad(rows.reason, rows.num, rows.explanation)
+        else:
+            self.drop_unused(rows.reason, rows.num)
+
     @property
     def dropped(self) -> dict[str, int]:
-        """Rows left out, by reason."""
+        """Number of rows left out, by reason."""
         return dict(sorted((self._bad + self._unused).items()))
 
     def finish(self) -> dict[str, int]:
-        """Counts of the whole set: ``kept``, and each reason for which rows were dropped.
+        """Return the counts of the whole set: ``kept``, and dropped rows by reason.
 
         Raises:
             DataError: more than the allowed share is bad, or nothing is left.
         """
         num_bad = self._bad.total()
         num_rows = self._num_kept + num_bad + self._unused.total()
-        reasons = ", ".join(f"{reason}: {num}" for reason, num in self.dropped.items()) or "none"
-        told = "".join(f". {reason}: {why}" for reason, why in self._why.items())
+        details = "".join(f". {name}: {text}" for name, text in self._explanations.items())
         if num_bad > self.max_bad_share * num_rows:
-            remedy = "clean the data, or raise that share"
+            remedy = "fix the data, or raise data.max_bad_share"
             if "overlong" in self._bad:
                 remedy += ", or raise the length limit, or set data.overlong to truncate"
             raise DataError(
-                f"{self.name}: {num_bad} of {num_rows} rows are bad ({reasons}), more than the "
-                f"{self.max_bad_share:.0%} that data.max_bad_share allows; {remedy}{told}"
+                f"{self.name}: {num_bad} of {num_rows} rows are bad ({_listed(self._bad)}), more "
+                f"than the {self.max_bad_share:.0%} that data.max_bad_share allows; "
+                f"{remedy}{details}"
             )
         if not self._num_kept:
             raise DataError(
-                f"{self.name}: none of {num_rows} rows can be used (dropped: {reasons}); give "
-                f"other data{told}"
+                f"{self.name}: none of {num_rows} rows can be used (dropped: "
+                f"{_listed(self.dropped)}); check the dataset's columns and filters, or give "
+                f"another dataset{details}"
             )
         return {"kept": self._num_kept, **self.dropped}
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {num}" for reason, num in sorted(counts.items())) or "none"

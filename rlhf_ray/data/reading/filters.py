@@ -1,51 +1,54 @@
-"""Which rows of a data set are kept."""
+"""Filters of a dataset's rows: comparisons from the config, or the user's functions."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Sized
 
 from rlhf_ray.config.data import RowFilter
+from rlhf_ray.data.reading.chats import parse_messages
 from rlhf_ray.data.reading.rows import Row, parse_bool
 from rlhf_ray.errors import DataError
 from rlhf_ray.plugins import load_function
 
 Predicate = Callable[[Row], bool]
 
-_OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+_OPERATORS: Mapping[str, Callable[..., bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
     ">=": operator.ge,
-    "in": lambda value, among: value in among,
-    "not_in": lambda value, among: value not in among,
-    "contains": lambda value, part: part in value,
+    "in": lambda value, choices: value in choices,
+    "not_in": lambda value, choices: value not in choices,
+    "contains": operator.contains,
 }
 
 
 def build_predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
-    """Whether a row passes all filters; a cell without a value passes no comparison.
+    """Return a function that is true for rows that pass all filters.
+
+    A cell without a value (None) passes no comparison, ``!=`` and ``not_in`` included.
 
     Args:
         filters: from the config.
-        name: the data set, for messages.
+        name: the dataset, for messages.
 
     Raises:
         ConfigError: a function cannot be imported.
     """
-    tests = [
+    predicates = [
         load_function(item.function, "filter") if item.function else _comparison(item)
         for item in filters
     ]
 
     def passes(row: Row) -> bool:
         try:
-            return all(test(row) for test in tests)
+            return all(test(row) for test in predicates)
         except (KeyError, TypeError) as error:
             raise DataError(
                 f"{name}: a filter cannot be applied to a row with the columns {', '.join(row)}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}. Correct the column, op or value (or the "
+                "function) of the dataset's filter"
             ) from error
 
     return passes
@@ -56,17 +59,28 @@ def _comparison(item: RowFilter) -> Predicate:
     kind = type(item.value[0] if isinstance(item.value, list) and item.value else item.value)
 
     def passes(row: Row) -> bool:
-        value = _value(row, column)
+        value = _cell(row, column)
         if value is None:
             return False
-        found = len(value) if item.length else _as(kind, value)
-        return bool(compare(found, item.value))
+        return bool(compare(_length(value) if item.length else _convert(value, kind), item.value))
 
     return passes
 
 
-def _as(kind: type, value: Any) -> Any:
-    """A cell of text, such as all of a csv file are, as what it is compared with, if it can be."""
+def _cell(row: Row, column: str) -> object:
+    if column == "prompt" and row.get("messages"):
+        return "\n".join(message["content"] for message in parse_messages(row["messages"]))
+    return row[column]
+
+
+def _length(value: object) -> int:
+    if not isinstance(value, Sized):
+        raise TypeError(f"{value!r} has no length")
+    return len(value)
+
+
+def _convert(value: object, kind: type) -> object:
+    """Convert a text to the type of the filter's value if it can be: csv cells are all text."""
     if not isinstance(value, str) or kind not in (bool, int, float):
         return value
     if kind is bool:
@@ -75,9 +89,3 @@ def _as(kind: type, value: Any) -> Any:
         return float(value)
     except ValueError:
         return value
-
-
-def _value(row: Row, column: str) -> Any:
-    if column == "prompt" and row.get("messages"):
-        return "\n".join(message["content"] for message in row["messages"])
-    return row[column]

@@ -1,16 +1,15 @@
-"""What a row of a data set means: TRL's column names, and the layouts of other systems.
+"""Row formats of datasets, by TRL's column names and the layouts of other systems.
 
-Whatever the format, a row comes out as `rlhf_ray.data.reading.rows` describes it. One row may give
-several (a question with its answers), or none.
+Rows of every format are converted to the form that `rlhf_ray.data.reading.rows` describes. One row
+may give several (a question with its answers), or none.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from rlhf_ray.config.data import Format
 from rlhf_ray.data import template
-from rlhf_ray.data.reading import hub_layouts
 from rlhf_ray.data.reading.chats import (
     Message,
     PromptLike,
@@ -21,7 +20,8 @@ from rlhf_ray.data.reading.chats import (
     parse_prompt,
     split_last_answer,
 )
-from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.reading.counts import BadRow, SkippedRows
+from rlhf_ray.data.reading.hub_layouts import convert_stack_exchange
 from rlhf_ray.data.reading.pairing import pairs_by_prompt
 from rlhf_ray.data.reading.rows import Row, parse_bool, require_text
 from rlhf_ray.errors import DataError
@@ -43,9 +43,10 @@ _COLUMNS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "text": (("text",),),
 }
-"""Format -> the sets of columns that it is told by, in the order in which `auto` tries them."""
+"""Format -> sets of columns, each of which shows it. `auto` tries the formats in this order: the
+columns of earlier ones include those of later ones."""
 
-_READABLE: Mapping[Use, tuple[str, ...]] = {
+_FORMATS: Mapping[Use, tuple[str, ...]] = {
     "pretrain": tuple(name for name in _COLUMNS if name != "verl"),
     "sft": tuple(name for name in _COLUMNS if name != "verl"),
     "preferences": ("stack_exchange", "preference", "unpaired"),
@@ -55,14 +56,14 @@ _READABLE: Mapping[Use, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What is read, and how.
+class ReadOptions:
+    """How the rows of a dataset are converted.
 
     Attributes:
-        name: the data set, for messages.
+        name: the dataset, for messages.
         use: what the rows are for.
-        max_pairs: most pairs of one question.
-        seed: of the draw among more pairs.
+        max_pairs: most pairs of one question; if there are more, they are drawn.
+        seed: of that draw.
     """
 
     name: str
@@ -72,120 +73,121 @@ class Reading:
 
     @property
     def needs_answer(self) -> bool:
-        """Whether a prompt alone is of no use."""
+        """True if a prompt alone is of no use."""
         return self.use in ("pretrain", "sft", "ratings")
 
 
-def tell(columns: Collection[str], asked: Format, reading: Reading) -> str:
-    """The format of rows with these columns.
+def detect_format(columns: Collection[str], requested: Format, options: ReadOptions) -> str:
+    """Return the format of rows with these columns.
 
     Args:
         columns: names in the first row, after renaming.
-        asked: what the config says.
-        reading: what the rows are for.
+        requested: the config's `format`.
+        options: what the rows are for.
 
     Raises:
-        DataError: columns are missing, or the format is of no use here.
+        DataError: columns are missing, or rows of the requested format have no such use.
     """
-    there = set(columns)
-    fitting = [
-        name
-        for name, choices in _COLUMNS.items()
-        if asked in ("auto", name) and any(there.issuperset(choice) for choice in choices)
-    ]
-    usable = [name for name in fitting if name in _READABLE[reading.use]]
-    if usable:
-        return usable[0]
-    wanted = [name for name in _READABLE[reading.use] if asked in ("auto", name)]
-    if not wanted:
+    usable = [name for name in _FORMATS[options.use] if requested in ("auto", name)]
+    if not usable:
         raise DataError(
-            f"{reading.name}: format {asked} is of no use for {reading.use}; give one of "
-            f"{', '.join(_READABLE[reading.use])}"
+            f"{options.name}: format {requested} cannot be used for {options.use}; set format to "
+            f"one of {', '.join(_FORMATS[options.use])}"
         )
-    known = "; ".join(
-        f"{name} ({' or '.join(', '.join(choice) for choice in _COLUMNS[name])})" for name in wanted
+    names = set(columns)
+    for name, choices in _COLUMNS.items():
+        if name in usable and any(names.issuperset(choice) for choice in choices):
+            return name
+    expected = "; ".join(
+        f"{name} ({' or '.join(', '.join(choice) for choice in _COLUMNS[name])})" for name in usable
     )
     raise DataError(
-        f"{reading.name} lacks the columns of every format that {reading.use} can use: {known}. "
-        f"Found {', '.join(columns)}. Name them in the data set's columns, for example columns: "
-        "{prompt: <its name>}"
+        f"{options.name} lacks the columns of every format that {options.use} can use: {expected}. "
+        f"Found {', '.join(columns)}. Map your names to these with the dataset's columns, for "
+        "example columns: {prompt: <name in your file>}"
     )
 
 
-def convert(rows: Iterable[Row], form: str, reading: Reading) -> Iterator[Row]:
-    """Rows of one format as ours; a row that cannot be used comes out as ``{"_bad": reason}``.
+def convert(
+    rows: Iterable[Row], row_format: str, options: ReadOptions
+) -> Iterator[Row | SkippedRows]:
+    """Convert rows of one format; rows that cannot be used come out as `SkippedRows`.
 
     Args:
         rows: as read, columns renamed.
-        form: from `tell`.
-        reading: what they are for.
+        row_format: from `detect_format`.
+        options: what the rows are for.
     """
-    if form == "unpaired" and reading.use == "preferences":
-        yield from pairs_by_prompt(_each(rows, _labelled, reading), reading.max_pairs, reading.seed)
+    if row_format == "unpaired" and options.use == "preferences":
+        answers = _convert_each(rows, _labelled, options)
+        yield from pairs_by_prompt(answers, options.max_pairs, options.seed)
     else:
-        yield from _each(rows, _CONVERTERS[form], reading)
+        yield from _convert_each(rows, _CONVERTERS[row_format], options)
 
 
-def _each(
-    rows: Iterable[Row], converter: Callable[[Row, Reading], Iterable[Row]], reading: Reading
-) -> Iterator[Row]:
+Converter = Callable[[Row, ReadOptions], Iterable[Row | SkippedRows]]
+
+
+def _convert_each(
+    rows: Iterable[Row], converter: Converter, options: ReadOptions
+) -> Iterator[Row | SkippedRows]:
     for row in rows:
         try:
-            yield from converter(row, reading)
+            yield from converter(row, options)
         except BadRow as bad:
-            yield {"_bad": bad.reason, "_why": bad.why}
+            yield SkippedRows(bad.reason, is_bad=True, explanation=bad.explanation)
 
 
-def _text(row: Row, reading: Reading) -> Iterator[Row]:
+def _text(row: Row, options: ReadOptions) -> Iterator[Row]:
     yield {**row, "text": require_text(row, "text")}
 
 
-def _messages(row: Row, reading: Reading) -> Iterator[Row]:
-    turns, answer = split_last_answer(parse_messages(row["messages"]))
-    yield _row(_without(row, "messages"), turns, _answer(answer, reading))
+def _messages(row: Row, options: ReadOptions) -> Iterator[Row]:
+    prompt, answer = split_last_answer(parse_messages(row["messages"]))
+    yield _row(_without(row, "messages"), prompt, _answer(answer, options))
 
 
-def _completed(row: Row, reading: Reading) -> Iterator[Row]:
+def _completed(row: Row, options: ReadOptions) -> Iterator[Row]:
     prompt, answer = _prompt(row), row.get("completion")
     if is_chat(answer):
         before, answer = split_last_answer(parse_messages(answer))
-        prompt = [*_turns(prompt), *before] if before else prompt
-    yield _row(_without(row, "prompt", "completion"), prompt, _answer(answer, reading))
+        prompt = [*_as_messages(prompt), *before] if before else prompt
+    yield _row(_without(row, "prompt", "completion"), prompt, _answer(answer, options))
 
 
-def _labelled(row: Row, reading: Reading) -> Iterator[Row]:
+def _labelled(row: Row, options: ReadOptions) -> Iterator[Row]:
     label = parse_bool(row["label"])
     if label is None:
-        raise BadRow("no_label", "the label is neither true nor false")
-    for found in _completed({**row, "label": label}, reading):
-        if "completion" not in found and reading.use != "prompts":
-            raise BadRow("no_answer", "a prompt without an answer")
-        yield found
+        raise BadRow("no_label", "the label must be true or false")
+    for converted in _completed({**row, "label": label}, options):
+        if "completion" not in converted and options.use != "prompts":
+            raise BadRow("no_answer", "the row has a prompt but no answer")
+        yield converted
 
 
-def _unpaired(row: Row, reading: Reading) -> Iterator[Row]:
-    for found in _labelled(row, reading):
-        is_example = found["label"] or reading.use in ("ratings", "prompts")
-        yield found if is_example else {"_unused": "label_false"}
+def _unpaired(row: Row, options: ReadOptions) -> Iterator[Row | SkippedRows]:
+    for converted in _labelled(row, options):
+        if converted["label"] or options.use in ("ratings", "prompts"):
+            yield converted
+        else:
+            yield SkippedRows("label_false", is_bad=False)
 
 
-def _preference(row: Row, reading: Reading) -> Iterator[Row]:
-    chosen, rejected = row["chosen"], row["rejected"]
+def _preference(row: Row, options: ReadOptions) -> Iterator[Row]:
     explicit = _prompt(row) if row.get("prompt") or row.get("question") else None
-    if is_chat(chosen) and is_chat(rejected):
-        prompt, chosen, rejected = _chat_pair(
-            explicit, parse_messages(chosen), parse_messages(rejected)
-        )
+    if is_chat(row["chosen"]) and is_chat(row["rejected"]):
+        chats = parse_messages(row["chosen"]), parse_messages(row["rejected"])
+        prompt, chosen, rejected = _chat_pair(explicit, *chats)
     else:
-        chosen, rejected = require_text(row, "chosen"), require_text(row, "rejected")
         prompt = explicit
+        chosen, rejected = require_text(row, "chosen"), require_text(row, "rejected")
         if prompt is None:
             prompt = common_text(chosen, rejected)
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise BadRow("no_prompt", "no column prompt, and chosen and rejected begin differently")
     rest = _without(row, "prompt", "chosen", "rejected")
-    if reading.needs_answer:
+    if options.needs_answer:
         yield _row(rest, prompt, chosen)
     else:
         yield {**_row(rest, prompt, None), "chosen": chosen, "rejected": rejected}
@@ -194,23 +196,24 @@ def _preference(row: Row, reading: Reading) -> Iterator[Row]:
 def _chat_pair(
     explicit: PromptLike | None, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], str, str]:
-    """Prompt and both answers of two chats; what they begin with in common is the prompt."""
+    """Return the prompt and both answers of two chats; what both begin with is the prompt."""
     shared = common_messages(chosen, rejected)
     if len(shared) == min(len(chosen), len(rejected)):
         raise BadRow("equal" if chosen == rejected else "no_answer")
-    given = _turns(explicit) if explicit is not None else []
-    prompt = shared if shared[: len(given)] == given else [*given, *shared]
-    answers = [turns[len(shared) :] for turns in (chosen, rejected)]
+    before = _as_messages(explicit) if explicit is not None else []
+    # Some datasets repeat the prompt at the start of both chats, others do not.
+    prompt = shared if shared[: len(before)] == before else [*before, *shared]
+    answers = [messages[len(shared) :] for messages in (chosen, rejected)]
     if any(len(turns) != 1 or turns[0]["role"] != "assistant" for turns in answers):
         raise BadRow("several_turns", "chosen and rejected must differ in the last answer alone")
     return prompt, answers[0][0]["content"], answers[1][0]["content"]
 
 
-def _stack_exchange(row: Row, reading: Reading) -> Iterator[Row]:
-    yield from hub_layouts.rows(row, reading.use, reading.max_pairs, reading.seed)
+def _stack_exchange(row: Row, options: ReadOptions) -> Iterator[Row | SkippedRows]:
+    yield from convert_stack_exchange(row, options.use, options.max_pairs, options.seed)
 
 
-_CONVERTERS: Mapping[str, Callable[[Row, Reading], Iterable[Row]]] = {
+_CONVERTERS: Mapping[str, Converter] = {
     "text": _text,
     "messages": _messages,
     "prompt_completion": _completed,
@@ -222,32 +225,32 @@ _CONVERTERS: Mapping[str, Callable[[Row, Reading], Iterable[Row]]] = {
 
 
 def _prompt(row: Row) -> PromptLike:
-    """The prompt's cell; a bare question gets the plain layout."""
+    """Return the prompt; a bare question gets the plain layout."""
     if row.get("prompt") is None and "question" in row:
         return template.prompt(require_text(row, "question"))
     return parse_prompt(row.get("prompt"))
 
 
-def _turns(prompt: PromptLike) -> list[Message]:
+def _as_messages(prompt: PromptLike) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _answer(value: Any, reading: Reading) -> str | None:
-    """The answer's text; None where there is none and none is needed."""
+def _answer(value: object, options: ReadOptions) -> str | None:
+    """Return the answer's text; None where there is none and none is needed."""
     if isinstance(value, str) and value.strip():
         return value
-    if reading.needs_answer:
-        raise BadRow("no_answer", "a prompt without an answer")
+    if options.needs_answer:
+        raise BadRow("no_answer", "the row has a prompt but no answer")
     return None
 
 
-def _row(rest: Row, prompt: PromptLike, completion: str | None) -> dict[str, Any]:
-    """A row with its prompt as text or as messages."""
+def _row(rest: Row, prompt: PromptLike, completion: str | None) -> Row:
+    """Return a row with its prompt as text or as messages."""
     if not prompt:
-        raise BadRow("no_prompt", "an answer without a prompt")
+        raise BadRow("no_prompt", "the row has an answer but no prompt")
     answer = {} if completion is None else {"completion": completion}
     return {**rest, "prompt" if isinstance(prompt, str) else "messages": prompt, **answer}
 
 
-def _without(row: Row, *columns: str) -> dict[str, Any]:
+def _without(row: Row, *columns: str) -> Row:
     return {name: value for name, value in row.items() if name not in columns}

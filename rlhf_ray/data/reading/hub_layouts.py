@@ -1,34 +1,36 @@
-"""The two layouts in which Stack Exchange questions are shared as data sets.
+"""The two layouts in which Stack Exchange questions are shared as datasets.
 
 One holds pairs (``question``, ``response_j`` preferred to ``response_k``), the other questions with
-their scored ``answers``. Users' names and ids are left behind; the question's address is kept.
+their scored ``answers``. Users' names and ids are dropped; the question's address is kept, which
+the licence asks for.
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rlhf_ray.data import template
-from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.reading.counts import BadRow, SkippedRows
 from rlhf_ray.data.reading.rows import Row, require_text
 from rlhf_ray.data.stack_exchange.posts import Answer, Question, html_to_markdown, sample_pairs
 
-# A post in HTML begins with a block; one in Markdown may show tags further on.
+# A post in HTML begins with a block element. One in Markdown may show tags later, in its code.
 _HTML = re.compile(r"\s*<(p|pre|ul|ol|dl|h\d|hr|blockquote|div|table)\b[^>]*>", re.IGNORECASE)
 
 
-def rows(row: Row, use: str, max_pairs: int, seed: int) -> Iterator[Row]:
-    """What one row of either layout gives.
+def convert_stack_exchange(
+    row: Row, use: str, max_pairs: int, seed: int
+) -> Iterator[Row | SkippedRows]:
+    """Convert a row of either layout.
 
     Args:
         row: a pair, or a question with its answers.
-        use: ``prompts``: the question; ``preferences``: pairs; else answers.
+        use: ``prompts`` gives the question, ``preferences`` pairs, any other the answers.
         max_pairs: most pairs drawn from one question's answers.
         seed: of that draw.
 
     Raises:
-        BadRow: the row holds no text, or no answer with a score.
+        BadRow: the row has no text, or no answer with a score.
     """
     question = _markdown(require_text(row, "question"))
     columns = {
@@ -40,26 +42,25 @@ def rows(row: Row, use: str, max_pairs: int, seed: int) -> Iterator[Row]:
     if use == "prompts":
         yield columns
     elif "answers" in row:
-        yield from _from_answers(columns, _answers(row["answers"]), use, max_pairs, seed)
+        yield from _answer_rows(columns, _parse_answers(row["answers"]), use, max_pairs, seed)
     else:
-        better, worse = (
-            _markdown(require_text(row, name)) for name in ("response_j", "response_k")
-        )
+        better = _markdown(require_text(row, "response_j"))
+        worse = _markdown(require_text(row, "response_k"))
         pair = {"chosen": better, "rejected": worse}
         yield columns | (pair if use == "preferences" else {"completion": better})
 
 
-def _from_answers(
-    columns: Mapping[str, Any], answers: Sequence[Answer], use: str, max_pairs: int, seed: int
-) -> Iterator[Row]:
-    identity = columns["question_id"]
-    question = Question(identity if isinstance(identity, int) else 0, "", "", (), tuple(answers))
-    pairs = sample_pairs(question, max_pairs, seed)
+def _answer_rows(
+    columns: Row, answers: Sequence[Answer], use: str, max_pairs: int, seed: int
+) -> Iterator[Row | SkippedRows]:
+    question_id = columns["question_id"]
+    number = question_id if isinstance(question_id, int) else 0
+    pairs = sample_pairs(Question(number, "", "", (), tuple(answers)), max_pairs, seed)
     if use == "preferences":
         for better, worse in pairs:
             yield {**columns, "chosen": better.body_html, "rejected": worse.body_html}
         if not pairs:
-            yield {"_unused": "question_without_pairs"}
+            yield SkippedRows("question_without_pairs", is_bad=False)
         return
     winners = {better.id for better, _ in pairs}
     for answer in answers:
@@ -67,30 +68,31 @@ def _from_answers(
         yield {**columns, "completion": answer.body_html, **scored}
 
 
-def _answers(given: Any) -> list[Answer]:
-    """Answers with a text and a finite score, their text in Markdown."""
-    if not given:
+def _parse_answers(value: object) -> list[Answer]:
+    """Return the answers with a text and a finite score, their text in Markdown."""
+    if not isinstance(value, Sequence) or not value:
         raise BadRow("question_without_answers")
     answers = []
-    for number, answer in enumerate(given):
+    for number, answer in enumerate(value):
+        if not isinstance(answer, Mapping):
+            continue
         score, text = answer.get("pm_score"), answer.get("text")
-        is_number = isinstance(score, (int, float)) and math.isfinite(score)
-        if is_number and isinstance(text, str) and text.strip():
-            body, selected = _markdown(text), bool(answer.get("selected"))
-            answers.append(Answer(number, body, round(score), selected))
+        if not isinstance(score, (int, float)) or not math.isfinite(score):
+            continue
+        if isinstance(text, str) and text.strip():
+            body, accepted = _markdown(text), bool(answer.get("selected"))
+            answers.append(Answer(number, body, round(score), accepted))
     if not answers:
         raise BadRow("no_scored_answer", "no answer has both a text and a finite pm_score")
     return answers
 
 
 def _markdown(text: str) -> str:
-    """Markdown, whether the text is in HTML or already in Markdown."""
+    """Return the text in Markdown, whether it is in HTML or already in Markdown."""
     return html_to_markdown(text) if _HTML.match(text) else text.strip()
 
 
-def _link(metadata: Any) -> str | None:
-    """The question's address among those that the row lists (the others are of users and sites)."""
-    addresses = metadata if isinstance(metadata, (list, tuple)) else []
-    return next(
-        (str(item) for item in addresses if re.search(r"/(questions|q)/\d", str(item))), None
-    )
+def _link(metadata: object) -> str | None:
+    """Pick the question's address from those of the row (the others are of users and sites)."""
+    addresses = map(str, metadata) if isinstance(metadata, (list, tuple)) else ()
+    return next((text for text in addresses if re.search(r"/(questions|q)/\d", text)), None)

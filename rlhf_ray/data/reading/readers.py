@@ -1,4 +1,4 @@
-"""Rows of files, saved folders and data sets on the hub, one by one."""
+"""Readers of files, folders and datasets on the hub; each yields one row at a time."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import datasets
 import pyarrow as pa
@@ -16,26 +16,31 @@ from pyarrow import csv, parquet
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.errors import DataError
 
-RawRow = dict[str, Any]
+RawRow = dict[str, object]
+"""A row as its file has it: columns not renamed yet."""
 
 _HUB_NAME = re.compile(r"(?:([\w.-]+)/)?\w[\w.-]*")
-"""A data set on the hub; the oldest have no owner."""
+"""Name of a dataset on the hub; the oldest have no owner."""
 
 _CHUNK = 2**20
+"""Characters read at once from a JSON list."""
 _LONGEST_WORD = len("-Infinity")
+"""Longest JSON word or sign that may be cut off at the end of a chunk."""
 
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
 
-_ABOUT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-"""Files in which `datasets` describes others."""
+_METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""JSON files that `datasets` writes beside the rows and that hold none."""
 
 
 def read_rows(source: DataSource) -> Iterator[RawRow]:
-    """The rows of a source as they are, never all of them in memory.
+    """Read the rows of a source as they are, a few at a time.
+
+    A path that does not exist is taken as a name on the hub if it can be one.
 
     Raises:
-        DataError: there is nothing to read, or a row is broken; naming the file and the place.
+        DataError: there is nothing to read, or a row is broken.
     """
     path = Path(source.path).expanduser()
     if path.is_dir():
@@ -43,14 +48,16 @@ def read_rows(source: DataSource) -> Iterator[RawRow]:
     if path.exists():
         return _read_file(path)
     name = _HUB_NAME.fullmatch(source.path)
-    # An owner that is a folder here is none: the file's name is wrong.
+    # data/pairs is a misspelt file, not a dataset of the owner data, if the folder data exists.
     if name and not (name[1] and path.parent.is_dir()) and not _suffix(path):
         return _read_hub(source)
-    raise DataError(f"{path} does not exist; correct the data set's path")
+    raise DataError(
+        f"{path} does not exist (looked for in {Path.cwd()}); correct the dataset's path"
+    )
 
 
 def _suffix(path: Path) -> str:
-    """The suffix by which a reader is chosen, without a .gz after it; empty if there is none."""
+    """Return the suffix that selects a reader, .gz left out; empty if there is none."""
     name = path.name.lower().removesuffix(".gz")
     return next((suffix for suffix in _READERS if name.endswith(suffix)), "")
 
@@ -59,16 +66,18 @@ def _read_file(path: Path) -> Iterator[RawRow]:
     reader = _READERS.get(_suffix(path))
     if reader is None:
         raise DataError(
-            f"{path}: cannot read {path.suffix or 'a file without a suffix'}; give "
-            f"{', '.join(_READERS)} (all but parquet also as .gz), or a folder saved by datasets"
+            f"{path}: cannot read {path.suffix or 'a file without a suffix'}; convert it to "
+            f"{', '.join(_READERS)} (all but parquet also as .gz), or to a folder saved by datasets"
         )
     try:
         for index, row in enumerate(reader(path)):
             if not isinstance(row, dict):
-                raise ValueError(f"row {index} is {type(row).__name__}, expected an object")
+                raise ValueError(f"row {index} is {type(row).__name__}, expected an object {{...}}")
             yield row
     except (pa.ArrowException, zlib.error, ValueError, TypeError, OSError, EOFError) as error:
-        raise DataError(f"Cannot read {path} as {_suffix(path)[1:]}: {error}") from error
+        raise DataError(
+            f"Cannot read {path} as {_suffix(path)[1:]}: {error}. Correct or replace the file"
+        ) from error
 
 
 def _read_folder(path: Path, split: str) -> Iterator[RawRow]:
@@ -79,32 +88,32 @@ def _read_folder(path: Path, split: str) -> Iterator[RawRow]:
     if not files:
         raise DataError(
             f"{path} is a folder, but not one that datasets' save_to_disk wrote, and it holds no "
-            f"{', '.join(_READERS)} file"
+            f"{', '.join(_READERS)} file; correct the dataset's path"
         )
     for file in _of_split(path, files, split):
         yield from _read_file(file)
 
 
 def _holds_rows(path: Path) -> bool:
-    return bool(_suffix(path)) and path.name not in _ABOUT_ROWS
+    return bool(_suffix(path)) and path.name not in _METADATA_FILES
 
 
 def _of_split(folder: Path, files: Sequence[Path], split: str) -> Sequence[Path]:
-    """The files that are named after a split, or lie in a folder that is; all where none is."""
+    """Return the files named after a split, or in a folder named so; all if no name has a split."""
     splits = {file: _split_name(file.relative_to(folder)) for file in files}
     named = sorted({name for name in splits.values() if name})
     if not named:
         return files
     if split not in named:
         raise DataError(
-            f"{folder} has no split {split} by the names of its files; name one of its splits: "
-            f"{', '.join(named)}"
+            f"{folder} has no split {split} by the names of its files; set split to one of "
+            f"its splits: {', '.join(named)}"
         )
     return [file for file in files if splits[file] == split]
 
 
 def _split_name(file: Path) -> str | None:
-    """The split that a file is named after.
+    """Return the split that a file is named after.
 
     Example:
         >>> _split_name(Path("data/train_sft-00000-of-00002.parquet"))
@@ -120,11 +129,13 @@ def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise DataError(f"{path}: cannot be loaded by datasets ({error}); save it anew") from error
+        raise DataError(f"{path}: cannot be loaded by datasets ({error}); save it again") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             splits = ", ".join(map(str, loaded))
-            raise DataError(f"{path} has no split {split}; name one of its splits: {splits}")
+            raise DataError(
+                f"{path} has no split {split}; set split to one of its splits: {splits}"
+            )
         loaded = loaded[split]
     yield from loaded  # type: ignore[misc]  (rows of a Dataset are mappings)
 
@@ -134,17 +145,17 @@ def _read_hub(source: DataSource) -> Iterator[RawRow]:
         HfApi().dataset_info(source.path, timeout=20)
         rows = datasets.load_dataset(source.path, source.name, split=source.split, streaming=True)
         yield from rows  # type: ignore[misc]  (rows of a streamed split are mappings)
-    except Exception as error:  # its HTTP client's own errors as well, whichever that is
+    except Exception as error:  # the hub's HTTP client raises errors of its own
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"Data set {source.path!r} (name {source.name}, split {source.split}) is no file here "
-            f"and cannot be had from the hub: {first}. Check its name, its split, the network and "
-            "your access, or name a file"
+            f"Dataset {source.path!r} (name {source.name}, split {source.split}) is no file here "
+            f"and cannot be loaded from the hub: {first}. Check its name, its split, the network "
+            "and your access, or give the path of a file"
         ) from error
 
 
-def _read_json(path: Path) -> Iterator[Any]:
-    """Either a list of objects, or one object a line."""
+def _read_json(path: Path) -> Iterator[object]:
+    """Read either a list of objects, or one object a line."""
     with _open_text(path) as file:
         first = file.read(1)
         while first.isspace():
@@ -164,15 +175,15 @@ def _open_text(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig")
 
 
-def _parse_line(number: int, line: str) -> Any:
+def _parse_line(number: int, line: str) -> object:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {number} is not JSON ({error})") from None
 
 
-def _list_items(file: IO[str]) -> Iterator[Any]:
-    """The items of a JSON list whose bracket has been read, with little more than one in memory."""
+def _list_items(file: IO[str]) -> Iterator[object]:
+    """Yield the items of a JSON list whose bracket has been read, holding little more than one."""
     decoder = json.JSONDecoder()
     buffer = ""
     start = number = 0
@@ -185,7 +196,7 @@ def _list_items(file: IO[str]) -> Iterator[Any]:
             item, start = decoder.raw_decode(buffer, start)
         except json.JSONDecodeError as error:
             rest = buffer[start:]
-            more = file.read(max(_CHUNK, len(rest))) if _may_go_on(error) else ""
+            more = file.read(max(_CHUNK, len(rest))) if _may_be_cut_off(error) else ""
             if not more:
                 raise ValueError(f"item {number} is not JSON or is cut off ({error})") from None
             buffer, start = rest + more, 0
@@ -194,8 +205,8 @@ def _list_items(file: IO[str]) -> Iterator[Any]:
         number += 1
 
 
-def _may_go_on(error: json.JSONDecodeError) -> bool:
-    """Whether the text may only be cut off: in a string, or in a word or number at its end."""
+def _may_be_cut_off(error: json.JSONDecodeError) -> bool:
+    """True if reading on may help: the text ends in a string, a word or a number."""
     is_at_end = error.pos >= len(error.doc) - _LONGEST_WORD
     return is_at_end or error.msg.startswith("Unterminated string")
 
@@ -207,9 +218,10 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
 
 
 def _read_csv(path: Path) -> Iterator[RawRow]:
-    """Every cell as text, whatever it looks like, or None where it is empty.
+    """Read every cell as text, or as None where it is empty.
 
-    A type guessed from the first cells would make numbers of answers, and not fit those after.
+    A type guessed from the first cells would turn answers into numbers ("007" into 7), and fail on
+    later cells that do not fit.
     """
     parse = csv.ParseOptions(newlines_in_values=True)
     with pa.input_stream(str(path)) as stream, csv.open_csv(stream, parse_options=parse) as file:
@@ -225,7 +237,7 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             yield from batch.to_pylist()
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[object]]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,

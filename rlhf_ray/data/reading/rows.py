@@ -1,136 +1,131 @@
-"""Rows as every loader reads them.
+"""What a row is to every loader, and how rows are stored on disk.
 
-A row's prompt is its ``messages`` (the turns of a chat up to the answer) where it has them, else
-the text in ``prompt``; ``completion``, or ``chosen`` and ``rejected``, are texts; ``text`` is one
-without a prompt; every other column goes along.
+A row's prompt is its ``messages`` (a chat up to the answer) where it has them, else the text in
+``prompt``. ``completion``, or ``chosen`` and ``rejected``, are texts; ``text`` is a text without a
+prompt. Every other column is kept.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import datasets
 
 from rlhf_ray.data.reading.chats import PromptLike, parse_messages
-from rlhf_ray.data.reading.counts import BadRow, RowTally
+from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
 from rlhf_ray.data.reading.tables import write_table
 
-Row = Mapping[str, Any]
-
-
-TEXT_COLUMNS = ("prompt", "text", "completion", "chosen", "rejected")
-"""Columns of text that a stored row has."""
+Row = Mapping[str, object]
 
 SOURCE = "_source"
-"""Field of a mixture's rows: the number of their data set, from 0."""
+"""Column of a mixture's rows: the number of their dataset, from 0."""
+
+_TEXT_COLUMNS = ("prompt", "text", "completion", "chosen", "rejected")
 
 _TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 STORED_FEATURES = datasets.Features(
-    {name: datasets.Value("string") for name in (*TEXT_COLUMNS, "_fields")}
+    {name: datasets.Value("string") for name in (*_TEXT_COLUMNS, "_fields")}
     | {"messages": datasets.List({name: datasets.Value("string") for name in ("role", "content")})}
 )
-"""One table for rows of every format, so that they can be mixed; ``_fields`` is JSON."""
+"""Columns of a stored row. Datasets of every format share them, so that they can be mixed; all
+other columns are JSON in ``_fields``, since their types may differ from row to row."""
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A data set's rows; iterating gives them, and then the skipped.
+    """A dataset's rows; iterating yields the stored rows, then records of the skipped ones.
 
     Attributes:
-        table: the rows that can be used, such as `STORED_FEATURES`, on disk.
-        skipped: what stands for the others: ``_bad`` (and ``_why``) or ``_unused`` names a reason,
-            ``_num`` the rows that were left out for it.
+        table: the usable rows on disk, with the columns `STORED_FEATURES`.
+        skipped: counts of the others.
     """
 
     table: datasets.Dataset
-    skipped: Sequence[Row] = ()
+    skipped: Sequence[SkippedRows] = ()
 
-    def __iter__(self) -> Iterator[Any]:
-        yield from self.table
+    def __iter__(self) -> Iterator[Row | SkippedRows]:
+        yield from self.table  # type: ignore[misc]  (rows of a Dataset are mappings)
         yield from self.skipped
 
 
-def store_rows(rows: Iterable[Row]) -> StoredRows:
-    """Write the rows that can be used to disk and count the marked ones.
-
-    Args:
-        rows: such as `STORED_FEATURES`, or skipped; a mark without ``_num`` stands for one row.
-    """
-    skipped: dict[tuple[str | None, str | None], dict[str, Any]] = {}
+def store_rows(rows: Iterable[Row | SkippedRows]) -> StoredRows:
+    """Write rows with the columns `STORED_FEATURES` to disk; add up the skipped ones by reason."""
+    skipped: dict[tuple[str, bool], SkippedRows] = {}
 
     def usable() -> Iterator[Row]:
         for row in rows:
-            if not is_skipped(row):
+            if not isinstance(row, SkippedRows):
                 yield row
                 continue
-            mark = skipped.setdefault((row.get("_bad"), row.get("_unused")), {**row, "_num": 0})
-            mark["_num"] += row.get("_num", 1)
+            key = row.reason, row.is_bad
+            earlier = skipped.get(key)
+            skipped[key] = replace(earlier, num=earlier.num + row.num) if earlier else row
 
     table = write_table(usable(), STORED_FEATURES)
     return StoredRows(table, list(skipped.values()))
 
 
-def is_skipped(row: Row) -> bool:
-    """Whether it stands for rows that are left out."""
-    return "_bad" in row or "_unused" in row
+def pack_row(row: Row) -> Row:
+    """Convert a row to the columns `STORED_FEATURES`."""
+    cells = {name: row.get(name) for name in _TEXT_COLUMNS}
+    texts = {name: cell if isinstance(cell, str) else None for name, cell in cells.items()}
+    fields = {name: value for name, value in row.items() if name not in STORED_FEATURES}
+    messages = row.get("messages") or None
+    return {**texts, "messages": messages, "_fields": json.dumps(fields, default=str)}
+
+
+def unpack_row(row: Row) -> Row:
+    """Reverse `pack_row`; a row that was not packed is returned as it is."""
+    packed = row.get("_fields")
+    if not isinstance(packed, str):
+        return row
+    names = (name for name in STORED_FEATURES if name != "_fields")
+    return {
+        **json.loads(packed),
+        **{name: row[name] for name in names if row[name] is not None},
+    }
 
 
 def batches(
-    rows: Iterable[Row], tally: RowTally, size: int = 1000
+    rows: Iterable[Row | SkippedRows], tally: RowTally, size: int = 1000
 ) -> Iterator[list[tuple[int, Row]]]:
-    """Rows with their places, at most ``size`` at once: tokenizers are faster on many texts.
+    """Yield (index, row) in batches: tokenizers are faster on many texts at once.
 
     Args:
-        rows: plain ones, or such as `STORED_FEATURES`.
-        tally: counts the rows that skipped stand for; these are left out.
+        rows: packed or not.
+        tally: counts the skipped rows, which are left out.
         size: most rows of a batch.
     """
     numbered = enumerate(rows)
     while batch := list(islice(numbered, size)):
-        plain = ((place, unpack_row(row)) for place, row in batch)
-        yield [(place, row) for place, row in plain if not _is_counted(row, tally)]
-
-
-def unpack_row(row: Row) -> Row:
-    """A row such as `STORED_FEATURES` as a plain one; a plain one as it is."""
-    if "_fields" not in row:
-        return row
-    own = {
-        name: row[name] for name in STORED_FEATURES if name != "_fields" and row[name] is not None
-    }
-    return {**json.loads(row["_fields"]), **own}
-
-
-def _is_counted(row: Row, tally: RowTally) -> bool:
-    num = row.get("_num", 1)
-    if "_bad" in row:
-        tally.drop_row(BadRow(row["_bad"], row.get("_why", "")), num)
-    if "_unused" in row:
-        tally.drop_unused(row["_unused"], num)
-    return is_skipped(row)
+        usable: list[tuple[int, Row]] = []
+        for index, row in batch:
+            if isinstance(row, SkippedRows):
+                tally.skip(row)
+            else:
+                usable.append((index, unpack_row(row)))
+        yield usable
 
 
 def row_prompt(row: Row) -> PromptLike:
-    """The row's messages, else its prompt.
+    """Return the row's messages, else its prompt.
 
     Raises:
-        BadRow: it has neither, or an empty one.
+        BadRow: it has neither, or an empty prompt, or messages of another form.
     """
     return parse_messages(row["messages"]) if row.get("messages") else require_text(row, "prompt")
 
 
-def parse_bool(value: Any) -> bool | None:
-    """A cell as true or false, in words or figures where a file holds text alone; else None."""
-    if isinstance(value, str):
-        return _TRUTHS.get(value.strip().lower())
-    return bool(value) if value in (True, False) else None
+def row_question(row: Row) -> str | None:
+    """Return the bare question of a row whose prompt already has a layout, if there is one."""
+    question = row.get("question")
+    return question if isinstance(question, str) else None
 
 
 def require_text(row: Row, column: str) -> str:
-    """A cell that holds text with something in it.
+    """Return a cell that holds more than white space.
 
     Raises:
         BadRow: it does not.
@@ -139,3 +134,10 @@ def require_text(row: Row, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRow("empty")
     return value
+
+
+def parse_bool(value: object) -> bool | None:
+    """Parse a label, which csv files hold as text; None where it is neither true nor false."""
+    if isinstance(value, str):
+        return _TRUTHS.get(value.strip().lower())
+    return bool(value) if value in (True, False) else None

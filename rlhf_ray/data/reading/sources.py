@@ -1,28 +1,17 @@
-"""Data sets of the user's own, as rows that every loader reads."""
+"""Loads datasets: reads their rows, renames columns, filters, converts, and mixes several."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 import datasets
 import numpy as np
 
 from rlhf_ray.config.data import DataSource
-from rlhf_ray.data.reading.counts import RowTally
+from rlhf_ray.data.reading.counts import RowTally, SkippedRows
 from rlhf_ray.data.reading.filters import build_predicate
-from rlhf_ray.data.reading.formats import Reading, Use, convert, tell
-from rlhf_ray.data.reading.readers import RawRow, read_rows
-from rlhf_ray.data.reading.rows import (
-    SOURCE,
-    STORED_FEATURES,
-    TEXT_COLUMNS,
-    Row,
-    StoredRows,
-    batches,
-    is_skipped,
-    store_rows,
-)
+from rlhf_ray.data.reading.formats import ReadOptions, Use, convert, detect_format
+from rlhf_ray.data.reading.readers import read_rows
+from rlhf_ray.data.reading.rows import SOURCE, Row, StoredRows, pack_row, store_rows
 from rlhf_ray.errors import DataError
 
 
@@ -33,115 +22,124 @@ def load_rows(
     seed: int = 0,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> StoredRows:
-    """Read data sets, name their columns as we do, mix them; on disk, in bounded memory.
+    """Read datasets row by row, convert and mix them, and store the rows on disk.
 
     Args:
-        sources: where they are, how their columns are named, what to keep of them.
+        sources: the user's datasets: where they are, how their columns are named, what to keep.
         use: what the rows are for.
         max_pairs: most pairs of one question, where a format holds scored or labelled answers.
-        seed: of the draw among more pairs.
-        on_row: called with each row that can be used, as `rlhf_ray.data.reading.rows` describes it.
+        seed: of the draw if there are more pairs.
+        on_row: called with each usable row, in the form of `rlhf_ray.data.reading.rows`.
 
     Returns:
-        Rows for `rlhf_ray.data.reading.rows.batches`. Weights are shares of those that can be used.
+        Rows for `rlhf_ray.data.reading.rows.batches`. Weights are shares of the usable rows.
 
     Raises:
-        DataError: a source cannot be read, is empty, or lacks columns; or one of several leaves
-            nothing that can be used.
+        DataError: a dataset cannot be read, is empty, or lacks columns; or one of several has no
+            usable row.
         ConfigError: a filter's function cannot be imported.
     """
-    parts = []
+    loaded = []
     for number, source in enumerate(sources):
         origin = {SOURCE: number} if len(sources) > 1 else {}
-        rows = _rows(source, Reading(source.path, use, max_pairs, seed), on_row)
-        parts.append(
-            store_rows(row if is_skipped(row) else _stored({**row, **origin}) for row in rows)
+        rows = _converted(source, ReadOptions(source.path, use, max_pairs, seed), on_row)
+        loaded.append(
+            store_rows(
+                row if isinstance(row, SkippedRows) else pack_row({**row, **origin}) for row in rows
+            )
         )
-    return parts[0] if len(parts) == 1 else _mixed(sources, parts)
+    return loaded[0] if len(loaded) == 1 else _mix(sources, loaded)
 
 
-def _mixed(sources: Sequence[DataSource], parts: Sequence[StoredRows]) -> StoredRows:
-    for source, part in zip(sources, parts, strict=True):
-        if not len(part.table):
+def _mix(sources: Sequence[DataSource], loaded: Sequence[StoredRows]) -> StoredRows:
+    for source, rows in zip(sources, loaded, strict=True):
+        if not len(rows.table):
             tally = RowTally(source.path, 1.0)
-            list(batches(part.skipped, tally))
-            tally.finish()
-    tables = [part.table for part in parts]
+            for skipped in rows.skipped:
+                tally.skip(skipped)
+            tally.finish()  # raises, with the reasons
+    tables = [rows.table for rows in loaded]
     order = interleave([len(table) for table in tables], [source.weight for source in sources])
-    rest = sum(map(len, tables)) - len(order)
-    skipped = [*chain.from_iterable(part.skipped for part in parts)]
-    if rest:
-        skipped.append({"_unused": "over_weight", "_num": rest})
+    skipped = [*chain.from_iterable(rows.skipped for rows in loaded)]
+    if num_left := sum(map(len, tables)) - len(order):
+        skipped.append(SkippedRows("over_weight", is_bad=False, num=num_left))
     return StoredRows(datasets.concatenate_datasets(tables).select(order), skipped)
 
 
 def interleave(sizes: Sequence[int], weights: Sequence[float | None]) -> np.ndarray:
-    """Which rows a mixture takes, and in which order.
+    """Return the rows that a mixture takes, in their order.
 
-    Rows of each set keep their order and are spread evenly over the whole, so that any part of it
-    (such as the last rows, which are held out) has the same shares. Nothing is repeated: the
-    first rows of each set are taken until one of them is used up.
+    Rows of each dataset keep their order and are spread evenly over the whole, so that any part of
+    it (such as the last rows, which are held out) has the same shares. No row is repeated: the
+    first rows of each dataset are taken until one of the datasets is exhausted.
 
     Args:
-        sizes: rows of each set.
-        weights: shares, in proportion to each other; all None: every row of every set.
+        sizes: number of rows of each dataset.
+        weights: shares, in proportion to each other; all None: every row of every dataset.
 
     Returns:
-        [N] places in the concatenation of the sets.
+        [N] row indices in the concatenation of the datasets.
 
     Example:
         >>> interleave([4, 2], [None, None]).tolist()
         [0, 4, 1, 2, 5, 3]
     """
-    given = zip(sizes, weights, strict=True)
-    shares = [float(size) if weight is None else weight for size, weight in given]
+    pairs = zip(sizes, weights, strict=True)
+    shares = [float(size) if weight is None else weight for size, weight in pairs]
     scale = min(size / share for size, share in zip(sizes, shares, strict=True))
-    # The rounding of 3 / 0.3 must not cost a row.
+    # Without the margin the rounding of size / share * share could cost a row.
     counts = [int(scale * share + 1e-6) for share in shares]
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    taken = zip(starts, counts, strict=True)
-    places = np.concatenate([start + np.arange(count) for start, count in taken])
+    ranges = zip(starts, counts, strict=True)
+    indices = np.concatenate([start + np.arange(count) for start, count in ranges])
     depths = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
-    return places[np.argsort(depths, kind="stable")]
+    return indices[np.argsort(depths, kind="stable")]
 
 
-def _rows(source: DataSource, reading: Reading, on_row: Callable[[Row], None]) -> Iterator[Row]:
-    """A source's rows, as many as its limit says, and skipped."""
+def _converted(
+    source: DataSource, options: ReadOptions, on_row: Callable[[Row], None]
+) -> Iterator[Row | SkippedRows]:
+    """Yield a dataset's rows in our form, up to its limit."""
     raw = read_rows(source)
     first = next(raw, None)
     if first is None:
-        raise DataError(f"{source.path} holds no rows")
-    _check_mapping(source, first)
-    columns = _renamed(source, first)
-    form = tell(list(columns), source.format, reading)
+        raise DataError(
+            f"{source.path} (split {source.split}) holds no rows; give a file with at least one"
+        )
+    _check_columns(source, first)
+    row_format = detect_format(list(_renamed(source, first)), source.format, options)
     renamed = (_renamed(source, row) for row in chain([first], raw))
     passes = build_predicate(source.filter, source.path)
     num_kept = 0
-    for row in convert(renamed, form, reading):
-        if not is_skipped(row) and not passes(row):
-            row = {"_unused": "filtered"}
-        if not is_skipped(row):
-            on_row(row)
+    for row in convert(renamed, row_format, options):
+        if not isinstance(row, SkippedRows):
+            if passes(row):
+                on_row(row)
+            else:
+                row = SkippedRows("filtered", is_bad=False)
         yield row
-        num_kept += "_unused" not in row
+        num_kept += not isinstance(row, SkippedRows) or row.is_bad
         if num_kept == source.limit:
             return
 
 
-def _check_mapping(source: DataSource, first: RawRow) -> None:
-    theirs = list(source.columns.values())
-    missing = [name for name in theirs if name not in first]
+def _check_columns(source: DataSource, first: Row) -> None:
+    names = list(source.columns.values())
+    missing = [name for name in names if name not in first]
     if missing:
         raise DataError(
-            f"{source.path} has no column {', '.join(missing)}, which columns names; found "
-            f"{', '.join(first)}"
+            f"{source.path} has no column {', '.join(missing)}, which the dataset's columns name; "
+            f"found {', '.join(first)}"
         )
-    if len(set(theirs)) < len(theirs):
-        raise DataError(f"{source.path}: columns names one column twice ({', '.join(theirs)})")
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"{source.path}: the dataset's columns name one column twice ({', '.join(names)}); "
+            "give each of our names a column of its own"
+        )
 
 
-def _renamed(source: DataSource, row: RawRow) -> RawRow:
-    """The row under our names; a column that has one of these names already gives way."""
+def _renamed(source: DataSource, row: Row) -> Row:
+    """Return the row under our names; a column that already has one of these names is dropped."""
     theirs = set(source.columns.values())
     rest = {
         name: value
@@ -149,12 +147,3 @@ def _renamed(source: DataSource, row: RawRow) -> RawRow:
         if name not in theirs and name not in source.columns
     }
     return rest | {our: row.get(their) for our, their in source.columns.items()}
-
-
-def _stored(row: Row) -> dict[str, Any]:
-    """The row as columns of text: what has no column of its own goes into one, as JSON."""
-    cells = {name: row.get(name) for name in TEXT_COLUMNS}
-    stored = {name: cell if isinstance(cell, str) else None for name, cell in cells.items()}
-    fields = {name: value for name, value in row.items() if name not in STORED_FEATURES}
-    messages = [dict(message) for message in row.get("messages") or []] or None
-    return {**stored, "messages": messages, "_fields": json.dumps(fields, default=str)}

@@ -1,4 +1,4 @@
-"""Rows that lie in a file and not in memory."""
+"""Tables of rows that lie on disk instead of in memory."""
 
 import shutil
 import tempfile
@@ -9,15 +9,20 @@ from typing import Any
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
+TokenRow = Mapping[str, Any]
+"""A row of a table of token ids; each loader documents its columns."""
+
 TOKEN_IDS = datasets.List(datasets.Value("int32"))
-"""A column of token ids."""
+"""Type of a column of token ids."""
 
 
-def write_table(rows: Iterable[Mapping[str, Any]], features: datasets.Features) -> datasets.Dataset:
-    """Write rows one by one and map the file into memory: no more than a batch is ever held.
+def write_table(
+    rows: Iterable[Mapping[str, object]], features: datasets.Features
+) -> datasets.Dataset:
+    """Write rows one by one to a file and map it into memory, so that at most a batch is held.
 
-    The file lies in the system's temporary folder and has no name any more: its space is free again
-    as soon as the data set is gone.
+    The file is in the system's temporary folder and is unlinked at once: the mapping keeps its
+    content, and the space is freed when the table is garbage-collected or the process dies.
 
     Raises:
         OSError: the file cannot be written.

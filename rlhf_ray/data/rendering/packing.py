@@ -1,13 +1,16 @@
-"""Texts packed into blocks of one length."""
+"""Packing of texts into blocks of one length."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
 
 IGNORED = -100
-"""Label of a token that is not learnt, as transformers' losses read it."""
+"""Label of a token without a loss, by the convention of transformers' losses."""
 
 MAX_OPEN_BLOCKS = 64
-"""Blocks that are filled at the same time: more waste less padding and hold more in memory."""
+"""Blocks that are filled at the same time: more of them need less padding and more memory."""
 
 
 @dataclass
@@ -16,10 +19,10 @@ class Block:
 
     Attributes:
         input_ids: [S] token ids.
-        labels: [S] the same ids, `IGNORED` where a token is not learnt.
-        position_ids: [S] places within each text. A place that does not follow the one before it
-            begins a new text, and transformers then masks attention between texts by itself
-            (wherever no attention mask is given).
+        labels: [S] the same ids, `IGNORED` on tokens without a loss.
+        position_ids: [S] positions within each text. A position that does not follow its
+            predecessor begins a new text, and transformers then masks attention between texts by
+            itself (if no attention mask is passed).
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -27,7 +30,7 @@ class Block:
     position_ids: list[int] = field(default_factory=list)
 
     def add(self, token_ids: Sequence[int], learnt: Sequence[int]) -> None:
-        """Append a text; its first token is never learnt, since nothing of it comes before."""
+        """Append a text; its first token has no loss, since nothing of the text predicts it."""
         self.input_ids += token_ids
         self.labels += [IGNORED, *labels_of(token_ids[1:], learnt[1:])]
         self.position_ids += range(len(token_ids))
@@ -36,14 +39,14 @@ class Block:
 def pack(
     token_lists: Iterable[Sequence[int]], block_size: int, eos_id: int | None = None
 ) -> list[list[int]]:
-    """Concatenate texts, each with its end, and cut the run into equal blocks.
+    """Concatenate texts, each with its end token, and cut them into equal blocks.
 
-    The end is what teaches a model to stop. A remainder shorter than a block is dropped.
+    The end token teaches a model to stop. A remainder shorter than a block is dropped.
 
     Args:
         token_lists: token ids of each text.
         block_size: tokens of a block.
-        eos_id: added after each text; None: the texts bring their ends.
+        eos_id: added after each text; None: the texts have their end tokens.
 
     Returns:
         Blocks of exactly ``block_size`` ids.
@@ -59,11 +62,12 @@ def pack(
 def concatenated(
     documents: Iterable[tuple[Sequence[int], Sequence[int]]], block_size: int
 ) -> Iterator[Block]:
-    """Blocks by plain concatenation, as `pack`: a text may go on in the next block, and attention
-    reaches from one text into the next.
+    """Yield blocks of concatenated texts, as `pack`.
+
+    A text may continue in the next block, and attention reaches from one text into the next.
 
     Args:
-        documents: token ids of each text, its end included, and 1 on those that are learnt.
+        documents: token ids of each text, end token included, and 1 on those with a loss.
         block_size: tokens of a block.
     """
     pairs = (list(zip(*document, strict=True)) for document in documents)
@@ -75,15 +79,15 @@ def concatenated(
 def isolated(
     documents: Iterable[tuple[Sequence[int], Sequence[int]]], block_size: int, pad_id: int
 ) -> Iterator[Block]:
-    """Blocks of whole texts that do not see each other, padded at the end.
+    """Yield blocks of whole texts that do not attend to each other, padded at the end.
 
-    Each text goes into the fullest block that has room for it. One longer than a block is cut into
-    pieces, which do not see each other either.
+    Each text goes into the fullest block that it fits in. A text longer than a block is cut into
+    pieces, which do not attend to each other either.
 
     Args:
         documents: as in `concatenated`.
         block_size: tokens of a block.
-        pad_id: fills the rest of a block; a text of its own, not learnt.
+        pad_id: fills the rest of a block, as a text of its own without a loss.
     """
     blocks: list[Block] = []
     for token_ids, learnt in _pieces(documents, block_size):
@@ -104,7 +108,7 @@ def isolated(
 def unpacked(
     documents: Iterable[tuple[Sequence[int], Sequence[int]]], block_size: int
 ) -> Iterator[Block]:
-    """A block a text, as long as the text; one longer than ``block_size`` is cut into pieces."""
+    """Yield a block for each text, of its length; texts over ``block_size`` are cut into pieces."""
     for token_ids, learnt in _pieces(documents, block_size):
         block = Block()
         block.add(token_ids, learnt)
@@ -112,7 +116,7 @@ def unpacked(
 
 
 def padded(block: Block, size: int, pad_id: int) -> Block:
-    """The block filled up to ``size`` tokens, by a text of its own that is not learnt."""
+    """Fill a block up to ``size`` tokens with a text of its own without a loss; returns it."""
     missing = size - len(block.input_ids)
     if missing:
         block.add([pad_id] * missing, [0] * missing)
@@ -120,7 +124,7 @@ def padded(block: Block, size: int, pad_id: int) -> Block:
 
 
 def labels_of(token_ids: Sequence[int], learnt: Sequence[int]) -> list[int]:
-    """The ids that are learnt, `IGNORED` elsewhere."""
+    """Return the ids of tokens with a loss, `IGNORED` elsewhere."""
     pairs = zip(token_ids, learnt, strict=True)
     return [token_id if is_learnt else IGNORED for token_id, is_learnt in pairs]
 
@@ -128,18 +132,18 @@ def labels_of(token_ids: Sequence[int], learnt: Sequence[int]) -> list[int]:
 def _pieces(
     documents: Iterable[tuple[Sequence[int], Sequence[int]]], size: int
 ) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """Texts, the longer ones cut into pieces of at most ``size`` tokens."""
+    """Yield the texts, longer ones cut into pieces of at most ``size`` tokens."""
     for token_ids, learnt in documents:
         for start in range(0, len(token_ids), size):
             piece = slice(start, start + size)
             yield token_ids[piece], learnt[piece]
 
 
-def _cut(runs: Iterable[Sequence], block_size: int) -> Iterator[list]:
-    """Runs joined end to end and cut into whole blocks."""
+def _cut(runs: Iterable[Sequence[T]], block_size: int) -> Iterator[list[T]]:
+    """Join runs end to end and yield whole blocks."""
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    open_block: list = []
+    open_block: list[T] = []
     for run in runs:
         open_block.extend(run)
         num_whole = len(open_block) // block_size * block_size

@@ -1,4 +1,4 @@
-"""From text to token ids, and what to do with too many of them."""
+"""Tokenization of texts, special token ids, and the error for texts over their limit."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Overlong = Literal["drop", "truncate", "error"]
-"""What to do with a text over its limit: leave its row out, cut it, or stop."""
+"""What to do with a text over its limit: drop its row, cut it, or stop."""
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens, of any length."""
+    """Return the token ids of each text, without special tokens, however long."""
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Id of the token that ends a text.
+    """Return the id of the token that ends a text.
 
     Raises:
         DataError: the tokenizer has none.
@@ -36,12 +36,12 @@ def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Id of the padding token of a tokenizer from `load_tokenizer`, which requires one."""
+    """Return the padding token's id of a tokenizer from `load_tokenizer`, which requires one."""
     return int(tokenizer.pad_token_id)  # type: ignore[arg-type]
 
 
 def overlong_error(name: str, row: int, num_tokens: int, limit: int, key: str) -> DataError:
-    """The error for ``data.overlong: error``."""
+    """Return the error for ``data.overlong: error``."""
     return DataError(
         f"{name}: row {row} has {num_tokens} tokens, more than {key} {limit}; raise {key}, or set "
         "data.overlong to drop or truncate"

@@ -1,4 +1,4 @@
-"""Stack Exchange: the data dump read in bounded memory, and a synthetic site of the same form.
+"""Stack Exchange: readers of its data dump in bounded memory, and a synthetic site of that form.
 
 May import ``errors`` alone. Read ``posts`` first.
 """

@@ -1,4 +1,4 @@
-"""Dumps as they come: a site's Posts.xml, mostly inside a .7z archive."""
+"""Archives of data dumps: a site's Posts.xml, mostly inside a .7z."""
 
 import lzma
 import re
@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from rlhf_ray.errors import ConfigError, DataError
 
@@ -17,7 +17,7 @@ _SITE = re.compile(r"(?:[a-z0-9-]+\.)+(?:com|net|org)")
 
 
 def site_name(path: Path) -> str | None:
-    """The site that an archive or a dump's folder is named after; None where it says nothing.
+    """Return the site that an archive or a dump's folder is named after; None if it is no site.
 
     Example:
         >>> site_name(Path("dumps/stackoverflow.com-Posts.7z"))
@@ -32,15 +32,15 @@ def site_name(path: Path) -> str | None:
 
 @contextmanager
 def unpacked(path: Path, work_dir: Path) -> Iterator[Path]:
-    """A dump's Posts.xml: the file itself, or unpacked from a .7z for as long as it is read.
+    """Give a dump's Posts.xml: the file itself, or a copy unpacked from a .7z and removed after.
 
     Args:
         path: Posts.xml, or an archive that holds it.
-        work_dir: where it is unpacked (about ten times the archive's size).
+        work_dir: folder to unpack in; needs about ten times the archive's size.
 
     Raises:
         ConfigError: py7zr is not installed.
-        DataError: the archive is broken, locked, or holds no Posts.xml.
+        DataError: the archive is broken, has a password, or holds no Posts.xml.
     """
     if path.suffix.lower() != ".7z" or path.is_dir():
         yield path
@@ -60,7 +60,9 @@ def _extract(path: Path, folder: str) -> None:
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror or error}") from error
     except py7zr.exceptions.PasswordRequired as error:
-        raise DataError(f"{path} is locked by a password; unpack it first") from error
+        raise DataError(
+            f"{path} is locked by a password; unpack it and give its Posts.xml"
+        ) from error
     except (
         py7zr.exceptions.ArchiveError,
         lzma.LZMAError,
@@ -78,7 +80,7 @@ def _extract(path: Path, folder: str) -> None:
         )
 
 
-def _py7zr() -> Any:
+def _py7zr() -> ModuleType:
     try:
         import py7zr
     except ImportError as error:

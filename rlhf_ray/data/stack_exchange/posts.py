@@ -1,8 +1,8 @@
 """Stack Exchange dumps: from Posts.xml to scored questions and answers, and pairs of answers.
 
-A dump holds one ``<row>`` a post, in the order in which they were written, so the answers to a
-question lie anywhere after it. Reading is two passes: rows go to a table on disk, which is then
-read question by question. Memory does not grow with the dump.
+A dump holds one ``<row>`` a post in the order of writing, so a question's answers are anywhere
+after it. Reading takes two passes: rows are written to a table on disk, which is then read question
+by question. Memory does not grow with the dump.
 """
 
 import errno
@@ -16,17 +16,20 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 from xml.etree import ElementTree
 
 from markdownify import MarkdownConverter
 
 from rlhf_ray.errors import DataError
 
+if TYPE_CHECKING:
+    from bs4 import Tag
+
 _REMEDY = "give the Posts.xml of a Stack Exchange dump, or the .7z that holds it"
 
 _REPORT_ROWS = 1000
-"""Rows between two reports of how far the reading is."""
+"""Rows between two progress reports."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class Answer:
     id: int
     """The post's id."""
     body_html: str
-    """Text as the dump has it."""
+    """HTML as in the dump."""
     score: int
-    """By `answer_score`: log2 of the upvotes, acceptance, downvotes."""
+    """From `answer_score`: log2 of the upvotes, acceptance, downvotes."""
     accepted: bool
     """Whether the asker accepted it."""
 
@@ -52,25 +55,25 @@ class Question:
     title: str
     """Plain text; may be empty."""
     body_html: str
-    """Text as the dump has it."""
+    """HTML as in the dump."""
     tags: tuple[str, ...]
     """Without angle brackets."""
     answers: tuple[Answer, ...]
-    """In the order in which they were written; may be empty."""
+    """In the order of writing; may be empty."""
 
     @property
     def text(self) -> str:
-        """Title, blank line, body in Markdown: the question as models see it."""
+        """The question as models see it: title, blank line, body in Markdown."""
         parts = (self.title.strip(), html_to_markdown(self.body_html))
         return "\n\n".join(part for part in parts if part)
 
 
 def answer_score(upvotes: int, accepted: bool) -> int:
-    """Score of an answer as in StackLLaMA (after Askell et al. 2021, arXiv:2112.00861).
+    """Return an answer's score as in StackLLaMA (after Askell et al. 2021, arXiv:2112.00861).
 
-    ``round(log2(1 + upvotes))``, plus 1 if accepted. Below zero votes it is -1 and acceptance does
-    not change that: the published rule leaves the case open, and a text that readers voted down is
-    no example to follow.
+    ``round(log2(1 + upvotes))``, plus 1 if accepted. Below zero votes it is -1, accepted or not:
+    the published rule leaves this case open, and a model should not learn from an answer that
+    readers voted down.
     """
     if upvotes < 0:
         return -1
@@ -78,11 +81,10 @@ def answer_score(upvotes: int, accepted: bool) -> int:
 
 
 def html_to_markdown(html: str) -> str:
-    """A post's HTML as Markdown: ``<pre><code>`` becomes a fence, links and lists are kept.
+    """Convert a post's HTML to Markdown: ``<pre><code>`` becomes a fence, links and lists stay.
 
-    A fence names its language where the post does (``<pre class="lang-py ...">``).
-
-    Elements nested hundreds deep, which nobody writes, give an empty text.
+    A fence names its language where the post does (``<pre class="lang-py ...">``). Elements nested
+    hundreds deep, which only broken posts have, give an empty text.
     """
     try:
         markdown = _CONVERTER.convert(html)
@@ -91,8 +93,8 @@ def html_to_markdown(html: str) -> str:
     return markdown.strip()
 
 
-def _code_language(pre: Any) -> str:
-    """The language that the asker or an editor gave to a block of code; empty where none."""
+def _code_language(pre: "Tag") -> str:
+    """Return the language that the post gives to a block of code; empty if it gives none."""
     names = [name for name in pre.get("class") or [] if name.startswith("lang-")]
     return names[0].removeprefix("lang-") if names else ""
 
@@ -107,11 +109,11 @@ _CONVERTER = MarkdownConverter(
 
 
 def sample_pairs(question: Question, max_pairs: int, seed: int) -> list[tuple[Answer, Answer]]:
-    """Unique pairs of answers whose scores differ, the better one first.
+    """Return unique pairs of answers whose scores differ, the better one first.
 
     Args:
-        question: its answers are compared with each other.
-        max_pairs: above this many possible pairs, this many are drawn without replacement.
+        question: a question with its answers.
+        max_pairs: if more pairs are possible, this many are drawn without replacement.
         seed: seed of the run; with the question's id it fixes the draw.
     """
     pairs = [
@@ -132,16 +134,16 @@ class Posts:
     num_questions: int
 
     def questions(self) -> Iterator[Question]:
-        """Questions in the order of their ids, each with its answers."""
+        """Yield the questions in the order of their ids, each with its answers."""
         yield from _grouped(self.table)
 
 
 def read_posts(
     path: str | Path, work_dir: str | Path | None = None, skipped: Counter[str] | None = None
 ) -> Iterator[Question]:
-    """Questions of a dump in the order of their ids, each with its answers.
+    """Yield the questions of a dump in the order of their ids, each with its answers.
 
-    Arguments and errors as those of `open_posts`.
+    Arguments and errors are those of `open_posts`.
     """
     with open_posts(path, work_dir, skipped) as posts:
         yield from posts.questions()
@@ -154,14 +156,14 @@ def open_posts(
     skipped: Counter[str] | None = None,
     on_read: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Posts]:
-    """Read a dump once, so that its questions can be had with their answers.
+    """Read a dump into a table on disk, which yields its questions with their answers.
 
     Args:
         path: Posts.xml.
-        work_dir: where the table on disk goes (about the size of the dump, removed at the end);
-            None: the system's temporary folder.
+        work_dir: folder for the table (about the size of the dump, removed at the end); None: the
+            system's temporary folder.
         skipped: filled with the number of rows left out, by reason.
-        on_read: called now and then with the number of bytes read so far.
+        on_read: called every thousand rows with the number of bytes read so far.
 
     Raises:
         DataError: the file is missing, empty, cut off, not XML, or holds no questions.
@@ -179,8 +181,8 @@ def open_posts(
             raise OSError(errno.EIO, f"{error} (table on disk in {folder})") from error
         num_questions, num_answers = _count_posts(table, skipped)
         if not num_questions:
-            found = f"{num_answers} answers but no questions" if num_answers else "no posts"
-            raise DataError(f"{path} holds {found}; {_REMEDY}")
+            content = f"{num_answers} answers but no questions" if num_answers else "no posts"
+            raise DataError(f"{path} holds {content}; {_REMEDY}")
         yield Posts(table, num_questions)
 
 
@@ -246,7 +248,7 @@ def _grouped(table: sqlite3.Connection) -> Iterator[Question]:
 
 
 def _rows(path: Path, on_read: Callable[[int], None]) -> Iterator[dict[str, str]]:
-    """Attributes of each row; the parsed tree is emptied as it grows."""
+    """Yield the attributes of each row; the parsed tree is emptied so that it does not grow."""
     num_rows = 0
     root_tag = ""
     try:

@@ -1,9 +1,9 @@
-"""A small made-up Stack Exchange site with a known measure of quality.
+"""A small synthetic Stack Exchange site with a known measure of quality.
 
-Questions ask how to do one thing to another in some language. Answers differ in relevance, code,
-courtesy and length; votes follow that quality with noise, so a reward model can learn it from votes
-alone and `gold_score` can say afterwards whether it did. Sentences come from few words, so that a
-model of some 100,000 parameters learns to write them in minutes.
+Each question asks how to do one thing to another in a programming language. Answers differ in
+relevance, code, courtesy and length; votes follow that quality with noise. So a reward model can
+learn quality from votes alone, and `gold_score` shows whether it did. Sentences use few words, so
+that a model of some 100,000 parameters learns to write them in minutes.
 """
 
 import itertools
@@ -46,7 +46,7 @@ OBJECTS = (
 )
 LANGUAGES = ("Python", "Java", "Rust", "Go", "Ruby", "Perl")
 
-# No sentence below may contain a word of VERBS or OBJECTS: they decide relevance.
+# No sentence below may contain a word of VERBS or OBJECTS: those decide relevance.
 _QUESTION_BODIES = (
     "I am new to this.",
     "It has to be fast.",
@@ -75,10 +75,10 @@ _RUDE = ("What a lazy question.", "Only a fool would ask this.", "You should jus
 _COURTEOUS_MARKS = ("hope this helps", "thank you", "good luck")
 _RUDE_MARKS = ("lazy", "fool", "should just know")
 
-_ASKED = re.compile(r"how do i (\w+) a (\w+) in (\w+)", re.IGNORECASE)
+_TITLE = re.compile(r"how do i (\w+) a (\w+) in (\w+)", re.IGNORECASE)
 _FENCED = re.compile(r"^```[^`\n]*\n([^`]*\w[^`]*)\n```[ \t]*$", re.MULTILINE)
 GOOD_LENGTH = range(15, 29)
-"""Words, code aside, of an answer that is neither curt nor rambling."""
+"""Number of words, code left out, of an answer that is neither curt nor rambling."""
 
 _BLOCK = 50
 """Questions written before their answers, so that questions and answers mix as in a real dump."""
@@ -105,7 +105,7 @@ class _Post:
 
     @property
     def markdown(self) -> str:
-        """What `html` comes to in Markdown."""
+        """What `html` is in Markdown."""
         code = f"```\n{self.code}\n```" if self.code else ""
         return "\n\n".join(part for part in (self.advice, code, self.remarks) if part)
 
@@ -121,11 +121,11 @@ def _paragraph(text: str) -> str:
 
 
 def gold_score(question: str, answer: str) -> float:
-    """Hidden quality of an answer, in [0, 1].
+    """Return the hidden quality of an answer, in [0, 1].
 
-    .4 relevant (names the verb and the object asked for and no other) + .25 has a closed code fence
-    with something in it (one or many, alike) + .2 courteous (a kind phrase and no rude one)
-    + .15 has a number of words in `GOOD_LENGTH`, code aside.
+    .4 relevant (names the question's verb and object and no other) + .25 has at least one closed
+    code fence with something in it + .2 courteous (a kind phrase and no rude one) + .15 has a
+    number of words in `GOOD_LENGTH`, code left out.
 
     Args:
         question: the question's text, or a prompt that contains it, in Markdown.
@@ -144,19 +144,19 @@ def gold_score(question: str, answer: str) -> float:
 
 
 def _relevant(question: str, lowered_answer: str) -> bool:
-    asked = _ASKED.search(question)
-    if asked is None:
+    title = _TITLE.search(question)
+    if title is None:
         return False
     words = set(re.findall(r"\w+", lowered_answer))
-    verb, thing = asked[1].lower(), asked[2].lower()
+    verb, thing = title[1].lower(), title[2].lower()
     return words.intersection(VERBS) == {verb} and words.intersection(OBJECTS) == {thing}
 
 
 def write_posts(path: str | Path, num_questions: int, seed: int) -> None:
     """Write a site as Posts.xml. The same arguments give the same bytes.
 
-    Some questions have fewer than two answers, most have an accepted one, and bad answers are voted
-    below zero. Questions differ from each other up to 6912 of them.
+    Some questions have fewer than two answers, most have an accepted one, and bad answers have
+    votes below zero. Up to 6912 questions differ from each other.
 
     Raises:
         OSError: the file cannot be written.
@@ -164,7 +164,7 @@ def write_posts(path: str | Path, num_questions: int, seed: int) -> None:
     rng = random.Random(f"site:{seed}")
     topics = _topics(rng, num_questions)
     ids = itertools.count(1)
-    # The byte-order mark is what real dumps start with.
+    # Real dumps start with a byte-order mark, so this one does too.
     with Path(path).open("w", encoding="utf-8-sig", newline="\n") as file:
         file.write('<?xml version="1.0" encoding="utf-8"?>\n<posts>\n')
         while block := list(itertools.islice(topics, _BLOCK)):
@@ -173,7 +173,7 @@ def write_posts(path: str | Path, num_questions: int, seed: int) -> None:
 
 
 def _topics(rng: random.Random, num_questions: int) -> Iterator[tuple[_Topic, str]]:
-    """Topic and body of each question, in an order that repeats nothing before it must."""
+    """Yield topic and body of each question; none is repeated before all have been used."""
     every = list(itertools.product(VERBS, OBJECTS, LANGUAGES, _QUESTION_BODIES))
     rng.shuffle(every)
     for verb, thing, language, body in itertools.islice(itertools.cycle(every), num_questions):
@@ -183,7 +183,7 @@ def _topics(rng: random.Random, num_questions: int) -> Iterator[tuple[_Topic, st
 def _block_rows(
     rng: random.Random, block: list[tuple[_Topic, str]], ids: Iterator[int]
 ) -> Iterator[str]:
-    """Rows of some questions, then of their answers in random order."""
+    """Yield the rows of some questions, then of their answers in random order."""
     topics = {next(ids): topic for topic, _ in block}
     bodies = (body for _, body in block)
     parents = [
@@ -235,24 +235,24 @@ def _answer(rng: random.Random, topic: _Topic) -> _Post:
 
 
 def _utility(question: str, post: _Post) -> float:
-    """What voters see in an answer, in units of the votes' exponent.
+    """Return an answer's quality in the eyes of voters, in units of the votes' exponent.
 
-    Gold score, but with relevance at half its weight: a model of two layers cannot compare an
-    answer with its question, and at full weight that would drown what it can learn. With this
-    scale the better answer wins about 78% of the pairs.
+    It is the gold score with relevance at half its weight: a model of two layers cannot compare an
+    answer with its question, and at full weight that would drown what it can learn. At this scale
+    the better answer wins about 78% of the pairs.
     """
     seen = gold_score(question, post.markdown) - 0.2 * _relevant(question, post.markdown.lower())
     return 4.5 * (seen - 0.15)
 
 
 def _votes(rng: random.Random, utility: float) -> int:
-    """Votes grow as exp(.9 utility + N(0, 1)); far below zero they turn into downvotes."""
+    """Draw votes: exp(.9 utility + N(0, 1)), downvotes where the exponent is far below zero."""
     exponent = 0.9 * utility + rng.gauss(0, 1)
     return round(exponent) if exponent < -1 else round(math.exp(exponent))
 
 
 def _accepted(rng: random.Random, utilities: dict[int, float]) -> int | None:
-    """Id of the accepted answer, mostly the best; a quarter of the askers accept none."""
+    """Return the id of the accepted answer, mostly the best; a quarter of askers accept none."""
     if not utilities or rng.random() < 0.25:
         return None
     return max(utilities, key=lambda answer_id: utilities[answer_id] + rng.gauss(0, 1))

@@ -15,12 +15,11 @@ from pathlib import Path
 from rlhf_ray.config import Config
 from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.config.rewards import PairJudgeConfig
-from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.reading.counts import BadRow, SkippedRows
 from rlhf_ray.data.reading.rows import (
     STORED_FEATURES,
     Row,
     StoredRows,
-    is_skipped,
     require_text,
     row_prompt,
     store_rows,
@@ -36,9 +35,9 @@ from rlhf_ray.types import Prompt
 CHUNK = 64
 """Pairs judged at once, between two writes of verdicts."""
 
-SKIPPED: Mapping[str, Mapping[str, str]] = {
-    "unread": {"_bad": "no_verdict", "_why": "the judge named neither answer"},
-    "order": {"_unused": "verdict_follows_order"},
+SKIPPED: Mapping[str, SkippedRows] = {
+    "unread": SkippedRows("no_verdict", True, "the judge named neither answer"),
+    "order": SkippedRows("verdict_follows_order", False),
 }
 """Verdict that prefers neither -> the record of the skipped row."""
 
@@ -62,21 +61,19 @@ def ai_labelled_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Stor
     return store_rows(_labelled(_pairs(rows), verdicts))
 
 
-def _pairs(rows: StoredRows) -> Iterator[Pair | Row]:
-    return (_pair(unpack_row(row)) for row in rows)
+def _pairs(rows: StoredRows) -> Iterator[Pair | SkippedRows]:
+    return (row if isinstance(row, SkippedRows) else _pair(unpack_row(row)) for row in rows)
 
 
-def _pair(row: Row) -> Pair | Row:
+def _pair(row: Row) -> Pair | SkippedRows:
     """Return the pair in a row, or the record of a skipped row."""
-    if is_skipped(row):
-        return row
     try:
         prompt = row_prompt(row)
         a, b = require_text(row, "completion_a"), require_text(row, "completion_b")
     except BadRow as bad:
-        return {"_bad": bad.reason, "_why": "prompt, completion_a or completion_b has no text"}
+        return SkippedRows(bad.reason, True, "prompt, completion_a or completion_b has no text")
     if a == b:
-        return {"_bad": "equal"}
+        return SkippedRows("equal", True)
     text = prompt if isinstance(prompt, str) else ""
     return Pair(Prompt("", text, (), row), a, b)
 
@@ -99,7 +96,9 @@ async def _judge(judge: PairJudge, rows: StoredRows, path: Path, config: Config)
         sink.close()
 
 
-def _labelled(pairs: Iterable[Pair | Row], verdicts: Iterator[str]) -> Iterator[Row]:
+def _labelled(
+    pairs: Iterable[Pair | SkippedRows], verdicts: Iterator[str]
+) -> Iterator[Row | SkippedRows]:
     """Yield a stored row, or a record of a skipped one, for each of ``pairs``, in order."""
     for pair in pairs:
         if not isinstance(pair, Pair):

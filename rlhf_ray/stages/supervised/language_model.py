@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
 from rlhf_ray.data.datasets.texts import load_documents
-from rlhf_ray.data.reading.rows import Row, StoredRows
-from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
+from rlhf_ray.data.reading.rows import StoredRows
+from rlhf_ray.data.reading.tables import TOKEN_IDS, TokenRow, write_table
 from rlhf_ray.data.rendering.packing import IGNORED, Block, concatenated, isolated, padded, unpacked
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
@@ -50,7 +50,7 @@ class LanguageModelTraining(Training):
     def settings(self) -> PretrainConfig | SftConfig:
         return getattr(self.config, self.name)
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """The blocks' columns, `_BS`; the model shifts the labels itself.
 
         No attention mask: the positions alone keep texts apart. Flash attention reads positions

@@ -11,7 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.datasets.preferences import load_pairs
+from rlhf_ray.data.reading.counts import SkippedRows
 from rlhf_ray.data.reading.rows import Row, StoredRows
+from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.models import loading
 from rlhf_ray.models.heads import position_ids
@@ -31,7 +33,7 @@ class PairTraining(Training):
     def settings(self) -> PairsConfig:
         return getattr(self.config, self.name)
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Pad pairs on the right to the longest text of the batch.
 
         Returns:
@@ -76,7 +78,7 @@ def load_training_pairs(training: PairTraining) -> tuple[dict[str, Dataset], dic
 
 
 def load_parts(
-    parts: Mapping[str, Iterable[Row]],
+    parts: Mapping[str, Iterable[Row | SkippedRows]],
     load: Callable[..., tuple[Dataset, Counts]],
     config: Config,
     tokenizer: str,
@@ -141,7 +143,7 @@ def _limited(
     num_left_out = len(train_rows.table) - len(chosen)
     if num_left_out:
         # They still count as good rows: max_bad_share is a share of the whole set.
-        skipped.append({"_unused": "over_max_pairs", "_num": num_left_out})
+        skipped.append(SkippedRows("over_max_pairs", is_bad=False, num=num_left_out))
     return {
         TRAIN: StoredRows(chosen, skipped),
         HELD_OUT: StoredRows(_at_most(held_out, settings.eval_rows, seed)),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedModel
 
 from rlhf_ray.config import Config
+from rlhf_ray.data.reading.counts import SkippedRows
 from rlhf_ray.data.reading.rows import StoredRows
 from rlhf_ray.models import loading, tiny
 from rlhf_ray.runs.folder import RunFolder
@@ -65,6 +66,9 @@ def run(config: Config) -> dict[str, object]:
 def _texts(rows: StoredRows) -> Iterator[str]:
     """Yield each text as it is tokenised: a prompt and its completion apart."""
     for row in rows:
-        messages = [message["content"] for message in row.get("messages") or []]
-        texts = [*messages, *(row.get(column) for column in ("prompt", "completion", "text"))]
+        if isinstance(row, SkippedRows):
+            continue
+        messages = row.get("messages")
+        turns = [item["content"] for item in messages] if isinstance(messages, list) else []
+        texts = [*turns, *(row.get(column) for column in ("prompt", "completion", "text"))]
         yield from (text for text in texts if isinstance(text, str))

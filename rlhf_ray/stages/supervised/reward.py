@@ -13,7 +13,7 @@ from rlhf_ray.algorithms.losses import pairwise_reward_loss, pointwise_reward_lo
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PointwiseLoss
 from rlhf_ray.data.datasets.ratings import TargetColumn, load_ratings
-from rlhf_ray.data.reading.rows import Row
+from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import loading
 from rlhf_ray.runs.datasets import user_rows
@@ -76,7 +76,7 @@ class RatedRewardTraining(_RewardModel):
         assert self.config.reward.loss != "pairwise"
         return self.config.reward.loss
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Pad texts on the right, `_BS`; ``targets`` are `_B`."""
         targets_B = torch.tensor([row["target"] for row in rows])
         return padded_texts([row["token_ids"] for row in rows], self.pad_id) | {

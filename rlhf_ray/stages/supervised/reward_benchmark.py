@@ -15,6 +15,7 @@ from rlhf_ray.data.datasets.preferences import load_pairs
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.reading.rows import Row, batches
 from rlhf_ray.data.reading.sources import load_rows
+from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.placement.layout import demands
 from rlhf_ray.stages.ppo.roles import spawn_scorers
@@ -73,7 +74,7 @@ async def _wins(
     scorer = spawn_scorers(spawner, alone, None, policy_model=model)
     size = config.rollout.shard_size
 
-    async def compare(chunk: Sequence[Row]) -> list[bool]:
+    async def compare(chunk: Sequence[TokenRow]) -> list[bool]:
         answers = [_answer(row[side]) for row in chunk for side in ("chosen_ids", "rejected_ids")]
         (scores,) = (await scorer.score(Shard(ShardInfo(0, (), (), (), ()), answers))).values()
         bar.advance(len(chunk))
@@ -86,7 +87,7 @@ async def _wins(
         await spawner.start_all([])
         wins = {}
         for name, data in pairs.items():
-            rows: list[Row] = data.to_list()
+            rows: list[TokenRow] = data.to_list()
             chunks = (rows[i : i + size] for i in range(0, len(rows), size))
             wins[name] = list(chain.from_iterable(await asyncio.gather(*map(compare, chunks))))
         return wins

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.config.supervised import SupervisedConfig
-from rlhf_ray.data.reading.rows import Row
+from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.tokens import pad_id
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.freezing import train_only
@@ -88,7 +88,7 @@ class Training(ABC):
         """Load the model; its trainable weights require gradients."""
 
     @abstractmethod
-    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Make one batch of rows of the tokenised data set."""
 
     @abstractmethod

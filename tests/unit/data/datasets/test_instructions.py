@@ -69,7 +69,10 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     [
         ("{", r"mine\.jsonl, line 2 is not JSON"),
         ('{"check": "lower_case"}', "line 2 has no prompt"),
-        ('{"prompt": "p", "check": "nice"}', "no check 'nice'; it must be words_begin_with, at_mo"),
+        (
+            '{"prompt": "p", "check": "nice"}',
+            "no check 'nice'; it must be one of words_begin",
+        ),
         (
             '{"prompt": "p", "check": "contains"}',
             r"args of contains must be phrase \(str\), got {}",

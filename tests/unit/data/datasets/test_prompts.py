@@ -109,9 +109,7 @@ def test_rows_that_the_template_refuses_are_counted(chatml: PreTrainedTokenizerF
     refusal = "{% if messages[0]['content'] == 'why' %}{{ raise_exception('no turns') }}{% endif %}"
     chatml.chat_template = refusal + str(chatml.chat_template)
     rows = [{"messages": [{"role": "user", "content": "why"}]}]
-    with pytest.raises(
-        DataError, match=r"template_refuses: the chat template refuses it: no turns"
-    ):
+    with pytest.raises(DataError, match=r"template_refuses: the chat template refuses it: no"):
         load_prompts(rows, renderer, 100)
 
 

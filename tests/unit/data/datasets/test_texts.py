@@ -68,7 +68,9 @@ def test_what_is_learnt_of_a_chat(chatml: Tokenizer, loss_on: LossOn, learnt: st
 
 
 def test_plain_text_holds_no_answer(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match=r"plain text.*sft\.loss_on to all \(it is completion\)"):
+    with pytest.raises(
+        DataError, match=r"plain text, so sft\.loss_on completion .* sft\.loss_on to all"
+    ):
         load_documents([{"text": "a"}], Renderer(tokenizer), loss_on="completion")
 
 

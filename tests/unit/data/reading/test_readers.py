@@ -84,7 +84,7 @@ def test_a_split_of_a_folder_of_files(tmp_path: Path, train: str, test: str) -> 
     (tmp_path / "dataset_infos.json").write_text('{"splits": {}}')
     assert list(read_rows(source(tmp_path))) == ROWS[:2]
     assert list(read_rows(source(tmp_path, split="test"))) == ROWS[2:]
-    with pytest.raises(DataError, match=r"no split dev .* one of its splits: test, train"):
+    with pytest.raises(DataError, match=r"no split dev .* set split to one of .*: test, train"):
         list(read_rows(source(tmp_path, split="dev")))
 
 
@@ -94,7 +94,7 @@ def test_a_split_of_a_saved_folder(tmp_path: Path) -> None:
     datasets.DatasetDict(rows).save_to_disk(str(tmp_path))  # type: ignore[arg-type]
     assert list(read_rows(source(tmp_path))) == ROWS[:2]
     assert list(read_rows(source(tmp_path, split="test"))) == ROWS[2:]
-    with pytest.raises(DataError, match="no split dev; name one of its splits: train, test"):
+    with pytest.raises(DataError, match=r"no split dev; set split to one of its .*: train, test"):
         list(read_rows(source(tmp_path, split="dev")))
 
 
@@ -147,7 +147,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(readers.HfApi, "dataset_info", dataset_info)
     with pytest.raises(
-        DataError, match=r"'someone/pairs' .* cannot be had from the hub: no route\."
+        DataError, match=r"'someone/pairs' .* cannot be loaded from the hub: no route\."
     ):
         list(read_rows(source("someone/pairs")))
 

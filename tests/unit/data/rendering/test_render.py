@@ -182,8 +182,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{{ 'hello' }}", "leaves out what the user says"),
-            ("{{ messages[0]['content'] }}", "leaves out what the assistant says"),
+            ("{{ 'hello' }}", "drops the user's text"),
+            ("{{ messages[0]['content'] }}", "drops the assistant's text"),
             ("{{ raise_exception('no turns') }}", "refuses it: no turns"),
         ],
     )
