@@ -156,7 +156,7 @@ class _Sets:
         if not rows:
             self._unused["question_without_pairs"] += 1
         for row in rows:
-            self._writers[name].write(row)
+            self._writers[name].write(dict(row))
         self._num_rows[name] += len(rows)
 
     def _count_ties(self, scores: Counter[int]) -> None:
