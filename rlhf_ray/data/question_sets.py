@@ -50,7 +50,7 @@ class MarkdownQuestion:
 
     def rows(self, name: str) -> list[Row]:
         """Return the question's rows in one of the sets."""
-        columns = {
+        columns: dict[str, object] = {
             "question_id": self.question.id,
             "question": self.text,
             "prompt": template.prompt(self.text),
