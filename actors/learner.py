@@ -324,5 +324,5 @@ def _stats(batch: Experience, rewards_BT: Tensor) -> AssembledStats:
         advantage_total_sq=moments.total_sq,
         kl_total=float(kl.sum()),
         reward_total=float(rewards_BT.double().sum()),
-        surprise_total=float(-batch.old_logprobs_BT[mask_BT].double().sum()),
+        neg_logprob_sum=float(-batch.old_logprobs_BT[mask_BT].double().sum()),
     )

@@ -33,12 +33,12 @@ from rlhf_ray.models.forward import causal_lm_logits, response_logprobs, samplin
 from rlhf_ray.models.loading import load_causal_lm
 from rlhf_ray.models.stopping import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
-from rlhf_ray.types import AdapterUpdate, Gap, ProbeComparison, Rollout, SampleRequest
+from rlhf_ray.types import AdapterUpdate, Mismatch, ProbeComparison, Rollout, SampleRequest
 
 PROBE_SHIFT = 1.0
-"""Nats a token that a probe moves the canaries, where the base can be moved so far."""
+"""Nats a token that a probe moves the prompts, where the base can be moved so far."""
 PROBE_POSITIONS = 16
-"""Tokens of each canary on which that is measured, the last ones."""
+"""Tokens of each prompt on which that is measured, the last ones."""
 PROBE_SCALES = [1e-3 * 1.5**step for step in range(18)]
 """Deviations of a probe's B that are tried; at the last, about 1, a probe drowns its base."""
 
@@ -67,12 +67,12 @@ class PolicyLearner(Learner):
         group = self._config.policy
         return self._config.ppo.learning_rate, group.zero_stage, group.deepspeed
 
-    def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], Gap]:
+    def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], Mismatch]:
         """[T] fp32 log-probs of each response's tokens, and how far the engine's are from them."""
         logprobs = self._logprobs(rollouts)
         engine = np.concatenate([rollout.rollout_logprobs for rollout in rollouts])
         gap = np.abs(engine - np.concatenate(logprobs), dtype=np.float64)
-        return logprobs, Gap(float(gap.mean()), float(gap.max()), len(gap))
+        return logprobs, Mismatch(float(gap.mean()), float(gap.max()), len(gap))
 
     def ref_logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
         """[T] fp32 log-probs under the frozen base: the reference, without a copy of its own."""
@@ -183,8 +183,8 @@ class PolicyLearner(Learner):
         zero = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in state.items()}
         return self._update(version, zero)
 
-    def probe(self, version: int, canaries: Sequence[SampleRequest]) -> tuple[bytes, AdapterUpdate]:
-        """A seeded random adapter, scaled until it moves the canaries by PROBE_SHIFT nats.
+    def probe(self, version: int, prompts: Sequence[SampleRequest]) -> tuple[bytes, AdapterUpdate]:
+        """A seeded random adapter, scaled until it moves the prompts by PROBE_SHIFT nats.
 
         What is measured is KL(probe || base), the mean shift of tokens that the probe samples. The
         logits of a base that knows nothing lie within a narrow band whatever its layers put out:
@@ -205,16 +205,16 @@ class PolicyLearner(Learner):
 
         shifts: dict[float, float] = {}
         for scale in PROBE_SCALES:
-            shifts[scale] = self._mean_shift(scaled(scale), canaries)
+            shifts[scale] = self._mean_shift(scaled(scale), prompts)
             if shifts[scale] >= PROBE_SHIFT:
                 return self._update(version, scaled(scale))
         half = max(shifts.values()) / 2
         return self._update(version, scaled(next(s for s in PROBE_SCALES if shifts[s] >= half)))
 
     @torch.no_grad()
-    def _mean_shift(self, probe: TensorDict, canaries: Sequence[SampleRequest]) -> float:
-        """Mean over the canaries' last tokens: distributions over all of them would be large."""
-        ids_BS = torch.tensor([canary.prompt.token_ids for canary in canaries])
+    def _mean_shift(self, probe: TensorDict, prompts: Sequence[SampleRequest]) -> float:
+        """Mean over the prompts' last tokens: distributions over all of them would be large."""
+        ids_BS = torch.tensor([prompt.prompt.token_ids for prompt in prompts])
         ids_BS = ids_BS.to(self._engine.device)
         forward = causal_lm_logits(self._engine.model, last=PROBE_POSITIONS)
         temperature = self._config.rollout.temperature

@@ -1,44 +1,52 @@
-"""The five roles as the driver sees them: async, whatever carries them out.
+"""The roles of a PPO run, from both sides.
 
-Every method raises ActorFailure when its role dies or misses its deadline.
+First what the driver calls: async, whatever process answers. Every method raises ActorFailure when
+its role dies or misses its deadline. Then, below `Roles`, what a process of each role offers to the
+clients of `rlhf_ray.cluster`; pyright holds the actor classes against it where `stages` wires both.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
-    Gap,
     GeneratorsReport,
     GeneratorStatus,
     Handle,
+    Mismatch,
     ProbeComparison,
     RawScores,
+    Rollout,
     SampleRequest,
     ScoredShard,
     ServedAdapter,
     Shard,
+    ShardInfo,
     ShardRequest,
+    StateFiles,
     StepReport,
+    TokenRows,
 )
+
+DataT = TypeVar("DataT")
 
 
 class Generator(Protocol):
-    """Samples responses with the adapter that it was last given."""
+    """Samples responses with the adapter that it serves."""
 
     @property
     def name(self) -> str:
-        """Its actor's name."""
+        """Name of its actor."""
         ...
 
     async def generate(self, request: ShardRequest) -> Shard:
-        """Sample a shard; refuses when another version than the request's is served."""
+        """Sample a shard; refuse when another version than the request's is served."""
         ...
 
     async def publish(self, update: AdapterUpdate) -> ServedAdapter:
-        """Serve an adapter; returns what the engine then holds, read back from it."""
+        """Serve an adapter; return what the engine then holds, read back from it."""
         ...
 
 
@@ -47,15 +55,15 @@ Proof = Callable[[Generator], Awaitable[None]]
 
 
 class Generators(Protocol):
-    """All generators of a run, however many there are at a time.
+    """All generators of a run, whose number may change at any time.
 
-    Whoever joins, or comes back, passes the proof and serves the adapter that was published last
-    before it gets its first prompt; one that fails is started anew, and others do what it did not
-    finish. ActorFailure means that none is left.
+    One that joins or comes back passes the proof and serves the latest published adapter before
+    its first prompt. One that fails is restarted, and others sample what it did not finish.
+    ActorFailure means that none is left.
     """
 
     async def prove(self, proof: Proof) -> None:
-        """Use those that pass, and ask the same of all who join later.
+        """Prove every generator now, and each that joins later before it is used.
 
         Raises:
             WeightSyncError: none passes.
@@ -63,7 +71,7 @@ class Generators(Protocol):
         ...
 
     async def publish(self, update: AdapterUpdate) -> None:
-        """Have all serve an adapter; returns when each of now does, or is out.
+        """Publish an adapter; return when every generator serves it or is out of use.
 
         Raises:
             WeightSyncError: none does.
@@ -71,19 +79,19 @@ class Generators(Protocol):
         ...
 
     def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
-        """Sample shards on whichever generator is free; yields each once, as it is done."""
+        """Sample shards on whichever generator is free; yield each once, as it finishes."""
         ...
 
     def scale_to(self, num: int) -> None:
-        """Want so many generators; they join and leave in the background."""
+        """Set the number of generators; they join and leave in the background."""
         ...
 
     def statuses(self) -> list[GeneratorStatus]:
-        """How each is."""
+        """Return the state of each generator."""
         ...
 
     def report(self) -> GeneratorsReport:
-        """How they are together."""
+        """Return the state of all generators together."""
         ...
 
 
@@ -91,15 +99,15 @@ class RewardScorer(Protocol):
     """Rates responses."""
 
     async def score(self, shard: Shard) -> RawScores:
-        """Raw score of each response of a shard from every source."""
+        """Return the raw score of each response of a shard from every source."""
         ...
 
 
 class Reference(Protocol):
     """The frozen model that the policy is held close to."""
 
-    async def logprobs(self, shard: Shard) -> Handle:
-        """List of [T] log-probs of the response tokens."""
+    async def logprobs(self, shard: Shard) -> Handle[TokenRows]:
+        """Compute the log-probs of the response tokens."""
         ...
 
 
@@ -107,61 +115,69 @@ class LearnerGroup(Protocol):
     """Ranks that learn together."""
 
     async def assemble(self, batch: Sequence[ScoredShard], kl_coef: float) -> AssembledStats:
-        """Token rewards and GAE for the rows of each rank; returns their sums."""
+        """Compute token rewards and advantages on each rank's rows; return their sums."""
         ...
 
     async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
-        """All epochs over the assembled batch."""
+        """Run all epochs over the assembled batch."""
         ...
 
-    async def state(self) -> Handle:
-        """Mapping of file name -> bytes that `load` takes, at any number of ranks."""
+    async def state(self) -> Handle[StateFiles]:
+        """Export files that `load` takes at any number of ranks."""
         ...
 
-    async def load(self, state: Handle) -> None:
-        """Go back to a state."""
+    async def load(self, state: Handle[StateFiles] | StateFiles) -> None:
+        """Restore a state."""
         ...
 
 
 class Policy(LearnerGroup, Protocol):
     """The policy's learners."""
 
-    async def logprobs(self, shard: Shard) -> tuple[Handle, Gap]:
-        """List of [T] log-probs of the response tokens under the current policy, and the gap."""
+    async def logprobs(self, shard: Shard) -> tuple[Handle[TokenRows], Mismatch]:
+        """Compute the current policy's log-probs of a shard, and the mismatch to the engine's."""
         ...
 
-    async def sample_kl(self, shard: Shard, ref_logprobs: Handle) -> tuple[float, ...]:
-        """[N] token sum of k1 between the current policy and the reference, nats."""
+    async def sample_kl(self, shard: Shard, ref_logprobs: Handle[TokenRows]) -> tuple[float, ...]:
+        """Return [N] token sum of k1 between the current policy and the reference, nats."""
         ...
 
     async def adapter(self, version: int) -> AdapterUpdate:
-        """The current adapter, to be published."""
+        """Export the current adapter, to be published."""
         ...
 
-    async def probe(self, version: int, canaries: Sequence[SampleRequest]) -> AdapterUpdate:
-        """A seeded adapter that moves the canaries' log-probs by more than half a nat a token."""
+    async def probe(self, version: int, prompts: Sequence[SampleRequest]) -> AdapterUpdate:
+        """Make a seeded adapter that moves the prompts' log-probs by over half a nat per token."""
         ...
 
     async def zero_adapter(self, version: int) -> AdapterUpdate:
-        """An adapter of the policy's shape that changes nothing."""
+        """Make an adapter of the policy's shape that changes nothing."""
         ...
 
     async def compare(self, update: AdapterUpdate, shard: Shard) -> ProbeComparison:
-        """Hold what an engine sampled under an adapter against the learner with that adapter."""
+        """Compare what an engine sampled under an adapter with the learner under that adapter."""
         ...
 
 
 class Critic(LearnerGroup, Protocol):
     """The critic's learners."""
 
-    async def values(self, shard: Shard) -> Handle:
-        """List of [T] values at the states in which the response tokens were chosen."""
+    async def values(self, shard: Shard) -> Handle[TokenRows]:
+        """Compute values of the states in which the response tokens were chosen."""
+        ...
+
+
+class Fetch(Protocol):
+    """Brings data to the driver: commits to write, sample texts to show."""
+
+    async def __call__(self, handle: Handle[DataT]) -> DataT:
+        """Return the data."""
         ...
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Everyone whom the driver talks to."""
+    """Every role that the driver calls."""
 
     generators: Generators
     scorer: RewardScorer
@@ -169,14 +185,88 @@ class Roles:
     policy: Policy
     critic: Critic | None
     """None where the advantages need no values."""
-    fetch: Callable[[Handle], Awaitable[Any]]
-    """Brings data to the driver: commits to be written, sample texts to be shown."""
+    fetch: Fetch
     num_gpus: Callable[[], float]
-    """GPUs that they hold now."""
+    """GPUs that the roles hold now."""
     peak_memory: Callable[[], Awaitable[Mapping[str, int]]]
-    """The most bytes that each of their processes has held."""
+    """Peak memory of each process, bytes."""
 
     @property
     def learners(self) -> dict[str, Policy | Critic]:
-        """The groups that learn, by the names under which they are committed; policy first."""
+        """The learner groups by the names under which they are committed; policy first."""
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
+
+
+class Process(Protocol):
+    """A process of any role, which is started once it is placed."""
+
+    def start(self) -> Awaitable[None] | None: ...
+
+
+class Sleeper(Protocol):
+    """A process that can leave its GPU to others for a while."""
+
+    def sleep(self) -> Awaitable[None] | None: ...
+    def wake(self) -> Awaitable[None] | None: ...
+
+
+class GeneratorProcess(Process, Sleeper, Protocol):
+    """A process of `actors.generator.Generator`."""
+
+    def generate(self, request: ShardRequest) -> Awaitable[tuple[list[Rollout], ShardInfo]]: ...
+    def publish(self, update: AdapterUpdate, tensors: bytes) -> Awaitable[ServedAdapter]: ...
+    def stop(self) -> Awaitable[None]: ...
+
+
+class ScorerProcess(Process, Protocol):
+    """A process of `actors.reward_scorer.RewardScorer`."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> Awaitable[RawScores]: ...
+
+
+class ReferenceProcess(Process, Protocol):
+    """A process of `actors.reference.Reference`."""
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[TokenRows, None]: ...
+
+
+class LearnerProcess(Process, Sleeper, Protocol):
+    """A rank of `actors.learner.Learner`."""
+
+    def free_port(self) -> int: ...
+    def start(
+        self, rank: int = ..., world_size: int = ..., address: str = ..., port: int = ...
+    ) -> None: ...
+    def assemble(
+        self,
+        kl_coef: float,
+        scores: Sequence[tuple[float, ...]],
+        *columns: list[Rollout] | TokenRows | None,
+    ) -> AssembledStats: ...
+    def learn(self, advantage_mean: float, advantage_std: float) -> StepReport: ...
+    def state(self) -> tuple[StateFiles, None]: ...
+    def load(self, files: StateFiles) -> None: ...
+
+
+class PolicyProcess(LearnerProcess, Protocol):
+    """A rank of `actors.policy_learner.PolicyLearner`."""
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[TokenRows, Mismatch]: ...
+    def ref_logprobs(self, rollouts: Sequence[Rollout]) -> tuple[TokenRows, None]: ...
+    def sample_kl(
+        self, rollouts: Sequence[Rollout], ref_logprobs: TokenRows
+    ) -> tuple[float, ...]: ...
+    def adapter(self, version: int) -> tuple[bytes, AdapterUpdate]: ...
+    def probe(
+        self, version: int, prompts: Sequence[SampleRequest]
+    ) -> tuple[bytes, AdapterUpdate]: ...
+    def zero_adapter(self, version: int) -> tuple[bytes, AdapterUpdate]: ...
+    def compare(
+        self, update: AdapterUpdate, tensors: bytes, rollouts: Sequence[Rollout]
+    ) -> ProbeComparison: ...
+
+
+class CriticProcess(LearnerProcess, Protocol):
+    """A rank of `actors.critic_learner.CriticLearner`."""
+
+    def values(self, rollouts: Sequence[Rollout]) -> tuple[TokenRows, None]: ...

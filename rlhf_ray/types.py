@@ -1,38 +1,52 @@
 """What travels between driver and roles: frozen, typed, every field described.
 
-Tensors never pass through the driver; it holds :data:`Handle` objects and scalars. Log-probs are
-natural (nats), fp32, of the distribution that rollouts are drawn from
-(`algorithms.sampling`): temperature, top-k, top-p, no stop token before its time.
+Tensors never pass through the driver; it holds handles and scalars. Log-probs are natural (nats),
+fp32, of the distribution that rollouts are drawn from (`algorithms.logprobs.SamplingRule`):
+temperature, top-k, top-p, no stop token before `min_tokens`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-Handle = Any
-"""A reference to data that lives elsewhere (a Ray object), or the data itself when inline."""
+DataT_co = TypeVar("DataT_co", covariant=True)
+
+
+class Handle(Generic[DataT_co]):
+    """A reference to data of a type: a Ray object, or the data itself when inline.
+
+    Never instantiated. It has no methods on purpose, so that pyright refuses a driver that looks
+    into tensors: `Roles.fetch` brings the data, and a worker's call takes handles as arguments.
+    """
+
+
+TokenRows = list[np.ndarray]
+"""A row per response: [T] fp32, a number per response token."""
+StateFiles = Mapping[str, bytes]
+"""A learner group's state: file name -> content."""
 
 FinishReason = Literal["stop", "length"]
 
 GeneratorState = Literal["starting", "stale", "ready", "suspect", "dead", "restarting", "retired"]
 """starting: its process loads the base; stale: it does not serve the current adapter; ready: it
-gets prompts; suspect: it failed or came too late, and is being ended; dead: it is ended;
-restarting: it waits to be started anew; retired: nobody wants it, it finishes what it has begun."""
+gets prompts; suspect: it failed or missed a deadline, and its process is being ended; dead: its
+process is ended; restarting: it waits before its next start; retired: it finishes its shards, then
+leaves."""
 
 RawScores = Mapping[str, tuple[float | None, ...]]
-"""Source -> [N] raw scores of N responses; None where the source has no score for one."""
+"""Source -> [N] raw scores of N responses; None where the source has no score for a response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question, ready to be continued."""
+    """A prompt, rendered and tokenized."""
 
     id: str
-    """Identity within its data set."""
+    """Identity within its dataset."""
     text: str
-    """Rendered prompt: what the token ids decode to, less the start token."""
+    """Rendered prompt: what the token ids decode to, without the start token."""
     token_ids: tuple[int, ...]
     """[P] prompt tokens, without padding."""
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -44,23 +58,23 @@ class SampleRequest:
     """One response to be sampled."""
 
     position: int
-    """Place in the batch; decides the seed and the mini-batch, whoever generates it."""
+    """Index in the batch; decides the seed and the mini-batch, whichever generator samples it."""
     prompt: Prompt
-    """What to continue."""
+    """Prompt to continue."""
     seed: int
-    """Random seed of this one response, of its limit where that is drawn."""
+    """Random seed of this response, and of its length limit where that is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRequest:
-    """A fixed run of positions of one batch, generated as one piece."""
+    """A fixed run of positions of one batch, generated in one call."""
 
     index: int
-    """Place of the shard in the batch."""
+    """Index of the shard in the batch."""
     samples: tuple[SampleRequest, ...]
-    """What to generate, in order of position."""
+    """Responses to sample, in order of position."""
     version: int
-    """Adapter version that must be served; any other is refused."""
+    """Adapter version to sample with; a generator that serves another refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +82,23 @@ class Rollout:
     """One sampled response."""
 
     position: int
-    """Place in the batch."""
+    """Index in the batch."""
     prompt: Prompt
-    """What was continued."""
+    """Prompt that it continues."""
     response_ids: np.ndarray
-    """[T] int64 sampled tokens; a stop token, or what completes a stop string, is the last."""
+    """[T] int64 sampled tokens, including the stop token or the end of the stop string."""
     rollout_logprobs: np.ndarray
-    """[T] fp32 log-probs of the sampled tokens by the engine."""
+    """[T] fp32 log-probs of the sampled tokens, computed by the engine."""
     finish_reason: FinishReason
-    """stop: ended by itself, by a stop token or a stop string; length: cut at its limit."""
+    """stop: ended with a stop token or a stop string; length: cut at its limit."""
     version: int
     """Adapter version that sampled it."""
     text: str
-    """Decoded response without special tokens; a stop string that ended it is part of it."""
+    """Decoded response without special tokens, including a stop string that ended it."""
 
     @property
     def sequence_ids(self) -> np.ndarray:
-        """[S] int64: prompt tokens, then response tokens."""
+        """Return [S] int64: prompt tokens, then response tokens."""
         return np.concatenate(
             [np.asarray(self.prompt.token_ids, dtype=np.int64), self.response_ids]
         )
@@ -92,20 +106,20 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """What the driver may know of a shard: scalars only."""
+    """What the driver sees of a shard: scalars only."""
 
     index: int
-    """Place of the shard in the batch."""
+    """Index of the shard in the batch."""
     positions: tuple[int, ...]
     """[N] positions of its rollouts."""
     response_lengths: tuple[int, ...]
     """[N] response tokens."""
     stopped: tuple[bool, ...]
-    """[N] whether the response ended by itself."""
+    """[N] whether the response ended with a stop token or stop string."""
     versions: tuple[int, ...]
     """[N] adapter version that sampled each."""
     repeating: tuple[bool, ...] = ()
-    """[N] whether it repeats a token `repetition.RUN` times or more in a row."""
+    """[N] whether the response repeats a token `repetition.RUN` times or more in a row."""
     distinct_bigrams: tuple[float, ...] = ()
     """[N] share of distinct bigrams within the response."""
 
@@ -115,17 +129,17 @@ class Shard:
     """A finished shard."""
 
     info: ShardInfo
-    """Its scalars."""
-    rollouts: Handle
-    """list[Rollout] in order of position."""
+    """Scalars of its rollouts."""
+    rollouts: Handle[list[Rollout]]
+    """In order of position."""
 
 
 @dataclass(frozen=True, slots=True)
-class Gap:
-    """Difference between what the engine and the learner say of the same tokens of a shard."""
+class Mismatch:
+    """Log-prob mismatch between engine and learner over the tokens of a shard."""
 
     mean: float
-    """Mean |rollout log-prob - old log-prob|, nats a token."""
+    """Mean |rollout log-prob - old log-prob|, nats per token."""
     largest: float
     """Largest such difference, nats."""
     num_tokens: int
@@ -140,21 +154,21 @@ class ScoredShard:
     """The rollouts."""
     raw_scores: RawScores
     """Raw score of each response from every source."""
-    old_logprobs: Handle
-    """list of [T] fp32: the learner's log-probs before the update."""
-    ref_logprobs: Handle
-    """list of [T] fp32: the frozen reference's log-probs."""
-    values: Handle
-    """list of [T] fp32: the critic's values."""
-    gap: Gap
-    """How far engine and learner are apart on it."""
+    old_logprobs: Handle[TokenRows]
+    """The learner's log-probs before the update."""
+    ref_logprobs: Handle[TokenRows]
+    """The frozen reference's log-probs."""
+    values: Handle[TokenRows] | None
+    """The critic's values; None without a critic."""
+    mismatch: Mismatch
+    """Log-prob mismatch between engine and learner."""
     scores: tuple[float, ...] = ()
-    """[N] what is learnt from, once the whole batch is there and its sources are combined."""
+    """[N] combined scores to learn from; empty until the whole batch has arrived."""
 
 
 @dataclass(frozen=True, slots=True)
 class AssembledStats:
-    """Sums over the rows that one rank holds; sums of ranks are added by the driver."""
+    """Sums over the rows of one rank; the driver adds those of all ranks."""
 
     num_samples: int
     """Rollouts."""
@@ -168,7 +182,7 @@ class AssembledStats:
     """Sum over tokens of k1 against the reference, nats."""
     reward_total: float
     """Sum over tokens of score minus KL penalty."""
-    surprise_total: float
+    neg_logprob_sum: float
     """Sum over tokens of -old log-prob, nats."""
 
     def __add__(self, other: "AssembledStats") -> "AssembledStats":
@@ -179,18 +193,18 @@ class AssembledStats:
             advantage_total_sq=self.advantage_total_sq + other.advantage_total_sq,
             kl_total=self.kl_total + other.kl_total,
             reward_total=self.reward_total + other.reward_total,
-            surprise_total=self.surprise_total + other.surprise_total,
+            neg_logprob_sum=self.neg_logprob_sum + other.neg_logprob_sum,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one group's learning on one iteration came to."""
+    """Outcome of one learner group's updates in one iteration."""
 
     metrics: Mapping[str, float]
-    """Metric name -> mean over tokens, mini-batches and ranks."""
+    """Metric name -> value, reduced over mini-batches and ranks as it is registered."""
     samples_learnt: int
-    """Rollouts learnt from (each counted once, whatever the number of epochs)."""
+    """Rollouts learnt from, each counted once whatever the number of epochs."""
     num_tokens: int
     """Response tokens of these rollouts: the weight of the metrics when ranks are merged."""
 
@@ -200,21 +214,27 @@ class AdapterUpdate:
     """A LoRA adapter on its way to the generators."""
 
     version: int
-    """Policy version; grows by one with each iteration."""
+    """Policy version; grows by one each iteration."""
     digest: str
     """Identity of its tensors (see models.adapters.digest)."""
     peft_config: Mapping[str, Any]
     """The adapter's PEFT config as plain values."""
-    tensors: Handle
-    """Safetensors bytes under PEFT's names."""
+    tensors: Handle[bytes] | bytes | None
+    """Safetensors bytes under PEFT's names, or a handle to them; None where they travel apart."""
+
+    @property
+    def data(self) -> bytes:
+        """The safetensors bytes, in a process that has received them."""
+        assert isinstance(self.tensors, bytes), f"version {self.version} came without its tensors"
+        return self.tensors
 
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """What a generator's engine says it serves, read back from the engine."""
+    """The adapter that a generator's engine serves, read back from the engine."""
 
     version: int
-    """Version that it was told."""
+    """Version that was sent."""
     num_modules: int
     """Adapter modules that are active."""
     digest: str
@@ -222,71 +242,71 @@ class ServedAdapter:
     caches_cleared: bool
     """Whether the prefix cache was dropped."""
     seconds: float
-    """Time that the change took, pause and resume included."""
+    """Time that the change took, including pause and resume."""
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorStatus:
-    """How one generator is."""
+    """State of one generator, as `rlhf-ray status` shows it."""
 
     name: str
     """Its actor's name."""
     state: GeneratorState
-    """Where it is in its life."""
+    """State of its state machine."""
     version: int | None
-    """Adapter version that it serves; None: none that counts."""
+    """Adapter version that it serves; None while it serves none."""
     restarts: int
-    """How often it was started anew."""
+    """Times that it was restarted."""
 
 
 @dataclass(frozen=True, slots=True)
 class IdleShares:
-    """Who waited for whom between two publications."""
+    """Idle times of learners and generators between two publications."""
 
     learners: float
-    """Share of the time in which a batch was being generated."""
+    """Share of the time in which learners waited for a batch."""
     generators: float
     """Share of the generators' time in which they had nothing to sample."""
     queue_depth: float
-    """Shards that waited for a generator while a batch was being generated: mean over that time."""
+    """Mean number of waiting shards, over the time in which a batch was being generated."""
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorsReport:
-    """How the generators of a run are."""
+    """State of all generators of a run."""
 
     ready: int
     """Generators that get prompts."""
     target: int
-    """Generators that are wanted."""
+    """Number of generators that the run should have."""
     restarts: int
-    """Generators that were started anew, in this process."""
+    """Restarts of generators, counted by this process."""
     samples_requeued: int
-    """Rollouts that were handed back and sampled again, in this process."""
+    """Rollouts requeued after a generator failed or left, counted by this process."""
     idle: IdleShares
-    """Up to the last publication, from the one before."""
+    """Idle times between the last two publications."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeComparison:
-    """A shard sampled under a known adapter, compared with the learner; nats a token."""
+    """A shard sampled under a known adapter, compared with the learner; nats per token."""
 
     shift: float
     """Root mean square of what the adapter adds to the learner's log-prob of each token."""
     engine_shift: float
-    """What it adds to the engine's, projected on that: equal where the engine goes along, 0 where
-    it stays at the base or moves elsewhere. Unlike a mean, it hides no change behind its sign."""
+    """What it adds to the engine's, projected on that: equal where the engine applies the adapter,
+    0 where it serves the base or another adapter. Unlike a mean, signs cannot cancel in it."""
     error: float
     """Mean |engine's - learner's log-prob with the adapter|."""
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Everything that an iteration starts from."""
+    """Everything that an iteration starts from, held by the driver."""
 
     version: int
     """Adapter version."""
-    groups: Mapping[str, Handle]
-    """Learner group -> mapping of file name -> bytes: adapter, config, optimizer state."""
+    groups: Mapping[str, Handle[StateFiles]]
+    """Learner group -> adapter, config and optimizer state as files."""
     progress: Mapping[str, Any]
     """Plain values: iteration, data cursor, KL coefficient, counts."""

@@ -1,12 +1,12 @@
-"""Two sides that take turns on the same GPUs: one works while the other sleeps in main memory.
+"""Generators and learners that share GPUs: one group works while the other sleeps in main memory.
 
     generate, publish --> [generators]      [learners] <-- score, assemble, learn, state
                                  \\            /
                            one of the two is awake
 
-Nobody asks for a turn by name: a call to a worker of the sleeping side waits until the other side
-has nothing more to do, and then the sides change places. So the loop is the same with and without
-turns, and results are too; what is lost is that scoring overlaps with generation.
+No caller asks to wake a group. A call to a worker of the sleeping group waits until the awake group
+is idle, and then the groups swap. So the loop is the same with and without colocation, and results
+are too; scoring just cannot overlap with generation any more.
 """
 
 import asyncio
@@ -14,35 +14,43 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Generic, TypeVar
 
-from rlhf_ray.cluster.role_clients import Worker
+from rlhf_ray.cluster.role_clients import DataT, Method, P, ResultT, ScalarsT, Worker
 from rlhf_ray.errors import ActorFailure
+from rlhf_ray.roles import Sleeper
 from rlhf_ray.types import Handle
 
-SIDES: Mapping[str, str] = {"generator": "generators", "policy": "learners", "critic": "learners"}
-"""Role -> its side, where sides take turns (placement.turns)."""
+COLOCATED_GROUPS: Mapping[str, str] = {
+    "generator": "generators",
+    "policy": "learners",
+    "critic": "learners",
+}
+"""Role -> its group, where groups share GPUs (placement.turns)."""
 POLL_S = 0.01
-"""Between two looks at whether it is one's turn."""
+"""Between two checks whether a group may wake."""
 GRACE_S = 0.05
-"""How long a side may have nothing to do before it counts as done: its next call may be under
-way, and to change places takes seconds."""
+"""How long a group must be idle before it is put to sleep: its next call may be under way already,
+and a swap takes seconds."""
+
+SleeperT_co = TypeVar("SleeperT_co", bound=Sleeper, covariant=True)
 
 
-class Turns:
-    """Who is awake, and how many of its calls are under way."""
+class Colocation:
+    """Which group is awake, and how many of its calls are under way."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
-        self._started: dict[str, list[Worker]] = defaultdict(list)
+        self._started: dict[str, list[Worker[Sleeper]]] = defaultdict(list)
         self._awake: str | None = None
         self._under_way = 0
         self._last_end_s = 0.0
 
     @asynccontextmanager
-    async def turn(self, side: str) -> AsyncIterator[None]:
-        """Within, the side is awake."""
-        while not await self._begun(side):
+    async def awake(self, group: str) -> AsyncIterator[None]:
+        """Keep a group awake within."""
+        # Polled, not signalled: a group may only sleep once it has been idle for GRACE_S.
+        while not await self._enter_uncancelled(group):
             await asyncio.sleep(POLL_S)
         try:
             yield
@@ -50,81 +58,93 @@ class Turns:
             self._under_way -= 1
             self._last_end_s = time.monotonic()
 
-    async def _begun(self, side: str) -> bool:
-        """Try to begin; sides that change places do so to the end, whoever is cancelled."""
-        begin = asyncio.ensure_future(self._begin(side))
+    async def _enter_uncancelled(self, group: str) -> bool:
+        # A swap that is cancelled half-way would leave both groups on the GPU, or neither. So it
+        # runs to its end whatever becomes of the caller, whose place is then given back.
+        entering = asyncio.ensure_future(self._enter(group))
         try:
-            return await asyncio.shield(begin)
+            return await asyncio.shield(entering)
         except asyncio.CancelledError:
-            begin.add_done_callback(self._give_up)
+            entering.add_done_callback(self._leave_if_entered)
             raise
 
-    def _give_up(self, begin: "asyncio.Future[bool]") -> None:
-        if not begin.cancelled() and begin.exception() is None:
-            self._under_way -= begin.result()
+    def _leave_if_entered(self, entering: "asyncio.Future[bool]") -> None:
+        if not entering.cancelled() and entering.exception() is None:
+            self._under_way -= entering.result()
 
-    async def _begin(self, side: str) -> bool:
+    async def _enter(self, group: str) -> bool:
         async with self._lock:
-            if side != self._awake:
-                rested_s = time.monotonic() - self._last_end_s
-                if self._under_way or rested_s < GRACE_S:
+            if group != self._awake:
+                idle_s = time.monotonic() - self._last_end_s
+                if self._under_way or idle_s < GRACE_S:
                     return False
-                await self._change_places(side)
+                await self._swap_to(group)
             self._under_way += 1
             return True
 
-    async def _change_places(self, side: str) -> None:
+    async def _swap_to(self, group: str) -> None:
+        # Sleep comes first: the GPU has no memory for both groups. While neither is awake,
+        # `_awake` says so, so that a wake that fails is tried again by the next call.
         if self._awake is not None:
-            await self._tell(self._awake, "sleep")
+            await self._call_all(self._awake, Sleeper.sleep)
             self._awake = None
-        await self._tell(side, "wake")
-        self._awake = side
+        await self._call_all(group, Sleeper.wake)
+        self._awake = group
 
-    async def _tell(self, side: str, method: str) -> None:
-        """Every worker of a side; one that has died holds nothing, and its next call says so."""
-        workers = [*self._started[side]]
-        told = await asyncio.gather(*(w.call(method) for w in workers), return_exceptions=True)
-        for worker, answer in zip(workers, told, strict=True):
-            if isinstance(answer, ActorFailure):
-                self.left(worker, side)
-            elif isinstance(answer, BaseException):
-                raise answer
+    async def _call_all(self, group: str, method: Method[Sleeper, [], None]) -> None:
+        workers = [*self._started[group]]
+        calls = (worker.call(method) for worker in workers)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for worker, result in zip(workers, results, strict=True):
+            if isinstance(result, ActorFailure):
+                # A dead process holds no GPU memory, and its next call reports that it died.
+                self.remove(worker, group)
+            elif isinstance(result, BaseException):
+                raise result
 
-    def joined(self, worker: Worker, side: str) -> None:
-        """A worker of the side that is awake has started, and changes places from now on."""
-        self._started[side].append(worker)
+    def add(self, worker: Worker[Sleeper], group: str) -> None:
+        """Add a worker that has started, while its group is awake."""
+        self._started[group].append(worker)
 
-    def left(self, worker: Worker, side: str) -> None:
-        """A worker has ended, or is about to."""
-        if worker in self._started[side]:
-            self._started[side].remove(worker)
+    def remove(self, worker: Worker[Sleeper], group: str) -> None:
+        """Remove a worker that has ended or is about to."""
+        if worker in self._started[group]:
+            self._started[group].remove(worker)
 
 
-class TurnWorker:
-    """A worker that is called in its side's turns."""
+class ColocatedWorker(Generic[SleeperT_co]):
+    """A worker that is only called while its group is awake."""
 
-    def __init__(self, worker: Worker, turns: Turns, side: str) -> None:
+    def __init__(self, worker: Worker[SleeperT_co], colocation: Colocation, group: str) -> None:
         self.worker = worker
         self.name = worker.name
-        self._turns = turns
-        self._side = side
+        self._colocation = colocation
+        self._group = group
 
     async def address(self) -> str:
-        """Where its machine is reached; asleep it answers as well."""
+        """Return the address of its machine, also while it sleeps."""
         return await self.worker.address()
 
-    async def call(self, method: str, *args: Any) -> Any:
-        """Call a method in a turn; ``stop`` at once."""
-        if method == "stop":
-            self._turns.left(self.worker, self._side)
-            return await self.worker.call(method, *args)
-        async with self._turns.turn(self._side):
-            result = await self.worker.call(method, *args)
-            if method == "start":
-                self._turns.joined(self.worker, self._side)
+    async def call(
+        self, method: Method[SleeperT_co, P, ResultT], *args: P.args, **kwargs: P.kwargs
+    ) -> ResultT:
+        """Call a method while the group is awake; ``stop`` at once."""
+        if method.__name__ == "stop":
+            # A generator that is ended because it hangs must not wait for its group to be idle.
+            self._colocation.remove(self.worker, self._group)
+            return await self.worker.call(method, *args, **kwargs)
+        async with self._colocation.awake(self._group):
+            result = await self.worker.call(method, *args, **kwargs)
+            if method.__name__ == "start":
+                self._colocation.add(self.worker, self._group)
             return result
 
-    async def call_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
-        """Call a method that returns (data, scalars) in a turn."""
-        async with self._turns.turn(self._side):
-            return await self.worker.call_split(method, *args)
+    async def call_split(
+        self,
+        method: Method[SleeperT_co, P, tuple[DataT, ScalarsT]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[Handle[DataT], ScalarsT]:
+        """Call a method that returns (data, scalars) while the group is awake."""
+        async with self._colocation.awake(self._group):
+            return await self.worker.call_split(method, *args, **kwargs)

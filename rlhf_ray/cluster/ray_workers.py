@@ -1,14 +1,15 @@
-"""Ray actors as workers: spawned by name, called with a deadline, errors in our own words."""
+"""Ray actors as workers: spawned by name, called with a deadline, with our own errors."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import psutil
 import ray
 import torch
+from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import (
     ActorUnschedulableError,
@@ -21,18 +22,28 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from rlhf_ray.cluster.process_titles import titled
-from rlhf_ray.cluster.role_clients import OnCall
+from rlhf_ray.cluster.role_clients import (
+    DataT,
+    Method,
+    OnCall,
+    P,
+    ProcessT_co,
+    ResultT,
+    ScalarsT,
+)
 from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.types import Handle
 
+RoleT = TypeVar("RoleT")
+
 STARTING = {"address", "free_port", "start"}
-"""Calls that wait for a process to come up, and for what it loads."""
+"""Calls that wait for a process to come up and for its model to load."""
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError)
-"""What Ray raises where a process is gone: by itself, by its memory monitor, with its node."""
+"""What Ray raises for a dead process: crashed, killed by the memory monitor, lost with its node."""
 
 
-class RayWorker:
-    """A role's class in an actor of its own."""
+class RayWorker(Generic[ProcessT_co]):
+    """A role in a Ray actor of its own."""
 
     def __init__(
         self,
@@ -44,7 +55,7 @@ class RayWorker:
         start_timeout_s: float,
         num_gpus: float,
         one_at_a_time: bool,
-        is_seated: bool = True,
+        has_slot: bool = True,
     ) -> None:
         self.name = name
         self.actor = actor
@@ -53,40 +64,49 @@ class RayWorker:
         self._start_timeout_s = start_timeout_s
         self._on_call = on_call
         self._one_at_a_time = one_at_a_time
-        self._is_seated = is_seated
+        self._has_slot = has_slot
         self._last_end_s = 0.0
 
     async def address(self) -> str:
-        """The address of its node in the cluster."""
+        """Return the address of its node in the cluster."""
         node_address = self.actor.__ray_call__.remote(_node_address)
         return await self._await("address", node_address)
 
     async def peak_memory(self) -> int:
-        """See `cluster.peak_memory`."""
+        """Return the process's peak memory, bytes; see `peak_memory` below."""
         peak = self.actor.__ray_call__.remote(peak_memory, self.num_gpus > 0)
         return await self._await("peak_memory", peak)
 
-    async def call(self, method: str, *args: Any) -> Any:
+    async def call(
+        self, method: Method[ProcessT_co, P, ResultT], *args: P.args, **kwargs: P.kwargs
+    ) -> ResultT:
         """Call a method and bring its result; object references among ``args`` arrive as data.
 
         Raises:
             ActorFailure: the process died, or did not answer in time.
-            PlacementError: it never came up, as no node had room for it.
-            RlhfError: what the method itself raised, if it is one of ours.
+            PlacementError: it never started, because no node had resources for it.
+            RlhfError: raised by the method itself.
         """
-        return await self._await(method, getattr(self.actor, method).remote(*args))
+        name = method.__name__
+        return await self._await(name, getattr(self.actor, name).remote(*args, **kwargs))
 
-    async def call_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
-        """Call a method that returns (data, scalars); brings the scalars, pulls the data near.
-
-        The data then outlives the actor that made it, and the node it ran on.
-        """
-        data, scalars = getattr(self.actor, method).options(num_returns=2).remote(*args)
-        result = await self._await(method, scalars)
+    async def call_split(
+        self,
+        method: Method[ProcessT_co, P, tuple[DataT, ScalarsT]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[Handle[DataT], ScalarsT]:
+        """Call a method that returns (data, scalars); bring the scalars, pull the data near."""
+        name = method.__name__
+        call = getattr(self.actor, name).options(num_returns=2)
+        data, scalars = call.remote(*args, **kwargs)
+        result = await self._await(name, scalars)
+        # Starts a copy to the driver's node without waiting for it. Without the copy the data
+        # would be lost with the node that made it, though the driver still holds its reference.
         ray.wait([data], fetch_local=True, timeout=0)
         return data, result
 
-    async def _await(self, method: str, reference: Awaitable[Any]) -> Any:
+    async def _await(self, method: str, reference: Awaitable[ResultT]) -> ResultT:
         started = time.time()
         limit_s, key = self._timeout_s, "cluster.call_timeout_s"
         if method in STARTING:
@@ -94,7 +114,7 @@ class RayWorker:
         try:
             result = await asyncio.wait_for(_resolve(reference), limit_s)
         except TimeoutError:
-            if method in STARTING and not self._is_seated and _awaits_a_place(self.actor):
+            if method in STARTING and not self._has_slot and _is_unplaced(self.actor):
                 raise PlacementError(
                     f"No node had a CPU for {self.name} within {limit_s:g} s ({key})"
                 ) from None
@@ -108,36 +128,36 @@ class RayWorker:
         except DEATHS as error:
             raise ActorFailure(f"{self.name} died during {method}: {_first_line(error)}") from error
         ended = time.time()
-        # Calls that an actor takes one at a time wait for each other, which is no work.
+        # Calls to an actor that takes one at a time queue behind each other: queueing is not work.
         began = max(started, self._last_end_s) if self._one_at_a_time else started
         self._last_end_s = ended
         self._on_call(self.name, method, began, ended)
         return result
 
 
-def _node_address(_actor: Any) -> str:
+def _node_address(_actor: object) -> str:
     return ray.util.get_node_ip_address()
 
 
-def _awaits_a_place(actor: Any) -> bool:
-    """Whether no node has given an actor a process yet."""
-    found = ray._private.state.actors(actor._actor_id.hex())  # type: ignore[attr-defined]
-    return found.get("State") == "PENDING_CREATION" and not found["Address"]["IPAddress"]
+def _is_unplaced(actor: ActorHandle) -> bool:
+    """Return whether no node has started the actor's process yet."""
+    info = ray._private.state.actors(actor._actor_id.hex())  # type: ignore[attr-defined]
+    return info.get("State") == "PENDING_CREATION" and not info["Address"]["IPAddress"]
 
 
-async def _resolve(reference: Awaitable[Any]) -> Any:
-    return await reference
+async def _resolve(reference: Awaitable[ResultT]) -> ResultT:
+    return await reference  # `asyncio.wait_for` takes coroutines, which an object reference is not
 
 
-async def fetch(handle: Handle) -> Any:
+async def fetch(handle: Handle[DataT]) -> DataT:
     """Bring data to the driver."""
-    return await _resolve(handle)
+    return await cast("Awaitable[DataT]", handle)
 
 
 def spawn(
-    role_class: type,
+    role_class: type[RoleT],
     name: str,
-    *args: Any,
+    *args: object,
     num_cpus: float,
     num_gpus: float,
     strategy: SchedulingStrategyT,
@@ -145,7 +165,7 @@ def spawn(
     start_timeout_s: float,
     timeout_s: float,
     on_call: OnCall,
-) -> RayWorker:
+) -> RayWorker[RoleT]:
     """Start a role's class as a named actor."""
     options: dict[str, Any] = {
         "name": name,
@@ -164,12 +184,12 @@ def spawn(
         start_timeout_s=start_timeout_s,
         num_gpus=num_gpus,
         one_at_a_time=concurrency == 1,
-        is_seated=strategy is not None,
+        has_slot=strategy is not None,
     )
 
 
-def kill(workers: list[RayWorker]) -> None:
-    """End actors that were told to stop already, or that do not answer."""
+def kill(workers: Sequence[RayWorker[object]]) -> None:
+    """Kill actors that have been stopped already, or that do not answer."""
     for worker in workers:
         try:
             ray.kill(worker.actor)
@@ -177,21 +197,21 @@ def kill(workers: list[RayWorker]) -> None:
             continue
 
 
-def ask_for_room(
+def request_capacity(
     bundles: Sequence[Mapping[str, float]], labels: Sequence[Mapping[str, str]]
 ) -> None:
     """Have Ray's autoscaler, where there is one, keep nodes on which all bundles fit at once.
 
-    It counts what runs already as part of them. Each request takes the place of the one before,
-    whoever made it.
+    It counts running actors as part of them. A request replaces the one before, whichever job of
+    the cluster made it.
 
     Args:
-        bundles: resources of each; none: it keeps nodes for nothing.
-        labels: of the node that each is to be on.
+        bundles: resources of each; empty to keep no nodes.
+        labels: node labels that each bundle needs.
     """
     request_resources(
         bundles=[dict(bundle) for bundle in bundles],
-        bundle_label_selectors=[dict(wanted) for wanted in labels],
+        bundle_label_selectors=[dict(selector) for selector in labels],
     )
 
 
@@ -199,20 +219,19 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def peak_memory(_actor: Any, holds_gpus: bool) -> int:
-    """Bytes in use on the GPUs of this process; where it holds none, its and its children's peak.
+def peak_memory(_actor: object, holds_gpus: bool) -> int:
+    """Return the bytes in use on this process's GPUs; without GPUs, its and its children's peak.
 
-    PyTorch and vLLM keep what they had of a GPU while they work, so what is in use at the end is
-    the peak. On a GPU that is shared it is that of all who share it. With placement.turns the side
-    that sleeps has given its part back: it is that of the side that worked last.
+    PyTorch and vLLM keep the GPU memory that they once had, so the use at the end is the peak. On a
+    shared GPU it is the use of all processes on it. With placement.turns the sleeping group has
+    freed its memory, so it is that of the group that worked last.
 
     Args:
-        holds_gpus: whether the worker was given any; all GPUs of a node are seen by those who were
-            not.
+        holds_gpus: whether the worker was given any; without, it would see all GPUs of its node.
     """
     if holds_gpus:
-        found = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
-        return max(total - free for free, total in found)
+        memory = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+        return max(total - free for free, total in memory)
     return sum(_high_water_marks(psutil.Process()))
 
 
@@ -220,6 +239,6 @@ def _high_water_marks(process: psutil.Process) -> Iterator[int]:
     for one in [process, *process.children(recursive=True)]:
         try:
             lines = Path(f"/proc/{one.pid}/status").read_text(encoding="utf-8").splitlines()
-        except OSError:  # it has ended meanwhile, or this system has no such file
+        except OSError:  # the process has ended, or this system has no /proc
             continue
         yield from (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

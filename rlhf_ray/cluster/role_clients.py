@@ -1,21 +1,34 @@
-"""The roles of `rlhf_ray.roles` over workers: who of a group is called, and what is passed."""
+"""Clients of the roles: how a process is called, and which processes of a role a call goes to.
+
+A process is a Ray actor or an object in this process; both are a `Worker`. A method that makes data
+for other roles returns ``(data, scalars)``; `Worker.call_split` leaves the data where it is and
+brings the scalars.
+"""
 
 import asyncio
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any, Protocol
+from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from rlhf_ray.observability.metrics import metric
+from rlhf_ray.roles import (
+    CriticProcess,
+    GeneratorProcess,
+    LearnerProcess,
+    PolicyProcess,
+    ReferenceProcess,
+    ScorerProcess,
+)
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
-    Gap,
     Handle,
+    Mismatch,
     ProbeComparison,
     RawScores,
     SampleRequest,
@@ -23,7 +36,9 @@ from rlhf_ray.types import (
     ServedAdapter,
     Shard,
     ShardRequest,
+    StateFiles,
     StepReport,
+    TokenRows,
 )
 
 LOOPBACK = "127.0.0.1"
@@ -31,189 +46,230 @@ LOOPBACK = "127.0.0.1"
 OnCall = Callable[[str, str, float, float], None]
 """(worker, method, start, end in Unix seconds), after each call."""
 
+P = ParamSpec("P")
+DataT = TypeVar("DataT")
+ScalarsT = TypeVar("ScalarsT")
+ResultT = TypeVar("ResultT")
+ProcessT_co = TypeVar("ProcessT_co", covariant=True)
+LearnerT_co = TypeVar("LearnerT_co", bound=LearnerProcess, covariant=True)
 
-class Worker(Protocol):
+Method = Callable[Concatenate[ProcessT_co, P], Awaitable[ResultT] | ResultT]
+"""A method of a process, async or not. Calls name it by the function, never by a string: pyright
+then checks the arguments, and that the actor class has it where `stages` makes the client."""
+
+
+class Worker(Protocol[ProcessT_co]):
     """A process of a role."""
 
     name: str
 
     async def address(self) -> str:
-        """Where the machine of this process is reached by others of its group."""
+        """Return where others of its group reach the machine of this process."""
         ...
 
-    async def call(self, method: str, *args: Any) -> Any:
+    async def call(
+        self, method: Method[ProcessT_co, P, ResultT], *args: P.args, **kwargs: P.kwargs
+    ) -> ResultT:
         """Call a method and bring its result. Handles among ``args`` arrive as data."""
         ...
 
-    async def call_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
-        """Call a method that returns (data, scalars); the data stays away, the scalars come."""
+    async def call_split(
+        self,
+        method: Method[ProcessT_co, P, tuple[DataT, ScalarsT]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[Handle[DataT], ScalarsT]:
+        """Call a method that returns (data, scalars); leave the data, bring the scalars."""
         ...
 
 
-class InlineWorker:
+def arriving(handle: Handle[DataT] | DataT) -> DataT:
+    """Pass a handle as an argument of a call: Ray puts the data in its place.
+
+    Only top-level arguments are resolved, never handles within a list: hence `Learner.assemble`
+    takes its columns one by one.
+    """
+    return cast("DataT", handle)
+
+
+class InlineWorker(Generic[ProcessT_co]):
     """A role in this process: no Ray, no deadline, calls one after the other."""
 
-    def __init__(self, name: str, instance: Any, on_call: OnCall) -> None:
+    def __init__(self, name: str, instance: ProcessT_co, on_call: OnCall) -> None:
         self.name = name
         self._instance = instance
         self._on_call = on_call
 
     async def address(self) -> str:
-        """This machine, by loopback."""
+        """Return the loopback address."""
         return LOOPBACK
 
-    async def call(self, method: str, *args: Any) -> Any:
+    async def call(
+        self, method: Method[ProcessT_co, P, ResultT], *args: P.args, **kwargs: P.kwargs
+    ) -> ResultT:
         """Call the method here and now."""
         started = time.time()
-        result = getattr(self._instance, method)(*args)
+        # By name: `method` may be a Protocol's, which the instance implements.
+        result = getattr(self._instance, method.__name__)(*args, **kwargs)
         if inspect.isawaitable(result):
             result = await result
-        self._on_call(self.name, method, started, time.time())
+        self._on_call(self.name, method.__name__, started, time.time())
         return result
 
-    async def call_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
-        """The data is its own handle."""
-        data, scalars = await self.call(method, *args)
-        return data, scalars
+    async def call_split(
+        self,
+        method: Method[ProcessT_co, P, tuple[DataT, ScalarsT]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[Handle[DataT], ScalarsT]:
+        """Call the method; the data is its own handle."""
+        data, scalars = await self.call(method, *args, **kwargs)
+        return cast("Handle[DataT]", data), scalars
 
 
 class GeneratorClient:
     """One generator."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker[GeneratorProcess]) -> None:
         self.worker = worker
         self.name = worker.name
 
     async def generate(self, request: ShardRequest) -> Shard:
         """Sample a shard; its rollouts stay in the object store."""
-        rollouts, info = await self.worker.call_split("generate", request)
+        rollouts, info = await self.worker.call_split(GeneratorProcess.generate, request)
         return Shard(info, rollouts)
 
     async def publish(self, update: AdapterUpdate) -> ServedAdapter:
-        """Serve an adapter; its bytes go straight from where they are."""
-        return await self.worker.call("publish", replace(update, tensors=None), update.tensors)
-
-
-class _RoundRobin:
-    """Calls the workers of a stateless role in turn."""
-
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self._next = itertools.cycle(workers)
-
-    def next(self) -> Worker:
-        return next(self._next)
+        """Serve an adapter; its bytes go straight from the learner's node to the generator's."""
+        tensors = cast("Handle[bytes]", update.tensors)
+        return await self.worker.call(
+            GeneratorProcess.publish, replace(update, tensors=None), arriving(tensors)
+        )
 
 
 class ScorerClient:
-    """Reward scorers."""
+    """Reward scorers, called in turn."""
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self._workers = _RoundRobin(workers)
+    def __init__(self, workers: Sequence[Worker[ScorerProcess]]) -> None:
+        self._workers = itertools.cycle(workers)
 
     async def score(self, shard: Shard) -> RawScores:
-        """Raw score of each response from every source."""
-        return await self._workers.next().call("score", shard.rollouts)
+        """Return the raw score of each response from every source."""
+        return await next(self._workers).call(ScorerProcess.score, arriving(shard.rollouts))
 
 
 class ReferenceClient:
-    """Frozen references."""
+    """Frozen references, called in turn."""
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self._workers = _RoundRobin(workers)
+    def __init__(self, workers: Sequence[Worker[ReferenceProcess]]) -> None:
+        self._workers = itertools.cycle(workers)
 
-    async def logprobs(self, shard: Shard) -> Handle:
-        """List of [T] log-probs."""
-        handle, _ = await self._workers.next().call_split("logprobs", shard.rollouts)
+    async def logprobs(self, shard: Shard) -> Handle[TokenRows]:
+        """Compute log-probs."""
+        handle, _ = await next(self._workers).call_split(
+            ReferenceProcess.logprobs, arriving(shard.rollouts)
+        )
         return handle
 
 
-class LearnerGroupClient:
+class LearnerGroupClient(Generic[LearnerT_co]):
     """The ranks of a learner group.
 
     What one rank can answer goes to the ranks in turn; at ZeRO stage 3 no rank has the weights
     alone, so all compute it and the first one's answer counts.
     """
 
-    def __init__(self, ranks: Sequence[Worker], zero_stage: int) -> None:
+    def __init__(self, ranks: Sequence[Worker[LearnerT_co]], zero_stage: int) -> None:
         self._ranks = ranks
         self._sharded = zero_stage == 3
-        self._turn = _RoundRobin(ranks)
+        self._in_turn = itertools.cycle(ranks)
 
-    async def _all(self, method: str, *args: Any) -> list[Any]:
-        return list(await asyncio.gather(*(rank.call(method, *args) for rank in self._ranks)))
+    async def _all(
+        self, method: Method[LearnerT_co, P, ResultT], *args: P.args, **kwargs: P.kwargs
+    ) -> list[ResultT]:
+        calls = (rank.call(method, *args, **kwargs) for rank in self._ranks)
+        return list(await asyncio.gather(*calls))
 
-    async def _all_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
-        results = await asyncio.gather(*(rank.call_split(method, *args) for rank in self._ranks))
-        return results[0]
+    async def _all_split(
+        self,
+        method: Method[LearnerT_co, P, tuple[DataT, ScalarsT]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[Handle[DataT], ScalarsT]:
+        calls = (rank.call_split(method, *args, **kwargs) for rank in self._ranks)
+        return (await asyncio.gather(*calls))[0]
 
-    async def _any_split(self, method: str, *args: Any) -> tuple[Handle, Any]:
+    async def _any_split(
+        self,
+        method: Method[LearnerT_co, P, tuple[DataT, ScalarsT]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[Handle[DataT], ScalarsT]:
         if self._sharded:
-            return await self._all_split(method, *args)
-        return await self._turn.next().call_split(method, *args)
+            return await self._all_split(method, *args, **kwargs)
+        return await next(self._in_turn).call_split(method, *args, **kwargs)
 
     async def assemble(self, batch: Sequence[ScoredShard], kl_coef: float) -> AssembledStats:
-        """Every rank gets the whole batch and keeps its rows."""
+        """Send every rank the whole batch; each keeps its rows."""
         stats = await self._all(
-            "assemble",
+            LearnerProcess.assemble,
             kl_coef,
             [scored.scores for scored in batch],
-            *(scored.shard.rollouts for scored in batch),
-            *(scored.old_logprobs for scored in batch),
-            *(scored.ref_logprobs for scored in batch),
-            *(scored.values for scored in batch),
+            *(arriving(scored.shard.rollouts) for scored in batch),
+            *(arriving(scored.old_logprobs) for scored in batch),
+            *(arriving(scored.ref_logprobs) for scored in batch),
+            *(arriving(scored.values) for scored in batch),
         )
         return reduce(add, stats)
 
     async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
-        """All epochs on all ranks."""
-        return merge_reports(await self._all("learn", advantage_mean, advantage_std))
+        """Run all epochs on all ranks."""
+        return merge_reports(await self._all(LearnerProcess.learn, advantage_mean, advantage_std))
 
-    async def state(self) -> Handle:
-        """Files of the group's state."""
-        handle, _ = await self._all_split("state")
+    async def state(self) -> Handle[StateFiles]:
+        """Export the group's state: all ranks gather, rank 0's files are kept."""
+        handle, _ = await self._all_split(LearnerProcess.state)
         return handle
 
-    async def load(self, state: Handle) -> None:
-        """Go back to a state."""
-        await self._all("load", state)
+    async def load(self, state: Handle[StateFiles] | StateFiles) -> None:
+        """Restore a state on every rank."""
+        await self._all(LearnerProcess.load, arriving(state))
 
 
-class PolicyClient(LearnerGroupClient):
+class PolicyClient(LearnerGroupClient[PolicyProcess]):
     """The policy's ranks."""
 
-    async def logprobs(self, shard: Shard) -> tuple[Handle, Gap]:
-        """List of [T] log-probs, and the gap to the engine's."""
-        return await self._any_split("logprobs", shard.rollouts)
+    async def logprobs(self, shard: Shard) -> tuple[Handle[TokenRows], Mismatch]:
+        """Compute log-probs, and the mismatch to the engine's."""
+        return await self._any_split(PolicyProcess.logprobs, arriving(shard.rollouts))
 
-    async def ref_logprobs(self, shard: Shard) -> Handle:
-        """List of [T] log-probs with the adapter off."""
-        handle, _ = await self._any_split("ref_logprobs", shard.rollouts)
+    async def ref_logprobs(self, shard: Shard) -> Handle[TokenRows]:
+        """Compute log-probs with the adapter off."""
+        handle, _ = await self._any_split(PolicyProcess.ref_logprobs, arriving(shard.rollouts))
         return handle
 
-    async def sample_kl(self, shard: Shard, ref_logprobs: Handle) -> tuple[float, ...]:
-        """[N] KL of each sample."""
-        return (await self._all("sample_kl", shard.rollouts, ref_logprobs))[0]
+    async def sample_kl(self, shard: Shard, ref_logprobs: Handle[TokenRows]) -> tuple[float, ...]:
+        """Return [N] KL of each sample."""
+        rollouts = arriving(shard.rollouts)
+        return (await self._all(PolicyProcess.sample_kl, rollouts, arriving(ref_logprobs)))[0]
 
     async def adapter(self, version: int) -> AdapterUpdate:
-        """The current adapter."""
-        return await self._update("adapter", version)
+        """Export the current adapter."""
+        return _with_tensors(*await self._all_split(PolicyProcess.adapter, version))
 
     async def zero_adapter(self, version: int) -> AdapterUpdate:
-        """An adapter that changes nothing."""
-        return await self._update("zero_adapter", version)
+        """Make an adapter that changes nothing."""
+        return _with_tensors(*await self._all_split(PolicyProcess.zero_adapter, version))
 
-    async def probe(self, version: int, canaries: Sequence[SampleRequest]) -> AdapterUpdate:
-        """An adapter that moves the canaries."""
-        return await self._update("probe", version, canaries)
-
-    async def _update(self, method: str, *args: Any) -> AdapterUpdate:
-        tensors, update = await self._all_split(method, *args)
-        return replace(update, tensors=tensors)
+    async def probe(self, version: int, prompts: Sequence[SampleRequest]) -> AdapterUpdate:
+        """Make an adapter that moves the log-probs of the probe prompts."""
+        return _with_tensors(*await self._all_split(PolicyProcess.probe, version, prompts))
 
     async def compare(self, update: AdapterUpdate, shard: Shard) -> ProbeComparison:
-        """Engine against learner on a shard sampled under an adapter."""
-        known = replace(update, tensors=None)
-        return (await self._all("compare", known, update.tensors, shard.rollouts))[0]
+        """Compare the engine with the learner on a shard sampled under an adapter."""
+        tensors, rollouts = cast("Handle[bytes]", update.tensors), arriving(shard.rollouts)
+        described = replace(update, tensors=None)
+        return (await self._all(PolicyProcess.compare, described, arriving(tensors), rollouts))[0]
 
 
 class PolicyBaseClient:
@@ -222,18 +278,22 @@ class PolicyBaseClient:
     def __init__(self, policy: PolicyClient) -> None:
         self._policy = policy
 
-    async def logprobs(self, shard: Shard) -> Handle:
-        """List of [T] log-probs."""
+    async def logprobs(self, shard: Shard) -> Handle[TokenRows]:
+        """Compute log-probs."""
         return await self._policy.ref_logprobs(shard)
 
 
-class CriticClient(LearnerGroupClient):
+class CriticClient(LearnerGroupClient[CriticProcess]):
     """The critic's ranks."""
 
-    async def values(self, shard: Shard) -> Handle:
-        """List of [T] values."""
-        handle, _ = await self._any_split("values", shard.rollouts)
+    async def values(self, shard: Shard) -> Handle[TokenRows]:
+        """Compute values."""
+        handle, _ = await self._any_split(CriticProcess.values, arriving(shard.rollouts))
         return handle
+
+
+def _with_tensors(tensors: Handle[bytes], update: AdapterUpdate) -> AdapterUpdate:
+    return replace(update, tensors=tensors)
 
 
 def merge_reports(reports: Sequence[StepReport]) -> StepReport:

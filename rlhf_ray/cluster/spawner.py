@@ -1,31 +1,36 @@
-"""Starts the workers of roles where the config says, and ends them."""
+"""Starts the processes of the roles where the config places them, and ends them."""
 
 import asyncio
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar, cast
 
-from rlhf_ray.cluster.colocation import SIDES, Turns, TurnWorker
-from rlhf_ray.cluster.ray_workers import RayWorker, ask_for_room, fetch, kill, spawn
-from rlhf_ray.cluster.role_clients import InlineWorker, OnCall, Worker
+from rlhf_ray.cluster.colocation import COLOCATED_GROUPS, ColocatedWorker, Colocation
+from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, request_capacity, spawn
+from rlhf_ray.cluster.role_clients import DataT, InlineWorker, OnCall, Worker, arriving
 from rlhf_ray.config import Config
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.placement.layout import Demand
+from rlhf_ray.roles import GeneratorProcess, LearnerProcess, Process, Sleeper
+from rlhf_ray.types import Handle
+
+RoleT = TypeVar("RoleT", bound=Process)
+Capacity = tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, str]]]
+"""Resources and node labels of each bundle that is requested from Ray's autoscaler."""
 
 ASYNC_CONCURRENCY = 32
-"""Calls that a role whose methods are async works on at a time."""
-
-ASK_AGAIN_S = 30.0
-"""Between two requests for the same nodes, while there is no room."""
+"""Concurrent calls of a role whose methods are async."""
+REQUEST_INTERVAL_S = 30.0
+"""Between two requests for the same nodes, while the cluster lacks capacity."""
 END_TIMEOUT_S = 20.0
-"""For a worker that is ended to free what it holds."""
+"""For a worker to free what it holds before its actor is killed."""
 
 
 class RoleSpawner:
-    """Starts role classes where the config says, and ends them."""
+    """Starts role classes where the config places them, and ends them."""
 
     def __init__(self, config: Config, on_call: OnCall) -> None:
         self._config = config
@@ -33,37 +38,37 @@ class RoleSpawner:
         self._on_ray = config.cluster.runs_on_ray
         self._joins = config.cluster.joins_cluster
         self._placement = Placement(
-            config.placement.timeout_s, may_grow=self._joins, request_nodes=self._ask_again
+            config.placement.timeout_s, may_grow=self._joins, request_nodes=self._repeat_request
         )
-        self._turns = Turns() if config.placement.turns else None
-        self.workers: list[Worker] = []
-        self._asked: Sequence[Demand] = []
-        self._request: tuple[Any, ...] | None = None
+        self._colocation = Colocation() if config.placement.turns else None
+        self.workers: list[Worker[Process]] = []
+        self._demands: Sequence[Demand] = []
+        self._request: Capacity | None = None
         self._requested_at = 0.0
 
     @property
     def learner_engine(self) -> str:
-        """DeepSpeed where ranks are processes; plain PyTorch in this one."""
+        """DeepSpeed where ranks are processes; plain PyTorch where they run in this one."""
         return "deepspeed" if self._on_ray else "torch"
 
-    async def place(self, asked: Sequence[Demand]) -> None:
-        """Hold a place for each worker that is to be spawned; Ray's autoscaler is told of them.
+    async def place(self, demands: Sequence[Demand]) -> None:
+        """Reserve a slot for each worker that will be spawned; request them of the autoscaler.
 
         Raises:
-            PlacementError: what was asked, what the cluster has, and what would fit.
+            PlacementError: names the demand, the cluster's resources, and what would fit.
         """
-        self._asked = asked
+        self._demands = demands
         if not self._on_ray:
             return
-        self._ask_for_room()
+        self._request_capacity()
         try:
-            await self._placement.reserve(asked)
+            await self._placement.reserve(demands)
         except BaseException:
-            self._give_room_back()
+            self._release_capacity()
             raise
 
     async def place_one(self, demand: Demand, rank: int) -> None:
-        """Hold a place for a worker that is spawned later, or again.
+        """Reserve a slot for a worker that is spawned later, or again.
 
         Raises:
             PlacementError: as `place` does.
@@ -72,59 +77,65 @@ class RoleSpawner:
             await self._placement.reserve_one(demand, rank)
 
     def make_room(self, num_generators: int) -> None:
-        """Have Ray's autoscaler keep room for so many besides all others."""
-        self._asked = [
+        """Have Ray's autoscaler keep capacity for ``num_generators`` besides all other roles."""
+        self._demands = [
             replace(demand, workers=num_generators) if demand.role == "generator" else demand
-            for demand in self._asked
+            for demand in self._demands
         ]
-        self._ask_for_room()
+        self._request_capacity()
 
-    def _ask_for_room(self) -> None:
-        """Only a cluster that was joined may have an autoscaler."""
-        if self._joins:
-            request = self._wanted()
-            ask_for_room(*request)
+    def _request_capacity(self) -> None:
+        if self._joins:  # only a cluster that was joined may have an autoscaler
+            request = self._capacity()
+            request_capacity(*request)
             self._request, self._requested_at = request, time.monotonic()
 
-    def _wanted(self) -> tuple[Any, ...]:
-        return self._placement.resources(self._asked), self._placement.labels(self._asked)
+    def _capacity(self) -> Capacity:
+        return self._placement.resources(self._demands), self._placement.labels(self._demands)
 
-    def _ask_again(self) -> None:
-        """While there is no room: as soon as labels of new nodes are known, and now and then, as
-        another run's request may have taken the place of ours."""
-        is_old = time.monotonic() - self._requested_at > ASK_AGAIN_S
-        if self._joins and (is_old or self._request != self._wanted()):
-            self._ask_for_room()
+    def _repeat_request(self) -> None:
+        """Request again while capacity lacks: when labels of new nodes are known, and regularly,
+        because another run's request may have replaced ours."""
+        is_old = time.monotonic() - self._requested_at > REQUEST_INTERVAL_S
+        if self._joins and (is_old or self._request != self._capacity()):
+            self._request_capacity()
 
-    def _give_room_back(self) -> None:
-        self._asked = []
-        with suppress(Exception):  # a cluster that does not answer keeps nobody from ending
-            self._ask_for_room()
+    def _release_capacity(self) -> None:
+        self._demands = []
+        with suppress(Exception):  # a cluster that does not answer must not keep a run from ending
+            self._request_capacity()
 
-    def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list[Worker]:
-        """Workers ``role-0`` to ``role-<count - 1>``, not started, each in its place."""
+    def spawn(
+        self, role_class: type[RoleT], role: str, count: int, *args: object
+    ) -> list[Worker[RoleT]]:
+        """Spawn workers ``role-0`` to ``role-<count - 1>`` in their slots, not started."""
         return [self.spawn_one(role_class, f"{role}-{i}", *args) for i in range(count)]
 
-    def spawn_one(self, role_class: type, name: str, *args: Any) -> Worker:
-        """One worker, not started."""
-        worker = self._made(role_class, name, *args)
+    def spawn_one(self, role_class: type[RoleT], name: str, *args: object) -> Worker[RoleT]:
+        """Spawn a worker, not started."""
+        worker = self._make(role_class, name, *args)
         self.workers.append(worker)
-        return self._in_turn(worker)
+        return self._colocated(worker)
 
-    def _in_turn(self, worker: Worker) -> Worker:
-        """How others are to call it."""
-        side = SIDES.get(worker.name.rpartition("-")[0])
-        return TurnWorker(worker, self._turns, side) if self._turns and side else worker
+    def _colocated(self, worker: Worker[RoleT]) -> Worker[RoleT]:
+        """Return the worker as others must call it: where groups share GPUs, while it is awake."""
+        group = COLOCATED_GROUPS.get(worker.name.rpartition("-")[0])
+        if self._colocation is None or group is None:
+            return worker
+        sleeper = cast("Worker[Sleeper]", worker)  # the roles of colocated groups can sleep
+        return cast("Worker[RoleT]", ColocatedWorker(sleeper, self._colocation, group))
 
-    def _made(self, role_class: type, name: str, *args: Any) -> Worker:
+    def _make(self, role_class: type[RoleT], name: str, *args: object) -> Worker[RoleT]:
         if not self._on_ray:
-            return InlineWorker(name, role_class(name, *args), self._on_call)
+            make = cast("Callable[..., RoleT]", role_class)
+            return InlineWorker(name, make(name, *args), self._on_call)
         slot = self._placement.slot(name)
         return spawn(
             role_class,
             name,
             *args,
-            # On a machine that is the run's alone roles share the cores, however many come later.
+            # A machine of the run's own has too few cores for one per role, and generators may be
+            # added: there roles share them. A cluster that others use must count each of ours.
             num_cpus=1 if slot or self._joins else 0,
             num_gpus=slot.num_gpus if slot else 0,
             strategy=slot.strategy if slot else None,
@@ -134,22 +145,22 @@ class RoleSpawner:
             on_call=self._on_call,
         )
 
-    async def start_all(self, groups: Sequence[Sequence[Worker]]) -> None:
-        """Start every worker at once; those of a learner group meet at their first rank.
+    async def start_all(self, groups: Sequence[Sequence[Worker[LearnerProcess]]]) -> None:
+        """Start every worker at once; the ranks of a learner group meet at their first rank.
 
         Raises:
             ActorFailure: one was not ready in time.
         """
         in_groups = {worker.name for group in groups for worker in group}
-        alone = [self._in_turn(w) for w in self.workers if w.name not in in_groups]
+        alone = [self._colocated(w) for w in self.workers if w.name not in in_groups]
         await asyncio.gather(
-            *(worker.call("start") for worker in alone), *map(_start_group, groups)
+            *(worker.call(Process.start) for worker in alone), *map(_start_group, groups)
         )
 
-    async def end_one(self, worker: Worker) -> None:
-        """Let a worker free what it holds, if it still answers, then end its actor."""
-        with suppress(Exception):  # whatever is wrong with it: it goes
-            await asyncio.wait_for(worker.call("stop"), END_TIMEOUT_S)
+    async def end_one(self, worker: Worker[GeneratorProcess]) -> None:
+        """Let a worker free what it holds, if it still answers, then kill its actor."""
+        with suppress(Exception):  # a broken worker cannot stop itself; its actor is killed anyway
+            await asyncio.wait_for(worker.call(GeneratorProcess.stop), END_TIMEOUT_S)
         for ended in [w for w in self.workers if w.name == worker.name]:
             if isinstance(ended, RayWorker):
                 kill([ended])
@@ -157,45 +168,51 @@ class RoleSpawner:
             self._placement.release(ended.name)
 
     async def stop_all(self) -> None:
-        """Let generators end their engines, then end every actor.
-
-        Ray's autoscaler is told first: it would keep nodes for a run that is killed meanwhile.
-        """
-        self._give_room_back()
-        generators = [w for w in self.workers if w.name.startswith("generator")]
-        # One that is loading its base answers only when it has.
-        stops = (asyncio.wait_for(w.call("stop"), END_TIMEOUT_S) for w in generators)
+        """Let generators end their engines, then kill every actor."""
+        # First, because the autoscaler would keep nodes for a run that is killed while it ends.
+        self._release_capacity()
+        generators = [
+            cast("Worker[GeneratorProcess]", worker)
+            for worker in self.workers
+            if worker.name.startswith("generator")
+        ]
+        # vLLM's own processes outlive a killed actor and would keep their GPUs. The timeout is for
+        # a generator that is loading its base: it answers only once that is done.
+        stops = (asyncio.wait_for(w.call(GeneratorProcess.stop), END_TIMEOUT_S) for w in generators)
         await asyncio.gather(*stops, return_exceptions=True)
         kill([worker for worker in self.workers if isinstance(worker, RayWorker)])
         self._placement.close()
 
     def num_gpus(self) -> float:
-        """GPUs that its actors hold."""
+        """Return the GPUs that its actors hold."""
         return sum(worker.num_gpus for worker in self.workers if isinstance(worker, RayWorker))
 
     async def peak_memory(self) -> dict[str, int]:
-        """Bytes by worker; nothing of those in this process, or that do not answer soon."""
+        """Return peak bytes by worker, without those in this process or that do not answer soon."""
         workers = [worker for worker in self.workers if isinstance(worker, RayWorker)]
-        asked = (asyncio.wait_for(w.peak_memory(), END_TIMEOUT_S) for w in workers)
-        peaks = await asyncio.gather(*asked, return_exceptions=True)
-        told = zip(workers, peaks, strict=True)
-        return {worker.name: peak for worker, peak in told if isinstance(peak, int)}
+        calls = (asyncio.wait_for(w.peak_memory(), END_TIMEOUT_S) for w in workers)
+        peaks = await asyncio.gather(*calls, return_exceptions=True)
+        return {
+            worker.name: peak
+            for worker, peak in zip(workers, peaks, strict=True)
+            if isinstance(peak, int)
+        }
 
-    async def fetch(self, handle: Any) -> Any:
+    async def fetch(self, handle: Handle[DataT]) -> DataT:
         """Bring data to the driver."""
-        return await fetch(handle) if self._on_ray else handle
+        return await fetch(handle) if self._on_ray else arriving(handle)
 
 
-async def _start_group(ranks: Sequence[Worker]) -> None:
-    address, port = await ranks[0].address(), await ranks[0].call("free_port")
+async def _start_group(ranks: Sequence[Worker[LearnerProcess]]) -> None:
+    address, port = await ranks[0].address(), await ranks[0].call(LearnerProcess.free_port)
     await asyncio.gather(
         *(
-            worker.call("start", rank, len(ranks), address, port)
+            worker.call(LearnerProcess.start, rank, len(ranks), address, port)
             for rank, worker in enumerate(ranks)
         )
     )
 
 
 def _is_async(role_class: type) -> bool:
-    """Whether a role works on several calls at a time."""
+    """Return whether a role works on several calls at a time."""
     return any(map(inspect.iscoroutinefunction, vars(role_class).values()))

@@ -167,7 +167,7 @@ ROUNDED_FLOOR, ROUNDED_CEILING = 0.02, 0.1
 """The same where one of them rounds or quantises its weights."""
 
 
-class SamplerGapGuard:
+class MismatchGuard:
     """Bounds |engine's - learner's log-prob| of every shard.
 
     The first batch, sampled right after the proof of service, sets the bound: ten times its mean
@@ -187,16 +187,17 @@ class SamplerGapGuard:
             WeightSyncError: a shard was sampled by something else than the learner's policy.
         """
         if self.bound is None:
-            tokens = sum(shard.gap.num_tokens for shard in batch)
-            mean = sum(shard.gap.mean * shard.gap.num_tokens for shard in batch) / tokens
+            tokens = sum(shard.mismatch.num_tokens for shard in batch)
+            mean = sum(shard.mismatch.mean * shard.mismatch.num_tokens for shard in batch) / tokens
             self.bound = min(max(CALIBRATION_FACTOR * mean, self._floor), self._ceiling)
         for scored in batch:
-            if not scored.gap.mean <= self.bound:
+            if not scored.mismatch.mean <= self.bound:
                 info = scored.shard.info
                 raise WeightSyncError(
                     f"Shard {info.index} (version {info.versions[0]}): engine and learner differ "
-                    f"by {scored.gap.mean:.2g} nats a token, the bound is {self.bound:.2g}. The "
-                    "generator does not sample from the policy: wrong adapter, base or temperature"
+                    f"by {scored.mismatch.mean:.2g} nats a token, the bound is {self.bound:.2g}. "
+                    "The generator does not sample from the policy: check adapter, base model and "
+                    "temperature"
                 )
 
 
@@ -219,7 +220,7 @@ def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
         )
 
 
-class Watch:
+class Guards:
     """The guards of a run."""
 
     def __init__(self, guards: GuardsConfig, recorder: Recorder) -> None:

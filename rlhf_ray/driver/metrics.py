@@ -108,7 +108,7 @@ def iteration_metrics(
     repeating = [repeats for scored in batch for repeats in scored.shard.info.repeating]
     distinct = [share for scored in batch for share in scored.shard.info.distinct_bigrams]
     versions = [sampled for scored in batch for sampled in scored.shard.info.versions]
-    gaps = [scored.gap for scored in batch]
+    gaps = [scored.mismatch for scored in batch]
     kl = stats.kl_total / stats.num_samples
     learnt_from = sum(score for scored in batch for score in scored.scores)
     metrics = {
@@ -118,7 +118,7 @@ def iteration_metrics(
         "objective/kl_coef": kl_coef,
         "objective/non_score_reward": (stats.reward_total - learnt_from) / stats.num_samples,
         "objective/rlhf_reward": stats.reward_total / stats.num_samples,
-        "objective/entropy": stats.surprise_total / stats.num_tokens,
+        "objective/entropy": stats.neg_logprob_sum / stats.num_tokens,
         "response_length/mean": fmean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/eos_share": fmean(stopped),

@@ -31,7 +31,7 @@ from rlhf_ray.driver.batches import (
 )
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.guards import SamplerGapGuard, Watch, remembered
+from rlhf_ray.driver.guards import Guards, MismatchGuard, remembered
 from rlhf_ray.driver.metrics import (
     generator_metrics,
     iteration_metrics,
@@ -44,7 +44,7 @@ from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.roles import Roles
-from rlhf_ray.types import AssembledStats, Commit, Handle, ScoredShard, Shard, StepReport
+from rlhf_ray.types import AssembledStats, Commit, Handle, ScoredShard, Shard, StepReport, TokenRows
 
 
 class PpoLoop:
@@ -71,10 +71,10 @@ class PpoLoop:
         self._recorder = recorder
         self._state = self._first_state = state
         self._bar = progress_bar
-        self._guard = SamplerGapGuard(
+        self._guard = MismatchGuard(
             config.engine_is_exact, config.rollout.max_gap or state.gap_bound
         )
-        self._watch = Watch(config.guards, recorder)
+        self._watch = Guards(config.guards, recorder)
         self._kl = _kl_controller(config)
         self._whitens = _whitens(config)
         if state.iteration:
@@ -169,7 +169,7 @@ class PpoLoop:
         )
         return ScoredShard(shard, raw_scores, old_logprobs, ref_logprobs, values, gap)
 
-    async def _values(self, shard: Shard) -> Handle:
+    async def _values(self, shard: Shard) -> Handle[TokenRows] | None:
         return await self._roles.critic.values(shard) if self._roles.critic else None
 
     async def _learn(

@@ -29,7 +29,7 @@ PROOF_VERSION = -1
 """Version under which probes go; rollouts never carry it."""
 
 
-def canary_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> list[SampleRequest]:
+def probe_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> list[SampleRequest]:
     """Long prompts of the run's own text: they fill prefix-cache blocks, which must then go stale.
 
     Args:

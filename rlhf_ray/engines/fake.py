@@ -85,7 +85,7 @@ class FakeEngine:
         """
         started = time.perf_counter()
         self._require_running("serve")
-        tensors = tensors_from_bytes(update.tensors)
+        tensors = tensors_from_bytes(update.data)
         if digest(tensors) != update.digest:
             raise WeightSyncError(
                 f"Version {update.version} was sent with digest {update.digest}, its tensors have "

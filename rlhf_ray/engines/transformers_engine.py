@@ -87,7 +87,7 @@ class TransformersEngine:
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """Put the adapter into the model; read it back from there."""
         started = time.perf_counter()
-        self._slot.put(update.peft_config, tensors_from_bytes(update.tensors))
+        self._slot.put(update.peft_config, tensors_from_bytes(update.data))
         held = adapter_state(self._slot.model)
         return ServedAdapter(
             version=update.version,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.cluster.colocation import SIDES
+from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
 from rlhf_ray.placement.hardware import GPU_KINDS, GpuKind, memory_of_machine
 from rlhf_ray.placement.layout import Demand, Node, Slot, request_and_capacity, what_fits
@@ -70,12 +70,12 @@ def together(held: Iterable[PlannedRole], turns: bool) -> float:
         turns: whether sides take turns, so that of the one that sleeps only what `STAYS` is
             there; others never sleep.
     """
-    always, awake = 0.0, dict.fromkeys(SIDES.values(), 0.0)
+    always, awake = 0.0, dict.fromkeys(COLOCATED_GROUPS.values(), 0.0)
     for role in held:
-        if turns and role.role in SIDES:
+        if turns and role.role in COLOCATED_GROUPS:
             stays = sum(role.parts.get(part, 0) for part in STAYS)
             always += stays
-            awake[SIDES[role.role]] += role.peak - stays
+            awake[COLOCATED_GROUPS[role.role]] += role.peak - stays
         else:
             always += role.peak
     return always + max(awake.values())

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from rlhf_ray.cluster.colocation import SIDES
+from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
 from rlhf_ray.config.ppo import LearnerConfig
 from rlhf_ray.placement.hardware import NETWORK_GB_PER_S, GpuKind
@@ -131,10 +131,10 @@ def _moved_bytes(sharing: Sharing) -> float:
     In each, weights leave every GPU of one side at once, then those of the other side come back;
     caches are dropped, and what is trained stays. The fullest GPU of a side counts.
     """
-    largest = dict.fromkeys(SIDES.values(), 0.0)
+    largest = dict.fromkeys(COLOCATED_GROUPS.values(), 0.0)
     for held in sharing:
         for side in largest:
-            weights = sum(r.parts["weights"] for r in held if SIDES.get(r.role) == side)
+            weights = sum(r.parts["weights"] for r in held if COLOCATED_GROUPS.get(r.role) == side)
             largest[side] = max(largest[side], weights)
     return 2 * sum(largest.values())
 
@@ -222,7 +222,7 @@ def _score(setting: Setting, end: int) -> dict[str, float]:
         if role in shapes and kind is not None:
             shape, workers = shapes[role]
             passes = 2 if role == "policy" and config.reference.kind == "policy_base" else 1
-            share = 1.0 if config.placement.turns and role in SIDES else after
+            share = 1.0 if config.placement.turns and role in COLOCATED_GROUPS else after
             operations = 2 * passes * tokens * shape.size.parameters * share
             seconds[role] = operations / (workers * kind.bf16_tflops * 1e12 * reached)
     return seconds

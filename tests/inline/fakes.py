@@ -18,7 +18,7 @@ from rlhf_ray.models.adapters import digest, tensors_from_bytes, tensors_to_byte
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
-    Gap,
+    Mismatch,
     ProbeComparison,
     RawScores,
     Rollout,
@@ -100,12 +100,12 @@ class FakePolicy:
     def _log_distribution(self) -> np.ndarray:
         return logprobs_of(adapter(self.b_V), self.temperature)
 
-    async def logprobs(self, shard: Shard) -> tuple[list[np.ndarray], Gap]:
+    async def logprobs(self, shard: Shard) -> tuple[list[np.ndarray], Mismatch]:
         own = [self._log_distribution()[r.response_ids].astype(np.float32) for r in shard.rollouts]
         engine = [r.rollout_logprobs for r in shard.rollouts]
         gaps = np.abs(np.concatenate(own) - np.concatenate(engine), dtype=np.float64)
         gaps += self.gap if self._faulty() else 0.0
-        return own, Gap(float(gaps.mean()), float(gaps.max()), len(gaps))
+        return own, Mismatch(float(gaps.mean()), float(gaps.max()), len(gaps))
 
     async def sample_kl(self, shard: Shard, ref_logprobs: Any) -> tuple[float, ...]:
         own, _ = await self.logprobs(shard)
@@ -125,7 +125,7 @@ class FakePolicy:
             advantage_total_sq=float((rewards**2 * lengths).sum()),
             kl_total=float(kls.sum()),
             reward_total=float(rewards.sum()),
-            surprise_total=float(
+            neg_logprob_sum=float(
                 -sum(lp.sum(dtype=np.float64) for scored in batch for lp in scored.old_logprobs)
             ),
         )

@@ -17,7 +17,7 @@ from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.ppo_loop import PpoLoop
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
+from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.observability.progress import Bar
@@ -153,7 +153,7 @@ class Harness:
             config,
             await self._roles(),
             PromptCursor(PROMPTS[:8], config.run.seed),
-            WeightSync(self.policy, canary_requests(PROMPTS, 8, 0), config.engine_is_exact),
+            WeightSync(self.policy, probe_requests(PROMPTS, 8, 0), config.engine_is_exact),
             Evaluator(PROMPTS[8:], config.rewards, config.rollout.shard_size, config.run.seed),
             self.checkpoints,
             recorder,

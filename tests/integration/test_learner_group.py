@@ -28,7 +28,7 @@ from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.models.adapters import tensors_from_bytes
 from rlhf_ray.placement.layout import Demand
-from rlhf_ray.types import Gap, Prompt, Rollout, ScoredShard, Shard, ShardInfo, StepReport
+from rlhf_ray.types import Mismatch, Prompt, Rollout, ScoredShard, Shard, ShardInfo, StepReport
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -175,7 +175,7 @@ def batch(seed: int, as_handle: Callable[[Any], Any] = lambda data: data) -> lis
                 old_logprobs=as_handle(old),
                 ref_logprobs=as_handle(ref),
                 values=as_handle([row * 0.1 for row in values]),
-                gap=Gap(0.0, 0.0, sum(lengths)),
+                mismatch=Mismatch(0.0, 0.0, sum(lengths)),
             )
         )
     return shards

@@ -22,15 +22,15 @@ from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
 from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker, PolicyClient
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.driver.guards import SamplerGapGuard
-from rlhf_ray.driver.weight_sync import WeightSync, canary_requests, publish_to
+from rlhf_ray.driver.guards import MismatchGuard
+from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.vllm.engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import stop_token_ids
-from rlhf_ray.types import AdapterUpdate, Gap, Prompt, ScoredShard, ShardRequest
+from rlhf_ray.types import AdapterUpdate, Mismatch, Prompt, ScoredShard, ShardRequest
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
@@ -64,7 +64,7 @@ class Setup:
         request = ShardRequest(index=0, samples=tuple(self.sync.canaries), version=version)
         return await self.generator.generate(request)
 
-    async def gap(self, version: int) -> Gap:
+    async def gap(self, version: int) -> Mismatch:
         """Difference between engine and learner on a shard of the canaries."""
         _, gap = await self.policy.logprobs(await self.sample(version))
         return gap
@@ -165,7 +165,7 @@ def make_setup(config: Config, model: str, engine: FaultyEngine, generator: Gene
     tokenizer = load_tokenizer(model)
     text = "Why does the kettle leak? Because it is worn. How does the pump hum?"
     prompts = [Prompt("0", text, tuple(tokenizer(text)["input_ids"]))]
-    canaries = canary_requests(prompts, CANARY_TOKENS, seed=0)
+    canaries = probe_requests(prompts, CANARY_TOKENS, seed=0)
     return Setup(
         config,
         engine,
@@ -185,7 +185,7 @@ def move(learner: PolicyLearner, seed: int) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
 
 
-def scored(shard: Any, gap: Gap) -> ScoredShard:
+def scored(shard: Any, gap: Mismatch) -> ScoredShard:
     return ScoredShard(shard, (), None, None, None, gap)
 
 
@@ -206,7 +206,7 @@ async def test_an_honest_generator_passes(setup: Setup) -> None:
     assert abs(comparison.shift) > 0.1, "the adapter must change something"
     assert comparison.error < (1e-4 if exact else 0.1)
     assert comparison.engine_shift == pytest.approx(comparison.shift, abs=1e-4 if exact else 0.05)
-    guard = SamplerGapGuard(setup.config.engine_is_exact)
+    guard = MismatchGuard(setup.config.engine_is_exact)
     shard = await setup.sample(version=1)
     _, gap = await setup.policy.logprobs(shard)
     guard.check([scored(shard, gap)])
@@ -232,7 +232,7 @@ async def test_an_adapter_that_is_not_applied_fails_the_probe(setup: Setup, faul
 
 
 async def test_a_stale_adapter_is_not_learnt_from(setup: Setup) -> None:
-    guard = SamplerGapGuard(setup.config.engine_is_exact)
+    guard = MismatchGuard(setup.config.engine_is_exact)
     move(setup.learner, seed=4)
     await setup.publish(version=1)
     shard = await setup.sample(version=1)
@@ -324,7 +324,7 @@ async def test_ends_and_lengths_are_as_the_config_says_on_both_sides(
     shard = await late.generator.generate(ShardRequest(0, tuple(samples), version=1))
     _, gap = await late.policy.logprobs(shard)
     assert gap.mean < (1e-4 if config.engine_dtype == "float32" else 0.05)
-    SamplerGapGuard(config.engine_is_exact).check([scored(shard, gap)])
+    MismatchGuard(config.engine_is_exact).check([scored(shard, gap)])
     tokenizer, reasons = load_tokenizer(llama), set()
     for sample, rollout in zip(samples, shard.rollouts, strict=True):
         tokens, limit = rollout.response_ids.tolist(), ending.limit(sample.seed)

@@ -193,7 +193,7 @@ class VllmEngine:
         try:
             reports = await self._engine.collective_rpc(
                 f"serve_{self._settings.serving}",
-                args=(update.tensors, json.dumps(dict(update.peft_config))),
+                args=(update.data, json.dumps(dict(update.peft_config))),
             )
             cleared = await self._engine.reset_prefix_cache()
             self._adapter_name = f"policy-v{update.version}-{update.digest}"

@@ -123,11 +123,11 @@ async def perplexities(inputs: Inputs, answers: Sequence[Rollout], bar: Bar) -> 
     try:
         await spawner.start_all([])
         for name, files in inputs.adapters.items():
-            await worker.call("hold", json.loads(files[ADAPTER_CONFIG]), files[WEIGHTS])
+            await worker.call(Likelihood.hold, json.loads(files[ADAPTER_CONFIG]), files[WEIGHTS])
             loss, num_tokens = 0.0, 0
             for first in range(0, len(answers), ANSWERS_AT_ONCE):
                 part = answers[first : first + ANSWERS_AT_ONCE]
-                part_loss, part_tokens = await worker.call("loss", part)
+                part_loss, part_tokens = await worker.call(Likelihood.loss, part)
                 loss, num_tokens = loss + part_loss, num_tokens + part_tokens
                 bar.advance(len(part))
             results[name] = math.exp(loss / num_tokens)

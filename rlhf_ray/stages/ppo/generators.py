@@ -14,6 +14,7 @@ from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stopping import stop_token_ids
 from rlhf_ray.placement.layout import demands
+from rlhf_ray.roles import GeneratorProcess
 
 
 class GeneratorFactory:
@@ -37,7 +38,7 @@ class GeneratorFactory:
         await self._spawner.place_one(self._demand, int(name.rpartition("-")[2]))
         generator = self.spawn(name)
         try:
-            await generator.worker.call("start")
+            await generator.worker.call(GeneratorProcess.start)
         except BaseException:  # cancelled, too: the pool may have shrunk meanwhile
             await self.end(generator)
             raise

@@ -15,7 +15,7 @@ from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.ppo_loop import PpoLoop
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.driver.weight_sync import WeightSync, canary_requests
+from rlhf_ray.driver.weight_sync import WeightSync, probe_requests
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
 from rlhf_ray.models.folders import BASE_MODEL
@@ -61,7 +61,7 @@ def run(config: Config) -> dict[str, object]:
             progress.say(
                 "ppo: every role is ready; proving that generators serve the adapter they receive"
             )
-            canaries = canary_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
+            canaries = probe_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
             loop = PpoLoop(
                 config,
                 roles,

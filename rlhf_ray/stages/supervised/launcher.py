@@ -211,7 +211,7 @@ def _on_gpu(training: Training) -> bool:
     """
     import ray
 
-    from rlhf_ray.cluster.ray_workers import ask_for_room
+    from rlhf_ray.cluster.ray_workers import request_capacity
 
     may_grow, settings = training.config.cluster.joins_cluster, training.config.placement
     has_gpus = may_grow or bool(ray.cluster_resources().get("GPU"))
@@ -219,13 +219,13 @@ def _on_gpu(training: Training) -> bool:
     needed, deadline = training.settings.train_workers, time.monotonic() + settings.timeout_s
     available = int(ray.cluster_resources().get(kind, 0))
     if may_grow and available < needed:
-        ask_for_room([{kind: 1.0}] * needed, [{}] * needed)
+        request_capacity([{kind: 1.0}] * needed, [{}] * needed)
         try:
             while available < needed and time.monotonic() < deadline:
                 time.sleep(POLL_S)
                 available = int(ray.cluster_resources().get(kind, 0))
         finally:
-            ask_for_room([], [])
+            request_capacity([], [])
     if needed > available:
         remedy = f"Lower it to {available} or add nodes"
         raise PlacementError(

@@ -4,6 +4,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
+from typing import cast
 
 import numpy as np
 from datasets import Dataset
@@ -20,7 +21,7 @@ from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.placement.layout import demands
 from rlhf_ray.stages.ppo.roles import spawn_scorers
 from rlhf_ray.stages.supervised.pairs import load_parts
-from rlhf_ray.types import Prompt, Rollout, Shard, ShardInfo
+from rlhf_ray.types import Handle, Prompt, Rollout, Shard, ShardInfo
 
 NO_SUBSET = "all"
 """Name of the subset of rows without a column ``subset``."""
@@ -76,7 +77,9 @@ async def _wins(
 
     async def compare(chunk: Sequence[TokenRow]) -> list[bool]:
         answers = [_answer(row[side]) for row in chunk for side in ("chosen_ids", "rejected_ids")]
-        (scores,) = (await scorer.score(Shard(ShardInfo(0, (), (), (), ()), answers))).values()
+        # A call takes the data itself where it takes a handle.
+        rollouts = cast("Handle[list[Rollout]]", answers)
+        (scores,) = (await scorer.score(Shard(ShardInfo(0, (), (), (), ()), rollouts))).values()
         bar.advance(len(chunk))
         return [
             better is not None and worse is not None and better > worse

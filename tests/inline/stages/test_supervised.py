@@ -224,7 +224,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, float], list[Any]
         resources["GPU"] = 2.0
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
-    monkeypatch.setattr(ray_workers, "ask_for_room", ask)
+    monkeypatch.setattr(ray_workers, "request_capacity", ask)
     monkeypatch.setattr(supervised, "POLL_S", 0.001)
     return resources, asked
 

@@ -11,7 +11,7 @@ import torch
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PROBE_SHIFT, PolicyLearner, compare_shifts
 from actors.reference import Reference
-from rlhf_ray.driver.weight_sync import canary_requests
+from rlhf_ray.driver.weight_sync import probe_requests
 from rlhf_ray.models.adapters import adapter_state, digest, tensors_from_bytes
 from rlhf_ray.types import AssembledStats, Prompt, Rollout
 
@@ -89,7 +89,7 @@ def test_stats_are_sums_over_real_tokens(policy: PolicyLearner, rollouts: list[R
     assert (stats.num_samples, stats.num_tokens) == (8, tokens)
     assert stats.kl_total == pytest.approx(0.1 * tokens, rel=1e-4)  # the reference is .1 below
     assert stats.reward_total == pytest.approx(sum(SCORES) - 0.2 * 0.1 * tokens, rel=1e-4)
-    assert stats.surprise_total == pytest.approx(-sum(float(row.sum()) for row in old), rel=1e-5)
+    assert stats.neg_logprob_sum == pytest.approx(-sum(float(row.sum()) for row in old), rel=1e-5)
 
 
 def test_the_order_of_shards_does_not_matter(
@@ -231,7 +231,7 @@ class TestProbe:
     @pytest.fixture
     def canaries(self) -> Any:
         prompts = [Prompt(str(i), "", tuple(range(10 + i, 30 + i))) for i in range(4)]
-        return canary_requests(prompts, 16, seed=0)
+        return probe_requests(prompts, 16, seed=0)
 
     def test_it_moves_the_canaries_and_gives_the_policy_back(
         self, policy: PolicyLearner, rollouts: list[Rollout], canaries: Any

@@ -13,6 +13,13 @@ from rlhf_ray.cluster.ray_workers import RayWorker
 from rlhf_ray.errors import ActorFailure, PlacementError
 
 
+class _Scorer:
+    """What the handles below stand for."""
+
+    def start(self) -> None: ...
+    def score(self, done_at_s: float = 0.0) -> float: ...
+
+
 class Method:
     """An actor's method that answers after as many seconds as it is told."""
 
@@ -72,7 +79,7 @@ async def test_waiting_for_the_call_before_is_no_work(
         num_gpus=0.0,
         one_at_a_time=one_at_a_time,
     )
-    await asyncio.gather(worker.call("score", 104.0), worker.call("score", 107.0))
+    await asyncio.gather(worker.call(_Scorer.score, 104.0), worker.call(_Scorer.score, 107.0))
     assert calls == expected
 
 
@@ -91,14 +98,14 @@ class Broken:
         raise self._error
 
 
-def broken(error: Exception | None, is_seated: bool = True) -> RayWorker:
+def broken(error: Exception | None, has_slot: bool = True) -> RayWorker:
     actor: Any = Broken(error)
     return RayWorker(
         *("generator-0", actor, 600.0, lambda *_: None),
         start_timeout_s=0.001,
         num_gpus=0.0,
         one_at_a_time=True,
-        is_seated=is_seated,
+        has_slot=has_slot,
     )
 
 
@@ -114,11 +121,11 @@ async def test_a_process_that_is_gone_is_a_failure_of_its_actor_whoever_ended_it
     death: Exception,
 ) -> None:
     with pytest.raises(ActorFailure, match="generator-0 died during score"):
-        await broken(death).call("score")
+        await broken(death).call(_Scorer.score)
 
 
 @pytest.mark.parametrize(
-    ("state", "address", "is_seated", "error"),
+    ("state", "address", "has_slot", "error"),
     [
         ("PENDING_CREATION", "", False, PlacementError),
         ("PENDING_CREATION", "", True, ActorFailure),  # its place is held
@@ -129,22 +136,22 @@ async def test_a_process_that_is_gone_is_a_failure_of_its_actor_whoever_ended_it
 async def test_one_for_which_no_node_has_room_has_not_failed(
     state: str,
     address: str,
-    is_seated: bool,
+    has_slot: bool,
     error: type[Exception],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = {"State": state, "Address": {"IPAddress": address}}
     monkeypatch.setattr(ray._private.state, "actors", lambda _: found)
     with pytest.raises(error, match=r"0\.001 s \(cluster\.start_timeout_s\)"):
-        await broken(None, is_seated).call("start")
+        await broken(None, has_slot).call(_Scorer.start)
 
 
 def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ray's own function takes it, which checks what it is given."""
     asked: list[Any] = []
     monkeypatch.setattr(commands, "request_resources", lambda *request: asked.append(request))
-    ray_workers.ask_for_room([{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}], [{"role": "train"}, {}])
-    ray_workers.ask_for_room([], [])
+    ray_workers.request_capacity([{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}], [{"role": "train"}, {}])
+    ray_workers.request_capacity([], [])
     bundles = [{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}]
     assert asked == [(None, bundles, [{"role": "train"}, {}]), (None, [], [])]
 

@@ -1,6 +1,7 @@
 """Who of a group is called, and what is passed, over workers that write it down."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +19,14 @@ from rlhf_ray.cluster.role_clients import (
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
-    Gap,
+    Mismatch,
     ScoredShard,
     Shard,
     ShardInfo,
     StepReport,
 )
 
-GAP = Gap(0.0, 0.0, 1)
+MISMATCH = Mismatch(0.0, 0.0, 1)
 
 
 class FakeWorker:
@@ -39,11 +40,11 @@ class FakeWorker:
     async def address(self) -> str:
         return "127.0.0.1"
 
-    async def call(self, method: str, *args: Any) -> Any:
-        self.calls.append((method, *args))
-        return self._answers[method]
+    async def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        self.calls.append((method.__name__, *args))
+        return self._answers[method.__name__]
 
-    async def call_split(self, method: str, *args: Any) -> tuple[Any, Any]:
+    async def call_split(self, method: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
         return await self.call(method, *args)
 
 
@@ -77,20 +78,20 @@ def ranks(**answers: Any) -> list[FakeWorker]:
 
 
 def test_what_one_rank_can_answer_goes_to_the_ranks_in_turn() -> None:
-    workers = ranks(logprobs=("handle", GAP))
+    workers = ranks(logprobs=("handle", MISMATCH))
 
     async def ask() -> None:
         client = PolicyClient(workers, zero_stage=2)
         for _ in range(4):
-            assert await client.logprobs(SHARD) == ("handle", GAP)
+            assert await client.logprobs(SHARD) == ("handle", MISMATCH)
 
     asyncio.run(ask())
     assert [len(worker.calls) for worker in workers] == [2, 2]
 
 
 def test_where_weights_are_sharded_every_rank_computes() -> None:
-    workers = ranks(logprobs=("handle", GAP))
-    assert asyncio.run(PolicyClient(workers, zero_stage=3).logprobs(SHARD)) == ("handle", GAP)
+    workers = ranks(logprobs=("handle", MISMATCH))
+    assert asyncio.run(PolicyClient(workers, zero_stage=3).logprobs(SHARD)) == ("handle", MISMATCH)
     assert [len(worker.calls) for worker in workers] == [1, 1]
     critics = ranks(values=("values", None))
     assert asyncio.run(CriticClient(critics, zero_stage=3).values(SHARD)) == "values"
@@ -148,7 +149,7 @@ def test_a_batch_is_passed_by_column_and_sums_are_added() -> None:
             old_logprobs=f"old{i}",
             ref_logprobs=f"ref{i}",
             values=f"v{i}",
-            gap=GAP,
+            mismatch=MISMATCH,
         )
         for i in range(2)
     ]
@@ -187,9 +188,9 @@ def test_an_inline_worker_calls_plain_and_async_methods_and_tells() -> None:
 
     async def ask() -> list[Any]:
         return [
-            await worker.call("twice", 2),
-            await worker.call("later", 2),
-            await worker.call_split("split"),
+            await worker.call(_Role.twice, 2),
+            await worker.call(_Role.later, 2),
+            await worker.call_split(_Role.split),
         ]
 
     assert asyncio.run(ask()) == [4, 6, ([1, 2], "scalars")]

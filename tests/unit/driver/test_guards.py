@@ -13,14 +13,14 @@ from rlhf_ray.driver.guards import (
     GUARDS,
     WATCHED,
     Alarm,
-    SamplerGapGuard,
+    MismatchGuard,
     alarms,
     prompt_reuse,
     refuse_non_finite,
     remembered,
 )
 from rlhf_ray.errors import DivergenceError, WeightSyncError
-from rlhf_ray.types import Gap, ScoredShard, Shard, ShardInfo
+from rlhf_ray.types import Mismatch, ScoredShard, Shard, ShardInfo
 
 HEALTHY = {
     "response/repeating_share": 0.01,
@@ -177,7 +177,9 @@ def test_off_may_be_written_without_quotes(guard: str) -> None:
 
 def shard(mean: float, num_tokens: int = 10, index: int = 0) -> ScoredShard:
     info = ShardInfo(index, (index,), (num_tokens,), (True,), (3,))
-    return ScoredShard(Shard(info, None), (0.0,), None, None, None, Gap(mean, mean, num_tokens))
+    return ScoredShard(
+        Shard(info, None), (0.0,), None, None, None, Mismatch(mean, mean, num_tokens)
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def shard(mean: float, num_tokens: int = 10, index: int = 0) -> ScoredShard:
 def test_the_first_batch_sets_the_bound(
     exact: bool, gaps: list[tuple[float, int]], bound: float
 ) -> None:
-    guard = SamplerGapGuard(exact)
+    guard = MismatchGuard(exact)
     guard.check([shard(mean, tokens, i) for i, (mean, tokens) in enumerate(gaps)])
     assert guard.bound == pytest.approx(bound, rel=1e-9)
     guard.check([shard(1e-8)])
@@ -203,7 +205,7 @@ def test_the_first_batch_sets_the_bound(
 
 
 def test_a_gap_over_the_bound_is_refused_and_names_the_shard() -> None:
-    guard = SamplerGapGuard(True, bound=1e-3)
+    guard = MismatchGuard(True, bound=1e-3)
     guard.check([shard(1e-3)])
     with pytest.raises(WeightSyncError, match=r"Shard 1 \(version 3\).*0\.002 nats.*0\.001"):
         guard.check([shard(1e-4), shard(2e-3, index=1)])
@@ -213,7 +215,7 @@ def test_a_gap_over_the_bound_is_refused_and_names_the_shard() -> None:
 
 def test_even_the_first_batch_has_a_ceiling() -> None:
     with pytest.raises(WeightSyncError, match=r"bound is 0\.01"):
-        SamplerGapGuard(True).check([shard(0.02)])
+        MismatchGuard(True).check([shard(0.02)])
 
 
 @pytest.mark.parametrize("name", ["loss/policy_avg", "loss/value_avg", "policy/grad_norm"])

@@ -15,7 +15,15 @@ from rlhf_ray.driver.metrics import (
     with_scores,
 )
 from rlhf_ray.observability.metrics import check
-from rlhf_ray.types import AssembledStats, Gap, RawScores, ScoredShard, Shard, ShardInfo, StepReport
+from rlhf_ray.types import (
+    AssembledStats,
+    Mismatch,
+    RawScores,
+    ScoredShard,
+    Shard,
+    ShardInfo,
+    StepReport,
+)
 
 
 def shard(
@@ -31,7 +39,7 @@ def shard(
         repeating=tuple(length > 6 for length in lengths),
         distinct_bigrams=tuple(2 / length for length in lengths),
     )
-    gaps = Gap(gap, 2 * gap, sum(lengths))
+    gaps = Mismatch(gap, 2 * gap, sum(lengths))
     return ScoredShard(Shard(info, None), {"model": scores}, None, None, None, gaps, scores)
 
 
@@ -44,7 +52,7 @@ def test_an_iteration_in_numbers() -> None:
         advantage_total_sq=1.0,
         kl_total=6.0,
         reward_total=7.8,
-        surprise_total=30.0,
+        neg_logprob_sum=30.0,
     )
     reports = [
         StepReport({"loss/policy_avg": -0.5}, 3, 15),
@@ -163,7 +171,7 @@ def scored_shard(
     positions = tuple(range(first, first + count))
     info = ShardInfo(first, positions, (1,) * count, stopped, (0,) * count)
     scores: RawScores = {"a": raw}
-    return ScoredShard(Shard(info, None), scores, None, None, None, Gap(0.0, 0.0, count))
+    return ScoredShard(Shard(info, None), scores, None, None, None, Mismatch(0.0, 0.0, count))
 
 
 BATCH = [

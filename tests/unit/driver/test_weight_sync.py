@@ -11,7 +11,7 @@ from fakes import FakePolicy, Tokenizer
 from actors.generator import Generator
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker
-from rlhf_ray.driver.weight_sync import NUM_CANARIES, WeightSync, canary_requests, publish_to
+from rlhf_ray.driver.weight_sync import NUM_CANARIES, WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
@@ -20,7 +20,7 @@ from rlhf_ray.models.ending import Ending
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest, ServedAdapter
 
 PROMPTS = [Prompt(f"p{i}", "", (i, i + 1, i + 2)) for i in range(5)]
-CANARIES = canary_requests(PROMPTS, 6, seed=0)
+CANARIES = probe_requests(PROMPTS, 6, seed=0)
 
 
 def drawing(max_tokens: int = 8, temperature: float = 1.0) -> FakeEngine:
@@ -224,13 +224,13 @@ def test_a_publication_reaches_every_generator() -> None:
 
 
 def test_canaries_are_long_prompts_of_the_runs_own_text() -> None:
-    canaries = canary_requests(PROMPTS, 7, seed=3)
+    canaries = probe_requests(PROMPTS, 7, seed=3)
     assert len(canaries) == NUM_CANARIES
     stream = [token for prompt in PROMPTS for token in prompt.token_ids] * 2
     assert [token for c in canaries for token in c.prompt.token_ids] == stream[:28]
     assert len({canary.seed for canary in canaries}) == 4
-    assert canary_requests(PROMPTS, 7, seed=3) == canaries
-    assert {c.seed for c in canary_requests(PROMPTS, 7, seed=4)}.isdisjoint(
+    assert probe_requests(PROMPTS, 7, seed=3) == canaries
+    assert {c.seed for c in probe_requests(PROMPTS, 7, seed=4)}.isdisjoint(
         {c.seed for c in canaries}
     )
 

@@ -1,6 +1,7 @@
 """Where generators that join are placed, and what becomes of processes that do not start."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ class Worker:
         self.name = name
         self._spawner = spawner
 
-    async def call(self, method: str) -> None:
-        assert method == "start"
+    async def call(self, method: Callable[..., Any]) -> None:
+        assert method.__name__ == "start"
         if self._spawner.never_ready:
             await asyncio.Event().wait()
         if self._spawner.fails:

@@ -58,7 +58,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     async def reserve(placement: Placement, demands: Any) -> None:
         made.append("reserved")
 
-    monkeypatch.setattr(spawner_module, "ask_for_room", lambda bundles, _: made.append(bundles))
+    monkeypatch.setattr(spawner_module, "request_capacity", lambda bundles, _: made.append(bundles))
     monkeypatch.setattr(Placement, "labels", lambda *_: [])
     monkeypatch.setattr(Placement, "reserve", reserve)
     return made
@@ -102,7 +102,9 @@ async def test_the_request_for_capacity_is_repeated_while_waiting(
     now = 0.0
     monkeypatch.setattr(spawner_module, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(Placement, "labels", lambda *_: [*labels])
-    monkeypatch.setattr(spawner_module, "ask_for_room", lambda _, labels: requests.append(labels))
+    monkeypatch.setattr(
+        spawner_module, "request_capacity", lambda _, labels: requests.append(labels)
+    )
 
     async def wait(placement: Placement, _: Any) -> None:
         nonlocal now
