@@ -9,7 +9,10 @@ from rlhf_ray.config import Config, load
 from rlhf_ray.errors import ConfigError
 
 ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file, the folder of a run, or @NAME for a config that ships."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

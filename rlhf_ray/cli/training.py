@@ -12,10 +12,33 @@ from rlhf_ray.cli.inspection import CHECK
 from rlhf_ray.cli.models import USE
 from rlhf_ray.config import Config
 from rlhf_ray.config.stages import STAGES
+from rlhf_ray.errors import ConfigError
 
 app = typer.Typer()
 
 TRAIN = "Train and evaluate"
+
+
+@app.command(rich_help_panel=TRAIN)
+def init(
+    name: Annotated[str, typer.Argument(help="Shipped config to start from.")] = "quickstart",
+    out: Annotated[
+        Path | None, typer.Option(help="File to write. Default: the config's name, here.")
+    ] = None,
+) -> None:
+    """Write a config of your own from one that ships, to edit and run."""
+    from rlhf_ray.config import shipped
+
+    name = name.removeprefix("@")
+    text = shipped.copy(name)
+    path = out or Path(f"{name.rpartition('/')[2]}.yaml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        reason = "exists" if path.exists() else f"cannot be written ({error.strerror})"
+        raise ConfigError(f"{path} {reason}; name another file with --out") from None
+    typer.echo(f"Wrote {path}. Edit it, then: rlhf-ray plan {path}; rlhf-ray run {path}")
 
 
 @app.command(

@@ -1,6 +1,7 @@
 """From YAML files and dotted overrides to a validated Config.
 
-A file may name a parent in ``extends`` (relative to itself); its keys go on top. ``${NAME}`` and
+A file may name a parent in ``extends`` (relative to itself, or ``@name`` for a shipped config); its
+keys go on top. ``${NAME}`` and
 ``${NAME:-default}`` in strings are replaced from the environment.
 """
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf_ray.config.key_aliases import hints as alias_hints
 from rlhf_ray.config.root import Config
+from rlhf_ray.config.shipped import located
 from rlhf_ray.errors import ConfigError
 
 
@@ -34,13 +36,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, lay overrides on top, validate.
 
     Args:
-        path: YAML file; None: defaults only.
+        path: YAML file, or ``@name`` for one that ships; None: defaults only.
         overrides: ``dotted.key=value`` strings; the value is read as YAML.
 
     Raises:
         ConfigError: naming each wrong key, its value, what was expected, and the nearest valid key.
     """
-    values = _read_file(Path(path), seen=()) if path is not None else {}
+    values = _read_file(located(path), seen=()) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
     return resolve(values)
@@ -101,7 +103,8 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    return _merge(_read_file(path.parent / str(parent), (*seen, path)), values)
+    # Joined to an absolute path, that path stays as it is.
+    return _merge(_read_file(path.parent / located(str(parent)), (*seen, path)), values)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""The configs that ship with the package, by name: ``@quickstart``, ``@stackllama/ppo``."""
+
+import difflib
+import re
+from importlib import metadata
+from pathlib import Path
+
+from rlhf_ray.errors import ConfigError
+
+_ONE_OF_THEM = "configs/quickstart.yaml"
+
+
+def located(path: str | Path) -> Path:
+    """The path itself, or that of the shipped config which ``@name`` stands for.
+
+    Raises:
+        ConfigError: no config of that name ships.
+    """
+    name = str(path).removeprefix("@")
+    if name == str(path):
+        return Path(path)
+    file = folder() / f"{name}.yaml"
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5) or names()
+        raise ConfigError(f"No config called @{name} ships; did you mean @{' or @'.join(near)}?")
+    return file
+
+
+def names() -> list[str]:
+    """The names of all shipped configs."""
+    files = [file.relative_to(folder()).with_suffix("") for file in folder().rglob("*.yaml")]
+    return sorted(file.as_posix() for file in files if file.parts[0] != "ci")
+
+
+def copy(name: str) -> str:
+    """The text of a shipped config, for a file that lies anywhere: its parent is named by ``@``."""
+    file = located(f"@{name}")
+
+    def parent(match: re.Match[str]) -> str:
+        path = (file.parent / match[1].strip("\"'")).resolve().relative_to(folder().resolve())
+        return f'extends: "@{path.with_suffix("").as_posix()}"'
+
+    return re.sub(r"^extends: *(\S+)$", parent, file.read_text("utf-8"), flags=re.MULTILINE)
+
+
+def folder() -> Path:
+    """Where they lie: in the checkout, else where the wheel was installed.
+
+    Raises:
+        ConfigError: the installation is not whole.
+    """
+    checkout = Path(__file__).parents[2]
+    if (checkout / _ONE_OF_THEM).is_file():
+        return checkout / "configs"
+    for file in metadata.files("rlhf-ray") or ():
+        if file.as_posix().endswith(f"share/rlhf_ray/{_ONE_OF_THEM}"):
+            return Path(str(file.locate())).resolve().parent
+    raise ConfigError("The shipped configs are not installed; install rlhf-ray again")
