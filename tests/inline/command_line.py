@@ -21,7 +21,7 @@ data: {overlong: truncate}
 ppo: {iterations: 1, batch_size: 8, mini_batch_size: 4, epochs: 1, eval_prompts: 8}
 rollout: {engine: transformers, max_prompt_tokens: 24, max_tokens: 8}
 evaluate: {num_prompts: 8}
-"""
+"""  # noqa: E501
 
 QUESTION = '<row Id="{}" PostTypeId="1" Title="How?" Body="&lt;p&gt;Why&lt;/p&gt;" Score="1" />'
 ANSWER = '<row Id="{}" PostTypeId="2" ParentId="{}" Body="&lt;p&gt;So&lt;/p&gt;" Score="{}" />'

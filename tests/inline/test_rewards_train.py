@@ -32,7 +32,7 @@ def openrlhf(queries, prompts, labels):
 
 def not_finite(completions):
     return [float("nan")] * len(completions)
-"""
+"""  # noqa: E501
 
 
 def answer(number: int, body: Any) -> tuple[int, Any]:
