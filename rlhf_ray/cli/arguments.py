@@ -1,5 +1,6 @@
 """Arguments that several commands share, and the config that they name."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,7 @@ Temperature = Annotated[
         min=0.0, help="0 takes the likeliest token each time. Default: rollout.temperature."
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest answer in tokens. Default: rollout.max_tokens.")
 ]
@@ -56,3 +58,8 @@ def read_config(path: Path, overrides: list[str] | None) -> Config:
                 f"{path.parent} is not the folder of a run: it has no config.yaml. Name a YAML file"
             )
     return load(path, overrides or [])
+
+
+def print_json(value: object) -> None:
+    """Print a value as indented JSON."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

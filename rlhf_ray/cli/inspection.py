@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import ConfigPath, Overrides, read_config
+from rlhf_ray.cli.arguments import AsJson, ConfigPath, Overrides, print_json, read_config
 from rlhf_ray.config import Config
 
 app = typer.Typer()
@@ -30,7 +30,7 @@ def plan(
             "machine.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate the memory, placement and run time of a config.
 
@@ -40,9 +40,7 @@ def plan(
 
     estimate, changes, layouts = planning.plan_for(read_config(config, overrides), cluster)
     if as_json:
-        import json
-
-        typer.echo(json.dumps(planning.as_json(estimate, changes, layouts), indent=2))
+        print_json(planning.as_json(estimate, changes, layouts))
     else:
         typer.echo(planning.as_text(estimate, changes, layouts))
     raise typer.Exit(0 if estimate.fits else 1)
@@ -111,9 +109,9 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON Schema of the config, with a description of every key."""
-    import json
-
     from rlhf_ray.config import reference
 
-    text = reference.markdown() if markdown else json.dumps(Config.model_json_schema(), indent=2)
-    typer.echo(text.rstrip())
+    if markdown:
+        typer.echo(reference.markdown().rstrip())
+    else:
+        print_json(Config.model_json_schema())

@@ -1,6 +1,5 @@
 """Commands for runs on a Ray cluster: submit, watch, scale and stop them."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import ConfigPath, Overrides, read_config
+from rlhf_ray.cli.arguments import AsJson, ConfigPath, Overrides, print_json, read_config
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,7 +28,6 @@ Address = Annotated[
         "RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else this machine."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command(
@@ -82,7 +80,7 @@ def list_runs(address: Address = None, as_json: AsJson = False) -> None:
 
     jobs = connect(address).jobs()
     if as_json:
-        _print_json([asdict(job) for job in jobs])
+        print_json([asdict(job) for job in jobs])
     else:
         _print(list_table(jobs))
 
@@ -95,7 +93,7 @@ def status(run: RunName, address: Address = None, as_json: AsJson = False) -> No
 
     current = find_run(run, address).status()
     if as_json:
-        _print_json(asdict(current))
+        print_json(asdict(current))
     else:
         _print(status_table(current))
 
@@ -166,7 +164,3 @@ def _print(table: "RenderableType") -> None:
     from rich.console import Console
 
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
-
-
-def _print_json(values: object) -> None:
-    typer.echo(json.dumps(values, indent=2))

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.cli.arguments import (
+    AsJson,
     ConfigPath,
     ManyModels,
     MaxTokens,
     OneModel,
     Overrides,
     Temperature,
+    print_json,
     read_config,
 )
 
@@ -33,7 +35,7 @@ def generate(
     num: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 4,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the answers of a run's models to the same prompts, side by side."""
     from rlhf_ray.serving import generate as generate_stage
@@ -47,9 +49,7 @@ def generate(
         max_tokens=max_tokens,
     )
     if as_json:
-        import json
-
-        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json(rows)
         return
     from rich.console import Console
 

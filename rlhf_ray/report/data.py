@@ -72,10 +72,10 @@ class RunFiles:
 
     def pending(self) -> list[str]:
         """Return the stages of the config that come after the last finished one."""
-        wanted = self.option("run.stages") or stages.DEFAULT_STAGES
+        planned = self.option("run.stages") or stages.DEFAULT_STAGES
         done = [STAGES.index(stage) for stage in self.summaries]
         first = max(done, default=-1) + 1
-        return [stage for stage in STAGES[first:] if stage in wanted and not self._external(stage)]
+        return [stage for stage in STAGES[first:] if stage in planned and not self._external(stage)]
 
     def _external(self, stage: str) -> bool:
         return stage in ("sft", "reward") and bool(self.option(f"{stage}.path"))
