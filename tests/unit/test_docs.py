@@ -1,14 +1,18 @@
 """What the documentation tells people to type is valid, and its links lead somewhere."""
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from rlhf_ray import cli
-from rlhf_ray.config import load
+from rlhf_ray.config import Config, load, resolve
 from rlhf_ray.config.key_aliases import aliases
 from rlhf_ray.config.load import keys
 from rlhf_ray.doctor.node_readings import PORTS
@@ -19,24 +23,75 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 
 
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The text's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def commands(text: str, program: str) -> list[list[str]]:
-    """Words of each command in the text's bash blocks that runs a program."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [words for words in map(shlex.split, lines) if program in words]
+    """Words of each command in the text's blocks for a shell that runs a program."""
+    lines = [line for block in blocks(text, "bash") for line in _joined(block)]
+    lines += [
+        line.removeprefix("$ ")
+        for block in blocks(text, "console")
+        for line in _joined(block)
+        if line.startswith("$ ")
+    ]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [found for found in words if program in found]
 
 
-@pytest.mark.parametrize("words", commands(MIGRATING, "rlhf-ray"), ids=lambda words: words[1])
+def _joined(block: str) -> list[str]:
+    return block.replace("\\\n", " ").splitlines()
+
+
+OURS = [
+    (page.name, words[words.index("rlhf-ray") + 1 :])
+    for page in (ROOT / "README.md", *PAGES)
+    for words in commands(page.read_text(encoding="utf-8"), "rlhf-ray")
+]
+SNIPPETS = [
+    pytest.param(language, block, id=f"{page.name}-{language}-{number}")
+    for page in (ROOT / "README.md", *PAGES)
+    for language in ("python", "yaml")
+    for number, block in enumerate(blocks(page.read_text(encoding="utf-8"), language))
+]
+
+
+@pytest.mark.parametrize("words", [pytest.param(w, id=f"{name}-{w[0]}") for name, w in OURS])
 def test_our_commands_are_valid(words: list[str]) -> None:
-    _, command, config, *overrides = words
-    assert command in typer.main.get_command(cli.app).commands
-    load(ROOT / config, overrides)
+    command, *arguments = words
+    for sign in ("|", "&&", "&", ">"):
+        arguments = arguments[: arguments.index(sign)] if sign in arguments else arguments
+    parsed = COMMANDS[command].make_context(command, [*arguments]).params
+    config, overrides = parsed.get("config"), parsed.get("overrides") or []
+    named = {override.partition("=")[0] for override in overrides}
+    assert named <= set(keys()) | {name for name in named if ".columns." in name}
+    if config is not None and (ROOT / config).is_file():
+        load(ROOT / config, overrides)
+
+
+@pytest.mark.parametrize(("language", "block"), SNIPPETS)
+def test_snippets_are_valid(language: str, block: str) -> None:
+    if language == "yaml":
+        values = yaml.safe_load(block)
+        if set(values) <= {*Config.model_fields, "extends"}:
+            values.pop("extends", None)
+            resolve(values)
+        return
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_ray"):
+            module = importlib.import_module(node.module or "")
+            assert all(hasattr(module, alias.name) for alias in node.names)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
 def test_commands_that_pages_name_are_there(page: Path) -> None:
     named = set(re.findall(r"\brlhf-ray ([a-z]+)", page.read_text(encoding="utf-8")))
-    assert named <= set(typer.main.get_command(cli.app).commands)
+    assert named <= set(COMMANDS)
 
 
 @pytest.mark.parametrize(
