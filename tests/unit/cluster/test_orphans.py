@@ -1,4 +1,4 @@
-"""What a killed driver leaves is swept by the next start; nothing else is touched."""
+"""What a killed driver leaves is cleaned up by the next start; nothing else is touched."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Who is given which seat, over placement groups that are only made believe."""
+"""Who is given which slot, over placement groups that are only made believe."""
 
 import asyncio
 from collections.abc import Sequence
@@ -67,9 +67,9 @@ async def test_a_slot_is_released_with_its_placement_group(cluster: Cluster) -> 
     held.release("generator-0")
     assert not cluster.groups
     await held.reserve_one(GENERATORS, 2)
-    seat = held.slot("generator-2")
-    assert seat is not None
-    assert seat.group.handle in cluster.groups
+    slot = held.slot("generator-2")
+    assert slot is not None
+    assert slot.group.handle in cluster.groups
 
 
 async def test_a_slot_beside_others_is_kept_for_the_next_worker_of_its_role(
@@ -161,8 +161,8 @@ async def test_two_runs_do_not_wait_for_each_other(
     await held.reserve([TWO_GROUPS])
     assert len(cluster.removed) == len(cluster.groups) == 2
     assert {group.nodes[0] for group in cluster.groups} == {"m"}
-    seats = [held.slot(f"generator-{rank}") for rank in range(2)]
-    assert {seat.group.handle for seat in seats if seat} == set(cluster.groups)
+    slots = [held.slot(f"generator-{rank}") for rank in range(2)]
+    assert {slot.group.handle for slot in slots if slot} == set(cluster.groups)
 
 
 async def test_slots_that_ray_does_not_reserve_are_reported_and_given_up(

@@ -25,11 +25,11 @@ def placed(*overrides: str, file: str = "stackllama/ppo_3x8_a100") -> list[Deman
 
 def table(places: list[Slot]) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
     """Role -> (node, GPUs) by rank."""
-    seats = defaultdict(list)
+    slots = defaultdict(list)
     for place in places:
-        assert place.rank == len(seats[place.role]), "ranks are not in order"
-        seats[place.role].append((place.node, place.gpus))
-    return dict(seats)
+        assert place.rank == len(slots[place.role]), "ranks are not in order"
+        slots[place.role].append((place.node, place.gpus))
+    return dict(slots)
 
 
 def one_each(node: int, first: int, count: int) -> list[tuple[int, tuple[int, ...]]]:
