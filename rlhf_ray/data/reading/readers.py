@@ -121,8 +121,8 @@ def _split_name(file: Path) -> str | None:
         >>> _split_name(Path("test/rows.jsonl"))
         'test'
     """
-    found = (_SHARD.match(name) or _SPLIT.match(name) for name in reversed(file.parts))
-    return next((match[1] for match in found if match), None)
+    matches = (_SHARD.match(name) or _SPLIT.match(name) for name in reversed(file.parts))
+    return next((match[1] for match in matches if match), None)
 
 
 def _read_saved(path: Path, split: str) -> Iterator[RawRow]:

@@ -16,7 +16,7 @@ from rlhf_ray.serving.serve import exposure_warning
         (["--host", "10.0.0.1"], True),
     ],
 )
-def test_only_what_opens_it_is_warned_of(further: list[str], warns: bool) -> None:
+def test_a_server_that_others_can_reach_gives_a_warning(further: list[str], warns: bool) -> None:
     warning = exposure_warning(further)
     assert (warning is not None) == warns
     if warning:

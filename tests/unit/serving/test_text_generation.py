@@ -68,7 +68,7 @@ def test_every_stop_token_ends_an_answer(base: Path) -> None:
     assert stopped._generate(PROMPT, 0)[0].tolist() == output[:5]
 
 
-def test_no_answer_ends_before_its_time(base: Path) -> None:
+def test_no_answer_is_shorter_than_min_tokens(base: Path) -> None:
     ends = tuple(range(0, 300, 2))
     found = generator(base, stop_token_ids=ends, min_tokens=4, max_tokens=12)
     answers = [found._generate(PROMPT, seed)[0].tolist()[4:] for seed in range(8)]
@@ -102,13 +102,13 @@ def test_the_generation_config_of_the_folder_changes_nothing(base: Path, tmp_pat
         assert found._generate(PROMPT, seed).tolist() == plain._generate(PROMPT, seed).tolist()
 
 
-def test_a_failure_reaches_whoever_reads_the_stream(base: Path) -> None:
+def test_a_failure_is_raised_where_the_stream_is_read(base: Path) -> None:
     with pytest.raises(Exception, match=r".+"):
         list(generator(base).stream([100_000], seed=0))
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}])
-def test_with_one_token_to_choose_from_a_sample_is_the_likeliest(
+def test_top_k_1_and_a_tiny_top_p_give_the_likeliest_token(
     base: Path, cut: dict[str, float]
 ) -> None:
     greedy = generator(base, temperature=0.0, **cut).answer(PROMPT, seed=0)

@@ -12,11 +12,11 @@ def tally(kept: int, bad: int, unused: int = 0) -> RowTally:
     return rows
 
 
-def test_the_share_itself_is_allowed() -> None:
+def test_exactly_the_allowed_share_of_bad_rows_passes() -> None:
     assert tally(kept=8, bad=2).finish() == {"kept": 8, "empty": 2}
 
 
-def test_above_the_share_is_an_error_with_the_numbers() -> None:
+def test_too_many_bad_rows_are_an_error_with_the_numbers() -> None:
     with pytest.raises(DataError, match=r"set x: 3 of 10 rows are bad \(empty: 3\).*20%"):
         tally(kept=7, bad=3).finish()
 
@@ -32,7 +32,7 @@ def test_the_remedy_for_overlong_rows_names_their_key() -> None:
         rows.finish()
 
 
-def test_nothing_left_is_an_error() -> None:
+def test_a_dataset_without_usable_rows_is_an_error() -> None:
     with pytest.raises(DataError, match="none of 4 rows"):
         tally(kept=0, bad=0, unused=4).finish()
     with pytest.raises(DataError, match="none of 0 rows"):

@@ -52,7 +52,7 @@ def test_the_cells_of_a_csv_file_are_text(tmp_path: Path, suffix: str) -> None:
     assert list(read_rows(source(save(tmp_path, suffix)))) == texts
 
 
-def test_no_type_is_guessed_from_the_first_cells_of_a_csv_file(tmp_path: Path) -> None:
+def test_csv_cells_stay_text_whatever_the_first_cells_hold(tmp_path: Path) -> None:
     numbers = [str(number) for number in range(200_000)]  # more than is looked at for a guess
     cells = ["007", "NA", "true", *numbers, "3/4"]
     path = tmp_path / "rows.csv"
@@ -106,7 +106,7 @@ def test_a_list_is_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(read_rows(source(path))) == rows
 
 
-def test_what_is_no_json_is_refused_before_all_of_it_is_read(
+def test_invalid_json_is_refused_before_the_whole_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "_CHUNK", 64)
@@ -141,7 +141,9 @@ def test_a_folder_is_no_owner_on_the_hub(tmp_path: Path, monkeypatch: pytest.Mon
         read_rows(source("data/pairs"))
 
 
-def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_named_with_the_first_line_of_its_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def dataset_info(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nto host")
 

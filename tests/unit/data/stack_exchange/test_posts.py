@@ -170,10 +170,10 @@ def test_reading_tells_how_far_it_is(tmp_path: Path) -> None:
     path = tmp_path / "Posts.xml"
     row = '<row Id="{}" PostTypeId="1" Title="q" Body="b"/>'
     path.write_text(f"<posts>{''.join(row.format(i) for i in range(1, 2501))}</posts>")
-    told: list[int] = []
-    with open_posts(path, tmp_path, on_read=told.append) as posts:
+    reported: list[int] = []
+    with open_posts(path, tmp_path, on_read=reported.append) as posts:
         assert posts.num_questions == 2500
         assert len(list(posts.questions())) == 2500
-    assert len(told) == 3
-    assert told == sorted(told)
-    assert told[-1] == path.stat().st_size
+    assert len(reported) == 3
+    assert reported == sorted(reported)
+    assert reported[-1] == path.stat().st_size
