@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 
+from rlhf_ray.config.ppo import PpoConfig
 from rlhf_ray.errors import DivergenceError
 
 
@@ -71,3 +72,11 @@ class AdaptiveKL(KLController):
             )
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * num_samples / self.horizon
+
+
+def kl_controller(ppo: PpoConfig) -> KLController:
+    """Return the controller of a run: adaptive where the config sets a target."""
+    target = ppo.kl_target or ppo.kl_target_per_token
+    if target is None or ppo.kl_coef == 0:
+        return FixedKL(ppo.kl_coef)
+    return AdaptiveKL(ppo.kl_coef, target, ppo.kl_horizon)

@@ -1,4 +1,8 @@
-"""What the guards see in the numbers of an iteration: pure decisions, a function a guard."""
+"""Guards over every iteration: detectors, the log-prob mismatch bound, and the response.
+
+A detector is a pure function of an iteration's metrics. `Guards` runs them before the iteration is
+committed, and warns, stops the run, or requires a rollback.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -171,7 +175,7 @@ class MismatchGuard:
     """Bounds |engine's - learner's log-prob| of every shard.
 
     The first batch, sampled right after the proof of service, sets the bound: ten times its mean
-    gap, no lower than rounding can reach, no higher than a wrong adapter or temperature would.
+    mismatch, no lower than rounding can reach, no higher than a wrong adapter or temperature would.
     """
 
     def __init__(self, engine_is_exact: bool, bound: float | None = None) -> None:
@@ -226,7 +230,7 @@ class Guards:
     def __init__(self, guards: GuardsConfig, recorder: Recorder) -> None:
         self._guards = guards
         self._recorder = recorder
-        self._last_told: dict[str, int] = {}
+        self._last_warned: dict[str, int] = {}
 
     def check_prompts(self, num_drawn: int, num_prompts: int) -> None:
         """Warn once of a run that passes over its prompts more than once.
@@ -240,10 +244,10 @@ class Guards:
         if alarm is not None and not known:
             self._warn(0, alarm)
 
-    def asks_to_go_back(
+    def require_rollback(
         self, iteration: int, metrics: Mapping[str, float], losses: Losses, num_rollbacks: int
     ) -> bool:
-        """Whether an iteration that was learnt must not be committed.
+        """Return whether an iteration that was learnt must be rolled back instead of committed.
 
         Args:
             iteration: its number.
@@ -284,9 +288,9 @@ class Guards:
                 "text": alarm.text,
             }
         )
-        last = self._last_told.get(alarm.guard)
+        last = self._last_warned.get(alarm.guard)
         if last is None or iteration - last >= self._guards.remind_every:
-            self._last_told[alarm.guard] = iteration
+            self._last_warned[alarm.guard] = iteration
             where = f"ppo, iteration {iteration}" if iteration else "ppo"
             # A Progress made now prints above a bar that is being shown.
             Progress().say(f"Warning: {where}, {alarm.guard}: {alarm.text}")

@@ -7,18 +7,18 @@
 
 Each finished shard is scored while others still generate. An iteration starts from the last
 commit and ends in the next one, which the driver holds; generators only ever serve committed
-adapters. Every `ppo.save_every` iterations the commit is written to the run's folder as well.
-Before it is committed, the guards look at an iteration: they may stop the run, or ask to go back.
+adapters. Every `ppo.save_every` iterations the commit is also written to the run's folder. The
+guards check an iteration before it is committed: they may stop the run or roll the iteration back.
 """
 
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlhf_ray.algorithms.advantages import resolve
-from rlhf_ray.algorithms.kl_controller import AdaptiveKL, FixedKL, KLController
+from rlhf_ray.algorithms.kl_controller import kl_controller
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import (
@@ -29,7 +29,7 @@ from rlhf_ray.driver.batches import (
     sample_requests,
     shard_requests,
 )
-from rlhf_ray.driver.checkpoint import Checkpoints, RunState
+from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.guards import Guards, MismatchGuard, remembered
 from rlhf_ray.driver.metrics import (
@@ -47,59 +47,63 @@ from rlhf_ray.roles import Roles
 from rlhf_ray.types import AssembledStats, Commit, Handle, ScoredShard, Shard, StepReport, TokenRows
 
 
+@dataclass(frozen=True)
+class LoopParts:
+    """Everything that a loop works with."""
+
+    config: Config
+    roles: Roles
+    cursor: PromptCursor
+    sync: WeightSync
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    recorder: Recorder
+    state: RunState
+    """Where the run stands: its last saved commit, or the beginning."""
+    bar: Bar
+    """Progress on the terminal."""
+
+
 class PpoLoop:
     """Drives the roles through the iterations of a run."""
 
-    def __init__(
-        self,
-        config: Config,
-        roles: Roles,
-        cursor: PromptCursor,
-        sync: WeightSync,
-        evaluator: Evaluator,
-        checkpoints: Checkpoints,
-        recorder: Recorder,
-        state: RunState,
-        progress_bar: Bar,
-    ) -> None:
+    def __init__(self, parts: LoopParts) -> None:
+        config, state = parts.config, parts.state
         self._config = config
-        self._roles = roles
-        self._cursor = cursor
-        self._sync = sync
-        self._evaluator = evaluator
-        self._checkpoints = checkpoints
-        self._recorder = recorder
-        self._state = self._first_state = state
-        self._bar = progress_bar
-        self._guard = MismatchGuard(
+        self._roles = parts.roles
+        self._recorder = parts.recorder
+        self._parts = parts
+        self._state = state
+        self._last_commit: Commit | None = None
+        self._mismatch_guard = MismatchGuard(
             config.engine_is_exact, config.rollout.max_gap or state.gap_bound
         )
-        self._watch = Guards(config.guards, recorder)
-        self._kl = _kl_controller(config)
-        self._whitens = _whitens(config)
+        self._guards = Guards(config.guards, parts.recorder)
+        self._kl = kl_controller(config.ppo)
         if state.iteration:
             self._kl.load_state_dict({"coef": state.kl_coef})
-        self._stop_asked = False
+        self._stop_requested = False
         self._at_end = state.iteration >= config.ppo.iterations
 
     @property
     def state(self) -> RunState:
-        """Where the run stands."""
+        """Progress of the run so far."""
         return self._state
 
     def request_stop(self) -> None:
-        """End after the iteration that is being done, with its commit saved."""
-        self._stop_asked = True
+        """End the run after the current iteration, with its commit saved."""
+        self._stop_requested = True
 
     async def run(self) -> dict[str, Any]:
-        """Prove the generators, then iterate to the end; returns the summary."""
+        """Prove the generators, then iterate to the end; return the summary."""
         config = self._config
         num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
-        self._watch.check_prompts(num_drawn, len(self._cursor))
+        self._guards.check_prompts(num_drawn, len(self._parts.cursor))
         if config.guards.loss_spike.action == "rollback":
-            await self._hold_commit()  # what the first iteration goes back to
+            await self._hold_commit()  # what a rollback of the first iteration restores
         self._recorder.committed()
-        await self._roles.generators.prove(await self._sync.proof())
+        # Prove before the first publication: the proof leaves probe adapters in the engines.
+        await self._roles.generators.prove(await self._parts.sync.proof())
         await self._publish()
         if self._evaluation_is_due():
             await self._evaluate()
@@ -116,32 +120,42 @@ class PpoLoop:
     async def _iterate(self) -> None:
         iteration = self._state.iteration + 1
         started = time.time()
-        batch = await self._rollout(iteration)
+        batch, reward_moments = await self._rollout(iteration)
         stats, reports = await self._learn(batch, iteration)
         state = self._state
         metrics = iteration_metrics(
             self._config.rewards, batch, stats, reports, self._kl.coef, state.version
         )
-        if self._watch.asks_to_go_back(iteration, metrics, state.losses, state.rollbacks_in_a_row):
-            await self._go_back(batch, iteration)
+        if self._guards.require_rollback(
+            iteration, metrics, state.losses, state.rollbacks_in_a_row
+        ):
+            await self._roll_back(batch, iteration)
         else:
-            await self._commit(batch, stats, metrics, iteration)
+            await self._commit(batch, reward_moments, stats, metrics, iteration)
         self._recorder.committed()
+        # Only what is committed is published: were a generator ahead of the commit, samples of a
+        # policy that a failure has undone would be learnt from after the restore.
         with self._recorder.phase("sync", iteration):
             await self._publish()
         metrics |= generator_metrics(self._roles.generators.report(), self._state)
         metrics |= pace_metrics(stats, time.time() - started, self._price_per_hour())
         await self._record(batch, metrics, iteration)
-        self._at_end = self._stop_asked or iteration == self._config.ppo.iterations
+        self._at_end = self._stop_requested or iteration == self._config.ppo.iterations
         if self._at_end or iteration % self._config.ppo.save_every == 0:
             await self._save()
         if self._evaluation_is_due():
             await self._evaluate()
 
-    async def _rollout(self, iteration: int) -> list[ScoredShard]:
-        """Generate a batch; score each shard as soon as it is there, then combine its sources."""
+    async def _rollout(self, iteration: int) -> tuple[list[ScoredShard], PlainMoments]:
+        """Generate a batch, scoring each shard as it arrives; then combine the reward sources.
+
+        Returns:
+            The batch in prompt order, and the reward moments that hold once it is committed.
+        """
         config = self._config
-        prompts = self._cursor.take(self._state.prompts_drawn, config.num_prompts_per_iteration)
+        prompts = self._parts.cursor.take(
+            self._state.prompts_drawn, config.num_prompts_per_iteration
+        )
         samples = sample_requests(
             prompts, config.ppo.samples_per_prompt, config.run.seed, iteration
         )
@@ -151,23 +165,24 @@ class PpoLoop:
             async for shard in self._roles.generators.generate(requests):
                 scoring.append(asyncio.ensure_future(self._score(shard)))
         with self._recorder.phase("score", iteration):
+            # Prompt order, not order of arrival: results must not depend on who was faster.
             batch = sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
         require_whole(batch, config.ppo.batch_size, self._state.version)
-        self._guard.check(batch)
-        batch, self._reward_moments = with_scores(
+        # Before learning: a batch of another policy than the learner's would poison the commit.
+        self._mismatch_guard.check(batch)
+        return with_scores(
             batch, config.rewards, self._state.reward_moments, config.ppo.missing_eos_penalty
         )
-        return batch
 
     async def _score(self, shard: Shard) -> ScoredShard:
         roles = self._roles
-        raw_scores, ref_logprobs, (old_logprobs, gap), values = await asyncio.gather(
+        raw_scores, ref_logprobs, (old_logprobs, mismatch), values = await asyncio.gather(
             roles.scorer.score(shard),
             roles.reference.logprobs(shard),
             roles.policy.logprobs(shard),
             self._values(shard),
         )
-        return ScoredShard(shard, raw_scores, old_logprobs, ref_logprobs, values, gap)
+        return ScoredShard(shard, raw_scores, old_logprobs, ref_logprobs, values, mismatch)
 
     async def _values(self, shard: Shard) -> Handle[TokenRows] | None:
         return await self._roles.critic.values(shard) if self._roles.critic else None
@@ -182,7 +197,7 @@ class PpoLoop:
                 *(learner.assemble(batch, self._kl.coef) for learner in learners)
             )
             moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
-            mean, std = (moments.mean, moments.std()) if self._whitens else (0.0, 1.0)
+            mean, std = (moments.mean, moments.std()) if _whitens(self._config) else (0.0, 1.0)
             reports = await asyncio.gather(*(learner.learn(mean, std) for learner in learners))
         for report in reports:
             require_all_learnt(report, num_rollouts(batch))
@@ -191,11 +206,12 @@ class PpoLoop:
     async def _commit(
         self,
         batch: Sequence[ScoredShard],
+        reward_moments: PlainMoments,
         stats: AssembledStats,
         metrics: Mapping[str, float],
         iteration: int,
     ) -> None:
-        """Make the iteration's outcome the state that everything starts from."""
+        """Commit the iteration: from here on a failure restores its outcome."""
         per_token = self._config.ppo.kl_target_per_token is not None
         num_kls = stats.num_tokens if per_token else stats.num_samples
         self._kl.update(stats.kl_total / num_kls, stats.num_samples)
@@ -203,16 +219,20 @@ class PpoLoop:
         self._state = replace(
             self._state_behind(batch, iteration),
             samples_learnt=state.samples_learnt + num_rollouts(batch),
-            reward_moments=self._reward_moments,
+            reward_moments=reward_moments,
             losses=remembered(state.losses, metrics, window),
             rollbacks_in_a_row=0,
         )
         with self._recorder.phase("commit", iteration):
             await self._hold_commit()
 
-    async def _go_back(self, batch: Sequence[ScoredShard], iteration: int) -> None:
-        """Make the last commit the next version again; the batch is set aside."""
-        state, groups = self._state, self._last_commit.groups
+    async def _roll_back(self, batch: Sequence[ScoredShard], iteration: int) -> None:
+        """Restore the last commit under the next version; the batch is discarded.
+
+        A new version, because versions grow by one each iteration: so the version of a shard
+        always names the batch that it belongs to.
+        """
+        state, groups = self._state, self._held_commit().groups
         self._state = replace(
             self._state_behind(batch, iteration),
             samples_set_aside=state.samples_set_aside + num_rollouts(batch),
@@ -226,7 +246,7 @@ class PpoLoop:
             self._last_commit = Commit(self._state.version, groups, asdict(self._state))
 
     def _state_behind(self, batch: Sequence[ScoredShard], iteration: int) -> RunState:
-        """What holds after an iteration, whatever became of its batch."""
+        """Return the state after an iteration, whether its batch was committed or discarded."""
         state = self._state
         return replace(
             state,
@@ -236,36 +256,41 @@ class PpoLoop:
             samples_generated=state.samples_generated + num_rollouts(batch),
             **self._generators_so_far(),
             kl_coef=self._kl.coef,
-            # A bound that was given holds for as long as it is given.
-            gap_bound=state.gap_bound if self._config.rollout.max_gap else self._guard.bound,
+            # A bound from the config is not saved: it must end when the key is removed.
+            gap_bound=(
+                state.gap_bound if self._config.rollout.max_gap else self._mismatch_guard.bound
+            ),
         )
 
     def _generators_so_far(self) -> dict[str, int]:
-        """What the run's generators came to, those of earlier processes too."""
-        report, before = self._roles.generators.report(), self._first_state
+        """Return the run's counts of generators, including those of earlier driver processes."""
+        report, before = self._roles.generators.report(), self._parts.state
         return {
             "samples_requeued": before.samples_requeued + report.samples_requeued,
             "generator_restarts": before.generator_restarts + report.restarts,
         }
 
     async def _hold_commit(self) -> None:
+        """Collect the learners' state, which stays in the object store, as the last commit."""
         learners = self._roles.learners
         states = await asyncio.gather(*(learner.state() for learner in learners.values()))
         groups = dict(zip(learners, states, strict=True))
         self._last_commit = Commit(self._state.version, groups, asdict(self._state))
 
-    async def _save(self) -> None:
-        """Write the last commit to the run's folder, as the last act of its iteration.
+    def _held_commit(self) -> Commit:
+        assert self._last_commit is not None, "nothing was committed yet"
+        return self._last_commit
 
-        What is recorded of later iterations is cut off when the run goes on, so the records of
-        this one must be there before.
+    async def _save(self) -> None:
+        """Write the last commit to the run's folder, as the last step of its iteration.
+
+        A resumed run cuts its records back to the commit, so this iteration's records must be
+        written before the commit is.
         """
-        commit = self._last_commit
+        commit = self._held_commit()
         with self._recorder.phase("save", self._state.iteration):
-            groups: Mapping[str, Mapping[str, bytes]] = {
-                name: await self._roles.fetch(state) for name, state in commit.groups.items()
-            }
-            self._checkpoints.save(commit.version, groups, commit.progress)
+            groups = {name: await self._roles.fetch(state) for name, state in commit.groups.items()}
+            self._parts.checkpoints.save(commit.version, groups, commit.progress)
 
     async def _publish(self) -> None:
         adapter = await self._roles.policy.adapter(self._state.version)
@@ -285,22 +310,22 @@ class PpoLoop:
         rollouts = await self._roles.fetch(batch[0].shard.rollouts)
         scores = raw_sums(self._config.rewards, batch[0].raw_scores)
         self._recorder.completions(iteration, rollouts, scores)
-        self._bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
+        self._parts.bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
 
     def _price_per_hour(self) -> float | None:
         price = self._config.cluster.gpu_hour_price
         return None if price is None else price * self._roles.num_gpus()
 
     def _evaluation_is_due(self) -> bool:
-        """Also where a run goes on from a commit that it did not live to evaluate."""
+        """Return whether to evaluate, also a commit that an earlier process did not evaluate."""
         iteration = self._state.iteration
         due = iteration % self._config.ppo.eval_every == 0
         return due and not self._recorder.has_evaluation(iteration)
 
     async def _evaluate(self) -> None:
-        """Held-out score of the version that is served; keeps the best version."""
+        """Score the served version on held-out prompts; keep the best version."""
         state = self._state
-        record = await self._evaluator.evaluate(self._roles, state.version)
+        record = await self._parts.evaluator.evaluate(self._roles, state.version)
         if state.best_score is None or record["eval/score"] > state.best_score:
             self._state = replace(state, best_score=record["eval/score"])
             if state.iteration:
@@ -308,23 +333,15 @@ class PpoLoop:
         self._recorder.evaluation({"iteration": state.iteration, **record})
 
     async def _keep_best(self) -> None:
-        """Save the current version if it is not saved, and point at it.
+        """Save the current version unless it is saved, and mark it as best.
 
-        The score is written last: a run killed before that evaluates, and points, once more.
+        The score is written last: a run killed before that evaluates and marks again.
         """
         version = self._state.version
-        if not self._checkpoints.has(version):
+        if not self._parts.checkpoints.has(version):
             await self._save()
-        self._checkpoints.mark_best(version)
-        self._checkpoints.set_progress(version, asdict(self._state))
-
-
-def _kl_controller(config: Config) -> KLController:
-    ppo = config.ppo
-    target = ppo.kl_target or ppo.kl_target_per_token
-    if target is None or ppo.kl_coef == 0:
-        return FixedKL(ppo.kl_coef)
-    return AdaptiveKL(ppo.kl_coef, target, ppo.kl_horizon)
+        self._parts.checkpoints.mark_best(version)
+        self._parts.checkpoints.set_progress(version, asdict(self._state))
 
 
 def _whitens(config: Config) -> bool:

@@ -1,9 +1,10 @@
 """Publishing adapters, and proving that generators serve them.
 
-A digest of received bytes proves nothing, and a tolerance on log-probs alone misses small faults
-in bf16. So a generator that starts or joins must first show, through the decoding that rollouts
-use, that a known probe moves it exactly as it moves the learner; and at every publication it
-reads back from its engine what is applied.
+A digest of received bytes proves nothing: engines have loaded adapters and applied none of them. A
+tolerance on log-probs alone misses small faults in bf16, where engine and learner differ by more
+than an early update changes. So a generator that starts or joins must first show, through the
+decode path that rollouts use, that a known probe adapter moves it as it moves the learner; and at
+every publication it reads back from its engine what is applied.
 """
 
 import itertools
@@ -15,54 +16,53 @@ from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.roles import Generator, Policy, Proof
 from rlhf_ray.types import AdapterUpdate, ProbeComparison, Prompt, SampleRequest, ShardRequest
 
-NUM_CANARIES = 4
+NUM_PROBE_PROMPTS = 4
 MIN_SHIFT = 0.5
-"""Nats a token by which the probe must move the canaries, ..."""
+"""Nats per token by which the probe must move the probe prompts, ..."""
 MIN_SHIFT_IN_ERRORS = 20.0
-"""... or this many times what engine and learner differ by anyway: a base that knows nothing cannot
-be moved by half a nat."""
+"""... or this many times the usual error between engine and learner: an untrained base cannot be
+moved by half a nat."""
 SHIFT_TOLERANCE = 0.05
 """Share of the shift by which engine and learner may differ."""
 ERROR_TOLERANCE, ROUNDED_ERROR_TOLERANCE = 0.01, 0.1
-"""Nats a token between engine and learner: on the same fp32 weights, and where one rounds them."""
+"""Nats per token between engine and learner: on equal fp32 weights, and where one rounds them."""
 PROOF_VERSION = -1
-"""Version under which probes go; rollouts never carry it."""
+"""Version of probe adapters; rollouts never carry it."""
 
 
 def probe_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> list[SampleRequest]:
-    """Long prompts of the run's own text: they fill prefix-cache blocks, which must then go stale.
+    """Make long prompts of the run's own text, which fill blocks of the engine's prefix cache.
 
     Args:
         prompts: prompts of the run.
-        num_tokens: length of each canary.
+        num_tokens: length of each probe prompt.
         seed: run seed.
     """
     tokens = (token for _ in itertools.count() for prompt in prompts for token in prompt.token_ids)
-    stream = list(itertools.islice(tokens, NUM_CANARIES * num_tokens))
-    canaries = [
+    stream = list(itertools.islice(tokens, NUM_PROBE_PROMPTS * num_tokens))
+    probe_prompts = [
         Prompt(f"canary-{i}", "", tuple(stream[i * num_tokens : (i + 1) * num_tokens]))
-        for i in range(NUM_CANARIES)
+        for i in range(NUM_PROBE_PROMPTS)
     ]
-    return sample_requests(canaries, 1, seed, "canary")
+    return sample_requests(probe_prompts, 1, seed, "canary")
 
 
 @dataclass(frozen=True)
 class WeightSync:
-    """Knows the policy, and refuses generators that do not sample from it."""
+    """Proves that generators sample from the policy, and refuses those that do not."""
 
     policy: Policy
-    canaries: Sequence[SampleRequest]
+    probe_prompts: Sequence[SampleRequest]
     engine_is_exact: bool
     max_gap: float | None = None
-    """Nats a token that the config allows between engine and learner; None: as it is exact."""
+    """Nats per token that the config allows engine and learner to differ; None: by precision."""
 
     async def proof(self) -> Proof:
-        """What a generator has to pass before it is used: it applies adapters as the learner does.
-
-        The zero adapter goes first and fills the caches; the probe then finds them.
-        """
+        """Make the proof that a generator applies adapters as the learner does."""
+        # The order matters. The zero adapter fills the prefix cache with blocks of the base; if
+        # the engine did not drop them, the probe would be sampled from them and move too little.
         zero = await self.policy.zero_adapter(PROOF_VERSION)
-        probe = await self.policy.probe(PROOF_VERSION, self.canaries)
+        probe = await self.policy.probe(PROOF_VERSION, self.probe_prompts)
 
         async def prove(generator: Generator) -> None:
             await publish_to(generator, zero)
@@ -78,7 +78,7 @@ class WeightSync:
     async def _sample_and_compare(
         self, generator: Generator, update: AdapterUpdate
     ) -> ProbeComparison:
-        request = ShardRequest(index=0, samples=tuple(self.canaries), version=update.version)
+        request = ShardRequest(index=0, samples=tuple(self.probe_prompts), version=update.version)
         shard = await generator.generate(request)
         return await self.policy.compare(update, shard)
 
@@ -108,10 +108,10 @@ class WeightSync:
 
 
 async def publish_to(generator: Generator, update: AdapterUpdate) -> None:
-    """Send an adapter to one generator, and check what its engine then holds.
+    """Send an adapter to one generator and check what its engine then holds.
 
     Raises:
-        WeightSyncError: it holds something else, or kept its caches.
+        WeightSyncError: the engine holds another adapter or version, or kept its prefix cache.
     """
     served = await generator.publish(update)
     problems = []

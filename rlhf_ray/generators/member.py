@@ -1,7 +1,7 @@
 """One generator of a pool, and who starts and ends its process."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -43,6 +43,10 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 
 GeneratorT = TypeVar("GeneratorT", bound=Generator)
 """The generators that a factory starts and can end."""
+
+
+Serve = Callable[[Generator, AdapterUpdate], Awaitable[None]]
+"""Publishes to one generator and checks what its engine then holds; raises WeightSyncError."""
 
 
 class Factory(Protocol[GeneratorT]):
@@ -104,3 +108,10 @@ class Member(Generic[GeneratorT]):
         """As people see it."""
         version = self.serves.version if self.serves is not None else None
         return GeneratorStatus(self.name, self.life.state, version, self.restarts)
+
+
+async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The generators of a run: they join, serve, fail, come back and leave while it goes on.
+"""The pool of generators: they join, serve, fail, restart and leave while the run continues.
 
                  prompts of a batch (queue)
                         |  longest first, to the least loaded, no more than max_in_flight
@@ -6,10 +6,11 @@
     start --> prove --> publish --> READY --> shards
       ^                    ^          |
       |                    +----------+   each new version
-      +--- end its process <----------+   a failure: its prompts wait again
+      +--- end its process <----------+   a failure: its prompts are queued again
 
-One path leads to prompts, at the start of a run, later, and after a failure: the process is
-started, passes the proof, and serves what was published last. Nothing here knows Ray.
+At the start of a run, later, and after a failure a generator reaches its first prompt by the same
+path: its process starts, passes the proof, and serves the latest published adapter. Nothing here
+imports Ray.
 """
 
 import asyncio
@@ -20,9 +21,9 @@ from typing import Any, Generic
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError, WeightSyncError
 from rlhf_ray.generators.autoscale import next_target
-from rlhf_ray.generators.member import FIRST_WAIT_S, Factory, GeneratorT, Member
+from rlhf_ray.generators.member import FIRST_WAIT_S, Factory, GeneratorT, Member, Serve, cancel
 from rlhf_ray.generators.queue import NOTHING_YET, Batch, IdleTimes
-from rlhf_ray.roles import Generator, Proof
+from rlhf_ray.roles import Proof
 from rlhf_ray.types import (
     AdapterUpdate,
     GeneratorsReport,
@@ -32,9 +33,6 @@ from rlhf_ray.types import (
     Shard,
     ShardRequest,
 )
-
-Serve = Callable[[Generator, AdapterUpdate], Awaitable[None]]
-"""Publishes to one generator and checks what it then holds; raises WeightSyncError."""
 
 
 class GeneratorPool(Generic[GeneratorT]):
@@ -52,13 +50,13 @@ class GeneratorPool(Generic[GeneratorT]):
     ) -> None:
         """
         Args:
-            first: generators that the run begins with, started by somebody else.
-            factory: of those that come later.
-            serve: publishes to one.
-            settings: bounds on work, restarts and leaving.
-            autoscale: when their number changes by itself; None: never.
-            tell: gets a line for people on each change.
-            first_wait_s: before a generator is started anew for the first time.
+            first: generators that the run begins with, started by the caller.
+            factory: starts and ends those that join later.
+            serve: publishes to one generator.
+            settings: limits on work, restarts and draining.
+            autoscale: when to change the number of generators; None: never.
+            tell: prints a line for each change.
+            first_wait_s: wait before a generator's first restart.
         """
         self._members = [Member(client.name, client) for client in first]
         self._num_named = len(first)
@@ -79,12 +77,14 @@ class GeneratorPool(Generic[GeneratorT]):
         self._seen: list[IdleShares] = []
 
     async def prove(self, proof: Proof) -> None:
-        """Use those that pass the proof."""
+        """Prove every generator; those that fail are restarted."""
         self._proof = proof
         await self._each(self._prove)
 
     async def publish(self, update: AdapterUpdate) -> None:
-        """Send an adapter to all who are up; those that are being started catch up themselves."""
+        """Publish an adapter to every running generator."""
+        # First of all: a generator that is just starting reads it when it is proved, and one that
+        # has sent an older adapter meanwhile sends this one too before it becomes ready.
         self._update = update
         await self._each(self._catch_up)
         self._require_one_left()
@@ -93,7 +93,7 @@ class GeneratorPool(Generic[GeneratorT]):
             self._follow_load(self._autoscale)
 
     async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
-        """Yield each shard as it is done; the order of generation changes nothing but the time."""
+        """Yield each shard as it finishes; the order of generation only changes the time."""
         self._require_one_left()
         batch = self._batch = Batch(requests)
         self._hand_out()
@@ -104,18 +104,19 @@ class GeneratorPool(Generic[GeneratorT]):
                     raise result
                 yield result
         finally:
+            # Before the calls are cancelled: their callbacks must not hand shards out again.
             self._batch = None
             self._note()
-            await _cancel([call for member in self._members for call in member.calls])
+            await cancel([call for member in self._members for call in member.calls])
 
     def scale_to(self, num: int) -> None:
         """Start or retire generators in the background until there are ``num``.
 
         Raises:
-            ConfigError: a run cannot do without generators.
+            ConfigError: ``num`` is below 1.
         """
         if num < 1:
-            raise ConfigError(f"A run needs at least one generator; {num} were asked for")
+            raise ConfigError(f"A run needs at least one generator; {num} were requested")
         self._members = [m for m in self._members if m.life.state != "dead"]
         wanted = [m for m in self._members if m.life.state != "retired"]
         if num == self._target == len(wanted):
@@ -132,11 +133,11 @@ class GeneratorPool(Generic[GeneratorT]):
             self._change(member, "retired", self._leave(member))
 
     def statuses(self) -> list[GeneratorStatus]:
-        """How each is; one that has left is not there any more."""
+        """Return the state of each generator that has not left."""
         return [member.status() for member in self._members]
 
     def report(self) -> GeneratorsReport:
-        """How they are together."""
+        """Return the state of all generators together."""
         return GeneratorsReport(
             ready=len(self._ready()),
             target=self._target,
@@ -146,11 +147,11 @@ class GeneratorPool(Generic[GeneratorT]):
         )
 
     async def close(self) -> None:
-        """Change nothing any more; whoever has spawned the processes ends them."""
+        """Cancel all changes and calls; the caller ends the processes."""
         changes = [member.change for member in self._members if member.change is not None]
-        await _cancel([*changes, *(call for member in self._members for call in member.calls)])
+        await cancel([*changes, *(call for member in self._members for call in member.calls)])
 
-    # How a generator comes to be ready.
+    # How a generator becomes ready.
 
     def _add(self) -> None:
         member = Member(f"generator-{self._num_named}")
@@ -159,7 +160,7 @@ class GeneratorPool(Generic[GeneratorT]):
         member.change = asyncio.ensure_future(self._bring_up(member))
 
     async def _bring_up(self, member: Member[GeneratorT]) -> None:
-        """Start, prove, and publish until no newer version came meanwhile."""
+        """Start, prove, and publish until no newer version was published meanwhile."""
         try:
             member.client = await self._factory.start(member.name)
             member.lacks_room = False
@@ -168,15 +169,16 @@ class GeneratorPool(Generic[GeneratorT]):
                 await self._proof(member.client)
             while member.serves is not self._update:
                 await self._send(member)
-        except Exception as error:  # an engine that does not start raises what its library raises
+        except Exception as error:  # a failing engine raises its libraries' errors
             self._lose(member, error)
             return
         member.change = None
+        # Without a first publication there is nothing to serve: `publish` admits it then.
         if self._update is not None:
             self._admit(member)
 
     async def _each(self, step: Callable[[Member[GeneratorT]], Awaitable[None]]) -> None:
-        """Take a step with all who are up; those that fail are lost, unless none serves right."""
+        """Take a step with every running generator; restart those that fail, unless all do."""
         members = [member for member in self._members if member.is_up]
         outcomes = await asyncio.gather(*map(step, members), return_exceptions=True)
         failed: list[tuple[Member[GeneratorT], ActorFailure | WeightSyncError]] = []
@@ -217,13 +219,15 @@ class GeneratorPool(Generic[GeneratorT]):
         member.life.to("ready")
         self._hand_out()
 
-    # How one goes.
+    # How a generator fails or leaves.
 
     def _lose(self, member: Member[GeneratorT], error: Exception) -> None:
-        """Give its prompts to others, end it, start it anew."""
+        """Requeue its prompts, end its process, restart it."""
         self._last_failure = error
         self._tell(f"{member.name} is out of use: {error}")
         member.serves = None
+        # State before queue: handing back gives the shards to ready generators, and this one must
+        # not be among them.
         self._change(member, "suspect", self._replace(member, error))
         self._hand_back(member)
 
@@ -231,7 +235,7 @@ class GeneratorPool(Generic[GeneratorT]):
         await self._end(member)
         member.life.to("dead")
         member.lacks_room = isinstance(error, PlacementError)
-        if not member.lacks_room:  # a cluster without room has broken nothing
+        if not member.lacks_room:  # a cluster without capacity is no fault: it costs no restart
             if self._restarts >= self._settings.max_restarts:
                 member.change = None
                 if self._batch is not None and self._none_is_left():
@@ -245,7 +249,7 @@ class GeneratorPool(Generic[GeneratorT]):
         await self._bring_up(member)
 
     async def _leave(self, member: Member[GeneratorT]) -> None:
-        """Finish what it has begun, or hand that back when its time is up."""
+        """Finish its shards, or requeue them after drain_timeout_s; then end its process."""
         if member.calls:
             await asyncio.wait(member.calls, timeout=self._settings.drain_timeout_s)
         self._hand_back(member)
@@ -261,7 +265,8 @@ class GeneratorPool(Generic[GeneratorT]):
     def _change(
         self, member: Member[GeneratorT], state: GeneratorState, what: Coroutine[Any, Any, None]
     ) -> None:
-        """Go to a state, and do what it calls for instead of what was going on."""
+        """Go to a state and run its task instead of the current one."""
+        # A task that changes its own member (a failed restart) must not cancel itself.
         if member.change is not None and member.change is not asyncio.current_task():
             member.change.cancel()
         member.life.to(state)
@@ -280,13 +285,13 @@ class GeneratorPool(Generic[GeneratorT]):
             f"(generators.max_restarts) are used up. The last failure: {self._last_failure}"
         )
 
-    # Who samples what.
+    # Which generator samples which shard.
 
     def _ready(self) -> list[Member[GeneratorT]]:
         return [member for member in self._members if member.life.state == "ready"]
 
     def _hand_out(self) -> None:
-        """Give waiting shards to whoever has room, the least loaded first."""
+        """Give waiting shards to generators with free slots, the least loaded first."""
         batch, most = self._batch, self._settings.max_in_flight
         while batch is not None and len(batch.queue):
             free = [member for member in self._ready() if member.load < most]
@@ -307,11 +312,11 @@ class GeneratorPool(Generic[GeneratorT]):
         request: ShardRequest,
         call: asyncio.Task[Shard],
     ) -> None:
-        """Pass a shard on, unless it came too late: others do it then."""
+        """Pass a shard on, unless it was requeued meanwhile."""
         member.calls.discard(call)
         error = None if call.cancelled() else call.exception()
         if call.cancelled() or not batch.queue.holds(member.name, request):
-            pass
+            pass  # another generator has the shard now: passing it on would count it twice
         elif isinstance(error, ActorFailure):
             if member.life.state == "retired":
                 self._hand_back(member)
@@ -336,14 +341,8 @@ class GeneratorPool(Generic[GeneratorT]):
         self._times.note(sum(bool(m.calls) for m in serving), len(serving), waiting)
 
     def _follow_load(self, settings: AutoscaleConfig) -> None:
-        """Look at what the last batch came to, once all that find room are ready."""
+        """Scale by the idle times since the last batch, once all placed generators are ready."""
         ready, without_room = len(self._ready()), sum(m.lacks_room for m in self._members)
         if self._idle.learners and ready + without_room == self._target:
             self._seen.append(self._idle)
             self.scale_to(next_target(settings, ready, self._seen, without_room))
-
-
-async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -15,7 +15,7 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.ppo_loop import PpoLoop
+from rlhf_ray.driver.ppo_loop import LoopParts, PpoLoop
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.fake import FakeEngine
@@ -149,17 +149,20 @@ class Harness:
             self.folder / "ppo", tracer, config.trackers, state.iteration if saved else None
         )
         await self._restore(saved)
-        self.loop = PpoLoop(
-            config,
-            await self._roles(),
-            PromptCursor(PROMPTS[:8], config.run.seed),
-            WeightSync(self.policy, probe_requests(PROMPTS, 8, 0), config.engine_is_exact),
-            Evaluator(PROMPTS[8:], config.rewards, config.rollout.shard_size, config.run.seed),
-            self.checkpoints,
-            recorder,
-            state,
-            Bar("ppo", config.ppo.iterations, "iteration", 0, lambda: 0.0),
+        parts = LoopParts(
+            config=config,
+            roles=await self._roles(),
+            cursor=PromptCursor(PROMPTS[:8], config.run.seed),
+            sync=WeightSync(self.policy, probe_requests(PROMPTS, 8, 0), config.engine_is_exact),
+            evaluator=Evaluator(
+                PROMPTS[8:], config.rewards, config.rollout.shard_size, config.run.seed
+            ),
+            checkpoints=self.checkpoints,
+            recorder=recorder,
+            state=state,
+            bar=Bar("ppo", config.ppo.iterations, "iteration", 0, lambda: 0.0),
         )
+        self.loop = PpoLoop(parts)
         try:
             return await self.loop.run()
         finally:

@@ -61,7 +61,7 @@ class Setup:
 
     async def sample(self, version: int) -> Any:
         """A shard of the canaries under the version that is served."""
-        request = ShardRequest(index=0, samples=tuple(self.sync.canaries), version=version)
+        request = ShardRequest(index=0, samples=tuple(self.sync.probe_prompts), version=version)
         return await self.generator.generate(request)
 
     async def gap(self, version: int) -> Mismatch:
@@ -319,7 +319,7 @@ async def test_ends_and_lengths_are_as_the_config_says_on_both_sides(
     samples = [
         dataclasses.replace(canary, position=4 * row + place, seed=row)
         for row in range(4)
-        for place, canary in enumerate(late.sync.canaries)
+        for place, canary in enumerate(late.sync.probe_prompts)
     ]
     shard = await late.generator.generate(ShardRequest(0, tuple(samples), version=1))
     _, gap = await late.policy.logprobs(shard)

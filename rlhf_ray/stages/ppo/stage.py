@@ -13,7 +13,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.ppo_loop import PpoLoop
+from rlhf_ray.driver.ppo_loop import LoopParts, PpoLoop
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests
 from rlhf_ray.errors import DataError
@@ -61,18 +61,25 @@ def run(config: Config) -> dict[str, object]:
             progress.say(
                 "ppo: every role is ready; proving that generators serve the adapter they receive"
             )
-            canaries = probe_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
-            loop = PpoLoop(
-                config,
-                roles,
-                PromptCursor(prompts, config.run.seed),
-                WeightSync(roles.policy, canaries, config.engine_is_exact, config.rollout.max_gap),
-                Evaluator(eval_prompts, config.rewards, config.rollout.shard_size, config.run.seed),
-                checkpoints,
-                recorder,
-                state,
-                bar,
+            probe_prompts = probe_requests(
+                prompts, config.rollout.max_prompt_tokens, config.run.seed
             )
+            parts = LoopParts(
+                config=config,
+                roles=roles,
+                cursor=PromptCursor(prompts, config.run.seed),
+                sync=WeightSync(
+                    roles.policy, probe_prompts, config.engine_is_exact, config.rollout.max_gap
+                ),
+                evaluator=Evaluator(
+                    eval_prompts, config.rewards, config.rollout.shard_size, config.run.seed
+                ),
+                checkpoints=checkpoints,
+                recorder=recorder,
+                state=state,
+                bar=bar,
+            )
+            loop = PpoLoop(parts)
             async with controlled(folder.path, loop, roles.generators, bar, recorder, progress.say):
                 return await loop.run()
 

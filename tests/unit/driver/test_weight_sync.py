@@ -11,7 +11,7 @@ from fakes import FakePolicy, Tokenizer
 from actors.generator import Generator
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker
-from rlhf_ray.driver.weight_sync import NUM_CANARIES, WeightSync, probe_requests, publish_to
+from rlhf_ray.driver.weight_sync import NUM_PROBE_PROMPTS, WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
@@ -225,7 +225,7 @@ def test_a_publication_reaches_every_generator() -> None:
 
 def test_canaries_are_long_prompts_of_the_runs_own_text() -> None:
     canaries = probe_requests(PROMPTS, 7, seed=3)
-    assert len(canaries) == NUM_CANARIES
+    assert len(canaries) == NUM_PROBE_PROMPTS
     stream = [token for prompt in PROMPTS for token in prompt.token_ids] * 2
     assert [token for c in canaries for token in c.prompt.token_ids] == stream[:28]
     assert len({canary.seed for canary in canaries}) == 4

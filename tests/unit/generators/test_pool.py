@@ -190,7 +190,7 @@ class TestLeaving:
         assert elastic.processes.ended == ["generator-2"]
 
     async def test_a_run_keeps_one(self) -> None:
-        with pytest.raises(ConfigError, match="at least one generator; 0 were asked for"):
+        with pytest.raises(ConfigError, match="at least one generator; 0 were requested"):
             Elastic(1).pool.scale_to(0)
 
 
