@@ -249,7 +249,8 @@ class TestRows:
         refused(
             *("sft", config_file, f"run.dir={tmp_path}/r", base, f"data.sft.path={path}"),
             "sft.loss_on=completion",
-            says=r"plain text, without an answer to learn alone; set sft\.loss_on to all",
+            says=r"plain text, so sft\.loss_on completion finds no answer in it; set "
+            r"sft\.loss_on to all",
         )
 
     def test_chats_can_be_laid_out_as_question_and_answer(
