@@ -2,39 +2,41 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
-from rlhf_ray.config.section import Section, changeable
+from rlhf_ray.config.section import Section, changeable, fixed
 
 
 class PrepareConfig(Section):
     """From a dump's Posts.xml to four disjoint sets."""
 
-    posts: str | None = Field(
-        default=None,
+    posts: str | None = fixed(
+        None,
         description="Posts.xml of a Stack Exchange dump, or the .7z that holds it; none: a "
         "synthetic site is written.",
     )
-    site: str | None = Field(
-        default=None,
+    site: str | None = fixed(
+        None,
         description="Site of the dump, such as ai.stackexchange.com, for the questions' links; "
         "none: as the .7z or the dump's folder is named.",
     )
-    num_questions: int = Field(default=4000, ge=20, description="Questions of the synthetic site.")
-    max_pairs: int = Field(
-        default=10, ge=1, description="Most answer pairs sampled for one question."
+    num_questions: int = fixed(
+        4000, unit="questions", ge=20, description="Questions of the synthetic site."
     )
-    finetune: float = Field(
-        default=0.3, gt=0, lt=1, description="Share of the questions for pretrain and SFT."
+    max_pairs: int = fixed(
+        10, unit="pairs", ge=1, description="Most answer pairs sampled for one question."
     )
-    reward: float = Field(
-        default=0.45, gt=0, lt=1, description="Share for the reward model's pairs."
+    finetune: float = fixed(
+        0.3, unit="share", gt=0, lt=1, description="Share of the questions for pretrain and SFT."
     )
-    rl: float = Field(
-        default=0.15, gt=0, lt=1, description="Share whose questions are PPO's prompts."
+    reward: float = fixed(
+        0.45, unit="share", gt=0, lt=1, description="Share for the reward model's pairs."
     )
-    evaluation: float = Field(
-        default=0.1, gt=0, lt=1, description="Share held out of all training."
+    rl: float = fixed(
+        0.15, unit="share", gt=0, lt=1, description="Share whose questions are PPO's prompts."
+    )
+    evaluation: float = fixed(
+        0.1, unit="share", gt=0, lt=1, description="Share held out of all training."
     )
 
     @model_validator(mode="after")
@@ -62,19 +64,18 @@ Format = Literal[
 class RowFilter(Section):
     """Rows that a data set keeps: a comparison, or a function of the user's own."""
 
-    column: str | None = Field(
-        default=None, description="Column whose value is compared; `prompt` of a chat is its text."
+    column: str | None = fixed(
+        None, description="Column whose value is compared; `prompt` of a chat is its text."
     )
-    length: bool = Field(
-        default=False, description="Compare the value's length (characters, or items of a list)."
+    length: bool = fixed(
+        False, description="Compare the value's length (characters, or items of a list)."
     )
-    op: Literal["==", "!=", "<", "<=", ">", ">=", "in", "not_in", "contains"] = Field(
-        default="==", description="How; in and not_in take a list of values."
+    op: Literal["==", "!=", "<", "<=", ">", ">=", "in", "not_in", "contains"] = fixed(
+        "==", description="How; in and not_in take a list of values."
     )
-    value: Any = Field(default=None, description="With what.")
-    function: str | None = Field(
-        default=None,
-        description="module:name or file.py:name of f(row) -> bool, instead of a comparison.",
+    value: Any = fixed(None, description="With what.")
+    function: str | None = fixed(
+        None, description="module:name or file.py:name of f(row) -> bool, instead of a comparison."
     )
 
     @model_validator(mode="before")
@@ -96,35 +97,38 @@ class RowFilter(Section):
 class DataSource(Section):
     """A data set of the user's own."""
 
-    path: str = Field(
+    path: str = fixed(
+        ...,
         description="File (parquet, csv, json or jsonl, the last three also as .gz), folder of "
-        "such files, folder saved by `datasets`, or the name of a data set on the hub."
+        "such files, folder saved by `datasets`, or the name of a data set on the hub.",
     )
-    name: str | None = Field(default=None, description="Configuration of a data set on the hub.")
-    split: str = Field(
-        default="train",
+    name: str | None = fixed(None, description="Configuration of a data set on the hub.")
+    split: str = fixed(
+        "train",
         description="Split of a data set on the hub, of a saved folder, or of a folder whose files "
         "are named after splits.",
     )
-    format: Format = Field(
-        default="auto", description="What a row is; auto: told by the names of its columns."
+    format: Format = fixed(
+        "auto", description="What a row is; auto: told by the names of its columns."
     )
-    columns: dict[str, str] = Field(
-        default={}, description="Our column name -> the name in the file."
-    )
-    weight: float | None = Field(
-        default=None,
+    columns: dict[str, str] = fixed({}, description="Our column name -> the name in the file.")
+    weight: float | None = fixed(
+        None,
+        unit="–",
         gt=0,
         description="Share of a mixture, in proportion to the other weights; none: all its rows.",
     )
-    limit: int | None = Field(
-        default=None, ge=1, description="Read at most this many rows (of those the filters keep)."
+    limit: int | None = fixed(
+        None,
+        unit="rows",
+        ge=1,
+        description="Read at most this many rows (of those the filters keep).",
     )
-    licence: str | None = Field(
-        default=None, description="Licence of the rows, for the cards of exported models."
+    licence: str | None = fixed(
+        None, description="Licence of the rows, for the cards of exported models."
     )
-    filter: list[RowFilter] = Field(
-        default=[], description="All of them must hold: {column, op, value}, or module:name."
+    filter: list[RowFilter] = fixed(
+        [], description="All of them must hold: {column, op, value}, or module:name."
     )
 
     @field_validator("filter", mode="before")
@@ -147,13 +151,13 @@ Sources = Annotated[
 class DataConfig(Section):
     """Data sets that replace what prepare writes, by use; each one source or a list of them."""
 
-    pretrain: Sources | None = Field(default=None, description="Texts, or prompts with answers.")
-    sft: Sources | None = Field(default=None, description="Prompts with answers, chats, or texts.")
-    preferences: Sources | None = Field(
-        default=None, description="Pairs of answers, or answers with labels or scores."
+    pretrain: Sources | None = fixed(None, description="Texts, or prompts with answers.")
+    sft: Sources | None = fixed(None, description="Prompts with answers, chats, or texts.")
+    preferences: Sources | None = fixed(
+        None, description="Pairs of answers, or answers with labels or scores."
     )
-    prompts: Sources | None = Field(default=None, description="PPO's prompts.")
-    eval: Sources | None = Field(default=None, description="Prompts that are held out.")
+    prompts: Sources | None = fixed(None, description="PPO's prompts.")
+    eval: Sources | None = fixed(None, description="Prompts that are held out.")
 
     @field_validator("pretrain", "sft", "preferences", "prompts", "eval")
     @classmethod
@@ -166,11 +170,12 @@ class DataConfig(Section):
             raise ValueError("give every data set of a mixture a weight, or none of them")
         return sources
 
-    overlong: Literal["drop", "truncate", "error"] = Field(
-        default="drop", description="What to do with a prompt or text over its limit."
+    overlong: Literal["drop", "truncate", "error"] = fixed(
+        "drop", description="What to do with a prompt or text over its limit."
     )
     max_bad_share: float = changeable(
         0.2,
+        unit="share",
         ge=0,
         le=1,
         description="Share of bad rows (over-long, empty) above which a stage stops.",

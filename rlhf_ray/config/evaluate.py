@@ -21,7 +21,7 @@ class EvaluateConfig(Section):
         "`ppo@12`, `ppo@best`, or the folder of an adapter on the run's SFT model, such as another "
         "run's policy; none: sft, and dpo and ppo as far as the run has them.",
     )
-    num_prompts: int = changeable(200, ge=1, description="Held-out prompts.")
+    num_prompts: int = changeable(200, unit="prompts", ge=1, description="Held-out prompts.")
     judged_by: list[JudgedBy] | None = changeable(
         None,
         min_length=1,
@@ -33,7 +33,9 @@ class EvaluateConfig(Section):
     judge: PairJudgeConfig | None = changeable(
         None, description="A language model that compares answers, for judged_by judge."
     )
-    bootstrap: int = changeable(2000, ge=100, description="Resamples of the 95% intervals.")
+    bootstrap: int = changeable(
+        2000, unit="resamples", ge=100, description="Resamples of the 95% intervals."
+    )
     instructions: str | None = changeable(
         None,
         description="Instructions whose following is checked: `builtin`, or a JSON Lines file of "

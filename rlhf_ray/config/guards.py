@@ -2,9 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from rlhf_ray.config.section import Section, changeable
+from rlhf_ray.config.section import Section, changeable, fixed
 
 
 class Guard(Section):
@@ -24,6 +24,7 @@ class RepetitionGuard(Guard):
     )
     max_repeating_share: float = changeable(
         0.2,
+        unit="share",
         gt=0,
         le=1,
         description="Most responses, as a share of the iteration's, that may repeat a token four "
@@ -31,6 +32,7 @@ class RepetitionGuard(Guard):
     )
     min_distinct_bigrams: float = changeable(
         0.8,
+        unit="share",
         ge=0,
         lt=1,
         description="Least share of distinct bigrams within a response, mean over the iteration's "
@@ -45,7 +47,7 @@ class NegativeKlGuard(Guard):
         "warn", description="Where the KL is below the bound; stop: before the commit."
     )
     min_kl: float = changeable(
-        -1.0, lt=0, description="Least mean KL to the reference, nats a response."
+        -1.0, unit="nats", lt=0, description="Least mean KL to the reference, nats a response."
     )
 
 
@@ -59,6 +61,7 @@ class RatioGuard(Guard):
     )
     max_mean: float = changeable(
         10.0,
+        unit="–",
         gt=1,
         description="Largest mean ratio pi / pi_old over a mini-batch's tokens; NaN is over it.",
     )
@@ -74,27 +77,35 @@ class LossSpikeGuard(Guard):
     )
     factor: float = changeable(
         10.0,
+        unit="–",
         gt=1,
         description="Largest multiple of its running median that |loss| or a gradient norm of "
         "policy or critic may be (healthy runs stay below 3).",
     )
     window: int = changeable(
-        20, ge=5, description="Latest iterations that the median is over; the first 5 never fire."
+        20,
+        unit="iterations",
+        ge=5,
+        description="Latest iterations that the median is over; the first 5 never fire.",
     )
     max_in_a_row: int = changeable(
-        3, ge=1, description="Rollbacks one after the other; one more is needed: the run stops."
+        3,
+        unit="iterations",
+        ge=1,
+        description="Rollbacks one after the other; one more is needed: the run stops.",
     )
 
 
 class GuardsConfig(Section):
     """Each warning is recorded in ppo/warnings.jsonl, shown in the report, and counted."""
 
-    repetition: RepetitionGuard = Field(
-        default=RepetitionGuard(), description="Repetition and gibberish."
-    )
-    negative_kl: NegativeKlGuard = Field(default=NegativeKlGuard(), description="Negative KL.")
-    ratio: RatioGuard = Field(default=RatioGuard(), description="Runaway importance ratio.")
-    loss_spike: LossSpikeGuard = Field(default=LossSpikeGuard(), description="Loss spikes.")
+    repetition: RepetitionGuard = fixed(RepetitionGuard(), description="Repetition and gibberish.")
+    negative_kl: NegativeKlGuard = fixed(NegativeKlGuard(), description="Negative KL.")
+    ratio: RatioGuard = fixed(RatioGuard(), description="Runaway importance ratio.")
+    loss_spike: LossSpikeGuard = fixed(LossSpikeGuard(), description="Loss spikes.")
     remind_every: int = changeable(
-        20, ge=1, description="Iterations between two lines about one guard on the terminal."
+        20,
+        unit="iterations",
+        ge=1,
+        description="Iterations between two lines about one guard on the terminal.",
     )

@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.credentials import refuse_secrets
-from rlhf_ray.config.section import Section, changeable, refuse_owned
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -39,13 +39,15 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 class TinyModelConfig(Section):
     """Shape of the small Llama that is built where no model.path is given."""
 
-    vocab_size: int = Field(
-        default=512, ge=300, description="Entries of the byte-level BPE tokenizer."
+    vocab_size: int = fixed(
+        512, unit="entries", ge=300, description="Entries of the byte-level BPE tokenizer."
     )
-    hidden_size: int = Field(default=128, gt=0, description="Width.")
-    intermediate_size: int = Field(default=352, gt=0, description="Width of the MLP.")
-    num_layers: int = Field(default=2, gt=0, description="Transformer blocks.")
-    num_heads: int = Field(default=4, gt=0, description="Attention heads; must divide hidden_size.")
+    hidden_size: int = fixed(128, unit="features", gt=0, description="Width.")
+    intermediate_size: int = fixed(352, unit="features", gt=0, description="Width of the MLP.")
+    num_layers: int = fixed(2, unit="layers", gt=0, description="Transformer blocks.")
+    num_heads: int = fixed(
+        4, unit="heads", gt=0, description="Attention heads; must divide hidden_size."
+    )
 
     @field_validator("num_heads")
     @classmethod
@@ -61,63 +63,60 @@ class TinyModelConfig(Section):
 class ShapeConfig(Section):
     """Shape of a decoder, which the command plan takes where there is no folder."""
 
-    num_layers: int = Field(gt=0, description="Transformer blocks.")
-    hidden_size: int = Field(gt=0, description="Width.")
-    num_heads: int = Field(gt=0, description="Attention heads.")
-    num_kv_heads: int | None = Field(
-        default=None, gt=0, description="Heads of keys and values; none: num_heads."
+    num_layers: int = fixed(..., unit="layers", gt=0, description="Transformer blocks.")
+    hidden_size: int = fixed(..., unit="features", gt=0, description="Width.")
+    num_heads: int = fixed(..., unit="heads", gt=0, description="Attention heads.")
+    num_kv_heads: int | None = fixed(
+        None, unit="heads", gt=0, description="Heads of keys and values; none: num_heads."
     )
-    head_dim: int | None = Field(
-        default=None, gt=0, description="Width of a head; none: hidden_size / num_heads."
+    head_dim: int | None = fixed(
+        None, unit="features", gt=0, description="Width of a head; none: hidden_size / num_heads."
     )
-    intermediate_size: int = Field(gt=0, description="Width of the MLP.")
-    gated_mlp: bool = Field(
-        default=True, description="Whether the MLP has a gate, as Llama's has and OPT's has not."
+    intermediate_size: int = fixed(..., unit="features", gt=0, description="Width of the MLP.")
+    gated_mlp: bool = fixed(
+        True, description="Whether the MLP has a gate, as Llama's has and OPT's has not."
     )
-    vocab_size: int = Field(gt=0, description="Entries of the vocabulary.")
-    tied_embeddings: bool = Field(
-        default=False, description="Whether the output layer is the embedding."
-    )
+    vocab_size: int = fixed(..., unit="entries", gt=0, description="Entries of the vocabulary.")
+    tied_embeddings: bool = fixed(False, description="Whether the output layer is the embedding.")
 
 
 class ModelConfig(Section):
     """The base that every stage starts from."""
 
-    path: str | None = Field(
-        default=None, description="Folder or hub name of a causal LM; none: a tiny Llama is built."
+    path: str | None = fixed(
+        None, description="Folder or hub name of a causal LM; none: a tiny Llama is built."
     )
-    tiny: TinyModelConfig = Field(default=TinyModelConfig(), description="Shape of the tiny Llama.")
+    tiny: TinyModelConfig = fixed(TinyModelConfig(), description="Shape of the tiny Llama.")
     shape: ShapeConfig | None = changeable(
         None, description="Shape of a model that is no folder here, for the command plan alone."
     )
-    dtype: Dtype = Field(default="float32", description="Data type of the frozen weights.")
-    quantization: Literal["none", "int8", "nf4"] = Field(
-        default="none",
+    dtype: Dtype = fixed("float32", description="Data type of the frozen weights.")
+    quantization: Literal["none", "int8", "nf4"] = fixed(
+        "none",
         description="bitsandbytes quantisation of the frozen bases that adapters are trained on "
         "(nf4: double quantisation); the engine serves model.dtype.",
     )
-    compute_dtype: Dtype | None = Field(
-        default=None, description="Data type that nf4 weights are computed in; none: model.dtype."
+    compute_dtype: Dtype | None = fixed(
+        None, description="Data type that nf4 weights are computed in; none: model.dtype."
     )
     attn_implementation: str = changeable(
         "auto",
         description="sdpa, eager, flash_attention_2, ...; auto: the best that transformers finds "
         "for the architecture.",
     )
-    rope_scaling: dict[str, Any] | None = Field(
-        default=None,
+    rope_scaling: dict[str, Any] | None = fixed(
+        None,
         description="Rotary embedding for longer sequences, over the base's own, e.g. "
         "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}.",
     )
-    max_length: int = Field(
-        default=256,
+    max_length: int = fixed(
+        256,
+        unit="tokens",
         gt=0,
         description="Longest sequence (prompt and response) of any stage, tokens.",
     )
-    kwargs: dict[str, Any] = Field(default={}, description="Further arguments of from_pretrained.")
-    trust_remote_code: bool = Field(
-        default=False, description="Run code that comes with the model folder."
-    )
+    kwargs: dict[str, Any] = fixed({}, description="Further arguments of from_pretrained.")
+    trust_remote_code: bool = fixed(False, description="Run code that comes with the model folder.")
 
     @field_validator("kwargs")
     @classmethod
@@ -162,20 +161,21 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """Shape of a LoRA adapter."""
 
-    r: int = Field(default=16, ge=1, le=512, description="Rank.")
-    alpha: float = Field(
-        default=32.0, gt=0, description="Scale: the update is multiplied by alpha / r."
+    r: int = fixed(16, unit="dimensions", ge=1, le=512, description="Rank.")
+    alpha: float = fixed(
+        32.0, unit="–", gt=0, description="Scale: the update is multiplied by alpha / r."
     )
-    dropout: float = Field(
-        default=0.05,
+    dropout: float = fixed(
+        0.05,
+        unit="probability",
         ge=0,
         lt=1,
         description="Dropout on the adapter's input in supervised stages (PPO: off).",
     )
-    target_modules: str | list[str] = Field(
-        default="all-linear", description="all-linear, or module names such as [q_proj, v_proj]."
+    target_modules: str | list[str] = fixed(
+        "all-linear", description="all-linear, or module names such as [q_proj, v_proj]."
     )
-    peft: dict[str, Any] = Field(default={}, description="Further arguments of peft.LoraConfig.")
+    peft: dict[str, Any] = fixed({}, description="Further arguments of peft.LoraConfig.")
 
     @field_validator("target_modules")
     @classmethod

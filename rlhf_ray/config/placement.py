@@ -17,6 +17,7 @@ class RolePlacement(Section):
 
     gpus: float | None = changeable(
         None,
+        unit="GPUs",
         gt=0,
         le=1,
         description="GPUs of one worker; a part: it shares one; none: placement.gpus. A generator "
@@ -36,6 +37,7 @@ class PlacementConfig(Section):
 
     gpus: float = changeable(
         1.0,
+        unit="GPUs",
         ge=0,
         le=1,
         description="GPUs of each role's worker; a part: several share one, and "
@@ -61,7 +63,10 @@ class PlacementConfig(Section):
         "the others' weights wait in main memory.",
     )
     timeout_s: float = changeable(
-        300.0, gt=0, description="Deadline for the cluster to have room for all of them, seconds."
+        300.0,
+        unit="seconds",
+        gt=0,
+        description="Deadline for the cluster to have room for all of them, seconds.",
     )
 
     @field_validator("share")

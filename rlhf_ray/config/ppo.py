@@ -3,10 +3,10 @@
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.model import LoraConfig, ShapeConfig
-from rlhf_ray.config.section import Section, changeable, refuse_owned
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
 
 
 def _refuse_owned_deepspeed(section: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def _refuse_owned_deepspeed(section: str, given: dict[str, Any]) -> dict[str, An
 class LearnerConfig(Section):
     """A DeepSpeed group."""
 
-    num_ranks: int = changeable(1, ge=1, description="Processes of the group.")
+    num_ranks: int = changeable(1, unit="processes", ge=1, description="Processes of the group.")
     zero_stage: Literal[1, 2, 3] = changeable(
-        2, description="ZeRO stage; 3 only where the frozen base does not fit one device."
+        2, unit="–", description="ZeRO stage; 3 only where the frozen base does not fit one device."
     )
     gradient_checkpointing: bool = changeable(
         False, description="Recompute activations in the backward pass: less memory."
@@ -64,23 +64,23 @@ class PolicyConfig(LearnerConfig):
 class CriticConfig(LearnerConfig):
     """The critic's learners."""
 
-    init: Literal["sft", "reward"] = Field(
-        default="sft",
+    init: Literal["sft", "reward"] = fixed(
+        "sft",
         description="Model to start from. sft: the SFT model, with a value head that starts at "
         "zero; reward: the run's reward model (reward.path or the stage's), whose trained head is "
         "kept, so that values start as scores.",
     )
-    path: str | None = Field(
-        default=None,
+    path: str | None = fixed(
+        None,
         description="Another model to start from than the SFT model; its value head starts at "
         "zero as well.",
     )
     shape: ShapeConfig | None = changeable(
         None, description="Of critic.path, for the command plan alone; none: the policy's."
     )
-    learning_rate: float = Field(default=1e-5, gt=0, description="Constant learning rate.")
-    lora: LoraConfig = Field(
-        default=LoraConfig(), description="Adapter; the value head is trained in full."
+    learning_rate: float = fixed(1e-5, unit="–", gt=0, description="Constant learning rate.")
+    lora: LoraConfig = fixed(
+        LoraConfig(), description="Adapter; the value head is trained in full."
     )
 
     @field_validator("deepspeed")
@@ -107,7 +107,7 @@ class ReferenceConfig(Section):
         description="own: processes of its own, which work beside the learners; policy_base: the "
         "policy's learners answer with their adapter off, which saves a copy of the model.",
     )
-    num_workers: int = changeable(1, ge=1, description="Processes of its own.")
+    num_workers: int = changeable(1, unit="processes", ge=1, description="Processes of its own.")
 
     @property
     def num_processes(self) -> int:
@@ -132,101 +132,117 @@ WITHOUT_CRITIC = ("reinforce", "rloo", "grpo")
 class PpoConfig(Section):
     """The algorithm."""
 
-    iterations: int = changeable(100, ge=1, description="PPO iterations of the whole run.")
-    batch_size: int = Field(default=64, ge=1, description="Rollouts an iteration.")
-    samples_per_prompt: int = Field(default=1, ge=1, description="Rollouts of one prompt.")
-    epochs: int = Field(default=4, ge=1, description="Passes over one iteration's rollouts.")
-    mini_batch_size: int = Field(
-        default=64, ge=1, description="Global rollouts per optimizer step."
+    iterations: int = changeable(
+        100, unit="iterations", ge=1, description="PPO iterations of the whole run."
+    )
+    batch_size: int = fixed(64, unit="rollouts", ge=1, description="Rollouts an iteration.")
+    samples_per_prompt: int = fixed(1, unit="rollouts", ge=1, description="Rollouts of one prompt.")
+    epochs: int = fixed(4, unit="passes", ge=1, description="Passes over one iteration's rollouts.")
+    mini_batch_size: int = fixed(
+        64, unit="rollouts", ge=1, description="Global rollouts per optimizer step."
     )
     max_tokens_per_micro_batch: int = changeable(
-        8192, ge=1, description="Most tokens (padding included) in one forward or backward pass."
+        8192,
+        unit="tokens",
+        ge=1,
+        description="Most tokens (padding included) in one forward or backward pass.",
     )
-    learning_rate: float = Field(
-        default=1.4e-5, gt=0, description="Policy's constant learning rate."
+    learning_rate: float = fixed(
+        1.4e-5, unit="–", gt=0, description="Policy's constant learning rate."
     )
-    adam_epsilon: float = Field(
-        default=1e-5, gt=0, description="Adam's epsilon; 1e-5 tames the first updates of PPO."
+    adam_epsilon: float = fixed(
+        1e-5, unit="–", gt=0, description="Adam's epsilon; 1e-5 tames the first updates of PPO."
     )
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient norm is clipped here.")
-    gamma: float = Field(default=1.0, ge=0, le=1, description="Discount.")
-    gae_lambda: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda.")
-    advantage: str = Field(
-        default="gae",
+    max_grad_norm: float = fixed(1.0, unit="–", gt=0, description="Gradient norm is clipped here.")
+    gamma: float = fixed(1.0, unit="–", ge=0, le=1, description="Discount.")
+    gae_lambda: float = fixed(0.95, unit="–", ge=0, le=1, description="GAE's lambda.")
+    advantage: str = fixed(
+        "gae",
         description="Advantage estimator: gae (the only one with a critic), reinforce (less the "
         "mean of the batch), rloo, grpo (against the other responses to the prompt), or "
         "module:name of a function of yours.",
     )
-    whiten_advantages: bool | None = Field(
-        default=None,
+    whiten_advantages: bool | None = fixed(
+        None,
         description="Bring advantages to mean 0 and deviation 1 over the batch; none: all but "
         "rloo's and grpo's.",
     )
-    policy_loss: str = Field(
-        default="clip", description="clip, or module:name of a function like losses.policy_loss."
+    policy_loss: str = fixed(
+        "clip", description="clip, or module:name of a function like losses.policy_loss."
     )
-    clip_range: float = Field(
-        default=0.2, gt=0, description="Policy ratio clip; only downwards with clip_range_high."
+    clip_range: float = fixed(
+        0.2, unit="–", gt=0, description="Policy ratio clip; only downwards with clip_range_high."
     )
-    clip_range_high: float | None = Field(
-        default=None, gt=0, description="Ratio clip upwards; none: clip_range."
+    clip_range_high: float | None = fixed(
+        None, unit="–", gt=0, description="Ratio clip upwards; none: clip_range."
     )
-    dual_clip: float | None = Field(
-        default=None, gt=1, description="Bound on the ratio of bad tokens; none: unbounded."
+    dual_clip: float | None = fixed(
+        None, unit="–", gt=1, description="Bound on the ratio of bad tokens; none: unbounded."
     )
-    importance_cap: float | None = Field(
-        default=None,
+    importance_cap: float | None = fixed(
+        None,
+        unit="–",
         gt=0,
         description="Weight tokens by learner's over engine's probability, at most this; none: "
         "unweighted.",
     )
-    entropy_coef: float = Field(
-        default=0.0, ge=0, description="Weight of the entropy bonus, per nat."
+    entropy_coef: float = fixed(
+        0.0, unit="1/nat", ge=0, description="Weight of the entropy bonus, per nat."
     )
-    value_clip_range: float = Field(default=0.2, gt=0, description="Value clip.")
-    kl_coef: float = Field(
-        default=0.2, ge=0, description="Weight of the KL penalty (its start, if adaptive)."
+    value_clip_range: float = fixed(0.2, unit="–", gt=0, description="Value clip.")
+    kl_coef: float = fixed(
+        0.2, unit="1/nat", ge=0, description="Weight of the KL penalty (its start, if adaptive)."
     )
-    kl_target: float | None = Field(
-        default=6.0,
+    kl_target: float | None = fixed(
+        6.0,
+        unit="nats",
         gt=0,
         description="Target of the adaptive controller, nats a response; none: kl_coef stays "
         "fixed, or follows kl_target_per_token.",
     )
-    kl_target_per_token: float | None = Field(
-        default=None, gt=0, description="The same in nats a token, with kl_target none."
+    kl_target_per_token: float | None = fixed(
+        None, unit="nats", gt=0, description="The same in nats a token, with kl_target none."
     )
-    kl_horizon: int = Field(
-        default=10_000, ge=1, description="Horizon of the adaptive controller, samples."
+    kl_horizon: int = fixed(
+        10_000, unit="rollouts", ge=1, description="Horizon of the adaptive controller, samples."
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k1",
+    kl_estimator: Literal["k1", "k2", "k3"] = fixed(
+        "k1",
         description="Estimate of the KL that is penalised; what is logged, and steers kl_coef, is "
         "k1.",
     )
-    kl_in: Literal["reward", "loss"] = Field(
-        default="reward",
+    kl_in: Literal["reward", "loss"] = fixed(
+        "reward",
         description="reward: subtracted from each token's reward; loss: added to the policy's "
         "loss (k2 or k3: the gradient of k1 there is zero on average).",
     )
-    score_position: Literal["last_token", "first_pad"] = Field(
-        default="last_token",
+    score_position: Literal["last_token", "first_pad"] = fixed(
+        "last_token",
         description="Token that gets the score; first_pad: the one after the last, if there is "
         "room below rollout.max_tokens.",
     )
-    missing_eos_penalty: float = Field(
-        default=0.0,
+    missing_eos_penalty: float = fixed(
+        0.0,
+        unit="score",
         ge=0,
         description="Subtracted from the score of a response that did not end by itself, after "
         "baseline, scaling and clip of the sources; score units.",
     )
-    max_staleness: int = Field(
-        default=0, ge=0, le=0, description="Versions a rollout may lag; 0: on-policy."
+    max_staleness: int = fixed(
+        0, unit="versions", ge=0, le=0, description="Versions a rollout may lag; 0: on-policy."
     )
-    save_every: int = changeable(10, ge=1, description="Iterations between commits to run.dir.")
-    eval_every: int = changeable(20, ge=1, description="Iterations between held-out evaluations.")
-    eval_prompts: int = changeable(64, ge=8, description="Held-out prompts of an evaluation.")
-    keep_checkpoints: int = changeable(3, ge=1, description="Commits kept besides the best one.")
+    save_every: int = changeable(
+        10, unit="iterations", ge=1, description="Iterations between commits to run.dir."
+    )
+    eval_every: int = changeable(
+        20, unit="iterations", ge=1, description="Iterations between held-out evaluations."
+    )
+    eval_prompts: int = changeable(
+        64, unit="prompts", ge=8, description="Held-out prompts of an evaluation."
+    )
+    keep_checkpoints: int = changeable(
+        3, unit="commits", ge=1, description="Commits kept besides the best one."
+    )
 
     @field_validator("advantage")
     @classmethod

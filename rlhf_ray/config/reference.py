@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_ray.config.root import Config
-from rlhf_ray.config.units import unit_of
 
 Schema = Mapping[str, Any]
 
@@ -50,7 +49,7 @@ def markdown() -> str:
         lines += [f"## {title}", ""]
         lines += [sections[name].get("description", ""), ""]
         lines += ["| key | type | unit | default | resume | meaning |", "|---|---|---|---|---|---|"]
-        lines += [_row(keys[0], key, entry, sections) for key, entry in _properties(sections[name])]
+        lines += [_row(key, entry, sections) for key, entry in _properties(sections[name])]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -96,13 +95,13 @@ def _class_name(entry: Schema) -> str:
     return entry["$ref"].rpartition("/")[2]
 
 
-def _row(section: str, key: str, entry: Schema, sections: Schema) -> str:
+def _row(key: str, entry: Schema, sections: Schema) -> str:
     may_change = "may change" if entry.get("may_change") else "fixed"
     is_section = "$ref" in entry
     cells = (
         f"`{key}`",
         _kind(entry),
-        (unit_of(section, key) or "") if is_number(entry) else "",
+        entry.get("unit", ""),
         _default(entry, sections),
         "" if is_section else may_change,
         entry.get("description", "").replace("<", "\\<"),

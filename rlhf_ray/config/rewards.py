@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.credentials import has_user_info, refuse_secrets
-from rlhf_ray.config.section import Section, changeable, refuse_owned
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
 
 
 class SourceConfig(Section):
@@ -15,21 +15,19 @@ class SourceConfig(Section):
     part = weight x clip((raw - baseline) / deviation), where the deviation is 1 unless scaled.
     """
 
-    name: str = Field(
-        default="", pattern=r"^[\w.-]+$", description="Its name in metrics; default: its type."
+    name: str = fixed(
+        "", pattern=r"^[\w.-]+$", description="Its name in metrics; default: its type."
     )
-    weight: float = Field(default=1.0, description="Its factor in the sum; negative: a penalty.")
-    baseline: float = Field(default=0.0, description="Subtracted from the raw score.")
-    scale: Literal["none", "running"] = Field(
-        default="none",
-        description="running: divide by the deviation of all raw scores of the run so far.",
+    weight: float = fixed(1.0, unit="–", description="Its factor in the sum; negative: a penalty.")
+    baseline: float = fixed(0.0, unit="score", description="Subtracted from the raw score.")
+    scale: Literal["none", "running"] = fixed(
+        "none", description="running: divide by the deviation of all raw scores of the run so far."
     )
-    clip: float | None = Field(
-        default=None, gt=0, description="Limit of |score| after scaling; none: no limit."
+    clip: float | None = fixed(
+        None, unit="deviations", gt=0, description="Limit of |score| after scaling; none: no limit."
     )
-    on_bad_score: Literal["error", "skip"] = Field(
-        default="error",
-        description="A score that is NaN or infinite: end the run, or count it as missing.",
+    on_bad_score: Literal["error", "skip"] = fixed(
+        "error", description="A score that is NaN or infinite: end the run, or count it as missing."
     )
 
     @model_validator(mode="before")
@@ -43,9 +41,9 @@ class SourceConfig(Section):
 class ModelSourceConfig(SourceConfig):
     """A reward model: a sequence-classification model with one label."""
 
-    type: Literal["model"] = Field(default="model", description="Kind of source.")
-    path: str | None = Field(
-        default=None,
+    type: Literal["model"] = fixed("model", description="Kind of source.")
+    path: str | None = fixed(
+        None,
         description="Folder or hub name; none: the run's (reward.path, or the stage reward's).",
     )
 
@@ -53,26 +51,26 @@ class ModelSourceConfig(SourceConfig):
 class ClassifierSourceConfig(SourceConfig):
     """A text-classification model: the logit of one label."""
 
-    type: Literal["classifier"] = Field(description="Kind of source.")
-    path: str = Field(description="Folder or hub name of a text-classification model.")
-    label: str = Field(
-        default="POSITIVE", description="Label whose logit is the score, in any case of letters."
+    type: Literal["classifier"] = fixed(..., description="Kind of source.")
+    path: str = fixed(..., description="Folder or hub name of a text-classification model.")
+    label: str = fixed(
+        "POSITIVE", description="Label whose logit is the score, in any case of letters."
     )
-    reads: Literal["conversation", "response"] = Field(
-        default="conversation", description="Its input: prompt and response, or the response alone."
+    reads: Literal["conversation", "response"] = fixed(
+        "conversation", description="Its input: prompt and response, or the response alone."
     )
-    batch_size: int = changeable(16, ge=1, description="Texts of one forward pass.")
+    batch_size: int = changeable(16, unit="texts", ge=1, description="Texts of one forward pass.")
 
 
 class RougeSourceConfig(SourceConfig):
     """Overlap with a reference text: ROUGE's F1, in [0, 1]."""
 
-    type: Literal["rouge"] = Field(description="Kind of source.")
-    variant: Literal["rouge1", "rouge2", "rougeL"] = Field(
-        default="rougeL", description="Words, pairs of words, or the longest common subsequence."
+    type: Literal["rouge"] = fixed(..., description="Kind of source.")
+    variant: Literal["rouge1", "rouge2", "rougeL"] = fixed(
+        "rougeL", description="Words, pairs of words, or the longest common subsequence."
     )
-    column: str = Field(
-        default="reference",
+    column: str = fixed(
+        "reference",
         description="Column of the prompts with the reference text, or a list of them (the best "
         "counts).",
     )
@@ -81,17 +79,17 @@ class RougeSourceConfig(SourceConfig):
 class FunctionSourceConfig(SourceConfig):
     """A Python function of yours."""
 
-    type: Literal["function"] = Field(description="Kind of source.")
-    function: str = Field(
-        pattern=r"^.+:\w+$", description="module:name, or path/to/file.py:name; sync or async."
+    type: Literal["function"] = fixed(..., description="Kind of source.")
+    function: str = fixed(
+        ..., pattern=r"^.+:\w+$", description="module:name, or path/to/file.py:name; sync or async."
     )
-    signature: Literal["trl", "verl", "openrlhf"] = Field(
-        default="trl",
+    signature: Literal["trl", "verl", "openrlhf"] = fixed(
+        "trl",
         description="trl: f(prompts, completions, **columns); verl: compute_score(data_source, "
         "solution_str, ground_truth, extra_info); openrlhf: reward_func(queries, prompts, labels).",
     )
-    label_column: str = Field(
-        default="label", description="Column that the openrlhf signature gets as labels."
+    label_column: str = fixed(
+        "label", description="Column that the openrlhf signature gets as labels."
     )
 
 
@@ -104,13 +102,24 @@ class EndpointConfig(Section):
         description="Environment variable with a key, sent as a bearer token; export it: in "
         "cluster.env the key would be written to run.dir.",
     )
-    concurrency: int = changeable(16, ge=1, description="Requests under way at a time.")
-    timeout_s: float = changeable(60.0, gt=0, description="Deadline of one request, seconds.")
+    concurrency: int = changeable(
+        16, unit="requests", ge=1, description="Requests under way at a time."
+    )
+    timeout_s: float = changeable(
+        60.0, unit="seconds", gt=0, description="Deadline of one request, seconds."
+    )
     retries: int = changeable(
-        3, ge=0, description="Further attempts after time-outs, lost connections, 429 and 5xx."
+        3,
+        unit="attempts",
+        ge=0,
+        description="Further attempts after time-outs, lost connections, 429 and 5xx.",
     )
     retry_wait_s: float = changeable(
-        1.0, gt=0, le=30, description="Wait before the first of them, seconds; doubles up to 30."
+        1.0,
+        unit="seconds",
+        gt=0,
+        le=30,
+        description="Wait before the first of them, seconds; doubles up to 30.",
     )
 
     @field_validator("url")
@@ -141,17 +150,15 @@ class ChatEndpointConfig(EndpointConfig):
         description="Environment variable with the API key; without a value no key is sent. "
         "Export it: in cluster.env the key would be written to run.dir.",
     )
-    model: str = Field(min_length=1, description="Name of the model there.")
-    system: str | None = Field(default=None, description="System message; none: left out.")
-    temperature: float | None = Field(
-        default=0.0, ge=0, description="Sampling temperature of the judge; none: not sent."
+    model: str = fixed(..., min_length=1, description="Name of the model there.")
+    system: str | None = fixed(None, description="System message; none: left out.")
+    temperature: float | None = fixed(
+        0.0, unit="–", ge=0, description="Sampling temperature of the judge; none: not sent."
     )
-    max_tokens: int | None = Field(
-        default=512, ge=1, description="Longest answer of the judge, tokens; none: not sent."
+    max_tokens: int | None = fixed(
+        512, unit="tokens", ge=1, description="Longest answer of the judge, tokens; none: not sent."
     )
-    request: dict[str, Any] = Field(
-        default={}, description="Further fields of each request's body."
-    )
+    request: dict[str, Any] = fixed({}, description="Further fields of each request's body.")
 
     @field_validator("request")
     @classmethod
@@ -165,29 +172,28 @@ class ChatEndpointConfig(EndpointConfig):
 class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
     """A language model that rates each response by a number."""
 
-    type: Literal["judge"] = Field(description="Kind of source.")
-    template: str = Field(
-        default="Rate how well the response answers the prompt, from {lowest} (useless) to "
+    type: Literal["judge"] = fixed(..., description="Kind of source.")
+    template: str = fixed(
+        "Rate how well the response answers the prompt, from {lowest} (useless) to "
         "{highest} (perfect). End with one line of the form `Rating: NUMBER`.\n\n"
         "<prompt>\n{prompt}\n</prompt>\n\n<response>\n{response}\n</response>",
         description="What the judge is asked; {prompt}, {response}, {lowest} and {highest} are "
         "filled in, as is {NAME} for a column NAME of the prompts.",
     )
-    pattern: str = Field(
-        # A judge may repeat the scale, "Rating (1-10): 8": that is skipped, never read.
-        default=r"(?i)rating(?:\W*\d[\d.]*\s*(?:-|–|to)\s*-?\d[\d.]*\W*?[:=)\]])?+"
+    pattern: str = fixed(
+        r"(?i)rating(?:\W*\d[\d.]*\s*(?:-|–|to)\s*-?\d[\d.]*\W*?[:=)\]])?+"
         r"\W*?(-?\d+(?:\.\d+)?)",
         description="Regular expression with one group: the number; its last match counts.",
     )
-    lowest: float = Field(default=1.0, description="Lowest number that is an answer.")
-    highest: float = Field(default=10.0, description="Highest number that is an answer.")
-    on_bad_answer: Literal["skip", "error", "score"] = Field(
-        default="skip",
+    lowest: float = fixed(1.0, unit="score", description="Lowest number that is an answer.")
+    highest: float = fixed(10.0, unit="score", description="Highest number that is an answer.")
+    on_bad_answer: Literal["skip", "error", "score"] = fixed(
+        "skip",
         description="An answer without a number in range: count the score as missing, end the run, "
         "or take bad_answer_score.",
     )
-    bad_answer_score: float | None = Field(
-        default=None, description="Raw score of a bad answer, where on_bad_answer is score."
+    bad_answer_score: float | None = fixed(
+        None, unit="score", description="Raw score of a bad answer, where on_bad_answer is score."
     )
 
     @field_validator("template")
@@ -216,23 +222,23 @@ class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
 class PairJudgeConfig(ChatEndpointConfig):
     """A language model that says which of two answers is better: labels for a stage on pairs."""
 
-    template: str = Field(
-        default="Which response answers the prompt better? Weigh them in a few sentences, then end "
+    template: str = fixed(
+        "Which response answers the prompt better? Weigh them in a few sentences, then end "
         "with one line: `Better: A` or `Better: B`.\n\n<prompt>\n{prompt}\n</prompt>\n\n"
         "<response A>\n{a}\n</response A>\n\n<response B>\n{b}\n</response B>",
         description="What the judge is asked; {prompt}, {a} and {b} are filled in.",
     )
-    pattern: str = Field(
-        default=r"(?i)better\W*\b([AB])\b",
+    pattern: str = fixed(
+        r"(?i)better\W*\b([AB])\b",
         description="Regular expression with one group: A or B; its last match counts.",
     )
-    both_orders: bool = Field(
-        default=True,
+    both_orders: bool = fixed(
+        True,
         description="Ask twice, with the answers swapped, and drop a pair whose verdict follows "
         "the order: judges prefer a place.",
     )
-    on_bad_answer: Literal["skip", "error"] = Field(
-        default="skip", description="An answer without A or B: count the pair as bad, or stop."
+    on_bad_answer: Literal["skip", "error"] = fixed(
+        "skip", description="An answer without A or B: count the pair as bad, or stop."
     )
 
     @field_validator("template")
@@ -252,9 +258,9 @@ class PairJudgeConfig(ChatEndpointConfig):
 class RemoteSourceConfig(SourceConfig, EndpointConfig):
     """A reward server that speaks OpenRLHF's protocol."""
 
-    type: Literal["remote"] = Field(description="Kind of source.")
-    batch_size: int = changeable(32, ge=1, description="Responses of one request.")
-    label_column: str = Field(default="label", description="Column that is sent as labels.")
+    type: Literal["remote"] = fixed(..., description="Kind of source.")
+    batch_size: int = changeable(32, unit="texts", ge=1, description="Responses of one request.")
+    label_column: str = fixed("label", description="Column that is sent as labels.")
 
 
 RewardSourceConfig = Annotated[

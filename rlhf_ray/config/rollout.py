@@ -2,29 +2,33 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.model import Dtype
-from rlhf_ray.config.section import Section, changeable, refuse_owned
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
 
 
 class GeneratorsConfig(Section):
     """The rollout engines."""
 
-    num: int = changeable(1, ge=1, description="Generators.")
+    num: int = changeable(1, unit="generators", ge=1, description="Generators.")
     tensor_parallel_size: int = changeable(
-        1, ge=1, description="GPUs of one generator, all of one node (vLLM alone)."
+        1, unit="GPUs", ge=1, description="GPUs of one generator, all of one node (vLLM alone)."
     )
-    max_in_flight: int = changeable(8, ge=1, description="Shards at one generator at a time.")
+    max_in_flight: int = changeable(
+        8, unit="shards", ge=1, description="Shards at one generator at a time."
+    )
     max_restarts: int = changeable(
         10,
+        unit="restarts",
         ge=0,
         description="Generators that are started anew after they failed, all together, before the "
         "stage does without them.",
     )
     drain_timeout_s: float = changeable(
         60.0,
+        unit="seconds",
         ge=0,
         description="How long a generator that leaves may go on with what it has begun before "
         "others do it, seconds.",
@@ -62,8 +66,10 @@ _BIASES = (
 class LengthSamplerConfig(Section):
     """Each response's own limit, drawn from [min, max) by its seed, whoever generates it."""
 
-    min: int = Field(ge=1, description="Smallest limit, tokens.")
-    max: int = Field(description="End of the range, tokens, itself never drawn.")
+    min: int = fixed(..., unit="tokens", ge=1, description="Smallest limit, tokens.")
+    max: int = fixed(
+        ..., unit="tokens", description="End of the range, tokens, itself never drawn."
+    )
 
     @model_validator(mode="after")
     def _holds_a_number(self) -> "LengthSamplerConfig":
@@ -78,10 +84,13 @@ class LengthSamplerConfig(Section):
 class AutoscaleConfig(Section):
     """Generators by who waits for whom: more where learners do, fewer where generators do."""
 
-    minimum: int = changeable(1, ge=1, description="Fewest generators.")
-    maximum: int = changeable(8, ge=1, description="Most generators.")
+    minimum: int = changeable(1, unit="generators", ge=1, description="Fewest generators.")
+    maximum: int = changeable(8, unit="generators", ge=1, description="Most generators.")
     iterations: int = changeable(
-        5, ge=1, description="Iterations with as many generators before their number changes."
+        5,
+        unit="iterations",
+        ge=1,
+        description="Iterations with as many generators before their number changes.",
     )
 
     @model_validator(mode="after")
@@ -104,49 +113,57 @@ class RolloutConfig(Section):
         "the base; auto: merged where the engine's weights are float32, else adapter.",
     )
     dtype: Dtype | None = changeable(None, description="Engine's data type; none: model.dtype.")
-    shard_size: int = changeable(16, ge=1, description="Rollouts handed on as one piece.")
-    max_tokens: int = Field(default=64, ge=1, description="Longest response, tokens.")
-    max_prompt_tokens: int = Field(default=128, ge=1, description="Longest prompt, tokens.")
-    temperature: float = Field(
-        default=1.0, gt=0, description="Sampling temperature, on both sides."
+    shard_size: int = changeable(
+        16, unit="rollouts", ge=1, description="Rollouts handed on as one piece."
     )
-    top_k: int = Field(
-        default=0,
+    max_tokens: int = fixed(64, unit="tokens", ge=1, description="Longest response, tokens.")
+    max_prompt_tokens: int = fixed(128, unit="tokens", ge=1, description="Longest prompt, tokens.")
+    temperature: float = fixed(
+        1.0, unit="–", gt=0, description="Sampling temperature, on both sides."
+    )
+    top_k: int = fixed(
+        0,
+        unit="candidates",
         ge=0,
         description="Only so many of the likeliest tokens are drawn; 0: all. Learner and "
         "reference renormalise log-probs alike.",
     )
-    top_p: float = Field(
-        default=1.0,
+    top_p: float = fixed(
+        1.0,
+        unit="probability",
         gt=0,
         le=1,
         description="Only the likeliest tokens that hold this share of the probability are drawn; "
         "1: all.",
     )
-    min_tokens: int = Field(
-        default=0,
+    min_tokens: int = fixed(
+        0,
+        unit="tokens",
         ge=0,
         description="No stop token is drawn before so many tokens, and no stop string counts. "
         "Learner and reference renormalise log-probs alike.",
     )
-    length_sampler: LengthSamplerConfig | None = Field(
-        default=None,
+    length_sampler: LengthSamplerConfig | None = fixed(
+        None,
         description="Draws a limit for each response; none: all have max_tokens. A response that "
         "ends by itself may be shorter.",
     )
-    ignore_eos: bool = Field(
-        default=False,
+    ignore_eos: bool = fixed(
+        False,
         description="Stop tokens end no response: they are drawn as any other, and generation goes "
         "on up to the limit or a stop string.",
     )
-    stop: list[str] = Field(
-        default=[],
+    stop: list[str] = fixed(
+        [],
         description="Strings that end a response. The token that completes one is its last, so the "
         "string stays in what is scored and learnt.",
     )
-    kv_cache_gb: float = changeable(0.25, gt=0, description="KV cache of a CPU engine, GiB.")
+    kv_cache_gb: float = changeable(
+        0.25, unit="GiB", gt=0, description="KV cache of a CPU engine, GiB."
+    )
     max_gap: float | None = changeable(
         None,
+        unit="nats",
         gt=0,
         description="Most mean |engine - learner| log-prob, nats a token, in the proof and in "
         "every shard; none: as data types allow, calibrated on the first iteration.",

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.cluster import ClusterConfig
 from rlhf_ray.config.data import DataConfig, PrepareConfig
@@ -26,7 +26,7 @@ from rlhf_ray.config.rewards import (
 )
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig, RolloutConfig
 from rlhf_ray.config.run import RunConfig
-from rlhf_ray.config.section import Section
+from rlhf_ray.config.section import Section, fixed
 from rlhf_ray.config.stages import SUPERVISED
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
 from rlhf_ray.config.template import TemplateConfig
@@ -36,36 +36,32 @@ from rlhf_ray.config.trackers import TrackersConfig
 class Config(Section):
     """Everything that a run is told."""
 
-    run: RunConfig = Field(default=RunConfig(), description="The run.")
-    cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray, deadlines, threads.")
-    placement: PlacementConfig = Field(
-        default=PlacementConfig(), description="Which GPUs the roles get."
-    )
-    model: ModelConfig = Field(default=ModelConfig(), description="The base model.")
-    prepare: PrepareConfig = Field(default=PrepareConfig(), description="Dump to data sets.")
-    data: DataConfig = Field(default=DataConfig(), description="The user's own data sets.")
-    template: TemplateConfig = Field(default=TemplateConfig(), description="Layout of prompts.")
-    pretrain: PretrainConfig = Field(default=PretrainConfig(), description="Language modelling.")
-    sft: SftConfig = Field(default=SftConfig(), description="Supervised fine-tuning.")
-    reward: RewardConfig = Field(default=RewardConfig(), description="Reward model.")
-    dpo: DpoConfig = Field(default=DpoConfig(), description="Direct preference optimisation.")
-    rewards: list[RewardSourceConfig] = Field(
-        default=[ModelSourceConfig()],
+    run: RunConfig = fixed(RunConfig(), description="The run.")
+    cluster: ClusterConfig = fixed(ClusterConfig(), description="Ray, deadlines, threads.")
+    placement: PlacementConfig = fixed(PlacementConfig(), description="Which GPUs the roles get.")
+    model: ModelConfig = fixed(ModelConfig(), description="The base model.")
+    prepare: PrepareConfig = fixed(PrepareConfig(), description="Dump to data sets.")
+    data: DataConfig = fixed(DataConfig(), description="The user's own data sets.")
+    template: TemplateConfig = fixed(TemplateConfig(), description="Layout of prompts.")
+    pretrain: PretrainConfig = fixed(PretrainConfig(), description="Language modelling.")
+    sft: SftConfig = fixed(SftConfig(), description="Supervised fine-tuning.")
+    reward: RewardConfig = fixed(RewardConfig(), description="Reward model.")
+    dpo: DpoConfig = fixed(DpoConfig(), description="Direct preference optimisation.")
+    rewards: list[RewardSourceConfig] = fixed(
+        [ModelSourceConfig()],
         min_length=1,
         description="PPO's reward: sources that are added up; default: the reward model alone.",
     )
-    lora: LoraConfig = Field(default=LoraConfig(), description="The policy's adapter.")
-    generators: GeneratorsConfig = Field(default=GeneratorsConfig(), description="Rollout engines.")
-    policy: PolicyConfig = Field(default=PolicyConfig(), description="Policy learners.")
-    critic: CriticConfig = Field(default=CriticConfig(), description="Critic learners.")
-    reference: ReferenceConfig = Field(default=ReferenceConfig(), description="Frozen reference.")
-    ppo: PpoConfig = Field(default=PpoConfig(), description="The algorithm.")
-    rollout: RolloutConfig = Field(default=RolloutConfig(), description="Sampling.")
-    guards: GuardsConfig = Field(default=GuardsConfig(), description="What watches over PPO.")
-    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Models compared.")
-    trackers: TrackersConfig = Field(
-        default=TrackersConfig(), description="Who else is told the metrics."
-    )
+    lora: LoraConfig = fixed(LoraConfig(), description="The policy's adapter.")
+    generators: GeneratorsConfig = fixed(GeneratorsConfig(), description="Rollout engines.")
+    policy: PolicyConfig = fixed(PolicyConfig(), description="Policy learners.")
+    critic: CriticConfig = fixed(CriticConfig(), description="Critic learners.")
+    reference: ReferenceConfig = fixed(ReferenceConfig(), description="Frozen reference.")
+    ppo: PpoConfig = fixed(PpoConfig(), description="The algorithm.")
+    rollout: RolloutConfig = fixed(RolloutConfig(), description="Sampling.")
+    guards: GuardsConfig = fixed(GuardsConfig(), description="What watches over PPO.")
+    evaluate: EvaluateConfig = fixed(EvaluateConfig(), description="Models compared.")
+    trackers: TrackersConfig = fixed(TrackersConfig(), description="Who else is told the metrics.")
 
     @property
     def engine_dtype(self) -> str:

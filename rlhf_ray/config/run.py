@@ -2,9 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from rlhf_ray.config.section import Section, changeable
+from rlhf_ray.config.section import Section, changeable, fixed
 from rlhf_ray.config.stages import DEFAULT_STAGES, StageName
 
 
@@ -13,7 +13,7 @@ class RunConfig(Section):
 
     name: str = changeable("run", min_length=1, description="Name of the run.")
     dir: str = changeable("", description="Folder of the run; default runs/<run.name>.")
-    seed: int = Field(default=0, ge=0, description="Every random state derives from it.")
+    seed: int = fixed(0, unit="–", ge=0, description="Every random state derives from it.")
     stages: list[StageName] = changeable(
         list(DEFAULT_STAGES),
         min_length=1,

@@ -8,7 +8,7 @@ from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.data import Sources
 from rlhf_ray.config.model import LoraConfig, ShapeConfig
 from rlhf_ray.config.rewards import PairJudgeConfig
-from rlhf_ray.config.section import Section, changeable, refuse_owned
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
 
 Tuning = Literal["lora", "full"]
 
@@ -49,41 +49,45 @@ _BLOCK_SIZE = "Tokens of a packed block; without packing, of the longest text."
 class SupervisedConfig(Section):
     """What transformers.Trainer is told."""
 
-    steps: int = Field(default=300, ge=1, description="Optimizer steps.")
-    epochs: float | None = Field(
-        default=None, gt=0, description="Passes over the training rows, instead of `steps`."
+    steps: int = fixed(300, unit="steps", ge=1, description="Optimizer steps.")
+    epochs: float | None = fixed(
+        None, unit="passes", gt=0, description="Passes over the training rows, instead of `steps`."
     )
-    batch_size: int = Field(
-        default=16, ge=1, description="Global batch, sequences (pairs for reward)."
+    batch_size: int = fixed(
+        16, unit="sequences", ge=1, description="Global batch, sequences (pairs for reward)."
     )
-    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
-    scheduler: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="Its decay."
-    )
-    final_lr_share: float = Field(
-        default=0.0,
+    learning_rate: float = fixed(1e-4, unit="–", gt=0, description="Peak learning rate.")
+    scheduler: Literal["cosine", "linear", "constant"] = fixed("cosine", description="Its decay.")
+    final_lr_share: float = fixed(
+        0.0,
+        unit="share",
         ge=0,
         le=1,
         description="Where cosine ends, as a share of the peak learning rate.",
     )
-    warmup_steps: int = Field(
-        default=0, ge=0, description="Steps of linear warm-up; with warmup_share, the least."
+    warmup_steps: int = fixed(
+        0, unit="steps", ge=0, description="Steps of linear warm-up; with warmup_share, the least."
     )
-    warmup_share: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of all steps that is warm-up."
+    warmup_share: float = fixed(
+        0.0, unit="share", ge=0, lt=1, description="Share of all steps that is warm-up."
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
-    train_workers: int = changeable(1, ge=1, description="Data-parallel training processes.")
+    weight_decay: float = fixed(0.0, unit="–", ge=0, description="AdamW's weight decay.")
+    train_workers: int = changeable(
+        1, unit="processes", ge=1, description="Data-parallel training processes."
+    )
     gradient_checkpointing: bool = changeable(
         False, description="Recompute activations: less memory."
     )
-    eval_rows: int = Field(default=200, ge=1, description="Held-out rows for before/after numbers.")
-    eval_every: Annotated[int, Field(ge=1)] | Literal["epoch"] | None = Field(
-        default=None,
+    eval_rows: int = fixed(
+        200, unit="rows", ge=1, description="Held-out rows for before/after numbers."
+    )
+    eval_every: Annotated[int, Field(ge=1)] | Literal["epoch"] | None = fixed(
+        None,
+        unit="steps",
         description="Optimizer steps between two evaluations on the held-out rows, or `epoch`; "
         "none: before and after alone.",
     )
-    trainer: dict[str, Any] = Field(default={}, description="Further TrainingArguments.")
+    trainer: dict[str, Any] = fixed({}, description="Further TrainingArguments.")
 
     @classmethod
     def section(cls) -> str:
@@ -116,8 +120,8 @@ class SupervisedConfig(Section):
 class UnfreezeConfig(SupervisedConfig):
     """A stage that may train some of the model's own weights and leave the others."""
 
-    unfreeze: list[str] | None = Field(
-        default=None,
+    unfreeze: list[str] | None = fixed(
+        None,
         min_length=1,
         description="Modules that are trained, by the beginning of their names, such as "
         "[transformer.h.11, transformer.ln_f]; all others are frozen. None: all are trained, "
@@ -139,39 +143,41 @@ class UnfreezeConfig(SupervisedConfig):
 class PretrainConfig(UnfreezeConfig):
     """Causal language modelling on packed text, all weights trained."""
 
-    block_size: int = Field(default=128, ge=8, description=_BLOCK_SIZE)
-    packing: Packing = Field(default="isolate", description=_PACKING)
+    block_size: int = fixed(128, unit="tokens", ge=8, description=_BLOCK_SIZE)
+    packing: Packing = fixed("isolate", description=_PACKING)
 
 
 class SftConfig(UnfreezeConfig):
     """Supervised fine-tuning on question and answer, packed."""
 
-    path: str | None = Field(default=None, description="A ready SFT model: the stage is skipped.")
-    block_size: int = Field(default=128, ge=8, description=_BLOCK_SIZE)
-    packing: Packing = Field(default="isolate", description=_PACKING)
-    loss_on: Literal["all", "completion", "assistant"] = Field(
-        default="all",
+    path: str | None = fixed(None, description="A ready SFT model: the stage is skipped.")
+    block_size: int = fixed(128, unit="tokens", ge=8, description=_BLOCK_SIZE)
+    packing: Packing = fixed("isolate", description=_PACKING)
+    loss_on: Literal["all", "completion", "assistant"] = fixed(
+        "all",
         description="Tokens that are learnt: all, the last answer's, or those of every assistant "
         "turn of a chat.",
     )
-    preferred_only: bool = Field(
-        default=True,
-        description="Use only answers that won at least one pair (as StackLLaMA does).",
+    preferred_only: bool = fixed(
+        True, description="Use only answers that won at least one pair (as StackLLaMA does)."
     )
-    tuning: Tuning = Field(
-        default="lora", description="lora: an adapter, merged afterwards; full: all weights."
+    tuning: Tuning = fixed(
+        "lora", description="lora: an adapter, merged afterwards; full: all weights."
     )
-    lora: LoraConfig = Field(default=LoraConfig(), description="Adapter, with tuning lora.")
+    lora: LoraConfig = fixed(LoraConfig(), description="Adapter, with tuning lora.")
 
 
 class PairsConfig(SupervisedConfig):
     """Training on pairs of answers of which one was preferred."""
 
-    max_pairs: int | None = Field(
-        default=None, ge=1, description="Use at most this many training pairs, or single answers."
+    max_pairs: int | None = fixed(
+        None,
+        unit="pairs",
+        ge=1,
+        description="Use at most this many training pairs, or single answers.",
     )
-    judge: PairJudgeConfig | None = Field(
-        default=None,
+    judge: PairJudgeConfig | None = fixed(
+        None,
         description="Who labels the pairs, where rows of data.preferences have `completion_a` and "
         "`completion_b`; none: they have `chosen` and `rejected`.",
     )
@@ -183,8 +189,8 @@ PointwiseLoss = Literal["bce", "mse"]
 class RewardConfig(PairsConfig, UnfreezeConfig):
     """Reward model, and the scorers that serve it in PPO."""
 
-    path: str | None = Field(
-        default=None,
+    path: str | None = fixed(
+        None,
         description="A ready sequence-classification model with one label: the stage is skipped.",
     )
     shape: ShapeConfig | None = changeable(
@@ -197,23 +203,22 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
         description="Pairs, with their kind in a column `subset`, by which the reward model is "
         "measured, a given one too: for example RewardBench.",
     )
-    num_workers: int = changeable(1, ge=1, description="Scorer processes.")
-    loss: Literal["pairwise"] | PointwiseLoss = Field(
-        default="pairwise",
+    num_workers: int = changeable(1, unit="processes", ge=1, description="Scorer processes.")
+    loss: Literal["pairwise"] | PointwiseLoss = fixed(
+        "pairwise",
         description="What is learnt: of pairs, which answer is better; of single answers in "
         "data.preferences, whether they were liked (bce, column `label`: true or false), or how "
         "they were rated (mse, column `score`: a number).",
     )
-    centre: float = Field(
-        default=0.0,
+    centre: float = fixed(
+        0.0,
+        unit="–",
         ge=0,
         description="Weight of mean((r_chosen + r_rejected)^2), with loss pairwise.",
     )
-    tuning: Tuning = Field(
-        default="lora", description="lora: an adapter and the head; full: all weights."
-    )
-    lora: LoraConfig = Field(
-        default=LoraConfig(r=8, alpha=32.0, dropout=0.1),
+    tuning: Tuning = fixed("lora", description="lora: an adapter and the head; full: all weights.")
+    lora: LoraConfig = fixed(
+        LoraConfig(r=8, alpha=32.0, dropout=0.1),
         description="Adapter, with tuning lora; the head is trained in full.",
     )
 
@@ -231,18 +236,19 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
 class DpoConfig(PairsConfig):
     """Direct preference optimisation of the SFT model: an alternative to reward model and PPO."""
 
-    learning_rate: float = Field(default=5e-5, gt=0, description="Peak learning rate.")
-    beta: float = Field(
-        default=0.1, gt=0, description="How close the policy stays to the SFT model, per nat."
+    learning_rate: float = fixed(5e-5, unit="–", gt=0, description="Peak learning rate.")
+    beta: float = fixed(
+        0.1, unit="1/nat", gt=0, description="How close the policy stays to the SFT model, per nat."
     )
-    loss: Literal["sigmoid", "ipo"] = Field(default="sigmoid", description="Kind of loss.")
-    label_smoothing: float = Field(
-        default=0.0,
+    loss: Literal["sigmoid", "ipo"] = fixed("sigmoid", description="Kind of loss.")
+    label_smoothing: float = fixed(
+        0.0,
+        unit="probability",
         ge=0,
         lt=0.5,
         description="Probability that a pair is labelled the wrong way round (sigmoid only).",
     )
-    lora: LoraConfig = Field(default=LoraConfig(dropout=0.0), description="Adapter.")
+    lora: LoraConfig = fixed(LoraConfig(dropout=0.0), description="Adapter.")
 
     @model_validator(mode="after")
     def _smoothing_of_sigmoid(self) -> "DpoConfig":

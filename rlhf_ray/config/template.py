@@ -2,22 +2,21 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from rlhf_ray.config.section import Section, refuse_owned
+from rlhf_ray.config.section import Section, fixed, refuse_owned
 
 
 class TemplateConfig(Section):
     """The layout that every stage renders with."""
 
-    kind: Literal["auto", "chat", "question_answer"] = Field(
-        default="auto",
+    kind: Literal["auto", "chat", "question_answer"] = fixed(
+        "auto",
         description="chat: the tokenizer's chat template; question_answer: `Question: ... Answer: "
         "...`; auto: chat for rows with messages, and plain prompts as they are written.",
     )
-    kwargs: dict[str, Any] = Field(
-        default={},
-        description="Further variables of the chat template, such as {enable_thinking: false}.",
+    kwargs: dict[str, Any] = fixed(
+        {}, description="Further variables of the chat template, such as {enable_thinking: false}."
     )
 
     @field_validator("kwargs")

@@ -83,5 +83,8 @@ class TrackersConfig(Section):
         "this machine (wandb offline, Trackio without a Space, an MLflow store of files).",
     )
     completions_every: int = changeable(
-        10, ge=1, description="PPO iterations between two tables of sample completions."
+        10,
+        unit="iterations",
+        ge=1,
+        description="PPO iterations between two tables of sample completions.",
     )
