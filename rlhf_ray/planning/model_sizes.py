@@ -1,11 +1,17 @@
-"""Numbers of parameters of a model that is there as a folder, without loading its weights."""
+"""Parameter counts of a model folder, without loading its weights; loads transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig
@@ -14,19 +20,20 @@ from rlhf_ray.models import adapters
 from rlhf_ray.models.folders import first_line
 from rlhf_ray.models.freezing import train_only
 from rlhf_ray.models.parameters import parameter_groups
-from rlhf_ray.planning.memory import ModelSize
-from rlhf_ray.planning.model_shape import Linear, Shape, num_weights
+from rlhf_ray.planning.memory import Linear, ModelSize, Shape, num_weights
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 _OUTPUTS = ("lm_head", "score", "classifier")
 
 
-def skeleton(folder: str | Path, settings: ModelConfig, task: Task = "CAUSAL_LM") -> Any:
-    """The model of a folder's config.json without any weights, in no memory.
+def skeleton(
+    folder: str | Path, settings: ModelConfig, task: Task = "CAUSAL_LM"
+) -> PreTrainedModel:
+    """Return the model of a folder's config.json on the meta device, which takes no memory.
 
     Raises:
-        DataError: config.json cannot be read, or is of an architecture that is not known.
+        DataError: config.json cannot be read, or its architecture is unknown.
     """
     remote = settings.trust_remote_code
     try:
@@ -38,19 +45,19 @@ def skeleton(folder: str | Path, settings: ModelConfig, task: Task = "CAUSAL_LM"
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=remote)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{folder} has no config.json of a known model ({first_line(error)}); name a model "
-            "folder, or set model.trust_remote_code for one that brings its own code"
+            f"{folder} has no config.json of a known architecture ({first_line(error)}); name a "
+            "model folder, or set model.trust_remote_code=true if it comes with its own code"
         ) from error
 
 
-def shape_of(model: Any) -> Shape:
-    """What of a `skeleton` decides how much memory and time it takes."""
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Return the shape of a `skeleton`."""
     config = model.config.get_text_config()
     heads, width = config.num_attention_heads, config.hidden_size
-    alike: dict[tuple[str, int, int], int] = {}
+    counts: dict[tuple[str, int, int], int] = {}
     for name, inputs, outputs in _block_linears(model):
-        alike[name, inputs, outputs] = alike.get((name, inputs, outputs), 0) + 1
-    linears = tuple(Linear(*key, count) for key, count in alike.items())
+        counts[name, inputs, outputs] = counts.get((name, inputs, outputs), 0) + 1
+    linears = tuple(Linear(*key, count) for key, count in counts.items())
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     own = [] if output is None or output.weight is embedding.weight else [output.weight]
     return Shape(
@@ -69,14 +76,14 @@ def shape_of(model: Any) -> Shape:
     )
 
 
-def _mlp_width(config: Any) -> int:
+def _mlp_width(config: PretrainedConfig) -> int:
     names = ("intermediate_size", "ffn_dim", "n_inner")
     widths = (getattr(config, name, None) for name in names)
     return next((width for width in widths if width), 4 * config.hidden_size)
 
 
-def _block_linears(model: Any) -> Iterator[tuple[str, int, int]]:
-    """Last part of the name, inputs and outputs of each linear layer of the blocks."""
+def _block_linears(model: PreTrainedModel) -> Iterator[tuple[str, int, int]]:
+    """Yield the last part of the name, inputs and outputs of each linear layer in the blocks."""
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if leaf in _OUTPUTS or not isinstance(module, torch.nn.Linear | Conv1D):
@@ -85,21 +92,27 @@ def _block_linears(model: Any) -> Iterator[tuple[str, int, int]]:
         yield (leaf, rows, columns) if isinstance(module, Conv1D) else (leaf, columns, rows)
 
 
-def num_trainable(model: Any, task: Task, lora: LoraConfig | None, unfreeze: Any = None) -> int:
-    """Parameters that a stage trains.
+def num_trainable(
+    model: PreTrainedModel,
+    task: Task,
+    lora: LoraConfig | None,
+    unfreeze: Sequence[str] | None = None,
+) -> int:
+    """Return the number of parameters that a stage trains.
 
     Args:
-        model: a `skeleton`; it is changed.
-        task: as it was made for; a new head is trained as well.
-        lora: the adapter; None: the model's own weights.
-        unfreeze: modules of these that are trained alone.
+        model: a `skeleton`; it is modified.
+        task: the task that it was built for; a new head is trained as well.
+        lora: the adapter; None: the model's own weights are trained.
+        unfreeze: names of the only modules that are trained.
 
     Raises:
         ConfigError: the model has no such modules.
     """
+    trained: torch.nn.Module = model
     if lora is not None:
         with torch.device("meta"):
-            model = adapters.attach(model, lora, task, seed=0, dropout=0.0)
+            trained = adapters.attach(model, lora, task, seed=0, dropout=0.0)
     elif unfreeze is not None:
         train_only(model, [*unfreeze, *(["score"] if task == "SEQ_CLS" else [])], "unfreeze")
-    return sum(group.trainable for group in parameter_groups(model))
+    return sum(group.trainable for group in parameter_groups(trained))

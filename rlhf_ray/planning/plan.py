@@ -1,4 +1,4 @@
-"""The command plan: what a config resolves to, what it takes of a cluster, whether it fits."""
+"""The command plan: the resolved config, what it needs of a cluster, and whether it fits."""
 
 import dataclasses
 
@@ -6,35 +6,33 @@ from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.placement.hardware import live_cluster, parse_cluster, this_machine
 from rlhf_ray.placement.layout import Node
-from rlhf_ray.planning.changes import Change
-from rlhf_ray.planning.layouts import Layout, layouts
 from rlhf_ray.planning.prediction import Plan, prediction
 from rlhf_ray.planning.rehearsal import calibrated, load
-from rlhf_ray.planning.suggestions import remedies
+from rlhf_ray.planning.suggestions import Change, Layout, fitting_changes, layouts
 from rlhf_ray.planning.tables import as_json, as_text
 
 LIVE = "live"
-"""What stands for the Ray cluster that is there."""
+"""Value of --cluster for the running Ray cluster."""
 
 
 def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], list[Layout]]:
-    """The plan; with which changes it would fit, where it does not; its layouts, where it does.
+    """Return the plan, the changes that would make it fit, and other layouts if it fits.
 
     Args:
         config: the whole config.
-        cluster: as `parse_cluster` takes it, or ``live``; None: the Ray cluster that the run
-            would join, else this machine.
+        cluster: as `parse_cluster` reads it, or ``live``; None: the Ray cluster that the run
+            joins, else this machine.
 
     Raises:
-        ConfigError: ``cluster`` is not written as it should be.
-        PlacementError: it is ``live``, and no cluster can be reached.
-        DataError: a model is neither here nor described.
+        ConfigError: ``cluster`` is malformed.
+        PlacementError: ``cluster`` is ``live``, and no cluster can be reached.
+        DataError: a model is neither a folder here nor described by a shape.
     """
     nodes, note = _nodes(config, cluster)
     plan = prediction(config, nodes)
-    # Changes and layouts are predicted as well, so they have no answer to what was measured.
-    changes, side_by_side = [] if plan.fits else remedies(plan), layouts(plan)
-    # A cluster that is only named is not the one that the run was rehearsed on.
+    # From the prediction, before calibration: other configs have not been rehearsed.
+    changes, side_by_side = [] if plan.fits else fitting_changes(plan), layouts(plan)
+    # A rehearsal says nothing about a cluster that is only named.
     rehearsal = load(config, nodes) if cluster in (None, LIVE) else None
     if rehearsal is not None:
         plan = calibrated(plan, rehearsal)
@@ -45,12 +43,12 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], l
 
 
 def prediction_for(config: Config) -> Plan:
-    """The plan as it is worked out, without what was measured."""
+    """Return the predicted plan, without measurements from a rehearsal."""
     return prediction(config, nodes_of(config))
 
 
 def nodes_of(config: Config) -> tuple[Node, ...]:
-    """Where the run would be, from here."""
+    """Return the nodes that the run would use if started here."""
     return _nodes(config, None)[0]
 
 
@@ -71,10 +69,10 @@ __all__ = [
     "Plan",
     "as_json",
     "as_text",
+    "fitting_changes",
     "layouts",
     "nodes_of",
     "plan_for",
     "prediction",
     "prediction_for",
-    "remedies",
 ]

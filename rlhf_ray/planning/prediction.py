@@ -1,79 +1,232 @@
-"""What a run would take of a cluster: memory, places, time."""
+"""Estimate the memory, placement and run time of a config, and say what is short."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from rlhf_ray.cluster.colocation import SIDES
 from rlhf_ray.config import Config
-from rlhf_ray.placement.hardware import GpuKind
-from rlhf_ray.placement.layout import Node, Slot, demands, fit
-from rlhf_ray.planning.deadlines import late_calls
-from rlhf_ray.planning.memory import GB
-from rlhf_ray.planning.memory_check import (
-    Shortage,
-    beyond_machine,
-    no_cache,
-    no_room,
-    on_gpus,
-    smallest_kind,
-    stages_too_large,
-    too_large,
+from rlhf_ray.placement.hardware import GPU_KINDS, GpuKind, memory_of_machine
+from rlhf_ray.placement.layout import (
+    Demand,
+    Node,
+    Slot,
+    request_and_capacity,
+    demands,
+    fit,
+    what_fits,
 )
-from rlhf_ray.planning.roles import PlannedRole, Setting, engine, ppo_roles
+from rlhf_ray.planning.memory import GB
+from rlhf_ray.planning.roles import Engine, PlannedRole, Setting, engine, ppo_roles
 from rlhf_ray.planning.shapes import Models, models_of
-from rlhf_ray.planning.throughput import Pace, pace, sync_bytes
+from rlhf_ray.planning.throughput import TimeEstimate, estimate_time, late_calls, sync_bytes
 from rlhf_ray.planning.trainings import stage_roles, unknown_extents
+
+USABLE = 0.95
+"""Share of a GPU's memory that tensors can use; the rest is lost to fragmentation."""
+KEPT_ASLEEP = ("libraries", "adapter", "gradients", "optimizer", "reduce buffer")
+"""Parts that stay on the GPU while a role sleeps: trained state is not moved."""
+MISSING_GPU = 1e15
+"""Bytes that a missing GPU counts as, so that it outweighs any shortage of memory."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """One reason why a config does not fit."""
+
+    reason: str
+    """Which role needs how much of what, and what there is."""
+    missing: float
+    """Bytes that are short."""
+    remedy: str = ""
+    """What would help, as a sentence; shown where no suggested change of the config fits."""
+
+
+def _unplaced(demands: Sequence[Demand], nodes: Sequence[Node]) -> Shortage:
+    """Return the shortage where no layout places every worker."""
+    needed = sum(demand.workers * demand.gpus for demand in demands)
+    present = sum(node.gpus for node in nodes)
+    return Shortage(
+        request_and_capacity(demands, nodes),
+        MISSING_GPU * (1 + max(0, needed - present)),
+        remedy=what_fits(demands, nodes),
+    )
+
+
+def smallest_kind(nodes: Iterable[Node]) -> GpuKind | None:
+    """Return the kind of GPU with the least memory; None if any kind is unknown."""
+    kinds = {node.gpu_kind for node in nodes if node.gpus}
+    known = [GPU_KINDS[kind] for kind in kinds if kind is not None]
+    is_known = bool(known) and len(known) == len(kinds)
+    return min(known, key=lambda kind: kind.memory_gb) if is_known else None
+
+
+def on_gpus(
+    roles: Iterable[PlannedRole], places: Iterable[Slot]
+) -> dict[tuple[int, int], list[PlannedRole]]:
+    """Return (node, GPU) -> the roles of the workers on it."""
+    by_name = {role.role: role for role in roles}
+    by_gpu: dict[tuple[int, int], list[PlannedRole]] = {}
+    for place in places:
+        for gpu in place.gpus:
+            by_gpu.setdefault((place.node, gpu), []).append(by_name[place.role])
+    return by_gpu
+
+
+def together(held: Iterable[PlannedRole], turns: bool) -> float:
+    """Return the most bytes that workers on one GPU use of it at a time.
+
+    Args:
+        held: the role of each worker on the GPU.
+        turns: whether generators and learners sleep in turn; a role that sleeps keeps
+            `KEPT_ASLEEP`, and roles of neither side never sleep.
+    """
+    always, awake = 0.0, dict.fromkeys(SIDES.values(), 0.0)
+    for role in held:
+        if turns and role.role in SIDES:
+            stays = sum(role.parts.get(part, 0) for part in KEPT_ASLEEP)
+            always += stays
+            awake[SIDES[role.role]] += role.peak - stays
+        else:
+            always += role.peak
+    return always + max(awake.values())
+
+
+def usable_bytes(kind: GpuKind) -> float:
+    """Return the bytes of a GPU of this kind that tensors can use."""
+    return USABLE * kind.memory_gb * GB
+
+
+def _crowded_gpus(
+    roles: Iterable[PlannedRole], places: Iterable[Slot], nodes: Sequence[Node], turns: bool
+) -> list[Shortage]:
+    """Return the GPUs whose workers need more than there is, one for each set of roles."""
+    by_roles: dict[tuple[str, ...], Shortage] = {}
+    for (node, _), held in on_gpus(roles, places).items():
+        kind = nodes[node].gpu_kind
+        if kind is not None and (shortage := _over(kind, held, turns)):
+            by_roles.setdefault((*sorted(role.role for role in held), kind), shortage)
+    return list(by_roles.values())
+
+
+def _stage_shortages(stages: Iterable[PlannedRole], nodes: Sequence[Node]) -> Iterator[Shortage]:
+    """Yield supervised stages with too few GPUs or too little memory; each runs alone."""
+    gpus = sum(node.gpus for node in nodes)
+    kinds = {node.gpu_kind for node in nodes if node.gpus and node.gpu_kind}
+    smallest = min(kinds, key=lambda kind: GPU_KINDS[kind].memory_gb, default=None)
+    for role in stages:
+        if role.workers > gpus:
+            section = "reward" if role.role == "reward_model" else role.role
+            yield Shortage(
+                f"{role.role} needs {role.workers} GPUs, one for each process "
+                f"({section}.train_workers), and the cluster has {gpus}",
+                MISSING_GPU * (role.workers - gpus),
+            )
+        if smallest and (shortage := _over(smallest, [role], turns=False)):
+            yield shortage
+
+
+def _machine_shortages(
+    ppo: Iterable[PlannedRole], stages: Iterable[PlannedRole]
+) -> Iterator[Shortage]:
+    """Yield what exceeds this machine's memory, without GPUs: PPO's roles, or a stage alone."""
+    memory = memory_of_machine()
+    needs = {"PPO's roles": sum(role.workers * role.peak for role in ppo)}
+    needs |= {f"the processes of {role.role}": role.workers * role.peak for role in stages}
+    for who, needed in needs.items():
+        if needed > memory:
+            yield Shortage(
+                f"{who} need {needed / GB:,.1f} GB of this machine's {memory / GB:,.1f} GB of "
+                "memory",
+                needed - memory,
+            )
+
+
+def _cache_shortage(config: Config, engine: Engine) -> Shortage:
+    """Return the shortage of a KV cache that holds no whole sequence, which vLLM refuses."""
+    longest, cache = config.model.max_length, engine.parts["KV cache"]
+    needed = longest * engine.token_bytes
+    return Shortage(
+        f"a generator has {cache / GB:,.2f} GB left for its KV cache, and one sequence of "
+        f"model.max_length {longest} needs {needed / GB:,.2f} GB on each of its GPUs",
+        needed - cache + engine.lacking,
+    )
+
+
+def _over(kind: str, held: Sequence[PlannedRole], turns: bool) -> Shortage | None:
+    usable, needed = usable_bytes(GPU_KINDS[kind]), together(held, turns)
+    if needed <= usable:
+        return None
+    largest = max(held, key=lambda role: role.peak)
+    return Shortage(
+        f"{', '.join(role.role for role in held)} need{'s' if len(held) == 1 else ''} "
+        f"{needed / GB:,.1f} GB on one {kind}, which has {usable / GB:,.1f} GB for tensors: "
+        f"{_largest_parts(largest)}",
+        needed - usable,
+    )
+
+
+def _largest_parts(role: PlannedRole) -> str:
+    """Return the three largest parts of a role's memory as text."""
+    if role.start > role.total:
+        return (
+            f"the {role.start / GB:,.1f} GB of {role.role}'s weights are whole while it loads, "
+            "before ZeRO-3 divides them"
+        )
+    parts = sorted(role.parts.items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {size / GB:,.1f}" for name, size in parts[:3])
+    return f"{listed} GB of {role.role}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take."""
+    """What a run needs: memory, placement and time."""
 
     config: Config
     nodes: tuple[Node, ...]
-    """Where it would run; without a GPU: this machine."""
+    """The nodes that it runs on; without a GPU: this machine."""
     models: Models
     roles: tuple[PlannedRole, ...]
-    """Of PPO, and of the supervised stages, each of which has the cluster for itself."""
+    """Roles of PPO, and the supervised stages, each of which has the whole cluster."""
     places: tuple[Slot, ...]
-    """Of PPO's workers; empty where there is no GPU, or no room."""
+    """Where PPO's workers are; empty without GPUs, or where not all of them fit."""
     sequences: int
-    """Of model.max_length, that one generator's KV cache holds at a time; of GPUs of which nothing
-    is known, 0."""
+    """Sequences of model.max_length that a generator's KV cache holds at a time; 0 if its GPUs are
+    of unknown kind."""
     shortages: tuple[Shortage, ...]
-    """Why it does not fit."""
-    pace: Pace | None
-    """None where it is not known how fast GPUs are, or where roles would be."""
+    """Reasons why it does not fit."""
+    time: TimeEstimate | None
+    """Predicted times; None where the speed of GPUs or the placement is unknown."""
     bytes_per_sync: int
-    """Of the adapter that each generator is sent."""
+    """Bytes of the adapter that each generator receives."""
     late_calls: str | None
-    """See `deadlines`; None where there are none, or where a rehearsal has shown it."""
+    """See `late_calls`; None if no call is late, or after a rehearsal, whose calls were in time."""
     assumptions: tuple[str, ...]
-    """What was taken for granted, besides the pace's."""
+    """Assumptions besides those of the times."""
 
     @property
     def fits(self) -> bool:
-        """Whether every process has the memory that it needs."""
+        """True if every process has the memory that it needs."""
         return not self.shortages
 
     @property
     def missing(self) -> float:
-        """Bytes that are short in all; another GPU counts more than any number of them."""
+        """Bytes that are short in all; a missing GPU outweighs any number of them."""
         return sum(shortage.missing for shortage in self.shortages)
 
     def role(self, name: str) -> PlannedRole:
-        """A role by its name."""
+        """Return a role by its name."""
         return next(role for role in self.roles if role.role == name)
 
 
 def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
-    """What a config would take of some nodes, and whether they have it.
+    """Predict what a config needs of nodes, and whether they have it.
 
     Args:
         config: the whole config.
-        nodes: the cluster; none with a GPU: this machine's memory is what there is.
+        nodes: the cluster; if none has a GPU, only this machine's memory counts.
 
     Raises:
-        DataError: a model is neither here nor described.
+        DataError: a model is neither a folder here nor described by a shape.
     """
     models = models_of(config)
     has_gpus = any(node.gpus for node in nodes)
@@ -83,17 +236,17 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     ppo = ppo_roles(setting) if runs_ppo else []
     stages = stage_roles(config, models, has_gpus)
     if has_gpus:
-        short += too_large(ppo, places, nodes, config.placement.turns)
-        short += stages_too_large(stages, nodes)
+        short += _crowded_gpus(ppo, places, nodes, config.placement.turns)
+        short += _stage_shortages(stages, nodes)
     else:
-        short += beyond_machine(ppo, stages)
+        short += _machine_shortages(ppo, stages)
     generator = engine(setting)
     is_known = setting.kinds.get("generator") is not None or not has_gpus
     sequences = generator.sequences(config.model.max_length) if is_known else 0
     if runs_ppo and is_known and not sequences:
-        short.append(no_cache(config, generator))
+        short.append(_cache_shortage(config, generator))
     is_placed = has_gpus and (bool(places) or not runs_ppo)
-    predicted = pace(setting, on_gpus(ppo, places).values()) if is_placed else None
+    time = estimate_time(setting, on_gpus(ppo, places).values()) if is_placed else None
     return Plan(
         config=config,
         nodes=tuple(nodes),
@@ -102,9 +255,9 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
         places=tuple(places),
         sequences=sequences,
         shortages=tuple(short),
-        pace=predicted,
+        time=time,
         bytes_per_sync=sync_bytes(config, models.tuned.shape) if runs_ppo else 0,
-        late_calls=late_calls(setting, predicted),
+        late_calls=late_calls(setting, time),
         assumptions=(
             *models.assumptions,
             *unknown_extents(config, models),
@@ -114,15 +267,15 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def _places(config: Config, nodes: Sequence[Node]) -> tuple[list[Slot], list[Shortage]]:
-    asked = demands(config)
-    places = fit(asked, nodes)
-    return ([], [no_room(asked, nodes)]) if places is None else (places, [])
+    demanded = demands(config)
+    places = fit(demanded, nodes)
+    return ([], [_unplaced(demanded, nodes)]) if places is None else (places, [])
 
 
 def _kinds(
     config: Config, nodes: Sequence[Node], places: Iterable[Slot]
 ) -> dict[str, GpuKind | None]:
-    """The smallest GPUs that each role is on; of the cluster where it has no place."""
+    """Return each role's smallest kind of GPU, of the whole cluster where it is not placed."""
     kinds: dict[str, GpuKind | None] = {}
     placed = list(places)
     for demand in demands(config):
@@ -136,10 +289,10 @@ def _unknown_kinds(nodes: Iterable[Node]) -> list[str]:
     unknown = [node.name for node in nodes if node.gpus and node.gpu_kind is None]
     if not unknown:
         return []
-    return [f"what GPUs {', '.join(unknown)} has is not known: their memory was not compared"]
+    return [f"the kind of GPUs of {', '.join(unknown)} is unknown: their memory is not checked"]
 
 
 def memory_gb(role: PlannedRole) -> Mapping[str, float]:
-    """GB by part, those of nothing left out, and their ``total``."""
+    """Return GB by part, empty parts left out, and their ``total``."""
     parts = {name: size / GB for name, size in role.parts.items() if size}
     return {**parts, "total": role.total / GB}

@@ -1,66 +1,65 @@
-"""What a rehearsal found out, and a plan that goes by it."""
+"""A rehearsal's measurements, and a plan calibrated with them."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import yaml
 
 from rlhf_ray.config import Config, dump
 from rlhf_ray.placement.layout import Node
 from rlhf_ray.planning.memory import GB
-from rlhf_ray.planning.memory_check import (
+from rlhf_ray.planning.prediction import (
+    Plan,
     Shortage,
     on_gpus,
     smallest_kind,
     together,
     usable_bytes,
 )
-from rlhf_ray.planning.prediction import Plan
 from rlhf_ray.planning.roles import PlannedRole, state_bytes
-from rlhf_ray.planning.throughput import SECONDS_PER_DAY, Pace, Range
+from rlhf_ray.planning.throughput import SECONDS_PER_DAY, Range, TimeEstimate
 from rlhf_ray.runs.folder import RunFolder
 
 RESULT = "rehearsal.json"
-"""In the run's folder."""
+"""File in the run's folder."""
 
 ITERATIONS = 2
 NOT_COMPARED = ("run", "guards", "trackers", "evaluate")
-"""Sections that change neither memory nor pace, ..."""
-HOW_OFTEN = ("iterations", "save_every", "eval_every", "keep_checkpoints")
-"""... and keys of ppo."""
+"""Sections that change neither memory nor time, ..."""
+PPO_NOT_COMPARED = ("iterations", "save_every", "eval_every", "keep_checkpoints")
+"""... and such keys of ppo."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Two iterations at the worst case."""
+    """Measurements of two iterations at the worst case."""
 
     when: str
     config: str
-    """Of the run, as YAML."""
+    """The run's config, as YAML."""
     gpus: Sequence[str]
     """See `gpus_of`."""
     seconds: Mapping[str, float]
-    """By phase, of one iteration."""
+    """Phase -> seconds of one iteration."""
     peak_memory_bytes: Mapping[str, int]
-    """By worker."""
+    """Worker -> its peak."""
     samples: int
-    """Learnt, of those generated."""
+    """Samples that were learnt."""
     generator_restarts: int
 
-    def as_mapping(self) -> dict[str, Any]:
-        """As it is written."""
+    def as_mapping(self) -> dict[str, object]:
+        """Return the content of the result file."""
         return asdict(self)
 
     def peak_of(self, role: str) -> int | None:
-        """Of the role's largest worker; None: it had none."""
+        """Return the peak of the role's largest worker; None if it had no worker."""
         peaks = [b for name, b in self.peak_memory_bytes.items() if name.startswith(f"{role}-")]
         return max(peaks, default=None)
 
 
-def worst_keys(config: Config) -> dict[str, dict[str, Any]]:
-    """Section -> what a rehearsal sets in it."""
+def worst_keys(config: Config) -> dict[str, dict[str, object]]:
+    """Return section -> keys that a rehearsal sets for the worst case."""
     off = {"action": "off"}
     return {
         "ppo": {
@@ -82,89 +81,96 @@ def worst_keys(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def gpus_of(nodes: Iterable[Node]) -> list[str]:
-    """By which clusters are told apart: ``8 x A100-80GB`` for each node that has any."""
+    """Return what identifies a cluster: ``8 x A100-80GB`` for each node with GPUs."""
     return sorted(f"{node.gpus} x {node.gpu_kind}" for node in nodes if node.gpus)
 
 
 def load(config: Config, nodes: Iterable[Node]) -> Rehearsal | None:
-    """The rehearsal of this very config on such nodes; None: there was none that can be read."""
+    """Return the rehearsal of this config on such nodes; None if missing or unreadable."""
     try:
         text = (RunFolder(config).path / RESULT).read_text(encoding="utf-8")
-        found = Rehearsal(**json.loads(text))
-    except (OSError, ValueError, TypeError):  # none, no JSON, or of other keys
+        rehearsal = Rehearsal(**json.loads(text))
+    except (OSError, ValueError, TypeError):  # missing, not JSON, or written by another version
         return None
-    is_its = _compared(found.config) == _compared(dump(config))
-    return found if is_its and _may_be_same(found.gpus, gpus_of(nodes)) else None
+    is_same = _compared(rehearsal.config) == _compared(dump(config))
+    return rehearsal if is_same and _may_be_same(rehearsal.gpus, gpus_of(nodes)) else None
 
 
 def _may_be_same(these: Sequence[str], those: Sequence[str]) -> bool:
-    """Whether nodes are alike, as far as it is known of what kind their GPUs are."""
+    """True if clusters are alike, as far as the kinds of their GPUs are known."""
     if not any(node.endswith(" x None") for node in (*these, *those)):
         return these == those
     numbers = [sorted(node.partition(" ")[0] for node in nodes) for nodes in (these, those)]
     return numbers[0] == numbers[1]
 
 
-def _compared(config: str) -> dict[str, Any]:
+def _compared(config: str) -> dict[str, object]:
+    """Return the parts of a config that a rehearsal depends on."""
     sections = yaml.safe_load(config)
-    sections["ppo"] = {k: value for k, value in sections["ppo"].items() if k not in HOW_OFTEN}
+    sections["ppo"] = {
+        k: value for k, value in sections["ppo"].items() if k not in PPO_NOT_COMPARED
+    }
     return {name: keys for name, keys in sections.items() if name not in NOT_COMPARED}
 
 
 def calibrated(plan: Plan, rehearsal: Rehearsal) -> Plan:
-    """The plan with measured seconds, and what measured memory says against it.
+    """Return the plan with measured seconds, and with shortages that measured memory shows.
 
-    Calls were in time: deadlines are among what a rehearsal is compared by.
+    Its calls were in time: the deadlines of the rehearsed config are the same.
     """
-    notes, short = [], []
+    notes, shortages = [], []
     for role in plan.roles:
         peak, planned = rehearsal.peak_of(role.role), _planned(plan, role)
         if peak is None:
             continue
         in_use = f"{_gb(peak)} were in use where {role.role} is, in the rehearsal"
         if peak > planned:
-            notes.append(f"{in_use}: more than the {_gb(planned)} planned")
+            notes.append(f"{in_use}: more than the planned {_gb(planned)}")
         usable = _usable(plan, role)
         if usable is not None and peak > usable:
             reason = f"{in_use}, and its GPU has {_gb(usable)} for tensors"
-            short.append(Shortage(reason, peak - usable))
+            shortages.append(Shortage(reason, peak - usable))
     return replace(
         plan,
-        pace=calibrated_pace(plan.pace, rehearsal, plan.config),
+        time=calibrated_time(plan.time, rehearsal, plan.config),
         late_calls=None,
         assumptions=(*notes, *plan.assumptions),
-        shortages=(*plan.shortages, *short),
+        shortages=(*plan.shortages, *shortages),
     )
 
 
 def _planned(plan: Plan, role: PlannedRole) -> float:
-    """Bytes where its largest worker is: of its process, or of all on the same GPU."""
+    """Return the planned bytes of its process, or of all processes on its GPU."""
     sharing = on_gpus(plan.roles, plan.places).values()
     turns = plan.config.placement.turns
     return max((together(held, turns) for held in sharing if role in held), default=role.peak)
 
 
 def _usable(plan: Plan, role: PlannedRole) -> float | None:
-    """Of its smallest GPU, for tensors; None: it has none, or one that is not known."""
+    """Return the usable bytes of its smallest GPU; None without GPUs or of an unknown kind."""
     kind = smallest_kind(plan.nodes[p.node] for p in plan.places if p.gpus and p.role == role.role)
     return None if kind is None else usable_bytes(kind)
 
 
-def calibrated_pace(pace: Pace | None, rehearsal: Rehearsal, config: Config) -> Pace:
-    """Seconds as they were measured: the worst case; the best is as much better as was predicted.
+def calibrated_time(
+    predicted: TimeEstimate | None, rehearsal: Rehearsal, config: Config
+) -> TimeEstimate:
+    """Return measured seconds as the worst case; the best is better by the predicted ratio.
 
     Args:
-        pace: the prediction; None: how fast the machine is was not known.
-        rehearsal: on the same machines.
-        config: of the run, which saves less often.
+        predicted: the prediction; None: the speed of the machines is unknown.
+        rehearsal: measured on the same machines.
+        config: the run's config, which saves less often.
     """
     phases: dict[str, Range] = {}
     for name, measured in rehearsal.seconds.items():
         worst = measured / config.ppo.save_every if name == "save" else measured
-        best, slowest = pace.phases[name] if pace and name in pace.phases else (1.0, 1.0)
+        best, slowest = (
+            predicted.phases[name] if predicted and name in predicted.phases else (1.0, 1.0)
+        )
         phases[name] = (worst * best / slowest if slowest else worst, worst)
-    known = pace or Pace({}, (0.0, 0.0), 0.0)
-    before, after = known.iteration, Pace(phases, (0.0, 0.0), 0.0).iteration
+    known = predicted or TimeEstimate({}, (0.0, 0.0), 0.0)
+    before, after = known.iteration, TimeEstimate(phases, (0.0, 0.0), 0.0).iteration
     saved = [
         known.days[end] + config.ppo.iterations * (after[end] - before[end]) / SECONDS_PER_DAY
         for end in (0, 1)
@@ -179,11 +185,11 @@ def calibrated_pace(pace: Pace | None, rehearsal: Rehearsal, config: Config) -> 
 
 
 def as_text(rehearsal: Rehearsal, plan: Plan) -> str:
-    """What was measured beside what is planned.
+    """Return a table of measured against planned memory and time.
 
     Args:
-        rehearsal: what was measured.
-        plan: of the same config, not calibrated.
+        rehearsal: the measurements.
+        plan: the plan of the same config, not calibrated.
     """
     lines = ["", f"{'role':<12}{'planned':>12}{'peak':>12}  (a process; all on its GPU)"]
     for role in plan.roles:
@@ -192,7 +198,7 @@ def as_text(rehearsal: Rehearsal, plan: Plan) -> str:
             lines.append(f"{role.role:<12}{_gb(_planned(plan, role)):>12}{_gb(peak):>12}")
     lines += ["", f"{'phase':<12}{'predicted':>20}{'measured':>12}"]
     for phase, seconds in rehearsal.seconds.items():
-        known = plan.pace.phases.get(phase) if plan.pace else None
+        known = plan.time.phases.get(phase) if plan.time else None
         ends = f"{known[0]:.3g} to {known[1]:.3g} s" if known else "not known"
         lines.append(f"{phase:<12}{ends:>20}{f'{seconds:.3g} s':>12}")
     state = state_bytes(plan.config, plan.models)

@@ -8,15 +8,18 @@ from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.config.ppo import LearnerConfig
 from rlhf_ray.placement.hardware import GpuKind
 from rlhf_ray.placement.layout import RUN_MODELS, demands
-from rlhf_ray.planning.activations import (
+from rlhf_ray.planning.memory import (
+    ADAM_BYTES,
+    BYTES,
+    Parts,
     Pass,
+    Shape,
     adapter_pass_bytes,
     chunked_logits_bytes,
+    deepspeed_parts,
     forward_bytes,
+    weights_bytes,
 )
-from rlhf_ray.planning.generators import Engine, engine_of
-from rlhf_ray.planning.memory import ADAM_BYTES, BYTES, Parts, deepspeed_parts, weights_bytes
-from rlhf_ray.planning.model_shape import Shape
 from rlhf_ray.planning.shapes import Models
 
 GPU_LIBRARIES = 1.0e9
@@ -24,7 +27,33 @@ GPU_LIBRARIES = 1.0e9
 NCCL = 0.5e9
 """Bytes of the buffers of a group's channels."""
 CPU_LIBRARIES = 0.37e9
-"""Bytes that an idle role's process takes on a CPU (measured)."""
+"""Bytes of an idle role's process on a CPU (measured)."""
+
+UTILIZATION = 0.92
+"""Share of a GPU that vLLM takes, without rollout.engine_args.gpu_memory_utilization."""
+ENGINE_LIBRARIES = 2.5e9
+"""Bytes of vLLM's CUDA context, its CUDA graphs, and buffers of its largest prefill."""
+CPU_ENGINE = 1.4e9
+"""Bytes of an idle CPU engine's three processes (measured)."""
+SAMPLER_ROWS, SAMPLER_BYTES = 256, 16
+"""Rows of logits that vLLM reserves memory for in its profiling run; bytes of a logit: four fp32
+tensors."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The memory of one generator's engine."""
+
+    parts: Parts
+    """Bytes on each of its GPUs."""
+    token_bytes: float
+    """Bytes of a token in its KV cache, on each of its GPUs."""
+    lacking: float = 0.0
+    """Bytes that it needs beyond its share of a GPU before it has any cache."""
+
+    def sequences(self, tokens: int) -> int:
+        """Return how many sequences of a length its KV cache holds at a time."""
+        return max(0, int(self.parts["KV cache"] // (self.token_bytes * tokens)))
 
 
 @dataclass(frozen=True)
@@ -34,58 +63,58 @@ class PlannedRole:
     role: str
     workers: int
     gpus: float
-    """Of one worker; 0: none."""
+    """GPUs of one worker; 0: it runs on a CPU."""
     parts: Mapping[str, float]
-    """Bytes by part at the peak of its work, on each of its GPUs; in memory where it has none."""
+    """Bytes by part at peak, on each of its GPUs; in main memory where it has none."""
     start: float = 0.0
-    """Bytes there while it loads, where that is before anything is sharded."""
+    """Bytes while it loads, before ZeRO-3 has sharded the weights."""
 
     @property
     def total(self) -> float:
-        """Bytes at the peak of its work."""
+        """Bytes at peak."""
         return sum(self.parts.values())
 
     @property
     def peak(self) -> float:
-        """The most bytes that it ever takes."""
+        """The most bytes it ever holds: at peak or while it loads."""
         return max(self.total, self.start)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the memory of roles depends on."""
+    """What the memory and time of roles depend on."""
 
     config: Config
     models: Models
     kinds: Mapping[str, GpuKind | None]
-    """Role -> GPUs that it is on; a role that is not here has none."""
+    """Role -> kind of its GPUs, None where unknown; a role that runs on CPUs has no entry."""
 
     def libraries(self, role: str, in_group: bool = False) -> float:
-        """Bytes of an idle process."""
+        """Return the bytes of an idle process."""
         return GPU_LIBRARIES + NCCL * in_group if role in self.kinds else CPU_LIBRARIES
 
     def longest(self) -> int:
-        """Tokens of the longest rollout."""
+        """Return the tokens of the longest rollout."""
         return self.config.rollout.max_prompt_tokens + self.config.rollout.max_tokens
 
     def micro_batch(self, most_rows: int) -> Pass:
-        """The largest pass over that many rollouts, all of full length."""
+        """Return the largest pass over at most so many rollouts, all of full length."""
         limit, longest = self.config.ppo.max_tokens_per_micro_batch, self.longest()
         rows = min(limit // longest, most_rows)
         return Pass(rows * longest, longest, BYTES[self.config.model.dtype])
 
     def learnt(self, group: LearnerConfig) -> Pass:
-        """The largest pass that a rank learns from: within its part of a mini-batch."""
+        """Return the largest pass of a learner rank: within its part of a mini-batch."""
         micro = self.micro_batch(self.config.ppo.mini_batch_size // group.num_ranks)
         return replace(micro, recomputes=group.gradient_checkpointing)
 
     def scored(self) -> Pass:
-        """The largest pass of a scorer: within a shard."""
+        """Return the largest pass of a scorer: within a shard."""
         return self.micro_batch(self.config.rollout.shard_size)
 
 
 def ppo_roles(setting: Setting) -> list[PlannedRole]:
-    """The roles that the config needs; the generators' KV cache takes what is left to them."""
+    """Return the roles that the config needs, the driver included."""
     parts = {
         "policy": _policy,
         "critic": _critic,
@@ -104,7 +133,7 @@ def ppo_roles(setting: Setting) -> list[PlannedRole]:
 
 
 def state_bytes(config: Config, models: Models) -> float:
-    """What a commit holds of the learners: weights that are trained, and their optimizers."""
+    """Return the bytes of the learners' state in a commit: trained weights and their optimizers."""
     trained = models.tuned.shape.adapter_parameters(config.lora)
     if config.may_have_critic:
         critic = models.critic.shape
@@ -113,7 +142,7 @@ def state_bytes(config: Config, models: Models) -> float:
 
 
 def engine(setting: Setting) -> Engine:
-    """A generator's engine."""
+    """Return the memory of a generator's engine."""
     kind = setting.kinds.get("generator")
     return engine_of(setting.config, setting.models.tuned.shape, kind)
 
@@ -145,7 +174,7 @@ def _critic(setting: Setting) -> tuple[Parts, float]:
 def _learner(
     setting: Setting, role: str, group: LearnerConfig, shape: Shape, trained: int
 ) -> tuple[Parts, float]:
-    """Everything but activations, and what is there before ZeRO 3 has sharded the weights."""
+    """Return everything but activations, and the bytes before ZeRO-3 has sharded the weights."""
     model = setting.config.model
     frozen = weights_bytes(shape.size, model.dtype, model.quantization)
     libraries = setting.libraries(role, in_group=group.num_ranks > 1)
@@ -186,7 +215,7 @@ def _reference(setting: Setting) -> tuple[Parts, float]:
 
 
 def _reward(setting: Setting) -> tuple[Parts, float]:
-    """Its own models are not quantised; those of other sources are taken for as large."""
+    """Return a scorer's parts: its models are not quantised, and all are assumed equally large."""
     config, shape = setting.config, setting.models.reward.shape.with_scalar_head()
     count = sum(isinstance(source, RUN_MODELS) for source in config.rewards)
     weights = weights_bytes(shape.size, config.model.dtype)
@@ -199,10 +228,50 @@ def _reward(setting: Setting) -> tuple[Parts, float]:
 
 
 def _driver(setting: Setting) -> Parts:
-    """The object store: an iteration's rollouts and columns, and the states of two commits."""
+    """Return what the object store holds: an iteration's rollouts and two commits' states."""
     config = setting.config
     tokens = config.ppo.batch_size * setting.longest()
     return {
         "rollouts": tokens * (8 + 4 * 4),  # ids; rollout, old, reference log-probs and values
         "commits": 2 * state_bytes(config, setting.models),
+    }
+
+
+def engine_of(config: Config, shape: Shape, kind: GpuKind | None) -> Engine:
+    """Return the engine of a generator on GPUs of a kind, or on a CPU (None).
+
+    A tensor-parallel engine divides weights and heads among its GPUs; each GPU keeps at least one
+    head of keys and values.
+    """
+    rollout, size = config.rollout, config.generators.tensor_parallel_size
+    number = BYTES[config.engine_dtype]
+    kv_share = min(size, shape.num_kv_heads)
+    token = shape.kv_values_per_token * number / kv_share
+    weights = {"weights": shape.size.parameters * number / size}
+    adapter = shape.adapter_parameters(config.lora.model_copy(update={"r": config.largest_rank}))
+    if config.serving == "adapter":
+        weights["adapter"] = adapter * number / size
+    if rollout.engine == "transformers" or kind is None:
+        return Engine(_unbounded(config, shape, token) | weights, token)
+    utilization = rollout.engine_args.get("gpu_memory_utilization", UTILIZATION)
+    held = {
+        "libraries": ENGINE_LIBRARIES,
+        **weights,
+        "logits": SAMPLER_ROWS * shape.vocab_size * SAMPLER_BYTES,
+    }
+    left = utilization * kind.memory_gb * 1e9 - sum(held.values())
+    return Engine({**held, "KV cache": max(0.0, left)}, token, lacking=max(0.0, -left))
+
+
+def _unbounded(config: Config, shape: Shape, token: float) -> Parts:
+    """Return the parts of engines with a configured cache (vLLM on a CPU) or one that grows."""
+    rollout = config.rollout
+    if rollout.engine == "vllm":
+        return {"libraries": CPU_ENGINE, "KV cache": rollout.kv_cache_gb * 2**30}
+    rows = rollout.shard_size
+    longest = rollout.max_prompt_tokens + rollout.max_tokens
+    return {
+        "libraries": CPU_ENGINE / 4,
+        "logits": rows * shape.vocab_size * SAMPLER_BYTES,
+        "KV cache": rows * longest * token,
     }

@@ -1,16 +1,58 @@
-"""Which model each part of a run holds, from its folder or from the shape in the config."""
+"""The shape of each model of a run: the numbers that its memory and time depend on.
+
+They come from the model's folder or from a shape in the config; this module loads no torch.
+"""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.model import LoraConfig, ModelConfig, ShapeConfig
+from rlhf_ray.config.model import LoraConfig, ModelConfig, ShapeConfig, TinyModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import base_of, is_adapter
-from rlhf_ray.planning.model_shape import Shape, described, tiny_shape
+from rlhf_ray.planning.memory import Linear, ModelSize, Shape, num_weights
+
+
+def described_shape(shape: ShapeConfig) -> Shape:
+    """Return a decoder like Llama, Mistral and Qwen: RMS norms, no biases, the same layer names."""
+    heads, width, mlp = shape.num_heads, shape.hidden_size, shape.intermediate_size
+    kv_heads = shape.num_kv_heads or heads
+    head_dim = shape.head_dim or width // heads
+    layers = shape.num_layers
+    linears = (
+        Linear("q_proj", width, heads * head_dim, layers),
+        Linear("k_proj", width, kv_heads * head_dim, layers),
+        Linear("v_proj", width, kv_heads * head_dim, layers),
+        Linear("o_proj", heads * head_dim, width, layers),
+        *([Linear("gate_proj", width, mlp, layers)] if shape.gated_mlp else []),
+        Linear("up_proj", width, mlp, layers),
+        Linear("down_proj", mlp, width, layers),
+    )
+    vocabulary = shape.vocab_size * width
+    quantizable = num_weights(linears)
+    output = 0 if shape.tied_embeddings else vocabulary
+    norms = (2 * layers + 1) * width
+    return Shape(
+        num_layers=layers,
+        hidden_size=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=mlp,
+        vocab_size=shape.vocab_size,
+        size=ModelSize(quantizable + vocabulary + output + norms, quantizable),
+        output_parameters=output,
+        linears=linears,
+    )
+
+
+def tiny_shape(tiny: TinyModelConfig) -> Shape:
+    """Return the shape of the small Llama that is built where no model is given."""
+    return described_shape(ShapeConfig(**tiny.model_dump()))
 
 
 @dataclass(frozen=True)
@@ -18,31 +60,33 @@ class PlannedModel:
     """One model that the config names."""
 
     key: str
-    """Config key that names it."""
+    """Config key that names the model."""
     path: str | None
-    """None: the tiny Llama that is built, or a model that is still to be given."""
+    """Folder or hub name; None for the tiny Llama, or a model that doesn't exist yet."""
     folder: str | None
-    """Of its config.json; None: its shape was described."""
+    """Folder of its config.json; None where the config describes its shape."""
     shape: Shape
-    """As a causal LM."""
+    """Its shape as a causal LM."""
     assumed_for: str | None = None
-    """``key=path`` of a model that is not there and is taken to have this one's shape."""
+    """``key=path`` of a model that isn't here and is assumed to have this shape."""
 
-    def num_trained(self, lora: LoraConfig | None, is_scalar: bool, unfreeze: object = None) -> int:
-        """Numbers that a training changes; a new scalar head is trained as well.
+    def num_trained(
+        self, lora: LoraConfig | None, is_scalar: bool, unfreeze: Sequence[str] | None = None
+    ) -> int:
+        """Return the number of parameters that a stage trains, a new scalar head included.
 
         Args:
-            lora: the adapter; None: the model's own weights.
+            lora: the adapter; None: the model's own weights are trained.
             is_scalar: whether it has a scalar head instead of its output layer.
-            unfreeze: modules of its own that are trained alone; without a folder, which would say
-                how large they are, all are taken.
+            unfreeze: names of the only modules that are trained; without a folder their sizes
+                aren't known, and all weights are counted.
         """
         if lora is not None:
             return self.shape.adapter_parameters(lora) + self.shape.hidden_size * is_scalar
         if unfreeze is None or self.folder is None:
             shape = self.shape.with_scalar_head() if is_scalar else self.shape
             return shape.size.parameters
-        from rlhf_ray.planning.model_sizes import num_trainable, skeleton  # these load transformers
+        from rlhf_ray.planning.model_sizes import num_trainable, skeleton  # loads transformers
 
         task = "SEQ_CLS" if is_scalar else "CAUSAL_LM"
         model = skeleton(self.folder, ModelConfig(), task)
@@ -55,21 +99,21 @@ class Models:
 
     base: PlannedModel
     tuned: PlannedModel
-    """What the policy is an adapter on."""
+    """The SFT model, which the policy is an adapter on."""
     reward: PlannedModel
     critic: PlannedModel
 
     @property
     def distinct(self) -> list[PlannedModel]:
-        """Each once."""
-        found = {model.key: model for model in (self.critic, self.reward, self.tuned, self.base)}
-        return list(reversed(found.values()))
+        """Each model once."""
+        by_key = {model.key: model for model in (self.critic, self.reward, self.tuned, self.base)}
+        return list(reversed(by_key.values()))
 
     @property
     def assumptions(self) -> list[str]:
-        """What was taken for granted of models that are not there."""
+        """Assumptions about models that aren't here."""
         notes = [
-            f"{model.assumed_for} is not here: taken to have the shape of {model.key}"
+            f"{model.assumed_for} is not here: assumed to have the shape of {model.key}"
             for model in (self.tuned, self.reward, self.critic)
             if model.assumed_for
         ]
@@ -77,10 +121,11 @@ class Models:
 
 
 def models_of(config: Config) -> Models:
-    """Every model that the config names.
+    """Return every model that the config names.
 
     Raises:
-        DataError: model.path is neither here nor described, or its config.json cannot be read.
+        DataError: model.path is neither a folder here nor described by model.shape, or its
+            config.json cannot be read.
     """
     base = _base(config)
     tuned = _given(config, "sft.path", config.sft.path, None, base)
@@ -103,9 +148,9 @@ def _base(config: Config) -> PlannedModel:
     if found is None:
         raise DataError(
             f"model.path {model.path} is no model folder here, so its size is not known; name a "
-            "folder with its config.json, or describe it for the plan: model.shape={num_layers: "
-            "32, hidden_size: 4096, num_heads: 32, num_kv_heads: 8, intermediate_size: 14336, "
-            "vocab_size: 128256}, with its own numbers"
+            "folder with a config.json, or give its shape for the plan, such as "
+            "model.shape={num_layers: 32, hidden_size: 4096, num_heads: 32, num_kv_heads: 8, "
+            "intermediate_size: 14336, vocab_size: 128256}"
         )
     return found
 
@@ -113,9 +158,9 @@ def _base(config: Config) -> PlannedModel:
 def _given(
     config: Config, key: str, path: str | None, shape: ShapeConfig | None, like: PlannedModel
 ) -> PlannedModel:
-    """A model that may be given; none, or one that is neither here nor described: ``like``."""
+    """Return an optional model, or ``like`` if it has no path, or is neither here nor described."""
     if path is None:
-        return like if shape is None else PlannedModel(key, path, None, described(shape))
+        return like if shape is None else PlannedModel(key, path, None, described_shape(shape))
     found = _model(key, path, shape, config.model.trust_remote_code)
     assumed = PlannedModel(like.key, like.path, like.folder, like.shape, f"{key}={path}")
     return found or assumed
@@ -125,11 +170,11 @@ def _model(key: str, path: str, shape: ShapeConfig | None, remote: bool) -> Plan
     folder = _config_folder(path)
     if folder is not None:
         return PlannedModel(key, path, folder, _folder_shape(folder, remote))
-    return None if shape is None else PlannedModel(key, path, None, described(shape))
+    return None if shape is None else PlannedModel(key, path, None, described_shape(shape))
 
 
 def _config_folder(path: str) -> str | None:
-    """Folder of a model's config.json: its own, its base's, or the hub's cache; None: not here."""
+    """Return the folder of a model's config.json: its own, its base's or the hub cache's."""
     if is_adapter(path):
         path = base_of(path)
     if (Path(path) / "config.json").is_file():
@@ -141,6 +186,6 @@ def _config_folder(path: str) -> str | None:
 
 @functools.cache
 def _folder_shape(folder: str, remote: bool) -> Shape:
-    from rlhf_ray.planning.model_sizes import shape_of, skeleton  # these load transformers
+    from rlhf_ray.planning.model_sizes import shape_of, skeleton  # loads transformers
 
     return shape_of(skeleton(folder, ModelConfig(trust_remote_code=remote)))

@@ -1,48 +1,79 @@
-"""The smallest changes of a config with which it would fit."""
+"""Other configs for the same job: the smallest changes that make it fit, and other layouts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.load import resolve
 from rlhf_ray.config.stages import SUPERVISED
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.planning.changes import BASE_AS_REFERENCE, Change, changed
+from rlhf_ray.placement.layout import Node, Slot, demands
 from rlhf_ray.planning.prediction import Plan, prediction
+from rlhf_ray.planning.throughput import Range, TimeEstimate
 
-MOST = 4
-"""Single changes that are named, if so many are enough by themselves."""
+Change = Mapping[str, object]
+"""Config key -> its new value."""
+
+BASE_AS_REFERENCE: Change = {"reference.kind": "policy_base", "reference.num_workers": 1}
+"""The policy's base also serves as the reference."""
 
 
-def remedies(plan: Plan) -> list[Change]:
-    """Changes each of which makes it fit, the one that costs least first; each was planned.
+MAX_SINGLE_CHANGES = 4
+"""Most single changes that are suggested, where each alone makes it fit."""
 
-    Single ones where there are any; else one of several keys, none of which could be left out;
-    none where no change that is tried here is enough.
+POLICY_PART, GENERATOR_PART = 0.4, 0.6
+"""Shares of a GPU for colocated roles: one of each fills it, and two generators never share one."""
+SMALLER_ENGINE = 0.8
+"""rollout.engine_args.gpu_memory_utilization that leaves memory for what learners keep asleep."""
+
+
+def changed(config: Config, change: Change) -> Config:
+    """Return the config with a change.
+
+    Raises:
+        ConfigError: the changed config is not valid.
     """
-    candidates = list(_candidates(plan.config))
+    values = config.model_dump(mode="json")
+    for key, value in change.items():
+        section = values
+        *path, name = key.split(".")
+        for part in path:
+            section = section[part]
+        section[name] = value
+    return resolve(values)
+
+
+def fitting_changes(plan: Plan) -> list[Change]:
+    """Return changes that each make the config fit, the cheapest first; each has been planned.
+
+    Single changes where any is enough; else one that joins several, none of which can be left out;
+    none where no change tried here is enough.
+    """
+    candidates = list(_change_candidates(plan.config))
     single = [change for change in candidates if _missing(plan, [change]) == 0]
     if single:
-        return single[:MOST]
-    together, least = _helping(plan, candidates)
-    return [] if least else [_joined(_needed(plan, together))]
+        return single[:MAX_SINGLE_CHANGES]
+    helpful, still_missing = _helping(plan, candidates)
+    return [] if still_missing else [_joined(_needed(plan, helpful))]
 
 
 def _helping(plan: Plan, candidates: Sequence[Change]) -> tuple[list[Change], float]:
-    """Those that each bring it nearer to fitting than those before did, and what is still short."""
-    together: list[Change] = []
+    """Return changes that each reduce the shortage further, and the bytes that are still short."""
+    helpful: list[Change] = []
     least = plan.missing
     for change in candidates:
-        missing = _missing(plan, [*together, change])
+        missing = _missing(plan, [*helpful, change])
         if missing < least:
-            together.append(change)
+            helpful.append(change)
             least = missing
-    return together, least
+    return helpful, least
 
 
-def _needed(plan: Plan, together: Sequence[Change]) -> list[Change]:
-    """Without those that it fits without, the ones that cost most tried first."""
-    kept = list(together)
-    for change in reversed(together):
+def _needed(plan: Plan, helpful: Sequence[Change]) -> list[Change]:
+    """Drop the changes that it fits without, trying the most expensive first."""
+    kept = list(helpful)
+    for change in reversed(helpful):
         rest = [other for other in kept if other is not change]
         if _missing(plan, rest) == 0:
             kept = rest
@@ -54,15 +85,15 @@ def _joined(changes: Sequence[Change]) -> Change:
 
 
 def _missing(plan: Plan, changes: Sequence[Change]) -> float:
-    """Bytes that are short with these changes; infinitely many where they make no valid config."""
+    """Return the bytes that are short with these changes; infinity if the config is invalid."""
     try:
         return prediction(changed(plan.config, _joined(changes)), plan.nodes).missing
     except ConfigError:
         return math.inf
 
 
-def _candidates(config: Config) -> Iterator[Change]:
-    """From what costs a little time to what changes what is learnt."""
+def _change_candidates(config: Config) -> Iterator[Change]:
+    """Yield changes, from those that cost a little time to those that change what is learnt."""
     yield from _recomputed(config)
     yield from _smaller_passes(config)
     yield from _spread(config)
@@ -141,7 +172,7 @@ def _smaller_models(config: Config) -> Iterator[Change]:
 
 
 def _stages(config: Config) -> list[str]:
-    """The supervised stages that would train."""
+    """Return the supervised stages that train."""
     return [
         name
         for name in SUPERVISED
@@ -150,7 +181,7 @@ def _stages(config: Config) -> list[str]:
 
 
 def _learners(config: Config) -> list[str]:
-    """PPO's groups, where it runs."""
+    """Return PPO's learner groups, if it runs."""
     if "ppo" not in config.run.stages:
         return []
     return ["policy", "critic"] if config.may_have_critic else ["policy"]
@@ -158,3 +189,94 @@ def _learners(config: Config) -> list[str]:
 
 def _is_full(config: Config, name: str) -> bool:
     return getattr(getattr(config, name), "tuning", None) == "full"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout of PPO's roles."""
+
+    changes: Change
+    """Changes of the given config; empty for the given layout."""
+    gpus: int
+    """Number of GPUs with a role on them."""
+    days: Range
+    """See `TimeEstimate`."""
+    idle_gpu_hours: float
+    """See `TimeEstimate`."""
+
+
+def layouts(plan: Plan) -> list[Layout]:
+    """Return the given layout and others that fit; none if it doesn't fit or has no known time."""
+    if not plan.fits or plan.time is None or not plan.places:
+        return []
+    others = (_first(plan, variants) for variants in _layout_candidates(plan.config, plan.nodes))
+    return [_layout({}, plan, plan.time), *(other for other in others if other)]
+
+
+def _layout(changes: Change, plan: Plan, time: TimeEstimate) -> Layout:
+    return Layout(changes, len(_gpus(plan.places)), time.days, time.idle_gpu_hours)
+
+
+def _gpus(places: Sequence[Slot], *roles: str) -> set[tuple[int, int]]:
+    """Return (node, index) of the GPUs of some roles, or of all roles if none is named."""
+    return {(p.node, gpu) for p in places if not roles or p.role in roles for gpu in p.gpus}
+
+
+def _first(plan: Plan, variants: Sequence[Change]) -> Layout | None:
+    """Return the first variant that is valid and fits."""
+    for variant in variants:
+        try:
+            other = prediction(changed(plan.config, variant), plan.nodes)
+        except ConfigError:
+            continue
+        if other.fits and other.time and _sleepers_share(other):
+            return _layout(variant, other, other.time)
+    return None
+
+
+def _sleepers_share(plan: Plan) -> bool:
+    """True unless colocated generators are on GPUs without a learner."""
+    if not plan.config.placement.turns:
+        return True
+    return _gpus(plan.places, "generator") <= _gpus(plan.places, "policy", "critic")
+
+
+def _layout_candidates(config: Config, nodes: Sequence[Node]) -> Iterator[list[Change]]:
+    """Yield the variants of each kind of layout, in the order in which they are tried."""
+    if config.reference.kind == "policy_base":
+        yield [{"reference.kind": "own"}]
+    elif config.reference.num_workers == 1:
+        yield [{"reference.kind": "policy_base"}]
+    else:
+        yield [BASE_AS_REFERENCE]
+    if any(demand.role == "reward" and demand.gpus for demand in demands(config)):
+        workers = config.reward.num_workers
+        for count in (workers // 2, workers * 2):
+            if count:
+                yield [{"reward.num_workers": count}]
+    if config.placement.turns:
+        yield _without_turns(config)
+    elif config.rollout.engine == "vllm":
+        yield _with_turns(config, nodes)
+
+
+def _without_turns(config: Config) -> list[Change]:
+    """Return variants without sleeping: on separate GPUs, or else together on shared ones."""
+    turns = {"placement.turns": False}
+    return [{**turns, "placement.policy.gpus": 1.0, "placement.generator.gpus": 1.0}, turns]
+
+
+def _with_turns(config: Config, nodes: Sequence[Node]) -> list[Change]:
+    """Return variants in which each generator sleeps and wakes on a policy rank's GPU."""
+    placement = config.placement
+    change: dict[str, object] = {"placement.turns": True}
+    if 1 in (placement.gpus_of("policy"), placement.gpus_of("generator")):
+        change["placement.policy.gpus"] = POLICY_PART
+        change["placement.generator.gpus"] = GENERATOR_PART
+    if config.generators.num > config.policy.num_ranks:
+        change["generators.num"] = config.policy.num_ranks
+    labels = placement.generator.labels
+    if any(key in node.labels for key in labels for node in nodes):
+        change["placement.generator.labels"] = placement.policy.labels
+    smaller = {**change, "rollout.engine_args.gpu_memory_utilization": SMALLER_ENGINE}
+    return [change, smaller]

@@ -1,33 +1,30 @@
-"""A plan as text for people, and as JSON for programs."""
+"""Format a plan as text, or as JSON for programs."""
 
 import dataclasses
 import textwrap
 from collections.abc import Iterator
-from typing import Any
 
 from rlhf_ray.config import Config, dump
 from rlhf_ray.placement.hardware import GPU_KINDS
-from rlhf_ray.planning.changes import Change
-from rlhf_ray.planning.layouts import Layout
 from rlhf_ray.planning.memory import GB, weights_bytes
-from rlhf_ray.planning.memory_check import USABLE, Shortage
-from rlhf_ray.planning.prediction import Plan, memory_gb
+from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb
 from rlhf_ray.planning.roles import PlannedRole
-from rlhf_ray.planning.throughput import ASSUMPTIONS, Pace, middle
+from rlhf_ray.planning.suggestions import Change, Layout
+from rlhf_ray.planning.throughput import ASSUMPTIONS, TimeEstimate, middle
 from rlhf_ray.planning.trainings import planned_training, trained_parts
 from rlhf_ray.runs.folder import RunFolder
 
 WIDTH = 100
-"""Characters of a line at most."""
+"""Longest line, characters."""
 
 
 def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
-    """The resolved config, then what it comes to.
+    """Return the resolved config and the plan as text.
 
     Args:
         plan: the plan.
-        changes: with which it would fit, where it does not.
-        layouts: of the same job, side by side.
+        changes: changes that each would make it fit; empty if it fits.
+        layouts: layouts of the same job.
     """
     config = plan.config
     rollouts = config.ppo.iterations * config.ppo.batch_size
@@ -41,7 +38,7 @@ def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
         *_trainings(plan),
         *_memory(plan),
         *_placement(plan),
-        *_pace(plan),
+        *_time(plan),
         *_layouts(layouts),
         "",
         f"stages: {', '.join(config.run.stages)}",
@@ -53,9 +50,9 @@ def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
     return "\n".join(lines)
 
 
-def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[str, Any]:
-    """The same; memory in GB of 10^9 bytes where a name says so, else in bytes."""
-    config, pace = plan.config, plan.pace
+def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[str, object]:
+    """Return the plan as JSON values; names that end in ``_gb`` are in 10^9 bytes."""
+    config, time = plan.config, plan.time
     return {
         "fits": plan.fits,
         "reasons": [_reason(shortage, changes) for shortage in plan.shortages],
@@ -66,12 +63,12 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
             for p in plan.places
             for gpu in p.gpus
         ],
-        "seconds_per_iteration": _middles(pace) if pace else None,
-        "seconds_range": _ranges(pace) if pace else None,
+        "seconds_per_iteration": _middles(time) if time else None,
+        "seconds_range": _ranges(time) if time else None,
         "bytes_per_sync": plan.bytes_per_sync,
-        "days": middle(pace.days) if pace else None,
-        "days_range": list(pace.days) if pace else None,
-        "idle_gpu_hours": pace.idle_gpu_hours if pace else None,
+        "days": middle(time.days) if time else None,
+        "days_range": list(time.days) if time else None,
+        "idle_gpu_hours": time.idle_gpu_hours if time else None,
         "layouts": [
             {
                 "changes": layout.changes,
@@ -82,7 +79,7 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
             for layout in layouts
         ],
         "sequences_per_generator": plan.sequences,
-        "assumptions": [*plan.assumptions, *_pace_assumptions(plan)],
+        "assumptions": [*plan.assumptions, *_time_assumptions(plan)],
         "cluster": [
             dataclasses.asdict(node) | {"labels": dict(node.labels)} for node in plan.nodes
         ],
@@ -105,7 +102,7 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
     }
 
 
-def _role(role: PlannedRole) -> dict[str, Any]:
+def _role(role: PlannedRole) -> dict[str, object]:
     return {
         "workers": role.workers,
         "gpus_per_worker": role.gpus,
@@ -114,20 +111,20 @@ def _role(role: PlannedRole) -> dict[str, Any]:
     }
 
 
-def _middles(pace: Pace) -> dict[str, float]:
-    return {name: middle(what) for name, what in _all(pace).items()}
+def _middles(time: TimeEstimate) -> dict[str, float]:
+    return {name: middle(ends) for name, ends in _all(time).items()}
 
 
-def _ranges(pace: Pace) -> dict[str, list[float]]:
-    return {name: list(what) for name, what in _all(pace).items()}
+def _ranges(time: TimeEstimate) -> dict[str, list[float]]:
+    return {name: list(ends) for name, ends in _all(time).items()}
 
 
-def _all(pace: Pace) -> dict[str, tuple[float, float]]:
-    return {**pace.phases, "total": pace.iteration}
+def _all(time: TimeEstimate) -> dict[str, tuple[float, float]]:
+    return {**time.phases, "total": time.iteration}
 
 
 def _what(config: Config) -> list[tuple[str, int, str]]:
-    """Role, number of its workers, what they are."""
+    """Return each role, its number of workers, and what they run."""
     own_reference = config.reference.kind == "own"
     parallel = config.generators.tensor_parallel_size
     spread = f", over {parallel} GPUs each" if parallel > 1 else ""
@@ -184,7 +181,7 @@ _COLUMNS = {
     "KV": ("KV cache",),
     "other": ("libraries", "rollouts", "commits"),
 }
-"""Column -> parts of the memory that it adds up."""
+"""Column -> parts of the memory that it sums."""
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -211,36 +208,36 @@ def _placement(plan: Plan) -> Iterator[str]:
         return
     yield ""
     for index, node in enumerate(plan.nodes):
-        seats: list[list[str]] = [[] for _ in range(node.gpus)]
+        slots: list[list[str]] = [[] for _ in range(node.gpus)]
         for place in plan.places:
             for gpu in place.gpus if place.node == index else ():
-                seats[gpu].append(f"{place.role}-{place.rank}")
-        kind = node.gpu_kind or "GPUs that are not known"
+                slots[gpu].append(f"{place.role}-{place.rank}")
+        kind = node.gpu_kind or "GPUs of unknown kind"
         yield f"{node.name}, {node.gpus} x {kind}:"
-        yield from _rows([f"{gpu}: {' + '.join(held) or '-'}" for gpu, held in enumerate(seats)])
+        yield from _rows([f"{gpu}: {' + '.join(held) or '-'}" for gpu, held in enumerate(slots)])
 
 
 def _rows(cells: list[str]) -> Iterator[str]:
-    """In columns as wide as the widest, as many as a line holds."""
+    """Yield lines of equally wide columns, as many as a line holds."""
     width = max(map(len, cells), default=0) + 2
     count = max(1, (WIDTH - 2) // width)
     for first in range(0, len(cells), count):
         yield "  " + "".join(f"{cell:<{width}}" for cell in cells[first : first + count]).rstrip()
 
 
-def _pace(plan: Plan) -> Iterator[str]:
-    pace = plan.pace
-    if pace is None:
+def _time(plan: Plan) -> Iterator[str]:
+    time = plan.time
+    if time is None:
         return
     yield ""
-    if pace.phases:
+    if time.phases:
         yield f"{'phase':<10}{'seconds of an iteration':>25}"
-        for name, (best, worst) in _all(pace).items():
+        for name, (best, worst) in _all(time).items():
             yield f"{name:<10}{f'{best:,.1f} to {worst:,.1f}':>25}"
-        yield f"bytes of an adapter that is sent to each generator: {plan.bytes_per_sync:,}"
-        yield f"idle GPU-hours of this layout: {pace.idle_gpu_hours:,.0f}"
-    yield f"days of the run: {pace.days[0]:,.2f} to {pace.days[1]:,.2f}"
-    yield "taken for granted, at best and at worst:"
+        yield f"bytes of the adapter sent to each generator: {plan.bytes_per_sync:,}"
+        yield f"idle GPU-hours of this layout: {time.idle_gpu_hours:,.0f}"
+    yield f"days of the run: {time.days[0]:,.2f} to {time.days[1]:,.2f}"
+    yield "assumptions, at best and at worst:"
     for name, (best, worst) in ASSUMPTIONS.items():
         yield f"  {name}: {best:g} to {worst:g}"
 
@@ -258,8 +255,8 @@ def _layouts(layouts: list[Layout]) -> Iterator[str]:
         yield from (f"  {line}" for line in rest)
 
 
-def _pace_assumptions(plan: Plan) -> list[str]:
-    if plan.pace is None:
+def _time_assumptions(plan: Plan) -> list[str]:
+    if plan.time is None:
         return []
     return [f"{name}: {best:g} to {worst:g}" for name, (best, worst) in ASSUMPTIONS.items()]
 
@@ -270,7 +267,7 @@ def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
     kinds = {node.gpu_kind for node in plan.nodes if node.gpu_kind}
     for kind in sorted(kinds):
         memory = GPU_KINDS[kind].memory_gb
-        yield f"{kind}: {memory:g} GB, of which tensors can have {USABLE * memory:,.1f}"
+        yield f"{kind}: {memory:g} GB, of which tensors can use {USABLE * memory:,.1f}"
     yield ""
     yield "It fits." if plan.fits else "It does not fit:"
     for shortage in plan.shortages:
@@ -282,13 +279,13 @@ def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
 
 
 def _reason(shortage: Shortage, changes: list[Change]) -> str:
-    """With what would make room, where no change of the config is named."""
-    is_all = changes or not shortage.remedy
-    return shortage.reason if is_all else f"{shortage.reason}. {shortage.remedy}"
+    """Return the reason, with what would help where no change of the config is suggested."""
+    is_enough = changes or not shortage.remedy
+    return shortage.reason if is_enough else f"{shortage.reason}. {shortage.remedy}"
 
 
 def _overrides(change: Change) -> str:
-    """As they are written behind a config."""
+    """Return a change as command-line overrides."""
     return " ".join(f"{key}={_yaml(value)}" for key, value in change.items())
 
 

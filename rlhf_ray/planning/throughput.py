@@ -1,4 +1,4 @@
-"""How long an iteration takes: a roofline with stated ranges, not a measurement.
+"""Estimate how long an iteration takes: a roofline model with stated ranges, not a measurement.
 
 A pass over a token costs two operations a parameter, its backward pass through a frozen base two
 more (four where the weights are trained), recomputing two (Kaplan et al. 2020, arXiv:2001.08361,
@@ -13,16 +13,15 @@ from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
 from rlhf_ray.config.ppo import LearnerConfig
 from rlhf_ray.placement.hardware import NETWORK_GB_PER_S, GpuKind
-from rlhf_ray.planning.memory import BYTES
-from rlhf_ray.planning.model_shape import Shape
+from rlhf_ray.planning.memory import BYTES, Shape
 from rlhf_ray.planning.roles import PlannedRole, Setting, engine, state_bytes
 from rlhf_ray.planning.trainings import section, tokens_per_step, trained_parts
 
 Range = tuple[float, float]
-"""At best and at worst."""
+"""The best and the worst case."""
 
 Sharing = Collection[Collection[PlannedRole]]
-"""Of each GPU the role of each worker on it."""
+"""For each GPU, the role of each worker on it."""
 
 ASSUMPTIONS: dict[str, Range] = {
     "learners reach of their GPU's bf16 operations": (0.45, 0.2),
@@ -37,25 +36,24 @@ ASSUMPTIONS: dict[str, Range] = {
     "GB/s to run.dir": (1.0, 0.1),
     "GB/s between a GPU and main memory, where sides take turns": (20.0, 2.0),
 }
-"""Of each, the best and the worst case of a range that is taken for granted."""
+"""Name of an assumption -> its best and worst case."""
 
 SEQUENCES_AT_A_TIME = 256
-"""Most that vLLM samples together."""
+"""Most sequences that vLLM samples together (its max_num_seqs)."""
 SECONDS_PER_DAY = 86_400
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Predicted seconds and what follows from them."""
+class TimeEstimate:
+    """Predicted seconds of an iteration, and days of the run."""
 
     phases: Mapping[str, Range]
-    """Of an iteration, by the names of the metrics ``timing_s/...``; and ``turns``, which a run
-    spends within its phases ``score`` and ``sync``."""
+    """Phase -> seconds of an iteration, named like the metrics ``timing_s/...``. A run spends
+    ``turns`` (sleep and wake) within its phases ``score`` and ``sync``."""
     days: Range
-    """Of PPO, and of supervised stages whose number of steps is given; without evaluations."""
+    """Days of PPO, and of supervised stages with a given number of steps; without evaluations."""
     idle_gpu_hours: float
-    """Of the GPUs that PPO's roles have, while none of a GPU's works, in the middle of the
-    range."""
+    """Hours that GPUs of PPO are idle, because no role on them works; at the range's midpoint."""
 
     @property
     def iteration(self) -> Range:
@@ -64,17 +62,17 @@ class Pace:
         return best, worst
 
 
-def middle(what: Range) -> float:
-    """Of a range."""
-    return (what[0] + what[1]) / 2
+def middle(ends: Range) -> float:
+    """Return the midpoint of a range."""
+    return (ends[0] + ends[1]) / 2
 
 
-def pace(setting: Setting, sharing: Sharing) -> Pace | None:
-    """What a run would take; None where a GPU's speed is not known.
+def estimate_time(setting: Setting, sharing: Sharing) -> TimeEstimate | None:
+    """Estimate the time of a run; None where the speed of a GPU is unknown.
 
     Args:
-        setting: the config, its models, and GPUs of which kinds its roles are on.
-        sharing: who is on each of PPO's GPUs.
+        setting: the config, its models, and the kinds of GPUs of its roles.
+        sharing: the roles on each of PPO's GPUs.
     """
     kinds = [kind for kind in setting.kinds.values() if kind is not None]
     if not kinds or len(kinds) < len(setting.kinds):
@@ -89,11 +87,11 @@ def pace(setting: Setting, sharing: Sharing) -> Pace | None:
         for end in (0, 1)
     )
     idle = sum(idle_seconds(held, phases) for held in sharing)
-    return Pace(phases, (best, worst), idle * config.ppo.iterations / 3600)
+    return TimeEstimate(phases, (best, worst), idle * config.ppo.iterations / 3600)
 
 
 def sync_bytes(config: Config, shape: Shape) -> int:
-    """Bytes of the adapter that every generator is sent after an iteration."""
+    """Return the bytes of the adapter that each generator receives after an iteration."""
     return int(shape.adapter_parameters(config.lora) * BYTES[config.model.dtype])
 
 
@@ -121,15 +119,15 @@ def _phases(setting: Setting, sharing: Sharing) -> dict[str, Range]:
 
 
 def _on_slowest_gpu(seconds: Mapping[str, float], sharing: Sharing) -> float:
-    """Roles work at the same time, and those on one GPU share what it can do."""
+    """Return the seconds of the slowest GPU: roles run in parallel, but share their GPU."""
     return max(sum(seconds.get(role.role, 0.0) for role in held) for held in sharing)
 
 
 def _moved_bytes(sharing: Sharing) -> float:
-    """Of one GPU, in an iteration's two changes of places.
+    """Return the bytes that one GPU moves when colocated roles sleep and wake, twice an iteration.
 
-    In each, weights leave every GPU of one side at once, then those of the other side come back;
-    caches are dropped, and what is trained stays. The fullest GPU of a side counts.
+    Each time, weights leave every GPU of one side at once, then those of the other side come back;
+    caches are dropped, and trained state stays. The fullest GPU of a side counts.
     """
     largest = dict.fromkeys(COLOCATED_GROUPS.values(), 0.0)
     for held in sharing:
@@ -151,8 +149,8 @@ def _generate(setting: Setting, end: int) -> float:
 
 
 def longest_shard(setting: Setting) -> float:
-    """Seconds of a call for one shard, at worst: until all that its generator has at a time are
-    done, each response as long as can be."""
+    """Return the worst seconds of a call for one shard: until all rollouts in flight at its
+    generator are done, each of full length."""
     config = setting.config
     rollouts = math.ceil(config.ppo.batch_size / config.generators.num)
     sampler = config.rollout.length_sampler
@@ -161,12 +159,12 @@ def longest_shard(setting: Setting) -> float:
 
 
 def _in_flight(config: Config) -> int:
-    """Rollouts that a generator is asked for at a time."""
+    """Return how many rollouts a generator has in flight."""
     return config.generators.max_in_flight * config.rollout.shard_size
 
 
 def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
-    """Seconds for a generator's rollouts of so many tokens each."""
+    """Return the seconds of a generator's rollouts of ``steps`` tokens each."""
     config, shape = setting.config, setting.models.tuned.shape
     kind, generator = setting.kinds["generator"], engine(setting)
     assert kind is not None
@@ -188,7 +186,7 @@ def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
 
 
 def _response_tokens(config: Config, end: int) -> float:
-    """Mean length of a response."""
+    """Return the mean length of a response."""
     sampler = config.rollout.length_sampler
     longest = (sampler.min + sampler.max - 1) / 2 if sampler else config.rollout.max_tokens
     if config.rollout.ignore_eos:
@@ -203,9 +201,9 @@ def _iteration_tokens(config: Config, end: int) -> float:
 
 
 def _score(setting: Setting, end: int) -> dict[str, float]:
-    """Role -> seconds of its work that goes on once generation is over.
+    """Return role -> seconds of its scoring after generation has ended.
 
-    A side that sleeps while the other generates scores all of it afterwards.
+    A role that sleeps while others generate scores everything afterwards.
     """
     config, models = setting.config, setting.models
     tokens = _iteration_tokens(config, end)
@@ -229,7 +227,7 @@ def _score(setting: Setting, end: int) -> dict[str, float]:
 
 
 def _learn(setting: Setting, end: int) -> dict[str, float]:
-    """Role -> seconds of its updates."""
+    """Return role -> seconds of its updates."""
     config, models = setting.config, setting.models
     groups: dict[str, tuple[LearnerConfig, Shape]] = {"policy": (config.policy, models.tuned.shape)}
     if config.may_have_critic:
@@ -265,7 +263,7 @@ def _reached(config: Config, end: int) -> float:
 
 
 def _supervised(setting: Setting, kind: GpuKind, end: int) -> float:
-    """Seconds of the supervised stages, one after the other; their epochs are not counted yet."""
+    """Return the seconds of the supervised stages in sequence; stages with epochs are left out."""
     config, seconds = setting.config, 0.0
     for part in trained_parts(config, setting.models):
         if part.role in ("policy", "critic"):
@@ -287,10 +285,37 @@ _BUSY: dict[str, tuple[str, ...]] = {
     "reference": ("score",),
     "reward": ("score",),
 }
-"""Role -> phases in which it works."""
+"""Role -> the phases it works in."""
 
 
 def idle_seconds(held: Collection[PlannedRole], phases: Mapping[str, Range]) -> float:
-    """Of an iteration, in which no role on a GPU works."""
+    """Return the seconds of an iteration in which no role on a GPU works."""
     busy = {name for role in held for name in _BUSY[role.role]}
-    return sum(middle(what) for name, what in phases.items() if name not in busy)
+    return sum(middle(ends) for name, ends in phases.items() if name not in busy)
+
+
+def late_calls(setting: Setting, time: TimeEstimate | None) -> str | None:
+    """Return a warning about calls that miss their deadline at the predicted worst, if any do.
+
+    Args:
+        setting: the config, its models, and the kinds of GPUs of its roles.
+        time: the estimate for its run; None: unknown.
+    """
+    limit_s = setting.config.cluster.call_timeout_s
+    if time is None or not time.phases or not setting.config.cluster.runs_on_ray:
+        return None
+    longest = {
+        "a shard of a generator": longest_shard(setting),
+        # Shards queue at their scorer: of those that come at once, the last waits for all others.
+        "the last score of a batch": time.phases["score"][1],
+        "learn": time.phases["learn"][1],
+    }
+    late = {call: seconds for call, seconds in longest.items() if seconds > limit_s}
+    if not late:
+        return None
+    listed = ", ".join(f"{call} {math.ceil(seconds):,} s" for call, seconds in late.items())
+    return (
+        f"at the predicted worst calls miss their deadline: {listed}, and cluster.call_timeout_s "
+        f"is {limit_s:g} s. A late generator is restarted, and any other late role ends the run; "
+        f"set cluster.call_timeout_s={math.ceil(max(late.values()))} or more"
+    )

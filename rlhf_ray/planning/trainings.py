@@ -1,4 +1,4 @@
-"""What the supervised stages of a run train, and what one of their processes holds."""
+"""What each stage of a run trains, and what a process of a supervised stage holds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,39 +6,43 @@ from dataclasses import dataclass
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.config.supervised import SupervisedConfig
-from rlhf_ray.planning.activations import (
+from rlhf_ray.planning.memory import (
+    BYTES,
+    STATE_BYTES,
+    Parts,
     Pass,
+    Shape,
     adapter_pass_bytes,
     chunked_logits_bytes,
+    training_bytes,
+    weights_bytes,
     whole_logits_bytes,
     whole_pass_bytes,
 )
-from rlhf_ray.planning.memory import BYTES, STATE_BYTES, Parts, training_bytes, weights_bytes
-from rlhf_ray.planning.model_shape import Shape
 from rlhf_ray.planning.roles import CPU_LIBRARIES, GPU_LIBRARIES, NCCL, PlannedRole
 from rlhf_ray.planning.shapes import Models, PlannedModel
 
 
 @dataclass(frozen=True)
 class PlannedTraining:
-    """What one process of a stage, or of a role of PPO, holds where nothing is sharded."""
+    """Memory of one process of a stage, or of a PPO role, with nothing sharded."""
 
     stage: str
     parameters: int
     trainable: int
     weights_bytes: float
-    """Of what is frozen, as ``model.quantization`` has it."""
+    """Bytes of the frozen weights, quantised as ``model.quantization`` says."""
     training_bytes: int
-    """Weights, gradients and Adam's moments of what is trained. Activations come on top."""
+    """Bytes of weights, gradients and Adam's moments of the trained parameters; no activations."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model, and what of it is trained."""
+    """A model and the part of it that a stage trains."""
 
     stage: str
     role: str
-    """Its name among the roles of the plan."""
+    """Its name among the plan's roles."""
     model: PlannedModel
     lora: LoraConfig | None
     is_scalar: bool = False
@@ -46,18 +50,18 @@ class Trained:
 
     @property
     def shape(self) -> Shape:
-        """Of the model as it is trained."""
+        """Shape of the model as it is trained."""
         shape = self.model.shape
         return shape.with_scalar_head() if self.is_scalar else shape
 
     @property
     def trainable(self) -> int:
-        """Numbers that change."""
+        """Number of trained parameters."""
         return self.model.num_trained(self.lora, self.is_scalar, self.unfreeze)
 
 
 def trained_parts(config: Config, models: Models) -> Iterator[Trained]:
-    """Every training of the run's stages."""
+    """Yield what each of the run's stages trains."""
     sft, reward, stages = config.sft, config.reward, config.run.stages
     if "pretrain" in stages:
         yield Trained("pretrain", "pretrain", models.base, None, unfreeze=config.pretrain.unfreeze)
@@ -76,7 +80,7 @@ def trained_parts(config: Config, models: Models) -> Iterator[Trained]:
 
 
 def planned_training(config: Config, part: Trained) -> PlannedTraining:
-    """What one process holds where nothing is sharded."""
+    """Return the memory of one process with nothing sharded."""
     trainable = part.trainable
     frozen = _frozen_bytes(config, part, trainable)
     size = part.shape.size.parameters
@@ -84,7 +88,7 @@ def planned_training(config: Config, part: Trained) -> PlannedTraining:
 
 
 def stage_roles(config: Config, models: Models, on_gpu: bool) -> list[PlannedRole]:
-    """The processes of the supervised stages, each stage by itself."""
+    """Return the processes of the supervised stages; each stage runs alone."""
     return [
         PlannedRole(
             role=part.role,
@@ -98,31 +102,33 @@ def stage_roles(config: Config, models: Models, on_gpu: bool) -> list[PlannedRol
 
 
 def section(config: Config, part: Trained) -> SupervisedConfig:
-    """The stage's own part of the config."""
+    """Return the stage's section of the config."""
     return getattr(config, part.stage)
 
 
 def tokens_per_step(config: Config, part: Trained) -> int:
-    """Of the global batch, where every sequence has its full length."""
+    """Return the tokens of the global batch, with every sequence at full length."""
     settings = section(config, part)
     return settings.batch_size * _sequences(config, part) * _length(config, part)
 
 
 def unknown_extents(config: Config, models: Models) -> list[str]:
-    """What a plan cannot know of the stages' trainings."""
+    """Return notes on what the plan cannot know about the stages."""
     notes = []
     for part in trained_parts(config, models):
         if part.unfreeze and part.model.folder is None:
             notes.append(
-                f"{part.stage}.unfreeze: {part.model.path} is not here, so all weights were counted"
+                f"{part.stage}.unfreeze: {part.model.path} is not here; all its weights are counted"
             )
         if part.role not in ("policy", "critic") and section(config, part).epochs is not None:
-            notes.append(f"{part.stage}.epochs: its rows are not counted yet, nor its days")
+            notes.append(
+                f"{part.stage}.epochs: its rows are not known yet, so its days are not included"
+            )
     return notes
 
 
 def _parts(config: Config, part: Trained, on_gpu: bool) -> Parts:
-    """transformers.Trainer under DistributedDataParallel: nothing is sharded."""
+    """Return the parts of a process of transformers.Trainer under DDP, which shards nothing."""
     settings, trainable = section(config, part), part.trainable
     in_group = settings.train_workers > 1
     libraries = GPU_LIBRARIES + NCCL * in_group if on_gpu else CPU_LIBRARIES
@@ -175,7 +181,7 @@ def _micro_batch(config: Config, part: Trained) -> Pass:
 
 
 def _sequences(config: Config, part: Trained) -> int:
-    """Of one row: a pair has two."""
+    """Return the sequences of one row: two for a pair."""
     is_pair = part.stage == "dpo" or (part.stage == "reward" and config.reward.loss == "pairwise")
     return 2 if is_pair else 1
 
@@ -195,7 +201,7 @@ def _frozen_bytes(config: Config, part: Trained, trainable: int) -> float:
 
 
 def _autocast_bytes(config: Config, part: Trained) -> float:
-    """Copies in half precision that autocast keeps of fp32 weights for the backward pass."""
+    """Return the bytes of the half-precision copies that autocast keeps for the backward pass."""
     if part.lora is not None or config.model.dtype == "float32":
         return 0
     return part.shape.size.parameters * BYTES[config.model.dtype]

@@ -13,13 +13,11 @@ from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.errors import DataError
 from rlhf_ray.placement.hardware import parse_cluster
 from rlhf_ray.placement.layout import Node
-from rlhf_ray.planning.layouts import layouts
 from rlhf_ray.planning.memory import GB
-from rlhf_ray.planning.memory_check import together
 from rlhf_ray.planning.plan import Plan, as_text, prediction_for
-from rlhf_ray.planning.prediction import memory_gb, prediction
+from rlhf_ray.planning.prediction import memory_gb, prediction, together
 from rlhf_ray.planning.roles import PlannedRole
-from rlhf_ray.planning.suggestions import remedies
+from rlhf_ray.planning.suggestions import fitting_changes, layouts
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STACKLLAMA = CONFIGS / "stackllama" / "ppo_3x8_a100.yaml"
@@ -93,7 +91,7 @@ def test_full_fine_tuning_of_70b_does_not_fit_one_gpu() -> None:
     )
     assert state == pytest.approx(18 * 70.55e9, rel=1e-3)
     assert "sft needs 1,350.3 GB on one A100-80GB, which has 81.6 GB for tensors" in reasons(plan)
-    (change,) = remedies(plan)
+    (change,) = fitting_changes(plan)
     assert {"sft.tuning", "model.quantization"} <= set(change)
 
 
@@ -124,7 +122,7 @@ def test_70b_fits_two_nodes_as_an_adapter_on_nf4_with_four_gpus_a_generator() ->
     one = planned("models/llama31_70b_qlora.yaml", "2x8xA100-80GB", "generators.num=1",
                   "generators.tensor_parallel_size=1")  # fmt: skip
     assert "a generator has 0.00 GB left for its KV cache" in reasons(one)
-    assert any("generators.tensor_parallel_size" in change for change in remedies(one))
+    assert any("generators.tensor_parallel_size" in change for change in fitting_changes(one))
 
 
 def test_8b_with_32k_of_context_fits_and_needs_recomputing() -> None:
@@ -135,7 +133,7 @@ def test_8b_with_32k_of_context_fits_and_needs_recomputing() -> None:
     assert plan.sequences == 12
     kept = planned("models/qwen3_8b_32k.yaml", "8xA100-80GB", "policy.gradient_checkpointing=false")
     assert "policy needs" in reasons(kept)
-    assert {"policy.gradient_checkpointing": True} in remedies(kept)
+    assert {"policy.gradient_checkpointing": True} in fitting_changes(kept)
 
 
 @pytest.mark.parametrize(("path", "cluster"), SHIPPED)
@@ -203,7 +201,7 @@ def test_what_is_trained_stays_on_the_gpu_of_a_side_that_sleeps() -> None:
 def test_too_few_gpus_are_told_with_what_would_fit() -> None:
     plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB")
     assert "The roles do not fit on the cluster" in reasons(plan)
-    assert plan.pace is None
+    assert plan.time is None
     arguments = ["plan", str(CONFIGS / "stackllama/ppo_1x8_a100.yaml"), "--cluster", "4xA100-80GB"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 1
@@ -231,7 +229,7 @@ def test_every_change_that_is_named_makes_it_fit() -> None:
     keys = [f"{name}.gradient_checkpointing=false" for name in ("policy", "critic", "reward")]
     plan = planned("models/qwen25_0_5b_1gpu.yaml", "1xA10G-24GB", *keys)
     assert not plan.fits
-    changes = remedies(plan)
+    changes = fitting_changes(plan)
     assert changes
     for change in changes:
         more = [f"{key}={json.dumps(value)}" for key, value in change.items()]
@@ -241,7 +239,9 @@ def test_every_change_that_is_named_makes_it_fit() -> None:
 
 def test_a_model_that_is_neither_here_nor_described_is_refused_with_what_to_add() -> None:
     config = load(None, ["model.path=nobody/model-of-nobody"])
-    with pytest.raises(DataError, match=r"describe it for the plan: model\.shape=\{num_layers"):
+    with pytest.raises(
+        DataError, match=r"give its shape for the plan, such as model\.shape=\{num_layers"
+    ):
         prediction(config, parse_cluster("8xA100-80GB"))
 
 
@@ -259,8 +259,9 @@ def test_gpus_of_an_unknown_kind_are_placed_and_not_compared() -> None:
     plan = prediction(load(STACKLLAMA), nodes)
     assert plan.fits
     assert len(plan.places) == 24
-    assert plan.pace is None
-    assert "what GPUs 10.0.0.1, 10.0.0.2, 10.0.0.3 has is not known" in " ".join(plan.assumptions)
+    assert plan.time is None
+    unknown = "the kind of GPUs of 10.0.0.1, 10.0.0.2, 10.0.0.3 is unknown"
+    assert unknown in " ".join(plan.assumptions)
 
 
 def test_in_a_ray_job_the_cluster_that_the_run_joins_is_what_there_is(
@@ -279,7 +280,7 @@ def test_in_a_ray_job_the_cluster_that_the_run_joins_is_what_there_is(
 def test_without_gpus_the_machines_memory_is_what_there_is(monkeypatch: Any) -> None:
     config = load(CONFIGS / "quickstart.yaml")
     assert prediction(config, ()).fits
-    monkeypatch.setattr("rlhf_ray.planning.memory_check.memory_of_machine", lambda: GB)
+    monkeypatch.setattr("rlhf_ray.planning.prediction.memory_of_machine", lambda: GB)
     plan = prediction(config, ())
     assert "PPO's roles need" in reasons(plan)
     assert "GB of this machine's 1.0 GB of memory" in reasons(plan)
@@ -287,8 +288,8 @@ def test_without_gpus_the_machines_memory_is_what_there_is(monkeypatch: Any) -> 
 
 def test_idle_gpus_are_those_that_wait_for_other_phases() -> None:
     plan = planned(STACKLLAMA, "3x8xA100-80GB")
-    assert plan.pace is not None
-    phases = {name: sum(what) / 2 for name, what in plan.pace.phases.items()}
+    assert plan.time is not None
+    phases = {name: sum(what) / 2 for name, what in plan.time.phases.items()}
     total = sum(phases.values())
     busy = {
         8: phases["gen"] + phases["sync"],
@@ -296,7 +297,7 @@ def test_idle_gpus_are_those_that_wait_for_other_phases() -> None:
         4: phases["score"],
     }
     idle = sum(gpus * (total - seconds) for gpus, seconds in busy.items())
-    assert plan.pace.idle_gpu_hours == pytest.approx(idle * 2500 / 3600)
+    assert plan.time.idle_gpu_hours == pytest.approx(idle * 2500 / 3600)
 
 
 def test_a_shape_is_no_part_of_what_a_run_is() -> None:

@@ -12,8 +12,8 @@ from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.placement.hardware import parse_cluster
 from rlhf_ray.planning.plan import Plan, plan_for
-from rlhf_ray.planning.rehearsal import RESULT, Rehearsal, as_text, calibrated_pace, load
-from rlhf_ray.planning.throughput import Pace
+from rlhf_ray.planning.rehearsal import RESULT, Rehearsal, as_text, calibrated_time, load
+from rlhf_ray.planning.throughput import TimeEstimate
 from rlhf_ray.runs.control import ControlFiles
 from rlhf_ray.stages import rehearse
 from rlhf_ray.stages.rehearse import is_needed, worst_case
@@ -218,15 +218,17 @@ def test_measured_memory_replaces_the_estimate(
 
 def test_measured_seconds_are_the_worst_case_and_scale_the_best(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    predicted = Pace({"gen": (1.0, 2.0), "save": (0.1, 1.0)}, (1.0, 2.0), idle_gpu_hours=6.0)
-    found = calibrated_pace(predicted, rehearsal_of(config), config)
+    predicted = TimeEstimate(
+        {"gen": (1.0, 2.0), "save": (0.1, 1.0)}, (1.0, 2.0), idle_gpu_hours=6.0
+    )
+    found = calibrated_time(predicted, rehearsal_of(config), config)
     # Four seconds instead of two; a save of 20 s every tenth iteration.
     assert found.phases == {"gen": (2.0, 4.0), "save": (0.2, 2.0)}
     # 100 iterations of 2.2 instead of 1.1 s, and of 6 instead of 3 s.
     day = 86_400
     assert found.days == pytest.approx((1 + 110 / day, 2 + 300 / day))
     assert found.idle_gpu_hours == pytest.approx(6.0 * 8.2 / 4.1)
-    unknown = calibrated_pace(None, rehearsal_of(config), config)
+    unknown = calibrated_time(None, rehearsal_of(config), config)
     assert unknown.phases == {"gen": (4.0, 4.0), "save": (2.0, 2.0)}
     assert unknown.days == pytest.approx((600 / day, 600 / day))
 

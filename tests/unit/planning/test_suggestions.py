@@ -10,10 +10,9 @@ from rlhf_ray import cli
 from rlhf_ray.config import load
 from rlhf_ray.placement.hardware import parse_cluster
 from rlhf_ray.placement.layout import Node
-from rlhf_ray.planning.changes import changed
-from rlhf_ray.planning.layouts import Layout, layouts
 from rlhf_ray.planning.plan import Plan, as_text
 from rlhf_ray.planning.prediction import prediction
+from rlhf_ray.planning.suggestions import Layout, changed, layouts
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 THREE_NODES = "stackllama/ppo_3x8_a100.yaml"
@@ -61,9 +60,9 @@ def test_each_layout_is_what_its_changes_come_to() -> None:
     for layout in found:
         again = prediction(changed(plan.config, layout.changes), plan.nodes)
         assert again.fits
-        assert again.pace is not None
-        assert layout.days == again.pace.days
-        assert layout.idle_gpu_hours == again.pace.idle_gpu_hours
+        assert again.time is not None
+        assert layout.days == again.time.days
+        assert layout.idle_gpu_hours == again.time.idle_gpu_hours
 
 
 def test_programs_read_the_given_layout_first() -> None:
