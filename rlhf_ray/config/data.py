@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from rlhf_ray.config.section import Section, changeable, fixed
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
 
 
 class PrepareConfig(Section):
@@ -180,3 +180,23 @@ class DataConfig(Section):
         le=1,
         description="Share of bad rows (over-long, empty) above which a stage stops.",
     )
+
+
+class TemplateConfig(Section):
+    """The layout that every stage renders with."""
+
+    kind: Literal["auto", "chat", "question_answer"] = fixed(
+        "auto",
+        description="chat: the tokenizer's chat template; question_answer: `Question: ... Answer: "
+        "...`; auto: chat for rows with messages, and plain prompts as they are written.",
+    )
+    kwargs: dict[str, Any] = fixed(
+        {}, description="Further variables of the chat template, such as {enable_thinking: false}."
+    )
+
+    @field_validator("kwargs")
+    @classmethod
+    def _own_keys(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = ["add_generation_prompt", "continue_final_message", "tokenize", "messages"]
+        owned = dict.fromkeys(names, "the renderer")
+        return refuse_owned("template.kwargs", kwargs, owned)

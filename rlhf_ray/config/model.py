@@ -4,8 +4,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.credentials import refuse_secrets
-from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned, refuse_secrets
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

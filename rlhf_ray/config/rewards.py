@@ -5,8 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_ray.config.credentials import has_user_info, refuse_secrets
-from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
+from rlhf_ray.config.section import (
+    Section,
+    changeable,
+    fixed,
+    has_user_info,
+    refuse_owned,
+    refuse_secrets,
+)
 
 
 class SourceConfig(Section):

@@ -4,9 +4,8 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.model import Dtype
-from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned, refuse_secrets
 
 
 class GeneratorsConfig(Section):

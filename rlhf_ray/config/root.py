@@ -4,12 +4,11 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.cluster import ClusterConfig
-from rlhf_ray.config.data import DataConfig, PrepareConfig
+from rlhf_ray.config.cluster import ClusterConfig, PlacementConfig
+from rlhf_ray.config.data import DataConfig, PrepareConfig, TemplateConfig
 from rlhf_ray.config.evaluate import EvaluateConfig
 from rlhf_ray.config.guards import GuardsConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
-from rlhf_ray.config.placement import PlacementConfig
 from rlhf_ray.config.ppo import (
     WITHOUT_CRITIC,
     CriticConfig,
@@ -29,7 +28,6 @@ from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section, fixed
 from rlhf_ray.config.stages import SUPERVISED
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
-from rlhf_ray.config.template import TemplateConfig
 from rlhf_ray.config.trackers import TrackersConfig
 
 

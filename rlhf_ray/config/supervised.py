@@ -4,11 +4,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_ray.config.credentials import refuse_secrets
 from rlhf_ray.config.data import Sources
 from rlhf_ray.config.model import LoraConfig, ShapeConfig
 from rlhf_ray.config.rewards import PairJudgeConfig
-from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
+from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned, refuse_secrets
 
 Tuning = Literal["lora", "full"]
 

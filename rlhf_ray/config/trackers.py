@@ -4,8 +4,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.credentials import has_user_info
-from rlhf_ray.config.section import Section, changeable
+from rlhf_ray.config.section import Section, changeable, has_user_info
 
 Samples = Literal["none", "local", "all"]
 """Trackers that are told texts."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.loading import load_tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.credentials import masked
+from rlhf_ray.config.section import masked
 from rlhf_ray.config.trackers import Samples
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.metrics import is_registered

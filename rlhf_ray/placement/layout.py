@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.placement import Role
+from rlhf_ray.config.cluster import Role
 from rlhf_ray.config.rewards import ClassifierSourceConfig, ModelSourceConfig
 from rlhf_ray.errors import PlacementError
 

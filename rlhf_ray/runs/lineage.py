@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.credentials import masked
+from rlhf_ray.config.section import masked
 from rlhf_ray.config.stages import STAGES
 from rlhf_ray.runs.folder import RunFolder
 

@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.config.model import ModelConfig
-from rlhf_ray.config.template import TemplateConfig
 from rlhf_ray.data.reading.chats import Message
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.render import Renderer

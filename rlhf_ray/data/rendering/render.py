@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.data import template
 from rlhf_ray.data.reading.chats import Message, PromptLike
 from rlhf_ray.data.reading.counts import BadRow

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.models.stopping import stop_token_ids
 
 CHAT = (

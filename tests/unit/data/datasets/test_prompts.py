@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.config.data import DataSource
-from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.config.data import DataSource, TemplateConfig
 from rlhf_ray.data.datasets.prompts import load_prompts
 from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.data.rendering.render import Renderer

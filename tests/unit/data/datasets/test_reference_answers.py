@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.data.datasets.prompts import load_prompts
 from rlhf_ray.data.datasets.reference_answers import reference_answers, reference_rollouts
 from rlhf_ray.data.rendering.render import Renderer

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.config.template import TemplateConfig
+from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.rendering.tokens import encode

@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf_ray.config import load
-from rlhf_ray.config.credentials import masked
+from rlhf_ray.config.section import masked
 from rlhf_ray.errors import ConfigError
 
 JUDGE = "type: judge, model: m, url: 'http://h/v1'"
