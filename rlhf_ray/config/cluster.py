@@ -1,4 +1,4 @@
-"""Where the processes run, and how long to wait for them."""
+"""Where the processes run, which GPUs the roles get, and how long to wait for both."""
 
 import os
 from itertools import chain
@@ -6,20 +6,20 @@ from typing import Literal, get_args
 
 from pydantic import field_validator
 
-from rlhf_ray.config.section import Section, changeable, has_user_info, refuse_secrets
+from rlhf_ray.config.section import Section, changeable, duplicates, has_user_info, refuse_secrets
 
 Role = Literal["policy", "critic", "reference", "reward", "generator"]
 
-_LABELS = "Ray labels of its nodes; where no node carries one, nodes without that label."
+_LABELS = "Ray labels of its nodes; if no node has such a label, nodes without it."
 
 
 class ClusterConfig(Section):
-    """Ray, deadlines and threads."""
+    """Ray, deadlines, threads and environment of the roles' processes."""
 
     mode: Literal["auto", "inline", "local", "ray"] = changeable(
         "auto",
-        description="inline: one process without Ray; local: a Ray cluster on this machine; ray: "
-        "the cluster that this process belongs to; auto: ray inside a Ray job, else local.",
+        description="inline: one process without Ray; local: a new Ray cluster on this machine; "
+        "ray: the cluster that this process belongs to; auto: ray inside a Ray job, else local.",
     )
     threads_per_actor: int = changeable(
         1, unit="threads", ge=1, description="CPU threads of each role's process (local mode)."
@@ -28,35 +28,34 @@ class ClusterConfig(Section):
         300.0,
         unit="seconds",
         gt=0,
-        description="Deadline for a role's process to be ready, seconds.",
+        description="Deadline for a role's process to be ready.",
     )
     call_timeout_s: float = changeable(
         600.0,
         unit="seconds",
         gt=0,
-        description="Deadline for any one call to a role, seconds; an iteration's "
-        "updates are one call.",
+        description="Deadline for one call to a role; an iteration's updates are one call.",
     )
     gpu_hour_price: float | None = changeable(
         None,
         unit="price",
         gt=0,
-        description="Price of one GPU for an hour, in any currency: then the metric "
-        "cost/per_1000_samples is in it.",
+        description="Price of one GPU for an hour, in any currency; if set, the metric "
+        "cost/per_1000_samples is in that currency.",
     )
     dashboard: bool = changeable(True, description="Start Ray's dashboard (on 127.0.0.1).")
     object_store_mb: int = changeable(
-        512, unit="MB", ge=80, description="Size of the local object store, MB (local mode)."
+        512, unit="MB", ge=80, description="Size of the object store (local mode)."
     )
     interface: str | None = changeable(
         None,
         min_length=1,
-        description="Network interface that nodes talk to each other by, such as eth1: Gloo and "
-        "NCCL are bound to it, and a node on which it does not carry Ray's address is refused "
-        "(mode ray); none: theirs to choose. On one machine it is always loopback.",
+        description="Network interface between nodes, such as eth1, which Gloo and NCCL bind to; "
+        "with mode ray, a node is refused if the interface does not have the address that Ray "
+        "uses. none: Gloo and NCCL choose. On one machine it is always loopback.",
     )
     env: dict[str, str] = changeable(
-        {}, description="Environment variables of every role's process; no secrets."
+        {}, description="Environment variables of every role's process; secrets are refused."
     )
 
     @property
@@ -75,8 +74,8 @@ class ClusterConfig(Section):
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
         remedy = (
-            "export it where the command is started, or on a cluster where Ray is started on each "
-            "node: processes of roles inherit it"
+            "export it where you start the command, or on a cluster where Ray starts on each "
+            "node: the roles' processes inherit it"
         )
         logins = {f"{name} password": url for name, url in env.items() if has_user_info(url)}
         refuse_secrets("cluster.env", env | logins, remedy)
@@ -84,82 +83,88 @@ class ClusterConfig(Section):
 
 
 class RolePlacement(Section):
-    """Where one role's workers sit."""
+    """Placement of one role's workers."""
 
     gpus: float | None = changeable(
         None,
         unit="GPUs",
         gt=0,
         le=1,
-        description="GPUs of one worker; a part: it shares one; none: placement.gpus. A generator "
-        "has generators.tensor_parallel_size whole ones, if that is not 1.",
+        description="GPUs of one worker; below 1 it shares a GPU; none: placement.gpus. A "
+        "generator with generators.tensor_parallel_size above 1 has that many whole GPUs.",
     )
     labels: dict[str, str] = changeable({"role": "train"}, description=_LABELS)
 
 
 class GeneratorPlacement(RolePlacement):
-    """Where generators sit."""
+    """Placement of the generators."""
 
     labels: dict[str, str] = changeable({"role": "rollout"}, description=_LABELS)
 
 
 class PlacementConfig(Section):
-    """Which GPUs of which nodes the roles of PPO get."""
+    """Which GPUs of which nodes the roles of PPO get.
+
+    How many workers a role has is set in its own section.
+    """
 
     gpus: float = changeable(
         1.0,
         unit="GPUs",
         ge=0,
         le=1,
-        description="GPUs of each role's worker; a part: several share one, and "
-        "rollout.engine_args.gpu_memory_utilization says what a generator takes of it; 0: CPUs "
-        "alone, for every role and every stage. A cluster that a run joins is waited for to have "
-        "them; a machine of its own without any is taken as it is.",
+        description="GPUs of each role's worker. Below 1 several workers share a GPU, and "
+        "rollout.engine_args.gpu_memory_utilization limits a generator's share of its memory. 0: "
+        "every role and stage runs on CPUs. A run waits for the GPUs of a cluster that it joins; "
+        "on its own machine without GPUs it uses CPUs.",
     )
-    policy: RolePlacement = changeable(RolePlacement(), description="Of policy ranks.")
-    critic: RolePlacement = changeable(RolePlacement(), description="Of critic ranks.")
-    reference: RolePlacement = changeable(RolePlacement(), description="Of references.")
+    policy: RolePlacement = changeable(RolePlacement(), description="Placement of policy ranks.")
+    critic: RolePlacement = changeable(RolePlacement(), description="Placement of critic ranks.")
+    reference: RolePlacement = changeable(
+        RolePlacement(), description="Placement of reference workers."
+    )
     reward: RolePlacement = changeable(
-        RolePlacement(), description="Of scorers; they get GPUs if a source runs a model there."
+        RolePlacement(),
+        description="Placement of scorers; they get GPUs only if a reward source runs a model.",
     )
-    generator: GeneratorPlacement = changeable(GeneratorPlacement(), description="Of generators.")
+    generator: GeneratorPlacement = changeable(
+        GeneratorPlacement(), description="Placement of generators."
+    )
     share: list[list[Role]] = changeable(
         [],
-        description="Sets of roles, such as [[critic, reference]]: a GPU is shared within a set "
-        "alone, or among roles of none. Ranks of one group never share one.",
+        description="Sets of roles that may share a GPU, such as [[critic, reference]]; roles in "
+        "no set may share with each other. Ranks of one learner group never share a GPU.",
     )
     turns: bool = changeable(
         False,
-        description="Generators and learners (policy, critic) take turns on GPUs that they share: "
-        "the others' weights wait in main memory.",
+        description="Colocate generators and learners (policy, critic): on GPUs that they share "
+        "one side sleeps, its weights in main memory, while the other works.",
     )
     timeout_s: float = changeable(
         300.0,
         unit="seconds",
         gt=0,
-        description="Deadline for the cluster to have room for all of them, seconds.",
+        description="Deadline for the cluster to have the capacity for all roles.",
     )
 
     @field_validator("share")
     @classmethod
     def _in_one_set(cls, share: list[list[Role]]) -> list[list[Role]]:
-        named = list(chain.from_iterable(share))
-        twice = sorted({role for role in named if named.count(role) > 1})
-        if twice:
-            raise ValueError(f"a role may be named once, and {', '.join(twice)} is named twice")
+        if repeated := duplicates(list(chain.from_iterable(share))):
+            raise ValueError(f"names {repeated} more than once; a role belongs to one set at most")
         return share
 
     def of(self, role: Role) -> RolePlacement:
-        """A role's part."""
+        """Return a role's placement."""
         return getattr(self, role)
 
     def gpus_of(self, role: Role) -> float:
-        """GPUs of one of its workers (a generator's, where it takes one)."""
+        """Return the GPUs of one of a role's workers, a generator's without tensor parallelism."""
         gpus = self.of(role).gpus
         return self.gpus if gpus is None or not self.gpus else gpus
 
     def sharers(self, role: Role) -> frozenset[str]:
-        """Roles that may be on the same GPU, itself among them."""
+        """Return the roles that may share a GPU with a role, itself included."""
         for members in self.share:
             if role in members:
                 return frozenset(members)

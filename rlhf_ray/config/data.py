@@ -1,42 +1,42 @@
-"""What the stages read: a Stack Exchange dump to prepare, or the user's own data sets."""
+"""What the stages read: a Stack Exchange dump or the user's datasets, and how rows become text."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
+from rlhf_ray.config.section import PassThrough, Section, changeable, fixed, is_list, refuse_owned
 
 
 class PrepareConfig(Section):
-    """From a dump's Posts.xml to four disjoint sets."""
+    """Turns a dump's Posts.xml into four disjoint sets."""
 
     posts: str | None = fixed(
         None,
-        description="Posts.xml of a Stack Exchange dump, or the .7z that holds it; none: a "
-        "synthetic site is written.",
+        description="Posts.xml of a Stack Exchange dump, or the .7z with it; none: generate a "
+        "synthetic site.",
     )
     site: str | None = fixed(
         None,
-        description="Site of the dump, such as ai.stackexchange.com, for the questions' links; "
-        "none: as the .7z or the dump's folder is named.",
+        description="Site of the dump, such as ai.stackexchange.com, for links to questions; "
+        "none: the name of the .7z or of the dump's folder.",
     )
     num_questions: int = fixed(
         4000, unit="questions", ge=20, description="Questions of the synthetic site."
     )
     max_pairs: int = fixed(
-        10, unit="pairs", ge=1, description="Most answer pairs sampled for one question."
+        10, unit="pairs", ge=1, description="Most answer pairs sampled for a question."
     )
     finetune: float = fixed(
-        0.3, unit="share", gt=0, lt=1, description="Share of the questions for pretrain and SFT."
+        0.3, unit="share", gt=0, lt=1, description="Questions for pretrain and SFT."
     )
     reward: float = fixed(
-        0.45, unit="share", gt=0, lt=1, description="Share for the reward model's pairs."
+        0.45, unit="share", gt=0, lt=1, description="Questions for the reward model's pairs."
     )
     rl: float = fixed(
-        0.15, unit="share", gt=0, lt=1, description="Share whose questions are PPO's prompts."
+        0.15, unit="share", gt=0, lt=1, description="Questions that are PPO's prompts."
     )
     evaluation: float = fixed(
-        0.1, unit="share", gt=0, lt=1, description="Share held out of all training."
+        0.1, unit="share", gt=0, lt=1, description="Questions held out of all training."
     )
 
     @model_validator(mode="after")
@@ -44,7 +44,8 @@ class PrepareConfig(Section):
         total = self.finetune + self.reward + self.rl + self.evaluation
         if abs(total - 1) > 1e-6:
             raise ValueError(
-                f"shares finetune + reward + rl + evaluation must add up to 1, got {total:g}"
+                "prepare.finetune + prepare.reward + prepare.rl + prepare.evaluation are shares "
+                f"and must add up to 1, got {total:g}"
             )
         return self
 
@@ -62,82 +63,82 @@ Format = Literal[
 
 
 class RowFilter(Section):
-    """Rows that a data set keeps: a comparison, or a function of the user's own."""
+    """Which rows a dataset keeps: a comparison, or a function of yours."""
 
     column: str | None = fixed(
-        None, description="Column whose value is compared; `prompt` of a chat is its text."
+        None, description="Column to compare; `prompt` of a chat is its text."
     )
     length: bool = fixed(
         False, description="Compare the value's length (characters, or items of a list)."
     )
     op: Literal["==", "!=", "<", "<=", ">", ">=", "in", "not_in", "contains"] = fixed(
-        "==", description="How; in and not_in take a list of values."
+        "==", description="Comparison; in and not_in take a list."
     )
-    value: Any = fixed(None, description="With what.")
+    value: object = fixed(None, description="Value to compare with.")
     function: str | None = fixed(
-        None, description="module:name or file.py:name of f(row) -> bool, instead of a comparison."
+        None, description="module:name or file.py:name of f(row) -> bool; replaces the comparison."
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _named_function(cls, given: Any) -> Any:
+    def _named_function(cls, given: object) -> object:
         return {"function": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "RowFilter":
         if (self.column is None) == (self.function is None):
-            raise ValueError("a filter is either {column, op, value} or a function module:name")
+            raise ValueError(
+                "a filter is either {column, op, value} or a function module:name; give one of them"
+            )
         if self.function is not None and ":" not in self.function:
-            raise ValueError(f"a function is named module:name, got {self.function!r}")
+            raise ValueError(f"{self.function!r} must have the form module:name or file.py:name")
         if self.op in ("in", "not_in") and not isinstance(self.value, list):
-            raise ValueError(f"{self.op} compares with a list of values, got {self.value!r}")
+            raise ValueError(f"op {self.op} needs a list as its value, got {self.value!r}")
         return self
 
 
 class DataSource(Section):
-    """A data set of the user's own."""
+    """One of your datasets."""
 
     path: str = fixed(
         ...,
-        description="File (parquet, csv, json or jsonl, the last three also as .gz), folder of "
-        "such files, folder saved by `datasets`, or the name of a data set on the hub.",
+        description="File (parquet; csv, json or jsonl, also as .gz), folder of such files, "
+        "folder saved by `datasets`, or the name of a dataset on the hub.",
     )
-    name: str | None = fixed(None, description="Configuration of a data set on the hub.")
+    name: str | None = fixed(None, description="Configuration of a dataset on the hub.")
     split: str = fixed(
         "train",
-        description="Split of a data set on the hub, of a saved folder, or of a folder whose files "
+        description="Split of a dataset on the hub, of a saved folder, or of a folder whose files "
         "are named after splits.",
     )
-    format: Format = fixed(
-        "auto", description="What a row is; auto: told by the names of its columns."
-    )
-    columns: dict[str, str] = fixed({}, description="Our column name -> the name in the file.")
+    format: Format = fixed("auto", description="Row format; auto: detected from the columns.")
+    columns: dict[str, str] = fixed({}, description="Our column name -> the column in the file.")
     weight: float | None = fixed(
         None,
         unit="–",
         gt=0,
-        description="Share of a mixture, in proportion to the other weights; none: all its rows.",
+        description="Weight in a mixture, relative to the others; none: use all rows.",
     )
     limit: int | None = fixed(
         None,
         unit="rows",
         ge=1,
-        description="Read at most this many rows (of those the filters keep).",
+        description="Most rows to read, after the filters.",
     )
     licence: str | None = fixed(
         None, description="Licence of the rows, for the cards of exported models."
     )
     filter: list[RowFilter] = fixed(
-        [], description="All of them must hold: {column, op, value}, or module:name."
+        [], description="Filters that all must hold: {column, op, value}, or module:name."
     )
 
     @field_validator("filter", mode="before")
     @classmethod
-    def _one_filter(cls, given: Any) -> Any:
-        return given if isinstance(given, list) else [given]
+    def _one_filter(cls, given: object) -> object:
+        return given if is_list(given) else [given]
 
 
-def _as_list(given: Any) -> Any:
+def _as_list(given: object) -> object:
     return [given] if isinstance(given, (dict, DataSource)) else given
 
 
@@ -149,7 +150,7 @@ Sources = Annotated[
 
 
 class DataConfig(Section):
-    """Data sets that replace what prepare writes, by use; each one source or a list of them."""
+    """Your datasets, in place of what prepare writes; each key takes a source or a list of them."""
 
     pretrain: Sources | None = fixed(None, description="Texts, or prompts with answers.")
     sft: Sources | None = fixed(None, description="Prompts with answers, chats, or texts.")
@@ -157,7 +158,7 @@ class DataConfig(Section):
         None, description="Pairs of answers, or answers with labels or scores."
     )
     prompts: Sources | None = fixed(None, description="PPO's prompts.")
-    eval: Sources | None = fixed(None, description="Prompts that are held out.")
+    eval: Sources | None = fixed(None, description="Held-out prompts.")
 
     @field_validator("pretrain", "sft", "preferences", "prompts", "eval")
     @classmethod
@@ -165,38 +166,38 @@ class DataConfig(Section):
         if sources is None:
             return None
         if not sources:
-            raise ValueError("names no data set; leave the key out to use what prepare writes")
+            raise ValueError("is an empty list; leave the key out to use what prepare writes")
         if len({source.weight is None for source in sources}) > 1:
-            raise ValueError("give every data set of a mixture a weight, or none of them")
+            raise ValueError("gives a weight to some sources only; give all of them one, or none")
         return sources
 
     overlong: Literal["drop", "truncate", "error"] = fixed(
-        "drop", description="What to do with a prompt or text over its limit."
+        "drop", description="What to do with a prompt or text over its length limit."
     )
     max_bad_share: float = changeable(
         0.2,
         unit="share",
         ge=0,
         le=1,
-        description="Share of bad rows (over-long, empty) above which a stage stops.",
+        description="Most bad rows (over-long, empty) before a stage stops.",
     )
 
 
 class TemplateConfig(Section):
-    """The layout that every stage renders with."""
+    """How a prompt and its answer become one text, in every stage."""
 
     kind: Literal["auto", "chat", "question_answer"] = fixed(
         "auto",
         description="chat: the tokenizer's chat template; question_answer: `Question: ... Answer: "
-        "...`; auto: chat for rows with messages, and plain prompts as they are written.",
+        "...`; auto: chat for rows with messages, else prompts as they are.",
     )
-    kwargs: dict[str, Any] = fixed(
-        {}, description="Further variables of the chat template, such as {enable_thinking: false}."
+    kwargs: PassThrough = fixed(
+        {}, description="More variables for the chat template, such as {enable_thinking: false}."
     )
 
     @field_validator("kwargs")
     @classmethod
-    def _own_keys(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _own_keys(cls, kwargs: PassThrough) -> PassThrough:
         names = ["add_generation_prompt", "continue_final_message", "tokenize", "messages"]
         owned = dict.fromkeys(names, "the renderer")
         return refuse_owned("template.kwargs", kwargs, owned)

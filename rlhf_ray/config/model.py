@@ -1,10 +1,17 @@
-"""The base model, and the adapters that are trained on it."""
+"""The base model, and the adapters trained on it."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
-from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned, refuse_secrets
+from rlhf_ray.config.section import (
+    PassThrough,
+    Section,
+    changeable,
+    fixed,
+    refuse_owned,
+    refuse_secrets,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -20,7 +27,7 @@ _ROPE_NEEDS = {
         "original_max_position_embeddings",
     ),
 }
-"""Kinds of RoPE scaling that transformers and vLLM both know, and the keys of each."""
+"""Kinds of RoPE scaling that both transformers and vLLM support -> keys that each needs."""
 
 _PEFT_KEYS = (
     "exclude_modules",
@@ -29,14 +36,14 @@ _PEFT_KEYS = (
     "layers_to_transform",
     "use_rslora",
 )
-"""Arguments of peft.LoraConfig that change neither the base nor the form ``W + scale * B @ A``."""
+"""Arguments of peft.LoraConfig that keep the base and the form ``W + scale * B @ A``."""
 
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
-"""Values of init_lora_weights that leave the base as it is."""
+"""Values of init_lora_weights that don't change the base."""
 
 
 class TinyModelConfig(Section):
-    """Shape of the small Llama that is built where no model.path is given."""
+    """Shape of the small Llama that is built if model.path is not set."""
 
     vocab_size: int = fixed(
         512, unit="entries", ge=300, description="Entries of the byte-level BPE tokenizer."
@@ -50,76 +57,78 @@ class TinyModelConfig(Section):
 
     @field_validator("num_heads")
     @classmethod
-    def _heads_divide(cls, heads: int, info: Any) -> int:
+    def _heads_divide(cls, heads: int, info: ValidationInfo) -> int:
         width = info.data.get("hidden_size")
         if width and (width % heads or (width // heads) % 2):
             raise ValueError(
-                f"{heads} heads do not cut hidden_size {width} into even parts (rotary embedding)"
+                f"{heads} does not divide hidden_size {width} into heads of even size, which "
+                "rotary embedding needs"
             )
         return heads
 
 
 class ShapeConfig(Section):
-    """Shape of a decoder, which the command plan takes where there is no folder."""
+    """Shape of a decoder, for the command plan if the model's folder is not here."""
 
     num_layers: int = fixed(..., unit="layers", gt=0, description="Transformer blocks.")
     hidden_size: int = fixed(..., unit="features", gt=0, description="Width.")
     num_heads: int = fixed(..., unit="heads", gt=0, description="Attention heads.")
     num_kv_heads: int | None = fixed(
-        None, unit="heads", gt=0, description="Heads of keys and values; none: num_heads."
+        None, unit="heads", gt=0, description="Key and value heads; none: num_heads."
     )
     head_dim: int | None = fixed(
         None, unit="features", gt=0, description="Width of a head; none: hidden_size / num_heads."
     )
     intermediate_size: int = fixed(..., unit="features", gt=0, description="Width of the MLP.")
     gated_mlp: bool = fixed(
-        True, description="Whether the MLP has a gate, as Llama's has and OPT's has not."
+        True, description="Whether the MLP has a gate (Llama has one, OPT does not)."
     )
     vocab_size: int = fixed(..., unit="entries", gt=0, description="Entries of the vocabulary.")
     tied_embeddings: bool = fixed(False, description="Whether the output layer is the embedding.")
 
 
 class ModelConfig(Section):
-    """The base that every stage starts from."""
+    """The base model that every stage starts from."""
 
     path: str | None = fixed(
-        None, description="Folder or hub name of a causal LM; none: a tiny Llama is built."
+        None, description="Folder or hub name of a causal LM; none: build a tiny Llama."
     )
     tiny: TinyModelConfig = fixed(TinyModelConfig(), description="Shape of the tiny Llama.")
     shape: ShapeConfig | None = changeable(
-        None, description="Shape of a model that is no folder here, for the command plan alone."
+        None,
+        description="Shape of a model whose folder is not here; used only by the command plan.",
     )
     dtype: Dtype = fixed("float32", description="Data type of the frozen weights.")
     quantization: Literal["none", "int8", "nf4"] = fixed(
         "none",
-        description="bitsandbytes quantisation of the frozen bases that adapters are trained on "
-        "(nf4: double quantisation); the engine serves model.dtype.",
+        description="bitsandbytes quantisation of the frozen bases under adapters (nf4: with "
+        "double quantisation); the generators' engine serves model.dtype.",
     )
     compute_dtype: Dtype | None = fixed(
-        None, description="Data type that nf4 weights are computed in; none: model.dtype."
+        None, description="Data type for computing with nf4 weights; none: model.dtype."
     )
     attn_implementation: str = changeable(
         "auto",
-        description="sdpa, eager, flash_attention_2, ...; auto: the best that transformers finds "
+        description="sdpa, eager, flash_attention_2, ...; auto: the best that transformers has "
         "for the architecture.",
     )
-    rope_scaling: dict[str, Any] | None = fixed(
+    rope_scaling: PassThrough | None = fixed(
         None,
-        description="Rotary embedding for longer sequences, over the base's own, e.g. "
+        description="RoPE scaling for longer sequences, in place of the base's, such as "
         "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}.",
     )
     max_length: int = fixed(
         256,
         unit="tokens",
         gt=0,
-        description="Longest sequence (prompt and response) of any stage, tokens.",
+        description="Longest sequence (prompt and response) of any stage.",
     )
-    kwargs: dict[str, Any] = fixed({}, description="Further arguments of from_pretrained.")
-    trust_remote_code: bool = fixed(False, description="Run code that comes with the model folder.")
+    kwargs: PassThrough = fixed({}, description="More arguments of from_pretrained.")
+    trust_remote_code: bool = fixed(False, description="Run code from the model's folder.")
 
     @field_validator("kwargs")
     @classmethod
-    def _own_keys(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _own_keys(cls, kwargs: PassThrough) -> PassThrough:
         owned = {
             "dtype": "model.dtype",
             "torch_dtype": "model.dtype",
@@ -135,24 +144,24 @@ class ModelConfig(Section):
 
     @field_validator("rope_scaling")
     @classmethod
-    def _known_rope(cls, rope: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _known_rope(cls, rope: PassThrough | None) -> PassThrough | None:
         if rope is None:
             return None
         kind = rope.get("rope_type")
         if kind not in _ROPE_NEEDS:
-            raise ValueError(f"rope_type must be one of {', '.join(_ROPE_NEEDS)}, got {kind!r}")
+            raise ValueError(f"needs rope_type, one of {', '.join(_ROPE_NEEDS)}; got {kind!r}")
         missing = [key for key in _ROPE_NEEDS[kind] if key not in rope]
         if missing:
-            raise ValueError(f"rope_type {kind} also needs {', '.join(missing)}")
+            raise ValueError(f"lacks {', '.join(missing)}, which rope_type {kind} needs")
         return rope
 
     @model_validator(mode="after")
     def _compute_dtype_is_nf4s(self) -> "ModelConfig":
         if self.compute_dtype is not None and self.quantization != "nf4":
             raise ValueError(
-                f"model.compute_dtype {self.compute_dtype} is for model.quantization nf4, got "
-                f"{self.quantization}; leave it out (int8 computes as bitsandbytes does, a base "
-                "that is not quantised in model.dtype)"
+                f"model.compute_dtype {self.compute_dtype} needs model.quantization nf4, got "
+                f"{self.quantization}; leave it out (bitsandbytes sets the type for int8, and an "
+                "unquantised base computes in model.dtype)"
             )
         return self
 
@@ -162,19 +171,19 @@ class LoraConfig(Section):
 
     r: int = fixed(16, unit="dimensions", ge=1, le=512, description="Rank.")
     alpha: float = fixed(
-        32.0, unit="–", gt=0, description="Scale: the update is multiplied by alpha / r."
+        32.0, unit="–", gt=0, description="Scale: the adapter's output is multiplied by alpha / r."
     )
     dropout: float = fixed(
         0.05,
         unit="probability",
         ge=0,
         lt=1,
-        description="Dropout on the adapter's input in supervised stages (PPO: off).",
+        description="Dropout on the adapter's input in supervised stages; PPO uses none.",
     )
     target_modules: str | list[str] = fixed(
-        "all-linear", description="all-linear, or module names such as [q_proj, v_proj]."
+        "all-linear", description="all-linear, or a list of module names, such as [q_proj, v_proj]."
     )
-    peft: dict[str, Any] = fixed({}, description="Further arguments of peft.LoraConfig.")
+    peft: PassThrough = fixed({}, description="More arguments of peft.LoraConfig.")
 
     @field_validator("target_modules")
     @classmethod
@@ -182,12 +191,14 @@ class LoraConfig(Section):
         if isinstance(modules, str) and modules != "all-linear":
             raise ValueError(f"must be all-linear or a list of module names, got {modules!r}")
         if not modules:
-            raise ValueError("names no module: nothing would be trained")
+            raise ValueError(
+                "is an empty list, so nothing would be trained; name modules, or use all-linear"
+            )
         return modules
 
     @field_validator("peft")
     @classmethod
-    def _plain_lora(cls, peft: dict[str, Any]) -> dict[str, Any]:
+    def _plain_lora(cls, peft: PassThrough) -> PassThrough:
         owned = {
             "r": "lora.r",
             "lora_alpha": "lora.alpha",
@@ -195,16 +206,16 @@ class LoraConfig(Section):
             "target_modules": "lora.target_modules",
             "task_type": "the stage",
         }
-        others = dict.fromkeys(
-            peft.keys() - owned.keys() - set(_PEFT_KEYS),
-            "nothing: merging and the generators' engine cannot serve it; "
-            f"they keep {', '.join(_PEFT_KEYS)}",
-        )
-        refuse_owned("lora.peft", peft, owned | others)
+        refuse_owned("lora.peft", peft, owned)
+        if unsupported := sorted(peft.keys() - set(_PEFT_KEYS)):
+            raise ValueError(
+                f"lora.peft may not contain {', '.join(map(repr, unsupported))}: neither merging "
+                "nor the generators' engine supports it; supported: " + ", ".join(_PEFT_KEYS)
+            )
         start = peft.get("init_lora_weights", True)
         if start not in _PLAIN_STARTS:
             raise ValueError(
-                f"lora.peft.init_lora_weights {start!r} changes the base, which the generators and "
-                "the merge take as it is; use true, gaussian or orthogonal"
+                f"lora.peft.init_lora_weights {start!r} changes the base, but generators and "
+                "merging use the original; set true, gaussian or orthogonal"
             )
         return peft

@@ -1,15 +1,15 @@
-"""PPO: the algorithm and who learns."""
+"""PPO: the algorithm, its learner groups and the reference."""
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.model import LoraConfig, ShapeConfig
-from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned
+from rlhf_ray.config.section import PassThrough, Section, changeable, fixed, refuse_owned
 
 
-def _refuse_owned_deepspeed(section: str, given: dict[str, Any]) -> dict[str, Any]:
+def _refuse_owned_deepspeed(section: str, given: PassThrough) -> PassThrough:
     owned = {
         "zero_optimization": f"{section}.zero_stage (further ZeRO keys: {section}.deepspeed.zero)",
         "train_batch_size": "ppo.mini_batch_size",
@@ -25,28 +25,32 @@ def _refuse_owned_deepspeed(section: str, given: dict[str, Any]) -> dict[str, An
 
 
 class LearnerConfig(Section):
-    """A DeepSpeed group."""
+    """A DeepSpeed group of learners."""
 
     num_ranks: int = changeable(1, unit="processes", ge=1, description="Processes of the group.")
     zero_stage: Literal[1, 2, 3] = changeable(
-        2, unit="–", description="ZeRO stage; 3 only where the frozen base does not fit one device."
+        2,
+        unit="–",
+        description="ZeRO stage; use 3 only if the frozen base does not fit one device.",
     )
     gradient_checkpointing: bool = changeable(
-        False, description="Recompute activations in the backward pass: less memory."
+        False, description="Recompute activations in the backward pass: slower, less memory."
     )
-    deepspeed: dict[str, Any] = changeable(
-        {}, description="Further keys of DeepSpeed's config; `zero` holds further ZeRO keys."
+    deepspeed: PassThrough = changeable(
+        {}, description="More keys of DeepSpeed's config; `zero` holds more ZeRO keys."
     )
 
 
 class PolicyConfig(LearnerConfig):
     """The policy's learners."""
 
-    tuning: str = changeable("lora", description="lora alone: only adapters are synchronised.")
+    tuning: str = changeable(
+        "lora", description="lora is the only value: only adapters are synchronised."
+    )
 
     @field_validator("deepspeed")
     @classmethod
-    def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _own_keys(cls, given: PassThrough) -> PassThrough:
         return _refuse_owned_deepspeed("policy", given)
 
     @field_validator("tuning")
@@ -54,9 +58,9 @@ class PolicyConfig(LearnerConfig):
     def _adapters_alone(cls, tuning: str) -> str:
         if tuning != "lora":
             raise ValueError(
-                f"{tuning!r} is not possible: each iteration sends the policy to every generator "
-                "and proves it there, and only an adapter is small enough for that; use lora "
-                "(full fine-tuning: pretrain, sft.tuning, reward.tuning)"
+                f"{tuning!r} is not supported: each iteration sends the policy to every "
+                "generator, and only an adapter is small enough for that; use lora (stages with "
+                "full fine-tuning: pretrain, sft.tuning, reward.tuning)"
             )
         return tuning
 
@@ -66,17 +70,16 @@ class CriticConfig(LearnerConfig):
 
     init: Literal["sft", "reward"] = fixed(
         "sft",
-        description="Model to start from. sft: the SFT model, with a value head that starts at "
-        "zero; reward: the run's reward model (reward.path or the stage's), whose trained head is "
-        "kept, so that values start as scores.",
+        description="Initial model. sft: the SFT model with a value head of zeros; reward: the "
+        "run's reward model (reward.path or the stage's) with its head, so that values start as "
+        "scores.",
     )
     path: str | None = fixed(
         None,
-        description="Another model to start from than the SFT model; its value head starts at "
-        "zero as well.",
+        description="Initial model in place of the SFT model, with a value head of zeros.",
     )
     shape: ShapeConfig | None = changeable(
-        None, description="Of critic.path, for the command plan alone; none: the policy's."
+        None, description="Shape of critic.path, used only by the command plan; none: the policy's."
     )
     learning_rate: float = fixed(1e-5, unit="–", gt=0, description="Constant learning rate.")
     lora: LoraConfig = fixed(
@@ -85,16 +88,16 @@ class CriticConfig(LearnerConfig):
 
     @field_validator("deepspeed")
     @classmethod
-    def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _own_keys(cls, given: PassThrough) -> PassThrough:
         return _refuse_owned_deepspeed("critic", given)
 
     @model_validator(mode="after")
     def _one_start(self) -> "CriticConfig":
         if self.init == "reward" and self.path is not None:
             raise ValueError(
-                f"critic.init reward and critic.path {self.path!r} both name the model that the "
-                "critic starts from; leave critic.path out (and name the reward model in "
-                "reward.path), or set critic.init=sft"
+                f"critic.init reward and critic.path {self.path!r} both set the critic's initial "
+                "model; leave critic.path out (reward.path names the reward model), or set "
+                "critic.init=sft"
             )
         return self
 
@@ -104,10 +107,12 @@ class ReferenceConfig(Section):
 
     kind: Literal["own", "policy_base"] = changeable(
         "own",
-        description="own: processes of its own, which work beside the learners; policy_base: the "
-        "policy's learners answer with their adapter off, which saves a copy of the model.",
+        description="own: separate processes, in parallel with the learners; policy_base: the "
+        "policy's learners with their adapter off, which saves a copy of the model.",
     )
-    num_workers: int = changeable(1, unit="processes", ge=1, description="Processes of its own.")
+    num_workers: int = changeable(
+        1, unit="processes", ge=1, description="Reference processes, with kind own."
+    )
 
     @property
     def num_processes(self) -> int:
@@ -118,8 +123,8 @@ class ReferenceConfig(Section):
     def _workers_of_its_own(self) -> "ReferenceConfig":
         if self.kind == "policy_base" and self.num_workers != 1:
             raise ValueError(
-                f"reference.num_workers {self.num_workers} does nothing with reference.kind "
-                "policy_base, where the policy.num_ranks learners answer; leave it out, or set "
+                f"reference.num_workers {self.num_workers} has no effect with reference.kind "
+                "policy_base, because the policy's learners do the work; leave it out, or set "
                 "reference.kind=own"
             )
         return self
@@ -135,11 +140,13 @@ class PpoConfig(Section):
     iterations: int = changeable(
         100, unit="iterations", ge=1, description="PPO iterations of the whole run."
     )
-    batch_size: int = fixed(64, unit="rollouts", ge=1, description="Rollouts an iteration.")
-    samples_per_prompt: int = fixed(1, unit="rollouts", ge=1, description="Rollouts of one prompt.")
-    epochs: int = fixed(4, unit="passes", ge=1, description="Passes over one iteration's rollouts.")
+    batch_size: int = fixed(64, unit="rollouts", ge=1, description="Rollouts of an iteration.")
+    samples_per_prompt: int = fixed(
+        1, unit="rollouts", ge=1, description="Rollouts of each prompt."
+    )
+    epochs: int = fixed(4, unit="passes", ge=1, description="Passes over an iteration's rollouts.")
     mini_batch_size: int = fixed(
-        64, unit="rollouts", ge=1, description="Global rollouts per optimizer step."
+        64, unit="rollouts", ge=1, description="Rollouts of an optimizer step, over all ranks."
     )
     max_tokens_per_micro_batch: int = changeable(
         8192,
@@ -148,13 +155,15 @@ class PpoConfig(Section):
         description="Most tokens (padding included) in one forward or backward pass.",
     )
     learning_rate: float = fixed(
-        1.4e-5, unit="–", gt=0, description="Policy's constant learning rate."
+        1.4e-5, unit="–", gt=0, description="The policy's constant learning rate."
     )
     adam_epsilon: float = fixed(
-        1e-5, unit="–", gt=0, description="Adam's epsilon; 1e-5 tames the first updates of PPO."
+        1e-5, unit="–", gt=0, description="Adam's epsilon; 1e-5 damps the first updates of PPO."
     )
-    max_grad_norm: float = fixed(1.0, unit="–", gt=0, description="Gradient norm is clipped here.")
-    gamma: float = fixed(1.0, unit="–", ge=0, le=1, description="Discount.")
+    max_grad_norm: float = fixed(
+        1.0, unit="–", gt=0, description="Largest gradient norm; larger ones are clipped."
+    )
+    gamma: float = fixed(1.0, unit="–", ge=0, le=1, description="Discount factor.")
     gae_lambda: float = fixed(0.95, unit="–", ge=0, le=1, description="GAE's lambda.")
     advantage: str = fixed(
         "gae",
@@ -164,72 +173,85 @@ class PpoConfig(Section):
     )
     whiten_advantages: bool | None = fixed(
         None,
-        description="Bring advantages to mean 0 and deviation 1 over the batch; none: all but "
-        "rloo's and grpo's.",
+        description="Scale advantages to mean 0 and deviation 1 over the batch; none: yes, except "
+        "with rloo and grpo.",
     )
     policy_loss: str = fixed(
-        "clip", description="clip, or module:name of a function like losses.policy_loss."
+        "clip",
+        description="clip, or module:name of a function with the signature of losses.policy_loss.",
     )
     clip_range: float = fixed(
-        0.2, unit="–", gt=0, description="Policy ratio clip; only downwards with clip_range_high."
+        0.2,
+        unit="–",
+        gt=0,
+        description="Clip range of the policy ratio; the lower one if clip_range_high is set.",
     )
     clip_range_high: float | None = fixed(
-        None, unit="–", gt=0, description="Ratio clip upwards; none: clip_range."
+        None, unit="–", gt=0, description="Upper clip range of the ratio; none: clip_range."
     )
     dual_clip: float | None = fixed(
-        None, unit="–", gt=1, description="Bound on the ratio of bad tokens; none: unbounded."
+        None,
+        unit="–",
+        gt=1,
+        description="Bound on the ratio of tokens with negative advantage (dual clip); none: no "
+        "bound.",
     )
     importance_cap: float | None = fixed(
         None,
         unit="–",
         gt=0,
-        description="Weight tokens by learner's over engine's probability, at most this; none: "
-        "unweighted.",
+        description="Largest importance weight of a token: the learner's over the engine's "
+        "probability; none: no weights.",
     )
-    entropy_coef: float = fixed(
-        0.0, unit="1/nat", ge=0, description="Weight of the entropy bonus, per nat."
-    )
-    value_clip_range: float = fixed(0.2, unit="–", gt=0, description="Value clip.")
+    entropy_coef: float = fixed(0.0, unit="1/nat", ge=0, description="Weight of the entropy bonus.")
+    value_clip_range: float = fixed(0.2, unit="–", gt=0, description="Clip range of values.")
     kl_coef: float = fixed(
-        0.2, unit="1/nat", ge=0, description="Weight of the KL penalty (its start, if adaptive)."
+        0.2,
+        unit="1/nat",
+        ge=0,
+        description="Weight of the KL penalty; its initial value if adaptive.",
     )
     kl_target: float | None = fixed(
         6.0,
         unit="nats",
         gt=0,
-        description="Target of the adaptive controller, nats a response; none: kl_coef stays "
-        "fixed, or follows kl_target_per_token.",
+        description="Target KL of a response for the adaptive controller; none: kl_coef is fixed, "
+        "or follows kl_target_per_token.",
     )
     kl_target_per_token: float | None = fixed(
-        None, unit="nats", gt=0, description="The same in nats a token, with kl_target none."
+        None, unit="nats", gt=0, description="Target KL of a token; needs kl_target none."
     )
     kl_horizon: int = fixed(
-        10_000, unit="rollouts", ge=1, description="Horizon of the adaptive controller, samples."
+        10_000, unit="rollouts", ge=1, description="Horizon of the adaptive controller."
     )
     kl_estimator: Literal["k1", "k2", "k3"] = fixed(
         "k1",
-        description="Estimate of the KL that is penalised; what is logged, and steers kl_coef, is "
+        description="Estimator of the penalised KL; the logged KL, which also steers kl_coef, is "
         "k1.",
     )
     kl_in: Literal["reward", "loss"] = fixed(
         "reward",
         description="reward: subtracted from each token's reward; loss: added to the policy's "
-        "loss (k2 or k3: the gradient of k1 there is zero on average).",
+        "loss (with k2 or k3, because k1's gradient there is zero on average).",
     )
     score_position: Literal["last_token", "first_pad"] = fixed(
         "last_token",
-        description="Token that gets the score; first_pad: the one after the last, if there is "
-        "room below rollout.max_tokens.",
+        description="Token that gets the score; first_pad: the one after the last, unless the "
+        "response has rollout.max_tokens.",
     )
     missing_eos_penalty: float = fixed(
         0.0,
         unit="score",
         ge=0,
         description="Subtracted from the score of a response that did not end by itself, after "
-        "baseline, scaling and clip of the sources; score units.",
+        "the sources' baseline, scaling and clip.",
     )
     max_staleness: int = fixed(
-        0, unit="versions", ge=0, le=0, description="Versions a rollout may lag; 0: on-policy."
+        0,
+        unit="versions",
+        ge=0,
+        le=0,
+        description="Most versions that a rollout may lag behind; 0: on-policy.",
     )
     save_every: int = changeable(
         10, unit="iterations", ge=1, description="Iterations between commits to run.dir."
@@ -241,7 +263,7 @@ class PpoConfig(Section):
         64, unit="prompts", ge=8, description="Held-out prompts of an evaluation."
     )
     keep_checkpoints: int = changeable(
-        3, unit="commits", ge=1, description="Commits kept besides the best one."
+        3, unit="commits", ge=1, description="Commits to keep besides the best one."
     )
 
     @field_validator("advantage")
@@ -258,18 +280,18 @@ class PpoConfig(Section):
     def _combinations(self) -> "PpoConfig":
         if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
             raise ValueError(
-                f"ppo.advantage {self.advantage} compares responses to one prompt: set "
-                f"ppo.samples_per_prompt to at least 2, got {self.samples_per_prompt}"
+                f"ppo.advantage {self.advantage} compares responses to the same prompt, but "
+                f"ppo.samples_per_prompt is {self.samples_per_prompt}; set it to 2 or more"
             )
         if self.kl_target is not None and self.kl_target_per_token is not None:
             raise ValueError(
                 f"ppo.kl_target {self.kl_target:g} and ppo.kl_target_per_token "
-                f"{self.kl_target_per_token:g} both steer ppo.kl_coef; set one of them to null"
+                f"{self.kl_target_per_token:g} both control ppo.kl_coef; set one of them to null"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
-                "ppo.kl_in loss with ppo.kl_estimator k1 penalises nothing: the gradient of k1 is "
-                "zero on average; set ppo.kl_estimator to k2 or k3"
+                "ppo.kl_in loss with ppo.kl_estimator k1 has no effect, because the gradient of "
+                "k1 is zero on average; set ppo.kl_estimator to k2 or k3"
             )
         return self
 

@@ -1,45 +1,49 @@
-"""Where PPO's rewards come from: a list of sources, added up by weight."""
+"""The sources of PPO's reward, a weighted sum, and the language models that judge answers."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.section import (
+    PassThrough,
     Section,
     changeable,
+    duplicates,
     fixed,
     has_user_info,
+    is_mapping,
     refuse_owned,
     refuse_secrets,
 )
 
 
 class SourceConfig(Section):
-    """What every source has: how its raw score becomes its part of the reward.
+    """Keys of every source: how its raw score becomes its part of the reward.
 
     part = weight x clip((raw - baseline) / deviation), where the deviation is 1 unless scaled.
     """
 
-    name: str = fixed(
-        "", pattern=r"^[\w.-]+$", description="Its name in metrics; default: its type."
-    )
-    weight: float = fixed(1.0, unit="–", description="Its factor in the sum; negative: a penalty.")
+    name: str = fixed("", pattern=r"^[\w.-]+$", description="Name in metrics; default: the type.")
+    weight: float = fixed(1.0, unit="–", description="Factor in the sum; negative for a penalty.")
     baseline: float = fixed(0.0, unit="score", description="Subtracted from the raw score.")
     scale: Literal["none", "running"] = fixed(
-        "none", description="running: divide by the deviation of all raw scores of the run so far."
+        "none",
+        description="running: divide by the standard deviation of the run's raw scores so far.",
     )
     clip: float | None = fixed(
-        None, unit="deviations", gt=0, description="Limit of |score| after scaling; none: no limit."
+        None, unit="deviations", gt=0, description="Largest |score| after scaling; none: no limit."
     )
     on_bad_score: Literal["error", "skip"] = fixed(
-        "error", description="A score that is NaN or infinite: end the run, or count it as missing."
+        "error",
+        description="Response to a score that is NaN or infinite: end the run, or count it as "
+        "missing.",
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _named_by_type(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "name" not in values:
+    def _named_by_type(cls, values: object) -> object:
+        if is_mapping(values) and "name" not in values:
             return {**values, "name": values.get("type", "model")}
         return values
 
@@ -50,22 +54,23 @@ class ModelSourceConfig(SourceConfig):
     type: Literal["model"] = fixed("model", description="Kind of source.")
     path: str | None = fixed(
         None,
-        description="Folder or hub name; none: the run's (reward.path, or the stage reward's).",
+        description="Folder or hub name; none: the run's reward model (reward.path or the "
+        "stage's).",
     )
 
 
 class ClassifierSourceConfig(SourceConfig):
-    """A text-classification model: the logit of one label."""
+    """A text-classification model; the score is the logit of one label."""
 
     type: Literal["classifier"] = fixed(..., description="Kind of source.")
     path: str = fixed(..., description="Folder or hub name of a text-classification model.")
     label: str = fixed(
-        "POSITIVE", description="Label whose logit is the score, in any case of letters."
+        "POSITIVE", description="Label whose logit is the score; upper and lower case are equal."
     )
     reads: Literal["conversation", "response"] = fixed(
-        "conversation", description="Its input: prompt and response, or the response alone."
+        "conversation", description="Input: prompt and response, or only the response."
     )
-    batch_size: int = changeable(16, unit="texts", ge=1, description="Texts of one forward pass.")
+    batch_size: int = changeable(16, unit="texts", ge=1, description="Texts of a forward pass.")
 
 
 class RougeSourceConfig(SourceConfig):
@@ -73,12 +78,12 @@ class RougeSourceConfig(SourceConfig):
 
     type: Literal["rouge"] = fixed(..., description="Kind of source.")
     variant: Literal["rouge1", "rouge2", "rougeL"] = fixed(
-        "rougeL", description="Words, pairs of words, or the longest common subsequence."
+        "rougeL", description="Words, word pairs, or the longest common subsequence."
     )
     column: str = fixed(
         "reference",
-        description="Column of the prompts with the reference text, or a list of them (the best "
-        "counts).",
+        description="Column of the prompts with the reference text, or with a list of them, of "
+        "which the best match counts.",
     )
 
 
@@ -95,37 +100,33 @@ class FunctionSourceConfig(SourceConfig):
         "solution_str, ground_truth, extra_info); openrlhf: reward_func(queries, prompts, labels).",
     )
     label_column: str = fixed(
-        "label", description="Column that the openrlhf signature gets as labels."
+        "label", description="Column passed as labels with signature openrlhf."
     )
 
 
 class EndpointConfig(Section):
-    """An HTTP service, how long to wait for it and how often to ask again."""
+    """An HTTP service, its timeouts and retries."""
 
-    url: str = changeable(..., pattern=r"^https?://", description="Its address.")
+    url: str = changeable(..., pattern=r"^https?://", description="URL of the service.")
     api_key_env: str | None = changeable(
         None,
-        description="Environment variable with a key, sent as a bearer token; export it: in "
-        "cluster.env the key would be written to run.dir.",
+        description="Environment variable with a key, sent as a bearer token. Export it: "
+        "cluster.env is written to run.dir.",
     )
-    concurrency: int = changeable(
-        16, unit="requests", ge=1, description="Requests under way at a time."
-    )
-    timeout_s: float = changeable(
-        60.0, unit="seconds", gt=0, description="Deadline of one request, seconds."
-    )
+    concurrency: int = changeable(16, unit="requests", ge=1, description="Most requests in flight.")
+    timeout_s: float = changeable(60.0, unit="seconds", gt=0, description="Deadline of a request.")
     retries: int = changeable(
         3,
         unit="attempts",
         ge=0,
-        description="Further attempts after time-outs, lost connections, 429 and 5xx.",
+        description="More attempts after timeouts, lost connections, 429 and 5xx.",
     )
     retry_wait_s: float = changeable(
         1.0,
         unit="seconds",
         gt=0,
         le=30,
-        description="Wait before the first of them, seconds; doubles up to 30.",
+        description="Wait before the first retry; doubles with each, up to 30.",
     )
 
     @field_validator("url")
@@ -133,14 +134,14 @@ class EndpointConfig(Section):
     def _without_login(cls, url: str) -> str:
         if has_user_info(url):
             raise ValueError(
-                "holds a login, and the config is written to run.dir; name an environment variable "
-                "with the key in api_key_env instead"
+                "holds a login, and the config is written to run.dir; put the key in an "
+                "environment variable and name that in api_key_env"
             )
         return url
 
     @property
     def longest_request_s(self) -> float:
-        """What one request may take in all, in seconds: attempts and the waits between them."""
+        """Longest time of a request in seconds, all attempts and the waits between them."""
         waits = (min(self.retry_wait_s * 2**attempt, 30.0) for attempt in range(self.retries))
         return (self.retries + 1) * self.timeout_s + sum(waits)
 
@@ -153,22 +154,22 @@ class ChatEndpointConfig(EndpointConfig):
     )
     api_key_env: str | None = changeable(
         "OPENAI_API_KEY",
-        description="Environment variable with the API key; without a value no key is sent. "
-        "Export it: in cluster.env the key would be written to run.dir.",
+        description="Environment variable with the API key; if it is empty, no key is sent. "
+        "Export it: cluster.env is written to run.dir.",
     )
-    model: str = fixed(..., min_length=1, description="Name of the model there.")
-    system: str | None = fixed(None, description="System message; none: left out.")
+    model: str = fixed(..., min_length=1, description="Name of the model at the endpoint.")
+    system: str | None = fixed(None, description="System message; none: no system message.")
     temperature: float | None = fixed(
         0.0, unit="–", ge=0, description="Sampling temperature of the judge; none: not sent."
     )
     max_tokens: int | None = fixed(
-        512, unit="tokens", ge=1, description="Longest answer of the judge, tokens; none: not sent."
+        512, unit="tokens", ge=1, description="Longest answer of the judge; none: not sent."
     )
-    request: dict[str, Any] = fixed({}, description="Further fields of each request's body.")
+    request: PassThrough = fixed({}, description="More fields for the body of each request.")
 
     @field_validator("request")
     @classmethod
-    def _own_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _own_keys(cls, given: PassThrough) -> PassThrough:
         owned = {key: key for key in ("model", "temperature", "max_tokens")}
         refuse_owned("request", given, owned | {"messages": "template", "stream": "nothing"})
         remedy = "name an environment variable with the key in api_key_env"
@@ -176,14 +177,14 @@ class ChatEndpointConfig(EndpointConfig):
 
 
 class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
-    """A language model that rates each response by a number."""
+    """A language model that rates each response with a number."""
 
     type: Literal["judge"] = fixed(..., description="Kind of source.")
     template: str = fixed(
         "Rate how well the response answers the prompt, from {lowest} (useless) to "
         "{highest} (perfect). End with one line of the form `Rating: NUMBER`.\n\n"
         "<prompt>\n{prompt}\n</prompt>\n\n<response>\n{response}\n</response>",
-        description="What the judge is asked; {prompt}, {response}, {lowest} and {highest} are "
+        description="Message to the judge; {prompt}, {response}, {lowest} and {highest} are "
         "filled in, as is {NAME} for a column NAME of the prompts.",
     )
     pattern: str = fixed(
@@ -191,22 +192,24 @@ class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
         r"\W*?(-?\d+(?:\.\d+)?)",
         description="Regular expression with one group: the number; its last match counts.",
     )
-    lowest: float = fixed(1.0, unit="score", description="Lowest number that is an answer.")
-    highest: float = fixed(10.0, unit="score", description="Highest number that is an answer.")
+    lowest: float = fixed(1.0, unit="score", description="Lowest valid rating.")
+    highest: float = fixed(10.0, unit="score", description="Highest valid rating.")
     on_bad_answer: Literal["skip", "error", "score"] = fixed(
         "skip",
-        description="An answer without a number in range: count the score as missing, end the run, "
-        "or take bad_answer_score.",
+        description="Response to an answer without a rating in range: count the score as missing, "
+        "end the run, or use bad_answer_score.",
     )
     bad_answer_score: float | None = fixed(
-        None, unit="score", description="Raw score of a bad answer, where on_bad_answer is score."
+        None, unit="score", description="Raw score of a bad answer, with on_bad_answer score."
     )
 
     @field_validator("template")
     @classmethod
     def _shows_the_response(cls, template: str) -> str:
         if "{response}" not in template:
-            raise ValueError("lacks {response}: the judge would not see what it rates")
+            raise ValueError(
+                "lacks {response}, without which the judge cannot see the response; add it"
+            )
         return template
 
     @field_validator("pattern")
@@ -217,22 +220,22 @@ class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
     @model_validator(mode="after")
     def _bad_answers(self) -> "JudgeSourceConfig":
         if self.lowest >= self.highest:
-            raise ValueError(f"lowest {self.lowest:g} must be below highest {self.highest:g}")
+            raise ValueError(f"lowest {self.lowest:g} must be less than highest {self.highest:g}")
         if (self.on_bad_answer == "score") != (self.bad_answer_score is not None):
             raise ValueError(
-                "bad_answer_score is for on_bad_answer score and needed there; set both or neither"
+                "on_bad_answer score and bad_answer_score need each other; set both or neither"
             )
         return self
 
 
 class PairJudgeConfig(ChatEndpointConfig):
-    """A language model that says which of two answers is better: labels for a stage on pairs."""
+    """A language model that says which of two answers is better."""
 
     template: str = fixed(
         "Which response answers the prompt better? Weigh them in a few sentences, then end "
         "with one line: `Better: A` or `Better: B`.\n\n<prompt>\n{prompt}\n</prompt>\n\n"
         "<response A>\n{a}\n</response A>\n\n<response B>\n{b}\n</response B>",
-        description="What the judge is asked; {prompt}, {a} and {b} are filled in.",
+        description="Message to the judge; {prompt}, {a} and {b} are filled in.",
     )
     pattern: str = fixed(
         r"(?i)better\W*\b([AB])\b",
@@ -240,11 +243,11 @@ class PairJudgeConfig(ChatEndpointConfig):
     )
     both_orders: bool = fixed(
         True,
-        description="Ask twice, with the answers swapped, and drop a pair whose verdict follows "
-        "the order: judges prefer a place.",
+        description="Ask twice, with the answers swapped, and drop a pair whose verdict depends "
+        "on the order, because judges are biased towards a position.",
     )
     on_bad_answer: Literal["skip", "error"] = fixed(
-        "skip", description="An answer without A or B: count the pair as bad, or stop."
+        "skip", description="Response to an answer without A or B: count the pair as bad, or stop."
     )
 
     @field_validator("template")
@@ -252,7 +255,9 @@ class PairJudgeConfig(ChatEndpointConfig):
     def _shows_both(cls, template: str) -> str:
         missing = [name for name in ("{a}", "{b}") if name not in template]
         if missing:
-            raise ValueError(f"lacks {', '.join(missing)}: the judge would not see both answers")
+            raise ValueError(
+                f"lacks {', '.join(missing)}, so the judge cannot see both answers; add it"
+            )
         return template
 
     @field_validator("pattern")
@@ -265,8 +270,8 @@ class RemoteSourceConfig(SourceConfig, EndpointConfig):
     """A reward server that speaks OpenRLHF's protocol."""
 
     type: Literal["remote"] = fixed(..., description="Kind of source.")
-    batch_size: int = changeable(32, unit="texts", ge=1, description="Responses of one request.")
-    label_column: str = fixed("label", description="Column that is sent as labels.")
+    batch_size: int = changeable(32, unit="texts", ge=1, description="Responses in a request.")
+    label_column: str = fixed("label", description="Column to send as labels.")
 
 
 RewardSourceConfig = Annotated[
@@ -281,7 +286,7 @@ RewardSourceConfig = Annotated[
 
 
 def require_one_group(pattern: str) -> str:
-    """The pattern, if it is a regular expression with one group.
+    """Return a pattern that is a regular expression with one group.
 
     Raises:
         ValueError: it is not.
@@ -291,33 +296,35 @@ def require_one_group(pattern: str) -> str:
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     if groups != 1:
-        raise ValueError(f"{pattern!r} has {groups} groups; it needs one, around the answer")
+        raise ValueError(
+            f"{pattern!r} has {groups} groups; it needs exactly one, around the answer"
+        )
     return pattern
 
 
 def refuse_equal_names(sources: list[RewardSourceConfig]) -> list[RewardSourceConfig]:
-    """The sources, if metrics can tell them apart.
+    """Return sources that all have different names, which metrics need.
 
     Raises:
         ValueError: two have the same name.
     """
-    names = [source.name for source in sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two sources are called {', '.join(twice)}; give each a name of its own")
+    if repeated := duplicates([source.name for source in sources]):
+        raise ValueError(f"has several sources named {repeated}; give each a different name")
     return sources
 
 
 def refuse_slow(name: str, endpoint: EndpointConfig, call_timeout_s: float) -> None:
-    """A service that stays down must be named by its own error, not by its role's deadline.
+    """Refuse an endpoint whose retries outlast the deadline of the role that calls it.
+
+    Else a service that is down would show as a late role, not as its own error.
 
     Raises:
-        ValueError: one request may take longer than that deadline.
+        ValueError: a request may take longer than the deadline.
     """
     if endpoint.longest_request_s >= call_timeout_s:
         raise ValueError(
-            f"{name} may take {endpoint.longest_request_s:g} s for a request (timeout_s "
+            f"{name}: a request may take {endpoint.longest_request_s:g} s (timeout_s "
             f"{endpoint.timeout_s:g}, retries {endpoint.retries}, retry_wait_s "
-            f"{endpoint.retry_wait_s:g}), and cluster.call_timeout_s is {call_timeout_s:g}; lower "
-            "these or raise that"
+            f"{endpoint.retry_wait_s:g}), but cluster.call_timeout_s is {call_timeout_s:g} s; "
+            "lower the former or raise the latter"
         )

@@ -1,6 +1,6 @@
 """The whole config, and the rules that span its sections."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import field_validator, model_validator
 
@@ -32,15 +32,17 @@ from rlhf_ray.config.trackers import TrackersConfig
 
 
 class Config(Section):
-    """Everything that a run is told."""
+    """The whole config of a run."""
 
     run: RunConfig = fixed(RunConfig(), description="The run.")
     cluster: ClusterConfig = fixed(ClusterConfig(), description="Ray, deadlines, threads.")
     placement: PlacementConfig = fixed(PlacementConfig(), description="Which GPUs the roles get.")
     model: ModelConfig = fixed(ModelConfig(), description="The base model.")
-    prepare: PrepareConfig = fixed(PrepareConfig(), description="Dump to data sets.")
-    data: DataConfig = fixed(DataConfig(), description="The user's own data sets.")
-    template: TemplateConfig = fixed(TemplateConfig(), description="Layout of prompts.")
+    prepare: PrepareConfig = fixed(PrepareConfig(), description="From a dump to datasets.")
+    data: DataConfig = fixed(DataConfig(), description="Your datasets.")
+    template: TemplateConfig = fixed(
+        TemplateConfig(), description="Text format of prompts and answers."
+    )
     pretrain: PretrainConfig = fixed(PretrainConfig(), description="Language modelling.")
     sft: SftConfig = fixed(SftConfig(), description="Supervised fine-tuning.")
     reward: RewardConfig = fixed(RewardConfig(), description="Reward model.")
@@ -48,7 +50,7 @@ class Config(Section):
     rewards: list[RewardSourceConfig] = fixed(
         [ModelSourceConfig()],
         min_length=1,
-        description="PPO's reward: sources that are added up; default: the reward model alone.",
+        description="PPO's reward, the sum of these sources; default: the reward model.",
     )
     lora: LoraConfig = fixed(LoraConfig(), description="The policy's adapter.")
     generators: GeneratorsConfig = fixed(GeneratorsConfig(), description="Rollout engines.")
@@ -57,9 +59,11 @@ class Config(Section):
     reference: ReferenceConfig = fixed(ReferenceConfig(), description="Frozen reference.")
     ppo: PpoConfig = fixed(PpoConfig(), description="The algorithm.")
     rollout: RolloutConfig = fixed(RolloutConfig(), description="Sampling.")
-    guards: GuardsConfig = fixed(GuardsConfig(), description="What watches over PPO.")
-    evaluate: EvaluateConfig = fixed(EvaluateConfig(), description="Models compared.")
-    trackers: TrackersConfig = fixed(TrackersConfig(), description="Who else is told the metrics.")
+    guards: GuardsConfig = fixed(GuardsConfig(), description="Detectors of trouble in PPO.")
+    evaluate: EvaluateConfig = fixed(EvaluateConfig(), description="Comparison of models.")
+    trackers: TrackersConfig = fixed(
+        TrackersConfig(), description="Where metrics go besides files."
+    )
 
     @property
     def engine_dtype(self) -> str:
@@ -68,13 +72,13 @@ class Config(Section):
 
     @property
     def engine_is_exact(self) -> bool:
-        """Whether engine and learner compute with the same fp32 weights, rounding apart."""
+        """True if engine and learner have the same fp32 weights, so that only rounding differs."""
         dtypes = {self.engine_dtype, self.model.dtype}
         return dtypes == {"float32"} and self.model.quantization == "none"
 
     @property
     def serving(self) -> Literal["adapter", "merged"]:
-        """``adapter`` or ``merged``: merging rounds small updates away below float32."""
+        """``adapter`` or ``merged``; below float32 merging would round small updates away."""
         if self.rollout.serving != "auto":
             return self.rollout.serving
         whole = self.generators.tensor_parallel_size == 1
@@ -82,7 +86,7 @@ class Config(Section):
 
     @property
     def largest_rank(self) -> int:
-        """Largest rank of the adapters that generators may be sent: PPO's, and DPO's to compare."""
+        """Largest rank of the adapters that generators may serve: PPO's, and DPO's in evaluate."""
         return max(self.lora.r, self.dpo.lora.r)
 
     @property
@@ -92,14 +96,16 @@ class Config(Section):
 
     @field_validator("lora", mode="before")
     @classmethod
-    def _policy_is_an_adapter(cls, lora: Any) -> Any:
+    def _policy_is_an_adapter(cls, lora: object) -> object:
         if lora is None:
-            raise ValueError("the policy is trained as an adapter alone (see policy.tuning)")
+            raise ValueError(
+                "cannot be null, because the policy is always trained as an adapter; leave it out"
+            )
         return lora
 
     @property
     def needs_reward_model(self) -> bool:
-        """Whether a source is the run's own reward model, or the critic starts from it."""
+        """True if a source is the run's own reward model, or the critic starts from it."""
         is_source = any(
             isinstance(source, ModelSourceConfig) and source.path is None for source in self.rewards
         )
@@ -107,7 +113,7 @@ class Config(Section):
 
     @property
     def may_have_critic(self) -> bool:
-        """Whether the advantage needs values; a function of the user's own is taken to."""
+        """True if the advantage needs values, or is a function of yours, which may need them."""
         return self.ppo.advantage not in WITHOUT_CRITIC
 
     def external_model(self, stage: str) -> str | None:
@@ -124,8 +130,8 @@ class Config(Section):
         for name in ("reward", "dpo"):
             if getattr(self, name).judge is not None and self.data.preferences is None:
                 raise ValueError(
-                    f"{name}.judge labels the rows of data.preferences, which is not set; name a "
-                    "set with the columns prompt, completion_a and completion_b"
+                    f"{name}.judge labels the rows of data.preferences, which is not set; set it "
+                    "to a dataset with the columns prompt, completion_a and completion_b"
                 )
         return self
 
@@ -134,9 +140,9 @@ class Config(Section):
         is_rated = self.reward.loss != "pairwise" and self.reward.path is None
         if is_rated and self.data.preferences is None:
             raise ValueError(
-                f"reward.loss {self.reward.loss} learns single answers, and prepare writes pairs; "
-                "name a set in data.preferences with the columns prompt, completion and label "
-                "(bce) or score (mse)"
+                f"reward.loss {self.reward.loss} learns from single answers, but prepare writes "
+                "pairs; set data.preferences to a dataset with the columns prompt, completion and "
+                "label (bce) or score (mse)"
             )
         return self
 
@@ -173,13 +179,13 @@ class Config(Section):
         if longest > self.model.max_length:
             raise ValueError(
                 f"rollout.max_prompt_tokens {self.rollout.max_prompt_tokens} + rollout.max_tokens "
-                f"{self.rollout.max_tokens} = {longest} exceed model.max_length "
-                f"{self.model.max_length}; raise model.max_length or lower one of them"
+                f"{self.rollout.max_tokens} = {longest} tokens exceed model.max_length "
+                f"{self.model.max_length}; raise model.max_length or lower one of the others"
             )
         if longest > self.ppo.max_tokens_per_micro_batch:
             raise ValueError(
-                f"one rollout may have {longest} tokens, more than ppo.max_tokens_per_micro_batch "
-                f"{self.ppo.max_tokens_per_micro_batch}; raise it to at least {longest}"
+                f"a rollout may have {longest} tokens, more than ppo.max_tokens_per_micro_batch "
+                f"{self.ppo.max_tokens_per_micro_batch}; raise the latter to at least {longest}"
             )
         return self
 
@@ -191,7 +197,7 @@ class Config(Section):
         if self.generators.tensor_parallel_size > 1:
             self._generators_can_be_parallel()
         if self.placement.turns:
-            self._turns_are_possible()
+            self._colocation_is_possible()
         self._truncation_is_corrected()
         self._responses_can_end()
         if self.rollout.autoscale is not None:
@@ -201,33 +207,38 @@ class Config(Section):
         return self
 
     def _quantised_base_is_kept(self) -> None:
-        """Refuse what would shard the quantised weights, or train them."""
+        """Refuse settings that would shard or train the quantised weights."""
         quantization = self.model.quantization
         for role, group in (("policy", self.policy), ("critic", self.critic)):
             if group.zero_stage == 3:
-                raise ValueError(f"{role}.zero_stage 3 cannot shard a {quantization} base; use 2")
+                raise ValueError(
+                    f"{role}.zero_stage 3 cannot shard the base with model.quantization "
+                    f"{quantization}; set {role}.zero_stage=2"
+                )
         for name, stage in (("sft", self.sft), ("reward", self.reward)):
             if stage.tuning == "full":
                 raise ValueError(
-                    f"{name}.tuning full trains the weights that model.quantization {quantization} "
-                    f"freezes; set {name}.tuning=lora or model.quantization=none"
+                    f"{name}.tuning full trains the weights that model.quantization "
+                    f"{quantization} freezes; set {name}.tuning=lora or model.quantization=none"
                 )
 
         if self.critic.init == "reward" and self.reward.path is None:
             raise ValueError(
-                f"critic.init reward folds the reward model's adapter into its base, and a "
-                f"{quantization} base (model.quantization) takes none; set critic.init=sft"
+                "critic.init reward merges the reward model's adapter into its base, which "
+                f"model.quantization {quantization} does not allow; set critic.init=sft"
             )
 
     def _generators_start_within_bounds(self, bounds: AutoscaleConfig) -> None:
         num = self.generators.num
         if not bounds.minimum <= num <= bounds.maximum:
             raise ValueError(
-                f"generators.num {num} is outside rollout.autoscale.minimum {bounds.minimum} and "
-                f"rollout.autoscale.maximum {bounds.maximum}; set it between them"
+                f"generators.num {num} is not between rollout.autoscale.minimum {bounds.minimum} "
+                f"and rollout.autoscale.maximum {bounds.maximum}; change one of them"
             )
         if self.cluster.mode == "inline":
-            raise ValueError("cluster.mode inline is one process; leave out rollout.autoscale")
+            raise ValueError(
+                "cluster.mode inline has a single generator; leave out rollout.autoscale"
+            )
 
     def _generators_can_be_parallel(self) -> None:
         size = self.generators.tensor_parallel_size
@@ -238,57 +249,58 @@ class Config(Section):
             )
         if self.rollout.serving == "merged":
             raise ValueError(
-                f"rollout.serving merged cannot be proved with generators.tensor_parallel_size "
-                f"{size}, which gives each GPU a part of every layer; use adapter"
+                "rollout.serving merged cannot be verified with generators.tensor_parallel_size "
+                f"{size}, which shards every layer over GPUs; use adapter"
             )
         if self.placement.gpus_of("generator") < 1:
             raise ValueError(
-                f"generators.tensor_parallel_size {size} asks for whole GPUs, and placement.gpus "
-                f"or placement.generator.gpus for {self.placement.gpus_of('generator'):g} of one; "
-                "set generators.tensor_parallel_size=1 or placement.generator.gpus=1"
+                f"generators.tensor_parallel_size {size} needs whole GPUs, but "
+                "placement.generator.gpus or placement.gpus gives a generator "
+                f"{self.placement.gpus_of('generator'):g}; set generators.tensor_parallel_size=1 "
+                "or placement.generator.gpus=1"
             )
 
-    def _turns_are_possible(self) -> None:
-        """Refuse turns of roles that do not share, and of weights that cannot leave their GPU."""
+    def _colocation_is_possible(self) -> None:
+        """Refuse roles that share no GPU, and weights that cannot be moved off theirs."""
         for role in ("policy", "generator"):
             if self.placement.gpus_of(role) == 1:
                 raise ValueError(
-                    f"placement.turns is for GPUs that are shared, and each {role} has one of its "
-                    "own; set placement.gpus=0.5"
+                    f"placement.turns needs roles that share GPUs, but each {role} has a whole "
+                    "one; set placement.gpus=0.5"
                 )
         if self.model.quantization != "none":
             raise ValueError(
-                f"placement.turns moves learners' weights to main memory, which "
-                f"model.quantization {self.model.quantization} does not allow; set it to none"
+                "placement.turns moves learners' weights to main memory, which model.quantization "
+                f"{self.model.quantization} does not allow; set model.quantization=none"
             )
         for role, group in (("policy", self.policy), ("critic", self.critic)):
             if group.zero_stage == 3:
                 raise ValueError(
-                    f"placement.turns moves whole weights, which {role}.zero_stage 3 spreads over "
-                    "ranks; set it to 2"
+                    f"placement.turns moves whole weights, but {role}.zero_stage 3 shards them; "
+                    f"set {role}.zero_stage=2"
                 )
 
     def _engine_can_serve_the_policy(self) -> None:
         outside = {"embed_tokens", "lm_head", "wte", "wpe", "embed_out", "score", "classifier"}
         for key, lora in (("lora", self.lora), ("dpo.lora", self.dpo.lora)):
             listed = lora.target_modules if isinstance(lora.target_modules, list) else []
-            odd = [target for target in listed if target.rpartition(".")[2] in outside]
-            if odd:
+            refused = [target for target in listed if target.rpartition(".")[2] in outside]
+            if refused:
                 raise ValueError(
-                    f"{key}.target_modules names {', '.join(odd)}: the generators' engine serves "
-                    "adapters on linear layers inside the blocks alone, such as q_proj, k_proj, "
+                    f"{key}.target_modules names {', '.join(refused)}, but the generators' engine "
+                    "serves adapters only on linear layers of the blocks, such as q_proj, k_proj, "
                     "v_proj, o_proj, gate_proj, up_proj, down_proj; leave it out"
                 )
         overrides = self.rollout.engine_args.get("hf_overrides") or {}
         rope = {"rope_scaling", "rope_parameters"} & set(overrides)
         if rope:
             raise ValueError(
-                f"rollout.engine_args.hf_overrides may not contain {rope.pop()!r}: learners and "
-                "engine must agree; set model.rope_scaling"
+                f"rollout.engine_args.hf_overrides may not contain {rope.pop()!r}, because "
+                "learners and engine must agree; set model.rope_scaling"
             )
 
     def _truncation_is_corrected(self) -> None:
-        """Where weights are rounded, engine and learner keep other tokens at the border."""
+        """Require importance weights if engine and learner may truncate to different tokens."""
         rollout = self.rollout
         cut = [
             f"rollout.{key} {value}"
@@ -299,23 +311,23 @@ class Config(Section):
             raise ValueError(
                 f"{' and '.join(cut)} would bias the update: engine ({self.engine_dtype}) and "
                 f"learner ({self.model.dtype}, quantization {self.model.quantization}) round "
-                "differently and so do not keep the same tokens. Set ppo.importance_cap (2 is "
-                "usual), which weighs that out, or float32 on both sides, or neither of the two"
+                "differently and may keep different tokens. Set ppo.importance_cap (usually 2) to "
+                "correct for it, or use float32 on both sides, or leave them out"
             )
 
     def _responses_can_end(self) -> None:
         penalty = self.ppo.missing_eos_penalty
         if penalty and self.rollout.ignore_eos and not self.rollout.stop:
             raise ValueError(
-                f"ppo.missing_eos_penalty {penalty:g} would fall on every response, as with "
-                "rollout.ignore_eos none ends by itself; set one of them, or stop strings in "
-                "rollout.stop"
+                f"ppo.missing_eos_penalty {penalty:g} would apply to every response, because with "
+                "rollout.ignore_eos none ends by itself; set only one of them, or add stop "
+                "strings in rollout.stop"
             )
 
     def _inline_is_one_process(self) -> None:
         if self.rollout.engine == "vllm" and "ppo" in self.run.stages:
             raise ValueError(
-                "cluster.mode inline runs without vLLM's processes; add rollout.engine=transformers"
+                "cluster.mode inline cannot start vLLM's processes; set rollout.engine=transformers"
             )
         counts = {
             "policy.num_ranks": self.policy.num_ranks,
@@ -326,9 +338,9 @@ class Config(Section):
         }
         for name in SUPERVISED:
             counts[f"{name}.train_workers"] = getattr(self, name).train_workers
-        many = [f"{key}={count}" for key, count in counts.items() if count != 1]
-        if many:
-            raise ValueError(f"cluster.mode inline is one process; set {', '.join(many)} to 1")
+        plural = [f"{key}={count}" for key, count in counts.items() if count != 1]
+        if plural:
+            raise ValueError(f"cluster.mode inline is one process; set {', '.join(plural)} to 1")
 
 
 def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:

@@ -1,15 +1,18 @@
-"""What every config section shares: frozen, strict, unknown keys refused, each key described."""
+"""What every config section shares: keys with units, and the refusal of owned keys and secrets."""
 
 import re
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any, TypedDict, TypeGuard, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Mapping[str, object])
+
+PassThrough = dict[str, Any]
+"""Keys that a library defines and checks, not we."""
 
 _SECRET_NAME = re.compile(
     r"(token|secret|passw(or)?d|(api|access|secret|private|auth)[_-]?key|credentials|authorization)$",
@@ -25,7 +28,7 @@ class Section(BaseModel):
 
 
 class Bounds(TypedDict, total=False):
-    """What pydantic's ``Field`` takes of a key."""
+    """The arguments of pydantic's ``Field`` that keys use."""
 
     description: str
     ge: float
@@ -44,9 +47,9 @@ def fixed(default: object, *, unit: str = "", **bounds: Unpack[Bounds]) -> objec
     """Declare a key that keeps its value once a stage that reads it has begun.
 
     Args:
-        default: its default; ``...``: the key is required.
-        unit: of a number, for docs/config.md; ``–``: a pure number.
-        bounds: description and limits, as pydantic's ``Field`` takes them.
+        default: the default; ``...``: the key is required.
+        unit: unit of a number, for docs/config.md; ``–``: none.
+        bounds: description and limits.
     """
     return _key(default, {}, unit, bounds)
 
@@ -56,8 +59,10 @@ def changeable(default: EllipsisType, *, unit: str = "", **bounds: Unpack[Bounds
 @overload
 def changeable(default: T, *, unit: str = "", **bounds: Unpack[Bounds]) -> T: ...
 def changeable(default: object, *, unit: str = "", **bounds: Unpack[Bounds]) -> object:
-    """Declare a key that may differ when a run resumes: it says where or how far, not what is
-    computed. The arguments are those of `fixed`."""
+    """Declare a key that may change on resume: it says where or how long, not what is computed.
+
+    The arguments are those of `fixed`.
+    """
     return _key(default, {"may_change": True}, unit, bounds)
 
 
@@ -67,12 +72,28 @@ def _key(default: object, extra: dict[str, JsonValue], unit: str, bounds: Bounds
     return Field(default, json_schema_extra=extra or None, **bounds)
 
 
+def is_mapping(value: object) -> TypeGuard[dict[str, object]]:
+    """Return whether a value that is not validated yet is a mapping."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[object]]:
+    """Return whether a value that is not validated yet is a list."""
+    return isinstance(value, list)
+
+
+def duplicates(names: list[str] | None) -> str:
+    """Return the names that stand in a list more than once, joined by commas."""
+    names = names or []
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))
+
+
 def refuse_owned(section: str, given: M, owned: Mapping[str, str]) -> M:
     """Refuse keys of a pass-through mapping that the config sets itself.
 
     Args:
         section: dotted name of the pass-through key, for the message.
-        given: what the user wrote.
+        given: the user's mapping.
         owned: library key -> the config key to use instead.
 
     Raises:
@@ -84,14 +105,14 @@ def refuse_owned(section: str, given: M, owned: Mapping[str, str]) -> M:
     return given
 
 
-def refuse_secrets(section: str, given: dict[str, Any], remedy: str) -> dict[str, Any]:
-    """Refuse keys of a pass-through dict, at any depth, that hold a secret by their names.
+def refuse_secrets(section: str, given: M, remedy: str) -> M:
+    """Refuse keys of a mapping, at any depth, whose names say that they hold a secret.
 
-    A value that is no text is none: ``token: true`` asks for the login of this machine.
+    Only text counts: ``token: true`` asks for the login of this machine.
 
     Args:
-        section: dotted name of the pass-through key, for the message.
-        given: what the user wrote.
+        section: dotted name of the key, for the message.
+        given: the user's mapping.
         remedy: where the secret belongs, for the message.
 
     Raises:
@@ -105,32 +126,32 @@ def refuse_secrets(section: str, given: dict[str, Any], remedy: str) -> dict[str
 
 
 def has_user_info(url: str) -> bool:
-    """Whether a URL carries a login, ``scheme://user:password@host``."""
+    """Return whether a URL carries a login, ``scheme://user:password@host``."""
     return "@" in urlsplit(url).netloc
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """A config's values as trackers and model cards may show them.
+    """Return a config's values without secrets, for trackers and model cards.
 
-    Environment variables are left by name alone, secrets without their value, URLs without login.
+    Environment variables keep only their names, secrets lose their value, URLs their login.
     """
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         if key == "env":
             return dict.fromkeys(value, "...")
         return {name: masked(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list):
+    if is_list(value):
         return [masked(item, key) for item in value]
     if not isinstance(value, str):
         return value
     return "..." if _SECRET_NAME.search(key) else _USER_INFO.sub("...", value)
 
 
-def _secret_names(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
+def _secret_names(value: object) -> Iterator[str]:
+    if is_mapping(value):
         for name, item in value.items():
-            if isinstance(item, str) and _SECRET_NAME.search(str(name)):
+            if isinstance(item, str) and _SECRET_NAME.search(str(name)):  # YAML allows numbers
                 yield str(name)
             yield from _secret_names(item)
-    elif isinstance(value, list):
+    elif is_list(value):
         for item in value:
             yield from _secret_names(item)

@@ -7,7 +7,7 @@ input checks, the plan and the report.
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 StageName = Literal["prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate", "report"]
 Made = Literal["datasets", "language model", "policy", "reward model", "numbers"]
@@ -126,7 +126,9 @@ STAGES: Mapping[str, Stage] = {
     ),
 }
 
-DEFAULT_STAGES = tuple(name for name, stage in STAGES.items() if stage.is_default)
+DEFAULT_STAGES: tuple[StageName, ...] = tuple(
+    name for name in get_args(StageName) if STAGES[name].is_default
+)
 """Stages of a run that names none."""
 
 SUPERVISED = tuple(name for name, stage in STAGES.items() if stage.is_supervised)

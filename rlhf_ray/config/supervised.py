@@ -1,13 +1,20 @@
 """The supervised stages: pretrain, sft, reward, dpo."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.data import Sources
 from rlhf_ray.config.model import LoraConfig, ShapeConfig
 from rlhf_ray.config.rewards import PairJudgeConfig
-from rlhf_ray.config.section import Section, changeable, fixed, refuse_owned, refuse_secrets
+from rlhf_ray.config.section import (
+    PassThrough,
+    Section,
+    changeable,
+    fixed,
+    refuse_owned,
+    refuse_secrets,
+)
 
 Tuning = Literal["lora", "full"]
 
@@ -39,70 +46,78 @@ _OWNED = {
 
 Packing = Literal["isolate", "concat", "none"]
 _PACKING = (
-    "isolate: whole texts that do not see each other, padded; concat: texts end to end, cut into "
-    "equal blocks (as StackLLaMA does); none: one text a row, padded to the longest of the batch."
+    "isolate: whole texts that do not attend to each other, padded; concat: texts end to end, cut "
+    "into equal blocks (as StackLLaMA does); none: one text a row, padded to the batch's longest."
 )
-_BLOCK_SIZE = "Tokens of a packed block; without packing, of the longest text."
+_BLOCK_SIZE = "Length of a packed block; without packing, of the longest text."
 
 
 class SupervisedConfig(Section):
-    """What transformers.Trainer is told."""
+    """Keys of every stage that transformers.Trainer runs."""
 
     steps: int = fixed(300, unit="steps", ge=1, description="Optimizer steps.")
     epochs: float | None = fixed(
-        None, unit="passes", gt=0, description="Passes over the training rows, instead of `steps`."
+        None, unit="passes", gt=0, description="Passes over the training rows; replaces `steps`."
     )
     batch_size: int = fixed(
-        16, unit="sequences", ge=1, description="Global batch, sequences (pairs for reward)."
+        16, unit="sequences", ge=1, description="Global batch; for reward and dpo in pairs."
     )
     learning_rate: float = fixed(1e-4, unit="–", gt=0, description="Peak learning rate.")
-    scheduler: Literal["cosine", "linear", "constant"] = fixed("cosine", description="Its decay.")
+    scheduler: Literal["cosine", "linear", "constant"] = fixed(
+        "cosine", description="Decay of the learning rate."
+    )
     final_lr_share: float = fixed(
         0.0,
         unit="share",
         ge=0,
         le=1,
-        description="Where cosine ends, as a share of the peak learning rate.",
+        description="Final learning rate of cosine, relative to the peak.",
     )
     warmup_steps: int = fixed(
-        0, unit="steps", ge=0, description="Steps of linear warm-up; with warmup_share, the least."
+        0,
+        unit="steps",
+        ge=0,
+        description="Steps of linear warm-up; the minimum if warmup_share is set.",
     )
     warmup_share: float = fixed(
-        0.0, unit="share", ge=0, lt=1, description="Share of all steps that is warm-up."
+        0.0, unit="share", ge=0, lt=1, description="Warm-up as a share of all steps."
     )
     weight_decay: float = fixed(0.0, unit="–", ge=0, description="AdamW's weight decay.")
     train_workers: int = changeable(
         1, unit="processes", ge=1, description="Data-parallel training processes."
     )
     gradient_checkpointing: bool = changeable(
-        False, description="Recompute activations: less memory."
+        False, description="Recompute activations in the backward pass: slower, less memory."
     )
     eval_rows: int = fixed(
-        200, unit="rows", ge=1, description="Held-out rows for before/after numbers."
+        200,
+        unit="rows",
+        ge=1,
+        description="Held-out rows for the numbers before and after training.",
     )
     eval_every: Annotated[int, Field(ge=1)] | Literal["epoch"] | None = fixed(
         None,
         unit="steps",
-        description="Optimizer steps between two evaluations on the held-out rows, or `epoch`; "
-        "none: before and after alone.",
+        description="Optimizer steps between evaluations on the held-out rows, or `epoch`; none: "
+        "only before and after.",
     )
-    trainer: dict[str, Any] = fixed({}, description="Further TrainingArguments.")
+    trainer: PassThrough = fixed({}, description="More TrainingArguments.")
 
     @classmethod
     def section(cls) -> str:
-        """Name of the stage and of its section."""
+        """Return the name of the stage, which is that of its section."""
         return cls.__name__.removesuffix("Config").lower()
 
     @field_validator("trainer")
     @classmethod
-    def _own_keys(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+    def _own_keys(cls, trainer: PassThrough) -> PassThrough:
         section = cls.section()
         owned = {key: value.format(section=section) for key, value in _OWNED.items()}
         refuse_secrets(f"{section}.trainer", trainer, "export HF_TOKEN instead")
         return refuse_owned(f"{section}.trainer", trainer, owned)
 
     def num_warmup_steps(self, num_steps: int) -> int:
-        """Steps of warm-up in a training of so many."""
+        """Return the warm-up steps of a training with ``num_steps`` steps."""
         return max(self.warmup_steps, round(self.warmup_share * num_steps))
 
     @model_validator(mode="after")
@@ -110,21 +125,20 @@ class SupervisedConfig(Section):
         if self.final_lr_share and self.scheduler != "cosine":
             section = self.section()
             raise ValueError(
-                f"{section}.final_lr_share {self.final_lr_share:g} is for {section}.scheduler "
+                f"{section}.final_lr_share {self.final_lr_share:g} needs {section}.scheduler "
                 f"cosine, got {self.scheduler}; leave it out"
             )
         return self
 
 
 class UnfreezeConfig(SupervisedConfig):
-    """A stage that may train some of the model's own weights and leave the others."""
+    """Keys of a stage that may train only some of the model's own weights."""
 
     unfreeze: list[str] | None = fixed(
         None,
         min_length=1,
-        description="Modules that are trained, by the beginning of their names, such as "
-        "[transformer.h.11, transformer.ln_f]; all others are frozen. None: all are trained, "
-        "with tuning full.",
+        description="Modules to train, by the start of their names, such as [transformer.h.11, "
+        "transformer.ln_f]; all others are frozen. Needs tuning full. none: train all.",
     )
 
     @model_validator(mode="after")
@@ -133,8 +147,9 @@ class UnfreezeConfig(SupervisedConfig):
         if self.unfreeze is not None and tuning != "full":
             section = self.section()
             raise ValueError(
-                f"{section}.unfreeze names weights of the model, and {section}.tuning {tuning} "
-                f"trains none of them; set {section}.tuning=full, or leave it out"
+                f"{section}.unfreeze names weights of the model, but {section}.tuning {tuning} "
+                f"trains only an adapter; set {section}.tuning=full, or leave {section}.unfreeze "
+                "out"
             )
         return self
 
@@ -149,36 +164,36 @@ class PretrainConfig(UnfreezeConfig):
 class SftConfig(UnfreezeConfig):
     """Supervised fine-tuning on question and answer, packed."""
 
-    path: str | None = fixed(None, description="A ready SFT model: the stage is skipped.")
+    path: str | None = fixed(None, description="Finished SFT model; if set, the stage is skipped.")
     block_size: int = fixed(128, unit="tokens", ge=8, description=_BLOCK_SIZE)
     packing: Packing = fixed("isolate", description=_PACKING)
     loss_on: Literal["all", "completion", "assistant"] = fixed(
         "all",
-        description="Tokens that are learnt: all, the last answer's, or those of every assistant "
-        "turn of a chat.",
+        description="Tokens in the loss: all, those of the last answer, or those of every "
+        "assistant turn of a chat.",
     )
     preferred_only: bool = fixed(
-        True, description="Use only answers that won at least one pair (as StackLLaMA does)."
+        True, description="Train only on answers that won at least one pair (as StackLLaMA does)."
     )
     tuning: Tuning = fixed(
-        "lora", description="lora: an adapter, merged afterwards; full: all weights."
+        "lora", description="lora: train an adapter, merged afterwards; full: train all weights."
     )
     lora: LoraConfig = fixed(LoraConfig(), description="Adapter, with tuning lora.")
 
 
 class PairsConfig(SupervisedConfig):
-    """Training on pairs of answers of which one was preferred."""
+    """Keys of a stage that trains on pairs of a preferred and a rejected answer."""
 
     max_pairs: int | None = fixed(
         None,
         unit="pairs",
         ge=1,
-        description="Use at most this many training pairs, or single answers.",
+        description="Most training pairs, or single answers, to use.",
     )
     judge: PairJudgeConfig | None = fixed(
         None,
-        description="Who labels the pairs, where rows of data.preferences have `completion_a` and "
-        "`completion_b`; none: they have `chosen` and `rejected`.",
+        description="Language model that labels the pairs, if rows of data.preferences have "
+        "`completion_a` and `completion_b`; none: they have `chosen` and `rejected`.",
     )
 
 
@@ -186,28 +201,28 @@ PointwiseLoss = Literal["bce", "mse"]
 
 
 class RewardConfig(PairsConfig, UnfreezeConfig):
-    """Reward model, and the scorers that serve it in PPO."""
+    """The reward model, and the scorers that run it in PPO."""
 
     path: str | None = fixed(
         None,
-        description="A ready sequence-classification model with one label: the stage is skipped.",
+        description="Finished sequence-classification model with one label; if set, the stage is "
+        "skipped.",
     )
     shape: ShapeConfig | None = changeable(
         None,
-        description="Of reward.path, given or still to come, for the command plan alone; none: the "
-        "policy's.",
+        description="Shape of the reward model, used only by the command plan; none: the policy's.",
     )
     benchmark: Sources | None = changeable(
         None,
-        description="Pairs, with their kind in a column `subset`, by which the reward model is "
-        "measured, a given one too: for example RewardBench.",
+        description="Pairs to measure the reward model on, such as RewardBench, with their kind "
+        "in a column `subset`; also used with reward.path.",
     )
     num_workers: int = changeable(1, unit="processes", ge=1, description="Scorer processes.")
     loss: Literal["pairwise"] | PointwiseLoss = fixed(
         "pairwise",
-        description="What is learnt: of pairs, which answer is better; of single answers in "
-        "data.preferences, whether they were liked (bce, column `label`: true or false), or how "
-        "they were rated (mse, column `score`: a number).",
+        description="pairwise: which answer of a pair is better. For single answers in "
+        "data.preferences: bce: whether an answer was liked (column `label`: true or false); mse: "
+        "how it was rated (column `score`: a number).",
     )
     centre: float = fixed(
         0.0,
@@ -215,7 +230,9 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
         ge=0,
         description="Weight of mean((r_chosen + r_rejected)^2), with loss pairwise.",
     )
-    tuning: Tuning = fixed("lora", description="lora: an adapter and the head; full: all weights.")
+    tuning: Tuning = fixed(
+        "lora", description="lora: train an adapter and the head; full: train all weights."
+    )
     lora: LoraConfig = fixed(
         LoraConfig(r=8, alpha=32.0, dropout=0.1),
         description="Adapter, with tuning lora; the head is trained in full.",
@@ -226,26 +243,26 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
         for key in ("centre", "judge"):
             if self.loss != "pairwise" and getattr(self, key):
                 raise ValueError(
-                    f"reward.{key} is of pairs, and reward.loss {self.loss} reads single answers; "
-                    f"leave it out, or set reward.loss=pairwise"
+                    f"reward.{key} needs pairs, but reward.loss {self.loss} reads single answers; "
+                    "leave it out, or set reward.loss=pairwise"
                 )
         return self
 
 
 class DpoConfig(PairsConfig):
-    """Direct preference optimisation of the SFT model: an alternative to reward model and PPO."""
+    """Direct preference optimisation of the SFT model, instead of a reward model and PPO."""
 
     learning_rate: float = fixed(5e-5, unit="–", gt=0, description="Peak learning rate.")
     beta: float = fixed(
-        0.1, unit="1/nat", gt=0, description="How close the policy stays to the SFT model, per nat."
+        0.1, unit="1/nat", gt=0, description="Strength of the pull towards the SFT model."
     )
-    loss: Literal["sigmoid", "ipo"] = fixed("sigmoid", description="Kind of loss.")
+    loss: Literal["sigmoid", "ipo"] = fixed("sigmoid", description="Loss function.")
     label_smoothing: float = fixed(
         0.0,
         unit="probability",
         ge=0,
         lt=0.5,
-        description="Probability that a pair is labelled the wrong way round (sigmoid only).",
+        description="Probability that a pair's label is swapped (sigmoid only).",
     )
     lora: LoraConfig = fixed(LoraConfig(dropout=0.0), description="Adapter.")
 
@@ -253,7 +270,7 @@ class DpoConfig(PairsConfig):
     def _smoothing_of_sigmoid(self) -> "DpoConfig":
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError(
-                f"dpo.label_smoothing {self.label_smoothing} belongs to dpo.loss sigmoid; set it "
-                "to 0 for ipo"
+                f"dpo.label_smoothing {self.label_smoothing:g} needs dpo.loss sigmoid; set it to "
+                "0 for ipo"
             )
         return self

@@ -213,11 +213,11 @@ def test_functions_of_the_users_own_are_called(
 @pytest.mark.parametrize(
     ("ppo", "message"),
     [
-        ({"advantage": "rloo"}, r"set ppo\.samples_per_prompt to at least 2, got 1"),
+        ({"advantage": "rloo"}, r"ppo\.samples_per_prompt is 1; set it to 2 or more"),
         ({"advantage": "gea"}, r"'gea' is not an estimator: it must be gae, reinforce, rloo"),
         ({"policy_loss": "clipp"}, r"'clipp' is not a loss: it must be clip or module:name"),
-        ({"kl_target_per_token": 0.1}, r"both steer ppo\.kl_coef; set one of them to null"),
-        ({"kl_in": "loss"}, r"kl_estimator k1 penalises nothing.*set ppo\.kl_estimator to k2"),
+        ({"kl_target_per_token": 0.1}, r"both control ppo\.kl_coef; set one of them to null"),
+        ({"kl_in": "loss"}, r"kl_estimator k1 has no effect.*set ppo\.kl_estimator to k2"),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -21,14 +21,17 @@ def test_models_and_judges_by_name() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"models": ["ppo@newest"]}, r"evaluate\.models: .*'ppo@newest' is no version"),
-        ({"models": ["ppo", "dpo", "ppo"]}, r"evaluate\.models: .*ppo stands there twice"),
-        ({"models": ["prompt"]}, r"write a folder as \./prompt"),
+        ({"models": ["ppo@newest"]}, r"evaluate\.models: .*'ppo@newest' is not a version"),
+        ({"models": ["ppo", "dpo", "ppo"]}, r"evaluate\.models: .*names ppo more than once"),
+        ({"models": ["prompt"]}, r"write a folder of that name as \./prompt"),
         ({"models": []}, r"evaluate\.models"),
         ({"judged_by": ["taste"]}, r"evaluate\.judged_by.*'taste'"),
-        ({"judged_by": ["reward", "reward"]}, r"evaluate\.judged_by: .*reward stands there twice"),
-        ({"judged_by": ["judge"]}, r"evaluate\.judge, who that is, is not set"),
-        ({"judge": JUDGE}, r"evaluate\.judged_by does not name it"),
+        (
+            {"judged_by": ["reward", "reward"]},
+            r"evaluate\.judged_by: names reward more than once",
+        ),
+        ({"judged_by": ["judge"]}, r"names judge, but evaluate\.judge is not set"),
+        ({"judge": JUDGE}, r"evaluate\.judge is set, but evaluate\.judged_by does not name judge"),
         ({"judge": JUDGE | {"template": "{a}"}}, r"evaluate\.judge\.template.*lacks \{b\}"),
     ],
 )

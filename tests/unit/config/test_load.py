@@ -130,10 +130,10 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ppo.gamma=1.5", ["ppo.gamma", "less than or equal to 1", "got 1.5"]),
         ("ppo.learning_rate=abc", ["ppo.learning_rate", "valid number", "got 'abc'"]),
         ("ppo.learning_rate=.nan", ["ppo.learning_rate", "greater than 0", "got nan"]),
-        ("ppo.advantage=rloo", ["ppo.advantage rloo", "ppo.samples_per_prompt", "got 1"]),
+        ("ppo.advantage=rloo", ["ppo.advantage rloo", "ppo.samples_per_prompt is 1; set it"]),
         ("ppo.max_staleness=1", ["ppo.max_staleness", "less than or equal to 0"]),
         ("rollout.top_p=0", ["rollout.top_p", "greater than 0"]),
-        ("rollout.top_k=1", ["rollout.top_k", "the likeliest token every time", "use 0"]),
+        ("rollout.top_k=1", ["rollout.top_k", "always samples the likeliest token", "use 0"]),
         ("rollout.engine=fake", ["rollout.engine", "'vllm' or 'transformers'", "got 'fake'"]),
         ("cluster.mode=slurm", ["cluster.mode", "'inline'", "got 'slurm'"]),
         ("policy.zero_stage=4", ["policy.zero_stage", "1, 2 or 3", "got 4"]),
@@ -141,9 +141,9 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("run.stages=[ppo, ppo]", ["run.stages names ppo more than once"]),
         ("run.stages=[]", ["run.stages", "at least 1 item"]),
         ("ppo=5", ["ppo", "got 5"]),
-        ("lora.target_modules=[]", ["names no module"]),
+        ("lora.target_modules=[]", ["lora.target_modules: is an empty list"]),
         ("lora.target_modules=q_proj", ["must be all-linear or a list of module names"]),
-        ("model.tiny.num_heads=3", ["3 heads do not cut hidden_size 128"]),
+        ("model.tiny.num_heads=3", ["3 does not divide hidden_size 128 into heads"]),
         ("prepare.rl=0.3", ["must add up to 1, got 1.15"]),
         # Combinations.
         ("ppo.samples_per_prompt=3", ["ppo.batch_size 64", "samples_per_prompt 3", "63 or 66"]),
@@ -153,27 +153,30 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sft.train_workers=3", ["sft.batch_size 16", "sft.train_workers 3", "15 or 18"]),
         ("rollout.max_tokens=200", ["128 + rollout.max_tokens 200 = 328", "model.max_length 256"]),
         ("ppo.max_tokens_per_micro_batch=100", ["may have 192 tokens", "at least 192"]),
-        ("cluster.mode=inline", ["add rollout.engine=transformers"]),
+        ("cluster.mode=inline", ["set rollout.engine=transformers"]),
         # Keys of a library that the config sets itself, with the key that sets them.
         ("model.kwargs={dtype: x}", ["model.kwargs", "'dtype' (set by model.dtype)"]),
         ("lora.peft={r: 4}", ["lora.peft", "'r' (set by lora.r)"]),
-        ("lora.peft={use_dora: true}", ["the generators' engine cannot serve it"]),
-        ("lora.peft={alpha_pattern: {}}", ["'alpha_pattern'", "they keep exclude_modules, init_"]),
+        ("lora.peft={use_dora: true}", ["'use_dora': neither merging nor the generators' engine"]),
+        ("lora.peft={alpha_pattern: {}}", ["'alpha_pattern'", "supported: exclude_modules, init_"]),
         (
             "lora.peft={init_lora_weights: pissa}",
             ["'pissa' changes the base"],
         ),
         ("lora.r=513", ["lora.r", "less than or equal to 512"]),
-        ("lora.target_modules=[q_proj, model.embed_tokens]", ["names model.embed_tokens: the gen"]),
-        ("lora=null", ["lora: the policy is trained as an adapter alone"]),
+        (
+            "lora.target_modules=[q_proj, model.embed_tokens]",
+            ["names model.embed_tokens, but the gen"],
+        ),
+        ("lora=null", ["lora: cannot be null, because the policy is always"]),
         (
             "policy.tuning=full",
-            ["'full' is not possible", "only an adapter is small"],
+            ["'full' is not supported", "only an adapter is small"],
         ),
         ("sft.tuning=none", ["sft.tuning", "'lora' or 'full'", "got 'none'"]),
-        ("model.compute_dtype=bfloat16", ["is for model.quantization nf4, got none"]),
-        ("model.rope_scaling={factor: 2.0}", ["rope_type must be one of linear", "got None"]),
-        ("model.rope_scaling={rope_type: yarn}", ["rope_type yarn also needs factor"]),
+        ("model.compute_dtype=bfloat16", ["needs model.quantization nf4, got none"]),
+        ("model.rope_scaling={factor: 2.0}", ["needs rope_type, one of linear", "got None"]),
+        ("model.rope_scaling={rope_type: yarn}", ["lacks factor, which rope_type yarn needs"]),
         ("model.kwargs={rope_parameters: {}}", ["set by model.rope_scaling"]),
         (
             "rollout.engine_args={hf_overrides: {rope_parameters: {}}}",
@@ -188,7 +191,10 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("rollout.engine_args={seed: 1}", ["rollout.engine_args", "'seed' (set by run.seed)"]),
         # Secrets have no place in a config; what was written is not repeated.
-        ("trackers.wandb={api_key: abc}", ["trackers.wandb: api_key may not", "WANDB_API_KEY"]),
+        (
+            "trackers.wandb={api_key: abc}",
+            ["wandb: may not contain 'api_key'", "WANDB_API_KEY"],
+        ),
         ("trackers.mlflow={tracking_uri: 'http://a:b@c'}", ["holds a login", "MLFLOW_TRACKING"]),
         ("trackers.wandb={mode: of}", ["trackers.wandb.mode", "'offline'", "got 'of'"]),
         # Overrides that are none.
@@ -210,30 +216,30 @@ def test_further_combinations_are_refused() -> None:
     message = refused("generators.tensor_parallel_size=2", *inline)
     assert "tensor_parallel_size 2 needs rollout.engine vllm, got transformers" in message
     message = refused("generators.tensor_parallel_size=2", "rollout.serving=merged")
-    assert "rollout.serving merged cannot be proved with generators.tensor_parallel_size" in message
+    assert "merged cannot be verified with generators.tensor_parallel_size 2" in message
     message = refused("generators.tensor_parallel_size=2", "placement.gpus=0.5")
-    assert "asks for whole GPUs, and placement.gpus or placement.generator.gpus for 0.5" in message
+    assert "placement.generator.gpus or placement.gpus gives a generator 0.5" in message
     message = refused("placement.share=[[policy, reward], [reward]]")
-    assert "reward is named twice" in message
+    assert "placement.share: names reward more than once" in message
     message = refused("placement.share=[[policies]]")
     assert "'policies'" in message
     turns = ("placement.turns=true", "placement.gpus=0.5")
     message = refused(turns[0])
-    assert "placement.turns is for GPUs that are shared, and each policy has one" in message
+    assert "placement.turns needs roles that share GPUs, but each policy has a whole one" in message
     message = refused(*turns, "placement.generator.gpus=1.0")
-    assert "each generator has one" in message
+    assert "each generator has a whole one" in message
     message = refused(*turns, "model.quantization=int8")
     assert "model.quantization int8 does not allow" in message
     message = refused(*turns, "critic.zero_stage=3")
-    assert "critic.zero_stage 3 spreads over ranks" in message
+    assert "critic.zero_stage 3 shards them; set critic.zero_stage=2" in message
     message = refused("placement.reward.gpus=2")
     assert "placement.reward.gpus" in message
     message = refused("model.quantization=nf4", "critic.zero_stage=3")
-    assert "critic.zero_stage 3 cannot shard a nf4 base" in message
+    assert "critic.zero_stage 3 cannot shard the base with model.quantization nf4" in message
     message = refused("critic.init=reward", "critic.path=some/model")
-    assert "critic.init reward and critic.path 'some/model' both name the model" in message
+    assert "critic.init reward and critic.path 'some/model' both set the critic's" in message
     message = refused("reference.kind=policy_base", "reference.num_workers=2")
-    assert "reference.num_workers 2 does nothing with reference.kind policy_base" in message
+    assert "reference.num_workers 2 has no effect with reference.kind policy_base" in message
     message = refused("model.quantization=int8", "reward.tuning=full")
     assert "set reward.tuning=lora or model.quantization=none" in message
     assert load(None, [*inline]).serving == "merged"

@@ -53,17 +53,29 @@ def test_a_source_is_called_by_its_type_or_its_name() -> None:
         ({"type": "rouge", "clip": 0.0}, r"rewards\.0\.rouge\.clip: .*greater than 0"),
         ({"type": "function", "function": "f"}, r"function\.function: .* got 'f'"),
         (JUDGE | {"url": "localhost:8000"}, r"judge\.url: .* got 'localhost:8000'"),
-        (JUDGE | {"template": "Rate {prompt}"}, r"template: lacks \{response\}: the judge would"),
-        (JUDGE | {"pattern": "(a)(b)"}, r"pattern: '\(a\)\(b\)' has 2 groups; it needs one"),
+        (
+            JUDGE | {"template": "Rate {prompt}"},
+            r"template: lacks \{response\}, without which",
+        ),
+        (
+            JUDGE | {"pattern": "(a)(b)"},
+            r"pattern: '\(a\)\(b\)' has 2 groups; it needs exactly",
+        ),
         (JUDGE | {"pattern": "("}, r"pattern: '\(' is not a regular expression"),
-        (JUDGE | {"lowest": 10.0}, r"lowest 10 must be below highest 10"),
-        (JUDGE | {"on_bad_answer": "score"}, r"bad_answer_score is for on_bad_answer score"),
-        (JUDGE | {"bad_answer_score": 1.0}, r"bad_answer_score is for on_bad_answer score"),
+        (JUDGE | {"lowest": 10.0}, r"lowest 10 must be less than highest 10"),
+        (
+            JUDGE | {"on_bad_answer": "score"},
+            r"score and bad_answer_score need each other",
+        ),
+        (
+            JUDGE | {"bad_answer_score": 1.0},
+            r"score and bad_answer_score need each other",
+        ),
         (JUDGE | {"request": {"messages": []}}, r"'messages' \(set by template\)"),
         # 2 attempts of 300 s and a wait of 1 s between them
         (
             JUDGE | {"timeout_s": 300.0, "retries": 1},
-            r"judge may take 601 s for a request .* cluster\.call_timeout_s is 600; lower these",
+            r"judge: a request may take 601 s .* cluster\.call_timeout_s is 600 s; lower",
         ),
     ],
 )
@@ -73,7 +85,7 @@ def test_what_is_refused(source: dict[str, Any], says: str) -> None:
 
 
 def test_equal_names_and_no_source_are_refused() -> None:
-    with pytest.raises(ConfigError, match="two sources are called judge; give each a name"):
+    with pytest.raises(ConfigError, match="several sources named judge; give each a"):
         resolve({"rewards": [JUDGE, JUDGE]})
     with pytest.raises(ConfigError, match="rewards: List should have at least 1 item"):
         resolve({"rewards": []})

@@ -131,11 +131,11 @@ def test_sets_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "names no data set"),
-        ([{"path": "a", "weight": 1.0}, {"path": "b"}], "a weight, or none of them"),
+        ([], "is an empty list"),
+        ([{"path": "a", "weight": 1.0}, {"path": "b"}], "gives a weight to some sources only"),
         ({"path": "a", "filter": {"op": "<", "value": 3}}, "either {column, op, value} or"),
-        ({"path": "a", "filter": "no_colon"}, "named module:name"),
-        ({"path": "a", "filter": {"column": "n", "op": "in", "value": 3}}, "list of values"),
+        ({"path": "a", "filter": "no_colon"}, "'no_colon' must have the form module:name"),
+        ({"path": "a", "filter": {"column": "n", "op": "in", "value": 3}}, "op in needs a list"),
         ({"path": "a", "format": "alpaca"}, r"data\.sft\.0\.format"),
     ],
 )
