@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.whitening import require_same_shape, zero_padding
+from rlhf_ray.config.algorithms import ESTIMATORS
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plugins import load_function
 
@@ -130,17 +131,20 @@ GIVEN = ("values_BT", "group_size", "gamma", "lam")
 """What an estimator may ask for besides rewards and mask."""
 
 
-def _gae(
+def estimate_gae(
     rewards_BT: Tensor, mask_BT: Tensor, *, values_BT: Tensor, gamma: float, lam: float
 ) -> Tensor:
+    """Return `gae`'s advantages, as an estimator."""
     return gae(rewards_BT, values_BT, mask_BT, gamma, lam)[0]
 
 
-def _rloo(rewards_BT: Tensor, mask_BT: Tensor, *, group_size: int) -> Tensor:
+def estimate_rloo(rewards_BT: Tensor, mask_BT: Tensor, *, group_size: int) -> Tensor:
+    """Return `rloo` of each response's total reward, on each of its tokens."""
     return _spread(rloo(_response_rewards(rewards_BT), group_size), mask_BT)
 
 
-def _grpo(rewards_BT: Tensor, mask_BT: Tensor, *, group_size: int) -> Tensor:
+def estimate_grpo(rewards_BT: Tensor, mask_BT: Tensor, *, group_size: int) -> Tensor:
+    """Return `grpo` of each response's total reward, on each of its tokens."""
     return _spread(grpo(_response_rewards(rewards_BT), group_size), mask_BT)
 
 
@@ -207,25 +211,16 @@ def describe(function: Callable[..., Tensor], whitened: bool = True) -> Estimato
     return Estimator(function, tuple(p.name for p in further if p.name in GIVEN), whitened)
 
 
-ESTIMATORS = {
-    "gae": describe(_gae),
-    "reinforce": describe(reinforce),
-    "rloo": describe(_rloo, whitened=False),
-    "grpo": describe(_grpo, whitened=False),
-}
-"""By the name in the config. A baseline within the group leaves nothing for whitening to centre,
-and rescaling would undo what `grpo` divides by."""
-
-
 def resolve(name: str) -> Estimator:
     """The estimator that ``ppo.advantage`` names.
 
     Raises:
         ConfigError: a function of the user's that cannot be had, or asks for too much.
     """
-    if name in ESTIMATORS:
-        return ESTIMATORS[name]
+    entry = ESTIMATORS.get(name)
     try:
+        if entry is not None:
+            return describe(load_function(entry.function, "ppo.advantage"), entry.whitened)
         return describe(load_function(name, "ppo.advantage"))
     except ValueError as error:
         raise ConfigError(f"ppo.advantage: {error}") from None

@@ -20,6 +20,7 @@ from rlhf_ray.algorithms.whitening import (
     require_same_shape,
     zero_padding,
 )
+from rlhf_ray.config.algorithms import POLICY_LOSSES
 from rlhf_ray.plugins import load_function
 
 Stats = dict[str, Tensor]
@@ -106,7 +107,7 @@ def resolve_policy_loss(name: str) -> Callable[..., tuple[Tensor, Stats]]:
     Raises:
         ConfigError: a function of the user's that cannot be had.
     """
-    return policy_loss if name == "clip" else load_function(name, "ppo.policy_loss")
+    return load_function(POLICY_LOSSES.get(name, name), "ppo.policy_loss")
 
 
 def value_loss(

@@ -1,10 +1,12 @@
 """PPO: the algorithm, its learner groups and the reference."""
 
 import re
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import field_validator, model_validator
 
+from rlhf_ray.config.algorithms import ESTIMATORS, POLICY_LOSSES
 from rlhf_ray.config.model import LoraConfig, ShapeConfig
 from rlhf_ray.config.section import PassThrough, Section, changeable, fixed, refuse_owned
 
@@ -130,10 +132,6 @@ class ReferenceConfig(Section):
         return self
 
 
-WITHOUT_CRITIC = ("reinforce", "rloo", "grpo")
-"""Estimators that need no values."""
-
-
 class PpoConfig(Section):
     """The algorithm."""
 
@@ -167,9 +165,9 @@ class PpoConfig(Section):
     gae_lambda: float = fixed(0.95, unit="–", ge=0, le=1, description="GAE's lambda.")
     advantage: str = fixed(
         "gae",
-        description="Advantage estimator: gae (the only one with a critic), reinforce (less the "
-        "mean of the batch), rloo, grpo (against the other responses to the prompt), or "
-        "module:name of a function of yours.",
+        description="Advantage estimator: "
+        + "; ".join(f"{name} {entry.does}" for name, entry in ESTIMATORS.items())
+        + "; or module:name of a function of yours.",
     )
     whiten_advantages: bool | None = fixed(
         None,
@@ -269,16 +267,17 @@ class PpoConfig(Section):
     @field_validator("advantage")
     @classmethod
     def _known_estimator(cls, name: str) -> str:
-        return _require_known("an estimator", name, ("gae", *WITHOUT_CRITIC))
+        return _require_known("an estimator", name, ESTIMATORS)
 
     @field_validator("policy_loss")
     @classmethod
     def _known_loss(cls, name: str) -> str:
-        return _require_known("a loss", name, ("clip",))
+        return _require_known("a loss", name, POLICY_LOSSES)
 
     @model_validator(mode="after")
     def _combinations(self) -> "PpoConfig":
-        if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
+        estimator = ESTIMATORS.get(self.advantage)
+        if estimator and estimator.needs_groups and self.samples_per_prompt < 2:
             raise ValueError(
                 f"ppo.advantage {self.advantage} compares responses to the same prompt, but "
                 f"ppo.samples_per_prompt is {self.samples_per_prompt}; set it to 2 or more"
@@ -296,7 +295,7 @@ class PpoConfig(Section):
         return self
 
 
-def _require_known(what: str, name: str, known: tuple[str, ...]) -> str:
+def _require_known(what: str, name: str, known: Collection[str]) -> str:
     if name not in known and not re.fullmatch(r".+:\w+", name):
         raise ValueError(
             f"{name!r} is not {what}: it must be {', '.join(known)} or module:name of a function"

@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
+from rlhf_ray.config.algorithms import ESTIMATORS
 from rlhf_ray.config.cluster import ClusterConfig, PlacementConfig
 from rlhf_ray.config.data import DataConfig, PrepareConfig, TemplateConfig
 from rlhf_ray.config.evaluate import EvaluateConfig
 from rlhf_ray.config.guards import GuardsConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.config.ppo import (
-    WITHOUT_CRITIC,
     CriticConfig,
     PolicyConfig,
     PpoConfig,
@@ -114,7 +114,8 @@ class Config(Section):
     @property
     def may_have_critic(self) -> bool:
         """True if the advantage needs values, or is a function of yours, which may need them."""
-        return self.ppo.advantage not in WITHOUT_CRITIC
+        estimator = ESTIMATORS.get(self.ppo.advantage)
+        return estimator is None or estimator.needs_critic
 
     def external_model(self, stage: str) -> str | None:
         """The finished model that stands in for a stage (sft.path, reward.path)."""

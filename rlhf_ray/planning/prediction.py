@@ -10,9 +10,9 @@ from rlhf_ray.placement.layout import (
     Demand,
     Node,
     Slot,
-    request_and_capacity,
     demands,
     fit,
+    request_and_capacity,
     what_fits,
 )
 from rlhf_ray.planning.memory import GB

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_ray.algorithms.advantages import ESTIMATORS, describe, gae, grpo, reinforce, rloo
+from rlhf_ray.algorithms.advantages import describe, gae, grpo, reinforce, resolve, rloo
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.rewards import score_position, token_rewards
 from rlhf_ray.algorithms.whitening import masked_whiten
-from rlhf_ray.config.ppo import WITHOUT_CRITIC
+from rlhf_ray.config.algorithms import ESTIMATORS
 
 NAN = float("nan")
 
@@ -176,36 +176,38 @@ GIVEN = {"values_BT": torch.full((4, 3), 0.25), "group_size": 2, "gamma": 1.0, "
 def test_rloo_spreads_the_difference_to_the_rest_of_the_group() -> None:
     # 3 against 1; -1 against 1.
     expected_BT = torch.tensor([[2.0, 2, 2], [-2, -2, 0], [-2, 0, 0], [2, 2, 2]])
-    torch.testing.assert_close(ESTIMATORS["rloo"](REWARDS_BT, MASK_BT, **GIVEN), expected_BT)
+    torch.testing.assert_close(resolve("rloo")(REWARDS_BT, MASK_BT, **GIVEN), expected_BT)
 
 
 def test_grpo_spreads_the_normalised_reward() -> None:
     # Mean 2, unbiased deviation sqrt(2): (3 - 2) / sqrt(2) and so on.
     half = 2**-0.5
     expected_BT = torch.tensor([[half] * 3, [-half, -half, 0], [-half, 0, 0], [half] * 3])
-    torch.testing.assert_close(ESTIMATORS["grpo"](REWARDS_BT, MASK_BT, **GIVEN), expected_BT)
+    torch.testing.assert_close(resolve("grpo")(REWARDS_BT, MASK_BT, **GIVEN), expected_BT)
 
 
 def test_a_score_behind_the_last_token_belongs_to_its_response() -> None:
     # The second row's 2 stands on padding.
     mask_BT = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 1]])
-    advantages_BT = ESTIMATORS["rloo"](REWARDS_BT, mask_BT, **GIVEN)
+    advantages_BT = resolve("rloo")(REWARDS_BT, mask_BT, **GIVEN)
     assert advantages_BT[1].tolist() == [-2, 0, 0]
 
 
 def test_gae_and_reinforce_are_the_plain_functions() -> None:
-    found_BT = ESTIMATORS["gae"](REWARDS_BT, MASK_BT, **GIVEN)
+    found_BT = resolve("gae")(REWARDS_BT, MASK_BT, **GIVEN)
     expected_BT, _ = gae(REWARDS_BT, GIVEN["values_BT"], MASK_BT, 1.0, 0.95)
     torch.testing.assert_close(found_BT, expected_BT)
     # Rewards to go of the first row: 3, 2.5, 2.
-    to_go_BT = ESTIMATORS["reinforce"](REWARDS_BT, MASK_BT, **GIVEN)
+    to_go_BT = resolve("reinforce")(REWARDS_BT, MASK_BT, **GIVEN)
     assert to_go_BT[0].tolist() == [3, 2.5, 2]
 
 
-def test_who_needs_a_critic_and_who_is_whitened() -> None:
-    assert [name for name, known in ESTIMATORS.items() if known.needs_critic] == ["gae"]
-    assert {n for n, known in ESTIMATORS.items() if not known.needs_critic} == set(WITHOUT_CRITIC)
-    assert [n for n, known in ESTIMATORS.items() if known.whitened] == ["gae", "reinforce"]
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_registry_of_estimators_agrees_with_their_functions(name: str) -> None:
+    entry, estimator = ESTIMATORS[name], resolve(name)
+    assert entry.needs_critic == estimator.needs_critic
+    assert entry.needs_groups == ("group_size" in estimator.asks)
+    assert entry.whitened == estimator.whitened
 
 
 def test_a_function_gets_what_it_asks_for() -> None:

@@ -98,7 +98,7 @@ def test_what_stages_train_of_a_llama_of_7b(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no config\.json of a known model"):
+    with pytest.raises(DataError, match=r"has no config\.json of a known architecture"):
         skeleton(tmp_path, ModelConfig())
 
 
