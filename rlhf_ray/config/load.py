@@ -1,8 +1,8 @@
-"""From YAML files and dotted overrides to a validated Config.
+"""Read YAML files and dotted overrides into a validated Config.
 
-A file may name a parent in ``extends`` (relative to itself, or ``@name`` for a shipped config); its
-keys go on top. ``${NAME}`` and
-``${NAME:-default}`` in strings are replaced from the environment.
+A file may name a parent in ``extends`` (relative to itself, or ``@name`` for a shipped config),
+whose keys it overrides. ``${NAME}`` and ``${NAME:-default}`` in strings are replaced from the
+environment.
 """
 
 import difflib
@@ -10,19 +10,23 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from rlhf_ray.config.key_aliases import hints as alias_hints
 from rlhf_ray.config.root import Config
+from rlhf_ray.config.section import is_list, is_mapping
 from rlhf_ray.config.shipped import located
 from rlhf_ray.errors import ConfigError
 
+Values = dict[str, object]
+
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (YAML 1.1 takes it for a string)."""
+    """SafeLoader that reads 1e-5 as a number, which YAML 1.1 takes for a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -33,10 +37,10 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, lay overrides on top, validate.
+    """Read a config file, apply overrides, validate.
 
     Args:
-        path: YAML file, or ``@name`` for one that ships; None: defaults only.
+        path: YAML file, or ``@name`` for a shipped config; None: only defaults.
         overrides: ``dotted.key=value`` strings; the value is read as YAML.
 
     Raises:
@@ -48,8 +52,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return resolve(values)
 
 
-def resolve(values: Mapping[str, Any]) -> Config:
-    """Validate a plain nested mapping.
+def resolve(values: Mapping[str, object]) -> Config:
+    """Validate a nested mapping.
 
     Raises:
         ConfigError: listing everything that is wrong with it.
@@ -64,27 +68,27 @@ def resolve(values: Mapping[str, Any]) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML."""
+    """Return the resolved config as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a config class, sections included."""
+    """Yield every dotted key of a config class, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for section in sections_of(field.annotation):
             yield from keys(section, f"{prefix}{name}.")
 
 
-def sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The section classes in a field's type, those of a list's or a union's members as well."""
+def sections_of(annotation: object) -> Iterator[type[BaseModel]]:
+    """Yield the section classes in a field's type, also inside lists and unions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    for part in getattr(annotation, "__args__", ()):
+    for part in get_args(annotation):
         yield from sections_of(part)
 
 
-def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
@@ -99,7 +103,9 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, got a {type(values).__name__}")
+        raise ConfigError(
+            f"{path} must be a mapping of keys to values, got a {type(values).__name__}"
+        )
     parent = values.pop("extends", None)
     if parent is None:
         return values
@@ -107,18 +113,18 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read_file(path.parent / located(str(parent)), (*seen, path)), values)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merge(below: Values, above: Values) -> Values:
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if is_mapping(old) and is_mapping(value) else value
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: Values, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"Override {override!r} must look like dotted.key=value")
+        raise ConfigError(f"Override {override!r} must have the form dotted.key=value")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -127,41 +133,42 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for section in sections:
         if values.get(section) is None:
             values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
+        below = values[section]
+        if not is_mapping(below):
             raise ConfigError(f"Override {override!r}: {section} is a value, not a section")
+        values = below
     values[leaf] = value
 
 
-def _interpolate(value: Any, key: tuple[str, ...]) -> Any:
-    if isinstance(value, dict):
+def _interpolate(value: object, key: tuple[str, ...]) -> object:
+    if is_mapping(value):
         return {name: _interpolate(item, (*key, str(name))) for name, item in value.items()}
-    if isinstance(value, list):
+    if is_list(value):
         return [_interpolate(item, key) for item in value]
     if not isinstance(value, str):
         return value
 
     def replace(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(2)
-        found = os.environ.get(name, default)
-        if found is None:
+        text = os.environ.get(name, default)
+        if text is None:
             raise ConfigError(
                 f"{'.'.join(key)}: environment variable {name} is not set (value {value!r}); "
                 f"export it, or write ${{{name}:-default}}"
             )
-        return found
+        return text
 
     return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", replace, value)
 
 
-def _describe(detail: Any) -> str:
+def _describe(detail: ErrorDetails) -> str:
     key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
     hints = alias_hints(key, value, set(keys()))
     if detail["type"] == "extra_forbidden":
-        if hints:  # without the value: of a tracker's it may be a secret
+        if hints:  # without the value: it may be a secret, such as a tracker's key
             return f"{key}: unknown key. " + "\n    ".join(hints)
         return f"{key}: unknown key (value {value!r}). {_nearest(key)}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}" if key else message
     if detail["type"] == "model_type" and hints:

@@ -1,4 +1,4 @@
-"""``docs/config.md``: every key of the config, from the classes that read it."""
+"""``docs/config.md``: every key of the config, from the section classes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ command line a key is written with dots: `rlhf-ray run FILE ppo.epochs=2`. A fil
 in `extends: other.yaml`, whose keys it overrides; `${NAME}` and `${NAME:-default}` in a string come
 from the environment.
 
-The column *resume* says whether a run may go on with another value: *may change*, or *fixed* once a
-stage that reads the key has begun. What other systems call
-these keys: [other_names.md](other_names.md).
+The column *resume* says whether the value *may change* when a run resumes, or is *fixed* once a
+stage that reads the key has begun. What other systems call these keys:
+[other_names.md](other_names.md).
 """
 
 _BOUNDS = {
@@ -39,7 +39,7 @@ _NAMES = {
 
 
 def markdown() -> str:
-    """The whole of ``docs/config.md``."""
+    """Return the whole of ``docs/config.md``."""
     schema = Config.model_json_schema()
     sections = schema["$defs"]
     lines = [_HEAD]
@@ -55,12 +55,12 @@ def markdown() -> str:
 
 
 def _places(schema: Schema) -> dict[str, list[str]]:
-    """Section class -> the dotted keys at which it stands, in the order of the config."""
+    """Return section class -> the dotted keys that hold it, in the order of the config."""
     places: dict[str, list[str]] = {}
 
     def visit(section: Schema, prefix: str) -> None:
         for key, entry in _properties(section):
-            firsts: dict[str, str] = {}  # a section that may also stand in a list is named once
+            firsts: dict[str, str] = {}  # a section that a list may hold too is named once
             for name, suffix in _references(entry):
                 firsts.setdefault(name, suffix)
             for name, suffix in firsts.items():
@@ -76,7 +76,7 @@ def _properties(section: Schema) -> Iterator[tuple[str, Schema]]:
 
 
 def _references(entry: Schema, suffix: str = "") -> Iterator[tuple[str, str]]:
-    """Section classes that a value may be, each with what its key gets appended."""
+    """Yield the section classes that a value may be, each with a suffix for its key."""
     if "$ref" in entry:
         yield _class_name(entry), suffix
     for option in _options(entry):
@@ -110,7 +110,7 @@ def _row(key: str, entry: Schema, sections: Schema) -> str:
 
 
 def _kind(entry: Schema) -> str:
-    """What a value must be, in words."""
+    """Return the type and bounds of a value in words."""
     if "$ref" in entry:
         return "section"
     if "const" in entry:
@@ -134,7 +134,7 @@ def _kind(entry: Schema) -> str:
 
 
 def is_number(entry: Schema) -> bool:
-    """Whether a value may be a number."""
+    """Return whether a value may be a number."""
     return entry.get("type") in ("integer", "number") or any(map(is_number, _options(entry)))
 
 
@@ -142,15 +142,15 @@ def _default(entry: Schema, sections: Schema) -> str:
     if "default" not in entry:
         return "required"
     default = entry["default"]
-    if "$ref" in entry:  # only what differs from the section's own defaults
+    if "$ref" in entry:  # show only what differs from the section's own defaults
         own = dict(_properties(sections[_class_name(entry)]))
         default = {key: value for key, value in default.items() if value != own[key].get("default")}
         return f"`{_value(default)}`" if default else ""
     return f"`{_value(default)}`"
 
 
-def _value(value: Any) -> str:
-    """As it is written in YAML."""
+def _value(value: object) -> str:
+    """Return a value as YAML."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, Mapping):

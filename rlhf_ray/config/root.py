@@ -24,9 +24,8 @@ from rlhf_ray.config.rewards import (
     refuse_slow,
 )
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig, RolloutConfig
-from rlhf_ray.config.run import RunConfig
 from rlhf_ray.config.section import Section, fixed
-from rlhf_ray.config.stages import SUPERVISED
+from rlhf_ray.config.stages import SUPERVISED, RunConfig
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
 from rlhf_ray.config.trackers import TrackersConfig
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
-from typing import Any, TypedDict, TypeGuard, TypeVar, Unpack, overload
+from typing import Any, TypedDict, TypeGuard, TypeVar, Unpack
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -39,11 +39,7 @@ class Bounds(TypedDict, total=False):
     pattern: str
 
 
-@overload
-def fixed(default: EllipsisType, *, unit: str = "", **bounds: Unpack[Bounds]) -> Any: ...
-@overload
-def fixed(default: T, *, unit: str = "", **bounds: Unpack[Bounds]) -> T: ...
-def fixed(default: object, *, unit: str = "", **bounds: Unpack[Bounds]) -> object:
+def fixed(default: T | EllipsisType, *, unit: str = "", **bounds: Unpack[Bounds]) -> T:
     """Declare a key that keeps its value once a stage that reads it has begun.
 
     Args:
@@ -54,11 +50,7 @@ def fixed(default: object, *, unit: str = "", **bounds: Unpack[Bounds]) -> objec
     return _key(default, {}, unit, bounds)
 
 
-@overload
-def changeable(default: EllipsisType, *, unit: str = "", **bounds: Unpack[Bounds]) -> Any: ...
-@overload
-def changeable(default: T, *, unit: str = "", **bounds: Unpack[Bounds]) -> T: ...
-def changeable(default: object, *, unit: str = "", **bounds: Unpack[Bounds]) -> object:
+def changeable(default: T | EllipsisType, *, unit: str = "", **bounds: Unpack[Bounds]) -> T:
     """Declare a key that may change on resume: it says where or how long, not what is computed.
 
     The arguments are those of `fixed`.
@@ -66,7 +58,7 @@ def changeable(default: object, *, unit: str = "", **bounds: Unpack[Bounds]) -> 
     return _key(default, {"may_change": True}, unit, bounds)
 
 
-def _key(default: object, extra: dict[str, JsonValue], unit: str, bounds: Bounds) -> object:
+def _key(default: object, extra: dict[str, JsonValue], unit: str, bounds: Bounds) -> Any:
     if unit:
         extra["unit"] = unit
     return Field(default, json_schema_extra=extra or None, **bounds)

@@ -9,6 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from pydantic import model_validator
+
+from rlhf_ray.config.section import Section, changeable, duplicates, fixed, is_mapping
+
 StageName = Literal["prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate", "report"]
 Made = Literal["datasets", "language model", "policy", "reward model", "numbers"]
 
@@ -136,3 +140,34 @@ SUPERVISED = tuple(name for name, stage in STAGES.items() if stage.is_supervised
 
 POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "policy")
 """Stages that leave a policy, which is called by the stage's name."""
+
+
+class RunConfig(Section):
+    """Name, folder, seed and stages of a run."""
+
+    name: str = changeable("run", min_length=1, description="Name of the run.")
+    dir: str = changeable("", description="Folder of the run; default runs/<run.name>.")
+    seed: int = fixed(0, unit="–", ge=0, description="Seed that every random state derives from.")
+    stages: list[StageName] = changeable(
+        list(DEFAULT_STAGES),
+        min_length=1,
+        description="Stages to run, in pipeline order; default all but dpo.",
+    )
+    resume: Literal["auto", "never", "must"] = changeable(
+        "auto",
+        description="auto: resume the folder's run if there is one; never: move an old run aside "
+        "and start a new one; must: fail if there is no run to resume.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dir(cls, values: object) -> object:
+        if is_mapping(values) and not values.get("dir"):
+            return {**values, "dir": f"runs/{values.get('name', 'run')}"}
+        return values
+
+    @model_validator(mode="after")
+    def _stages_once(self) -> "RunConfig":
+        if repeated := duplicates([*self.stages]):
+            raise ValueError(f"run.stages names {repeated} more than once")
+        return self

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.cluster.colocation import SIDES
+from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
 from rlhf_ray.placement.hardware import GPU_KINDS, GpuKind, memory_of_machine
 from rlhf_ray.placement.layout import (
@@ -80,12 +80,12 @@ def together(held: Iterable[PlannedRole], turns: bool) -> float:
         turns: whether generators and learners sleep in turn; a role that sleeps keeps
             `KEPT_ASLEEP`, and roles of neither side never sleep.
     """
-    always, awake = 0.0, dict.fromkeys(SIDES.values(), 0.0)
+    always, awake = 0.0, dict.fromkeys(COLOCATED_GROUPS.values(), 0.0)
     for role in held:
-        if turns and role.role in SIDES:
+        if turns and role.role in COLOCATED_GROUPS:
             stays = sum(role.parts.get(part, 0) for part in KEPT_ASLEEP)
             always += stays
-            awake[SIDES[role.role]] += role.peak - stays
+            awake[COLOCATED_GROUPS[role.role]] += role.peak - stays
         else:
             always += role.peak
     return always + max(awake.values())

@@ -116,7 +116,7 @@ class TestConfig:
         [
             ("ppo: {iterations: 3\n", r"config\.yaml is not valid YAML: .*line 2"),
             ("\x00\x01", r"config\.yaml is not valid YAML"),
-            ("- ppo\n- sft\n", r"config\.yaml must hold keys and values, got a list"),
+            ("- ppo\n- sft\n", r"config\.yaml must be a mapping of keys to values, got a list"),
             ("extends: other.yaml\n", r"other\.yaml does not exist"),
             ("extends: config.yaml\n", r"config\.yaml extends itself"),
         ],

@@ -54,7 +54,7 @@ def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("ppo: [", "is not valid YAML"),
-        ("- 1\n- 2\n", "must hold keys and values, got a list"),
+        ("- 1\n- 2\n", "must be a mapping of keys to values, got a list"),
         ("extends: absent.yaml\n", r"absent\.yaml does not exist"),
     ],
 )
@@ -198,8 +198,8 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("trackers.mlflow={tracking_uri: 'http://a:b@c'}", ["holds a login", "MLFLOW_TRACKING"]),
         ("trackers.wandb={mode: of}", ["trackers.wandb.mode", "'offline'", "got 'of'"]),
         # Overrides that are none.
-        ("ppo.gamma", ["must look like dotted.key=value"]),
-        ("=5", ["must look like dotted.key=value"]),
+        ("ppo.gamma", ["must have the form dotted.key=value"]),
+        ("=5", ["must have the form dotted.key=value"]),
         ("ppo.gamma=[", ["the value is not valid YAML"]),
     ],
 )
