@@ -15,14 +15,13 @@ from rlhf_ray.algorithms.losses import value_loss
 from rlhf_ray.models.adapters import (
     adapter_state,
     attach,
+    merge_into_base,
     peft_config,
     tensors_to_bytes,
 )
-from rlhf_ray.models.checkpointing import recompute_activations
-from rlhf_ray.models.folding import fold
-from rlhf_ray.models.forward import response_values
-from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.forward import ValueModel, response_values
 from rlhf_ray.models.loading import load_sequence_classifier
+from rlhf_ray.models.trainable import recompute_activations
 from rlhf_ray.types import AssembledStats, Rollout
 
 
@@ -42,7 +41,7 @@ class CriticLearner(Learner):
             quantized=True,
         )
         if isinstance(base, PeftModel):
-            base, _ = fold(base)
+            base, _ = merge_into_base(base)
         # Another seed than the policy's: adapters of the same shape must not start alike.
         classifier = attach(
             base, config.critic.lora, "SEQ_CLS", seed=config.run.seed + 1, dropout=0.0

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from rlhf_ray.config import Config
 from rlhf_ray.models.adapters import AdapterSlot, tensors_from_bytes
 from rlhf_ray.models.forward import response_logprobs
-from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.models.loading import load_causal_lm, on_gpu
 from rlhf_ray.models.token_logprobs import PLAIN, answer_with_logprobs
 from rlhf_ray.types import Rollout
 
@@ -21,9 +20,7 @@ class Likelihood:
         self._name = name
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
         model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
-        if torch.cuda.is_available():
-            model.cuda()
-        self._slot = AdapterSlot(model)
+        self._slot = AdapterSlot(on_gpu(model))
 
     def __repr__(self) -> str:
         return self._name

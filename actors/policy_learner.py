@@ -28,11 +28,11 @@ from rlhf_ray.models.adapters import (
     tensors_from_bytes,
     tensors_to_bytes,
 )
-from rlhf_ray.models.checkpointing import recompute_activations
 from rlhf_ray.models.forward import causal_lm_logits, response_logprobs, sampling_rule
 from rlhf_ray.models.loading import load_causal_lm
-from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.models.stop_conditions import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
+from rlhf_ray.models.trainable import recompute_activations
 from rlhf_ray.types import AdapterUpdate, Mismatch, ProbeComparison, Rollout, SampleRequest
 
 PROBE_SHIFT = 1.0

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from rlhf_ray.config import Config
 from rlhf_ray.models.forward import response_logprobs, sampling_rule
-from rlhf_ray.models.loading import load_causal_lm
-from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.models.loading import load_causal_lm, on_gpu
+from rlhf_ray.models.stop_conditions import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs
 from rlhf_ray.types import Rollout
 
@@ -20,9 +19,8 @@ class Reference:
         self._name = name
         self._rule = sampling_rule(config.rollout, stop_token_ids(model_path, config.template))
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
-        self._model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
-        if torch.cuda.is_available():
-            self._model.cuda()
+        model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
+        self._model = on_gpu(model)
 
     def __repr__(self) -> str:
         return self._name

@@ -7,7 +7,7 @@ from typing import Any
 from actors.policy_learner import PolicyLearner
 from rlhf_ray.config import Config
 from rlhf_ray.engines.factory import generation_engine
-from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.models.stop_conditions import stop_token_ids
 from rlhf_ray.types import Prompt, Rollout, SampleRequest
 
 

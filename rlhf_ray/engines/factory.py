@@ -2,9 +2,9 @@
 
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import GenerationEngine
-from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.forward import sampling_rule
-from rlhf_ray.models.rope import rope_parameters
+from rlhf_ray.models.loading import rope_parameters
+from rlhf_ray.models.stop_conditions import StopConditions
 
 
 def generation_engine(
@@ -20,7 +20,7 @@ def generation_engine(
     rollout = config.rollout
     rule = sampling_rule(rollout, stop_token_ids)
     sampler = rollout.length_sampler
-    ending = Ending(
+    stop_conditions = StopConditions(
         max_tokens=rollout.max_tokens,
         strings=tuple(rollout.stop),
         limits=(sampler.min, sampler.max) if sampler else None,
@@ -33,7 +33,7 @@ def generation_engine(
                 model=model,
                 settings=config.model.model_copy(update={"dtype": config.engine_dtype}),
                 rule=rule,
-                ending=ending,
+                stop_conditions=stop_conditions,
             )
         )
     from rlhf_ray.engines.vllm.engine import VllmEngine, VllmSettings
@@ -46,7 +46,7 @@ def generation_engine(
             lora_rank=config.largest_rank,
             max_model_len=config.model.max_length,
             rule=rule,
-            ending=ending,
+            stop_conditions=stop_conditions,
             tensor_parallel_size=config.generators.tensor_parallel_size,
             takes_turns=config.placement.turns,
             kv_cache_gb=rollout.kv_cache_gb,

@@ -17,13 +17,13 @@ from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.adapters import digest, tensors_from_bytes
-from rlhf_ray.models.ending import Ending
+from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 VOCAB_SIZE = 32
 STOP_TOKEN = 0
 PLAIN_RULE = SamplingRule(stop_token_ids=(STOP_TOKEN,))
-SHORT = Ending(max_tokens=8)
+SHORT = StopConditions(max_tokens=8)
 
 
 def decode(token_ids: Sequence[int]) -> str:
@@ -50,7 +50,7 @@ class FakeEngine:
 
     Args:
         rule: how tokens are drawn, and which of them end a response.
-        ending: what else ends it.
+        stop_conditions: what else ends it.
         delay_s: how long each call of `sample` takes.
         fail_on_call: the call of `sample` (from 1) that raises ActorFailure; None: none.
     """
@@ -59,7 +59,7 @@ class FakeEngine:
         self,
         *,
         rule: SamplingRule = PLAIN_RULE,
-        ending: Ending = SHORT,
+        stop_conditions: StopConditions = SHORT,
         delay_s: float = 0.0,
         fail_on_call: int | None = None,
     ) -> None:
@@ -67,7 +67,7 @@ class FakeEngine:
         self.held: dict[str, torch.Tensor] | None = None
         """The tensors that it applies; what `serve` reads back."""
         self._rule = rule
-        self._ending = ending
+        self._stop_conditions = stop_conditions
         self._delay_s = delay_s
         self._fail_on_call = fail_on_call
         self._running = False
@@ -124,7 +124,7 @@ class FakeEngine:
         return [self._respond(request.seed, logits_V) for request in requests]
 
     def _respond(self, seed: int, logits_V: torch.Tensor) -> Sampled:
-        rng, limit = np.random.default_rng(seed), self._ending.limit(seed)
+        rng, limit = np.random.default_rng(seed), self._stop_conditions.limit(seed)
         steps_T = torch.arange(limit)
         logits_TV = self._rule.logits(logits_V.expand(limit, -1), steps_BT=steps_T)
         logprobs_TV = logits_TV.double().log_softmax(-1).numpy()
@@ -132,7 +132,7 @@ class FakeEngine:
         reason = None
         while reason is None:
             tokens.append(int(rng.choice(VOCAB_SIZE, p=np.exp(logprobs_TV[len(tokens)]))))
-            reason = self._ending.finish_reason(tokens, limit, self._rule, decode)
+            reason = self._stop_conditions.finish_reason(tokens, limit, self._rule, decode)
         return Sampled(
             token_ids=np.array(tokens, dtype=np.int64),
             logprobs=logprobs_TV[np.arange(len(tokens)), tokens].astype(np.float32),

@@ -19,8 +19,8 @@ from rlhf_ray.config.rewards import (
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.folders import first_line, locate
-from rlhf_ray.models.heads import sequence_scores
-from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer
+from rlhf_ray.models.forward import sequence_scores
+from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, on_gpu
 from rlhf_ray.rewards.classifier import ClassifierSource
 from rlhf_ray.rewards.functions import FunctionSource
 from rlhf_ray.rewards.judge import JudgeSource
@@ -96,9 +96,7 @@ class SequenceScorer:
 
     def __init__(self, path: str, config: Config) -> None:
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
-        self._model = load_sequence_classifier(path, config.model, require_head=True)
-        if torch.cuda.is_available():
-            self._model.cuda()
+        self._model = on_gpu(load_sequence_classifier(path, config.model, require_head=True))
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[np.ndarray]) -> list[float]:

@@ -22,8 +22,8 @@ from rlhf_ray.models.adapters import (
     digest,
     tensors_from_bytes,
 )
-from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer
+from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAdapter
 
 
@@ -37,7 +37,7 @@ class TransformersSettings:
     """How to load it."""
     rule: SamplingRule
     """How tokens are drawn, and which of them end a response."""
-    ending: Ending
+    stop_conditions: StopConditions
     """What else ends it."""
 
 
@@ -101,7 +101,7 @@ class TransformersEngine:
         """Sample one response per request, all in one batch."""
         if self._slot.is_empty:
             raise WeightSyncError("The engine was asked to sample before it was given an adapter")
-        limits = [self._settings.ending.limit(request.seed) for request in requests]
+        limits = [self._settings.stop_conditions.limit(request.seed) for request in requests]
         uniforms_BT = torch.stack([_uniforms(request.seed, max(limits)) for request in requests])
         return self._decode(requests, limits, uniforms_BT)
 
@@ -141,11 +141,11 @@ class TransformersEngine:
 
     def _extend(self, rows: Sequence["_Row"], tokens: Sequence[int]) -> bool:
         """Put the next token behind every response that has not ended; whether all have now."""
-        rule, ending = self._settings.rule, self._settings.ending
+        rule, stop_conditions = self._settings.rule, self._settings.stop_conditions
         for row, token in zip(rows, tokens, strict=True):
             if row.reason is None:
                 row.tokens.append(token)
-                row.reason = ending.finish_reason(row.tokens, row.limit, rule, self._spell)
+                row.reason = stop_conditions.finish_reason(row.tokens, row.limit, rule, self._spell)
         return all(row.reason is not None for row in rows)
 
     def _spell(self, token_ids: Sequence[int]) -> str:

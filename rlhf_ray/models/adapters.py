@@ -1,4 +1,4 @@
-"""LoRA adapters: attaching, reading, writing, identifying."""
+"""LoRA adapters: attach, read, write, identify, merge into the base in memory."""
 
 import hashlib
 import json
@@ -10,20 +10,26 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as _set_state
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_ray.config.model import LoraConfig
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, DataError
 
-TensorDict = dict[str, torch.Tensor]
+Model = PreTrainedModel | PeftModel
+"""A transformers model, with or without an adapter around it."""
+TensorDict = dict[str, Tensor]
 
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM takes as ``max_lora_rank``; adapters of any lower rank fit."""
 
 
 def attach(
-    model: Any,
+    model: Model,
     lora: LoraConfig,
     task: Literal["CAUSAL_LM", "SEQ_CLS"],
     *,
@@ -33,8 +39,11 @@ def attach(
     """Wrap a model with a fresh LoRA adapter; only the adapter (and a SEQ_CLS head) is trainable.
 
     Args:
+        model: the base; it is changed in place.
+        lora: shape of the adapter.
+        task: what the model is.
         seed: of the adapter's initial ``A`` matrices.
-        dropout: given apart from ``lora`` because PPO switches it off.
+        dropout: apart from ``lora``, because PPO switches it off.
 
     Raises:
         ConfigError: ``lora.target_modules`` names a module that the model does not have.
@@ -50,67 +59,74 @@ def attach(
     _refuse_missing_targets(model, lora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, settings)
+        return _wrapped(model, settings)
 
 
-def _refuse_missing_targets(model: Any, lora: LoraConfig) -> None:
+def _wrapped(base: nn.Module, settings: PeftLoraConfig) -> PeftModel:
+    model = get_peft_model(base, settings)  # type: ignore[arg-type]  (takes any module)
+    assert isinstance(model, PeftModel)  # mixed adapter types are asked for by an argument
+    return model
+
+
+def _refuse_missing_targets(model: Model, lora: LoraConfig) -> None:
     if isinstance(lora.target_modules, str):
         return
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    leaves = {name for name, _ in modules}
     missing = [target for target in lora.target_modules if target.rpartition(".")[2] not in leaves]
     if missing:
-        linear = sorted(
-            {
-                n.rpartition(".")[2]
-                for n, m in model.named_modules()
-                if isinstance(m, torch.nn.Linear)
-            }
-        )
+        linear = sorted({name for name, module in modules if isinstance(module, nn.Linear)})
         raise ConfigError(
             f"lora.target_modules: the model has no {', '.join(missing)}; "
             f"it has {', '.join(linear)}"
         )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def adapter_state(model: PeftModel) -> TensorDict:
-    """A copy of the adapter (and saved head) under PEFT's own names, on CPU, contiguous."""
+    """Copy the adapter (and saved head) under PEFT's own names, on CPU, contiguous."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 
-def load_adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> None:
-    """Put an adapter into a wrapped model, in place.
+def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
+    """Replace the adapter's tensors in a wrapped model, in place.
 
     Raises:
-        ConfigError: the adapter has other names than the model's.
+        ConfigError: the tensors' names are not those of the model's adapter.
     """
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if expected != set(state):
-        odd = sorted(expected ^ set(state))
+    # peft itself ignores unknown and missing names.
+    if mismatched := sorted(expected ^ set(state)):
         raise ConfigError(
-            f"The adapter does not fit the model: {len(odd)} names differ, for example {odd[0]}"
+            f"The adapter does not fit the model: {len(mismatched)} names differ, for example "
+            f"{mismatched[0]}"
         )
     _set_state(model, dict(state))
 
 
 class AdapterSlot:
-    """A loaded base that has one adapter at a time, for inference.
+    """A loaded base that holds one adapter at a time, for inference.
 
     Args:
         base: the model; it is changed in place.
     """
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Model) -> None:
         self.model = base
         """The base, in a PEFT wrapper once it has an adapter."""
         self._peft_config: Mapping[str, Any] | None = None
 
     @property
     def is_empty(self) -> bool:
-        """Whether no adapter was put in yet."""
+        """True until the first adapter is put in."""
         return self._peft_config is None
 
-    def put(self, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    def put(self, settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
         """Replace the adapter.
 
         Args:
@@ -118,20 +134,55 @@ class AdapterSlot:
             state: its tensors under PEFT's names.
 
         Raises:
-            ConfigError: tensors and config do not belong together.
+            ConfigError: tensors and config do not fit each other.
         """
-        if self._peft_config != settings:
-            base = self.model if self.is_empty else self.model.unload()
-            self.model = get_peft_model(base, PeftLoraConfig(**settings)).eval()
+        if self._peft_config != settings or not isinstance(self.model, PeftModel):
+            base = self.model
+            if not self.is_empty and isinstance(base, PeftModel):
+                base = base.unload()  # PEFT would stack a second adapter on the first
+            self.model = _wrapped(base, PeftLoraConfig(**settings)).eval()
             self._peft_config = settings
         load_adapter_state(self.model, state)
 
 
-def servable_rank(rank: int) -> int:
-    """The least rank that vLLM can be set up for and that holds adapters of ``rank``.
+@torch.no_grad()
+def merge_into_base(model: PeftModel) -> tuple[PreTrainedModel, float]:
+    """Merge the adapter into its base in memory; a trained head (SEQ_CLS) replaces the base's.
+
+    Each weight is computed in fp32 as ``W + scale * B @ A`` and rounded once to its data type;
+    peft's own merge adds in the base's data type and rounds twice.
+
+    Returns:
+        The transformers model, and the share of the changed weights (delta not 0) whose stored
+        value differs from the base's: 1 if rounding lost nothing, or if the adapter is zero.
 
     Raises:
-        ConfigError: there is none.
+        DataError: the base is quantised.
+    """
+    num_changed = num_survived = 0
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        weight: Tensor = module.get_base_layer().weight  # type: ignore[assignment]
+        if not weight.is_floating_point():
+            raise DataError(
+                "An adapter cannot be merged into a quantised base in memory: merge it into its "
+                "base on disk (command merge) and name the result, or set model.quantization=none"
+            )
+        before = weight.detach().clone()
+        delta: Tensor = module.get_delta_weight("default").float()  # type: ignore[operator]
+        weight.copy_(before.float() + delta)
+        num_changed += int((delta != 0).sum())
+        num_survived += int(((weight != before) & (delta != 0)).sum())
+    survived = num_survived / num_changed if num_changed else 1.0
+    return model.unload(), survived
+
+
+def servable_rank(rank: int) -> int:
+    """Return the least ``max_lora_rank`` of vLLM that holds adapters of ``rank``.
+
+    Raises:
+        ConfigError: ``rank`` is above vLLM's limit.
     """
     for served in _SERVED_RANKS:
         if served >= rank:
@@ -140,34 +191,33 @@ def servable_rank(rank: int) -> int:
 
 
 def refuse_unservable(targets: Iterable[str], servable: Collection[str]) -> None:
-    """Refuse an adapter on modules that the generators' engine has no place for.
+    """Refuse an adapter on modules that the generators' engine cannot serve.
 
     Args:
         targets: names of the adapted modules, as in `peft_config`.
         servable: names of the modules that the engine can apply an adapter to.
 
     Raises:
-        ConfigError: naming those that it cannot, and those that it can.
+        ConfigError: an adapted module is not servable.
     """
-    odd = sorted(set(targets) - set(servable))
-    if odd:
+    if unservable := sorted(set(targets) - set(servable)):
         raise ConfigError(
             f"lora.target_modules: the generators' engine cannot serve an adapter on "
-            f"{', '.join(odd)} in this architecture; it can on {', '.join(sorted(servable))}. Set "
-            "lora.target_modules to a list of these"
+            f"{', '.join(unservable)} in this architecture; it can on "
+            f"{', '.join(sorted(servable))}. Set lora.target_modules to a list of these"
         )
 
 
 def refuse_misfit(model: PeftModel, folder: str | Path) -> None:
-    """Refuse the adapter of a PEFT folder that its base takes in part only, as peft does.
+    """Refuse a PEFT folder whose adapter fits its base only in part; peft loads it without a word.
 
     Args:
-        model: the base, wrapped with what the folder holds.
+        model: the base, wrapped with the folder's adapter.
         folder: the PEFT folder.
 
     Raises:
-        ValueError: the folder has no safetensors file, or holds other adapter weights than the
-            model with it has.
+        ValueError: the folder has no safetensors file, or its adapter weights are not those of
+            the wrapped model.
     """
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
@@ -179,35 +229,38 @@ def refuse_misfit(model: PeftModel, folder: str | Path) -> None:
         for name in get_peft_model_state_dict(model, save_embedding_layers=False)
         if "lora_" in name
     }
-    odd = sorted(stored ^ expected)
-    if odd:
+    if mismatched := sorted(stored ^ expected):
         raise ValueError(
-            f"{len(odd)} of its weights and those that its base takes do not match, for example "
-            f"{odd[0]}"
+            f"{len(mismatched)} of its weights do not match those that its base takes, for example "
+            f"{mismatched[0]}"
         )
 
 
 def peft_config(model: PeftModel) -> dict[str, Any]:
-    """The adapter's PEFT config with plain values, its target modules as the resolved list."""
+    """Return the adapter's PEFT config as plain values, target modules as the resolved list.
+
+    vLLM needs the names: ``all-linear`` and regular expressions mean nothing to it.
+    """
     settings = model.peft_config["default"].to_dict()
     settings["target_modules"] = sorted(
         {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if hasattr(module, "lora_A") and "default" in module.lora_A  # type: ignore[operator]
+            if isinstance(module, LoraLayer) and "default" in module.lora_A
         }
     )
     return json.loads(json.dumps(settings, default=_plain))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """Convert sets and enums, which JSON does not have."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     return getattr(value, "value", str(value))
 
 
-def digest(state: Mapping[str, torch.Tensor]) -> str:
-    """First 16 hex digits of SHA-256 over names, shapes, types and bytes, in order of names."""
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits of SHA-256 over names, shapes, types and bytes, in order of names."""
     sha = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -218,15 +271,18 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
 
 __all__ = [
     "AdapterSlot",
+    "Model",
     "TensorDict",
     "adapter_state",
     "attach",
     "digest",
     "load_adapter_state",
+    "merge_into_base",
     "peft_config",
     "refuse_misfit",
     "refuse_unservable",
     "servable_rank",
     "tensors_from_bytes",
     "tensors_to_bytes",
+    "unwrapped",
 ]

@@ -1,4 +1,4 @@
-"""What a model path is: a model folder, a PEFT folder, or a name on the model hub.
+"""Resolve a model path: a model folder, a PEFT folder, or a name on the model hub.
 
 A PEFT folder names its base twice: in ``adapter_config.json`` by absolute path or hub name, as
 peft itself wants it, and in ``base_model.json`` relative to the folder, so that a run's folder
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
 from rlhf_ray.errors import DataError
 
@@ -19,10 +19,10 @@ BASE_MODEL = "base_model.json"
 
 
 def locate(path: str) -> str:
-    """An existing model folder, or the name of a model on the hub.
+    """Return the path of an existing model folder, or the name of a model on the hub.
 
     Raises:
-        DataError: a folder that does not exist or holds no model, or a name that cannot be had.
+        DataError: the folder does not exist or holds no model, or the hub has no such model.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -44,37 +44,37 @@ def locate(path: str) -> str:
 
 
 def _require_on_hub(name: str) -> None:
-    """Fail at once where the libraries would retry for minutes."""
+    """Fail at once if a model is unavailable; the libraries would retry for minutes."""
     files = ("config.json", ADAPTER_CONFIG)
     if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         return
     try:
         HfApi().model_info(name, timeout=20)
-    except Exception as error:  # its HTTP client's own errors as well, whichever that is
+    except Exception as error:  # also errors of its HTTP client, which differs between versions
         raise DataError(
-            f"Model {name!r} is no folder here and cannot be had from the model hub "
+            f"Model {name!r} is no folder here and cannot be fetched from the model hub "
             f"({first_line(error)}); check the name, the network and your access, or name a folder"
         ) from error
 
 
 def is_adapter(path: str) -> bool:
-    """Whether ``path`` is a PEFT folder."""
+    """Return whether ``path`` is a PEFT folder."""
     return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
 def adapter_task(folder: str) -> str | None:
-    """CAUSAL_LM or SEQ_CLS, as the PEFT folder says."""
+    """Return the task type in a PEFT folder's config, such as CAUSAL_LM or SEQ_CLS."""
     return _read_json(Path(folder) / ADAPTER_CONFIG).get("task_type")
 
 
 def adapter_rank(folder: str) -> int:
-    """The rank of a PEFT folder's adapter; the highest, where modules have their own."""
+    """Return the rank of a PEFT folder's adapter; the highest if modules have different ones."""
     settings = _read_json(Path(folder) / ADAPTER_CONFIG)
     return max([int(settings["r"]), *(settings.get("rank_pattern") or {}).values()])
 
 
 def base_of(folder: str) -> str:
-    """The base that a PEFT folder names: an existing folder, or a hub name.
+    """Return the base that a PEFT folder names: an existing folder, or a hub name.
 
     Looks relative to the folder first (``base_model.json``), then at the path in
     ``adapter_config.json``, taken as it is or relative to the folder.
@@ -92,8 +92,23 @@ def base_of(folder: str) -> str:
     return recorded
 
 
+def safetensors_files(model: str) -> list[Path]:
+    """Return the safetensors files of a local folder or of a cached hub model.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model, local_files_only=True))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{model} holds no *.safetensors file; save the model with safetensors")
+    return files
+
+
 def record_base(folder: Path, base: str) -> None:
-    """Write where the base of a PEFT folder is, relative to the folder.
+    """Write the path of a PEFT folder's base, relative to the folder, to ``base_model.json``.
 
     Args:
         folder: the PEFT folder.
@@ -103,13 +118,13 @@ def record_base(folder: Path, base: str) -> None:
 
 
 def relative_base(folder: Path, base: str) -> str:
-    """What `record_base` writes."""
+    """Return what `record_base` writes."""
     relative = os.path.relpath(Path(base).resolve(), folder.resolve())
     return json.dumps({"path": Path(relative).as_posix()}) + "\n"
 
 
 def first_line(error: Exception) -> str:
-    """The part of an error that a person should read."""
+    """Return the first line of an error's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -1,33 +1,37 @@
-"""Forward passes over rollouts: from ragged rows to log-probs and back to ragged rows.
+"""Forward passes: log-probs and values of rollouts, and the scalar heads that give values.
 
-B rollouts, S tokens of prompt and response, T response tokens, V vocabulary; rows are left-aligned
-and right-padded.
+B sequences, S tokens of prompt and response, T response tokens, V vocabulary. Sequences are
+left-aligned and right-padded.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_ray.algorithms.experience import micro_batches, pad, response_logits
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.rollout import RolloutConfig
-from rlhf_ray.models.heads import position_ids
-from rlhf_ray.models.token_logprobs import chunked_logprobs
+from rlhf_ray.errors import DataError
+from rlhf_ray.models.adapters import unwrapped
+from rlhf_ray.models.token_logprobs import chunked_logprobs, position_ids
 from rlhf_ray.types import Rollout
 
 Forward = Callable[[Tensor, Tensor], Tensor]
-"""(sequences_BS, attention_BS) -> something per position, `_BS` or `_BSV`."""
+"""(sequences_BS, attention_BS) -> an output per position, `_BS` or `_BSV`."""
+
+HEAD_NAMES = ("score.", "classifier.")
+"""How the weights of a sequence-classification head begin, in decoders and in encoders."""
 
 
 def sampling_rule(rollout: RolloutConfig, stop_token_ids: tuple[int, ...]) -> SamplingRule:
-    """How the engines draw tokens, and so what every log-prob of a run is of.
+    """Return the rule that engines sample by; every log-prob of a run is of its distribution.
 
     Args:
         rollout: how responses are sampled.
-        stop_token_ids: every id by which the model ends a response (`models.stopping`).
+        stop_token_ids: every id that ends a response (`models.stop_conditions`).
     """
     return SamplingRule(
         temperature=rollout.temperature,
@@ -38,10 +42,10 @@ def sampling_rule(rollout: RolloutConfig, stop_token_ids: tuple[int, ...]) -> Sa
     )
 
 
-def causal_lm_logits(model: Any, last: int = 0) -> Forward:
-    """Forward of a causal LM (wrapped in PEFT or DeepSpeed or not): logits `_BSV`.
+def causal_lm_logits(model: nn.Module, last: int = 0) -> Forward:
+    """Return a forward pass of a causal LM (in PEFT or DeepSpeed or bare) to logits `_BSV`.
 
-    ``last``: only of so many last positions; 0: of all.
+    ``last``: number of positions at the end to compute logits of; 0: all.
     """
 
     def forward(sequences_BS: Tensor, attention_BS: Tensor) -> Tensor:
@@ -57,16 +61,16 @@ def causal_lm_logits(model: Any, last: int = 0) -> Forward:
 
 
 def response_logprobs(
-    model: Any,
+    model: nn.Module,
     rollouts: Sequence[Rollout],
     *,
     rule: SamplingRule,
     max_tokens: int,
     device: torch.device,
 ) -> list[np.ndarray]:
-    """Log-probs of the response tokens, a [T] fp32 array a rollout, without gradient.
+    """Return the log-probs of the response tokens: per rollout a [T] fp32 array, no gradient.
 
-    ``model`` is one that `answer_with_logprobs` taught.
+    ``model`` must come from `answer_with_logprobs`.
     """
 
     def logprobs(*batch: Tensor) -> Tensor:
@@ -84,9 +88,9 @@ def response_values(
     max_tokens: int,
     device: torch.device,
 ) -> list[np.ndarray]:
-    """Values of the states in which the response tokens are chosen, a [T] fp32 array a rollout.
+    """Return the values of the states before each response token: per rollout a [T] fp32 array.
 
-    ``one_behind``: [T + 1], with the value of the state behind the last token.
+    ``one_behind``: [T + 1], with the value of the state after the last token.
     """
 
     def values(sequences_BS: Tensor, attention_BS: Tensor, prompts_B: Tensor, tokens_BT: Tensor):
@@ -104,6 +108,7 @@ def _by_response(
     device: torch.device,
     num_further: int = 0,
 ) -> list[np.ndarray]:
+    """Run ``compute`` on padded micro-batches; return unpadded rows in the order of rollouts."""
     sequences = [rollout.sequence_ids for rollout in rollouts]
     results: dict[int, np.ndarray] = {}
     for rows in micro_batches([len(sequence) for sequence in sequences], max_tokens):
@@ -119,3 +124,102 @@ def _by_response(
         for row, values in zip(rows, result_BT.float().cpu().numpy(), strict=True):
             results[row] = values[: len(rollouts[row].response_ids) + num_further].copy()
     return [results[row] for row in range(len(rollouts))]
+
+
+class ValueModel(nn.Module):
+    """A sequence-classification model whose forward pass returns `token_values`."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the value of every token, `_BS`."""
+        return token_values(self.classifier, input_ids, attention_mask)
+
+
+def token_values(model: nn.Module, input_ids_BS: Tensor, attention_BS: Tensor) -> Tensor:
+    """Return the head's output at every token, `_BS`, fp32; entries at padding are arbitrary.
+
+    Args:
+        model: (PEFT-wrapped) sequence-classification model with one label.
+        input_ids_BS: token ids, padded on the right.
+        attention_BS: 1 on real tokens.
+    """
+    backbone, head = backbone_and_head(model)
+    hidden_BSD = backbone(
+        input_ids=input_ids_BS,
+        attention_mask=attention_BS,
+        position_ids=position_ids(attention_BS),
+        use_cache=False,
+    ).last_hidden_state
+    return head(hidden_BSD).squeeze(-1).float()
+
+
+def sequence_scores(model: nn.Module, input_ids_BS: Tensor, attention_BS: Tensor) -> Tensor:
+    """Return the value at the last real token of each sequence, `_B`, fp32.
+
+    An encoder has no values per token; its classification logit is the score.
+    Arguments: see `token_values`.
+    """
+    if not has_token_head(model):
+        logits_B1 = model(input_ids=input_ids_BS, attention_mask=attention_BS).logits
+        return logits_B1.squeeze(-1).float()
+    values_BS = token_values(model, input_ids_BS, attention_BS)
+    last_B1 = attention_BS.long().sum(dim=1, keepdim=True) - 1
+    return values_BS.gather(1, last_B1).squeeze(1)
+
+
+def has_token_head(model: nn.Module) -> bool:
+    """Return whether the head is one linear layer that applies to single tokens (decoders)."""
+    return hasattr(unwrapped(model), "score")
+
+
+def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the transformer and the linear head of a sequence-classification model.
+
+    Works through a PEFT wrapper: LoRA layers are part of the backbone, and the head is the
+    trained copy if there is one.
+
+    Raises:
+        DataError: the model has no head that applies to single tokens.
+    """
+    base = unwrapped(model)
+    if not has_token_head(base):
+        raise DataError(
+            f"{type(base).__name__} has no linear head `score` over tokens; what is trained needs "
+            "a decoder with a sequence-classification head, such as LlamaForSequenceClassification"
+        )
+    return getattr(base, str(base.base_model_prefix)), base.get_submodule("score")
+
+
+def initialise_head(model: nn.Module, seed: int | None) -> None:
+    """Set the head's weights, in place.
+
+    Args:
+        seed: of the draw from N(0, 1 / sqrt(width + 1)); None: zeros.
+    """
+    _, head = backbone_and_head(model)
+    # PEFT keeps the original head beside the copy that it trains and computes with.
+    if hasattr(head, "modules_to_save"):
+        head = head.get_submodule("modules_to_save.default")
+    weight = head.get_parameter("weight")
+    with torch.no_grad():
+        if seed is None:
+            weight.zero_()
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            deviation = 1 / math.sqrt(weight.shape[1] + 1)
+            weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+
+
+def keep_head_in_fp32(model: nn.Module) -> None:
+    """Compute scores in fp32 over a half-precision base: bf16 scores of close answers tie."""
+    _, head = backbone_and_head(model)
+    head.float()
+    head.register_forward_pre_hook(_cast_input_to_weight)
+
+
+def _cast_input_to_weight(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    hidden, *rest = inputs
+    return (hidden.to(head.get_parameter("weight").dtype), *rest)

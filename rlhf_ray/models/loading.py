@@ -1,22 +1,26 @@
-"""Loading and saving of models: plain folders, PEFT folders, hub names."""
+"""Load and save models: plain folders, PEFT folders, hub names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models.adapters import peft_config, refuse_misfit
+from rlhf_ray.models.adapters import Model, merge_into_base, peft_config, refuse_misfit
 from rlhf_ray.models.folders import (
     adapter_task,
     base_of,
@@ -25,17 +29,16 @@ from rlhf_ray.models.folders import (
     locate,
     record_base,
 )
-from rlhf_ray.models.folding import fold
-from rlhf_ray.models.heads import (
+from rlhf_ray.models.forward import (
     HEAD_NAMES,
     has_token_head,
     initialise_head,
     keep_head_in_fp32,
 )
-from rlhf_ray.models.quantization import keep_differentiable, quantization_config
-from rlhf_ray.models.rope import rope_parameters
 
 T = TypeVar("T")
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _SPARE_PADS = (
     "<|pad|>",
@@ -47,11 +50,19 @@ _SPARE_PADS = (
     "<|endoftext|>",
     "<unk>",
 )
-"""Tokens that may stand in for a missing pad: special ones that answers do not contain."""
+"""Tokens that can serve as a missing pad: special ones that answers do not contain."""
+
+_REPACKS = "support_avx512bf16_for_cpu"
+"""Attribute by which a 4-bit layer of bitsandbytes repacks its weights."""
+_UNQUANTIZED = ["lm_head", "score", "classifier"]
+"""Output layers stay in full precision: they are trained, or their small differences matter."""
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model folder, PEFT folder or hub name; pads on the right, pad is not eos.
+    """Load the tokenizer of a model folder, PEFT folder or hub name.
+
+    It pads on the right, and its pad is not eos: with pad = eos, masking the padding would also
+    mask the end of each answer, and no model would learn to stop.
 
     A PEFT folder without a tokenizer of its own uses its base's.
 
@@ -74,8 +85,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(path: str, settings: ModelConfig, *, quantized: bool = False) -> Any:
-    """A causal LM in evaluation mode; a frozen PeftModel where ``path`` is a PEFT folder.
+def load_causal_lm(path: str, settings: ModelConfig, *, quantized: bool = False) -> Model:
+    """Load a causal LM in evaluation mode; a frozen PeftModel if ``path`` is a PEFT folder.
 
     Args:
         path: model folder, PEFT folder or hub name.
@@ -109,25 +120,25 @@ def load_sequence_classifier(
     require_head: bool = False,
     quantized: bool = False,
     seed: int = 0,
-) -> Any:
-    """A model with a scalar head: a reward model or a critic, in evaluation mode.
+) -> Model:
+    """Load a model with a scalar head (reward model or critic) in evaluation mode.
 
     A causal LM gets a new head: normal with deviation 1 / sqrt(width + 1) (Stiennon et al. 2020,
     arXiv:2009.01325, appendix C), no bias. A linear head over tokens stays in fp32 whatever the
-    base's data type. An encoder's head is taken as it is: it scores, but can be no critic.
+    base's data type. An encoder keeps its head: it can score, but it cannot be a critic.
 
     Args:
         path: model folder, PEFT folder or hub name.
         settings: data type, attention, quantisation.
         num_labels: outputs of the head.
-        zero_head: set the head to zero, a trained one as well: a critic that starts at value 0.
+        zero_head: set the head, trained or not, to zero: a critic that starts at value 0.
         require_head: refuse a model without a trained head, as a scorer must.
         quantized: apply ``settings.quantization`` to the (frozen) base.
         seed: of a new head.
 
     Raises:
-        DataError: nothing is there, or it lacks weights other than the head's, or its head has
-            another number of labels, or no head where one is required.
+        DataError: nothing is there, or weights other than the head's are missing, or the head has
+            another number of labels, or is missing although required.
         ConfigError: ``model.kwargs`` holds an argument that the model does not take.
     """
     path = locate(path)
@@ -137,7 +148,7 @@ def load_sequence_classifier(
             base_of(path), settings, num_labels=num_labels, quantized=quantized, seed=seed
         )
         if isinstance(base, PeftModel):  # a critic that was trained on a reward model's adapter
-            base, _ = fold(base)
+            base, _ = merge_into_base(base)
         model = with_adapter(base, path)
         if zero_head:
             initialise_head(model, seed=None)
@@ -161,9 +172,18 @@ def load_sequence_classifier(
     return model.eval()
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def on_gpu(model: ModelT) -> ModelT:
+    """Move a model to this process's GPU, in place, if there is one."""
+    if torch.cuda.is_available():
+        nn.Module.cuda(model)  # PreTrainedModel.cuda has no usable signature
+    return model
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
     """Write a whole model: config, safetensors, generation config, tokenizer."""
-    model.config.use_cache = True
+    model.config.use_cache = True  # loading switched it off; other tools expect it on
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
 
@@ -171,7 +191,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
 def save_adapter(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, base: str
 ) -> None:
-    """Write a PEFT folder: adapter (and head), config, tokenizer, and where its base is.
+    """Write a PEFT folder: adapter (and head), config, tokenizer, and the path of its base.
 
     Args:
         base: folder or hub name of the model that the adapter was trained on.
@@ -188,31 +208,33 @@ def save_adapter(
 
 
 def _from_pretrained(
-    auto_class: Any, path: str, settings: ModelConfig, quantized: bool, more: dict[str, Any]
-) -> tuple[Any, list[str]]:
-    """The model and the names of the weights that its files lack."""
-    arguments: dict[str, Any] = {
+    auto_class: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    path: str,
+    settings: ModelConfig,
+    quantized: bool,
+    more: Mapping[str, object],
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model; return it and the names of the weights that its files lack."""
+    arguments: dict[str, object] = {
         "dtype": getattr(torch, settings.dtype),
         "use_safetensors": True,
         "trust_remote_code": settings.trust_remote_code,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # refused below, with the sizes
+        # transformers' own error lists no sizes; mismatches are refused below.
+        "ignore_mismatched_sizes": True,
         **more,
         **settings.kwargs,
     }
     if settings.attn_implementation != "auto":
         arguments["attn_implementation"] = settings.attn_implementation
     if quantized and settings.quantization != "none":
-        arguments["quantization_config"] = quantization_config(settings)
+        arguments["quantization_config"] = _quantization_config(settings)
     rope = _attempt(lambda: rope_parameters(path, settings), path, "config.json")
     if rope is not None:
         arguments["rope_parameters"] = rope
+    load: Callable[..., Any] = auto_class.from_pretrained  # annotated without the loading info
     try:
-        model, info = _attempt(
-            lambda: auto_class.from_pretrained(path, **arguments),
-            path,
-            "config.json, *.safetensors",
-        )
+        model, info = _attempt(lambda: load(path, **arguments), path, "config.json, *.safetensors")
     except TypeError as error:
         if not settings.kwargs:
             raise
@@ -222,12 +244,62 @@ def _from_pretrained(
             f"{path}: weight {name} has shape {tuple(stored)}, {tuple(expected)} is needed; "
             "name a model that fits (a reward model and a critic have one label)"
         )
-    keep_differentiable(model)
+    _keep_differentiable(model)
     model.config.use_cache = False  # plain forwards build no cache; generate asks for its own
     return model, sorted(info["missing_keys"])
 
 
-def with_adapter(base: Any, folder: str) -> PeftModel:
+def rope_parameters(path: str, settings: ModelConfig) -> dict[str, Any] | None:
+    """Return a model's rotary parameters with ``model.rope_scaling`` applied; None: unchanged.
+
+    A finished classifier keeps the parameters that it was trained with: scaling is for the base.
+
+    Args:
+        path: model folder or hub name.
+        settings: ``rope_scaling`` and ``trust_remote_code``.
+
+    Raises:
+        ConfigError: the architecture has no rotary embedding, or one for each kind of layer.
+    """
+    if settings.rope_scaling is None:
+        return None
+    config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+    if any("SequenceClassification" in name for name in config.architectures or ()):
+        return None
+    own = getattr(config, "rope_parameters", None)
+    if not own or any(isinstance(value, dict) for value in own.values()):
+        what = "one for each kind of layer" if own else "no rotary embedding"
+        raise ConfigError(
+            f"model.rope_scaling: {path} ({config.model_type}) has {what}; leave it out, or change "
+            "the model folder's config.json"
+        )
+    return {**own, **settings.rope_scaling}
+
+
+def _quantization_config(settings: ModelConfig) -> BitsAndBytesConfig:
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_UNQUANTIZED)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.compute_dtype or settings.dtype),
+        llm_int8_skip_modules=_UNQUANTIZED,
+    )
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking nf4 weights in an evaluation forward.
+
+    On CPUs with AVX512-BF16 it repacks for speed. The kernel for repacked weights has no backward,
+    so later training gets wrong gradients without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, _REPACKS):
+            setattr(module, _REPACKS, False)
+
+
+def with_adapter(base: nn.Module, folder: str) -> PeftModel:
     """Wrap a loaded base with the adapter of a PEFT folder, frozen, in evaluation mode.
 
     Raises:
@@ -235,7 +307,7 @@ def with_adapter(base: Any, folder: str) -> PeftModel:
     """
 
     def load() -> PeftModel:
-        model = PeftModel.from_pretrained(base, folder)
+        model = PeftModel.from_pretrained(base, folder)  # type: ignore[arg-type]  (any module)
         refuse_misfit(model, folder)
         return model
 
@@ -243,7 +315,7 @@ def with_adapter(base: Any, folder: str) -> PeftModel:
 
 
 def _attempt(load: Callable[[], T], path: str, needed: str) -> T:
-    """Run a library's loader; what it raises becomes one message."""
+    """Run a library's loader; turn its errors into one DataError."""
     try:
         return load()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -253,10 +325,10 @@ def _attempt(load: Callable[[], T], path: str, needed: str) -> T:
 
 
 def _require_task(path: str, task: str) -> None:
-    found = adapter_task(path)
-    if found != task:
+    actual = adapter_task(path)
+    if actual != task:
         raise DataError(
-            f"{path} is an adapter with task_type {found}, where {task} is needed; merge it into "
+            f"{path} is an adapter with task_type {actual}, but {task} is needed; merge it into "
             "its base first (command merge), or name another folder"
         )
 

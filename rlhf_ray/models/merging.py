@@ -1,13 +1,14 @@
-"""Folding an adapter into its base."""
+"""Merge an adapter on disk into its base on disk."""
 
 import shutil
 from pathlib import Path
-from typing import Any
+
+from peft import PeftModel
 
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders, loading
-from rlhf_ray.models.folding import fold
+from rlhf_ray.models.adapters import merge_into_base
 
 
 def merge_adapter(
@@ -15,23 +16,22 @@ def merge_adapter(
 ) -> float:
     """Write base + adapter as one model folder, with tokenizer and generation config.
 
-    Each weight is computed in fp32 as ``W + scale * B @ A`` and rounded once to
-    ``settings.dtype``. A reward model (SEQ_CLS) keeps its trained head.
+    Weights are merged as in `merge_into_base` and stored in ``settings.dtype``. A reward model
+    (SEQ_CLS) keeps its trained head.
 
     Args:
         base_path: folder or hub name of the base, read without quantisation.
         adapter_path: PEFT folder.
-        out_path: folder to write; replaced whole when it exists.
+        out_path: folder to write; an existing one is replaced only once the new one is complete.
         settings: data type of the result.
 
     Returns:
-        The share of the changed weights (delta not 0) whose stored value differs from the
-        base's: 1 when nothing was lost to rounding, and 1 when the adapter changes nothing.
+        The share of the change that survived rounding, as from `merge_into_base`.
 
     Raises:
         DataError: base or adapter cannot be loaded, or do not fit each other.
     """
-    merged, survived = fold(_wrapped(base_path, adapter_path, settings))
+    merged, survived = merge_into_base(_wrapped(base_path, adapter_path, settings))
     out = Path(out_path)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -42,7 +42,7 @@ def merge_adapter(
     return survived
 
 
-def _wrapped(base_path: str, adapter_path: str, settings: ModelConfig) -> Any:
+def _wrapped(base_path: str, adapter_path: str, settings: ModelConfig) -> PeftModel:
     if not folders.is_adapter(adapter_path):
         raise DataError(
             f"{adapter_path} is not a PEFT folder: it has no {folders.ADAPTER_CONFIG}; "

@@ -1,34 +1,37 @@
-"""Log-probs of response tokens without the logits of a whole batch.
+"""Compute log-probs of response tokens without the logits of a whole batch.
 
-Logits are the largest tensor of a training step by far: 8,000 tokens of a vocabulary of 250,000 are
-8 GB in fp32, several times over in a backward pass. Here the head is applied to some tokens of the
-responses at a time, and once more in the backward pass.
+Logits are by far the largest tensor of a training step: 8,000 tokens of a vocabulary of 250,000 are
+8 GB in fp32, and a backward pass holds several such tensors. Here the head is applied to a chunk of
+response tokens at a time, and again in the backward pass.
 
 Dimensions: B sequences, S tokens of prompt and response, T response tokens, N = B * T, D width, V
 vocabulary. Sequences are left-aligned and right-padded.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.algorithms.logprobs import SamplingRule, entropy, token_logprobs
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.heads import position_ids
+from rlhf_ray.models.adapters import Model, unwrapped
+
+ModelT = TypeVar("ModelT", bound=Model)
 
 CHUNK_LOGITS = 2**24
-"""Most logits that are made at a time: 64 MiB in fp32, of which a backward pass holds several."""
+"""Largest number of logits per chunk: 64 MiB in fp32, of which a backward pass holds several."""
 PLAIN = SamplingRule()
-"""Every token, at temperature 1."""
+"""The model's own distribution: every token, at temperature 1."""
 VERIFIED_TOKENS = 8
-"""Length of the sequence on which a model's own logits are compared with those made here."""
+"""Number of tokens on which the model's own logits are compared with those computed here."""
 
 Entropy = Literal["none", "value", "gradient"]
 
@@ -41,11 +44,11 @@ class _Query:
     entropy: Entropy
 
 
-def answer_with_logprobs(model: Any) -> Any:
-    """Teach a causal LM to answer `chunked_logprobs`; its other forward passes stay as they are.
+def answer_with_logprobs(model: ModelT) -> ModelT:
+    """Make a causal LM answer `chunked_logprobs`; its other forward passes stay the same.
 
-    It is taught in the forward of the transformers model itself: what stands around that (PEFT,
-    DistributedDataParallel, a training engine that shards weights) sees an ordinary forward pass,
+    The forward of the transformers model itself is replaced. Wrappers around it (PEFT,
+    DistributedDataParallel, a training engine that shards weights) see an ordinary forward pass,
     and weights keep their names.
 
     Args:
@@ -57,13 +60,14 @@ def answer_with_logprobs(model: Any) -> Any:
     Raises:
         DataError: it has no output layer over a transformer.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
+    assert isinstance(base, PreTrainedModel)
     base.forward = _LogprobForward(base)
     return model
 
 
 def chunked_logprobs(
-    model: Any,
+    model: nn.Module,
     sequences_BS: Tensor,
     attention_BS: Tensor,
     prompt_lengths_B: Tensor,
@@ -72,23 +76,23 @@ def chunked_logprobs(
     rule: SamplingRule = PLAIN,
     entropy: Entropy = "none",
 ) -> tuple[Tensor, ...]:
-    """Log-probs of response tokens in the distribution that they were drawn from.
+    """Return the log-probs of response tokens in the distribution that they were sampled from.
 
     Args:
-        model: from `answer_with_logprobs`, with whatever was put around it since.
+        model: from `answer_with_logprobs`, with any wrappers around it.
         sequences_BS: token ids of prompt and response.
         attention_BS: 1 on real tokens.
         prompt_lengths_B: number of prompt tokens, at least 1.
         responses_BT: token ids of the responses alone; padding needs a valid id too.
-        rule: by which the tokens were drawn.
-        entropy: whether entropies are wanted, and differentiable.
+        rule: by which the tokens were sampled.
+        entropy: none; value: compute entropies; gradient: compute them differentiably.
 
     Returns:
-        ``(logprobs_BT,)``, or with entropies ``(logprobs_BT, entropy_BT)``, in nats, fp32; what
-        stands at padding means nothing.
+        ``(logprobs_BT,)``, or with entropies ``(logprobs_BT, entropy_BT)``, in nats, fp32; entries
+        at padding are arbitrary.
 
     Raises:
-        DataError: the model changes its logits behind the head in a way that is not known here.
+        DataError: the model transforms its logits after the head in an unknown way.
     """
     return model(
         input_ids=sequences_BS,
@@ -99,33 +103,41 @@ def chunked_logprobs(
     )
 
 
-class _LogprobForward:
-    """Forward of a transformers causal LM that answers queries as well."""
+def position_ids(attention_BS: Tensor) -> Tensor:
+    """Return positions that count real tokens alone: 0, 1, 2, ...; `_BS`."""
+    return (attention_BS.long().cumsum(dim=1) - 1).clamp(min=0)
 
-    def __init__(self, model: Any) -> None:
+
+class _LogprobForward:
+    """Forward of a transformers causal LM that also answers log-prob queries."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
         functools.update_wrapper(self, model.forward)  # generate() looks at its signature
         self._model = model
-        self._own_forward = model.forward
-        self._backbone: Any = getattr(model, model.base_model_prefix, None)
+        self._own_forward: Callable[..., Any] = model.forward
+        self._backbone: nn.Module = model.base_model
         self._verified = False
-        if self._backbone in (None, model) or self._head is None:
+        if self._backbone is model or model.get_output_embeddings() is None:
             raise DataError(
                 f"{type(model).__name__} is not a transformer with an output layer on top; "
                 "policies need a decoder such as LlamaForCausalLM"
             )
 
-    def __call__(self, *args: Any, logprob_query: _Query | None = None, **inputs: Any) -> Any:
+    def __call__(
+        self, *args: object, logprob_query: _Query | None = None, **inputs: object
+    ) -> object:
         if logprob_query is None:
             return self._own_forward(*args, **inputs)
-        given = {name: value for name, value in inputs.items() if value is not None}
+        # A wrapper may pass the whole signature; not every backbone takes what is None here.
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         if not self._verified:
-            self._verify(given)
-        return self._answer(self._backbone(**given).last_hidden_state, logprob_query)
+            self._verify(inputs)
+        return self._answer(self._backbone(**inputs).last_hidden_state, logprob_query)
 
     @property
-    def _head(self) -> Any:
-        """Looked up each time: PEFT may have put an adapted one in its place."""
-        return self._model.get_output_embeddings()
+    def _head(self) -> nn.Module:
+        """Looked up each time: PEFT may have replaced it by an adapted one."""
+        return cast(nn.Module, self._model.get_output_embeddings())
 
     def _answer(self, hidden_BSD: Tensor, query: _Query) -> tuple[Tensor, ...]:
         shape = query.responses_BT.shape
@@ -141,8 +153,8 @@ class _LogprobForward:
         def by_chunk(hidden_ND: Tensor) -> tuple[Tensor, ...]:
             return self._by_chunk(of_chunk, hidden_ND, tokens_N, steps_N)
 
-        # One call of the head, whatever the number of chunks: sharding engines gather its weights
-        # around a call, and their ranks, whose responses are unequal, must gather equally often.
+        # One call of the head for all chunks. ZeRO-3 gathers its weights around each call, and all
+        # ranks must gather equally often, but their responses make unequal numbers of chunks.
         with _forward_as(head, by_chunk):
             answers_N = head(hidden_ND)
         return tuple(answer_N.view(shape) for answer_N in answers_N)
@@ -158,11 +170,11 @@ class _LogprobForward:
         return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
 
     @property
-    def _text_config(self) -> Any:
+    def _text_config(self) -> PretrainedConfig:
         return self._model.config.get_text_config()
 
     def _finished(self, logits: Tensor) -> Tensor:
-        """What some architectures make of the head's output (Cohere, Granite, Gemma 2)."""
+        """Apply what some architectures do to the head's output (Cohere, Granite, Gemma 2)."""
         config = self._text_config
         logits = logits * (getattr(config, "logit_scale", None) or 1.0)
         logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
@@ -170,7 +182,8 @@ class _LogprobForward:
         return cap * torch.tanh(logits / cap) if cap else logits
 
     @torch.no_grad()
-    def _verify(self, inputs: dict[str, Any]) -> None:
+    def _verify(self, inputs: Mapping[str, object]) -> None:
+        """Compare with the model's own logits: an unknown architecture may change them further."""
         start = {
             name: value[:1, :VERIFIED_TOKENS] if isinstance(value, Tensor) else value
             for name, value in inputs.items()
@@ -180,9 +193,9 @@ class _LogprobForward:
             ours = self._finished(self._head(self._backbone(**start).last_hidden_state)).float()
         if not torch.allclose(ours, own, rtol=1e-2, atol=1e-2):
             raise DataError(
-                f"{type(self._model).__name__} changes its logits behind the output layer by up "
-                f"to {float((ours - own).abs().max()):.3g} in a way that is not known here; its "
-                "log-probs would be wrong: use another architecture"
+                f"{type(self._model).__name__} transforms its logits after the output layer in an "
+                f"unknown way, by up to {float((ours - own).abs().max()):.3g}; its log-probs would "
+                "be wrong: use another architecture"
             )
         self._verified = True
 
@@ -194,14 +207,15 @@ def _of_logits(
     logprobs_N = token_logprobs(drawn_NV, tokens_N)
     if query.entropy == "none":
         return (logprobs_N,)
-    # Behind the log-probs: what needs no gradient there is not computed again for the backward.
+    # After the log-probs: checkpointing stops recomputing once it has what the backward needs, so
+    # an entropy without a gradient is not computed again.
     with torch.set_grad_enabled(torch.is_grad_enabled() and query.entropy == "gradient"):
         return logprobs_N, entropy(drawn_NV)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, every module is in evaluation mode; each gets its own mode back."""
+    """Put every module into evaluation mode; restore each one's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -213,8 +227,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within, a call of the module, its hooks included, runs another forward."""
-    own = vars(module).get("forward")
+    """Make calls of the module run another forward; its hooks still run around it."""
+    own = vars(module).get("forward")  # libraries such as accelerate set one on instances
     module.forward = forward
     try:
         yield

@@ -18,8 +18,7 @@ from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import adapters
 from rlhf_ray.models.folders import first_line
-from rlhf_ray.models.freezing import train_only
-from rlhf_ray.models.parameters import parameter_groups
+from rlhf_ray.models.trainable import parameter_groups, train_only
 from rlhf_ray.planning.memory import Linear, ModelSize, Shape, num_weights
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing import Any
+
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextIteratorStreamer
 
@@ -15,9 +17,8 @@ from rlhf_ray.data.reading.chats import Message
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.ending import Ending
-from rlhf_ray.models.loading import load_causal_lm, load_tokenizer
-from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_gpu
+from rlhf_ray.models.stop_conditions import StopConditions, stop_token_ids
 from rlhf_ray.runs.models import RunModel
 
 
@@ -55,9 +56,7 @@ class TextGenerator:
 
     def __init__(self, path: str, settings: ModelConfig, sampling: Sampling) -> None:
         self.tokenizer = load_tokenizer(path)
-        self._model = load_causal_lm(path, settings)
-        if torch.cuda.is_available():
-            self._model.cuda()
+        self._model: Any = on_gpu(load_causal_lm(path, settings))  # generate() has no types
         # generate() fills in what is not set below from the folder's generation config, such as
         # penalties that rollouts do not have.
         self._model.generation_config = GenerationConfig()
@@ -113,12 +112,12 @@ class TextGenerator:
 
     def _stop_criterion(self, num_prompt_tokens: int) -> Callable[..., torch.Tensor]:
         """Return a stopping criterion of generate(): the rows that end with their last token."""
-        ending = Ending(self._sampling.max_tokens, self._sampling.stop)
+        stop = StopConditions(self._sampling.max_tokens, self._sampling.stop)
 
         def ends(ids_BS: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
             rows = ids_BS[:, num_prompt_tokens:].tolist()
             may_end = len(rows[0]) > self._sampling.min_tokens
-            completed = [may_end and ending.is_completed(row, self._decode) for row in rows]
+            completed = [may_end and stop.completes_string(row, self._decode) for row in rows]
             return torch.tensor(completed, device=ids_BS.device)
 
         return ends

@@ -11,7 +11,7 @@ from harness import Harness, make_config
 from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.engines.fake import SHORT, FakeEngine
 from rlhf_ray.errors import ActorFailure
-from rlhf_ray.models.ending import Ending
+from rlhf_ray.models.stop_conditions import StopConditions
 
 
 def test_an_iteration_generates_scores_learns_commits_and_publishes(tmp_path: Path) -> None:
@@ -201,12 +201,16 @@ def test_the_seed_decides_the_metrics(tmp_path: Path) -> None:
     assert one.metrics() != seeded.metrics()
 
 
-@pytest.mark.parametrize("ending", [SHORT, Ending(8, strings=("7",), limits=(2, 8))])
-def test_number_and_order_of_generators_change_nothing(tmp_path: Path, ending: Ending) -> None:
-    one = Harness(make_config(tmp_path / "one"), [FakeEngine(ending=ending)])
+@pytest.mark.parametrize(
+    "stop_conditions", [SHORT, StopConditions(8, strings=("7",), limits=(2, 8))]
+)
+def test_number_and_order_of_generators_change_nothing(
+    tmp_path: Path, stop_conditions: StopConditions
+) -> None:
+    one = Harness(make_config(tmp_path / "one"), [FakeEngine(stop_conditions=stop_conditions)])
     one.run()
     delays = (0.02, 0.0, 0.01)
-    engines = [FakeEngine(ending=ending, delay_s=delay) for delay in delays]
+    engines = [FakeEngine(stop_conditions=stop_conditions, delay_s=delay) for delay in delays]
     three = Harness(make_config(tmp_path / "three"), engines)
     three.run()
     assert [engine.calls["sample"] for engine in one.engines] != [0]

@@ -10,8 +10,8 @@ from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.models import token_logprobs
 from rlhf_ray.models.adapters import attach
-from rlhf_ray.models.checkpointing import recompute_activations
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
+from rlhf_ray.models.trainable import recompute_activations
 
 OPTIMIZER = {"learning_rate": 1e-2, "epsilon": 1e-5, "max_grad_norm": 1.0}
 STEPS = 3

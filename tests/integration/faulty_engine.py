@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.vllm.engine import VllmEngine
-from rlhf_ray.models.ending import Ending
+from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, ServedAdapter
 
 TEMPERATURE = 0.7
@@ -13,7 +13,7 @@ WRONG_RULES = {
     "wrong temperature": SamplingRule(1.0),
     "truncated": SamplingRule(TEMPERATURE, top_p=0.5),
 }
-LONG = Ending(max_tokens=32)
+LONG = StopConditions(max_tokens=32)
 
 
 class FaultyEngine(VllmEngine):
@@ -27,9 +27,11 @@ class FaultyEngine(VllmEngine):
         self.draw_by(WRONG_RULES.get(fault or "", SamplingRule(TEMPERATURE)))
         await self._engine.collective_rpc("plant", args=(fault, lies))
 
-    def draw_by(self, rule: SamplingRule, ending: Ending = LONG) -> None:
+    def draw_by(self, rule: SamplingRule, stop_conditions: StopConditions = LONG) -> None:
         """Sample by another rule, and to another end, from now on."""
-        self._settings = dataclasses.replace(self._settings, rule=rule, ending=ending)
+        self._settings = dataclasses.replace(
+            self._settings, rule=rule, stop_conditions=stop_conditions
+        )
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """As the honest engine, but for caches that are kept."""

@@ -26,10 +26,9 @@ from rlhf_ray.driver.guards import MismatchGuard
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.vllm.engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
-from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.models.stop_conditions import StopConditions, stop_token_ids
 from rlhf_ray.types import AdapterUpdate, Mismatch, Prompt, ScoredShard, ShardRequest
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -91,7 +90,7 @@ def one_thread() -> Iterator[None]:
 async def running(
     request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Setup]:
-    """The engine's folder also lists the pad id, which never is an end (`models.stopping`)."""
+    """The engine's folder also lists the pad id, which is never a stop token."""
     dtype, serving, parallel = request.param
     folder = str(shutil.copytree(llama, tmp_path_factory.mktemp("models") / "served"))
     GenerationConfig(eos_token_id=pad_and_end(llama)).save_pretrained(folder)
@@ -149,7 +148,7 @@ def engine_settings(config: Config, model: str) -> VllmSettings:
         lora_rank=config.lora.r,
         max_model_len=config.model.max_length,
         rule=sampling_rule(config.rollout, stop_token_ids(model)),
-        ending=LONG,
+        stop_conditions=LONG,
         tensor_parallel_size=config.generators.tensor_parallel_size,
         extension="faulty_extension.FaultyExtension",
     )
@@ -309,10 +308,10 @@ async def test_ends_and_lengths_are_as_the_config_says_on_both_sides(
     values["rollout"] |= {"min_tokens": 5, "length_sampler": {"min": 6, "max": 32}, "stop": ["e"]}
     config = resolve(values)
     rule = sampling_rule(config.rollout, stop_token_ids(model))
-    ending = Ending(LONG.max_tokens, strings=("e",), limits=(6, 32))
+    stop_conditions = StopConditions(LONG.max_tokens, strings=("e",), limits=(6, 32))
     generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
     late = make_setup(config, model, setup.engine, generator)
-    late.engine.draw_by(rule, ending)
+    late.engine.draw_by(rule, stop_conditions)
     await late.prove()
     move(late.learner, seed=9)
     await late.publish(version=1)
@@ -327,10 +326,10 @@ async def test_ends_and_lengths_are_as_the_config_says_on_both_sides(
     MismatchGuard(config.engine_is_exact).check([scored(shard, gap)])
     tokenizer, reasons = load_tokenizer(llama), set()
     for sample, rollout in zip(samples, shard.rollouts, strict=True):
-        tokens, limit = rollout.response_ids.tolist(), ending.limit(sample.seed)
+        tokens, limit = rollout.response_ids.tolist(), stop_conditions.limit(sample.seed)
         assert not set(tokens[:5]) & set(rule.stop_token_ids)
         ended = [
-            ending.finish_reason(tokens[:end], limit, rule, tokenizer.decode)
+            stop_conditions.finish_reason(tokens[:end], limit, rule, tokenizer.decode)
             for end in range(1, len(tokens) + 1)
         ]
         assert ended == [None] * (len(tokens) - 1) + [rollout.finish_reason]

@@ -23,7 +23,7 @@ from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
 from rlhf_ray.models.adapters import refuse_unservable, servable_rank
-from rlhf_ray.models.ending import Ending
+from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 _EXTENSION = "rlhf_ray.engines.vllm.worker_extension.AdapterExtension"
@@ -45,7 +45,7 @@ class VllmSettings:
     """Longest sequence, tokens."""
     rule: SamplingRule
     """How tokens are drawn, and which of them end a response."""
-    ending: Ending
+    stop_conditions: StopConditions
     """What else ends it."""
     tensor_parallel_size: int = 1
     """Workers that the model is spread over, on this node."""
@@ -133,20 +133,20 @@ class VllmEngine:
             return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
 
     async def _sample_one(self, request: SampleRequest) -> Sampled:
-        rule, ending = self._settings.rule, self._settings.ending
+        rule, stop_conditions = self._settings.rule, self._settings.stop_conditions
         params = SamplingParams(
             temperature=rule.temperature,
             top_k=rule.top_k,
             top_p=rule.top_p,
             min_tokens=rule.min_tokens,
-            max_tokens=ending.limit(request.seed),
+            max_tokens=stop_conditions.limit(request.seed),
             seed=request.seed,
             logprobs=0,
             ignore_eos=True,  # what ends a response is in the rule, and nothing else does
             stop_token_ids=list(rule.stop_token_ids),
-            stop=list(ending.strings),
+            stop=list(stop_conditions.strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
-            detokenize=bool(ending.strings),
+            detokenize=bool(stop_conditions.strings),
             skip_special_tokens=False,
         )
         final = None

@@ -17,7 +17,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.linear import LinearBase
 
 from rlhf_ray.models.adapters import TensorDict, digest
-from rlhf_ray.models.weight_files import safetensors_files
+from rlhf_ray.models.folders import safetensors_files
 
 _PREFIX = "base_model.model."
 ADAPTER_ID = 1

@@ -12,8 +12,8 @@ from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.algorithms.losses import dpo_loss
 from rlhf_ray.config import Config
 from rlhf_ray.models import loading
-from rlhf_ray.models.dropout import without_dropout
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
+from rlhf_ray.models.trainable import without_dropout
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.launcher import open_training, run_training
 from rlhf_ray.stages.supervised.pairs import (

@@ -17,7 +17,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.disk import unwritable_is_an_error
 from rlhf_ray.errors import ActorFailure, DataError, PlacementError, RlhfError
 from rlhf_ray.models import folders
-from rlhf_ray.models.parameters import parameter_table
+from rlhf_ray.models.trainable import parameter_table
 from rlhf_ray.observability import quiet
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks

@@ -16,7 +16,7 @@ from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.models import loading
-from rlhf_ray.models.heads import position_ids
+from rlhf_ray.models.token_logprobs import position_ids
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.ai_labels import ai_labelled_rows

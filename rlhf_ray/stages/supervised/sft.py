@@ -7,7 +7,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.texts import load_documents
 from rlhf_ray.models import loading
 from rlhf_ray.models.merging import merge_adapter
-from rlhf_ray.models.stopping import generation_config
+from rlhf_ray.models.stop_conditions import generation_config
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.language_model import (
     LanguageModelTraining,

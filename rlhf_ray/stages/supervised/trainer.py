@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rlhf_ray.errors import ConfigError, DivergenceError
-from rlhf_ray.models.parameters import ParameterGroup, parameter_groups
+from rlhf_ray.models.trainable import ParameterGroup, parameter_groups
 from rlhf_ray.observability.sinks import JsonlSink
 from rlhf_ray.stages.supervised.arguments import arguments
 from rlhf_ray.stages.supervised.training import (

@@ -21,8 +21,7 @@ from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.tokens import pad_id
 from rlhf_ray.models import adapters, loading
-from rlhf_ray.models.freezing import train_only
-from rlhf_ray.models.quantization import ready_for_adapter
+from rlhf_ray.models.trainable import prepare_for_adapter, train_only
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Names of the two tokenised data sets of a stage."""
@@ -110,7 +109,7 @@ class Training(ABC):
         self, model: PreTrainedModel, lora: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"]
     ) -> PeftModel:
         """Freeze the model, which may be quantised, under a new LoRA adapter."""
-        model = ready_for_adapter(model, self.model_settings)
+        model = prepare_for_adapter(model, self.model_settings)
         seed = self.config.run.seed
         return adapters.attach(model, lora, task, seed=seed, dropout=lora.dropout)
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import SftConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models import heads, loading
+from rlhf_ray.models import forward, loading
 from rlhf_ray.stages.supervised import sft
 from rlhf_ray.stages.supervised.language_model import packed_blocks
 from rlhf_ray.stages.supervised.reward import RewardTraining
@@ -42,7 +42,7 @@ def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
     with torch.no_grad():
         loss, scores_BP = training.predict_rows(model, batch)
         alone = [
-            heads.sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids))).item()
+            forward.sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids))).item()
             for row in rows
             for ids in (row["chosen_ids"], row["rejected_ids"])
         ]

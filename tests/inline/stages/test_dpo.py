@@ -12,8 +12,8 @@ from peft import AutoPeftModelForCausalLM
 from rlhf_ray.config import Config
 from rlhf_ray.config.stages import DEFAULT_STAGES
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models import heads, loading
-from rlhf_ray.models.token_logprobs import answer_with_logprobs
+from rlhf_ray.models import loading
+from rlhf_ray.models.token_logprobs import answer_with_logprobs, position_ids
 from rlhf_ray.stages.supervised import dpo
 from rlhf_ray.stages.supervised.dpo import DpoTraining, completion_logprobs
 from rlhf_ray.stages.supervised.pairs import load_training_pairs
@@ -83,7 +83,7 @@ def test_dpo_leaves_the_base_unchanged(make_dpo: Any) -> None:
     tuned = loading.load_causal_lm(path, config.model)
     base = loading.load_causal_lm(config.sft.path or "", config.model)
     with torch.no_grad():
-        positions = heads.position_ids(torch.ones_like(ids))
+        positions = position_ids(torch.ones_like(ids))
         assert not torch.equal(tuned(ids).logits, base(ids).logits)
         with tuned.disable_adapter():
             torch.testing.assert_close(

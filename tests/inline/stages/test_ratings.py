@@ -12,7 +12,7 @@ import torch
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.data.rendering.tokens import encode
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models import heads, loading
+from rlhf_ray.models import forward, loading
 from rlhf_ray.stages.supervised import reward as reward_model
 from rlhf_ray.stages.supervised.reward import auc, correlation
 
@@ -63,7 +63,7 @@ def test_scores_follow_labels_and_ratings_on_held_out_rows(
         parts = encode(tokenizer, ["Q: colour?\n\nA: ", answer])
         ids = torch.tensor([[*parts[0], *parts[1], tokenizer.eos_token_id]])
         with torch.no_grad():
-            scores.append(heads.sequence_scores(model, ids, torch.ones_like(ids)).item())
+            scores.append(forward.sequence_scores(model, ids, torch.ones_like(ids)).item())
     # A liked answer's probability is over a half; ratings are -1 and 2.
     assert scores[0] < (0 if loss == "bce" else 0.5) < scores[1]
 

@@ -17,7 +17,7 @@ from rlhf_ray import cli
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models import adapters, folders, heads, loading
+from rlhf_ray.models import adapters, folders, forward, loading
 from rlhf_ray.runs.lineage import lineage, model_licence
 from rlhf_ray.runs.models import find_model, policies
 from rlhf_ray.serving import chat, export, generate, serve
@@ -107,7 +107,7 @@ def test_transformers_and_peft_alone_load_what_is_exported(
         reward = loading.load_sequence_classifier(
             find_model(policy_run, "reward").path, policy_run.model, require_head=True
         )
-        scores_B = heads.sequence_scores(reward, IDS_BS, torch.ones_like(IDS_BS))
+        scores_B = forward.sequence_scores(reward, IDS_BS, torch.ones_like(IDS_BS))
     for kind in ("adapter", "merged"):
         torch.testing.assert_close(torch.tensor(found[f"ppo-{kind}"]), logits, atol=1e-4, rtol=0)
         scores = torch.tensor(found[f"reward-{kind}"])[:, 0]

@@ -19,7 +19,7 @@ from transformers import (
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models import adapters, heads, loading, tiny
+from rlhf_ray.models import adapters, forward, loading, tiny
 from rlhf_ray.serving import merge
 from rlhf_ray.stages.supervised import pretrain, sft
 from rlhf_ray.stages.supervised import reward as reward_model
@@ -94,7 +94,7 @@ def test_plain_libraries_load_the_results(trained_run: Trained) -> None:
     plain = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1).eval()
     ours = loading.load_sequence_classifier(str(path), config.model, require_head=True)
     with torch.no_grad():
-        scores_B = heads.sequence_scores(ours, ids, torch.ones_like(ids))
+        scores_B = forward.sequence_scores(ours, ids, torch.ones_like(ids))
         torch.testing.assert_close(plain(ids).logits[:, 0], scores_B)
 
 
@@ -120,7 +120,7 @@ def test_saved_reward_model_ranks_as_the_summary_says(trained_run: Trained) -> N
     del batch["prompt_lengths"]
     flat = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
     with torch.no_grad():
-        scores_B = heads.sequence_scores(model, flat["input_ids"], flat["attention_mask"])
+        scores_B = forward.sequence_scores(model, flat["input_ids"], flat["attention_mask"])
     scores_BP = scores_B.view(-1, 2)
     accuracy = (scores_BP[:, 0] > scores_BP[:, 1]).float().mean().item()
     assert accuracy == pytest.approx(summaries["reward"]["accuracy"])

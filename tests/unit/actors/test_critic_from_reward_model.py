@@ -10,8 +10,7 @@ import torch
 from actors.critic_learner import CriticLearner
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.models.adapters import attach
-from rlhf_ray.models.forward import response_values
-from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.forward import ValueModel, response_values
 from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, save_adapter
 from rlhf_ray.models.merging import merge_adapter
 from rlhf_ray.types import Rollout

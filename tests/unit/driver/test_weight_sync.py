@@ -16,7 +16,7 @@ from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.adapters import digest
-from rlhf_ray.models.ending import Ending
+from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest, ServedAdapter
 
 PROMPTS = [Prompt(f"p{i}", "", (i, i + 1, i + 2)) for i in range(5)]
@@ -26,7 +26,8 @@ CANARIES = probe_requests(PROMPTS, 6, seed=0)
 def drawing(max_tokens: int = 8, temperature: float = 1.0) -> FakeEngine:
     """An engine of other lengths or another temperature."""
     return FakeEngine(
-        rule=SamplingRule(temperature, stop_token_ids=(STOP_TOKEN,)), ending=Ending(max_tokens)
+        rule=SamplingRule(temperature, stop_token_ids=(STOP_TOKEN,)),
+        stop_conditions=StopConditions(max_tokens),
     )
 
 

@@ -9,7 +9,7 @@ from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine, adapted_logits
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.adapters import digest, tensors_to_bytes
-from rlhf_ray.models.ending import Ending
+from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest
 
 TENSORS = {
@@ -43,14 +43,14 @@ def test_it_samples_from_the_adapted_distribution_by_seed() -> None:
 
 def test_it_ends_responses_as_it_is_told() -> None:
     rule = SamplingRule(min_tokens=3, stop_token_ids=tuple(range(0, 32, 2)))
-    ending = Ending(max_tokens=12, strings=("7",), limits=(4, 10))
-    engine = ready(rule=rule, ending=ending)
+    stop_conditions = StopConditions(max_tokens=12, strings=("7",), limits=(4, 10))
+    engine = ready(rule=rule, stop_conditions=stop_conditions)
     requests = [SampleRequest(i, Prompt(str(i), "", (1, 2)), seed=i) for i in range(60)]
     logits_V = adapted_logits(TENSORS)
     early = np.log(np.exp(logits_V[1::2]).sum())  # odd tokens are no stop tokens
     reasons = set()
     for request, result in zip(requests, asyncio.run(engine.sample(requests)), strict=True):
-        tokens, limit = result.token_ids.tolist(), ending.limit(request.seed)
+        tokens, limit = result.token_ids.tolist(), stop_conditions.limit(request.seed)
         assert all(token % 2 for token in tokens[:3])
         np.testing.assert_allclose(result.logprobs[:3], logits_V[tokens[:3]] - early, atol=1e-5)
         ends = [

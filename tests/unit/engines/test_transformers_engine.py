@@ -18,8 +18,8 @@ from rlhf_ray.models.adapters import (
     peft_config,
     tensors_to_bytes,
 )
-from rlhf_ray.models.ending import Ending
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer
+from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest
 
 NUM_TOKENS = 10
@@ -39,11 +39,11 @@ class Served:
         rule: SamplingRule | None = None,
         *,
         stop: tuple[int, ...] = STOP,
-        ending: Ending | None = None,
+        stop_conditions: StopConditions | None = None,
     ) -> None:
         self.rule = dataclasses.replace(rule or SamplingRule(), stop_token_ids=stop)
         settings = TransformersSettings(
-            base, ModelConfig(), self.rule, ending or Ending(NUM_TOKENS)
+            base, ModelConfig(), self.rule, stop_conditions or StopConditions(NUM_TOKENS)
         )
         self.engine = TransformersEngine(settings)
         self.model = attach(
@@ -188,12 +188,12 @@ def test_no_stop_token_comes_before_its_time(base: str) -> None:
 
 
 def test_each_response_has_a_limit_of_its_own_and_no_more_than_that(base: str) -> None:
-    ending = Ending(NUM_TOKENS, limits=(3, 8))
-    served = Served(base, stop=(), ending=ending)
+    stop_conditions = StopConditions(NUM_TOKENS, limits=(3, 8))
+    served = Served(base, stop=(), stop_conditions=stop_conditions)
     served.serve(served.state(0.3))
     results = served.sample(many(40))
     lengths = [len(result.token_ids) for result in results]
-    assert lengths == [ending.limit(seed) for seed in range(40)]
+    assert lengths == [stop_conditions.limit(seed) for seed in range(40)]
     assert set(lengths) == {3, 4, 5, 6, 7}
     assert {result.finish_reason for result in results} == {"length"}
     (alone,) = served.sample(many(40)[-1:])
@@ -201,10 +201,10 @@ def test_each_response_has_a_limit_of_its_own_and_no_more_than_that(base: str) -
 
 
 def test_without_stop_tokens_an_end_is_a_token_like_others(base: str) -> None:
-    whole, ending = Served(base, stop=()), Served(base, stop=tuple(range(0, 300, 2)))
-    for served in (whole, ending):
+    whole, stopping = Served(base, stop=()), Served(base, stop=tuple(range(0, 300, 2)))
+    for served in (whole, stopping):
         served.serve(served.state(0.3))
-    pairs = zip(whole.sample(many(16)), ending.sample(many(16)), strict=True)
+    pairs = zip(whole.sample(many(16)), stopping.sample(many(16)), strict=True)
     for result, cut in pairs:
         length = len(cut.token_ids)
         assert len(result.token_ids) == NUM_TOKENS
@@ -214,9 +214,9 @@ def test_without_stop_tokens_an_end_is_a_token_like_others(base: str) -> None:
 
 
 def test_a_stop_string_ends_a_response_and_stays_in_it(base: str) -> None:
-    ending = Ending(NUM_TOKENS, strings=("e", "list"))
+    stop_conditions = StopConditions(NUM_TOKENS, strings=("e", "list"))
     whole = Served(base, stop=())
-    served = Served(base, SamplingRule(min_tokens=2), stop=(), ending=ending)
+    served = Served(base, SamplingRule(min_tokens=2), stop=(), stop_conditions=stop_conditions)
     for engine in (whole, served):
         engine.serve(engine.state(0.3))
     spell = load_tokenizer(base).decode

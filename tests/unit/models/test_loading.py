@@ -1,17 +1,21 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoConfig, BertConfig
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models import adapters, folders, heads, loading, tiny
+from rlhf_ray.models import adapters, folders, forward, loading, tiny
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
 ATTENTION_BS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+ROPE_IDS_BS = torch.arange(3, 23)[None]
+LINEAR = ModelConfig(rope_scaling={"rope_type": "linear", "factor": 2.0})
 
 
 def reward_folder(base: Path, folder: Path, settings: ModelConfig) -> torch.Tensor:
@@ -22,7 +26,7 @@ def reward_folder(base: Path, folder: Path, settings: ModelConfig) -> torch.Tens
     with torch.no_grad():
         for weight in (p for p in wrapped.parameters() if p.requires_grad):
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
-        scores_B = heads.sequence_scores(wrapped.eval(), IDS_BS, ATTENTION_BS)
+        scores_B = forward.sequence_scores(wrapped.eval(), IDS_BS, ATTENTION_BS)
     loading.save_adapter(wrapped, loading.load_tokenizer(str(base)), folder, str(base))
     return scores_B
 
@@ -30,7 +34,7 @@ def reward_folder(base: Path, folder: Path, settings: ModelConfig) -> torch.Tens
 def scores(path: Path, settings: ModelConfig) -> torch.Tensor:
     model = loading.load_sequence_classifier(str(path), settings, require_head=True)
     with torch.no_grad():
-        return heads.sequence_scores(model, IDS_BS, ATTENTION_BS)
+        return forward.sequence_scores(model, IDS_BS, ATTENTION_BS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -89,7 +93,7 @@ def test_zero_head_gives_value_zero_also_over_a_trained_one(
     reward_folder(base, tmp_path, settings)
     for path in (base, tmp_path):
         model = loading.load_sequence_classifier(str(path), settings, zero_head=True)
-        assert not heads.token_values(model, IDS_BS, ATTENTION_BS).any()
+        assert not forward.token_values(model, IDS_BS, ATTENTION_BS).any()
 
 
 def test_models_come_in_evaluation_mode_without_cache(base: Path, settings: ModelConfig) -> None:
@@ -237,3 +241,43 @@ def test_adapter_without_tokenizer_uses_its_bases(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
     assert len(loading.load_tokenizer(str(tmp_path))) == 300
+
+
+def test_scaling_lies_over_the_bases_own(base: Path) -> None:
+    assert loading.rope_parameters(str(base), ModelConfig()) is None
+    expected = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
+    assert loading.rope_parameters(str(base), LINEAR) == expected
+
+
+def test_linear_scaling_is_half_the_position(base: Path, settings: ModelConfig) -> None:
+    """At factor 2, token s stands where token s / 2 stood."""
+    plain = loading.load_causal_lm(str(base), settings)
+    scaled = loading.load_causal_lm(str(base), LINEAR)
+    positions_BS = torch.arange(ROPE_IDS_BS.shape[1])[None]
+    attention_BS = torch.ones_like(ROPE_IDS_BS)  # without it, gaps in the positions part documents
+
+    def logits(model: Any, positions_BS: torch.Tensor) -> torch.Tensor:
+        return model(ROPE_IDS_BS, attention_mask=attention_BS, position_ids=positions_BS).logits
+
+    with torch.no_grad():
+        expected = logits(plain, positions_BS / 2)
+        found = logits(scaled, positions_BS)
+        unscaled = logits(plain, positions_BS)
+    torch.testing.assert_close(found, expected)
+    assert (found - unscaled).abs().max() > 1e-5
+
+
+def test_a_saved_classifier_keeps_its_rope_scaling(base: Path, tmp_path: Path) -> None:
+    classifier = loading.load_sequence_classifier(str(base), LINEAR)
+    loading.save_model(classifier, loading.load_tokenizer(str(base)), tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "linear"
+    other = ModelConfig(rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert loading.rope_parameters(str(tmp_path), other) is None  # scaling is for the base
+    loaded = loading.load_sequence_classifier(str(tmp_path), other)
+    assert loaded.config.rope_parameters["factor"] == 2.0
+
+
+def test_an_architecture_without_rotary_embedding_is_refused(tmp_path: Path) -> None:
+    BertConfig(architectures=["BertLMHeadModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling: .* \(bert\) has no rotary"):
+        loading.rope_parameters(str(tmp_path), LINEAR)

@@ -5,8 +5,8 @@ import torch
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models import adapters, heads, loading, tiny
-from rlhf_ray.models.folding import fold
+from rlhf_ray.models import adapters, forward, loading, tiny
+from rlhf_ray.models.adapters import merge_into_base
 from rlhf_ray.models.merging import merge_adapter
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -21,7 +21,7 @@ def save_changed(model: object, base: Path, folder: Path, task: str, scale: floa
             weight.add_(torch.randn(weight.shape, generator=generator) * scale)
         wrapped.eval()
         if task == "SEQ_CLS":
-            result = heads.sequence_scores(wrapped, IDS_BS, torch.ones_like(IDS_BS))
+            result = forward.sequence_scores(wrapped, IDS_BS, torch.ones_like(IDS_BS))
         else:
             result = wrapped(IDS_BS).logits
     loading.save_adapter(wrapped, loading.load_tokenizer(str(base)), folder, str(base))
@@ -53,7 +53,7 @@ def test_merged_classifier_keeps_its_head(
     expected_B = save_changed(model, base, tmp_path / "adapter", "SEQ_CLS", 0.1)
     merge_adapter(str(base), str(tmp_path / "adapter"), tmp_path / "merged", settings)
     merged = loading.load_sequence_classifier(str(tmp_path / "merged"), settings, require_head=True)
-    scores_B = heads.sequence_scores(merged, IDS_BS, torch.ones_like(IDS_BS))
+    scores_B = forward.sequence_scores(merged, IDS_BS, torch.ones_like(IDS_BS))
     assert (scores_B - expected_B).abs().max() < 1e-4
 
 
@@ -64,13 +64,13 @@ def test_an_adapter_on_an_adapter_stands_on_what_that_made(
     model = loading.load_sequence_classifier(str(base), settings)
     first_B = save_changed(model, base, tmp_path / "reward", "SEQ_CLS", 0.1)
     wrapped = loading.load_sequence_classifier(str(tmp_path / "reward"), settings)
-    folded, survived = fold(wrapped)
-    scores_B = heads.sequence_scores(folded, IDS_BS, torch.ones_like(IDS_BS))
+    folded, survived = merge_into_base(wrapped)
+    scores_B = forward.sequence_scores(folded, IDS_BS, torch.ones_like(IDS_BS))
     torch.testing.assert_close(scores_B, first_B, rtol=1e-4, atol=1e-4)
     assert survived > 0.999
     second_B = save_changed(folded, tmp_path / "reward", tmp_path / "critic", "SEQ_CLS", 0.1)
     loaded = loading.load_sequence_classifier(str(tmp_path / "critic"), settings)
-    found_B = heads.sequence_scores(loaded, IDS_BS, torch.ones_like(IDS_BS))
+    found_B = forward.sequence_scores(loaded, IDS_BS, torch.ones_like(IDS_BS))
     torch.testing.assert_close(found_B, second_B, rtol=1e-4, atol=1e-4)
     assert (second_B - first_B).abs().max() > 0.01
 
@@ -85,7 +85,7 @@ def test_a_quantised_base_is_not_folded_into(tmp_path: Path) -> None:
         str(tmp_path / "reward"), ModelConfig(quantization="nf4"), quantized=True
     )
     with pytest.raises(DataError, match=r"cannot be folded into a quantised base: merge it"):
-        fold(wrapped)
+        merge_into_base(wrapped)
 
 
 def test_folder_is_complete_and_replaced_whole(

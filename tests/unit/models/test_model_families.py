@@ -9,9 +9,9 @@ from model_families import FAMILIES, Family, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig
-from rlhf_ray.models import adapters, heads, loading
+from rlhf_ray.models import adapters, forward, loading
 from rlhf_ray.models.merging import merge_adapter
-from rlhf_ray.models.stopping import stop_token_ids
+from rlhf_ray.models.stop_conditions import stop_token_ids
 
 MESSAGES = [{"role": "user", "content": "why does it leak?"}]
 
@@ -71,6 +71,6 @@ def test_every_family_is_adapted_merged_and_scored(
 
     classifier = loading.load_sequence_classifier(base, settings)
     with torch.no_grad():
-        scores_B = heads.sequence_scores(classifier, ids_BS, torch.ones_like(ids_BS))
+        scores_B = forward.sequence_scores(classifier, ids_BS, torch.ones_like(ids_BS))
     assert scores_B.isfinite().all()
     assert scores_B.std() > 0

@@ -26,9 +26,9 @@ from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import token_logprobs as module
 from rlhf_ray.models.adapters import adapter_state, attach
-from rlhf_ray.models.checkpointing import recompute_activations
 from rlhf_ray.models.forward import causal_lm_logits
 from rlhf_ray.models.token_logprobs import Entropy, answer_with_logprobs, chunked_logprobs
+from rlhf_ray.models.trainable import recompute_activations
 
 VOCABULARY = 50
 SHAPE: dict[str, Any] = {

@@ -15,7 +15,7 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.engines.scoring import model_source
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import tiny
-from rlhf_ray.models.heads import initialise_head
+from rlhf_ray.models.forward import initialise_head
 from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, save_model
 from rlhf_ray.rewards.reward_model import ModelSource
 from rlhf_ray.types import Prompt, Rollout

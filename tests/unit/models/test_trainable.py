@@ -1,23 +1,35 @@
-"""What is trained of a model, and how that is counted."""
+"""What of a model is trained, how it is counted, and training with dropout off."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models import adapters
-from rlhf_ray.models.freezing import train_only
-from rlhf_ray.models.parameters import (
+from rlhf_ray.models import adapters, loading
+from rlhf_ray.models.trainable import (
     ParameterGroup,
     num_elements,
     parameter_groups,
     parameter_table,
+    recompute_activations,
+    train_only,
+    without_dropout,
 )
 
 SMALL = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 50, "n_positions": 8}
+IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
 
 @pytest.fixture
@@ -65,9 +77,9 @@ def test_shared_weights_are_trained_under_either_name(gpt2: torch.nn.Module) -> 
 @pytest.mark.parametrize(
     ("prefix", "hint"),
     [
-        ("transformer.h.12", r"near are .*transformer\.h\.1"),
-        ("transformer.ln_", r"near are .*transformer\.ln_f"),
-        ("zzz", "they begin with lm_head or transformer"),
+        ("transformer.h.12", r"did you mean .*transformer\.h\.1"),
+        ("transformer.ln_", r"did you mean .*transformer\.ln_f"),
+        ("zzz", "names begin with lm_head or transformer"),
     ],
 )
 def test_a_prefix_that_no_module_has_is_refused(
@@ -113,3 +125,78 @@ def test_four_bits_count_as_what_they_stand_for() -> None:
     assert num_elements(packed) == 32
     packed.quant_state = type("State", (), {"shape": torch.Size([8, 8])})()  # type: ignore[attr-defined]
     assert num_elements(packed) == 64
+
+
+def wrapped(base: Path) -> torch.nn.Module:
+    model = loading.load_causal_lm(str(base), ModelConfig())
+    return adapters.attach(model, LoraConfig(r=2), "CAUSAL_LM", seed=0, dropout=0.5).eval()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    model(IDS_BS, labels=IDS_BS).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_activations_are_computed_twice_and_gradients_are_the_same(base: Path) -> None:
+    plain = gradients(wrapped(base))
+    model = recompute_activations(wrapped(base))
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.self_attn.q_proj.register_forward_hook(count)
+    found = gradients(model)
+    assert len(blocks) == 2
+    assert calls == 4  # forward, and again in the backward pass
+    assert found.keys() == plain.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, plain[name])
+
+
+def test_dropout_stays_off_with_checkpointing(base: Path) -> None:
+    model = recompute_activations(wrapped(base))
+    assert not any(m.training for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    assert torch.equal(model(IDS_BS).logits, model(IDS_BS).logits)
+
+
+def test_blocks_with_dropout_of_their_own_are_refused(base: Path) -> None:
+    model = wrapped(base)
+    next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)).dropout = 0.1
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot recompute activations"):
+        recompute_activations(model)
+
+
+def models() -> list[PreTrainedModel]:
+    torch.manual_seed(0)
+    gpt2 = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    llama = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attention_dropout=0.5,
+    )
+    return [GPT2LMHeadModel(gpt2), LlamaForCausalLM(llama)]
+
+
+def test_without_dropout_training_mode_is_deterministic() -> None:
+    ids = torch.arange(12)[None]
+    for model in models():
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits), "it has no dropout"
+        without_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_an_adapter_keeps_its_own_dropout() -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    model = adapters.attach(
+        without_dropout(models()[1]), lora, "CAUSAL_LM", seed=0, dropout=0.5
+    ).train()
+    kept = [m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)]
+    assert kept == [0.5]
