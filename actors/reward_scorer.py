@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.errors import DivergenceError
-from rlhf_ray.rewards.source import Source
-from rlhf_ray.rewards.together import together
+from rlhf_ray.rewards.source import Source, together
 from rlhf_ray.types import RawScores, Rollout
 
 

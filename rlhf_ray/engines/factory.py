@@ -1,4 +1,4 @@
-"""From the config to a generation engine; imports the engine's library only when it is made."""
+"""Build a generation engine from the config; only the chosen engine's library is imported."""
 
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import GenerationEngine
@@ -10,7 +10,7 @@ from rlhf_ray.models.stop_conditions import StopConditions
 def generation_engine(
     config: Config, model: str, stop_token_ids: tuple[int, ...]
 ) -> GenerationEngine:
-    """The engine that ``rollout.engine`` names, not started.
+    """Return the engine that ``rollout.engine`` names, not yet started.
 
     Args:
         config: the whole config.
@@ -48,7 +48,7 @@ def generation_engine(
             rule=rule,
             stop_conditions=stop_conditions,
             tensor_parallel_size=config.generators.tensor_parallel_size,
-            takes_turns=config.placement.turns,
+            can_sleep=config.placement.turns,
             kv_cache_gb=rollout.kv_cache_gb,
             trust_remote_code=config.model.trust_remote_code,
             rope_parameters=rope_parameters(model, config.model),

@@ -1,8 +1,8 @@
-"""A generation engine for tests: a model of one distribution, checked inputs, counted calls.
+"""A generation engine for tests: a one-distribution model, checked inputs, counted calls.
 
-Tests inject it; the config does not offer it. Its model is so small that a test can work out what
-any adapter does: every token is drawn from one distribution over the vocabulary, whatever came
-before it, and an adapter moves that distribution's logits (`adapted_logits`).
+Tests inject it; the config does not offer it. Its model is so small that a test can compute the
+effect of any adapter: every token is drawn from one distribution over the vocabulary, independent
+of the tokens before it, and an adapter shifts that distribution's logits (`adapted_logits`).
 """
 
 import asyncio
@@ -27,12 +27,12 @@ SHORT = StopConditions(max_tokens=8)
 
 
 def decode(token_ids: Sequence[int]) -> str:
-    """What tokens spell: their numbers, a space between."""
+    """Return the tokens' ids, separated by spaces."""
     return " ".join(map(str, token_ids))
 
 
 def adapted_logits(tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
-    """[V] fp64 logits of every next token: a fixed base plus, per module, B A summed over inputs.
+    """Return [V] fp64 logits: a fixed base plus, per module, B A summed over its inputs.
 
     Args:
         tensors: pairs ``<module>.lora_A.weight`` [r, inputs] and ``<module>.lora_B.weight`` [V, r].
@@ -46,13 +46,13 @@ def adapted_logits(tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
 
 
 class FakeEngine:
-    """A generation engine without a model; its tokens spell their numbers (`decode`).
+    """A generation engine without a neural network; its tokens decode to their ids (`decode`).
 
     Args:
-        rule: how tokens are drawn, and which of them end a response.
-        stop_conditions: what else ends it.
-        delay_s: how long each call of `sample` takes.
-        fail_on_call: the call of `sample` (from 1) that raises ActorFailure; None: none.
+        rule: sampling rule, stop tokens included.
+        stop_conditions: length limits and stop strings.
+        delay_s: duration of each call of `sample`, seconds.
+        fail_on_call: number of the call of `sample` (from 1) that raises ActorFailure; None: none.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class FakeEngine:
     ) -> None:
         self.calls: Counter[str] = Counter()
         self.held: dict[str, torch.Tensor] | None = None
-        """The tensors that it applies; what `serve` reads back."""
+        """The adapter tensors that it applies; `serve` reports these."""
         self._rule = rule
         self._stop_conditions = stop_conditions
         self._delay_s = delay_s
@@ -73,7 +73,7 @@ class FakeEngine:
         self._running = False
 
     async def start(self) -> None:
-        """Be ready."""
+        """Accept calls."""
         self.calls["start"] += 1
         self._running = True
 
@@ -81,15 +81,15 @@ class FakeEngine:
         """Apply an adapter.
 
         Raises:
-            WeightSyncError: the digest is not that of the tensors.
+            WeightSyncError: the digest does not match the tensors.
         """
         started = time.perf_counter()
         self._require_running("serve")
         tensors = tensors_from_bytes(update.data)
         if digest(tensors) != update.digest:
             raise WeightSyncError(
-                f"Version {update.version} was sent with digest {update.digest}, its tensors have "
-                f"{digest(tensors)}"
+                f"Version {update.version} was sent with digest {update.digest}, but its tensors "
+                f"have {digest(tensors)}"
             )
         self.held = tensors
         return ServedAdapter(
@@ -104,7 +104,7 @@ class FakeEngine:
         """Sample one response per request from its own seed.
 
         Raises:
-            ActorFailure: this call was to fail.
+            ActorFailure: this is the call that ``fail_on_call`` names.
             WeightSyncError: no adapter is served.
             ValueError: nothing to sample, or an empty prompt.
         """
@@ -112,11 +112,13 @@ class FakeEngine:
         call = self.calls["sample"]
         await asyncio.sleep(self._delay_s)
         if call == self._fail_on_call:
-            raise ActorFailure(f"The fake engine fails on call {call}, as it was told")
+            raise ActorFailure(f"The fake engine fails on call {call}, as configured")
         if self.held is None:
-            raise WeightSyncError("The engine was asked to sample before it was given an adapter")
+            raise WeightSyncError(
+                "The engine must serve an adapter before it samples; call serve first"
+            )
         if not requests:
-            raise ValueError("The engine was asked to sample no request")
+            raise ValueError("sample got no requests; pass at least one")
         empty = [request.position for request in requests if not request.prompt.token_ids]
         if empty:
             raise ValueError(f"The prompts at positions {empty} are empty")
@@ -140,17 +142,17 @@ class FakeEngine:
         )
 
     async def sleep(self) -> None:
-        """Forget the adapter, and refuse everything until `wake`."""
+        """Drop the adapter, and refuse every call until `wake`."""
         self._require_running("sleep")
         self.held, self._running = None, False
 
     async def wake(self) -> None:
-        """Be ready again, without an adapter."""
+        """Accept calls again, without an adapter."""
         self.calls["wake"] += 1
         self._running = True
 
     async def stop(self) -> None:
-        """Be ready no more."""
+        """Refuse every further call."""
         self.calls["stop"] += 1
         self._running = False
 

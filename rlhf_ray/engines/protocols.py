@@ -1,4 +1,4 @@
-"""What a role needs of the engine under it."""
+"""The interfaces of generation and training engines, as actors use them."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,12 +14,12 @@ from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAda
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One response as an engine returns it."""
+    """One sampled response."""
 
     token_ids: np.ndarray
     """[T] int64, the stop token included."""
     logprobs: np.ndarray
-    """[T] fp32 log-probs of the distribution that is drawn from, nats."""
+    """[T] fp32 log-probs in the distribution that the engine samples from, nats."""
     finish_reason: FinishReason
     """stop or length."""
 
@@ -36,69 +36,69 @@ class GenerationEngine(Protocol):
         ...
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
-        """Serve an adapter (``update.tensors`` holds the bytes); read back what is applied."""
+        """Serve an adapter (``update.data`` holds bytes); report what the engine applies."""
         ...
 
     async def sleep(self) -> None:
-        """Leave the GPU to others; nothing is sampled or served until `wake`."""
+        """Free GPU memory for other roles; nothing is sampled or served until `wake`."""
         ...
 
     async def wake(self) -> None:
-        """Take the GPU again; an adapter must be served anew."""
+        """Reload into GPU memory; an adapter must be served again before sampling."""
         ...
 
     async def stop(self) -> None:
-        """Free everything."""
+        """Free all resources."""
         ...
 
 
 class TrainingEngine(Protocol):
-    """Owns the optimizer of one rank of a learner group."""
+    """The model and optimizer of one rank of a learner group."""
 
     rank: int
     world_size: int
     model: nn.Module
-    """What forward passes go through."""
+    """Runs forward passes; may be a wrapper."""
     module: nn.Module
-    """The model inside, whose adapter is read and written."""
+    """The model inside the wrapper; its adapter is read and written."""
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong."""
+        """The device that inputs must be on."""
         ...
 
     def whole_parameters(self) -> AbstractContextManager[None]:
-        """Within, trainable parameters are whole and may be read and written; all ranks call."""
+        """Gather trainable parameters while they are read or written; all ranks must enter."""
         ...
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate gradients; ``last`` marks the final micro-batch of an optimizer step."""
+        """Accumulate gradients; ``last`` marks the last micro-batch of an optimizer step."""
         ...
 
     def step(self) -> float:
-        """Take an optimizer step; returns the gradient norm before clipping."""
+        """Take an optimizer step; return the gradient norm before clipping."""
         ...
 
     def discard(self) -> None:
-        """Drop the gradients instead of a step; neither weights nor moments move."""
+        """Drop the gradients without a step; weights and moments stay the same."""
         ...
 
     def sleep(self) -> None:
-        """Leave the GPU to others, as far as what is not trained goes."""
+        """Move frozen weights out of GPU memory, for other roles to use it."""
         ...
 
     def wake(self) -> None:
-        """Take the GPU again."""
+        """Move frozen weights back into GPU memory."""
         ...
 
     def sum_over_ranks(self, value: float) -> float:
-        """The sum of what each rank gives, in float64 and the same on all; every rank calls."""
+        """Return the sum of all ranks' values in float64; every rank must call."""
         ...
 
     def export_state(self) -> dict[str, torch.Tensor]:
-        """Trainable weights (fp32) and Adam moments under parameter names; every rank calls."""
+        """Return trainable weights (fp32) and Adam moments by parameter name; all ranks call."""
         ...
 
     def import_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what export_state gave, at any number of ranks; every rank calls."""
+        """Restore a state from `export_state`, of any number of ranks; every rank must call."""
         ...

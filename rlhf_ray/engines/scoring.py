@@ -1,7 +1,7 @@
-"""From the config to reward sources, with the models that some of them run."""
+"""Build the reward sources of a config, with the models that some of them run."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from rlhf_ray.config.rewards import (
     FunctionSourceConfig,
     JudgeSourceConfig,
     ModelSourceConfig,
+    RemoteSourceConfig,
     RewardSourceConfig,
     RougeSourceConfig,
 )
@@ -21,27 +22,25 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.folders import first_line, locate
 from rlhf_ray.models.forward import sequence_scores
 from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, on_gpu
-from rlhf_ray.rewards.classifier import ClassifierSource
 from rlhf_ray.rewards.functions import FunctionSource
 from rlhf_ray.rewards.judge import JudgeSource
 from rlhf_ray.rewards.remote import RemoteSource
-from rlhf_ray.rewards.reward_model import ModelSource
 from rlhf_ray.rewards.rouge import RougeSource
-from rlhf_ray.rewards.source import Source
+from rlhf_ray.rewards.source import ClassifierSource, ModelSource, Source
 
 
 def reward_sources(
     config: Config, reward_model: str | None, policy_model: str
 ) -> dict[str, Source]:
-    """The sources of ``rewards`` by name, their models loaded.
+    """Return the sources of ``rewards`` by name, their models loaded.
 
     Args:
         config: the whole config.
-        reward_model: folder or hub name of the run's; None where no source needs it.
-        policy_model: whose tokenizer the rollouts' ids are of.
+        reward_model: folder or hub name of the run's reward model; None if no source needs it.
+        policy_model: its tokenizer made the token ids of the rollouts.
 
     Raises:
-        RlhfError: a model, a function or a label is not there.
+        RlhfError: a model, a function or a label is missing.
     """
     return {
         source.name: _source(source, config, reward_model, policy_model)
@@ -57,7 +56,7 @@ def _source(
             path = source.path or reward_model
             if path is None:
                 raise ConfigError(
-                    f"rewards: {source.name} is the run's reward model, and there is none; set "
+                    f"rewards: {source.name} needs the run's reward model, and there is none; set "
                     "reward.path, or run the stage reward"
                 )
             return model_source(config, path, policy_model)
@@ -70,17 +69,19 @@ def _source(
             return FunctionSource(source)
         case JudgeSourceConfig():
             return JudgeSource(source)
-        case _:
+        case RemoteSourceConfig():
             return RemoteSource(source)
+        case _:
+            assert_never(source)
 
 
 def model_source(config: Config, path: str, policy_model: str) -> ModelSource:
-    """A reward model as a source.
+    """Load a reward model as a source.
 
     Args:
         config: the whole config.
         path: folder or hub name of the reward model.
-        policy_model: whose tokenizer the rollouts' ids are of.
+        policy_model: its tokenizer made the token ids of the rollouts.
     """
     tokenizer = load_tokenizer(path)
     same_tokens = tokenizer.get_vocab() == load_tokenizer(policy_model).get_vocab()
@@ -100,7 +101,7 @@ class SequenceScorer:
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[np.ndarray]) -> list[float]:
-        """[N] scores of [N] sequences of [S] token ids, read at their last token."""
+        """Return [N] scores of [N] sequences of [S] token ids, read at their last token."""
         scores = [0.0] * len(sequences)
         device = self._model.device
         for rows in micro_batches([len(sequence) for sequence in sequences], self._max_tokens):
@@ -121,7 +122,7 @@ class TextClassifier:
             batch_size: texts of one forward pass.
 
         Raises:
-            DataError: it cannot be loaded.
+            DataError: the model cannot be loaded.
         """
         from transformers import pipeline
 
@@ -133,11 +134,11 @@ class TextClassifier:
             raise DataError(
                 f"{path} cannot be loaded as a text-classification model ({first_line(error)})"
             ) from error
-        self._pipeline.tokenizer.truncation_side = "left"  # the response stands at the end
+        self._pipeline.tokenizer.truncation_side = "left"  # keep the end: the response is there
         self._batch_size = batch_size
 
     def __call__(self, texts: Sequence[str]) -> list[Mapping[str, float]]:
-        """[N] texts -> label -> logit."""
+        """Return the logit of each label, for each of [N] texts."""
         results = self._pipeline(
             list(texts),
             top_k=None,
@@ -145,4 +146,4 @@ class TextClassifier:
             truncation=True,
             batch_size=self._batch_size,
         )
-        return [{found["label"]: found["score"] for found in result} for result in results]
+        return [{entry["label"]: entry["score"] for entry in result} for result in results]

@@ -1,15 +1,15 @@
-"""Generation with transformers alone: the oracle for vLLM, and the fall-back where vLLM cannot run.
+"""Generation with transformers alone: tests compare vLLM with it, and it runs where vLLM cannot.
 
-Rows are left-padded here, because all of a batch decode at the same step.
+Rows are left-padded here, because all rows of a batch decode their next token at the same step.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
@@ -22,35 +22,35 @@ from rlhf_ray.models.adapters import (
     digest,
     tensors_from_bytes,
 )
-from rlhf_ray.models.loading import load_causal_lm, load_tokenizer
+from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_gpu
 from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAdapter
 
 
 @dataclass(frozen=True, slots=True)
 class TransformersSettings:
-    """What an engine needs to know; plain values, so that it travels."""
+    """Settings of an engine; plain values, so that they can be sent to other processes."""
 
     model: str
     """Folder of the base model."""
     settings: ModelConfig
     """How to load it."""
     rule: SamplingRule
-    """How tokens are drawn, and which of them end a response."""
+    """Sampling rule, stop tokens included."""
     stop_conditions: StopConditions
-    """What else ends it."""
+    """Length limits and stop strings."""
 
 
 @dataclass
 class _Row:
-    """A response in the making."""
+    """A response being sampled."""
 
     limit: int
     tokens: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
 
     def sampled(self, logprobs_T: Tensor) -> Sampled:
-        """What has become of it; the log-probs go on behind its end."""
+        """Return the finished response; ``logprobs_T`` may be longer than it."""
         assert self.reason is not None
         return Sampled(
             token_ids=np.asarray(self.tokens, dtype=np.int64),
@@ -64,30 +64,29 @@ class TransformersEngine:
 
     def __init__(self, settings: TransformersSettings) -> None:
         self._settings = settings
-        self._slot: Any = None
+        self._slot: AdapterSlot  # set by start, deleted by stop
 
     async def start(self) -> None:
         """Load the base and its tokenizer."""
-        self._tokenizer: Any = load_tokenizer(self._settings.model)
-        model = load_causal_lm(self._settings.model, self._settings.settings)
-        self._slot = AdapterSlot(model)
+        self._tokenizer = load_tokenizer(self._settings.model)
+        self._slot = AdapterSlot(load_causal_lm(self._settings.model, self._settings.settings))
         await self.wake()
 
     async def wake(self) -> None:
-        """Take the GPU, where there is one."""
-        if torch.cuda.is_available():
-            self._slot.model.cuda()
+        """Move the model to the GPU, if there is one."""
+        on_gpu(self._slot.model)
 
     async def sleep(self) -> None:
-        """Wait in main memory."""
+        """Move the model to main memory."""
         if torch.cuda.is_available():
             self._slot.model.cpu()
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # other processes cannot use what PyTorch keeps cached
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
-        """Put the adapter into the model; read it back from there."""
+        """Put the adapter into the model; report what is read back from the model."""
         started = time.perf_counter()
         self._slot.put(update.peft_config, tensors_from_bytes(update.data))
+        assert isinstance(self._slot.model, PeftModel)
         held = adapter_state(self._slot.model)
         return ServedAdapter(
             version=update.version,
@@ -100,7 +99,9 @@ class TransformersEngine:
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
         """Sample one response per request, all in one batch."""
         if self._slot.is_empty:
-            raise WeightSyncError("The engine was asked to sample before it was given an adapter")
+            raise WeightSyncError(
+                "The engine must serve an adapter before it samples; call serve first"
+            )
         limits = [self._settings.stop_conditions.limit(request.seed) for request in requests]
         uniforms_BT = torch.stack([_uniforms(request.seed, max(limits)) for request in requests])
         return self._decode(requests, limits, uniforms_BT)
@@ -139,8 +140,8 @@ class TransformersEngine:
             for row, logprobs_T in zip(rows, torch.stack(logprobs, dim=1).cpu(), strict=True)
         ]
 
-    def _extend(self, rows: Sequence["_Row"], tokens: Sequence[int]) -> bool:
-        """Put the next token behind every response that has not ended; whether all have now."""
+    def _extend(self, rows: Sequence[_Row], tokens: Sequence[int]) -> bool:
+        """Append the next token to each unfinished response; return whether all are finished."""
         rule, stop_conditions = self._settings.rule, self._settings.stop_conditions
         for row, token in zip(rows, tokens, strict=True):
             if row.reason is None:
@@ -149,20 +150,20 @@ class TransformersEngine:
         return all(row.reason is not None for row in rows)
 
     def _spell(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     async def stop(self) -> None:
-        """Drop the model."""
-        self._slot = None
+        """Free the model."""
+        vars(self).pop("_slot", None)  # it may be called before start, and twice
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
-    """[T] uniform numbers of one sample: its own generator, so that batching changes nothing."""
+    """Draw [T] uniform numbers from the sample's own generator, so batching changes nothing."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _inverse_cdf(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Tokens at which the cumulated probability passes the uniform numbers."""
+    """Return the tokens at which the cumulative probability passes the uniform numbers."""
     cumulated_BV = logprobs_BV.double().exp().cumsum(-1)
     targets_B1 = uniforms_B[:, None] * cumulated_BV[:, -1:]
     return torch.searchsorted(cumulated_BV, targets_B1, right=True)[:, 0].clamp(

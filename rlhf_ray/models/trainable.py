@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_ray.config.model import ModelConfig
@@ -26,13 +25,13 @@ _PEFT_NAMES = ("base_layer", "modules_to_save", "original_module", "lora_")
 """How the submodules begin that PEFT adds to a module that it wraps."""
 
 
-def train_only(model: PreTrainedModel, prefixes: Sequence[str], key: str) -> None:
+def train_only(model: Model, prefixes: Sequence[str], key: str) -> None:
     """Freeze every module whose name begins with none of the prefixes, in place.
 
     Weights that two modules share are trained if either module is.
 
     Args:
-        model: not wrapped by PEFT.
+        model: the model, usually without an adapter.
         prefixes: names of modules, such as ``transformer.h.11`` (which is not ``transformer.h.1``).
         key: config key that the prefixes come from, for the message.
 

@@ -1,4 +1,4 @@
-"""From the raw scores of several sources to one score a response: pure, over the whole batch.
+"""Combine the raw scores of several sources into one score per response; pure functions.
 
     part = weight x clip((raw - baseline) / deviation);  score = sum of the parts of a response
 
@@ -23,27 +23,27 @@ SMALLEST_SPREAD = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """A batch's scores."""
+    """Combined scores of a batch."""
 
     scores: tuple[float, ...]
-    """[N] what is learnt from."""
+    """[N] scores to learn from."""
     moments: Mapping[str, Moments]
-    """Of all raw scores so far, this batch's included, of each source that is scaled by them."""
+    """By source with ``scale: running``: moments of all raw scores so far, this batch included."""
 
 
 def combine(
     sources: Sequence[SourceConfig], raw: RawScores, moments: Mapping[str, Moments]
 ) -> Combined:
-    """The score of each response of a batch.
+    """Compute the score of each response of a batch.
 
-    A source without a score for a response adds nothing there, and the weights of the others stay
-    as they are. A response that no source scored gets the mean of the others: it is learnt as
-    neither good nor bad.
+    A source without a score for a response adds nothing, and the other sources keep their weights.
+    A response that no source scored gets the mean of the scored ones, so it is learnt as neither
+    good nor bad.
 
     Args:
-        sources: what is done with each source's scores.
+        sources: how each source's scores are scaled and weighted.
         raw: [N] raw scores of every source, in order of position.
-        moments: of the batches before, by source; none yet: an empty mapping.
+        moments: of earlier batches, by source; empty at the start.
 
     Raises:
         DivergenceError: no source scored any response.
@@ -58,15 +58,15 @@ def combine(
     scored = [value for value in sums if value is not None]
     if not scored:
         raise DivergenceError(
-            f"None of the {len(sums)} responses has a score: {', '.join(raw)} had none to give. "
-            "Look at what the sources answer; the last commit is whole"
+            f"None of the {len(sums)} responses has a score from {', '.join(raw)}. "
+            "Check what the sources answer; the run resumes at its last commit"
         )
     neutral = fmean(scored)
     return Combined(tuple(neutral if value is None else value for value in sums), updated)
 
 
 def raw_sums(sources: Sequence[SourceConfig], raw: RawScores) -> list[float | None]:
-    """[N] weighted sum of the raw scores of each response; None where no source has one."""
+    """Return [N] weighted sums of each response's raw scores; None where no source has one."""
     return _sums(
         [[_times(source.weight, score) for score in raw[source.name]] for source in sources]
     )
@@ -75,7 +75,7 @@ def raw_sums(sources: Sequence[SourceConfig], raw: RawScores) -> list[float | No
 def _parts(
     source: SourceConfig, raw: Sequence[float | None], moments: Moments | None
 ) -> list[float | None]:
-    """[N] what a source adds to each response's score."""
+    """Return [N] parts that a source adds to each response's score."""
     deviation = _deviation(moments) if moments else 1.0
     limit = source.clip if source.clip is not None else float("inf")
 
@@ -92,7 +92,7 @@ def _moments_of(raw: Sequence[float | None]) -> Moments:
 
 
 def _deviation(moments: Moments) -> float:
-    """Deviation to divide by; 1 while all scores are equal."""
+    """Return the deviation to divide by; 1 while all scores are equal."""
     deviation = moments.std()
     return deviation if deviation > SMALLEST_SPREAD * abs(moments.mean) else 1.0
 
@@ -102,6 +102,6 @@ def _times(weight: float, score: float | None) -> float | None:
 
 
 def _sums(parts: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """Sum over sources of what each has to say of a response; None where none has."""
+    """Sum each response's parts over the sources; None where no source has one."""
     columns = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
     return [fsum(column) if column else None for column in columns]

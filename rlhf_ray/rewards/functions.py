@@ -1,39 +1,38 @@
-"""Python functions of the user's own, with the signatures of three systems."""
+"""User functions as reward sources, with the signatures of TRL, verl or OpenRLHF."""
 
 import inspect
 import traceback
 from collections.abc import Sequence
-from typing import Any, SupportsFloat
+from typing import SupportsFloat
 
 from rlhf_ray.config.rewards import FunctionSourceConfig
 from rlhf_ray.errors import DataError, RlhfError
 from rlhf_ray.plugins import load_function
-from rlhf_ray.rewards.source import Blocking, messages_of
-from rlhf_ray.rewards.together import together
+from rlhf_ray.rewards.source import Blocking, messages_of, together
 from rlhf_ray.types import Rollout
 
 NOT_COLUMNS = {"messages", "prompt", "prompts", "completion", "completions", "completion_ids"}
-"""Names that TRL's signature has for something else than a column."""
+"""Names that TRL's signature uses for arguments other than columns."""
 
 
 class FunctionSource:
-    """Rates by calling a function: in a thread of its own, its awaitable in the event loop."""
+    """Scores by calling a function in a thread of its own; it may be async."""
 
     def __init__(self, config: FunctionSourceConfig) -> None:
         """
         Raises:
-            ConfigError: there is no such function.
+            ConfigError: the function cannot be loaded.
         """
         self._config = config
         self._function = load_function(config.function, "rewards")
         self._blocking = Blocking()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """[N] what the function says; None where it does not apply.
+        """Return [N] scores of the function; None where it does not apply.
 
         Raises:
-            RlhfError: the function raised, or returned something else than scores.
-            DataError: it needs a column that the prompts lack.
+            RlhfError: the function raised, or did not return scores.
+            DataError: the function needs a column that the prompts lack.
         """
         signature = self._config.signature
         if signature == "verl":
@@ -50,42 +49,44 @@ class FunctionSource:
     def _described(self) -> str:
         return f"rewards: {self._config.name}: {self._config.function}"
 
-    async def _call(self, *args: Any, **named: Any) -> Any:
+    async def _call(self, *args: object, **named: object) -> object:
         try:
             result = await self._blocking(self._function, *args, **named)
             return await result if inspect.isawaitable(result) else result
-        except Exception as error:  # whatever the user's code raises: it may not even pickle
-            place = traceback.extract_tb(error.__traceback__)[-1]
+        # The user's own exception may not pickle, and so would never reach the driver.
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RlhfError(
                 f"{self._described} raised {type(error).__name__}: {error} "
-                f"({place.filename}, line {place.lineno})"
+                f"({frame.filename}, line {frame.lineno})"
             ) from None
 
-    def _trl_arguments(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        """Those of TRL's arguments that the function takes."""
-        given = trl_arguments(rollouts)
+    def _trl_arguments(self, rollouts: Sequence[Rollout]) -> dict[str, object]:
+        """Select TRL's arguments that the function takes."""
+        arguments = trl_arguments(rollouts)
         signature = inspect.signature(self._function).parameters.values()
-        taken = [parameter for parameter in signature if parameter.kind != parameter.VAR_POSITIONAL]
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
-            return given
+        accepted = [param for param in signature if param.kind != param.VAR_POSITIONAL]
+        if any(param.kind is param.VAR_KEYWORD for param in accepted):
+            return arguments
         missing = [
-            parameter.name
-            for parameter in taken
-            if parameter.default is parameter.empty and parameter.name not in given
+            param.name
+            for param in accepted
+            if param.default is param.empty and param.name not in arguments
         ]
         if missing:
             raise DataError(
                 f"{self._described} takes {', '.join(missing)}, which the prompts lack; they have "
-                f"{', '.join(given)}. Map the column in the data set's columns"
+                f"{', '.join(arguments)}. Map the column in the data set's columns"
             )
-        names = {parameter.name for parameter in taken}
-        return {name: value for name, value in given.items() if name in names}
+        names = {param.name for param in accepted}
+        return {name: value for name, value in arguments.items() if name in names}
 
 
-def trl_arguments(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """``prompts``, ``completions``, ``completion_ids``, and each column of the rows as a list.
+def trl_arguments(rollouts: Sequence[Rollout]) -> dict[str, object]:
+    """Return TRL's arguments: prompts, completions, completion_ids, and each column as a list.
 
-    A chat's prompt is its messages, and its completion a list of one message; others are text.
+    The prompt of a chat is its messages, and its completion a list of one message; otherwise both
+    are text.
     """
     fields = [rollout.prompt.fields for rollout in rollouts]
     names = dict.fromkeys(name for row in fields for name in row if name not in NOT_COLUMNS)
@@ -103,8 +104,8 @@ def _trl_completion(rollout: Rollout) -> str | list[dict[str, str]]:
     return [{"role": "assistant", "content": rollout.text}]
 
 
-def verl_arguments(rollout: Rollout) -> dict[str, Any]:
-    """verl's four arguments; the truth is ``reward_model.ground_truth`` of its data sets.
+def verl_arguments(rollout: Rollout) -> dict[str, object]:
+    """Return verl's four arguments; its datasets hold ``reward_model.ground_truth``.
 
     Raises:
         DataError: the row has neither that nor a column ``ground_truth``.
@@ -127,27 +128,28 @@ def verl_arguments(rollout: Rollout) -> dict[str, Any]:
 
 def openrlhf_arguments(
     rollouts: Sequence[Rollout], label_column: str
-) -> tuple[list[str], list[str], list[Any]]:
-    """Queries (prompt and response), prompts, labels ("" where a row has none)."""
+) -> tuple[list[str], list[str], list[object]]:
+    """Return queries (prompt and response), prompts, and labels ("" if a row has none)."""
     prompts = [rollout.prompt.text for rollout in rollouts]
     queries = [prompt + row.text for prompt, row in zip(prompts, rollouts, strict=True)]
     return queries, prompts, [row.prompt.fields.get(label_column, "") for row in rollouts]
 
 
-def as_scores(values: Any, count: int, who: str) -> list[float | None]:
-    """Numbers, however they come: a list or a tensor, bare or each in a list of its own.
+def as_scores(values: object, count: int, who: str) -> list[float | None]:
+    """Convert scores from a list or a tensor, each score bare or in a list of its own.
 
     Raises:
         RlhfError: there are not ``count`` of them, or one is no number.
     """
-    listed = values.tolist() if hasattr(values, "tolist") else values
+    to_list = getattr(values, "tolist", None)
+    listed = to_list() if callable(to_list) else values
     if not isinstance(listed, (list, tuple)) or len(listed) != count:
         size = f"{len(listed)} scores" if isinstance(listed, (list, tuple)) else repr(listed)[:100]
         raise RlhfError(f"{who} gave {size} for {count} responses; give one score a response")
     return [_as_score(value, who) for value in listed]
 
 
-def _as_score(value: Any, who: str) -> float | None:
+def _as_score(value: object, who: str) -> float | None:
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if value is not None and not isinstance(value, SupportsFloat):
@@ -155,5 +157,5 @@ def _as_score(value: Any, who: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _verl_score(answer: Any) -> Any:
+def _verl_score(answer: object) -> object:
     return answer.get("score") if isinstance(answer, dict) else answer

@@ -1,18 +1,23 @@
-"""An AI judge behind an OpenAI-compatible chat endpoint."""
+"""An AI judge behind an OpenAI-compatible chat endpoint: it rates a response or compares two."""
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-from rlhf_ray.config.rewards import ChatEndpointConfig, JudgeSourceConfig
+from rlhf_ray.config.rewards import ChatEndpointConfig, JudgeSourceConfig, PairJudgeConfig
 from rlhf_ray.errors import RlhfError
-from rlhf_ray.rewards.http import Endpoint
+from rlhf_ray.rewards.remote import Endpoint
 from rlhf_ray.rewards.source import column_of, messages_of
 from rlhf_ray.types import Prompt, Rollout
 
+Side = Literal["a", "b"]
+Verdict = Literal["a", "b", "order", "unread"]
+"""The better answer; order: the verdict follows the position; unread: no A or B was found."""
+
 
 class Chat:
-    """Asks a model many questions at a time."""
+    """A chat endpoint that is asked many questions at once."""
 
     def __init__(self, name: str, config: ChatEndpointConfig) -> None:
         """Args: who asks, for messages; the endpoint and its model."""
@@ -21,7 +26,7 @@ class Chat:
         self._endpoint = Endpoint(name, f"{config.url.rstrip('/')}/chat/completions", config)
 
     async def answers(self, questions: Sequence[str]) -> list[str]:
-        """The model's answer to each question, empty where it gave none.
+        """Return the model's answer to each question, empty if it gave none.
 
         Raises:
             RlhfError: the endpoint refused, stayed down, or speaks another protocol.
@@ -29,7 +34,7 @@ class Chat:
         bodies = [self._body(question) for question in questions]
         return [self._content(answer) for answer in await self._endpoint.post_all(bodies)]
 
-    def _body(self, question: str) -> dict[str, Any]:
+    def _body(self, question: str) -> dict[str, object]:
         config = self._config
         system = [{"role": "system", "content": config.system}] if config.system else []
         limits = {"temperature": config.temperature, "max_tokens": config.max_tokens}
@@ -40,25 +45,25 @@ class Chat:
             **{name: value for name, value in limits.items() if value is not None},
         }
 
-    def _content(self, answer: Any) -> str:
-        try:
-            return answer["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError):
-            raise RlhfError(
-                f"{self._name}: {self._config.url} did not answer with a chat completion but "
-                f"{str(answer)[:200]}; name the base URL of an OpenAI-compatible endpoint"
-            ) from None
+    def _content(self, answer: object) -> str:
+        match answer:
+            case {"choices": [{"message": {"content": str() | None as content}}, *_]}:
+                return content or ""
+        raise RlhfError(
+            f"{self._name}: {self._config.url} did not answer with a chat completion but "
+            f"{str(answer)[:200]}; name the base URL of an OpenAI-compatible endpoint"
+        )
 
 
 class JudgeSource:
-    """Rates by the number that the judge names."""
+    """Scores by the number that the judge names."""
 
     def __init__(self, config: JudgeSourceConfig) -> None:
         self._config = config
         self._chat = Chat(f"rewards: {config.name}", config)
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """[N] the judge's numbers; None for an answer without one, where the config says so.
+        """Return [N] numbers; None for an answer without one if ``on_bad_answer`` is skip.
 
         Raises:
             RlhfError: the judge stayed down, or gave no number where that is an error.
@@ -95,21 +100,85 @@ class JudgeSource:
         return config.bad_answer_score
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to a prompt."""
+
+    prompt: Prompt
+    """Text and columns; its tokens are not read."""
+    a: str
+    """One answer."""
+    b: str
+    """The other."""
+
+
+class PairJudge:
+    """Says which of two answers is better."""
+
+    def __init__(self, name: str, config: PairJudgeConfig) -> None:
+        """Args: who asks, for messages; the judge."""
+        self._name = name
+        self._config = config
+        self._chat = Chat(name, config)
+
+    async def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """A verdict a pair, in order.
+
+        Raises:
+            RlhfError: the judge stayed down, or gave no verdict where that is an error.
+        """
+        questions = [self._question(pair, pair.a, pair.b) for pair in pairs]
+        if self._config.both_orders:
+            questions += [self._question(pair, pair.b, pair.a) for pair in pairs]
+        answers = await self._chat.answers(questions)
+        read: list[Side | None] = [self._read(answer) for answer in answers]
+        if not self._config.both_orders:
+            return [verdict or "unread" for verdict in read]
+        straight, swapped = read[: len(pairs)], read[len(pairs) :]
+        return [_agreed(*both) for both in zip(straight, swapped, strict=True)]
+
+    def _question(self, pair: Pair, a: str, b: str) -> str:
+        values = {"prompt": conversation(pair.prompt), "a": a, "b": b}
+        return fill(self._config.template, values, pair.prompt, self._name)
+
+    def _read(self, answer: str) -> Side | None:
+        letter = (last_match(self._config.pattern, answer) or "").lower()
+        if letter == "a":
+            return "a"
+        if letter == "b":
+            return "b"
+        if self._config.on_bad_answer == "error":
+            raise RlhfError(
+                f"{self._name} gave no A or B that pattern {self._config.pattern!r} finds: "
+                f"{answer[-200:]!r}. Change template or pattern, or set on_bad_answer to skip"
+            )
+        return None
+
+
+def _agreed(straight: Side | None, swapped: Side | None) -> Verdict:
+    """Combine two verdicts; the second was given with the answers in the other order."""
+    if straight is None or swapped is None:
+        return "unread"
+    return straight if straight != swapped else "order"
+
+
 def conversation(prompt: Prompt) -> str:
-    """What the judge reads of a prompt: its text, or the turns of a chat."""
+    """Return a prompt for the judge: its text, or the messages of a chat."""
     messages = messages_of(prompt)
     if messages is None:
         return prompt.text
     if len(messages) == 1:
         return messages[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def fill(template: str, values: Mapping[str, str], prompt: Prompt, source: str) -> str:
-    """The template with each ``{name}`` replaced once, from ``values`` or the prompt's columns.
+    """Replace each ``{name}`` of a template from ``values`` or the prompt's columns.
+
+    One pass: braces in a response must not be filled in again, as str.format would not allow them.
 
     Raises:
-        DataError: a name that is neither.
+        DataError: a name is in neither.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -120,6 +189,6 @@ def fill(template: str, values: Mapping[str, str], prompt: Prompt, source: str) 
 
 
 def last_match(pattern: str, answer: str) -> str | None:
-    """What the pattern's group holds in its last match: a judge reasons first, then decides."""
+    """Return the pattern's group in its last match: a judge reasons first, then decides."""
     matches = re.findall(pattern, answer)
     return matches[-1] if matches else None

@@ -1,4 +1,4 @@
-"""ROUGE: how much a text shares with a reference (Lin 2004, aclanthology.org/W04-1013).
+"""ROUGE: the overlap of a text with a reference (Lin 2004, aclanthology.org/W04-1013).
 
 Words are runs of letters and digits of any script, in lower case; there is no stemming.
 """
@@ -14,7 +14,7 @@ from rlhf_ray.types import Rollout
 
 
 def words(text: str) -> list[str]:
-    """The words of a text.
+    """Split a text into words.
 
     Example:
         >>> words("It's 3 o'clock")
@@ -24,18 +24,18 @@ def words(text: str) -> list[str]:
 
 
 def rouge_n(candidate: Sequence[str], reference: Sequence[str], n: int) -> float:
-    """F1 of the n-grams that both have, each counted as often as in the one with fewer."""
+    """Return the F1 of shared n-grams, each counted as often as in the text with fewer."""
     ours, theirs = _ngrams(candidate, n), _ngrams(reference, n)
     return _f1((ours & theirs).total(), ours.total(), theirs.total())
 
 
 def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of words."""
+    """Return the F1 of the longest common subsequence of words."""
     return _f1(_longest_common(candidate, reference), len(candidate), len(reference))
 
 
 def rouge(variant: str, candidate: str, reference: str) -> float:
-    """F1 in [0, 1] of rouge1, rouge2 or rougeL; 0 where one text has no words."""
+    """Return the F1 in [0, 1] of rouge1, rouge2 or rougeL; 0 if one text has no words."""
     ours, theirs = words(candidate), words(reference)
     if variant == "rougeL":
         return rouge_l(ours, theirs)
@@ -43,23 +43,23 @@ def rouge(variant: str, candidate: str, reference: str) -> float:
 
 
 class RougeSource:
-    """Rates by overlap with the reference text of each prompt's row; of several the best counts."""
+    """Scores by overlap with the reference text in each prompt's row (the best of several)."""
 
     def __init__(self, config: RougeSourceConfig) -> None:
         self._config = config
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """[N] F1.
+        """Return [N] F1 scores.
 
         Raises:
-            DataError: a row lacks the column, or has no text in it.
+            DataError: a row lacks the column, or the column is empty.
         """
         return [self._score(rollout) for rollout in rollouts]
 
     def _score(self, rollout: Rollout) -> float:
         config = self._config
-        given = column_of(rollout.prompt, config.column, config.name)
-        references = given if isinstance(given, (list, tuple)) else [given]
+        value = column_of(rollout.prompt, config.column, config.name)
+        references = value if isinstance(value, (list, tuple)) else [value]
         if not references:
             raise DataError(
                 f"rewards: {config.name} reads the column {config.column!r}, which is an empty "
@@ -74,17 +74,17 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, in memory of one row."""
+    """Return the length of the longest common subsequence, with memory for one row alone."""
     lengths = [0] * (len(b) + 1)
     for left in a:
         diagonal = 0
-        for place, right in enumerate(b, 1):
-            above = lengths[place]
-            lengths[place] = diagonal + 1 if left == right else max(above, lengths[place - 1])
+        for column, right in enumerate(b, 1):
+            above = lengths[column]
+            lengths[column] = diagonal + 1 if left == right else max(above, lengths[column - 1])
             diagonal = above
     return lengths[-1]
 
 
 def _f1(shared: int, ours: int, theirs: int) -> float:
-    """Harmonic mean of shared / ours and shared / theirs."""
+    """Return the harmonic mean of shared / ours and shared / theirs."""
     return 2 * shared / (ours + theirs) if shared else 0.0

@@ -350,7 +350,7 @@ async def test_a_dead_engine_is_a_failure_of_its_actor(running: Setup) -> None:
         engine.kill()
     with pytest.raises(ActorFailure, match="engine process died while sampling"):
         await running.sample(version=0)
-    with pytest.raises(ActorFailure, match="engine process died while taking an adapter"):
+    with pytest.raises(ActorFailure, match="engine process died while loading an adapter"):
         await running.generator.publish(await running.policy.zero_adapter(1))
     for file in held:  # of an engine that died outside of a run: nobody sweeps them
         file.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Locks that a killed process left on the folders where DeepSpeed's operations are compiled.
+"""Remove locks that killed processes left on the build folders of DeepSpeed's operations.
 
-PyTorch waits for such a lock for ever. Its owner keeps the file open, so one that nobody on this
-machine has open is left over, or belongs to another node that shares the folder; what compiles
-for longer than `LONGEST_BUILD_S` is taken to be dead.
+PyTorch waits for such a lock forever. A lock's owner keeps the file open, so a lock that no process
+of this machine has open is orphaned, or belongs to another node that shares the folder. One older
+than `LONGEST_BUILD_S` is taken as orphaned.
 """
 
 import os
@@ -19,11 +19,11 @@ POLL_S = 0.5
 
 
 def wait_for_builds(root: Path | None = None, longest_s: float = LONGEST_BUILD_S) -> None:
-    """Return when no lock is left that nobody here holds; remove those that are too old.
+    """Wait until no lock without an owner here is left; remove locks that are too old.
 
     Args:
-        root: of the compiled operations; None: PyTorch's.
-        longest_s: age at which a lock without an owner is left over, seconds.
+        root: folder of the compiled operations; None: PyTorch's.
+        longest_s: age above which a lock without an owner is orphaned, seconds.
     """
     folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
@@ -35,7 +35,7 @@ def wait_for_builds(root: Path | None = None, longest_s: float = LONGEST_BUILD_S
 
 
 def _age_s(path: Path) -> float | None:
-    """None: it is gone."""
+    """Return the age of a file in seconds, or None if it is gone."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def _is_open(path: Path) -> bool:
 
 
 def _open_files() -> Iterator[set[str]]:
-    """Of each process that this user may look at."""
+    """Yield the open files of each process that this user may inspect."""
     for process in psutil.process_iter():
         try:
             yield {file.path for file in process.open_files()}

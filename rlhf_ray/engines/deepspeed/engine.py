@@ -12,30 +12,29 @@ import torch
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  (public; not in __all__)
 
-from rlhf_ray.engines.adam_state import MOMENTS, adam_state, load_adam_state
 from rlhf_ray.engines.deepspeed.build_locks import wait_for_builds
-from rlhf_ray.engines.frozen_weights import move_frozen
+from rlhf_ray.engines.torch_engine import MOMENTS, adam_state, load_adam_state, move_frozen
 
 
 def join_group(
     rank: int, world_size: int, address: str, port: int, timeout_s: float
 ) -> torch.device:
-    """Join the process group of this learner group; returns the device of this rank.
+    """Join the process group of this learner group; return the device of this rank.
 
-    Must come before anything else of DeepSpeed, which reads these variables when imported.
+    Call it before anything else imports DeepSpeed, which reads these variables at import.
 
     Args:
         rank: of this process.
         world_size: number of ranks.
-        address: where the group meets, on rank 0's node; nothing listens on any other.
-        port: there.
-        timeout_s: of every operation of the group.
+        address: address of rank 0's node; the group's store listens on it alone.
+        port: port of the store.
+        timeout_s: deadline of every operation of the group, seconds.
     """
     cuda = torch.cuda.is_available()
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
-        LOCAL_RANK="0",
+        LOCAL_RANK="0",  # Ray shows each actor its own GPU alone
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
@@ -55,7 +54,8 @@ def join_group(
     import deepspeed
 
     wait_for_builds()
-    # It takes the group that there is.
+    # Uses the process group from above. Without auto_mpi_discovery=False, a missing variable would
+    # make it look for mpi4py.
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if not cuda:
         _unlink_buffer(rank, address, port)
@@ -63,9 +63,10 @@ def join_group(
 
 
 def _unlink_buffer(rank: int, address: str, port: int) -> None:
-    """Take away the name of the buffer in which ranks of one machine reduce, 69 MB of memory.
+    """Remove the name of the shared-memory buffer in which ranks of one machine reduce (69 MB).
 
-    Once all ranks have opened it, none needs the name, and DeepSpeed leaves it behind.
+    DeepSpeed never removes it, so each learner would leak it. Once all ranks have opened the
+    buffer, none needs the name.
     """
     torch.distributed.barrier()
     buffer = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
@@ -75,7 +76,7 @@ def _unlink_buffer(rank: int, address: str, port: int) -> None:
 def _meeting_point(
     rank: int, world_size: int, address: str, port: int, timeout: timedelta
 ) -> TCPStore:
-    """The group's store. PyTorch's own would listen on every interface of rank 0's node."""
+    """Return the group's store; PyTorch's own would listen on every interface of rank 0's node."""
     listener = None
     if rank == 0:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -96,14 +97,14 @@ class DeepSpeedEngine:
         max_grad_norm: float,
         zero_stage: int,
         dtype: str,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
     ) -> None:
         import deepspeed
 
         self._zero_stage = zero_stage
         trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=learning_rate, eps=epsilon, weight_decay=0.0)
-        initialize: Any = deepspeed.initialize  # annotated too narrowly there
+        initialize: Any = deepspeed.initialize  # its annotations are too narrow
         self._engine, self._optimizer, *_ = initialize(
             model=module,
             model_parameters=trainable,
@@ -119,12 +120,12 @@ class DeepSpeedEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong."""
+        """The device that inputs must be on."""
         return self._engine.device
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """Within, trainable parameters are whole and may be read and written; all ranks call."""
+        """Gather trainable parameters while they are read or written; all ranks must enter."""
         if self._zero_stage < 3:
             yield
             return
@@ -134,44 +135,47 @@ class DeepSpeedEngine:
             yield
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate gradients; DeepSpeed averages them over the ranks."""
+        """Accumulate gradients; DeepSpeed averages them over the ranks in every call."""
         self._engine.backward(loss)
 
     def step(self) -> float:
-        """Clip, step, clear; returns the gradient norm before clipping."""
+        """Clip, step and clear the gradients; return their norm before clipping."""
         self._engine.step()
         self._num_steps += 1
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
     def discard(self) -> None:
-        """Drop the gradients: DeepSpeed frees them in a step alone, so take one and undo it."""
+        """Drop the gradients. DeepSpeed frees them only in a step, so take one and undo it."""
         state = self.export_state()
         self.step()
         self.import_state(state)
 
     def sleep(self) -> None:
-        """Frozen weights wait in main memory."""
+        """Move the frozen weights to main memory."""
         move_frozen(self.module, torch.device("cpu"))
 
     def wake(self) -> None:
-        """Frozen weights return."""
+        """Move the frozen weights back."""
         move_frozen(self.module, self.device)
 
     def sum_over_ranks(self, value: float) -> float:
-        """The sum over the group, in float64."""
+        """Return the sum over the group, in float64."""
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return float(total)
 
     def export_state(self) -> dict[str, torch.Tensor]:
-        """fp32 weights and moments under parameter names, the same at any number of ranks."""
+        """Return fp32 weights and moments by parameter name, the same at any number of ranks.
+
+        DeepSpeed's own ZeRO checkpoints do not load at another number of ranks.
+        """
         return adam_state(
             self._trainable, weight=self._weight, moment=self._moment, num_steps=self._num_steps
         )
 
     def import_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what export_state gave, at whatever number of ranks it was given."""
+        """Restore a state from `export_state`, of any number of ranks."""
         if int(state["num_steps"]) and not self._num_steps:
             self._make_moments()
         load_adam_state(
@@ -183,10 +187,11 @@ class DeepSpeedEngine:
                 entry["step"] = torch.tensor(float(self._num_steps))
             for key in MOMENTS if not self._num_steps else ():
                 if key in entry:
-                    entry[key].zero_()  # the state of a beginning has none to replace them
+                    # A state from before the first step has no moments to overwrite these.
+                    entry[key].zero_()
 
     def _make_moments(self) -> None:
-        """Adam makes its moments in its first step: take one that moves nothing."""
+        """Take a step that moves nothing: Adam allocates its moments in its first step."""
         rates = [group["lr"] for group in self._adam().param_groups]
         for group in self._adam().param_groups:
             group["lr"] = 0.0
@@ -198,7 +203,7 @@ class DeepSpeedEngine:
             group["lr"] = rate
 
     def _adam(self) -> torch.optim.Optimizer:
-        """The AdamW under DeepSpeed's wrapper."""
+        """Return the AdamW inside DeepSpeed's wrapper."""
         inner = self._optimizer.optimizer
         assert isinstance(inner, torch.optim.Optimizer)
         return inner
@@ -220,7 +225,7 @@ class DeepSpeedEngine:
 
         safe_set_full_fp32_param(param, value.to(self.device))
         with self.whole_parameters():
-            param.data.copy_(value)  # the copy that forwards read
+            param.data.copy_(value)  # the low-precision copy that forwards read; not set above
 
     def _set_moments(
         self, param: nn.Parameter, moments: Mapping[str, torch.Tensor], num_steps: int
@@ -232,17 +237,19 @@ class DeepSpeedEngine:
 
 
 def _deepspeed_config(
-    zero_stage: int, dtype: str, max_grad_norm: float, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+    zero_stage: int, dtype: str, max_grad_norm: float, settings: Mapping[str, object]
+) -> dict[str, object]:
     further = dict(settings)
-    zero = {"stage": zero_stage, **further.pop("zero", {})}
+    zero = further.pop("zero", {})
+    assert isinstance(zero, dict)
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # The caller owns the step boundary: micro-batches hold unequal numbers of tokens.
         "managed_gradient_accumulation": False,
         "gradient_clipping": max_grad_norm,
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": zero_stage, **zero},
+        # DeepSpeed refuses torch's AdamW otherwise; its own FusedAdam has to be compiled.
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},

@@ -1,4 +1,8 @@
-"""vLLM as the rollout engine: AsyncLLM in its own process, one adapter served at a time."""
+"""vLLM as the rollout engine: AsyncLLM in its own process, one adapter served at a time.
+
+Every method must run in one event loop: AsyncLLM binds itself to the loop it is made in, and a call
+from another one (an actor's second concurrency group) hangs.
+"""
 
 import asyncio
 import itertools
@@ -31,36 +35,36 @@ _EXTENSION = "rlhf_ray.engines.vllm.worker_extension.AdapterExtension"
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """What an engine needs to know; plain values, so that it travels."""
+    """Settings of an engine; plain values, so that they can be sent to other processes."""
 
     model: str
     """Folder of the base model."""
     dtype: str
     """Data type of the engine's weights."""
     serving: Literal["adapter", "merged"]
-    """How the adapter is applied (see the docs: merging is exact in float32 only)."""
+    """How the adapter is applied; merging in bf16 would round small updates away."""
     lora_rank: int
-    """Rank of the adapters to come."""
+    """Largest rank of the adapters that will be served."""
     max_model_len: int
     """Longest sequence, tokens."""
     rule: SamplingRule
-    """How tokens are drawn, and which of them end a response."""
+    """Sampling rule, stop tokens included."""
     stop_conditions: StopConditions
-    """What else ends it."""
+    """Length limits and stop strings."""
     tensor_parallel_size: int = 1
-    """Workers that the model is spread over, on this node."""
+    """Number of workers that share the model, on this node."""
     kv_cache_gb: float = 0.25
     """KV cache of a CPU engine, GiB."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
-    takes_turns: bool = False
-    """Whether it must be able to sleep."""
+    can_sleep: bool = False
+    """Support `sleep` and `wake`, for colocation with other roles."""
     extension: str = _EXTENSION
     """Class mixed into the workers."""
     rope_parameters: dict[str, Any] | None = None
-    """Rotary parameters instead of the folder's own."""
+    """Rotary parameters that replace the folder's own."""
     engine_args: dict[str, Any] = field(default_factory=dict)
-    """Further AsyncEngineArgs."""
+    """Further AsyncEngineArgs; they override the others."""
 
 
 class VllmEngine:
@@ -75,32 +79,35 @@ class VllmEngine:
         """Start the engine's process and load the base.
 
         Raises:
-            ConfigError: it was to take turns, and vLLM cannot sleep here.
+            ConfigError: the engine must be able to sleep, and vLLM cannot on this platform.
         """
-        if self._settings.takes_turns and not current_platform.is_sleep_mode_available():
+        # On CPU vLLM accepts sleep and ignores it with a warning.
+        if self._settings.can_sleep and not current_platform.is_sleep_mode_available():
             raise ConfigError(
                 "placement.turns needs an engine that can sleep, and vLLM cannot on "
                 f"{current_platform.device_type}; leave it out, or set rollout.engine=transformers"
             )
         self._engine = AsyncLLM.from_engine_args(self._engine_args())
-        # The eos ids of the model's folder: with min_tokens, vLLM would keep them from being drawn
-        # as well, where learner and reference know of our stop tokens alone.
+        # With min_tokens, vLLM would also mask the eos ids of the model's folder until then, but
+        # learner and reference mask our stop tokens alone: log-probs would differ.
         self._engine.input_processor.generation_config_fields = {}
         per_worker = await self._engine.collective_rpc("servable_modules")
         self._servable = set.intersection(*map(set, per_worker))
 
     def _engine_args(self) -> AsyncEngineArgs:
         settings = self._settings
-        args: dict[str, Any] = {
+        args: dict[str, Any] = {  # vLLM's own argument types differ per field
             "model": settings.model,
             "dtype": settings.dtype,
             "max_model_len": settings.max_model_len,
+            # The default, raw_logprobs, is before temperature, top-k and top-p.
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": settings.extension,
+            # The rule alone decides how to sample, without defaults from the folder.
             "generation_config": "vllm",
             "trust_remote_code": settings.trust_remote_code,
             "disable_log_stats": True,
-            "enable_sleep_mode": settings.takes_turns,
+            "enable_sleep_mode": settings.can_sleep,
         }
         if settings.serving == "adapter":
             args |= {
@@ -111,14 +118,16 @@ class VllmEngine:
         if settings.tensor_parallel_size > 1:
             args |= {
                 "tensor_parallel_size": settings.tensor_parallel_size,
-                # Processes of this actor, on its GPUs; with Ray, vLLM would ask for others.
+                # Subprocesses of this actor share its GPUs. The ray backend, vLLM's default inside
+                # a placement group, would request further ones.
                 "distributed_executor_backend": "mp",
             }
         if current_platform.is_cpu():
             args |= {
                 "enforce_eager": True,
-                # A prompt cut in two rewinds the request's generator, which a CPU one cannot.
+                # A chunked prompt rewinds the request's random generator, which fails on CPU.
                 "enable_chunked_prefill": False,
+                # Otherwise vLLM reserves 92% of the machine's memory.
                 "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
             }
         args |= settings.engine_args
@@ -128,7 +137,7 @@ class VllmEngine:
         return AsyncEngineArgs(**args)
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
-        """Sample all requests together; order of results is that of the requests."""
+        """Sample all requests together; results come in the order of the requests."""
         with _death_is_a_failure("sampling"):
             return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
 
@@ -141,8 +150,8 @@ class VllmEngine:
             min_tokens=rule.min_tokens,
             max_tokens=stop_conditions.limit(request.seed),
             seed=request.seed,
-            logprobs=0,
-            ignore_eos=True,  # what ends a response is in the rule, and nothing else does
+            logprobs=0,  # of the sampled token alone
+            ignore_eos=True,  # the rule's stop tokens alone end a response
             stop_token_ids=list(rule.stop_token_ids),
             stop=list(stop_conditions.strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -173,22 +182,26 @@ class VllmEngine:
         if self._settings.serving == "merged":
             return None
         if self._adapter_name is None:
-            raise WeightSyncError("The engine was asked to sample before it was given an adapter")
-        # vLLM's prefix cache tells adapters apart by this name alone.
+            raise WeightSyncError(
+                "The engine must serve an adapter before it samples; call serve first"
+            )
+        # vLLM's prefix cache distinguishes adapters by name and path alone: with an old name, a
+        # request would read key-value blocks of the old weights.
         return LoRARequest(self._adapter_name, ADAPTER_ID, self._adapter_name)
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
-        """Pause, apply, read back, clear caches, go on.
+        """Pause, apply the adapter, read it back, clear the caches, resume.
 
         Raises:
-            ConfigError: the adapter is on modules that this engine cannot serve.
+            ConfigError: the adapter targets modules that this engine cannot serve.
         """
         refuse_unservable(update.peft_config["target_modules"], self._servable)
-        with _death_is_a_failure("taking an adapter"):
+        with _death_is_a_failure("loading an adapter"):
             return await self._serve(update)
 
     async def _serve(self, update: AdapterUpdate) -> ServedAdapter:
         started = time.perf_counter()
+        # With a request in flight, reset_prefix_cache returns False and leaves stale blocks.
         await self._engine.pause_generation(mode="wait", clear_cache=True)
         try:
             reports = await self._engine.collective_rpc(
@@ -209,26 +222,26 @@ class VllmEngine:
         )
 
     async def sleep(self) -> None:
-        """Weights to main memory; the caches are dropped."""
-        with _death_is_a_failure("falling asleep"):
+        """Offload the weights to main memory and drop the caches."""
+        with _death_is_a_failure("going to sleep"):
             await self._engine.sleep(level=1)
 
     async def wake(self) -> None:
-        """Weights back; the caches are empty."""
-        with _death_is_a_failure("waking"):
+        """Load the weights back; the caches are empty."""
+        with _death_is_a_failure("waking up"):
             await self._engine.wake_up()
 
     async def stop(self) -> None:
-        """End the engine's process."""
+        """Stop the engine's process."""
         self._engine.shutdown()
 
 
 @contextmanager
 def _death_is_a_failure(doing: str) -> Iterator[None]:
-    """The engine lives in a process of its own, which may die while its actor lives on."""
+    """Report the death of the engine's own process, which its actor survives, as ActorFailure."""
     try:
         yield
     except EngineDeadError as error:
         raise ActorFailure(
-            f"vLLM's engine process died while {doing}; its last words are in the generator's log"
+            f"vLLM's engine process died while {doing}; see the end of the generator's log"
         ) from error

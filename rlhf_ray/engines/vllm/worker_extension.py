@@ -1,13 +1,14 @@
-"""What runs inside vLLM's workers to serve an adapter and to read back what is served.
+"""Serve an adapter inside vLLM's workers, and read back what is served.
 
 The generator names this class as ``worker_extension_cls``; its methods are called through
-``collective_rpc`` with plain bytes and strings. Nothing here trusts what was received: what is
-reported is read from the layers that the model computes with.
+``collective_rpc`` with plain bytes and strings, since vLLM's RPC does not decode tensors in untyped
+arguments. Reports are never copied from the input: they are read from the layers that the model
+computes with. vLLM has no public in-memory LoRA API, so this file uses its internals (0.32).
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence, Set
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -23,18 +24,28 @@ _PREFIX = "base_model.model."
 ADAPTER_ID = 1
 
 
-class AdapterExtension:
-    """Mixed into vLLM's Worker by vLLM itself."""
+class AppliedAdapter(TypedDict):
+    """What one worker's layers hold of an adapter."""
 
-    model_runner: Any
+    num_modules: int
+    """Number of modules whose tensors were found."""
+    digest: str
+    """Digest of the tensors that were found."""
+
+
+class AdapterExtension:
+    """Mixed into vLLM's Worker by vLLM; method names must not clash with the Worker's."""
+
+    model_runner: Any  # vLLM has several classes of it
     _merged_modules: Set[str] = frozenset()
-    """Modules that may differ from the base."""
+    """Modules whose weights may differ from the base."""
 
     def servable_modules(self) -> list[str]:
-        """Checkpoint names of the kinds of layer that an adapter can be applied to here.
+        """Return the checkpoint names of the layer kinds that an adapter can be applied to.
 
-        Linear layers inside the blocks: neither embeddings nor the output layer, where vLLM drops
-        part of an adapter's effect, nor fused experts, which the read-back does not know.
+        These are linear layers inside the blocks. Not embeddings and the output layer, where vLLM
+        drops part of an adapter's effect (its issue 51594), nor fused experts, which the read-back
+        does not know.
         """
         runner = self.model_runner
         packed = getattr(runner.model, "packed_modules_mapping", {})
@@ -45,16 +56,17 @@ class AdapterExtension:
         }
         return sorted({part.rpartition(".")[2] for name in names for part in _parts(name, packed)})
 
-    def serve_adapter(self, blob: bytes, peft_config: str) -> dict[str, Any]:
+    def serve_adapter(self, blob: bytes, peft_config: str) -> AppliedAdapter:
         """Serve an adapter through vLLM's LoRA layers."""
         tensors, settings = load(blob), json.loads(peft_config)
         self._activate(tensors, settings)
         return report(tensors, self._applied_in_lora_layers(tensors, _scaling(settings)))
 
-    def serve_merged(self, blob: bytes, peft_config: str) -> dict[str, Any]:
+    def serve_merged(self, blob: bytes, peft_config: str) -> AppliedAdapter:
         """Merge an adapter into the engine's copy of the base, from the frozen base each time."""
         tensors, settings = load(blob), json.loads(peft_config)
         merged = dict(self._merged_weights(tensors, _scaling(settings)))
+        # Not model.load_weights: weight loaders are gone once a CPU engine has packed its layers.
         self.model_runner.reload_weights(
             weights_iterator=iter(merged.items()), is_checkpoint_format=True
         )
@@ -67,6 +79,7 @@ class AdapterExtension:
         mapper = getattr(runner.model, "hf_to_vllm_mapper", None)
         adapter = LoRAModel.from_lora_tensors(
             ADAPTER_ID,
+            # Loading scales lora_B in place, and the read-back needs the tensors as sent.
             {name: tensor.clone() for name, tensor in tensors.items()},
             helper,
             device="cpu",
@@ -80,9 +93,9 @@ class AdapterExtension:
         manager.activate_adapter(ADAPTER_ID)
 
     def _applied_in_lora_layers(self, tensors: TensorDict, scaling: float) -> set[str]:
-        """Modules for which the active slot holds exactly the sent tensors (cast, scaled).
+        """Return the modules whose active slot holds exactly the sent tensors (cast, scaled).
 
-        With tensor parallelism a worker's layers hold parts; each worker vouches for its own.
+        With tensor parallelism a worker's layers hold shards; each worker checks its own.
         """
         manager = self.model_runner.lora_manager._adapter_manager
         if ADAPTER_ID not in manager.lora_index_to_id:
@@ -104,23 +117,25 @@ class AdapterExtension:
                     applied.add(parts[index])
         return applied
 
-    def _merged_weights(self, tensors: TensorDict, scaling: float) -> Iterator[tuple[str, Any]]:
-        """Checkpoint tensors of every layer that an adapted module is fused into.
+    def _merged_weights(
+        self, tensors: TensorDict, scaling: float
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield checkpoint tensors of every layer that an adapted module is fused into.
 
-        A fused layer (q, k and v in one) is reloaded as a whole: with a part missing, vLLM
-        computes with garbage and raises no error.
+        A fused layer (q, k and v in one) must be reloaded as a whole: with a part missing, vLLM
+        computes with garbage (log-probs 16 nats off) and raises no error.
         """
         packed = getattr(self.model_runner.model, "packed_modules_mapping", {})
         adapted = {
             sibling for module in _adapted_modules(tensors) for sibling in _siblings(module, packed)
         }
-        wanted = adapted | self._merged_modules  # what the adapter before changed goes back
+        reloaded = adapted | self._merged_modules  # the last adapter's modules return to the base
         self._merged_modules = adapted
         for path in safetensors_files(self.model_runner.model_config.model):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)
                     module = name.rpartition(".")[0]
-                    if module in wanted:
+                    if module in reloaded:
                         yield name, self._merge(name, file.get_tensor(name), tensors, scaling)
 
     def _merge(
@@ -134,10 +149,10 @@ class AdapterExtension:
         return (base.float() + scaling * (up.float() @ down.float())).to(dtype)
 
     def _applied_in_weights(self, merged: TensorDict) -> set[str]:
-        """Modules whose merged weight is exactly what the engine's layer computes with.
+        """Return the modules whose merged weight is exactly what the engine's layer computes with.
 
-        A layer's weight is read by multiplying the identity, because a CPU engine packs weights
-        into a form of its own. One product a cell, all others zero: exact in every data type.
+        The weight is read by multiplying the identity matrix, because a CPU engine packs weights
+        into its own layout. Each output is one product plus zeros: exact in every data type.
         """
         applied = set()
         model = self.model_runner.model
@@ -157,25 +172,25 @@ class AdapterExtension:
         return applied
 
 
-def report(sent: TensorDict, applied: set[str]) -> dict[str, Any]:
-    """Count and digest of the sent tensors that were found in the engine.
+def report(sent: TensorDict, applied: set[str]) -> AppliedAdapter:
+    """Count and digest the sent tensors that were found in the engine.
 
-    The digest is the sender's if and only if every module is applied.
+    The digest equals the sender's if and only if every module is applied.
     """
-    found = {key: sent[key] for module in applied for key in _names(module) if key in sent}
-    modules = sum(key.endswith("lora_A.weight") for key in found)
-    return {"num_modules": modules, "digest": digest(found)}
+    held = {key: sent[key] for module in applied for key in _names(module) if key in sent}
+    num_modules = sum(key.endswith("lora_A.weight") for key in held)
+    return {"num_modules": num_modules, "digest": digest(held)}
 
 
 def _names(module: str) -> tuple[str, str]:
-    """PEFT's names of a module's two matrices."""
+    """Return PEFT's names of a module's two matrices."""
     return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
 
 
 def _own_shards(
     layer: Any, downs: Sequence[torch.Tensor | None], ups: Sequence[torch.Tensor | None]
 ) -> Iterable[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """What this worker's layer has to hold of each of its parts' two matrices, by vLLM's rule."""
+    """Return the shards of each part's two matrices that this worker's layer must hold."""
     if getattr(layer, "tp_size", 1) > 1:
         if len(downs) > 1:
             downs, ups = layer.slice_lora_a(list(downs)), layer.slice_lora_b(list(ups))
@@ -197,7 +212,7 @@ def _adapted_modules(tensors: TensorDict) -> list[str]:
 
 
 def _parts(module: str, packed: dict[str, list[str]]) -> list[str]:
-    """Checkpoint names of the modules that one engine layer holds, in order."""
+    """Return the checkpoint names of the modules that an engine layer fuses, in order."""
     parent, _, leaf = module.rpartition(".")
     return [f"{parent}.{part}" for part in packed.get(leaf, [leaf])]
 

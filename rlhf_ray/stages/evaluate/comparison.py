@@ -13,7 +13,7 @@ from rlhf_ray.data.datasets.instructions import Instruction
 from rlhf_ray.driver.metrics import mean_score
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar
-from rlhf_ray.rewards.judge_pairs import Pair, PairJudge
+from rlhf_ray.rewards.judge import Pair, PairJudge
 from rlhf_ray.stages.evaluate.answers import SAMPLES_PER_INSTRUCTION, Answers, Sample
 from rlhf_ray.stages.evaluate.models import SFT
 from rlhf_ray.stages.evaluate.ranking import (

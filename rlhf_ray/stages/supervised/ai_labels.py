@@ -27,7 +27,7 @@ from rlhf_ray.data.reading.rows import (
 )
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
-from rlhf_ray.rewards.judge_pairs import Pair, PairJudge
+from rlhf_ray.rewards.judge import Pair, PairJudge
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.types import Prompt

@@ -3,12 +3,11 @@
 import time
 from collections.abc import Iterator
 
-from transformers import PreTrainedModel
-
 from rlhf_ray.config import Config
 from rlhf_ray.data.reading.counts import SkippedRows
 from rlhf_ray.data.reading.rows import StoredRows
 from rlhf_ray.models import loading, tiny
+from rlhf_ray.models.adapters import Model
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.language_model import (
     LanguageModelTraining,
@@ -27,7 +26,7 @@ class PretrainTraining(LanguageModelTraining):
     def all_weights(self) -> bool:
         return True
 
-    def load_model(self) -> PreTrainedModel:
+    def load_model(self) -> Model:
         return self.partly_frozen(loading.load_causal_lm(self.base, self.model_settings))
 
 

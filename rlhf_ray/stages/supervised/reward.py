@@ -16,6 +16,7 @@ from rlhf_ray.data.datasets.ratings import TargetColumn, load_ratings
 from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import loading
+from rlhf_ray.models.adapters import Model
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder, absolute
 from rlhf_ray.stages.supervised.launcher import open_training, run_training
@@ -29,7 +30,7 @@ from rlhf_ray.stages.supervised.pairs import (
     split_rows,
 )
 from rlhf_ray.stages.supervised.reward_benchmark import benchmark
-from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN, Counts, Model, Training
+from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN, Counts, Training
 
 TARGETS: dict[PointwiseLoss, TargetColumn] = {"bce": "label", "mse": "score"}
 """Loss -> the column that is learnt."""

@@ -6,6 +6,7 @@ from functools import partial
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.texts import load_documents
 from rlhf_ray.models import loading
+from rlhf_ray.models.adapters import Model
 from rlhf_ray.models.merging import merge_adapter
 from rlhf_ray.models.stop_conditions import generation_config
 from rlhf_ray.runs.folder import RunFolder
@@ -15,7 +16,6 @@ from rlhf_ray.stages.supervised.language_model import (
     train_on_texts,
 )
 from rlhf_ray.stages.supervised.launcher import open_training
-from rlhf_ray.stages.supervised.training import Model
 
 
 class SftTraining(LanguageModelTraining):

@@ -21,6 +21,7 @@ from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.tokens import pad_id
 from rlhf_ray.models import adapters, loading
+from rlhf_ray.models.adapters import Model
 from rlhf_ray.models.trainable import prepare_for_adapter, train_only
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -34,8 +35,6 @@ TOKEN_LOSS = "token_loss"
 
 HELD_OUT_METRICS = (TOKEN_LOSS, "perplexity", "accuracy", "auc", "correlation")
 """What `Training.measure` may give besides the loss of a held-out row."""
-
-Model = PreTrainedModel | PeftModel
 
 Counts = dict[str, int]
 """Rows kept, and rows dropped by reason."""
@@ -98,7 +97,7 @@ class Training(ABC):
     def measure(self, rows: np.ndarray) -> dict[str, float]:
         """Compute some of `HELD_OUT_METRICS` from the numbers of all held-out rows."""
 
-    def partly_frozen(self, model: PreTrainedModel, *also_trained: str) -> PreTrainedModel:
+    def partly_frozen(self, model: Model, *also_trained: str) -> Model:
         """Freeze what ``<stage>.unfreeze`` leaves out, but never the modules ``also_trained``."""
         prefixes = getattr(self.settings, "unfreeze", None)
         if prefixes is not None:
@@ -106,7 +105,7 @@ class Training(ABC):
         return model
 
     def with_adapter(
-        self, model: PreTrainedModel, lora: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"]
+        self, model: Model, lora: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"]
     ) -> PeftModel:
         """Freeze the model, which may be quantised, under a new LoRA adapter."""
         model = prepare_for_adapter(model, self.model_settings)
@@ -120,6 +119,7 @@ class Training(ABC):
             loading.save_adapter(model, tokenizer, self.folder / self.adapter_folder, self.base)
         else:
             model.to(getattr(torch, self.config.model.dtype))
+            assert isinstance(model, PreTrainedModel)
             loading.save_model(model, tokenizer, self.folder / "model")
 
     @functools.cached_property

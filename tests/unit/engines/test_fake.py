@@ -76,7 +76,7 @@ def test_it_checks_what_it_is_given() -> None:
     with pytest.raises(RuntimeError, match="before start"):
         asyncio.run(engine.sample(REQUESTS))
     asyncio.run(engine.start())
-    with pytest.raises(WeightSyncError, match="before it was given an adapter"):
+    with pytest.raises(WeightSyncError, match="must serve an adapter before it samples"):
         asyncio.run(engine.sample(REQUESTS))
     with pytest.raises(WeightSyncError, match="sent with digest 0000"):
         asyncio.run(engine.serve(AdapterUpdate(3, "0000", {}, UPDATE.tensors)))

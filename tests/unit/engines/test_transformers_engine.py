@@ -260,5 +260,5 @@ def test_a_zero_adapter_is_the_base(base: str) -> None:
 
 
 def test_sampling_before_an_adapter_is_refused(base: str) -> None:
-    with pytest.raises(WeightSyncError, match="before it was given an adapter"):
+    with pytest.raises(WeightSyncError, match="must serve an adapter before it samples"):
         Served(base).sample(REQUESTS)

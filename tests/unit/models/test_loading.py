@@ -198,7 +198,7 @@ def test_models_of_the_wrong_kind_are_refused(
     with pytest.raises(DataError, match=r"not a whole causal LM.*lm_head"):
         loading.load_causal_lm(str(tmp_path / "three"), settings)
     reward_folder(base, tmp_path / "reward", settings)
-    with pytest.raises(DataError, match="task_type SEQ_CLS, where CAUSAL_LM is needed"):
+    with pytest.raises(DataError, match="task_type SEQ_CLS, but CAUSAL_LM is needed"):
         loading.load_causal_lm(str(tmp_path / "reward"), settings)
 
 

@@ -84,7 +84,7 @@ def test_a_quantised_base_is_not_folded_into(tmp_path: Path) -> None:
     wrapped = loading.load_sequence_classifier(
         str(tmp_path / "reward"), ModelConfig(quantization="nf4"), quantized=True
     )
-    with pytest.raises(DataError, match=r"cannot be folded into a quantised base: merge it"):
+    with pytest.raises(DataError, match=r"into a quantised base in memory: merge it"):
         merge_into_base(wrapped)
 
 

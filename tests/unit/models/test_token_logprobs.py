@@ -215,7 +215,7 @@ def test_logits_that_are_changed_in_an_unknown_way_are_refused() -> None:
             return output
 
     model = wrapped(lambda: Sharper(LlamaConfig(**SHAPE)))
-    with pytest.raises(DataError, match=r"Sharper changes its logits behind the output layer"):
+    with pytest.raises(DataError, match=r"Sharper transforms its logits after the output layer"):
         by_chunks(model)
 
 

@@ -71,5 +71,5 @@ def test_a_response_without_any_score_gets_the_mean_of_the_others() -> None:
 
 
 def test_no_score_at_all_is_refused() -> None:
-    with pytest.raises(DivergenceError, match="None of the 2 responses has a score: a, b had none"):
+    with pytest.raises(DivergenceError, match="None of the 2 responses has a score from a, b"):
         combine([source("a"), source("b")], {"a": (None, None), "b": (None, None)}, {})

@@ -9,7 +9,7 @@ from json_server import chat_completion, serve
 
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.errors import RlhfError
-from rlhf_ray.rewards.judge_pairs import Pair, PairJudge, Verdict
+from rlhf_ray.rewards.judge import Pair, PairJudge, Verdict
 from rlhf_ray.types import Prompt
 
 PAIRS = [
