@@ -19,6 +19,10 @@ from rlhf_ray.engines.torch_engine import TorchEngine
 
 pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.timeout(300)]
 
+# Ranks are forked off a process that has imported what takes ten seconds to import.
+RANKS = multiprocessing.get_context("forkserver")
+RANKS.set_forkserver_preload(["torch", "transformers", "peft", "deepspeed"])
+
 BUFFERS, BUFFER = Path("/dev/shm"), "deepspeed_allreduce_buffer_*"
 
 
@@ -31,13 +35,12 @@ def learn(
     discarding: bool = False,
 ) -> tuple[list[float], Any]:
     """Run a group of ranks in processes; gradient norms and state of rank 0."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    queue = RANKS.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = [
-        context.Process(
+        RANKS.Process(
             target=rank_main,
             args=(rank, world_size, port, zero_stage, recompute, state, first, discarding, queue),
         )

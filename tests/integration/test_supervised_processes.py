@@ -19,7 +19,9 @@ import yaml
 from prepared_runs import config_values, write_prepared
 from safetensors.torch import load_file
 
+from rlhf_ray.config import load
 from rlhf_ray.observability.sinks import read_jsonl
+from rlhf_ray.stages.pipeline import run_single
 
 pytestmark = pytest.mark.integration
 
@@ -40,7 +42,8 @@ def command(config: Path, stage: str) -> list[str]:
 
 
 def run_stage(config: Path, stage: str) -> None:
-    subprocess.run(command(config, stage), check=True, capture_output=True, timeout=300)
+    """Run a stage to its end, here: another process would import everything again."""
+    run_single(load(config), stage)
 
 
 def free_port() -> int:
