@@ -46,7 +46,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming each wrong key, its value, what was expected, and the nearest valid key.
     """
-    values = _read_file(located(path), seen=()) if path is not None else {}
+    values = _read_file(_path(str(path)), seen=()) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
     return resolve(values)
@@ -110,7 +110,11 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     if parent is None:
         return values
     # Joined to an absolute path, that path stays as it is.
-    return _merge(_read_file(path.parent / located(str(parent)), (*seen, path)), values)
+    return _merge(_read_file(path.parent / _path(str(parent)), (*seen, path)), values)
+
+
+def _path(name: str) -> Path:
+    return located(name) if name.startswith("@") else Path(name)
 
 
 def _merge(below: Values, above: Values) -> Values:
@@ -163,15 +167,16 @@ def _interpolate(value: object, key: tuple[str, ...]) -> object:
 
 def _describe(detail: ErrorDetails) -> str:
     key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
-    hints = alias_hints(key, value, set(keys()))
     if detail["type"] == "extra_forbidden":
-        if hints:  # without the value: it may be a secret, such as a tracker's key
+        if hints := alias_hints(
+            key, value, set(keys())
+        ):  # without the value: it may be a secret, such as a tracker's key
             return f"{key}: unknown key. " + "\n    ".join(hints)
         return f"{key}: unknown key (value {value!r}). {_nearest(key)}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    if detail["type"] == "model_type" and hints:
+    if detail["type"] == "model_type" and (hints := alias_hints(key, value, set(keys()))):
         return f"{key}: {message}, got {value!r}. {hints[0]}"
     return f"{key}: {message}, got {value!r}"
 

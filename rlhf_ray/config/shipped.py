@@ -10,20 +10,17 @@ from rlhf_ray.errors import ConfigError
 _ONE_OF_THEM = "configs/quickstart.yaml"
 
 
-def located(path: str | Path) -> Path:
-    """The path itself, or that of the shipped config which ``@name`` stands for.
+def located(name: str) -> Path:
+    """Return the path of the shipped config that ``@name`` stands for.
 
     Raises:
         ConfigError: no config of that name ships.
     """
-    name = str(path).removeprefix("@")
-    if name == str(path):
-        return Path(path)
-    file = folder() / f"{name}.yaml"
+    name = name.removeprefix("@")
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5) or names()
         raise ConfigError(f"No config called @{name} ships; did you mean @{' or @'.join(near)}?")
-    return file
+    return folder() / f"{name}.yaml"
 
 
 def names() -> list[str]:
@@ -34,7 +31,7 @@ def names() -> list[str]:
 
 def copy(name: str) -> str:
     """The text of a shipped config, for a file that lies anywhere: its parent is named by ``@``."""
-    file = located(f"@{name}")
+    file = located(name)
 
     def parent(match: re.Match[str]) -> str:
         path = (file.parent / match[1].strip("\"'")).resolve().relative_to(folder().resolve())

@@ -79,6 +79,7 @@ class PpoLoop:
             config.engine_is_exact, config.rollout.max_gap or state.gap_bound
         )
         self._guards = Guards(config.guards, parts.recorder)
+        self._whitens = _whitens(config)
         self._kl = kl_controller(config.ppo)
         if state.iteration:
             self._kl.load_state_dict({"coef": state.kl_coef})
@@ -197,7 +198,7 @@ class PpoLoop:
                 *(learner.assemble(batch, self._kl.coef) for learner in learners)
             )
             moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
-            mean, std = (moments.mean, moments.std()) if _whitens(self._config) else (0.0, 1.0)
+            mean, std = (moments.mean, moments.std()) if self._whitens else (0.0, 1.0)
             reports = await asyncio.gather(*(learner.learn(mean, std) for learner in learners))
         for report in reports:
             require_all_learnt(report, num_rollouts(batch))

@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 from rlhf_ray.config import Config, dump
 from rlhf_ray.placement.hardware import GPU_KINDS
@@ -12,7 +13,6 @@ from rlhf_ray.planning.roles import PlannedRole
 from rlhf_ray.planning.suggestions import Change, Layout
 from rlhf_ray.planning.throughput import ASSUMPTIONS, TimeEstimate, middle
 from rlhf_ray.planning.trainings import planned_training, trained_parts
-from rlhf_ray.runs.folder import RunFolder
 
 WIDTH = 100
 """Longest line, characters."""
@@ -42,7 +42,7 @@ def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
         *_layouts(layouts),
         "",
         f"stages: {', '.join(config.run.stages)}",
-        f"folder: {RunFolder(config).path}",
+        f"folder: {Path(config.run.dir).absolute()}",
         f"ppo: {config.ppo.iterations} iterations of {config.ppo.batch_size} rollouts "
         f"({rollouts} in all), {steps} optimizer steps each",
         *_verdict(plan, changes),
@@ -98,7 +98,7 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
             for part in trained_parts(config, plan.models)
         ],
         "stages": list(config.run.stages),
-        "folder": str(RunFolder(config).path),
+        "folder": str(Path(config.run.dir).absolute()),
     }
 
 

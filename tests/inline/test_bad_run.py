@@ -10,8 +10,8 @@ import datasets
 import pytest
 from command_line import ANSWER, CONFIG, QUESTION, Refused, command, contents, copy_of, dump_of
 
+from rlhf_ray import disk
 from rlhf_ray.config import load
-from rlhf_ray.runs import folder as run_folder
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.pipeline import open_run
 
@@ -124,7 +124,7 @@ class TestFullDisk:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(run_folder.os, "replace", self.full)
+        monkeypatch.setattr(disk.os, "replace", self.full)
         refused(
             *("run", config_file, f"run.dir={tmp_path}/r"),
             says=r"Cannot write .*config\.yaml: No space left on device\. Free space",

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 TEXTS = [path.read_text(encoding="utf-8") for path in FILES]
 SOURCES = [(name, text, ast.parse(text)) for name, text in zip(NAMES, TEXTS, strict=True)]
 MAX_LINES = 350
+MAX_MODULES, MAX_ROOM_SHARE = 14, 0.12
 MAX_FUNCTION_LINES = 50
 """Without the docstring."""
 
@@ -42,6 +44,22 @@ def test_files_and_functions_fit_a_readers_head() -> None:
         for function in functions(tree)
     }
     assert not {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES}
+
+
+def test_rooms_are_taken_in_at_a_glance() -> None:
+    """`config` has a file a section; a room's lines are its own and those of its sub-rooms."""
+    modules = Counter(Path(name).parent for name in NAMES if Path(name).stem != "__init__")
+    del modules[Path("rlhf_ray/config")]
+    assert not {room: count for room, count in modules.items() if count > MAX_MODULES}
+    lines: Counter[str] = Counter()
+    for name, text, _ in SOURCES:
+        lines["/".join(Path(name).parts[:2])] += len(text.splitlines())
+    assert not {room: n for room, n in lines.items() if n > MAX_ROOM_SHARE * lines.total()}
+
+
+def test_a_room_says_what_it_is_for_and_what_to_read_first() -> None:
+    rooms = {name: ast.get_docstring(tree) or "" for name, _, tree in SOURCES if "__init__" in name}
+    assert not [name for name, text in rooms.items() if len(text.split()) < 10]
 
 
 def test_no_module_is_called_utils() -> None:

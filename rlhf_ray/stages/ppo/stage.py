@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.config import Config
+from rlhf_ray.data.datasets.prompts import Prompts
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
@@ -61,16 +62,11 @@ def run(config: Config) -> dict[str, object]:
             progress.say(
                 "ppo: every role is ready; proving that generators serve the adapter they receive"
             )
-            probe_prompts = probe_requests(
-                prompts, config.rollout.max_prompt_tokens, config.run.seed
-            )
             parts = LoopParts(
                 config=config,
                 roles=roles,
                 cursor=PromptCursor(prompts, config.run.seed),
-                sync=WeightSync(
-                    roles.policy, probe_prompts, config.engine_is_exact, config.rollout.max_gap
-                ),
+                sync=_weight_sync(config, roles, prompts),
                 evaluator=Evaluator(
                     eval_prompts, config.rewards, config.rollout.shard_size, config.run.seed
                 ),
@@ -91,6 +87,11 @@ def run(config: Config) -> dict[str, object]:
         tracer.close()
     folder.write_summary("ppo", summary)
     return summary
+
+
+def _weight_sync(config: Config, roles: Roles, prompts: Prompts) -> WeightSync:
+    probe_prompts = probe_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
+    return WeightSync(roles.policy, probe_prompts, config.engine_is_exact, config.rollout.max_gap)
 
 
 def _with_located_functions(config: Config) -> Config:

@@ -92,7 +92,7 @@ def test_dpo_leaves_the_base_unchanged(make_dpo: Any) -> None:
 
 
 def test_smoothing_is_refused_for_ipo(make_dpo: Any) -> None:
-    with pytest.raises(ConfigError, match=r"dpo.label_smoothing 0.1 belongs to dpo.loss sigmoid"):
+    with pytest.raises(ConfigError, match=r"dpo.label_smoothing 0.1 needs dpo.loss sigmoid"):
         make_dpo(loss="ipo", label_smoothing=0.1)
 
 

@@ -98,10 +98,10 @@ def test_rows_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"reward": {"loss": "bce"}}, "name a set in data.preferences with the columns prompt"),
+        ({"reward": {"loss": "bce"}}, "set data.preferences to a dataset with the columns prompt"),
         (
             {"reward": {"loss": "mse", "centre": 0.1}, "data": {"preferences": {"path": "x"}}},
-            r"reward\.centre is of pairs, and reward\.loss mse",
+            r"reward\.centre needs pairs, but reward\.loss mse",
         ),
     ],
 )

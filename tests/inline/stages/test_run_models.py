@@ -269,7 +269,9 @@ def test_serve_names_base_and_adapters(policy_run: Config) -> None:
     policy = Path(policy_run.run.dir) / "checkpoints" / "latest" / "policy"
     assert f"ppo={policy}" in arguments
     assert arguments[-1] == "--port=8001"
-    with pytest.raises(ConfigError, match=r"these lie on 2: .*serve them apart"):
+    with pytest.raises(
+        ConfigError, match=r"these models have 2: .*serve the models of one base at a time"
+    ):
         serve.command(policy_run, [str(run / "pretrain" / "model"), "ppo"])
     scaled = with_keys(policy_run, model={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
     overrides = serve.command(scaled, ["sft"])

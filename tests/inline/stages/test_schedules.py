@@ -69,7 +69,9 @@ def test_further_settings_of_the_scheduler_are_kept(make_run: MakeRun, tmp_path:
 
 
 def test_final_lr_share_is_refused_without_cosine() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.final_lr_share 0\.1 is for reward\.scheduler"):
+    with pytest.raises(
+        ConfigError, match=r"reward\.final_lr_share 0\.1 needs reward\.scheduler cosine"
+    ):
         resolve({"reward": {"final_lr_share": 0.1, "scheduler": "linear"}})
 
 

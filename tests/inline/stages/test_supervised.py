@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_ray import disk
 from rlhf_ray.cluster import ray_workers
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, ConfigError, DataError, DivergenceError, PlacementError
 from rlhf_ray.models import loading
-from rlhf_ray.runs import folder as run_folder
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import pipeline
 from rlhf_ray.stages.supervised import launcher as supervised
@@ -142,7 +142,7 @@ def test_a_full_disk_is_reported_whatever_the_library_raised(
     monkeypatch.setattr(supervised, "train", fail)
     with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
         pipeline.run_stage(make_run(), "pretrain")
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ConfigError, match=r"The disk is full .*PytorchStreamWriter.* Free space"):
         pipeline.run_stage(make_run("full"), "pretrain")
 
