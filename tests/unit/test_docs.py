@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -129,6 +130,14 @@ def test_the_fixed_ports_of_the_security_page_are_looked_at() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_the_site_has_every_page_and_each_object_that_the_api_page_names() -> None:
+    site = yaml.safe_load((ROOT / "scripts" / "site" / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"[\w.]+\.md", str(site["nav"]))
+    assert {page.name for page in PAGES} <= set(listed)
+    for name in re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE):
+        assert pkgutil.resolve_name(name), name
 
 
 def test_the_refusal_that_is_shown_is_the_one_that_is_printed() -> None:
