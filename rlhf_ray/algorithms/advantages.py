@@ -18,7 +18,6 @@ KL penalty where that is part of the reward.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,7 +171,7 @@ class Estimator:
         """Whether it asks for values."""
         return "values_BT" in self.asks
 
-    def __call__(self, rewards_BT: Tensor, mask_BT: Tensor, **given: Any) -> Tensor:
+    def __call__(self, rewards_BT: Tensor, mask_BT: Tensor, **given: Tensor | float) -> Tensor:
         """The advantages `_BT`; `given` holds every name of `GIVEN`.
 
         Raises:

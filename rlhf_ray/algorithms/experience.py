@@ -136,7 +136,7 @@ def response_logits(
         ValueError: an empty prompt, whose first response token nothing predicts.
     """
     if bool((prompt_lengths_B < 1).any()):
-        rows = (prompt_lengths_B < 1).nonzero().flatten().tolist()
+        rows = [int(row) for row in (prompt_lengths_B < 1).nonzero().flatten()]
         raise ValueError(f"every prompt needs at least one token, rows {rows} have none")
     steps_T = torch.arange(num_response_tokens, device=logits_BSV.device)
     positions_BT = prompt_lengths_B.unsqueeze(1) - 1 + steps_T

@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from rlhf_ray.config.section import PassThrough, Section, changeable, fixed, is_list, refuse_owned
+from rlhf_ray.config.section import (
+    PassThrough,
+    Section,
+    changeable,
+    fixed,
+    is_list,
+    is_mapping,
+    refuse_owned,
+)
 
 
 class PrepareConfig(Section):
@@ -139,7 +147,7 @@ class DataSource(Section):
 
 
 def _as_list(given: object) -> object:
-    return [given] if isinstance(given, (dict, DataSource)) else given
+    return [given] if is_mapping(given) or isinstance(given, DataSource) else given
 
 
 Sources = Annotated[

@@ -46,7 +46,7 @@ def fixed_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _may_change(field: FieldInfo) -> bool:
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("may_change"))
+    return is_mapping(extra) and bool(extra.get("may_change"))
 
 
 def _fixed_part(key: str, value: object) -> object:

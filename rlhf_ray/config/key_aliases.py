@@ -7,6 +7,7 @@ from importlib import resources
 from itertools import chain
 
 from rlhf_ray.config import stages
+from rlhf_ray.config.section import is_mapping
 
 SUPERVISED = "TRL supervised"
 """Heading of the names that TRL's supervised trainers use; the other headings are systems."""
@@ -85,7 +86,7 @@ def markdown() -> str:
 
 
 def _leaves(key: str, value: object) -> Iterator[str]:
-    if isinstance(value, Mapping) and value:
+    if is_mapping(value) and value:
         for name, item in value.items():
             yield from _leaves(f"{key}.{name}", item)
     else:
@@ -99,5 +100,6 @@ def _matches(key: str) -> list[KeyAlias]:
         return [row.for_stage(section) for row in aliases()[SUPERVISED] if row.name == leaf]
     systems = [row for heading, rows in aliases().items() if heading != SUPERVISED for row in rows]
     return next(
-        (rows for name in (key, leaf) if (rows := [r for r in systems if r.name == name])), []
+        (rows for name in (key, leaf) if (rows := [r for r in systems if r.name == name])),
+        list[KeyAlias](),
     )

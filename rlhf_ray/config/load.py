@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-5 as a number, which YAML 1.1 takes for a string."""
 
 
-_Loader.add_implicit_resolver(
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]  (its stub has no types)
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
@@ -102,7 +102,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if values is None:
         return {}
-    if not isinstance(values, dict):
+    if not is_mapping(values):
         raise ConfigError(
             f"{path} must be a mapping of keys to values, got a {type(values).__name__}"
         )
@@ -153,7 +153,8 @@ def _interpolate(value: object, key: tuple[str, ...]) -> object:
         return value
 
     def replace(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(2)
+        name = match.group(1)
+        default: str | None = match.group(2)
         text = os.environ.get(name, default)
         if text is None:
             raise ConfigError(

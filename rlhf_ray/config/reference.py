@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_ray.config.root import Config
+from rlhf_ray.config.section import is_list, is_mapping
 
 Schema = Mapping[str, Any]
 
@@ -123,7 +124,7 @@ def _kind(entry: Schema) -> str:
     if entry.get("type") == "array":
         name = f"list of ({_kind(entry['items'])})" if "items" in entry else "list"
     elif entry.get("type") == "object":
-        value = entry.get("additionalProperties")
+        value: Schema | bool | None = entry.get("additionalProperties")
         name = f"mapping to {_kind(value)}" if isinstance(value, Mapping) and value else "mapping"
     else:
         name = _NAMES.get(entry.get("type", ""), "any")
@@ -153,8 +154,8 @@ def _value(value: object) -> str:
     """Return a value as YAML."""
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return "{" + ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
+    if is_list(value):
         return "[" + ", ".join(map(_value, value)) + "]"
     return json.dumps(value)

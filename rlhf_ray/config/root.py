@@ -24,7 +24,7 @@ from rlhf_ray.config.rewards import (
     refuse_slow,
 )
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig, RolloutConfig
-from rlhf_ray.config.section import Section, fixed
+from rlhf_ray.config.section import PassThrough, Section, fixed
 from rlhf_ray.config.stages import SUPERVISED, RunConfig
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
 from rlhf_ray.config.trackers import TrackersConfig
@@ -291,7 +291,7 @@ class Config(Section):
                     "serves adapters only on linear layers of the blocks, such as q_proj, k_proj, "
                     "v_proj, o_proj, gate_proj, up_proj, down_proj; leave it out"
                 )
-        overrides = self.rollout.engine_args.get("hf_overrides") or {}
+        overrides: PassThrough = self.rollout.engine_args.get("hf_overrides") or {}
         rope = {"rope_scaling", "rope_parameters"} & set(overrides)
         if rope:
             raise ValueError(

@@ -26,7 +26,7 @@ class WandbConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, values: object) -> object:
-        secrets = {"api_key", "key", "token"} & values.keys() if is_mapping(values) else set()
+        secrets = {"api_key", "key", "token"} & values.keys() if is_mapping(values) else set[str]()
         if secrets:
             raise ValueError(
                 f"may not contain {secrets.pop()!r}, because the config is written to run.dir; "

@@ -30,7 +30,7 @@ class PromptCursor:
         """Prompts number ``first`` to ``first + count`` of the endless sequence."""
         size = len(self._prompts)
         orders: dict[int, np.ndarray] = {}
-        taken = []
+        taken: list[Prompt] = []
         for number in range(first, first + count):
             which = number // size
             if which not in orders:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,9 +46,9 @@ class RunState:
     """Coefficient of the next iteration."""
     gap_bound: float | None = None
     """Bound on the sampler gap, once calibrated."""
-    reward_moments: PlainMoments = field(default_factory=dict)
+    reward_moments: PlainMoments = field(default_factory=dict[str, Sequence[float]])
     """Running moments of the reward sources that are scaled by them."""
-    losses: Losses = field(default_factory=dict)
+    losses: Losses = field(default_factory=dict[str, Sequence[float]])
     """Latest losses and gradient norms, by which a spike is known."""
     rollbacks_in_a_row: int = 0
     """Iterations up to this one that were rolled back."""
@@ -94,7 +94,7 @@ class Checkpoints:
         self,
         version: int,
         groups: Mapping[str, Mapping[str, bytes]],
-        progress: Mapping[str, Any],
+        progress: Mapping[str, object],
     ) -> None:
         """Write a version whole, then point ``latest`` at it, then drop old ones.
 
@@ -121,7 +121,7 @@ class Checkpoints:
             self._point("latest", version)
         self._drop_old()
 
-    def set_progress(self, version: int, progress: Mapping[str, Any]) -> None:
+    def set_progress(self, version: int, progress: Mapping[str, object]) -> None:
         """Replace the plain values of a saved version; its files stay as they are.
 
         Raises:
@@ -154,7 +154,7 @@ class Checkpoints:
             CheckpointError: there are commits and all are damaged.
         """
         versions = self._versions()
-        damage = []
+        damage: list[str] = []
         for version in reversed(versions):
             try:
                 return self._read(version)
@@ -186,7 +186,7 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     @contextmanager
-    def _unwritable_is_an_error(self, version: int) -> Iterator[None]:
+    def _unwritable_is_an_error(self, version: int) -> Generator[None]:
         try:
             yield
         except OSError as error:
@@ -203,13 +203,13 @@ class Checkpoints:
 
     def _drop_old(self) -> None:
         best = self._folder / "best"
-        kept = {os.readlink(best)} if best.is_symlink() else set()
+        kept = {os.readlink(best)} if best.is_symlink() else set[str]()
         for version in self._versions()[: -self._keep]:
             if str(version) not in kept:
                 shutil.rmtree(self._folder / str(version), ignore_errors=True)
 
 
-def _json(state: Mapping[str, Any]) -> bytes:
+def _json(state: Mapping[str, object]) -> bytes:
     return json.dumps(state, indent=2).encode()
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.driver.batches import sample_requests, shard_requests
@@ -13,6 +13,18 @@ from rlhf_ray.roles import Roles
 from rlhf_ray.types import Prompt, Shard
 
 TABLE_ROWS = 8
+
+Evaluation = TypedDict(
+    "Evaluation",
+    {
+        "version": int,
+        "eval/score": float,
+        "eval/kl": float,
+        "eval/length": float,
+        "samples": list[dict[str, str | float | None]],
+    },
+)
+"""A record of ``eval.jsonl``, without its iteration."""
 
 
 class Evaluator:
@@ -25,14 +37,14 @@ class Evaluator:
         self._samples = sample_requests(prompts, 1, seed, "eval")
         self._shard_size = shard_size
 
-    async def evaluate(self, roles: Roles, version: int) -> dict[str, Any]:
+    async def evaluate(self, roles: Roles, version: int) -> Evaluation:
         """Mean raw score, KL and length, and a table of fixed prompts."""
         requests = shard_requests(self._samples, self._shard_size, version)
         shards = [shard async for shard in roles.generators.generate(requests)]
         shards.sort(key=lambda shard: shard.info.index)
         scored = await asyncio.gather(*(self._score(roles, shard) for shard in shards))
         scores = [score for shard_scores, _ in scored for score in shard_scores]
-        table = []
+        table: list[dict[str, str | float | None]] = []
         for shard, (shard_scores, _) in zip(shards, scored, strict=True):
             if len(table) < TABLE_ROWS:
                 for rollout, score in zip(

@@ -172,10 +172,10 @@ def generator_metrics(report: GeneratorsReport, state: RunState) -> dict[str, fl
 
 
 def run_summary(
-    history: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, float]],
     state: Mapping[str, Any],
-    warnings: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+    warnings: Sequence[Mapping[str, object]],
+) -> dict[str, object]:
     """``ppo/summary.json``: the run in numbers.
 
     Args:

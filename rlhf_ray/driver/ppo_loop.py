@@ -15,7 +15,6 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.kl_controller import kl_controller
@@ -95,7 +94,7 @@ class PpoLoop:
         """End the run after the current iteration, with its commit saved."""
         self._stop_requested = True
 
-    async def run(self) -> dict[str, Any]:
+    async def run(self) -> dict[str, object]:
         """Prove the generators, then iterate to the end; return the summary."""
         config = self._config
         num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
@@ -161,7 +160,7 @@ class PpoLoop:
             prompts, config.ppo.samples_per_prompt, config.run.seed, iteration
         )
         requests = shard_requests(samples, config.rollout.shard_size, self._state.version)
-        scoring = []
+        scoring: list[asyncio.Task[ScoredShard]] = []
         with self._recorder.phase("gen", iteration):
             async for shard in self._roles.generators.generate(requests):
                 scoring.append(asyncio.ensure_future(self._score(shard)))

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Recorder:
         self._seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, iteration: int) -> Iterator[None]:
+    def phase(self, name: str, iteration: int) -> Generator[None]:
         """Time a phase of an iteration; kept until the iteration is logged."""
         self._iteration = iteration
         started = time.time()
@@ -127,11 +127,11 @@ class Recorder:
         if iteration % self._completions_every == 0:
             current().table("completions", iteration, rows)
 
-    def warning(self, record: Mapping[str, Any]) -> None:
+    def warning(self, record: Mapping[str, object]) -> None:
         """What a guard saw in an iteration."""
         self._warnings.append(record)
 
-    def warnings(self) -> list[dict[str, Any]]:
+    def warnings(self) -> list[dict[str, object]]:
         """What the guards saw so far."""
         return read_jsonl(self._warnings_path)
 

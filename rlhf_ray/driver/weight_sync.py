@@ -114,7 +114,7 @@ async def publish_to(generator: Generator, update: AdapterUpdate) -> None:
         WeightSyncError: the engine holds another adapter or version, or kept its prefix cache.
     """
     served = await generator.publish(update)
-    problems = []
+    problems: list[str] = []
     if served.digest != update.digest:
         problems.append(
             f"its engine holds {served.num_modules} modules with digest {served.digest}"
