@@ -69,8 +69,9 @@ def test_plain_peft_loads_the_folder_where_it_was_written(
 
 
 def test_relative_base_in_adapter_config_is_relative_to_the_folder(
-    base: Path, tmp_path: Path, settings: ModelConfig
+    base: Path, tmp_path: Path, settings: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # what lies beside the working directory is no candidate
     shutil.copytree(base, tmp_path / "base")
     folder = tmp_path / "reward"
     expected_B = reward_folder(tmp_path / "base", folder, settings)
