@@ -1,4 +1,4 @@
-"""The critic's learner: values of states, clipped value update."""
+"""The critic's learner: values of states and the clipped value update."""
 
 import dataclasses
 import json
@@ -26,7 +26,10 @@ from rlhf_ray.types import AssembledStats, Rollout
 
 
 class CriticLearner(Learner):
-    """Trains an adapter and a value head, which starts at zero or, by critic.init, as scores."""
+    """Trains an adapter and a value head.
+
+    The head starts at zero, or with ``critic.init: reward`` as the reward model's trained head.
+    """
 
     grad_norm_name = "val/grad_norm"
 
@@ -42,7 +45,7 @@ class CriticLearner(Learner):
         )
         if isinstance(base, PeftModel):
             base, _ = merge_into_base(base)
-        # Another seed than the policy's: adapters of the same shape must not start alike.
+        # Not the policy's seed: adapters of the same shape would start with equal weights.
         classifier = attach(
             base, config.critic.lora, "SEQ_CLS", seed=config.run.seed + 1, dropout=0.0
         )
@@ -59,9 +62,9 @@ class CriticLearner(Learner):
         return self._engine.model(sequences_BS, attention_BS)
 
     def values(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
-        """[T] fp32 values of the states in which each response's tokens were chosen.
+        """Return [T] fp32 values of the states in which each response's tokens were chosen.
 
-        With ``ppo.score_position: first_pad`` one more, of the state behind the last token.
+        With ``ppo.score_position: first_pad`` a row has one more: the state after the last token.
         """
         values = response_values(
             self._forward,
@@ -75,7 +78,7 @@ class CriticLearner(Learner):
     def assemble(
         self, kl_coef: float, scores: Sequence[tuple[float, ...]], *parts: Any
     ) -> AssembledStats:
-        """As every learner's; remembers how well the values foretold the returns."""
+        """Assemble as every learner does, and keep the explained variance of the returns."""
         stats = super().assemble(kl_coef, scores, *parts)
         mask = self._experience.mask_BT
         returns, values = self._experience.returns_BT[mask], self._experience.values_BT[mask]
@@ -88,7 +91,7 @@ class CriticLearner(Learner):
         return dataclasses.replace(whole.experience, mask_BT=whole.value_mask_BT)
 
     def _whiten(self, mean: float, std: float) -> None:
-        """The critic learns returns, which are not whitened."""
+        """Do nothing: the critic learns returns, which are not whitened."""
 
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
         values_BS = self._forward(batch.sequences_BS, batch.attention_BS)

@@ -1,4 +1,4 @@
-"""The generator: an engine, the adapter that it serves, and that adapter's version."""
+"""The generator: a generation engine and the adapter that it serves."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ from rlhf_ray.types import (
 
 
 class Generator:
-    """Samples shards of rollouts; refuses to sample under another version than it is asked for."""
+    """Samples shards of rollouts; refuses a shard of a version that it does not serve."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Generator:
         self._tokenizer = make_tokenizer()
         self.version: int | None = None
         self._update: AdapterUpdate | None = None
-        """What it serves, to be served anew after a sleep."""
+        """The served adapter with its tensors, to serve it again after a sleep."""
 
     def __repr__(self) -> str:
         return self._name
@@ -41,27 +41,29 @@ class Generator:
         await self._engine.start()
 
     async def publish(self, update: AdapterUpdate, tensors: bytes) -> ServedAdapter:
-        """Serve an adapter.
+        """Serve an adapter; return what the engine then holds.
 
         Args:
-            update: what it is; its ``tensors`` handle is of no use here.
-            tensors: the safetensors bytes.
+            update: describes the adapter; its ``tensors`` are None.
+            tensors: the safetensors bytes, an argument of their own because Ray resolves handles
+                only at the top level of a call.
         """
-        self.version = None  # until the engine has said what it serves
+        # If serving fails half-way, `generate` must refuse every version.
+        self.version = None
         whole = replace(update, tensors=tensors)
         served = await self._engine.serve(whole)
         self.version, self._update = update.version, whole
         return served
 
     async def sleep(self) -> None:
-        """Leave the GPU to others."""
+        """Free the GPU memory for the learners of the same GPU."""
         await self._engine.sleep()
 
     async def wake(self) -> None:
-        """Take the GPU again, and serve what was served.
+        """Take GPU memory again and serve the same adapter as before the sleep.
 
         Raises:
-            WeightSyncError: the engine holds something else then.
+            WeightSyncError: the engine then holds another adapter.
         """
         await self._engine.wake()
         if self._update is None:
@@ -74,10 +76,10 @@ class Generator:
             )
 
     async def generate(self, request: ShardRequest) -> tuple[list[Rollout], ShardInfo]:
-        """Sample a shard.
+        """Sample a shard; return its rollouts, and the scalars that the driver needs.
 
         Raises:
-            WeightSyncError: another version than the request's is served.
+            WeightSyncError: the generator serves another version than the request's.
         """
         if self.version != request.version:
             raise WeightSyncError(
@@ -113,5 +115,5 @@ class Generator:
         )
 
     async def stop(self) -> None:
-        """Free the engine."""
+        """End the engine and its processes, which would outlive a killed actor."""
         await self._engine.stop()

@@ -1,4 +1,4 @@
-"""What policy and critic learners share: set-up, experience, steps over it, state in and out."""
+"""The base of policy and critic learners: set-up, experience, optimizer steps, and state."""
 
 import socket
 from abc import ABC, abstractmethod
@@ -31,10 +31,10 @@ EngineKind = Literal["deepspeed", "torch"]
 
 
 class Learner(ABC):
-    """One rank of a learner group. ``start`` comes first, on all ranks at once."""
+    """One rank of a learner group. ``start`` must be called first, on all ranks at once."""
 
     grad_norm_name: str
-    """Metric of its gradient norm."""
+    """Name of the metric for its gradient norm."""
 
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         self._name = name
@@ -49,28 +49,31 @@ class Learner(ABC):
 
     @abstractmethod
     def _build_model(self) -> Any:
-        """The model with its adapter attached; only what is trained requires gradients."""
+        """Return the model with its adapter; only trained parameters require gradients."""
 
     @abstractmethod
     def _group(self) -> tuple[float, int, Mapping[str, Any]]:
-        """Learning rate, ZeRO stage, further DeepSpeed settings."""
+        """Return the group's learning rate, ZeRO stage and further DeepSpeed settings."""
 
     @abstractmethod
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss of a micro-batch and what `Tally.add` takes of it, by metric name."""
+        """Return the loss of a micro-batch, and its metrics by name for `Tally.add`."""
 
     @abstractmethod
     def _report(self) -> dict[str, float]:
-        """Metrics of the iteration that are not of micro-batches."""
+        """Return the iteration's metrics that are not computed per micro-batch."""
 
     def free_port(self) -> int:
-        """A port on this rank's machine, for the group to meet at."""
+        """Return a free port of this rank's machine, for the group's rendezvous."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return probe.getsockname()[1]
 
     def start(self, rank: int = 0, world_size: int = 1, address: str = "", port: int = 0) -> None:
-        """Join the group, load the model, make the optimizer."""
+        """Join the group, load the model, and make the optimizer.
+
+        Engines are imported here: the inline mode must not need DeepSpeed.
+        """
         ppo = self._config.ppo
         learning_rate, zero_stage, settings = self._group()
         optimizer = {
@@ -98,18 +101,19 @@ class Learner(ABC):
     def assemble(
         self, kl_coef: float, scores: Sequence[tuple[float, ...]], *parts: Any
     ) -> AssembledStats:
-        """Make this rank's rows of the batch ready to learn from.
+        """Compute token rewards and advantages of the batch, and keep this rank's rows.
 
         Args:
             kl_coef: weight of the KL penalty in the token rewards.
             scores: per shard, the score of each rollout.
-            parts: per shard its rollouts; then, in the same order, per shard the old log-probs;
-                then the reference's; then the values, None without a critic.
+            parts: the rollouts of each shard; then, in the same order of shards, the old
+                log-probs; then the reference's log-probs; then the values, None without a critic.
 
         Returns:
             Sums over this rank's rows.
         """
         count = len(scores)
+        # By position, whatever the order of shards: mini-batches must not depend on it.
         unordered: list[Rollout] = _flat(parts[:count])
         order = sorted(range(len(unordered)), key=lambda row: unordered[row].position)
 
@@ -141,13 +145,14 @@ class Learner(ABC):
 
     @abstractmethod
     def _learnt_from(self, whole: Assembled) -> Experience:
-        """The batch with the mask over what this learner learns."""
+        """Return the batch, masked to the tokens that this learner learns from."""
 
     def _plan_mini_batches(self, lengths: list[int], response_lengths: list[int]) -> None:
-        """Which rows of each mini-batch are this rank's, and how they are cut.
+        """Choose this rank's rows of each mini-batch, and cut them into micro-batches.
 
-        Every rank computes the cut of every rank, because all must take the same number of
-        micro-batches: ZeRO averages gradients in each backward pass.
+        Every rank computes the cuts of all ranks, because all must run the same number of
+        micro-batches: ZeRO averages gradients over ranks in each backward pass, and a rank with
+        fewer passes would leave the others waiting.
         """
         size, world = self._config.ppo.mini_batch_size, self._engine.world_size
         self._my_rows: list[list[int]] = []
@@ -157,21 +162,21 @@ class Learner(ABC):
             rows = range(first, first + size)
             shares = [rows[rank::world] for rank in range(world)]
             cuts = [self._cut([lengths[row] for row in share], 1) for share in shares]
-            most = max(len(cut) for cut in cuts)
+            num_cuts = max(len(cut) for cut in cuts)
             mine = shares[self._engine.rank]
             self._my_rows.append(list(mine))
-            self._micro.append(self._cut([lengths[row] for row in mine], most))
+            self._micro.append(self._cut([lengths[row] for row in mine], num_cuts))
             self._mini_batch_tokens.append(sum(response_lengths[row] for row in rows))
 
     def _cut(self, lengths: list[int], at_least: int) -> list[list[int]]:
         return micro_batches(lengths, self._config.ppo.max_tokens_per_micro_batch, at_least)
 
     def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
-        """All epochs over the assembled batch.
+        """Run all epochs over the assembled batch.
 
         Args:
-            advantage_mean: over the whole batch, all ranks.
-            advantage_std: over the whole batch, all ranks, unbiased.
+            advantage_mean: mean over the whole batch, all ranks.
+            advantage_std: unbiased standard deviation over the whole batch, all ranks.
         """
         self._whiten(advantage_mean, advantage_std)
         stepped, norms = Tally(), []
@@ -192,7 +197,7 @@ class Learner(ABC):
 
     @abstractmethod
     def _whiten(self, mean: float, std: float) -> None:
-        """Replace the advantages by whitened ones, where the learner uses them."""
+        """Whiten the advantages, if the learner uses them."""
 
     def _micro_batches(self, index: int) -> Iterator[Experience]:
         first = sum(len(rows) for rows in self._my_rows[:index])
@@ -201,10 +206,10 @@ class Learner(ABC):
             yield to_device(batch, self._engine.device)
 
     def _backward(self, batches: Iterator[Experience], num_tokens: int) -> "Tally":
-        """Gradients of a mini-batch of ``num_tokens``, all ranks together.
+        """Accumulate the gradients of a mini-batch that has ``num_tokens`` over all ranks.
 
-        The denominator is the mini-batch's token count over the number of ranks, because the
-        engine averages over ranks: the step is that of one process with all rows.
+        The denominator is the mini-batch's token count divided by the number of ranks, because the
+        engine averages over ranks: the step equals that of one process with all rows.
         """
         tally, remaining = Tally(), list(batches)
         for number, batch in enumerate(remaining, start=1):
@@ -214,66 +219,66 @@ class Learner(ABC):
         return tally
 
     def _moves_weights(self, mini_batch: "Tally", num_tokens: int) -> bool:
-        """Whether to step on a mini-batch; every rank must say the same.
+        """Return whether to step on a mini-batch; every rank must return the same.
 
         Args:
-            mini_batch: this rank's rows of it.
-            num_tokens: of the whole of it, all ranks.
+            mini_batch: metrics of this rank's rows.
+            num_tokens: tokens of the whole mini-batch, all ranks.
         """
         return True
 
     def sleep(self) -> None:
-        """Leave the GPU to others."""
+        """Move to main memory, to free the GPU for the generators."""
         self._engine.sleep()
 
     def wake(self) -> None:
-        """Take the GPU again."""
+        """Move back to the GPU."""
         self._engine.wake()
 
     def state(self) -> tuple[dict[str, bytes], None]:
-        """Optimizer state and PEFT folder as files; all ranks call, rank 0's is the one to keep."""
+        """Return optimizer state and PEFT folder as files. All ranks must call; keep rank 0's."""
         state = self._engine.export_state()
         files = {LEARNER_STATE: tensors_to_bytes(state)} | self._peft_files()
         return files, None
 
     @abstractmethod
     def _peft_files(self) -> dict[str, bytes]:
-        """Contents of the PEFT folder, by file name."""
+        """Return the contents of the PEFT folder, by file name."""
 
     def load(self, files: Mapping[str, bytes]) -> None:
-        """Go back to a state, whatever number of ranks made it."""
+        """Restore a state, which may come from another number of ranks."""
         self._engine.import_state(tensors_from_bytes(files[LEARNER_STATE]))
 
 
 class Tally:
-    """Metrics of micro-batches, reduced as registered: means over tokens, and maxima."""
+    """Metrics of micro-batches, reduced as registered: token-weighted means, or maxima."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
         self._totals: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Tensor], num_tokens: int) -> None:
-        """Count a micro-batch."""
+        """Add the metrics of a micro-batch of ``num_tokens``."""
         self._num_tokens += num_tokens
         for name, value in metrics.items():
             self._count(name, float(value) * (1 if _is_maximum(name) else num_tokens))
 
     def merge(self, other: "Tally") -> None:
-        """Count what another one counted."""
+        """Add another tally."""
         self._num_tokens += other._num_tokens
         for name, total in other._totals.items():
             self._count(name, total)
 
     def _count(self, name: str, total: float) -> None:
-        together = max if _is_maximum(name) else add
-        self._totals[name] = together(self._totals[name], total) if name in self._totals else total
+        merge = max if _is_maximum(name) else add
+        self._totals[name] = merge(self._totals[name], total) if name in self._totals else total
 
     def total(self, name: str) -> float:
-        """Sum over tokens."""
+        """Return a metric's sum over tokens."""
         return self._totals[name]
 
     def means(self) -> dict[str, float]:
-        """Every metric; none where nothing was counted."""
+        """Return every metric; none if nothing was added."""
         return {
             name: total if _is_maximum(name) else total / self._num_tokens
             for name, total in self._totals.items()
@@ -285,10 +290,10 @@ def _is_maximum(name: str) -> bool:
 
 
 def assembler(config: Config) -> Assembler:
-    """How this run makes advantages.
+    """Return the assembler that makes advantages as the config says.
 
     Raises:
-        ConfigError: a function named in ppo.advantage cannot be had or used.
+        ConfigError: the function named in ppo.advantage cannot be imported or used.
     """
     ppo = config.ppo
     return Assembler(
@@ -304,7 +309,7 @@ def assembler(config: Config) -> Assembler:
 
 
 def to_device(batch: Experience, device: torch.device) -> Experience:
-    """The batch on a device."""
+    """Return a copy of the batch on a device."""
     fields = {name: getattr(batch, name).to(device) for name in batch.__dataclass_fields__}
     return Experience(**fields)
 

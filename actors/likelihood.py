@@ -1,4 +1,4 @@
-"""How likely given answers are, under any adapter of one base."""
+"""The likelihood of given answers under any adapter of one base, for evaluation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from rlhf_ray.types import Rollout
 
 
 class Likelihood:
-    """The SFT model, frozen, and the adapter that it holds."""
+    """The frozen SFT model with one adapter at a time."""
 
     def __init__(self, name: str, config: Config, model_path: str) -> None:
         self._name = name
@@ -26,16 +26,22 @@ class Likelihood:
         return self._name
 
     def start(self) -> None:
-        """Ready as soon as it is made."""
+        """Do nothing: the constructor has loaded the model."""
 
     def hold(self, peft_config: Mapping[str, Any], tensors: bytes) -> None:
-        """Compute with this adapter from now on; its safetensors bytes, under PEFT's names."""
+        """Replace the adapter.
+
+        Args:
+            peft_config: the adapter's PEFT config as plain values.
+            tensors: safetensors bytes under PEFT's names.
+        """
         self._slot.put(peft_config, tensors_from_bytes(tensors))
 
     def loss(self, answers: Sequence[Rollout]) -> tuple[float, int]:
-        """Summed loss of the answers' tokens, nats, and their number.
+        """Return the summed loss of the answers' tokens, in nats, and the number of tokens.
 
-        Whatever the run samples by: temperature 1, every token.
+        The distribution is the model's own (temperature 1, all tokens), not the run's sampling
+        rule, so that perplexities of runs with different settings can be compared.
         """
         logprobs = response_logprobs(
             self._slot.model,

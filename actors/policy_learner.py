@@ -1,4 +1,4 @@
-"""The policy's learner: clipped policy update on a LoRA adapter, which it also exports."""
+"""The policy's learner: the clipped update of a LoRA adapter, and the adapter's export."""
 
 import dataclasses
 import json
@@ -36,15 +36,18 @@ from rlhf_ray.models.trainable import recompute_activations
 from rlhf_ray.types import AdapterUpdate, Mismatch, ProbeComparison, Rollout, SampleRequest
 
 PROBE_SHIFT = 1.0
-"""Nats a token that a probe moves the prompts, where the base can be moved so far."""
+"""Nats per token by which a probe must move the prompts, if its base can be moved that far."""
 PROBE_POSITIONS = 16
-"""Tokens of each prompt on which that is measured, the last ones."""
+"""Last tokens of each prompt on which the shift is measured."""
 PROBE_SCALES = [1e-3 * 1.5**step for step in range(18)]
-"""Deviations of a probe's B that are tried; at the last, about 1, a probe drowns its base."""
+"""Standard deviations to try for a probe's B; at the last, about 1, it dominates its base."""
 
 
 class PolicyLearner(Learner):
-    """Trains the adapter; dropout off, log-probs by the rule that the engine draws by."""
+    """Trains the adapter, without dropout, on log-probs under the engine's sampling rule.
+
+    Dropout would make the log-probs differ from the engine's, and the ratio from 1 at the start.
+    """
 
     grad_norm_name = "policy/grad_norm"
 
@@ -52,8 +55,8 @@ class PolicyLearner(Learner):
         super().__init__(name, config, model_path, engine)
         self._policy_loss = resolve_policy_loss(config.ppo.policy_loss)
         self._rule = sampling_rule(config.rollout, stop_token_ids(model_path, config.template))
-        self.version: int | None = None  # of the adapter that was asked for last
-        self._ratios: list[float] = []  # mean of each mini-batch, all ranks together
+        self.version: int | None = None  # of the last exported adapter; process titles show it
+        self._ratios: list[float] = []  # mean ratio of each mini-batch over all ranks
 
     def _build_model(self) -> Any:
         config = self._config
@@ -68,21 +71,21 @@ class PolicyLearner(Learner):
         return self._config.ppo.learning_rate, group.zero_stage, group.deepspeed
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], Mismatch]:
-        """[T] fp32 log-probs of each response's tokens, and how far the engine's are from them."""
+        """Return [T] fp32 log-probs of each response's tokens, and the log-prob mismatch."""
         logprobs = self._logprobs(rollouts)
         engine = np.concatenate([rollout.rollout_logprobs for rollout in rollouts])
-        gap = np.abs(engine - np.concatenate(logprobs), dtype=np.float64)
-        return logprobs, Mismatch(float(gap.mean()), float(gap.max()), len(gap))
+        error = np.abs(engine - np.concatenate(logprobs), dtype=np.float64)
+        return logprobs, Mismatch(float(error.mean()), float(error.max()), len(error))
 
     def ref_logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
-        """[T] fp32 log-probs under the frozen base: the reference, without a copy of its own."""
+        """Return [T] fp32 log-probs under the frozen base: a reference without a second model."""
         with self._without_adapter():
             return self._logprobs(rollouts), None
 
     def sample_kl(
         self, rollouts: Sequence[Rollout], ref_logprobs: Sequence[np.ndarray]
     ) -> tuple[float, ...]:
-        """[N] token sum of k1 between the current policy and the reference, nats."""
+        """Return [N] token sums of k1 between the current policy and the reference, nats."""
         pairs = zip(self._logprobs(rollouts), ref_logprobs, strict=True)
         return tuple(float(np.sum(own - ref, dtype=np.float64)) for own, ref in pairs)
 
@@ -136,7 +139,7 @@ class PolicyLearner(Learner):
         if ppo.entropy_coef:
             loss = loss - ppo.entropy_coef * masked_sum(entropy_BT, batch.mask_BT) / num_tokens
         if ppo.kl_in == "loss":
-            # Zeros before k3's exponential: what overflows on padding would be NaN in the gradient.
+            # Zero the padding before k3's exponential: an overflow there makes the gradient NaN.
             own_BT, ref_BT = (
                 zero_padding(part, batch.mask_BT) for part in (logprobs_BT, batch.ref_logprobs_BT)
             )
@@ -154,7 +157,7 @@ class PolicyLearner(Learner):
         )
 
     def _moves_weights(self, mini_batch: Tally, num_tokens: int) -> bool:
-        """Not where its mean ratio, over the tokens of all ranks, exceeds guards.ratio."""
+        """Return False if the mean ratio over all ranks' tokens exceeds guards.ratio."""
         guard = self._config.guards.ratio
         if guard.action == "off":
             return True
@@ -173,22 +176,23 @@ class PolicyLearner(Learner):
         }
 
     def adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:
-        """The current adapter: its bytes, and what it is. All ranks call."""
+        """Return the current adapter's bytes and description. All ranks must call."""
         self.version = version
         return self._update(version, self._read_adapter())
 
     def zero_adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:
-        """An adapter that changes nothing: B is zero."""
+        """Return an adapter that changes nothing: its B is zero. All ranks must call."""
         state = self._read_adapter()
         zero = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in state.items()}
         return self._update(version, zero)
 
     def probe(self, version: int, prompts: Sequence[SampleRequest]) -> tuple[bytes, AdapterUpdate]:
-        """A seeded random adapter, scaled until it moves the prompts by PROBE_SHIFT nats.
+        """Return a seeded random adapter, scaled until it moves the prompts by PROBE_SHIFT nats.
 
-        What is measured is KL(probe || base), the mean shift of tokens that the probe samples. The
-        logits of a base that knows nothing lie within a narrow band whatever its layers put out:
-        there the probe is the smallest that moves it half as far as any does.
+        The shift is KL(probe || base): the mean shift of tokens that the probe samples. An
+        untrained base cannot be moved that far, because its logits lie within a narrow band
+        whatever its layers compute; the probe is then the smallest one that reaches half of the
+        largest shift. All ranks must call.
         """
         generator = torch.Generator().manual_seed(self._config.run.seed)
         state = self._read_adapter()
@@ -213,7 +217,10 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def _mean_shift(self, probe: TensorDict, prompts: Sequence[SampleRequest]) -> float:
-        """Mean over the prompts' last tokens: distributions over all of them would be large."""
+        """Return KL(probe || base), a mean over each prompt's last tokens.
+
+        Distributions over the vocabulary at every position would take too much memory.
+        """
         ids_BS = torch.tensor([prompt.prompt.token_ids for prompt in prompts])
         ids_BS = ids_BS.to(self._engine.device)
         forward = causal_lm_logits(self._engine.model, last=PROBE_POSITIONS)
@@ -232,7 +239,7 @@ class PolicyLearner(Learner):
     def compare(
         self, update: AdapterUpdate, tensors: bytes, rollouts: Sequence[Rollout]
     ) -> ProbeComparison:
-        """Hold what an engine sampled under an adapter against the learner. All ranks call."""
+        """Compare what an engine sampled under an adapter with the learner. All ranks must call."""
         with self._adapter_as(tensors_from_bytes(tensors)):
             learner = np.concatenate(self._logprobs(rollouts))
         with self._without_adapter():
@@ -242,7 +249,7 @@ class PolicyLearner(Learner):
 
     @contextmanager
     def _adapter_as(self, state: TensorDict) -> Iterator[None]:
-        """Within, the model computes with another adapter; the policy's own comes back."""
+        """Compute with another adapter within the block, then restore the policy's own."""
         own = self._read_adapter()
         self._write_adapter(state)
         try:
@@ -276,18 +283,19 @@ class PolicyLearner(Learner):
 
 
 def compare_shifts(engine: np.ndarray, learner: np.ndarray, base: np.ndarray) -> ProbeComparison:
-    """How far an engine goes along with the learner when an adapter moves it.
+    """Compare the shift that an adapter causes in the engine's log-probs with the learner's shift.
 
     Args:
         engine: [N] engine's log-probs of sampled tokens, nats.
-        learner: [N] learner's, with the adapter.
-        base: [N] learner's, without it.
+        learner: [N] learner's log-probs with the adapter, nats.
+        base: [N] learner's log-probs without the adapter, nats.
     """
-    expected = np.subtract(learner, base, dtype=np.float64)
-    found = np.subtract(engine, base, dtype=np.float64)
-    shift = float(np.sqrt(np.mean(expected**2)))
+    learner_shift = np.subtract(learner, base, dtype=np.float64)
+    engine_shift = np.subtract(engine, base, dtype=np.float64)
+    shift = float(np.sqrt(np.mean(learner_shift**2)))
     return ProbeComparison(
         shift=shift,
-        engine_shift=float(np.mean(found * expected)) / shift if shift else 0.0,
-        error=float(np.mean(np.abs(found - expected))),
+        # The projection on the learner's shift: in a plain mean, opposite signs would cancel.
+        engine_shift=float(np.mean(engine_shift * learner_shift)) / shift if shift else 0.0,
+        error=float(np.mean(np.abs(engine_shift - learner_shift))),
     )

@@ -13,7 +13,7 @@ from rlhf_ray.types import Rollout
 
 
 class Reference:
-    """The SFT model as it was."""
+    """The SFT model, frozen in a process of its own."""
 
     def __init__(self, name: str, config: Config, model_path: str) -> None:
         self._name = name
@@ -26,10 +26,10 @@ class Reference:
         return self._name
 
     def start(self) -> None:
-        """Ready as soon as it is made."""
+        """Do nothing: the constructor has loaded the model."""
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
-        """[T] fp32 log-probs of each response's tokens, by the rule that they are drawn by."""
+        """Return [T] fp32 log-probs of each response's tokens, under the sampling rule."""
         logprobs = response_logprobs(
             self._model,
             rollouts,

@@ -1,4 +1,4 @@
-"""The reward scorer: hosts the sources of rewards, each of which rates whole responses."""
+"""The reward scorer: hosts the reward sources, each of which scores whole responses."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from rlhf_ray.types import RawScores, Rollout
 
 
 class RewardScorer:
-    """Asks every source at once; several shards may be under way."""
+    """Scores shards with all sources at once; several shards may be in progress."""
 
     def __init__(
         self,
@@ -20,9 +20,9 @@ class RewardScorer:
     ) -> None:
         """
         Args:
-            name: of this worker.
-            settings: of the sources.
-            make_sources: makes them, by name, in this process.
+            name: name of this worker.
+            settings: settings of the sources.
+            make_sources: makes the sources, by name; `start` calls it in this process.
         """
         self._name = name
         self._settings = settings
@@ -33,15 +33,15 @@ class RewardScorer:
         return self._name
 
     def start(self) -> None:
-        """Load models and functions."""
+        """Make the sources, which loads their models and functions."""
         self._sources = self._make_sources()
 
     async def score(self, rollouts: Sequence[Rollout]) -> RawScores:
-        """Raw score of each response from every source.
+        """Return the raw score of each response from every source.
 
         Raises:
-            DivergenceError: a score is NaN or infinite, where the config does not skip these.
-            RlhfError: what a source raised.
+            DivergenceError: a score is NaN or infinite, and on_bad_score is not skip.
+            RlhfError: raised by a source.
         """
         columns = await together(
             self._sources[setting.name].score(rollouts) for setting in self._settings

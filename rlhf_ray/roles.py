@@ -1,8 +1,9 @@
-"""The roles of a PPO run, from both sides.
+"""The roles of a PPO run, as Protocols for both sides.
 
-First what the driver calls: async, whatever process answers. Every method raises ActorFailure when
-its role dies or misses its deadline. Then, below `Roles`, what a process of each role offers to the
-clients of `rlhf_ray.cluster`; pyright holds the actor classes against it where `stages` wires both.
+First the interface that the driver calls, async for every kind of process. Each method raises
+ActorFailure when its role dies or misses its deadline. Then, below `Roles`, the methods that a
+process of each role offers to the clients of `rlhf_ray.cluster`; pyright checks the actor classes
+against them where `stages` wires both.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -51,22 +52,22 @@ class Generator(Protocol):
 
 
 Proof = Callable[[Generator], Awaitable[None]]
-"""Raises WeightSyncError where a generator does not apply adapters as the learner does."""
+"""Raises WeightSyncError if a generator does not apply adapters as the learner does."""
 
 
 class Generators(Protocol):
     """All generators of a run, whose number may change at any time.
 
-    One that joins or comes back passes the proof and serves the latest published adapter before
-    its first prompt. One that fails is restarted, and others sample what it did not finish.
-    ActorFailure means that none is left.
+    A generator that joins or restarts passes the proof and serves the latest published adapter
+    before its first prompt. One that fails is restarted, and the others sample its unfinished
+    shards. ActorFailure means that no generator is left.
     """
 
     async def prove(self, proof: Proof) -> None:
-        """Prove every generator now, and each that joins later before it is used.
+        """Prove every generator now, and each later one before it is used.
 
         Raises:
-            WeightSyncError: none passes.
+            WeightSyncError: no generator passes.
         """
         ...
 
@@ -74,7 +75,7 @@ class Generators(Protocol):
         """Publish an adapter; return when every generator serves it or is out of use.
 
         Raises:
-            WeightSyncError: none does.
+            WeightSyncError: no generator serves it.
         """
         ...
 
@@ -123,7 +124,7 @@ class LearnerGroup(Protocol):
         ...
 
     async def state(self) -> Handle[StateFiles]:
-        """Export files that `load` takes at any number of ranks."""
+        """Export files that `load` accepts at any number of ranks."""
         ...
 
     async def load(self, state: Handle[StateFiles] | StateFiles) -> None:
@@ -184,7 +185,7 @@ class Roles:
     reference: Reference
     policy: Policy
     critic: Critic | None
-    """None where the advantages need no values."""
+    """None if the advantage estimator needs no values."""
     fetch: Fetch
     num_gpus: Callable[[], float]
     """GPUs that the roles hold now."""
@@ -198,13 +199,13 @@ class Roles:
 
 
 class Process(Protocol):
-    """A process of any role, which is started once it is placed."""
+    """A process of any role; it is started after it is placed."""
 
     def start(self) -> Awaitable[None] | None: ...
 
 
 class Sleeper(Protocol):
-    """A process that can leave its GPU to others for a while."""
+    """A process that can free its GPU for another group for a while."""
 
     def sleep(self) -> Awaitable[None] | None: ...
     def wake(self) -> Awaitable[None] | None: ...

@@ -1,4 +1,4 @@
-"""What travels between driver and roles: frozen, typed, every field described.
+"""The data that travels between driver and roles: frozen and typed, with every field described.
 
 Tensors never pass through the driver; it holds handles and scalars. Log-probs are natural (nats),
 fp32, of the distribution that rollouts are drawn from (`algorithms.logprobs.SamplingRule`):
@@ -106,7 +106,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """What the driver sees of a shard: scalars only."""
+    """The scalars of a shard, which the driver gets instead of its tensors."""
 
     index: int
     """Index of the shard in the batch."""
@@ -204,7 +204,7 @@ class StepReport:
     metrics: Mapping[str, float]
     """Metric name -> value, reduced over mini-batches and ranks as it is registered."""
     samples_learnt: int
-    """Rollouts learnt from, each counted once whatever the number of epochs."""
+    """Rollouts learnt from, each counted once for all epochs."""
     num_tokens: int
     """Response tokens of these rollouts: the weight of the metrics when ranks are merged."""
 

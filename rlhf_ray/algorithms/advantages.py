@@ -1,13 +1,13 @@
-"""Advantage estimators: how much better a token, or a response, did than expected.
+"""Advantage estimators: how much better a token, or a response, was than expected.
 
-None of them whitens (`whitening` does), and none propagates gradients on purpose: call them on
-tensors that carry none.
+None of them whitens (`whitening` does), and none is meant to propagate gradients: call them on
+tensors without.
 
 A config names an estimator, which `resolve` returns. It takes the token rewards and the mask, and
-by name whatever else it declares:
+by name any of these that it declares as parameters:
 
-    values_BT    the critic's values; declaring them is what makes a run have a critic
-    group_size   rows that answer one prompt; such rows follow each other
+    values_BT    the critic's values; a run has a critic only if its estimator declares them
+    group_size   number of rows per prompt; rows of one prompt are next to each other
     gamma, lam   discount, and GAE's lambda
 
 It returns the advantage of every token, `_BT`, zero on padding. Estimators over whole responses
@@ -31,14 +31,14 @@ from rlhf_ray.plugins import load_function
 def gae(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the real tokens of each row.
+    """Compute generalised advantage estimation over the real tokens of each row.
 
         delta_t = r_t + gamma * V_{t+1} - V_t          (V past the last real token is 0)
         A_t     = delta_t + gamma * lam * A_{t+1}
         G_t     = A_t + V_t
 
-    t + 1 is the next *real* token: right padding ends the row, and a masked gap inside it (forced
-    tokens) is skipped without discount. Source: Schulman et al. 2015 (arXiv:1506.02438) eq. 16.
+    t + 1 is the next *real* token: right padding ends the row, and masked tokens inside it (forced
+    ones) are skipped without discount. Source: Schulman et al. 2015 (arXiv:1506.02438) eq. 16.
 
     Args:
         rewards_BT: reward per token; padding may hold anything.
@@ -127,7 +127,7 @@ def _groups(scores_B: Tensor, group_size: int) -> Tensor:
 
 
 GIVEN = ("values_BT", "group_size", "gamma", "lam")
-"""What an estimator may ask for besides rewards and mask."""
+"""Parameters that an estimator may declare besides rewards and mask."""
 
 
 def estimate_gae(
@@ -157,22 +157,22 @@ def _spread(advantages_B: Tensor, mask_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimator:
-    """A function with what is known of it."""
+    """An advantage function, with the parameters that it declares."""
 
     function: Callable[..., Tensor]
     """`f(rewards_BT, mask_BT, **asked) -> advantages_BT`."""
     asks: tuple[str, ...]
-    """Which of `GIVEN` it wants."""
+    """The names of `GIVEN` that it declares."""
     whitened: bool
     """Whether its advantages are whitened over the batch unless the config says otherwise."""
 
     @property
     def needs_critic(self) -> bool:
-        """Whether it asks for values."""
+        """Whether it needs the critic's values."""
         return "values_BT" in self.asks
 
     def __call__(self, rewards_BT: Tensor, mask_BT: Tensor, **given: Tensor | float) -> Tensor:
-        """The advantages `_BT`; `given` holds every name of `GIVEN`.
+        """Return the advantages `_BT`, zero on padding; `given` must hold every name of `GIVEN`.
 
         Raises:
             ValueError: the function returned another shape than the mask's.
@@ -188,10 +188,10 @@ class Estimator:
 
 
 def describe(function: Callable[..., Tensor], whitened: bool = True) -> Estimator:
-    """The estimator that a function is.
+    """Make an estimator from a function, by its signature.
 
     Raises:
-        ValueError: it needs an argument that no estimator is given, or lacks the first two.
+        ValueError: it requires a parameter that is not in `GIVEN`, or lacks the first two.
     """
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -211,10 +211,10 @@ def describe(function: Callable[..., Tensor], whitened: bool = True) -> Estimato
 
 
 def resolve(name: str) -> Estimator:
-    """The estimator that ``ppo.advantage`` names.
+    """Return the estimator that ``ppo.advantage`` names.
 
     Raises:
-        ConfigError: a function of the user's that cannot be had, or asks for too much.
+        ConfigError: the user's function cannot be imported, or its signature does not fit.
     """
     entry = ESTIMATORS.get(name)
     try:

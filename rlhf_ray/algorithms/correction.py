@@ -1,4 +1,4 @@
-"""Correction for a sampler that is not quite the policy that learns from its samples."""
+"""Importance weights that correct the log-prob mismatch between engine and learner."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from rlhf_ray.algorithms.whitening import require_same_shape, zero_padding
 def truncated_importance_weights(
     old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float
 ) -> Tensor:
-    """Weight of each token for `losses.policy_loss`: min(exp(old - rollout), cap).
+    """Compute each token's weight for `losses.policy_loss`: min(exp(old - rollout), cap).
 
     The engine that sampled and the learner give the same token slightly different probabilities
     (other kernels, other precision, staleness). The weight removes that bias; the cap bounds the
-    variance that it brings. Source: Ionides 2008, "Truncated Importance Sampling"; for engines,
+    variance that it adds. Source: Ionides 2008, "Truncated Importance Sampling"; for engines,
     Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
 
     Args:

@@ -1,4 +1,4 @@
-"""From what every role reported about a batch to micro-batches that can be learnt from.
+"""The assembly of a batch: from the roles' results to micro-batches for the learners.
 
 `Assembler` turns collected rows into an `Experience`; `pad` and `response_logits` hold the
 alignment between sequences and responses; `micro_batches` cuts a batch.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Experience:
-    """Rollouts with all that was computed on them; one row per sample.
+    """Rollouts with everything computed on them; one row per sample.
 
     Names end in their dimensions: B samples, S whole-sequence positions, T response tokens. Row b
     of a `_BT` tensor starts at the first response token, which lies at `prompt_lengths_B[b]` of
@@ -45,27 +45,28 @@ class Experience:
     mask_BT: Tensor
     """1 on the response tokens that count: those that were sampled."""
     rollout_logprobs_BT: Tensor
-    """By the engine that sampled."""
+    """Log-probs of the engine that sampled."""
     old_logprobs_BT: Tensor
-    """By the learner before the update: the denominator of the ratio."""
+    """Log-probs of the learner before the update: the denominator of the ratio."""
     ref_logprobs_BT: Tensor
-    """By the frozen reference."""
+    """Log-probs of the frozen reference."""
     values_BT: Tensor
     """Critic's expected return before each token, score units; zeros without a critic."""
     advantages_BT: Tensor
-    """What the policy loss multiplies; whitened or not, as the estimator asks."""
+    """Factors of the policy loss; whitened or not, as estimator and config require."""
     returns_BT: Tensor
     """Targets of the critic, score units; zeros without a critic."""
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens that count."""
+        """Number of response tokens that count."""
         return int(self.mask_BT.bool().sum())
 
     def rows(self, index: Tensor | slice) -> "Experience":
-        """The rows that `index` (a slice, or an int64 or bool tensor) selects, in its order.
+        """Return the rows that `index` (a slice, or an int64 or bool tensor) selects, in its order.
 
-        Columns that are padding in all of them go, for `_BS` and `_BT` apart; one stays at least.
+        Trailing columns that are padding in all of these rows are cut, separately for `_BS` and
+        `_BT`; at least one column stays.
         """
         widths = {
             "BS": _width(self.attention_BS[index]),
@@ -80,12 +81,12 @@ class Experience:
 
 
 def pad(rows: Sequence["np.ndarray | Tensor"], fill: float = 0) -> tuple[Tensor, Tensor]:
-    """Stacks 1-D rows of different lengths, padding on the right.
+    """Stack 1-D rows of different lengths, padded on the right.
 
     Args:
-        rows: at least one, all integer or (if any row that is not empty is floating) floats;
-            numpy arrays may be read-only.
-        fill: what padding holds.
+        rows: at least one; if any row that is not empty is floating, the result is. Numpy arrays
+            may be read-only.
+        fill: value of the padding.
 
     Returns:
         `(tensor_BT, mask_BT)`: int64 or fp32, and bool with True on what came from `rows`; T is
@@ -117,12 +118,12 @@ def pad(rows: Sequence["np.ndarray | Tensor"], fill: float = 0) -> tuple[Tensor,
 def response_logits(
     logits_BSV: Tensor, prompt_lengths_B: Tensor, num_response_tokens: int
 ) -> Tensor:
-    """The logits that predict each response token, for sequences that start at position 0.
+    """Return the logits that predict each response token, for sequences that start at position 0.
 
     Position s predicts token s + 1, so response token t of row b, which lies at
     prompt_lengths_B[b] + t, is predicted at prompt_lengths_B[b] - 1 + t. Positions past the end
-    (padding) repeat the last one. What follows S in the shape is free: hidden states or a
-    critic's `values_BS` are aligned the same way.
+    (padding) repeat the last one. Any dimensions may follow S: hidden states or a critic's
+    `values_BS` are aligned the same way.
 
     Args:
         logits_BSV: outputs of the model at each position of the sequences.
@@ -145,14 +146,14 @@ def response_logits(
 
 
 def _width(mask: Tensor) -> int:
-    """One more than the last column in which any row is real; at least 1."""
+    """Return one more than the index of the last column with a real token; at least 1."""
     columns = mask.bool().any(dim=0).nonzero()
     return int(columns[-1]) + 1 if len(columns) else 1
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What every role said of a batch, a row a response."""
+    """The roles' results for a batch, one row per response."""
 
     sequences: "Rows"
     """[S] token ids of each prompt and its response."""
@@ -161,51 +162,51 @@ class Collected:
     responses: "Rows"
     """[T] token ids of each response."""
     rollout_logprobs: "Rows"
-    """[T] by the engine."""
+    """[T] log-probs of the engine."""
     old_logprobs: "Rows"
-    """[T] by the learner."""
+    """[T] log-probs of the learner."""
     ref_logprobs: "Rows"
-    """[T] by the reference."""
+    """[T] log-probs of the reference."""
     values: "Rows | None"
-    """[T] or, with the position `first_pad`, [T + 1] by the critic; None without one."""
+    """[T] or, with the position `first_pad`, [T + 1] values of the critic; None without one."""
     scores_B: Tensor
     """Score of each response."""
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A batch in order of its positions."""
+    """A batch with token rewards and advantages, in the order of its rows."""
 
     experience: Experience
-    """Advantages not whitened; zeros for values and returns where there is no critic."""
+    """The batch, its advantages not whitened yet; values and returns are zero without a critic."""
     rewards_BT: Tensor
-    """Reward of each token; with `first_pad` the score may stand one behind the last."""
+    """Reward of each token; with `first_pad` the score may stand one after the last token."""
     value_mask_BT: Tensor
-    """Where the critic has something to learn: the mask, and where a score stands behind it."""
+    """Where the critic learns: on the mask, and where a score stands after the last token."""
 
 
 @dataclass(frozen=True)
 class Assembler:
-    """How token rewards and advantages are made."""
+    """Makes token rewards and advantages by the options of `ppo`."""
 
     estimator: Estimator
     gamma: float
     lam: float
     group_size: int
-    """Rows that answer one prompt."""
+    """Number of responses per prompt."""
     kl_kind: KLKind
     kl_in: Literal["reward", "loss"]
-    """reward: the penalty is part of the token rewards; loss: it is not."""
+    """reward: the KL penalty is part of the token rewards; loss: it is a term of the loss."""
     position: ScorePosition
     max_tokens: int
-    """Longest response: behind one of that length there is no position left."""
+    """Length limit of responses: after one of this length no position is left for the score."""
 
     def __call__(self, batch: Collected, kl_coef: float) -> Assembled:
-        """Token rewards and advantages of a whole batch.
+        """Compute token rewards and advantages of a whole batch.
 
         Args:
-            batch: rows of one prompt next to each other.
-            kl_coef: weight of the KL penalty.
+            batch: the rows; those of one prompt must be next to each other.
+            kl_coef: weight of the KL penalty, score units per nat.
         """
         sequences_BS, attention_BS = pad(batch.sequences)
         responses_BT, mask_BT = pad(batch.responses)
@@ -254,18 +255,18 @@ class Assembler:
 
 
 def _fit(rows_BT: Tensor, width: int) -> Tensor:
-    return F.pad(rows_BT, (0, width - rows_BT.shape[1]))  # a negative number cuts
+    return F.pad(rows_BT, (0, width - rows_BT.shape[1]))  # negative padding cuts columns
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:
     """Group rows so that a padded group has at most ``max_tokens`` tokens.
 
-    Rows of like length go together, so that little of a group is padding.
+    Rows of similar length are grouped, so that little of a group is padding.
 
     Args:
         lengths: [B] tokens of each row.
-        max_tokens: most tokens of a group, its padding included; a longer single row goes alone.
-        at_least: make no fewer groups (ranks must agree on their number); at most B are possible.
+        max_tokens: limit of tokens per group, padding included; a longer row is a group by itself.
+        at_least: minimum number of groups, because ranks must agree on it; at most B are made.
 
     Returns:
         Groups of row indices; each row is in exactly one.

@@ -9,22 +9,24 @@ KLKind = Literal["k1", "k2", "k3"]
 
 
 def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: KLKind) -> Tensor:
-    """Estimates KL(policy || reference) for each token, in nats, with d = logprob - ref logprob.
+    """Estimate KL(policy || reference) for each token, in nats, with d = logprob - ref logprob.
 
         k1 = d               unbiased; single values may be negative
         k2 = d^2 / 2         never negative, biased, small variance
         k3 = e^-d - 1 + d    never negative and unbiased
 
-    Unbiased holds for tokens sampled from the policy itself, undistorted: with a token forbidden
-    to the sampler the mean of k1 goes negative. Source: J. Schulman, "Approximating KL
-    Divergence", 2020, http://joschu.net/blog/kl-approx.html.
+    The estimates are unbiased only for tokens sampled from the policy itself: if the sampler never
+    draws some token that the policy would, the mean of k1 becomes negative.
+
+    Source: J. Schulman, "Approximating KL Divergence", 2020,
+    http://joschu.net/blog/kl-approx.html.
 
     Args:
         logprobs_BT: log-probs of the policy that sampled, nats.
         ref_logprobs_BT: log-probs of the frozen reference, nats, same shape.
 
     Returns:
-        fp32 `_BT`, differentiable in both. Padding is not treated: its content stays there.
+        fp32 `_BT`, differentiable in both. Padding is not masked.
 
     Raises:
         ValueError: unknown kind.

@@ -1,4 +1,4 @@
-"""The coefficient of the KL penalty over a run: held fixed, or steered towards a target."""
+"""Controllers of the KL coefficient over a run: fixed, or adapted to reach a target KL."""
 
 import math
 from abc import ABC, abstractmethod
@@ -8,7 +8,7 @@ from rlhf_ray.errors import DivergenceError
 
 
 class KLController(ABC):
-    """Holds the KL coefficient; `state_dict` carries it over to a resumed run."""
+    """Holds the KL coefficient; a resumed run restores it from `state_dict`."""
 
     coef: float
     """Current weight of the KL penalty, score units per nat."""
@@ -20,27 +20,28 @@ class KLController(ABC):
 
     @abstractmethod
     def update(self, kl: float, num_samples: int) -> None:
-        """Tells the controller what an iteration did.
+        """Update the coefficient after an iteration.
 
         Args:
-            kl: mean over the iteration's samples of the token *sum* of k1, nats.
+            kl: k1 of the iteration, nats: mean over samples of the token *sum*, or mean over
+                tokens with ``ppo.kl_target_per_token``.
             num_samples: rollouts in the iteration, over all ranks.
         """
 
     def state_dict(self) -> dict[str, float]:
-        """What a commit must hold for the run to go on as if it had not stopped."""
+        """Return the state that a resumed run needs to continue as if it had not stopped."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes up the state of an earlier `state_dict`."""
+        """Restore the state of an earlier `state_dict`."""
         self.coef = float(state["coef"])
 
 
 class FixedKL(KLController):
-    """Keeps the coefficient whatever the KL does."""
+    """Keeps the coefficient at its initial value."""
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Changes nothing."""
+        """Do nothing: the coefficient is fixed."""
 
 
 class AdaptiveKL(KLController):
@@ -52,7 +53,12 @@ class AdaptiveKL(KLController):
     """
 
     def __init__(self, init: float, target: float, horizon: float) -> None:
-        """Args: first coefficient (> 0 or it stays 0); target KL per sample, nats; samples."""
+        """
+        Args:
+            init: first coefficient; 0 would stay 0.
+            target: target KL, nats, per sample or per token as `update`'s ``kl``.
+            horizon: number of samples over which the coefficient adapts.
+        """
         super().__init__(init)
         if not (target > 0 and horizon > 0):
             raise ValueError(f"KL target and horizon must be > 0, got {target} and {horizon}")
@@ -60,10 +66,10 @@ class AdaptiveKL(KLController):
         self.horizon = horizon
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Raises the coefficient above the target, lowers it below.
+        """Raise the coefficient if the KL is above the target, lower it if below.
 
         Raises:
-            DivergenceError: a KL that is not finite, which would stay in the coefficient.
+            DivergenceError: the KL is not finite; the coefficient would stay so for good.
         """
         if not math.isfinite(kl):
             raise DivergenceError(

@@ -1,4 +1,4 @@
-"""The distribution that next tokens are drawn from: its logits, log-probabilities and entropy."""
+"""The distribution that next tokens are sampled from: its logits, log-probs and entropy."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SamplingRule:
-    """What tokens are drawn; log-probs are those of the distribution that it makes."""
+    """The sampling settings that define the distribution of tokens; log-probs are under it."""
 
     temperature: float = 1.0
     """Divides the logits, > 0."""
     top_k: int = 0
-    """Only this many of the likeliest tokens, and those that tie with the last; 0: all."""
+    """Keep this many of the likeliest tokens, and those that tie with the last; 0: all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that hold this share of the probability, at least one; 1: all."""
+    """Keep the likeliest tokens that hold this share of the probability, at least one; 1: all."""
     min_tokens: int = 0
-    """Response tokens that must be there before a stop token is drawn."""
+    """Number of response tokens before which no stop token is drawn."""
     stop_token_ids: tuple[int, ...] = ()
-    """Ids that end a response, and belong to it."""
+    """Ids that end a response, and are part of it."""
 
     def __post_init__(self) -> None:
         can_draw = self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1
@@ -35,26 +35,25 @@ class SamplingRule:
         tokens_BT: Tensor | None = None,
         steps_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits whose softmax is the distribution that tokens are drawn from.
+        """Return logits whose softmax is the distribution that tokens are drawn from.
 
-        Stop tokens that come too early go first, then temperature, top-k, and top-p among what
-        top-k left: the order of vLLM, whose log-probs these must equal. The given tokens are kept
-        by top-k and top-p in any case. They were drawn, but a policy that has moved on, or the
-        reference, may not count them among its likeliest: their log-prob stays finite, and a ratio
-        that fell has a gradient. An early stop token is never drawn by anyone: its log-prob is
-        -inf.
+        First early stop tokens are removed, then temperature, top-k, and top-p on the rest are
+        applied: the order of vLLM, whose log-probs these must equal. Top-k and top-p always keep
+        the given tokens. These were drawn, but an updated policy, or the reference, may not have
+        them among its likeliest: so their log-prob stays finite, and a ratio that fell has a
+        gradient. An early stop token is never drawn: its log-prob is -inf.
 
         Args:
-            logits_BTV: of the model, any floating dtype, any number of leading dimensions.
-            tokens_BT: token ids to keep, one a position.
-            steps_BT: response tokens before each position, or what broadcasts to that; needed
-                with ``min_tokens``.
+            logits_BTV: logits of the model, any floating dtype, any number of leading dimensions.
+            tokens_BT: token ids to keep, one per position.
+            steps_BT: number of response tokens before each position, or a tensor that broadcasts
+                to that; required with ``min_tokens``.
 
         Returns:
             fp32 `_BTV`, -inf on tokens that are never drawn; differentiable in the others.
 
         Raises:
-            ValueError: positions are not given where the distribution depends on them.
+            ValueError: ``min_tokens`` is set, and ``steps_BT`` is missing.
         """
         scaled_BTV = self._without_early_stops(logits_BTV.float(), steps_BT)
         if self.temperature != 1.0:
@@ -91,19 +90,19 @@ class SamplingRule:
 
 
 def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability, in nats, of each token under softmax(logits / temperature).
+    """Return the log-prob, in nats, of each token under softmax(logits / temperature).
 
-    Position t of both arguments belongs together: align them first (`experience.response_logits`).
+    Logits at position t must predict token t: align them first (`experience.response_logits`).
 
         log p(x) = z_x - logsumexp(z),  z = logits / temperature
 
-    A log-softmax would hold a second tensor of the size of the logits, which is the largest
+    Not by log-softmax, which would hold a second tensor of the size of the logits, the largest
     tensor of a training step.
 
     Args:
         logits_BTV: logits over the vocabulary V, any floating dtype.
         tokens_BT: token ids in [0, V); padding needs a valid id too.
-        temperature: > 0; the one that the tokens were sampled with.
+        temperature: > 0; the temperature that the tokens were sampled with.
 
     Returns:
         fp32 `_BT`, differentiable in the logits.
@@ -117,7 +116,7 @@ def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float = 1
 
 
 def entropy(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy H = -sum_v p_v log p_v of softmax(logits / temperature), in nats, fp32 `_BT`.
+    """Return the entropy H = -sum_v p_v log p_v of softmax(logits / temperature), nats, fp32 `_BT`.
 
     Tokens with a logit of -inf have probability 0 and add nothing.
 

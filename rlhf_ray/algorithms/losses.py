@@ -1,4 +1,4 @@
-"""The losses of policy, critic and reward model, and of learning from pairs directly (DPO).
+"""The losses of policy, critic, reward model and DPO.
 
 Statistics are detached fp32 scalars over the given tensors alone: sums over the mask divided by
 this mask's own count (`ratio_max` is a maximum). To combine micro-batches or ranks, weight each
@@ -26,7 +26,7 @@ from rlhf_ray.plugins import load_function
 Stats = dict[str, Tensor]
 
 MAX_LOG_RATIO = 20.0
-"""Nats. Bounds exp(): an infinite ratio turns the zero gradient of a clipped token into NaN."""
+"""Bound of the log-ratio, nats: an infinite ratio makes a clipped token's zero gradient NaN."""
 
 
 def policy_loss(
@@ -40,7 +40,7 @@ def policy_loss(
     weights: Tensor | None = None,
     num_tokens: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Clipped policy-gradient loss, a sum over real tokens divided by `num_tokens`.
+    """Compute the clipped policy-gradient loss: a sum over real tokens divided by `num_tokens`.
 
         ratio = exp(logprob - old logprob)
         L_t   = max(-A * ratio, -A * clamp(ratio, 1 - clip_low, 1 + clip_high))
@@ -54,10 +54,10 @@ def policy_loss(
         old_logprobs: `_BT` nats, of the policy before the update.
         advantages: `_BT`, without gradient.
         mask: `_BT`, 1 on real tokens; elsewhere nothing matters, NaN included.
-        clip_low: the ratio stops counting below 1 - clip_low; inf turns it off.
-        clip_high: the ratio stops counting above 1 + clip_high; inf turns it off.
+        clip_low: ratios are clipped below 1 - clip_low; inf disables it.
+        clip_high: ratios are clipped above 1 + clip_high; inf disables it.
         dual_clip: > 1; bounds the loss of bad tokens whose ratio ran away.
-        weights: `_BT`, multiply the loss of each token (`correction`).
+        weights: `_BT`, factors of each token's loss (`correction`).
         num_tokens: denominator, default `mask.sum()`; with accumulation or several ranks the
             mini-batch's whole count divided by the number of ranks.
 
@@ -102,10 +102,10 @@ def policy_loss(
 
 
 def resolve_policy_loss(name: str) -> Callable[..., tuple[Tensor, Stats]]:
-    """The loss that ``ppo.policy_loss`` names: `policy_loss`, or a function called just like it.
+    """Return the loss that ``ppo.policy_loss`` names: `policy_loss`, or one with its signature.
 
     Raises:
-        ConfigError: a function of the user's that cannot be had.
+        ConfigError: the user's function cannot be imported.
     """
     return load_function(POLICY_LOSSES.get(name, name), "ppo.policy_loss")
 
@@ -118,7 +118,7 @@ def value_loss(
     clip: float = 0.2,
     num_tokens: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Clipped regression of the critic on the returns, summed and divided by `num_tokens`.
+    """Compute the critic's clipped squared error: a sum over real tokens divided by `num_tokens`.
 
         L_t = 1/2 max((V - G)^2, (V_clip - G)^2),  V_clip = V_old + clamp(V - V_old, -clip, clip)
 
@@ -129,7 +129,7 @@ def value_loss(
         old_values: `_BT`, of the critic before the update.
         returns: `_BT`, targets (`advantages.gae`).
         mask: `_BT`, 1 on real tokens; elsewhere nothing matters, NaN included.
-        clip: in units of value; inf turns it off.
+        clip: in units of value; inf disables it.
         num_tokens: as for `policy_loss`.
 
     Returns:
@@ -160,7 +160,7 @@ def value_loss(
 def pairwise_reward_loss(
     chosen_B: Tensor, rejected_B: Tensor, margin: Tensor | float | None = None, centre: float = 0.0
 ) -> Tensor:
-    """Bradley-Terry loss of a reward model on preference pairs, a mean over the pairs.
+    """Compute the Bradley-Terry loss of a reward model on preference pairs, a mean over them.
 
         mean(-log sigmoid(chosen - rejected - margin)) + centre * mean((chosen + rejected)^2)
 
@@ -170,7 +170,7 @@ def pairwise_reward_loss(
     Args:
         chosen_B: score of the better answer of each pair.
         rejected_B: score of the worse one.
-        margin: in score units, by which the better should win: `_B` or one number.
+        margin: score difference by which the better answer should win: `_B` or one number.
         centre: weight of the term that keeps scores near 0.
 
     Returns:
@@ -189,10 +189,10 @@ def pairwise_reward_loss(
 def pointwise_reward_loss(
     scores_B: Tensor, targets_B: Tensor, kind: Literal["bce", "mse"]
 ) -> Tensor:
-    """Loss of a reward model on single answers, a mean over them.
+    """Compute the loss of a reward model on single answers, a mean over them.
 
         bce: -t log sigmoid(s) - (1 - t) log sigmoid(-s), t = 1 for a liked answer, else 0
-        mse: (s - t)^2, t a rating, on whose scale scores then are
+        mse: (s - t)^2, t a rating; scores are then on the scale of the ratings
 
     Returns:
         fp32 scalar.
@@ -214,7 +214,7 @@ def dpo_loss(
     kind: Literal["sigmoid", "ipo"] = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Direct preference optimisation, a mean over the pairs.
+    """Compute the loss of direct preference optimisation, a mean over the pairs.
 
         h = chosen - rejected
         sigmoid: -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)
@@ -227,9 +227,10 @@ def dpo_loss(
     Args:
         chosen_B: log-ratio of policy to reference of the better answer, nats.
         rejected_B: of the worse one.
-        beta: how close the policy stays to the reference, per nat.
-        kind: which loss.
-        label_smoothing: eps, in [0, 0.5); of the sigmoid loss alone.
+        beta: weight of the log-ratios, per nat; a larger one keeps the policy closer to the
+            reference.
+        kind: the loss to use.
+        label_smoothing: eps, in [0, 0.5); used by the sigmoid loss only.
 
     Returns:
         fp32 scalar.

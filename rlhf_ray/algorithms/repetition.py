@@ -1,4 +1,4 @@
-"""How much a response repeats itself: what a policy that games its reward gives away first."""
+"""Measures of repetition in a response, often the first sign of a policy that games its reward."""
 
 from collections.abc import Sequence
 from itertools import groupby, pairwise
@@ -8,12 +8,12 @@ RUN = 4
 
 
 def repeats_a_token(tokens: Sequence[int]) -> bool:
-    """Whether a response holds the same token `RUN` times or more in a row."""
+    """Return whether a response has the same token `RUN` times or more in a row."""
     return any(len(list(run)) >= RUN for _, run in groupby(tokens))
 
 
 def distinct_bigrams(tokens: Sequence[int]) -> float:
-    """Share of distinct bigrams among those of a response; 1 where it is too short to have any.
+    """Return the share of a response's bigrams that are distinct; 1 if it is too short for any.
 
     Source: distinct-2, Li et al. 2016 (arXiv:1510.03055), here within one response.
     """

@@ -1,4 +1,4 @@
-"""From one score per response to one reward per token."""
+"""Token rewards, made from each response's score and its KL penalty."""
 
 from typing import Literal
 
@@ -17,7 +17,7 @@ def token_rewards(
     kl_coef: float,
     position: ScorePosition = "last_token",
 ) -> Tensor:
-    """Reward of each token: minus the KL penalty, the score added once per response.
+    """Compute each token's reward: minus the KL penalty, plus the score once per response.
 
         r_t = -kl_coef * kl_t + [t = score position] * score
 
@@ -29,7 +29,7 @@ def token_rewards(
         kl_BT: KL estimate per token, nats; padding may hold anything.
         mask_BT: 1 on real response tokens.
         kl_coef: weight of the penalty, score units per nat.
-        position: where the score lands, see `score_position`.
+        position: token that gets the score, see `score_position`.
 
     Returns:
         fp32 `_BT`; 0 on padding, except for the score itself with `first_pad`. A row without
@@ -50,7 +50,7 @@ def token_rewards(
 
 
 def score_position(mask_BT: Tensor, position: ScorePosition) -> Tensor:
-    """Where the score of each response lands: bool `_BT`, at most one True per row.
+    """Mark the position that gets each response's score: bool `_BT`, at most one True per row.
 
     `last_token` is the last real token, EOS where there is one. `first_pad` is the position after
     it, or the last real token where the row is full; that position then needs a value as well,

@@ -1,4 +1,4 @@
-"""Masked means, variances and whitening, in one process or summed over many.
+"""Masked means, variances and whitening, in one process or over several.
 
 A mask is 1 (or True) on real tokens, of any dtype. Padding may hold anything, NaN and inf
 included: 0 * NaN is NaN, so padding is selected away with `where`, never multiplied away.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` in fp32 with exact zeros wherever `mask` is 0. Same shape; differentiable.
+    """Return `x` in fp32 with exact zeros wherever `mask` is 0. Same shape; differentiable.
 
     No gradient reaches the masked positions.
     """
@@ -20,19 +20,19 @@ def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of `x` over the real tokens: fp32 scalar, 0 for an empty mask."""
+    """Return the sum of `x` over the real tokens: fp32 scalar, 0 for an empty mask."""
     return zero_padding(x, mask).sum()
 
 
 def count(mask: Tensor) -> Tensor:
-    """Number of real tokens as an fp32 scalar, at least 1 so that it can divide."""
+    """Return the number of real tokens as an fp32 scalar, at least 1 so that it can divide."""
     return mask.bool().sum().clamp(min=1).float()
 
 
 def require_same_shape(**tensors: Tensor | None) -> None:
-    """Raises ValueError with every name and shape unless all the given tensors agree.
+    """Raise ValueError with every name and shape unless all the given tensors have one shape.
 
-    Broadcasting would otherwise take a per-sample tensor for a per-token one in silence.
+    Broadcasting would otherwise silently accept a per-sample tensor for a per-token one.
     """
     shapes = {name: tuple(x.shape) for name, x in tensors.items() if x is not None}
     if len(set(shapes.values())) > 1:
@@ -45,13 +45,13 @@ EPS = 1e-8
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` over the real tokens: fp32 scalar, differentiable, 0 for an empty mask."""
+    """Return the mean of `x` over the real tokens: fp32 scalar, differentiable, 0 without any."""
     require_same_shape(x=x, mask=mask)
     return masked_sum(x, mask) / count(mask)
 
 
 def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
-    """Variance of `x` over the n real tokens: fp32 scalar, differentiable.
+    """Return the variance of `x` over the n real tokens: fp32 scalar, differentiable.
 
     Divides by n - 1 (Bessel's correction) if `unbiased`, else by n. Fewer than two real tokens
     have variance 0.
@@ -64,7 +64,7 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 def masked_whiten(
     x: Tensor, mask: Tensor, shift_mean: bool = True, unbiased: bool = True
 ) -> Tensor:
-    """`x` scaled to variance 1 over the real tokens, its mean removed or (not `shift_mean`) kept.
+    """Scale `x` to variance 1 over the real tokens; remove its mean, or keep it (not `shift_mean`).
 
         (x - mean) / sqrt(var + 1e-8)  [+ mean]
 
@@ -87,7 +87,7 @@ def masked_whiten(
 def whiten(
     x: Tensor, mask: Tensor, mean: Tensor | float, std: Tensor | float, shift_mean: bool = True
 ) -> Tensor:
-    """`masked_whiten` with a mean and a standard deviation from elsewhere.
+    """Whiten as `masked_whiten` does, with a given mean and standard deviation.
 
     With those of summed `Moments`, a batch spread over processes is whitened as a whole:
 
@@ -102,9 +102,10 @@ def whiten(
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums from which the mean and deviation of a spread-out batch follow; `Moments()` is none.
+    """Count, sum and sum of squares of a batch that may be spread over processes.
 
-    Python floats (float64), because sums of squares over a large batch lose digits in fp32.
+    `Moments()` is the empty batch. Python floats (float64), because sums of squares over a large
+    batch lose digits in fp32.
     """
 
     count: float = 0.0
@@ -116,7 +117,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor) -> "Moments":
-        """Moments of the real tokens of `x` (any shape; padding may hold anything)."""
+        """Return the moments of the real tokens of `x` (any shape; padding may hold anything)."""
         require_same_shape(x=x, mask=mask)
         real = x[mask.bool()].double()
         return cls(float(real.numel()), real.sum().item(), real.square().sum().item())
@@ -128,10 +129,10 @@ class Moments:
 
     @property
     def mean(self) -> float:
-        """Mean in the data's unit; 0 for no tokens."""
+        """Mean in the data's unit; 0 without tokens."""
         return self.total / max(self.count, 1.0)
 
     def std(self, unbiased: bool = True) -> float:
-        """Standard deviation in the data's unit, dividing by count - 1 or count as `masked_var`."""
+        """Return the standard deviation in the data's unit; `unbiased` as for `masked_var`."""
         squares = max(self.total_sq - self.total * self.mean, 0.0)
         return math.sqrt(squares / max(self.count - 1.0 if unbiased else self.count, 1.0))

@@ -30,14 +30,14 @@ COLOCATED_GROUPS: Mapping[str, str] = {
 POLL_S = 0.01
 """Between two checks whether a group may wake."""
 GRACE_S = 0.05
-"""How long a group must be idle before it is put to sleep: its next call may be under way already,
-and a swap takes seconds."""
+"""How long a group must be idle before it is put to sleep: its next call may follow at once, and a
+swap takes seconds."""
 
 SleeperT_co = TypeVar("SleeperT_co", bound=Sleeper, covariant=True)
 
 
 class Colocation:
-    """Which group is awake, and how many of its calls are under way."""
+    """Keeps track of the awake group and its running calls; swaps the groups when it is idle."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
@@ -60,7 +60,7 @@ class Colocation:
 
     async def _enter_uncancelled(self, group: str) -> bool:
         # A swap that is cancelled half-way would leave both groups on the GPU, or neither. So it
-        # runs to its end whatever becomes of the caller, whose place is then given back.
+        # always runs to its end; the call of a cancelled caller is then no longer counted.
         entering = asyncio.ensure_future(self._enter(group))
         try:
             return await asyncio.shield(entering)

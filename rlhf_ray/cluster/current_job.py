@@ -1,7 +1,7 @@
 """The Ray job that this process is the entry point of, if any.
 
-Others know a job by its id alone. So its driver records the run's folder on this node, and gives
-the job the run's name and folder in Ray's own store.
+Other processes know a job by its id alone. So its driver records the run's folder on this node, and
+adds the run's name and folder to the job's metadata in Ray's own store.
 """
 
 import json
@@ -29,6 +29,7 @@ def record_run_folder(folder: Path) -> None:
     """Record on this node which folder the current job writes to."""
     job = submission_id()
     if job is not None:
+        # One by one: `mkdir(parents=True)` would not apply the mode to the parent.
         for folder_of_records in (records_folder(), _record(job).parent):
             folder_of_records.mkdir(mode=0o700, exist_ok=True)
         write_atomically(_record(job), json.dumps({"folder": str(folder)}))
@@ -60,7 +61,7 @@ def name_current_job(name: str, folder: Path) -> None:
         return
     try:
         _describe(job, {RUN_NAME: name, RUN_FOLDER: os.path.normpath(folder)})
-    except Exception as error:  # of many kinds; none is worth failing a run
+    except Exception as error:  # Ray raises many types here, and no run should fail for its name
         Progress().say(
             f"warning: the job server did not accept this run's name and folder ({error}); unless "
             f"rlhf-ray submit started it, rlhf-ray list, status and stop know it as {job} only"

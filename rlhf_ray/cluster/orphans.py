@@ -19,8 +19,8 @@ from rlhf_ray.disk import write_atomically
 
 SHARED_MEMORY = "/dev/shm/"
 INTERVAL_S = 1.0
-"""Between two updates of the record (20 ms each). Whatever a run starts after the last one before
-it is killed is not cleaned up."""
+"""Between two updates of the record, which take 20 ms each. What a run starts between the last
+update and its death is not cleaned up."""
 
 
 class ProcessIdentity(TypedDict):
@@ -74,7 +74,7 @@ class ProcessRecord:
             self.update()
 
     def close(self) -> None:
-        """Clean up what is left of this run and drop its record."""
+        """Clean up what is left of this run, and delete its record."""
         self._closed.set()
         self._thread.join()
         self.update()
@@ -135,7 +135,10 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:
-    """Whether it is multiprocessing's resource tracker, which alone knows names of semaphores."""
+    """Return whether it is multiprocessing's resource tracker.
+
+    Only the tracker knows the names of the semaphores that its processes made.
+    """
     try:
         return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
     except psutil.Error:

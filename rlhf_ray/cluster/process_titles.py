@@ -1,7 +1,8 @@
-"""Who an actor is and what it does, where people look: in its process's title and its log lines.
+"""Process titles: each actor's name, version and current phase.
 
-`ps`, `nvidia-smi` and the workers in Ray's dashboard show ``ray::policy-0 v37 learning``; what it
-writes to stderr is prefixed with the same.
+`ps`, `nvidia-smi` and the workers in Ray's dashboard show ``ray::policy-0 v37 learning``. Lines
+that the actor writes to stderr have the same prefix. Look there to see which actor is stuck, and in
+which phase.
 """
 
 import functools
@@ -31,13 +32,13 @@ DOES = {
     "adapter": "publishing",
     "stop": "stopping",
 }
-"""Method -> what an actor that is in it does; of any other method the name is shown."""
+"""Method -> phase shown while it runs; other methods are shown by name."""
 
 
 def titled(role_class: type) -> type:
-    """The class, made to show who it is and which of its public methods it is in.
+    """Return a subclass whose process title shows which public method is running.
 
-    The version is the instance's ``version``, where it has one.
+    The version in the title is the instance's ``version``, if it has one.
     """
 
     class Titled(role_class):
@@ -48,13 +49,14 @@ def titled(role_class: type) -> type:
     for name, method in inspect.getmembers(role_class, inspect.isfunction):
         if not name.startswith("_"):
             setattr(Titled, name, _showing(method, DOES.get(name, name)))
+    # Ray's dashboard and errors name the class by these.
     for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Titled, attribute, getattr(role_class, attribute))
     return Titled
 
 
 class _Title:
-    """The title of this process; of calls that overlap, the last one begun is shown."""
+    """The title of this process; of overlapping calls it shows the one that began last."""
 
     def __init__(self, name: str, actor: Any) -> None:
         self._name = name
@@ -75,7 +77,8 @@ class _Title:
         parts = [self._name, "" if version is None else f"v{version}", (self._doing or [IDLE])[-1]]
         title = " ".join(filter(None, parts))
         ray._raylet.setproctitle(f"ray::{title}")  # type: ignore[attr-defined]
-        # After each call Ray sets the title to the name of the instance's class.
+        # After each call Ray resets the title to the name of the instance's class, so the class
+        # is renamed as well.
         type(self._actor).__name__ = title
         # Ray's log monitor takes this line as the prefix of those that follow it.
         print(f"{LOG_PREFIX_ACTOR_NAME}{title}", file=sys.stderr, flush=True)

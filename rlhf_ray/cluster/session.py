@@ -1,6 +1,6 @@
-"""Ray for the length of a run: a cluster started on this machine, or the one this process is in.
+"""The Ray session of a run: a cluster started on this machine, or the one this process is in.
 
-Of what actors print, users see only warnings and errors, each once and with the actor's name in
+Of the actors' output, only warnings and errors are printed, each once and with the actor's name in
 front. Everything else is in Ray's log files, which its dashboard shows.
 """
 

@@ -1,4 +1,4 @@
-"""Which prompts an iteration learns from, with which seeds: functions of the iteration alone."""
+"""The prompts and seeds of an iteration, as functions of the run seed and the iteration alone."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ from rlhf_ray.types import Prompt, SampleRequest, ScoredShard, ShardRequest, Ste
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 31-bit seed from what a sample is, never from who generates it."""
+    """Derive a 31-bit seed from what identifies a sample, never from the generator it goes to."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") & 0x7FFF_FFFF
 
 
 class PromptCursor:
-    """Goes through the prompts in passes, each shuffled by (run seed, pass)."""
+    """An endless sequence of prompts: passes over the dataset, each shuffled by (seed, pass)."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         self._prompts = prompts
         self._seed = seed
 
     def __len__(self) -> int:
-        """Prompts of a pass."""
+        """Return the number of prompts in a pass."""
         return len(self._prompts)
 
     def take(self, first: int, count: int) -> list[Prompt]:
-        """Prompts number ``first`` to ``first + count`` of the endless sequence."""
+        """Return ``count`` prompts of the endless sequence, from number ``first`` on."""
         size = len(self._prompts)
         orders: dict[int, np.ndarray] = {}
         taken: list[Prompt] = []
@@ -42,7 +42,10 @@ class PromptCursor:
 def sample_requests(
     prompts: Sequence[Prompt], samples_per_prompt: int, *seed_parts: int | str
 ) -> list[SampleRequest]:
-    """One request a sample; the samples of a prompt stand next to each other."""
+    """Make one request per sample, the samples of a prompt next to each other.
+
+    Group estimators (RLOO, GRPO) rely on this order.
+    """
     return [
         SampleRequest(position, prompt, derive_seed(*seed_parts, position))
         for position, prompt in enumerate(
@@ -54,7 +57,7 @@ def sample_requests(
 def shard_requests(
     samples: Sequence[SampleRequest], shard_size: int, version: int
 ) -> list[ShardRequest]:
-    """Cut a batch into fixed runs of positions; the last may be shorter."""
+    """Cut a batch into shards of consecutive positions; the last may be shorter."""
     return [
         ShardRequest(index, tuple(samples[first : first + shard_size]), version)
         for index, first in enumerate(range(0, len(samples), shard_size))
@@ -62,15 +65,15 @@ def shard_requests(
 
 
 def num_rollouts(batch: Sequence[ScoredShard]) -> int:
-    """Samples of a batch."""
+    """Return the number of samples in a batch."""
     return sum(len(scored.shard.info.positions) for scored in batch)
 
 
 def require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -> None:
-    """A sample is never lost or learnt twice, and each is of the current policy.
+    """Check that a batch has each sample once, and all of the current policy version.
 
     Raises:
-        RlhfError: a sample is missing, there twice, or of another version.
+        RlhfError: a sample is missing, duplicated, or of another version.
     """
     positions = sorted(position for scored in batch for position in scored.shard.info.positions)
     if positions != list(range(batch_size)):
@@ -86,10 +89,10 @@ def require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -
 
 
 def require_all_learnt(report: StepReport, num_samples: int) -> None:
-    """Every sample is learnt once.
+    """Check that a learner group has learnt every sample once.
 
     Raises:
-        RlhfError: a group learnt fewer, or more.
+        RlhfError: it learnt fewer or more.
     """
     if report.samples_learnt != num_samples:
         raise RlhfError(

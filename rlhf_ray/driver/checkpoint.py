@@ -1,7 +1,7 @@
-"""Atomic commits in the run's folder: a version is there whole, or not at all.
+"""Atomic commits in the run's folder: a version is saved whole, or not at all.
 
-``checkpoints/<version>/{policy,critic}/`` are PEFT folders with the learner's state beside them,
-``state.json`` holds the rest and every file's digest; ``latest`` and ``best`` point at versions.
+``checkpoints/<version>/{policy,critic}/`` are PEFT folders that also hold the learner's state.
+``state.json`` holds the rest and every file's digest; ``latest`` and ``best`` link to versions.
 """
 
 import hashlib
@@ -17,41 +17,41 @@ from typing import Any
 from rlhf_ray.errors import CheckpointError
 
 PlainMoments = Mapping[str, Sequence[float]]
-"""Source -> count, sum, sum of squares of its raw scores so far."""
+"""Reward source -> count, sum and sum of squares of its raw scores so far."""
 Losses = Mapping[str, Sequence[float]]
 """Watched metric -> its absolute values in the latest iterations."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a commit holds besides the learners."""
+    """The state of a run besides its learners, as a commit holds it."""
 
     iteration: int = 0
-    """Iterations done."""
+    """Number of finished iterations, rolled-back ones included."""
     version: int = 0
     """Adapter version."""
     prompts_drawn: int = 0
-    """Data cursor: prompts learnt from or set aside."""
+    """Data cursor: number of prompts drawn, whether learnt from or discarded."""
     samples_generated: int = 0
-    """Rollouts that came from generators and belong to a batch."""
+    """Number of rollouts in all batches."""
     samples_learnt: int = 0
-    """Rollouts that were learnt from."""
+    """Number of rollouts that were learnt from."""
     samples_set_aside: int = 0
-    """Rollouts whose learning was rolled back."""
+    """Number of rollouts discarded by rollbacks."""
     samples_requeued: int = 0
-    """Rollouts that were handed back by a generator and sampled again."""
+    """Number of rollouts requeued after a generator failed or left."""
     generator_restarts: int = 0
-    """Generators that were started anew."""
+    """Number of restarts of generators."""
     kl_coef: float = 0.0
-    """Coefficient of the next iteration."""
+    """KL coefficient of the next iteration."""
     gap_bound: float | None = None
-    """Bound on the sampler gap, once calibrated."""
+    """Bound on the log-prob mismatch, nats per token; None until calibrated."""
     reward_moments: PlainMoments = field(default_factory=dict[str, Sequence[float]])
-    """Running moments of the reward sources that are scaled by them."""
+    """Running moments of the reward sources with ``scale: running``."""
     losses: Losses = field(default_factory=dict[str, Sequence[float]])
-    """Latest losses and gradient norms, by which a spike is known."""
+    """Latest losses and gradient norms; the loss-spike guard compares with their medians."""
     rollbacks_in_a_row: int = 0
-    """Iterations up to this one that were rolled back."""
+    """Number of rollbacks in a row up to this iteration."""
     best_score: float | None = None
     """Best held-out score so far."""
 
@@ -62,16 +62,16 @@ GROUPS = ("policy", "critic")
 
 @dataclass(frozen=True, slots=True)
 class SavedCommit:
-    """A commit as read back."""
+    """A commit read from disk, its digests checked."""
 
     version: int
     """Adapter version."""
     policy: dict[str, bytes]
     """Files of the policy's folder."""
     critic: dict[str, bytes]
-    """Files of the critic's folder; none where the run has no critic."""
+    """Files of the critic's folder; empty if the run has no critic."""
     progress: dict[str, Any]
-    """Iteration, cursor, coefficient, counts."""
+    """The fields of `RunState`."""
 
 
 class Checkpoints:
@@ -82,9 +82,9 @@ class Checkpoints:
     ) -> None:
         """
         Args:
-            folder: where versions go.
-            keep: newest versions to keep, besides the best.
-            static_files: per group, files that each version's folder gets as well (tokenizer).
+            folder: folder of the versions.
+            keep: number of newest versions to keep, besides the best one.
+            static_files: group -> files to add to each version's folder (the tokenizer).
         """
         self._folder = folder
         self._keep = keep
@@ -96,7 +96,9 @@ class Checkpoints:
         groups: Mapping[str, Mapping[str, bytes]],
         progress: Mapping[str, object],
     ) -> None:
-        """Write a version whole, then point ``latest`` at it, then drop old ones.
+        """Write a version, then point ``latest`` at it, then delete old ones.
+
+        The order matters: a process killed between two steps leaves ``latest`` at a whole version.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
@@ -113,7 +115,9 @@ class Checkpoints:
                 state = {"version": version, "progress": dict(progress), "sha256": digests}
                 _write(temporary / STATE, _json(state))
                 target = self._folder / str(version)
-                shutil.rmtree(target, ignore_errors=True)  # only ever a damaged one
+                # A version is saved twice only if its first copy is damaged (see `latest`); a
+                # folder that is not empty cannot be replaced.
+                shutil.rmtree(target, ignore_errors=True)
                 os.replace(temporary, target)
             except OSError:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -144,14 +148,16 @@ class Checkpoints:
             self._point("best", version)
 
     def has(self, version: int) -> bool:
-        """Whether a version is saved."""
+        """Return whether a version is saved."""
         return (self._folder / str(version) / STATE).is_file()
 
     def latest(self) -> SavedCommit | None:
-        """The newest whole commit, or None; a damaged one gives way to the one before it.
+        """Return the newest intact commit, or None if nothing was saved.
+
+        It does not follow the link ``latest``: if that version is damaged, an older one is used.
 
         Raises:
-            CheckpointError: there are commits and all are damaged.
+            CheckpointError: every commit is damaged.
         """
         versions = self._versions()
         damage: list[str] = []
@@ -196,6 +202,7 @@ class Checkpoints:
             ) from error
 
     def _point(self, name: str, version: int) -> None:
+        # A link cannot be changed in place; a new one renamed over it is there at every moment.
         temporary = self._folder / f".{name}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(str(version), target_is_directory=True)
@@ -217,5 +224,6 @@ def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(content)
+        # Before any rename: a file system may make a rename durable before the file's contents.
         file.flush()
         os.fsync(file.fileno())

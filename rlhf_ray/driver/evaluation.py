@@ -28,7 +28,7 @@ Evaluation = TypedDict(
 
 
 class Evaluator:
-    """Samples the held-out prompts under the version that is served."""
+    """Samples the held-out prompts with the served version, and scores the responses."""
 
     def __init__(
         self, prompts: Sequence[Prompt], sources: Sequence[SourceConfig], shard_size: int, seed: int
@@ -38,7 +38,7 @@ class Evaluator:
         self._shard_size = shard_size
 
     async def evaluate(self, roles: Roles, version: int) -> Evaluation:
-        """Mean raw score, KL and length, and a table of fixed prompts."""
+        """Return the mean raw score, KL and length, and a table of samples of fixed prompts."""
         requests = shard_requests(self._samples, self._shard_size, version)
         shards = [shard async for shard in roles.generators.generate(requests)]
         shards.sort(key=lambda shard: shard.info.index)

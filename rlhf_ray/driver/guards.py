@@ -25,9 +25,9 @@ from rlhf_ray.types import ScoredShard
 
 GUARDS = ("repetition", "negative_kl", "ratio", "loss_spike", "prompt_reuse")
 WATCHED = ("loss/policy_avg", "policy/grad_norm", "loss/value_avg", "val/grad_norm")
-"""Metrics that may spike."""
+"""Metrics that the loss-spike guard compares with their medians."""
 MIN_HISTORY = 5
-"""Iterations that a median needs."""
+"""Number of past iterations that a median needs."""
 
 Metrics = Mapping[str, float]
 
@@ -37,17 +37,17 @@ class Alarm:
     """A guard that fired."""
 
     guard: str
-    """Which, of `GUARDS`."""
+    """Its name, one of `GUARDS`."""
     action: str
-    """What its config asks for: warn, skip, rollback or stop."""
+    """The response that its config sets: warn, skip, rollback or stop."""
     numbers: Mapping[str, float]
-    """What it fired on, by metric name."""
+    """The metrics that it fired on, by name."""
     text: str
-    """What was seen, what it may mean, what to change: whole sentences, no full stop at the end."""
+    """Finding, possible cause and suggestion: whole sentences, no full stop at the end."""
 
 
 def alarms(guards: GuardsConfig, metrics: Metrics, losses: Losses) -> list[Alarm]:
-    """The guards that an iteration sets off; of those that are off, none."""
+    """Return the alarms of an iteration, without those of guards that are off."""
     found = (
         _repetition(guards.repetition, metrics),
         _negative_kl(guards.negative_kl, metrics),
@@ -58,7 +58,7 @@ def alarms(guards: GuardsConfig, metrics: Metrics, losses: Losses) -> list[Alarm
 
 
 def prompt_reuse(num_drawn: int, num_prompts: int) -> Alarm | None:
-    """Whether a whole run passes over its prompts more than once."""
+    """Return an alarm if the whole run passes over its prompts more than once."""
     if num_drawn <= num_prompts:
         return None
     passes = num_drawn / num_prompts
@@ -73,7 +73,7 @@ def prompt_reuse(num_drawn: int, num_prompts: int) -> Alarm | None:
 
 
 def remembered(losses: Losses, metrics: Metrics, window: int) -> dict[str, list[float]]:
-    """The latest values of what may spike, with those of one more iteration."""
+    """Append an iteration to the watched metrics' latest values; keep the last ``window``."""
     return {
         name: [*losses.get(name, ()), *([abs(metrics[name])] if name in metrics else ())][-window:]
         for name in WATCHED
@@ -147,7 +147,7 @@ def _loss_spike(guard: LossSpikeGuard, metrics: Metrics, losses: Losses) -> Alar
 
 
 def _jump(name: str, guard: LossSpikeGuard, metrics: Metrics, losses: Losses) -> str:
-    """What is wrong with a metric; empty where nothing is."""
+    """Describe the jump of a metric; return an empty string if there is none."""
     value, known = abs(metrics.get(name, 0.0)), losses.get(name, ())
     if not math.isfinite(value):
         return f"{name} is not finite"
@@ -166,36 +166,40 @@ def _picked(metrics: Metrics, names: Sequence[str]) -> dict[str, float]:
 
 CALIBRATION_FACTOR = 10.0
 FLOOR, CEILING = 1e-4, 0.01
-"""Nats a token between which the bound lies where engine and learner hold equal fp32 weights."""
+"""Limits of the bound, nats per token, if engine and learner hold equal fp32 weights."""
 ROUNDED_FLOOR, ROUNDED_CEILING = 0.02, 0.1
-"""The same where one of them rounds or quantises its weights."""
+"""Limits of the bound if one of them rounds or quantises its weights."""
 
 
 class MismatchGuard:
-    """Bounds |engine's - learner's log-prob| of every shard.
+    """Bounds the mean |engine's - learner's log-prob| of every shard.
 
-    The first batch, sampled right after the proof of service, sets the bound: ten times its mean
-    mismatch, no lower than rounding can reach, no higher than a wrong adapter or temperature would.
+    The first batch, sampled right after the proof, calibrates the bound: ten times its mean
+    mismatch, at least what rounding can cause, at most what a wrong adapter or temperature would.
     """
 
     def __init__(self, engine_is_exact: bool, bound: float | None = None) -> None:
-        """Args: `Config.engine_is_exact`; a bound that is set already, nats a token."""
+        """
+        Args:
+            engine_is_exact: `Config.engine_is_exact`.
+            bound: a bound from the config or an earlier process, nats per token; None: calibrate.
+        """
         self._floor = FLOOR if engine_is_exact else ROUNDED_FLOOR
         self._ceiling = CEILING if engine_is_exact else ROUNDED_CEILING
         self.bound = bound
 
     def check(self, batch: Sequence[ScoredShard]) -> None:
-        """Pass or refuse a batch.
+        """Refuse a batch with a shard over the bound; calibrate the bound on the first batch.
 
         Raises:
-            WeightSyncError: a shard was sampled by something else than the learner's policy.
+            WeightSyncError: a shard was not sampled from the learner's policy.
         """
         if self.bound is None:
             tokens = sum(shard.mismatch.num_tokens for shard in batch)
             mean = sum(shard.mismatch.mean * shard.mismatch.num_tokens for shard in batch) / tokens
             self.bound = min(max(CALIBRATION_FACTOR * mean, self._floor), self._ceiling)
         for scored in batch:
-            if not scored.mismatch.mean <= self.bound:
+            if not scored.mismatch.mean <= self.bound:  # `not <=` also refuses NaN
                 info = scored.shard.info
                 raise WeightSyncError(
                     f"Shard {info.index} (version {info.versions[0]}): engine and learner differ "
@@ -206,7 +210,7 @@ class MismatchGuard:
 
 
 def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
-    """Stop before a broken state is committed.
+    """Refuse to commit an iteration whose losses or gradient norms are not finite.
 
     Raises:
         DivergenceError: a loss or gradient norm is NaN or infinite.
@@ -225,7 +229,7 @@ def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
 
 
 class Guards:
-    """The guards of a run."""
+    """Runs the guards, records and prints their warnings, and decides the response."""
 
     def __init__(self, guards: GuardsConfig, recorder: Recorder) -> None:
         self._guards = guards
@@ -233,11 +237,11 @@ class Guards:
         self._last_warned: dict[str, int] = {}
 
     def check_prompts(self, num_drawn: int, num_prompts: int) -> None:
-        """Warn once of a run that passes over its prompts more than once.
+        """Warn, once per run, if the run passes over its prompts more than once.
 
         Args:
-            num_drawn: prompts that the whole run draws.
-            num_prompts: prompts that there are.
+            num_drawn: number of prompts that the whole run draws.
+            num_prompts: number of prompts in the dataset.
         """
         alarm = prompt_reuse(num_drawn, num_prompts)
         known = any(record["guard"] == "prompt_reuse" for record in self._recorder.warnings())
@@ -247,18 +251,19 @@ class Guards:
     def require_rollback(
         self, iteration: int, metrics: Mapping[str, float], losses: Losses, num_rollbacks: int
     ) -> bool:
-        """Return whether an iteration that was learnt must be rolled back instead of committed.
+        """Return whether an iteration must be rolled back instead of committed.
 
         Args:
             iteration: its number.
-            metrics: what it came to.
-            losses: what its losses are compared with.
-            num_rollbacks: iterations right before it that were not committed.
+            metrics: its metrics.
+            losses: values of the watched metrics in the iterations before it.
+            num_rollbacks: number of iterations directly before it that were rolled back.
 
         Raises:
             DivergenceError: a guard stops the run.
         """
         spike = self._guards.loss_spike
+        # A rollback restores weights that are finite; otherwise NaN would enter the commit.
         if spike.action != "rollback":
             refuse_non_finite(metrics, iteration)
         found = alarms(self._guards, metrics, losses)
@@ -292,5 +297,5 @@ class Guards:
         if last is None or iteration - last >= self._guards.remind_every:
             self._last_warned[alarm.guard] = iteration
             where = f"ppo, iteration {iteration}" if iteration else "ppo"
-            # A Progress made now prints above a bar that is being shown.
+            # A new Progress: one made before the bar was shown would print through it.
             Progress().say(f"Warning: {where}, {alarm.guard}: {alarm.text}")

@@ -1,4 +1,4 @@
-"""What an iteration, and a whole run, came to."""
+"""The metrics of an iteration, and the summary of a run."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from rlhf_ray.types import AssembledStats, GeneratorsReport, RawScores, ScoredSh
 
 
 def joined(parts: Sequence[RawScores]) -> RawScores:
-    """The raw scores of several shards as those of one, in the order given."""
+    """Concatenate the raw scores of several shards, in the order given."""
     return {name: tuple(chain.from_iterable(part[name] for part in parts)) for name in parts[0]}
 
 
@@ -27,10 +27,11 @@ def with_scores(
     moments: PlainMoments,
     missing_eos_penalty: float = 0.0,
 ) -> tuple[list[ScoredShard], PlainMoments]:
-    """A whole batch, in prompt order, with what is learnt from; and the moments after it.
+    """Fill in the combined scores of a batch in prompt order; return it with the new moments.
 
-    The penalty comes last, off the combined score of each response that did not end by itself:
-    no source's moments, clip or raw score know of it, and one without a score gets it as well.
+    The missing-EOS penalty is subtracted last, from the combined score of each response that was
+    cut off. So it does not change any source's moments, clip or raw score, and a response without
+    a score gets it as well.
 
     Raises:
         DivergenceError: no source scored any response.
@@ -55,7 +56,7 @@ def with_scores(
 
 
 def score_metrics(sources: Sequence[SourceConfig], raw: RawScores) -> dict[str, float]:
-    """Raw scores of a batch, by registered name: their weighted sum, and each source's own."""
+    """Return metrics of a batch's raw scores: of their weighted sum, and of each source."""
     sums = [value for value in raw_sums(sources, raw) if value is not None]
     metrics = {"objective/scores": fmean(sums), "objective/scores_std": pstdev(sums)}
     for name, scores in raw.items():
@@ -67,10 +68,10 @@ def score_metrics(sources: Sequence[SourceConfig], raw: RawScores) -> dict[str, 
 
 
 def mean_score(sums: Sequence[float | None]) -> float:
-    """Mean over the responses that a source scored.
+    """Return the mean over the responses that have a score.
 
     Raises:
-        DivergenceError: there are none.
+        DivergenceError: no response has a score.
     """
     known = [value for value in sums if value is not None]
     if not known:
@@ -82,7 +83,7 @@ def mean_score(sums: Sequence[float | None]) -> float:
 
 
 EDGE = 5
-"""Iterations that the first and last means of a summary are over."""
+"""Number of iterations in the summary's first and last means."""
 
 
 def iteration_metrics(
@@ -93,15 +94,15 @@ def iteration_metrics(
     kl_coef: float,
     version: int,
 ) -> dict[str, float]:
-    """Metrics of one iteration but for its time, by registered name.
+    """Return the metrics of one iteration, except its times, by registered name.
 
     Args:
-        sources: of the rewards.
-        batch: the shards that were learnt.
-        stats: their sums over all ranks.
-        reports: of the policy's and the critic's learning.
-        kl_coef: coefficient that the token rewards were made with.
-        version: of the policy that learnt the batch, before it did.
+        sources: the reward sources.
+        batch: the shards of the iteration.
+        stats: sums over the batch, all ranks.
+        reports: outcomes of the policy's and the critic's updates.
+        kl_coef: KL coefficient in the token rewards.
+        version: version of the policy before the update.
     """
     lengths = [length for scored in batch for length in scored.shard.info.response_lengths]
     stopped = [stop for scored in batch for stop in scored.shard.info.stopped]
@@ -136,12 +137,12 @@ def iteration_metrics(
 def pace_metrics(
     stats: AssembledStats, seconds: float, price_per_hour: float | None
 ) -> dict[str, float]:
-    """Time, throughput and cost of an iteration, by registered name.
+    """Return time, throughput and cost of an iteration, by registered name.
 
     Args:
-        stats: of its batch.
-        seconds: that it took in all.
-        price_per_hour: of all GPUs that the run holds; None: not known.
+        stats: sums over its batch.
+        seconds: its duration.
+        price_per_hour: price of all GPUs that the run holds; None: unknown.
     """
     cost = {}
     if price_per_hour is not None:
@@ -155,11 +156,11 @@ def pace_metrics(
 
 
 def generator_metrics(report: GeneratorsReport, state: RunState) -> dict[str, float]:
-    """How the generators are after an iteration, by registered name.
+    """Return the metrics of the generators after an iteration, by registered name.
 
     Args:
-        report: of this process.
-        state: of the run, with the counts of earlier processes.
+        report: state of the generators, with counts of this process alone.
+        state: state of the run, with counts that include earlier processes.
     """
     return {
         "generators/ready": report.ready,
@@ -176,12 +177,12 @@ def run_summary(
     state: Mapping[str, Any],
     warnings: Sequence[Mapping[str, object]],
 ) -> dict[str, object]:
-    """``ppo/summary.json``: the run in numbers.
+    """Return the contents of ``ppo/summary.json``.
 
     Args:
         history: every iteration's metrics.
         state: the final RunState as a mapping.
-        warnings: what the guards saw, a record an iteration and guard.
+        warnings: warnings of the guards, one record per iteration and guard.
     """
 
     def mean(name: str, part: slice) -> float:

@@ -48,7 +48,7 @@ from rlhf_ray.types import AssembledStats, Commit, Handle, ScoredShard, Shard, S
 
 @dataclass(frozen=True)
 class LoopParts:
-    """Everything that a loop works with."""
+    """Everything that the loop needs."""
 
     config: Config
     roles: Roles
@@ -58,7 +58,7 @@ class LoopParts:
     checkpoints: Checkpoints
     recorder: Recorder
     state: RunState
-    """Where the run stands: its last saved commit, or the beginning."""
+    """State of the run: that of its last saved commit, or the initial one."""
     bar: Bar
     """Progress on the terminal."""
 
@@ -87,7 +87,7 @@ class PpoLoop:
 
     @property
     def state(self) -> RunState:
-        """Progress of the run so far."""
+        """The current state of the run."""
         return self._state
 
     def request_stop(self) -> None:
@@ -150,7 +150,7 @@ class PpoLoop:
         """Generate a batch, scoring each shard as it arrives; then combine the reward sources.
 
         Returns:
-            The batch in prompt order, and the reward moments that hold once it is committed.
+            The batch in prompt order, and the reward moments to store when it is committed.
         """
         config = self._config
         prompts = self._parts.cursor.take(
@@ -165,7 +165,7 @@ class PpoLoop:
             async for shard in self._roles.generators.generate(requests):
                 scoring.append(asyncio.ensure_future(self._score(shard)))
         with self._recorder.phase("score", iteration):
-            # Prompt order, not order of arrival: results must not depend on who was faster.
+            # Prompt order, not order of arrival: results must not depend on generators' speeds.
             batch = sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
         require_whole(batch, config.ppo.batch_size, self._state.version)
         # Before learning: a batch of another policy than the learner's would poison the commit.
@@ -211,7 +211,7 @@ class PpoLoop:
         metrics: Mapping[str, float],
         iteration: int,
     ) -> None:
-        """Commit the iteration: from here on a failure restores its outcome."""
+        """Commit the iteration; a later failure restores this state."""
         per_token = self._config.ppo.kl_target_per_token is not None
         num_kls = stats.num_tokens if per_token else stats.num_samples
         self._kl.update(stats.kl_total / num_kls, stats.num_samples)
@@ -229,8 +229,8 @@ class PpoLoop:
     async def _roll_back(self, batch: Sequence[ScoredShard], iteration: int) -> None:
         """Restore the last commit under the next version; the batch is discarded.
 
-        A new version, because versions grow by one each iteration: so the version of a shard
-        always names the batch that it belongs to.
+        A new version, because versions grow by one each iteration: the version of a shard then
+        always identifies its batch.
         """
         state, groups = self._state, self._held_commit().groups
         self._state = replace(
@@ -256,7 +256,7 @@ class PpoLoop:
             samples_generated=state.samples_generated + num_rollouts(batch),
             **self._generators_so_far(),
             kl_coef=self._kl.coef,
-            # A bound from the config is not saved: it must end when the key is removed.
+            # A bound from the config is not saved: it must not outlive its key in the config.
             gap_bound=(
                 state.gap_bound if self._config.rollout.max_gap else self._mismatch_guard.bound
             ),
@@ -317,7 +317,7 @@ class PpoLoop:
         return None if price is None else price * self._roles.num_gpus()
 
     def _evaluation_is_due(self) -> bool:
-        """Return whether to evaluate, also a commit that an earlier process did not evaluate."""
+        """Return whether an evaluation is due, also one that an earlier process did not reach."""
         iteration = self._state.iteration
         due = iteration % self._config.ppo.eval_every == 0
         return due and not self._recorder.has_evaluation(iteration)

@@ -1,4 +1,4 @@
-"""What the loop leaves for people: metrics, completions, evaluations, warnings, spans."""
+"""The records of the PPO loop: metrics, completions, evaluations, warnings and spans."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ NUM_COMPLETIONS = 4
 
 
 class Recorder:
-    """Files of the PPO stage; cut back to a commit when a run goes on."""
+    """Writes the PPO stage's records; truncates them to the last commit when a run resumes."""
 
     def __init__(
         self,
@@ -31,10 +31,10 @@ class Recorder:
         """
         Args:
             folder: the stage's folder.
-            tracer: of the run.
-            settings: who is told besides the files in the folder.
-            resume_after: last iteration whose records stay; None: a new run.
-            live: who shows numbers as they are now; told of all, and of what no file keeps.
+            tracer: the run's tracer.
+            settings: which trackers get the records besides the files in the folder.
+            resume_after: last iteration whose records are kept; None: a new run.
+            live: sinks that show current values; they also get values that no file keeps.
         """
         self._folder = folder
         self._metrics_path, self._evals_path = folder / "metrics.jsonl", folder / "eval.jsonl"
@@ -43,12 +43,14 @@ class Recorder:
             JsonlSink(folder / name)
             for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl", "warnings.jsonl")
         )
+        # Iterations after the commit are run again: without the cut they would be recorded twice.
         kept = -1 if resume_after is None else resume_after
         for sink in (metrics, self._evals, self._completions, self._warnings):
             sink.truncate_after("iteration", kept)
         local: list[Sink] = []
         if settings.tensorboard:
             local.append(TensorBoardSink(folder / "tensorboard", purge_step=kept + 1))
+        # After the truncation: trackers that missed records get them from the files.
         told = current().sinks("ppo", "iteration", self.history())
         told_evals = current().sinks("ppo", "iteration", read_jsonl(self._evals_path), part="/eval")
         self._sinks = Sinks([metrics, *local, *told, *live])
@@ -62,7 +64,7 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str, iteration: int) -> Generator[None]:
-        """Time a phase of an iteration; kept until the iteration is logged."""
+        """Time a phase of an iteration, for the iteration's metrics and the trace."""
         self._iteration = iteration
         started = time.time()
         try:
@@ -73,16 +75,16 @@ class Recorder:
             self._tracer.add("driver", name, started, ended, iteration=self._iteration)
 
     def span(self, actor: str, name: str, started: float, ended: float) -> None:
-        """Work of an actor, in Unix seconds."""
+        """Record an actor's call from ``started`` to ``ended``, Unix seconds."""
         self._tracer.add(actor, name, started, ended, iteration=self._iteration)
         self._busy.add(actor, started, ended)
 
     def committed(self) -> None:
-        """Now is when the run last reached a state that it can go on from."""
+        """Show the current time as that of the last commit."""
         self._live.log(self._iteration, {"commit/time": time.time()})
 
     def generators(self, report: GeneratorsReport, names: Collection[str]) -> None:
-        """How they are at this moment, and which there are; who has left is not shown any more."""
+        """Show the number of generators now; stop showing those that are not among ``names``."""
         counts = {"generators/ready": report.ready, "generators/target": report.target}
         known = [actor for actor in self._busy.actors() if actor.startswith("generator-")]
         left = [actor for actor in known if actor not in names]
@@ -92,7 +94,7 @@ class Recorder:
         self._live.log(self._iteration, {**counts, **gone})
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """An iteration's metrics, with the times of its phases."""
+        """Record an iteration's metrics, with the times of its phases."""
         times = {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         self._sinks.log(iteration, {**metrics, **times})
@@ -110,7 +112,7 @@ class Recorder:
     def completions(
         self, iteration: int, rollouts: Sequence[Rollout], scores: Sequence[float | None]
     ) -> None:
-        """Texts of the first few samples of an iteration."""
+        """Record the texts of an iteration's first few samples."""
         rows = [
             {
                 "iteration": iteration,
@@ -128,28 +130,28 @@ class Recorder:
             current().table("completions", iteration, rows)
 
     def warning(self, record: Mapping[str, object]) -> None:
-        """What a guard saw in an iteration."""
+        """Record a guard's warning."""
         self._warnings.append(record)
 
     def warnings(self) -> list[dict[str, object]]:
-        """What the guards saw so far."""
+        """Return all warnings so far, including those of earlier processes."""
         return read_jsonl(self._warnings_path)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """A held-out evaluation with its table of samples."""
+        """Record a held-out evaluation with its table of samples."""
         self._evals.append(record)
         self._eval_sinks.log(record["iteration"], numbers(record))
 
     def has_evaluation(self, iteration: int) -> bool:
-        """Whether the version of an iteration was evaluated."""
+        """Return whether the version of an iteration was evaluated."""
         return any(record["iteration"] == iteration for record in read_jsonl(self._evals_path))
 
     def history(self) -> list[dict[str, Any]]:
-        """Every iteration's metrics so far."""
+        """Return the metrics of all iterations so far."""
         return read_jsonl(self._metrics_path)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close all files and trackers."""
         self._sinks.close()
         self._evals.close()
         self._completions.close()

@@ -1,10 +1,10 @@
-"""Publishing adapters, and proving that generators serve them.
+"""Publication of adapters, and the proof that generators serve them.
 
-A digest of received bytes proves nothing: engines have loaded adapters and applied none of them. A
+A digest of the received bytes proves nothing: an engine may load an adapter and not apply it. A
 tolerance on log-probs alone misses small faults in bf16, where engine and learner differ by more
 than an early update changes. So a generator that starts or joins must first show, through the
-decode path that rollouts use, that a known probe adapter moves it as it moves the learner; and at
-every publication it reads back from its engine what is applied.
+decode path that rollouts use, that a known probe adapter shifts its log-probs as it shifts the
+learner's. At every publication it also reads back from its engine which adapter is applied.
 """
 
 import itertools
@@ -18,20 +18,23 @@ from rlhf_ray.types import AdapterUpdate, ProbeComparison, Prompt, SampleRequest
 
 NUM_PROBE_PROMPTS = 4
 MIN_SHIFT = 0.5
-"""Nats per token by which the probe must move the probe prompts, ..."""
+"""Nats per token by which the probe must move the probe prompts: below, a proof shows nothing."""
 MIN_SHIFT_IN_ERRORS = 20.0
-"""... or this many times the usual error between engine and learner: an untrained base cannot be
-moved by half a nat."""
+"""Smaller shifts also pass if they exceed the usual error between engine and learner this many
+times: an untrained base cannot be moved by half a nat."""
 SHIFT_TOLERANCE = 0.05
 """Share of the shift by which engine and learner may differ."""
 ERROR_TOLERANCE, ROUNDED_ERROR_TOLERANCE = 0.01, 0.1
-"""Nats per token between engine and learner: on equal fp32 weights, and where one rounds them."""
+"""Allowed mean error, nats per token: on equal fp32 weights, and if one side rounds them."""
 PROOF_VERSION = -1
-"""Version of probe adapters; rollouts never carry it."""
+"""Version of probe adapters; no rollout has it, so probe samples are never learnt from."""
 
 
 def probe_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> list[SampleRequest]:
-    """Make long prompts of the run's own text, which fill blocks of the engine's prefix cache.
+    """Make long prompts from the run's own prompts.
+
+    They must be long: only whole blocks enter the engine's prefix cache, and a stale cache is one
+    of the faults that the proof must find.
 
     Args:
         prompts: prompts of the run.
@@ -49,13 +52,13 @@ def probe_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> lis
 
 @dataclass(frozen=True)
 class WeightSync:
-    """Proves that generators sample from the policy, and refuses those that do not."""
+    """Proves that generators apply adapters as the learner does, and refuses those that do not."""
 
     policy: Policy
     probe_prompts: Sequence[SampleRequest]
     engine_is_exact: bool
     max_gap: float | None = None
-    """Nats per token that the config allows engine and learner to differ; None: by precision."""
+    """``rollout.max_gap``, nats per token; None: the tolerance for the engine's precision."""
 
     async def proof(self) -> Proof:
         """Make the proof that a generator applies adapters as the learner does."""
@@ -98,7 +101,7 @@ class WeightSync:
     def _check_error(self, generator: Generator, comparison: ProbeComparison) -> None:
         usual = ERROR_TOLERANCE if self.engine_is_exact else ROUNDED_ERROR_TOLERANCE
         tolerance = self.max_gap or usual
-        if not comparison.error <= tolerance:
+        if not comparison.error <= tolerance:  # `not <=` also refuses NaN
             raise WeightSyncError(
                 f"{generator.name} samples from another distribution than the learner's: they "
                 f"differ by {comparison.error:.3f} nats a token, {tolerance} is allowed; compare "
@@ -108,7 +111,7 @@ class WeightSync:
 
 
 async def publish_to(generator: Generator, update: AdapterUpdate) -> None:
-    """Send an adapter to one generator and check what its engine then holds.
+    """Send an adapter to one generator, and check what its engine then holds.
 
     Raises:
         WeightSyncError: the engine holds another adapter or version, or kept its prefix cache.

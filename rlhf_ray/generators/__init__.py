@@ -1,5 +1,5 @@
 """The elastic pool of generators: states, restarts, the shard queue, idle times, autoscaling.
 
-It sees a generator through `rlhf_ray.roles` and a factory that starts processes; it imports neither
+It calls generators through `rlhf_ray.roles` and starts them through a factory; it imports neither
 Ray nor `cluster`. Read `pool` first.
 """

@@ -1,10 +1,10 @@
-"""How many generators to want, from who waited for whom: pure arithmetic.
+"""The target number of generators, computed from the idle times of generators and learners.
 
-Generating and learning take turns, so while one works the other waits. With G seconds of
-generation by n generators and R seconds of everything else, G n / R of them would take as long as
-the rest. Between the two bounds nothing changes: twice as many generators, asked for at half, wait
-at most two thirds of the time, and one fewer, asked for at four fifths, lets learners wait at most
-a third. So no change calls for its own reverse.
+Generation and learning alternate: while one works, the other waits. If n generators sample for G
+seconds and everything else takes R seconds, G n / R generators would sample in R seconds. Between
+the two bounds the target stays. The bounds are far enough apart that no change triggers its
+reverse: after doubling, generators wait at most two thirds of the time; after removing one,
+learners wait at most a third.
 """
 
 import math
@@ -15,32 +15,33 @@ from rlhf_ray.config.rollout import AutoscaleConfig
 from rlhf_ray.types import IdleShares
 
 GROW_ABOVE = 0.5
-"""Share of the time that learners wait for generators."""
+"""Share of the time that learners wait for generators, above which the target grows."""
 SHRINK_ABOVE = 0.8
-"""Share of the time that generators wait for learners."""
+"""Share of the time that generators wait for learners, above which the target shrinks."""
 
 
 def next_target(
     settings: AutoscaleConfig, ready: int, seen: Sequence[IdleShares], without_room: int = 0
 ) -> int:
-    """Generators to want, at most twice as many as now, or one fewer.
+    """Return the target number of generators: at most twice as many as now, at least one fewer.
 
     Args:
-        settings: bounds, and how many iterations to look at.
-        ready: generators now.
-        seen: of each iteration since their number changed.
-        without_room: more that are wanted and find no place; they stay wanted while more are.
+        settings: limits of the target, and the number of iterations to average over.
+        ready: number of ready generators.
+        seen: idle shares of each iteration since the target changed.
+        without_room: further generators for which the cluster has no capacity yet. They stay part
+            of the target while more generators are needed.
     """
     if len(seen) < settings.iterations:
         return ready + without_room
     learners = fmean(shares.learners for shares in seen[-settings.iterations :])
     generators = fmean(shares.generators for shares in seen[-settings.iterations :])
-    wanted = ready
+    target = ready
     if learners > GROW_ABOVE:
         balanced = ready * learners / (1 - learners) if learners < 1 else math.inf
-        wanted = math.ceil(min(balanced, 2 * ready))
+        target = math.ceil(min(balanced, 2 * ready))
     elif generators > SHRINK_ABOVE:
-        wanted = ready - 1
-    if without_room and wanted > ready:
+        target = ready - 1
+    if without_room and target > ready:
         return ready + without_room
-    return min(max(wanted, settings.minimum), settings.maximum)
+    return min(max(target, settings.minimum), settings.maximum)

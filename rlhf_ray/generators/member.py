@@ -1,4 +1,4 @@
-"""One generator of a pool, and who starts and ends its process."""
+"""One generator of a pool: its state machine, its restarts, and the factory of its process."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,20 +17,21 @@ FOLLOWERS: Mapping[GeneratorState, frozenset[GeneratorState]] = {
     "restarting": frozenset({"starting", "retired"}),
     "retired": frozenset(),
 }
-"""State -> the states that may come next."""
+"""State -> the states that may follow. Only a stale generator becomes ready: no path to the first
+prompt bypasses the proof and the publication."""
 
 
 class Life:
-    """Where one generator is in its life; a new one is starting."""
+    """The state machine of one generator; its initial state is starting."""
 
     def __init__(self) -> None:
         self.state: GeneratorState = "starting"
 
     def to(self, state: GeneratorState) -> None:
-        """Go on.
+        """Change to another state.
 
         Raises:
-            RuntimeError: this state does not follow the one before.
+            RuntimeError: `FOLLOWERS` does not allow the transition.
         """
         if state not in FOLLOWERS[self.state]:
             raise RuntimeError(f"A generator that is {self.state} cannot become {state}")
@@ -38,80 +39,81 @@ class Life:
 
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-"""Before a generator is started anew; twice as long after each failure without a shard between."""
+"""Wait before a generator's restart: the first, doubled after each failure without a finished shard
+in between, up to the longest."""
 
 
 GeneratorT = TypeVar("GeneratorT", bound=Generator)
-"""The generators that a factory starts and can end."""
+"""The type of generator that a factory starts and ends."""
 
 
 Serve = Callable[[Generator, AdapterUpdate], Awaitable[None]]
-"""Publishes to one generator and checks what its engine then holds; raises WeightSyncError."""
+"""Publishes to one generator and checks what its engine then holds. Raises WeightSyncError."""
 
 
 class Factory(Protocol[GeneratorT]):
     """Starts and ends the processes of generators."""
 
     async def start(self, name: str) -> GeneratorT:
-        """A generator that has loaded its base; leaves no process behind where that fails.
+        """Start a generator and return it with its base loaded; on failure leave no process behind.
 
         Raises:
-            PlacementError: there is no room for it.
+            PlacementError: the cluster has no capacity for it.
         """
         ...
 
     async def end(self, generator: GeneratorT) -> None:
-        """End a process, also one that does not answer or has died; never raises."""
+        """End its process, even if it does not answer or has died. Never raises."""
         ...
 
     def make_room(self, num: int) -> None:
-        """Have the cluster grow until so many generators fit, where it can."""
+        """Request capacity for ``num`` generators from a cluster that can grow."""
         ...
 
 
 @dataclass(eq=False)
 class Member(Generic[GeneratorT]):
-    """What a pool knows of a generator."""
+    """A generator as its pool sees it."""
 
     name: str
     client: GeneratorT | None = None
-    """None: it has no process."""
+    """None while it has no process."""
     life: Life = field(default_factory=Life)
     serves: AdapterUpdate | None = None
     restarts: int = 0
     failures: int = 0
-    """Since it last finished a shard."""
+    """Number of failures since it last finished a shard."""
     calls: set[asyncio.Future[Any]] = field(default_factory=set)
-    """What it samples."""
+    """The running calls, one per shard."""
     lacks_room: bool = False
-    """Whether the cluster had no place for it when it was last tried."""
+    """Whether its last start failed because the cluster had no capacity."""
     change: asyncio.Future[None] | None = None
-    """What starts, replaces or ends it, while that goes on."""
+    """The task that is starting, replacing or ending it; None if there is none."""
 
     @property
     def load(self) -> int:
-        """Shards that it samples."""
+        """Number of shards that it is sampling."""
         return len(self.calls)
 
     @property
     def is_up(self) -> bool:
-        """Whether it can be talked to, and nobody else is about to change it."""
+        """Whether its process can be called and no task is changing it."""
         return self.change is None and self.life.state in ("starting", "stale", "ready")
 
     def next_wait_s(self, first_s: float) -> float:
-        """Before it is started anew after one more failure."""
+        """Count a failure; return the seconds to wait before the restart."""
         wait_s = min(first_s * 2**self.failures, LONGEST_WAIT_S)
         self.failures += 1
         return wait_s
 
     def status(self) -> GeneratorStatus:
-        """As people see it."""
+        """Return its state as `rlhf-ray status` shows it."""
         version = self.serves.version if self.serves is not None else None
         return GeneratorStatus(self.name, self.life.state, version, self.restarts)
 
 
 async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancel tasks and wait until they have ended."""
+    """Cancel tasks, and wait until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

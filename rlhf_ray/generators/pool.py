@@ -54,7 +54,7 @@ class GeneratorPool(Generic[GeneratorT]):
             factory: starts and ends those that join later.
             serve: publishes to one generator.
             settings: limits on work, restarts and draining.
-            autoscale: when to change the number of generators; None: never.
+            autoscale: settings of autoscaling; None: the number only changes on request.
             tell: prints a line for each change.
             first_wait_s: wait before a generator's first restart.
         """
@@ -118,18 +118,18 @@ class GeneratorPool(Generic[GeneratorT]):
         if num < 1:
             raise ConfigError(f"A run needs at least one generator; {num} were requested")
         self._members = [m for m in self._members if m.life.state != "dead"]
-        wanted = [m for m in self._members if m.life.state != "retired"]
-        if num == self._target == len(wanted):
+        current = [m for m in self._members if m.life.state != "retired"]
+        if num == self._target == len(current):
             return
-        self._tell(f"generators: {num} are wanted, there are {len(wanted)}")
+        self._tell(f"generators: {num} are wanted, there are {len(current)}")
         self._target, self._seen = num, []
         self._factory.make_room(num)
-        for _ in range(num - len(wanted)):
+        for _ in range(num - len(current)):
             self._add()
-        # Of equally easy ones the newest leaves: sorting is stable.
-        newest_first = wanted[::-1]
-        easiest_first = sorted(newest_first, key=lambda m: (m.life.state == "ready", m.load))
-        for member in easiest_first[: max(0, len(wanted) - num)]:
+        # Among members that are equally cheap to retire the newest leaves: sorting is stable.
+        newest_first = current[::-1]
+        cheapest_first = sorted(newest_first, key=lambda m: (m.life.state == "ready", m.load))
+        for member in cheapest_first[: max(0, len(current) - num)]:
             self._change(member, "retired", self._leave(member))
 
     def statuses(self) -> list[GeneratorStatus]:
@@ -187,9 +187,10 @@ class GeneratorPool(Generic[GeneratorT]):
                 failed.append((member, outcome))
             elif outcome is not None:
                 raise outcome
-        wrong = [error for _, error in failed if isinstance(error, WeightSyncError)]
-        if wrong and len(failed) == len(members):
-            raise wrong[0]
+        # Where all fail, and any by its weights, the set-up is at fault: restarts do not help.
+        sync_errors = [error for _, error in failed if isinstance(error, WeightSyncError)]
+        if sync_errors and len(failed) == len(members):
+            raise sync_errors[0]
         for member, error in failed:
             if member.is_up:  # not retired meanwhile
                 self._lose(member, error)
@@ -292,9 +293,9 @@ class GeneratorPool(Generic[GeneratorT]):
 
     def _hand_out(self) -> None:
         """Give waiting shards to generators with free slots, the least loaded first."""
-        batch, most = self._batch, self._settings.max_in_flight
+        batch, limit = self._batch, self._settings.max_in_flight
         while batch is not None and len(batch.queue):
-            free = [member for member in self._ready() if member.load < most]
+            free = [member for member in self._ready() if member.load < limit]
             if not free:
                 break
             member = min(free, key=lambda member: member.load)

@@ -1,4 +1,4 @@
-"""Which shards of a batch wait, who has the others, and what came of them."""
+"""The queue of a batch's shards, and the idle times of generators and learners."""
 
 import asyncio
 import time
@@ -8,10 +8,12 @@ from rlhf_ray.types import IdleShares, Shard, ShardRequest
 
 
 class ShardQueue:
-    """Longest prompts first, each shard with one generator at a time: plain bookkeeping.
+    """The waiting shards, longest prompts first, and which generator holds each other shard.
+
+    Longest first, because a long shard that starts last would keep all other generators waiting.
 
     Args:
-        requests: the batch, each shard with an index of its own.
+        requests: the shards of the batch; their indices must differ.
     """
 
     def __init__(self, requests: Sequence[ShardRequest]) -> None:
@@ -19,38 +21,38 @@ class ShardQueue:
         self._held: dict[tuple[str, int], ShardRequest] = {}
 
     def __len__(self) -> int:
-        """Shards that wait."""
+        """Return the number of waiting shards."""
         return len(self._waiting)
 
     def take(self, name: str) -> ShardRequest:
-        """The next shard, for a generator."""
+        """Assign the next shard to a generator, and return it."""
         request = self._waiting.pop()
         self._held[name, request.index] = request
         return request
 
     def holds(self, name: str, request: ShardRequest) -> bool:
-        """Whether a generator has a shard still; not after it was handed back."""
+        """Return whether a generator still holds a shard; False once it was handed back."""
         return (name, request.index) in self._held
 
     def finish(self, name: str, request: ShardRequest) -> None:
-        """A generator is done with a shard that it holds."""
+        """Remove a shard that its generator has finished."""
         del self._held[name, request.index]
 
     def hand_back(self, name: str) -> int:
-        """Have all that a generator has not finished wait again; returns their samples."""
+        """Requeue all shards that a generator holds; return their number of samples."""
         keys = [key for key in self._held if key[0] == name]
-        back = [self._held.pop(key) for key in keys]
-        self._waiting = sorted([*self._waiting, *back], key=_prompt_tokens)
-        return sum(len(request.samples) for request in back)
+        requeued = [self._held.pop(key) for key in keys]
+        self._waiting = sorted([*self._waiting, *requeued], key=_prompt_tokens)
+        return sum(len(request.samples) for request in requeued)
 
 
 class Batch:
-    """Shards that are asked for, and what came of them."""
+    """The shards of one batch: those to sample, and the results."""
 
     def __init__(self, requests: Sequence[ShardRequest]) -> None:
         self.queue = ShardQueue(requests)
         self.done: asyncio.Queue[Shard | BaseException] = asyncio.Queue()
-        """Finished shards; an error ends the batch."""
+        """Results in order of arrival: finished shards, or an error that ends the batch."""
 
 
 def _prompt_tokens(request: ShardRequest) -> int:
@@ -61,10 +63,10 @@ NOTHING_YET = IdleShares(0.0, 0.0, 0.0)
 
 
 class IdleTimes:
-    """Adds up what holds between two calls of `note`.
+    """Integrates the counts given to `note` over time.
 
     Args:
-        clock: seconds, monotonic.
+        clock: returns seconds, monotonic.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -79,12 +81,12 @@ class IdleTimes:
         self._waiting_s = 0.0
 
     def note(self, busy: int, serving: int, waiting: int | None) -> None:
-        """From now on, ``busy`` of ``serving`` generators sample.
+        """Set the counts that hold from now on.
 
         Args:
-            busy: generators that sample.
-            serving: generators that could.
-            waiting: shards that wait for one; None: no batch is being generated.
+            busy: number of generators that are sampling.
+            serving: number of generators that could sample.
+            waiting: number of waiting shards; None: no batch is being generated.
         """
         now = self._clock()
         passed_s, self._now = now - self._now, now
@@ -97,7 +99,7 @@ class IdleTimes:
         self._busy, self._serving, self._waiting = busy, serving, waiting
 
     def lap(self) -> IdleShares:
-        """Shares since the last lap."""
+        """Return the idle shares since the last call, and start again from zero."""
         self.note(self._busy, self._serving, self._waiting)
         shares = IdleShares(
             learners=_share(self._generating_s, self._total_s),

@@ -37,7 +37,7 @@ SILENT_S = 60.0
 """After this long without a change the driver of another host counts as gone."""
 
 _updating = threading.Lock()
-"""The loop and the thread with the signs of life change the same file."""
+"""Held to change the status: the loop and the heartbeat thread both write the file."""
 
 State = Literal["running", "stopped", "finished", "failed", "dead"]
 
@@ -146,7 +146,7 @@ class ControlFiles:
             )
 
     def _is_driven_by(self, driver: Driver) -> bool:
-        """Whether the driver of a run whose state is "running" lives.
+        """Return whether the driver of a run whose state is "running" lives.
 
         On another host only a change of its status proves it, so one is waited for: the age of the
         last change says nothing, because the hosts' clocks may differ.

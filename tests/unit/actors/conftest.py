@@ -1,4 +1,4 @@
-"""Learners on a tiny model in this process, and rollouts for them."""
+"""Fixtures: learners on a tiny model in this process, and rollouts for them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ BATCH = 8
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny Llama with its tokenizer; its output layer is made to tell tokens apart."""
+    """Folder of a tiny Llama with its tokenizer; its logits differ clearly."""
     return build_tiny(tmp_path_factory.mktemp("models") / "base", TEXTS, sharp=True)
 
 
@@ -37,7 +37,7 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(**sections: dict[str, Any]) -> Config:
-    """Two mini-batches of four rollouts, one epoch, no gradient clipping."""
+    """Return a config: two mini-batches of four rollouts, one epoch, no gradient clipping."""
     values: dict[str, Any] = {
         "cluster": {"mode": "inline"},
         "model": {"max_length": 64},
@@ -59,13 +59,13 @@ def config_of(**sections: dict[str, Any]) -> Config:
 
 @pytest.fixture
 def make_config() -> Callable[..., Config]:
-    """Makes a config; sections go on top, key by key."""
+    """A function that makes a config; its sections override defaults key by key."""
     return config_of
 
 
 @pytest.fixture
 def make_learner(base: str) -> Callable[..., Any]:
-    """Makes a started learner on the torch engine."""
+    """A function that makes a started learner on the torch engine."""
 
     def make(kind: type[Learner], **sections: dict[str, Any]) -> Any:
         learner = kind("learner-0", config_of(**sections), base, "torch")

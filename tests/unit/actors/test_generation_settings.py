@@ -1,4 +1,4 @@
-"""Roles where stop tokens come late or never: what is learnt is what was drawn."""
+"""Tests of min_tokens and ignored stop tokens: learners compute what the engine has drawn."""
 
 import dataclasses
 import shutil
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The base, of which every third token ends a response."""
+    """The base model; every third token is a stop token."""
     folder = shutil.copytree(base, tmp_path_factory.mktemp("models") / "ends")
     GenerationConfig(eos_token_id=list(range(2, 300, 3))).save_pretrained(folder)
     return str(folder)
@@ -90,7 +90,7 @@ def test_an_uncorrected_learner_would_be_far_from_the_engine(
 def test_exactly_the_tokens_that_were_drawn_are_learnt(
     make_config: MakeConfig, model: str, settings: dict[str, Any]
 ) -> None:
-    """None is forced, none is added: where a response ends early, padding has no part in a loss."""
+    """No token is forced or added: after an early stop, padding has no effect on a loss."""
     ppo = {"mini_batch_size": 8, "entropy_coef": 0.1, "kl_in": "loss", "kl_estimator": "k3"}
     config = make_config(rollout=settings, ppo=ppo)
     reference, results = Reference("reference-0", config, model), []

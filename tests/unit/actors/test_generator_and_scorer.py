@@ -36,7 +36,7 @@ def update(version: int, wrong: str = "") -> AdapterUpdate:
 
 
 class Decoder:
-    """Spells token ids out."""
+    """A tokenizer that decodes token ids to their numbers."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         assert skip_special_tokens
@@ -129,7 +129,7 @@ class TestGenerator:
 
 
 class FixedSource:
-    """Gives the scores that it was made with."""
+    """A source that returns the scores given to it."""
 
     def __init__(self, *scores: float | None) -> None:
         self._scores = scores
@@ -165,7 +165,7 @@ class TestRewardScorer:
 def test_the_reference_is_the_base_at_the_rollouts_temperature(
     make_config: MakeConfig, base: str, rollouts: list[Rollout], policy: Any
 ) -> None:
-    """A fresh policy's adapter is zero: the reference must agree with it."""
+    """The adapter of a fresh policy is zero, so reference and policy must agree."""
     logprobs, _ = Reference("reference-0", make_config(), base).logprobs(rollouts)
     own, _ = policy.logprobs(rollouts)
     for ours, theirs in zip(own, logprobs, strict=True):

@@ -1,4 +1,4 @@
-"""Policy and critic learners, one process: what a step does, and how the rows are shared out."""
+"""Tests of policy and critic learners in one process: steps, and the split of rows over ranks."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ SCORES = [0.5, -1.0, 2.0, 0.0, 1.5, -0.5, 0.25, 1.0]
 def columns(
     rollouts: list[Rollout], old: list[np.ndarray], shard_sizes: tuple[int, ...] = (3, 3, 2)
 ) -> Columns:
-    """Scores by shard, and what assemble takes after them."""
+    """Return scores by shard, and the further arguments of assemble."""
     ref = [logprobs - 0.1 for logprobs in old]
     values = [np.linspace(0, 0.5, len(logprobs), dtype=np.float32) for logprobs in old]
     ends = np.cumsum(shard_sizes)
@@ -44,7 +44,7 @@ def learnt_state(learner: Any) -> dict[str, torch.Tensor]:
 
 
 class TestSharing:
-    """Two ranks of a group, by arithmetic alone."""
+    """Tests of the split over two ranks, without processes."""
 
     LENGTHS = (30, 10, 10, 10, 20, 20, 5, 5)
     RESPONSES = (3, 1, 1, 1, 2, 2, 4, 4)
@@ -112,7 +112,7 @@ def test_the_order_of_shards_does_not_matter(
 def test_a_step_does_not_depend_on_the_micro_batches(
     kind: type, make_learner: Callable[..., Any], policy: PolicyLearner, rollouts: list[Rollout]
 ) -> None:
-    """One row a micro-batch or all rows at once: the same gradient, so the same first moments."""
+    """One row per micro-batch or all rows in one: equal gradients, so equal first moments."""
     moments, norms, reports = [], [], []
     for max_tokens in (48, 100_000):
         ppo = {"max_tokens_per_micro_batch": max_tokens, "mini_batch_size": 8}

@@ -1,4 +1,4 @@
-"""The loss of given answers, against numbers worked by hand and the model's own logits."""
+"""Tests of the answers' loss against hand-computed numbers and the model's own logits."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ MakeConfig = Callable[..., Config]
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(
     base: str, tmp_path: Path, make_config: MakeConfig, rollouts: list[Rollout]
 ) -> None:
-    """Equal logits: each token costs log V nats, whatever it is."""
+    """With equal logits each token costs log V nats."""
     model = load_causal_lm(base, ModelConfig())
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -34,7 +34,7 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(
 def test_each_adapter_is_the_one_that_is_measured(
     base: str, make_config: MakeConfig, rollouts: list[Rollout]
 ) -> None:
-    """Rollouts' own temperature has no part in it."""
+    """The temperature of rollouts must have no effect."""
     likelihood = Likelihood("l", make_config(rollout={"temperature": 0.5}), base)
     for r in (4, 2):
         adapted = with_random_adapter(base, ModelConfig(), r=r, deviation=0.3)

@@ -1,4 +1,4 @@
-"""What the options of `ppo` change in the learners' experience, loss and steps."""
+"""Tests of the options of `ppo`: their effect on experience, loss and steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ MakeLearner = Callable[..., Any]
 def assemble(
     learner: Any, rollouts: list[Rollout], kl_coef: float = 0.0, values: Any = None, gap: float = 0
 ) -> AssembledStats:
-    """One shard; the reference is .1 nat below the policy on every token."""
+    """Assemble one shard; the reference is .1 nat below the policy on every token."""
     old = [np.full(len(r.response_ids), -5 - gap, np.float32) for r in rollouts]
     if isinstance(learner, PolicyLearner) and not isinstance(learner._engine, SimpleNamespace):
         old = [row - gap for row in learner.logprobs(rollouts)[0]]
@@ -29,7 +29,7 @@ def assemble(
 
 
 def advantage_of_rows(learner: Any) -> list[float]:
-    """The advantage of each row's first token, which group estimators give to all of them."""
+    """Return the advantage of each row's first token; group estimators give all tokens the same."""
     batch = learner._experience
     assert (batch.advantages_BT == batch.advantages_BT[:, :1] * batch.mask_BT).all()
     return batch.advantages_BT[:, 0].tolist()
@@ -93,7 +93,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference(
 def test_what_stands_at_padding_reaches_no_gradient(
     make_learner: MakeLearner, rollouts: list[Rollout]
 ) -> None:
-    """So cold that the log-prob of a padding token is beyond what k3's exponential can hold."""
+    """At a temperature so low that k3's exponential overflows on a padding token."""
     ppo = {"kl_in": "loss", "kl_estimator": "k3", "mini_batch_size": 8, "advantage": "reinforce"}
     learner = make_learner(PolicyLearner, ppo=ppo, rollout={"temperature": 0.02})
     assemble(learner, rollouts, kl_coef=0.5)
@@ -115,7 +115,7 @@ def test_the_entropy_bonus_raises_the_entropy(
 def test_importance_weights_scale_the_loss_of_each_token(
     make_learner: MakeLearner, rollouts: list[Rollout]
 ) -> None:
-    """The engine said -5 of every token; the cap binds where the learner says more than -4.9."""
+    """The engine's log-prob is -5 everywhere; the cap binds where the learner's exceeds -4.9."""
     cap = float(np.exp(0.1))
     ppo = {"importance_cap": cap, "advantage": "reinforce", "mini_batch_size": 8}
     learner = make_learner(PolicyLearner, ppo=ppo)
@@ -132,7 +132,7 @@ def test_importance_weights_scale_the_loss_of_each_token(
 def test_unequal_clips_and_a_dual_clip_bound_the_ratio(
     make_learner: MakeLearner, rollouts: list[Rollout]
 ) -> None:
-    """Old log-probs 1 nat below: every ratio is e."""
+    """Old log-probs are 1 nat lower, so every ratio is e."""
 
     def loss_of(**ppo: Any) -> float:
         learner = make_learner(

@@ -1,4 +1,4 @@
-"""Mini-batches on which the policy has run away from the one that sampled."""
+"""Tests of the ratio guard: mini-batches on which the policy is far from the one that sampled."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def learnt_state(policy: PolicyLearner) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def make_policy(make_learner: Callable[..., Any]) -> Make:
-    """Makes a policy with a ratio guard of some action."""
+    """A function that makes a policy with a ratio guard of a given action."""
 
     def make(action: str) -> PolicyLearner:
         return make_learner(PolicyLearner, guards={"ratio": {"action": action}})
@@ -32,7 +32,7 @@ def make_policy(make_learner: Callable[..., Any]) -> Make:
 
 
 def assemble(policy: PolicyLearner, rollouts: list[Rollout], shift: float, rows: slice) -> None:
-    """The old log-probs of some rows are lower by a shift, so their ratios are exp(shift)."""
+    """Assemble with old log-probs of some rows lowered by a shift: their ratios are exp(shift)."""
     old = policy.logprobs(rollouts)[0]
     for row in range(*rows.indices(len(rollouts))):
         old[row] = old[row] - np.float32(shift)

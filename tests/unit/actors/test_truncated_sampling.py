@@ -1,4 +1,4 @@
-"""Roles under top-k and top-p: log-probs are of the distribution that rollouts are drawn from."""
+"""Tests of top-k and top-p: all log-probs are of the distribution that rollouts are drawn from."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def config(make_config: Callable[..., Config]) -> Config:
 
 
 def learn(policy: PolicyLearner, rollouts: list[Rollout], ref_gap: float = 0.0) -> Any:
-    """One iteration in which every other response was good."""
+    """Run one iteration in which every other response gets a good score."""
     old, _ = policy.logprobs(rollouts)
     ref = [logprobs - ref_gap for logprobs in old]
     values = [np.zeros_like(logprobs) for logprobs in old]
@@ -33,7 +33,7 @@ def learn(policy: PolicyLearner, rollouts: list[Rollout], ref_gap: float = 0.0) 
 
 
 def plain_logprobs(base: str, rollout: Rollout, temperature: float, top_k: int) -> list[float]:
-    """Of the likeliest tokens and the one that was drawn, by sorting each position."""
+    """Compute log-probs over the likeliest tokens and the drawn one, by sorting each position."""
     model = load_causal_lm(base, Config().model)
     ids = torch.tensor(rollout.sequence_ids)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def plain_logprobs(base: str, rollout: Rollout, temperature: float, top_k: int) 
 def test_policy_and_reference_start_equal(
     config: Config, make_learner: Callable[..., Any], base: str, rollouts: list[Rollout]
 ) -> None:
-    """Random responses: most of their tokens are outside both models' sets, and stay finite."""
+    """Most tokens of random responses are outside both models' sets; log-probs must stay finite."""
     policy = make_learner(PolicyLearner, rollout=RULE)
     own, _ = policy.logprobs(rollouts)
     ref, _ = Reference("reference-0", config, base).logprobs(rollouts)

@@ -12,7 +12,7 @@ from rlhf_ray.errors import CheckpointError
 
 
 def groups(tag: str) -> dict[str, dict[str, bytes]]:
-    """Files of both groups, whose contents tell ``tag``."""
+    """Return files of both groups whose contents depend on ``tag``."""
     return {
         "policy": {"learner.safetensors": f"policy {tag}".encode(), "adapter_config.json": b"{}"},
         "critic": {"learner.safetensors": f"critic {tag}".encode()},
@@ -21,7 +21,7 @@ def groups(tag: str) -> dict[str, dict[str, bytes]]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Checkpoints:
-    """Keeps two versions; every policy folder gets a tokenizer."""
+    """A store that keeps two versions and adds a tokenizer to every policy folder."""
     return Checkpoints(tmp_path, 2, {"policy": {"tokenizer.json": b"[1]"}})
 
 
@@ -122,7 +122,7 @@ def test_what_a_kill_left_half_written_is_no_commit(store: Checkpoints, tmp_path
 def test_a_full_disk_loses_nothing(
     fails_at: int, store: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A version is five files; whichever does not fit, the commit before stays."""
+    """A version has five files; if any of them does not fit, the previous commit stays."""
     store.save(1, groups("one"), {"iteration": 1})
     calls = 0
 

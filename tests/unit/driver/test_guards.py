@@ -1,4 +1,4 @@
-"""Each guard on numbers of its own; the measured ones are those of the tiny proof of the recipe."""
+"""Tests of each guard; measured numbers are from the recipe's tiny proof of improvement."""
 
 import math
 from typing import Any
@@ -170,7 +170,7 @@ def test_more_than_one_pass_over_the_prompts_is_told(drawn: int, warns: bool) ->
 
 @pytest.mark.parametrize("guard", ["repetition", "negative_kl", "ratio", "loss_spike"])
 def test_off_may_be_written_without_quotes(guard: str) -> None:
-    """YAML takes a bare off for false."""
+    """YAML reads a bare off as false."""
     config = load(None, [f"guards.{guard}.action=off"])
     assert getattr(config.guards, guard).action == "off"
 

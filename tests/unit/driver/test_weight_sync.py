@@ -1,4 +1,4 @@
-"""A generator that does not serve what it was sent is refused, by the check that is meant to."""
+"""Tests that the right check refuses a generator that does not serve what it was sent."""
 
 import asyncio
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ CANARIES = probe_requests(PROMPTS, 6, seed=0)
 
 
 def drawing(max_tokens: int = 8, temperature: float = 1.0) -> FakeEngine:
-    """An engine of other lengths or another temperature."""
+    """Make an engine with another length limit or temperature."""
     return FakeEngine(
         rule=SamplingRule(temperature, stop_token_ids=(STOP_TOKEN,)),
         stop_conditions=StopConditions(max_tokens),
@@ -32,7 +32,7 @@ def drawing(max_tokens: int = 8, temperature: float = 1.0) -> FakeEngine:
 
 
 class Unapplied(FakeEngine):
-    """Applies nothing, and says so when it is read back."""
+    """Applies nothing, and its read-back shows it."""
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         await super().serve(update)
@@ -62,7 +62,7 @@ class Halved(FakeEngine):
 
 
 class HalfRead(FakeEngine):
-    """Leaves out a tensor, and says so when it is read back."""
+    """Leaves out a tensor, and its read-back shows it."""
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         served = await super().serve(update)
@@ -82,7 +82,7 @@ class Twice(FakeEngine):
 
 
 class Behind(FakeEngine):
-    """Serves the adapter before the one that it was sent, as its read-back shows."""
+    """Serves the adapter before the last one, and its read-back shows it."""
 
     before: AdapterUpdate | None = None
 
@@ -92,21 +92,21 @@ class Behind(FakeEngine):
 
 
 class OldVersion(FakeEngine):
-    """Serves the right tensors under the version before."""
+    """Serves the right tensors under the previous version."""
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         return replace(await super().serve(update), version=update.version - 1)
 
 
 class Cached(FakeEngine):
-    """Does not clear its prefix cache, and says so."""
+    """Does not clear its prefix cache, and reports it."""
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         return replace(await super().serve(update), caches_cleared=False)
 
 
 class StaleCache(FakeEngine):
-    """Answers from a cache that the first adapter filled, and says that it was cleared."""
+    """Answers from a cache that the first adapter filled, and reports it as cleared."""
 
     cached: list[Sampled] | None = None
 
@@ -117,14 +117,14 @@ class StaleCache(FakeEngine):
 
 @dataclass
 class WeakProbe(FakePolicy):
-    """Its probe hardly moves anything: it proves nothing."""
+    """A policy whose probe hardly moves the log-probs, so it proves nothing."""
 
     async def probe(self, version: int, canaries: Sequence[SampleRequest]) -> AdapterUpdate:
         return self._update(version, np.linspace(0, 0.1, VOCAB_SIZE))
 
 
 class NoProbe(FakePolicy):
-    """Its probe is the zero adapter."""
+    """A policy whose probe is the zero adapter."""
 
     async def probe(self, version: int, canaries: Sequence[SampleRequest]) -> AdapterUpdate:
         return await self.zero_adapter(version)
@@ -153,7 +153,7 @@ def test_the_proof_refuses(engine: FakeEngine, message: str) -> None:
 
 
 def test_a_gap_that_the_config_allows_is_no_other_distribution() -> None:
-    """At another temperature engine and learner differ by a tenth of a nat and more."""
+    """At another temperature engine and learner differ by at least a tenth of a nat."""
     engine = drawing(max_tokens=32, temperature=1.04)
     with pytest.raises(WeightSyncError, match=r"another distribution .* rollout\.max_gap"):
         asyncio.run(prove(engine))
@@ -171,7 +171,7 @@ def test_every_generator_is_proved() -> None:
 
 
 def test_a_probe_must_move_more_than_engine_and_learner_differ() -> None:
-    """A probe of .03 nats: twenty times what an exact engine errs, not what this one does."""
+    """The probe moves .03 nats: 20 times the error of an exact engine, not that of this one."""
     asyncio.run(prove(drawing(max_tokens=32), WeakProbe()))
     with pytest.raises(WeightSyncError, match=r"does not apply the probe .* move by 0\.029"):
         asyncio.run(prove(drawing(max_tokens=32, temperature=1.005), WeakProbe()))

@@ -1,4 +1,4 @@
-"""Generators that die, hang or fail their proof: what becomes of their prompts, and of them."""
+"""Tests of generators that die, hang or fail their proof: requeued prompts and restarts."""
 
 import asyncio
 
@@ -36,7 +36,7 @@ async def test_the_prompts_of_a_dead_one_are_sampled_by_others_and_it_comes_back
 
 
 async def test_an_answer_at_the_moment_of_death_is_dropped() -> None:
-    """Its shard is handed back by the failure of another call, before the answer is taken."""
+    """The failure of another call requeues its shard before the answer is read."""
     elastic = Elastic(2)
     batch = await elastic.begin(*[1] * 4)
     elastic[1].answer_and_die()

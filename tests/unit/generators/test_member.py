@@ -1,4 +1,4 @@
-"""Which state may follow which."""
+"""Tests of the generators' state machine."""
 
 from typing import get_args
 
@@ -11,7 +11,7 @@ STATES: tuple[GeneratorState, ...] = get_args(GeneratorState)
 
 
 def test_prompts_are_reached_through_the_proof_alone() -> None:
-    """Nobody becomes ready but from stale, where proof and publication take place."""
+    """Only stale leads to ready: proof and publication take place there."""
     assert [state for state in STATES if "ready" in FOLLOWERS[state]] == ["stale"]
 
 

@@ -1,4 +1,4 @@
-"""Who gets which prompts, and how generators join and leave."""
+"""Tests of the pool: distribution of prompts, and generators that join and leave."""
 
 import asyncio
 
@@ -209,7 +209,7 @@ class TestCounting:
         assert elastic.processes.room_for == []
 
     async def test_the_load_decides_how_many_are_wanted(self) -> None:
-        """Two iterations with as many generators are looked at before their number changes."""
+        """The number changes only after two iterations with the same number of generators."""
         autoscale = AutoscaleConfig(minimum=1, maximum=4, iterations=2)
         elastic = Elastic(1, max_in_flight=1, autoscale=autoscale)
         batch = await elastic.begin(1)

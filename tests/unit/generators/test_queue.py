@@ -1,4 +1,4 @@
-"""Who has which shard: each is with one generator at a time, and is done once."""
+"""Tests of the shard queue: one generator at a time holds a shard, and each is done once."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from rlhf_ray.types import IdleShares, Prompt, SampleRequest, ShardRequest
 
 
 def request(index: int, *prompt_lengths: int) -> ShardRequest:
-    """A shard with prompts of given lengths."""
+    """Make a shard with prompts of given lengths."""
     samples = tuple(
         SampleRequest(10 * index + i, Prompt(str(i), "", (1,) * length), 0)
         for i, length in enumerate(prompt_lengths)
