@@ -186,7 +186,7 @@ class Learner(ABC):
                 if self._moves_weights(mini_batch, num_tokens):
                     norms.append(self._engine.step())
                     stepped.merge(mini_batch)
-                else:
+                else:  # otherwise the next mini-batch would add to these gradients
                     self._engine.discard()
         norm = {self.grad_norm_name: fmean(norms)} if norms else {}
         return StepReport(

@@ -262,6 +262,9 @@ class PolicyLearner(Learner):
         with self._engine.module.disable_adapter():  # type: ignore[operator]
             yield
 
+    # At ZeRO stage 3 each rank holds a part of the adapter: reading and writing gathers it first,
+    # which is a collective. So every caller of these two runs on all ranks.
+
     def _read_adapter(self) -> TensorDict:
         with self._engine.whole_parameters():
             return adapter_state(self._engine.module)  # type: ignore[arg-type]

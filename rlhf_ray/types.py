@@ -113,7 +113,7 @@ class ShardInfo:
     positions: tuple[int, ...]
     """[N] positions of its rollouts."""
     response_lengths: tuple[int, ...]
-    """[N] response tokens."""
+    """[N] numbers of response tokens."""
     stopped: tuple[bool, ...]
     """[N] whether the response ended with a stop token or stop string."""
     versions: tuple[int, ...]
@@ -131,7 +131,7 @@ class Shard:
     info: ShardInfo
     """Scalars of its rollouts."""
     rollouts: Handle[list[Rollout]]
-    """In order of position."""
+    """The rollouts, in order of position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class Mismatch:
     largest: float
     """Largest such difference, nats."""
     num_tokens: int
-    """Tokens compared."""
+    """Number of tokens compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,9 @@ class AssembledStats:
     """Sums over the rows of one rank; the driver adds those of all ranks."""
 
     num_samples: int
-    """Rollouts."""
+    """Number of rollouts."""
     num_tokens: int
-    """Response tokens."""
+    """Number of response tokens."""
     advantage_total: float
     """Sum of advantages over tokens, float64."""
     advantage_total_sq: float
@@ -204,9 +204,9 @@ class StepReport:
     metrics: Mapping[str, float]
     """Metric name -> value, reduced over mini-batches and ranks as it is registered."""
     samples_learnt: int
-    """Rollouts learnt from, each counted once for all epochs."""
+    """Number of rollouts learnt from, each counted once for all epochs."""
     num_tokens: int
-    """Response tokens of these rollouts: the weight of the metrics when ranks are merged."""
+    """Number of their response tokens: the weight of the metrics when ranks are merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,7 @@ class ServedAdapter:
     version: int
     """Version that was sent."""
     num_modules: int
-    """Adapter modules that are active."""
+    """Number of active adapter modules."""
     digest: str
     """Digest of the tensors as applied, under PEFT's names."""
     caches_cleared: bool
@@ -256,7 +256,7 @@ class GeneratorStatus:
     version: int | None
     """Adapter version that it serves; None while it serves none."""
     restarts: int
-    """Times that it was restarted."""
+    """Number of its restarts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,13 +276,13 @@ class GeneratorsReport:
     """State of all generators of a run."""
 
     ready: int
-    """Generators that get prompts."""
+    """Number of generators that get prompts."""
     target: int
     """Number of generators that the run should have."""
     restarts: int
-    """Restarts of generators, counted by this process."""
+    """Number of restarts of generators, counted by this process."""
     samples_requeued: int
-    """Rollouts requeued after a generator failed or left, counted by this process."""
+    """Number of rollouts requeued after a generator failed or left, counted by this process."""
     idle: IdleShares
     """Idle times between the last two publications."""
 
@@ -294,15 +294,15 @@ class ProbeComparison:
     shift: float
     """Root mean square of what the adapter adds to the learner's log-prob of each token."""
     engine_shift: float
-    """What it adds to the engine's, projected on that: equal where the engine applies the adapter,
-    0 where it serves the base or another adapter. Unlike a mean, signs cannot cancel in it."""
+    """The engine's change, projected on the learner's: equal to `shift` if the engine applies the
+    adapter, 0 if it serves the base or another adapter. Unlike in a mean, signs cannot cancel."""
     error: float
     """Mean |engine's - learner's log-prob with the adapter|."""
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Everything that an iteration starts from, held by the driver."""
+    """The state that an iteration starts from, held by the driver."""
 
     version: int
     """Adapter version."""

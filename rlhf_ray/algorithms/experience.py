@@ -158,7 +158,7 @@ class Collected:
     sequences: "Rows"
     """[S] token ids of each prompt and its response."""
     prompt_lengths: Sequence[int]
-    """Number of prompt tokens of each."""
+    """Number of prompt tokens of each row."""
     responses: "Rows"
     """[T] token ids of each response."""
     rollout_logprobs: "Rows"

@@ -11,7 +11,7 @@ class SamplingRule:
     """The sampling settings that define the distribution of tokens; log-probs are under it."""
 
     temperature: float = 1.0
-    """Divides the logits, > 0."""
+    """Divisor of the logits, > 0."""
     top_k: int = 0
     """Keep this many of the likeliest tokens, and those that tie with the last; 0: all."""
     top_p: float = 1.0

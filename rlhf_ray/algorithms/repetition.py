@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 RUN = 4
-"""Identical tokens in a row that count as repetition."""
+"""Number of identical tokens in a row that counts as repetition."""
 
 
 def repeats_a_token(tokens: Sequence[int]) -> bool:

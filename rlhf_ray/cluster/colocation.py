@@ -26,9 +26,9 @@ COLOCATED_GROUPS: Mapping[str, str] = {
     "policy": "learners",
     "critic": "learners",
 }
-"""Role -> its group, where groups share GPUs (placement.turns)."""
+"""Role -> its group, if groups share GPUs (placement.turns)."""
 POLL_S = 0.01
-"""Between two checks whether a group may wake."""
+"""Interval between two checks whether a group may wake."""
 GRACE_S = 0.05
 """How long a group must be idle before it is put to sleep: its next call may follow at once, and a
 swap takes seconds."""

@@ -19,12 +19,12 @@ from rlhf_ray.disk import write_atomically
 
 SHARED_MEMORY = "/dev/shm/"
 INTERVAL_S = 1.0
-"""Between two updates of the record, which take 20 ms each. What a run starts between the last
-update and its death is not cleaned up."""
+"""Interval between two updates of the record, which take 20 ms each. What a run starts between the
+last update and its death is not cleaned up."""
 
 
 class ProcessIdentity(TypedDict):
-    """Identifies a process beyond the reuse of its id; stands in records and in status.json."""
+    """Identifies a process beyond the reuse of its id; part of records and of status.json."""
 
     pid: int
     started: float
@@ -75,6 +75,7 @@ class ProcessRecord:
 
     def close(self) -> None:
         """Clean up what is left of this run, and delete its record."""
+        # The thread ends first: it would write the record again after its deletion.
         self._closed.set()
         self._thread.join()
         self.update()

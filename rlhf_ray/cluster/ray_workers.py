@@ -39,7 +39,7 @@ RoleT = TypeVar("RoleT")
 STARTING = {"address", "free_port", "start"}
 """Calls that wait for a process to come up and for its model to load."""
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError)
-"""What Ray raises for a dead process: crashed, killed by the memory monitor, lost with its node."""
+"""Ray's errors for a dead process: crashed, killed by the memory monitor, lost with its node."""
 
 
 class RayWorker(Generic[ProcessT_co]):
@@ -96,7 +96,7 @@ class RayWorker(Generic[ProcessT_co]):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> tuple[Handle[DataT], ScalarsT]:
-        """Call a method that returns (data, scalars); bring the scalars, pull the data near."""
+        """Call a method that returns (data, scalars); bring the scalars and the data's handle."""
         name = method.__name__
         call = getattr(self.actor, name).options(num_returns=2)
         data, scalars = call.remote(*args, **kwargs)

@@ -44,7 +44,7 @@ from rlhf_ray.types import (
 LOOPBACK = "127.0.0.1"
 
 OnCall = Callable[[str, str, float, float], None]
-"""(worker, method, start, end in Unix seconds), after each call."""
+"""Called after each call with worker, method, start and end (Unix seconds)."""
 
 P = ParamSpec("P")
 DataT = TypeVar("DataT")
@@ -64,7 +64,7 @@ class Worker(Protocol[ProcessT_co]):
     name: str
 
     async def address(self) -> str:
-        """Return where others of its group reach the machine of this process."""
+        """Return the address under which its group reaches the machine of this process."""
         ...
 
     async def call(
@@ -148,7 +148,7 @@ class GeneratorClient:
 
 
 class ScorerClient:
-    """Reward scorers, called in turn."""
+    """Reward scorers, called in rotation."""
 
     def __init__(self, workers: Sequence[Worker[ScorerProcess]]) -> None:
         self._workers = itertools.cycle(workers)
@@ -159,7 +159,7 @@ class ScorerClient:
 
 
 class ReferenceClient:
-    """Frozen references, called in turn."""
+    """Frozen references, called in rotation."""
 
     def __init__(self, workers: Sequence[Worker[ReferenceProcess]]) -> None:
         self._workers = itertools.cycle(workers)
@@ -175,8 +175,8 @@ class ReferenceClient:
 class LearnerGroupClient(Generic[LearnerT_co]):
     """The ranks of a learner group.
 
-    What one rank can answer goes to the ranks in turn; at ZeRO stage 3 no rank has the weights
-    alone, so all compute it and the first one's answer counts.
+    A call that one rank can answer goes to the ranks in rotation. At ZeRO stage 3 no rank has all
+    weights, so all ranks compute, and the first one's answer is used.
     """
 
     def __init__(self, ranks: Sequence[Worker[LearnerT_co]], zero_stage: int) -> None:

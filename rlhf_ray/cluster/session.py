@@ -29,7 +29,7 @@ from rlhf_ray.observability.quiet import environment
 
 POLL_S = 0.2
 NAME_FREE_WITHIN_S = 10.0
-"""How long the actors of an earlier run of the same name may take to disappear."""
+"""Time for the actors of an earlier run of the same name to disappear."""
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -37,7 +37,7 @@ RAY_PRINT_HANDLER = "ray_print_logs"
 """The handler with which Ray prints actors' output; Ray removes it by this name at shutdown."""
 _SHOWN = re.compile(r"\b(WARNING|ERROR|CRITICAL|FATAL|Traceback)\b|\b\w*(Warning|Error|Exception):")
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
-"""What differs between two lines with the same message, such as those of two ranks."""
+"""The parts in which two lines with the same message differ, such as those of two ranks."""
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def num_logical_cpus(config: Config) -> int:
 def _driver_environment() -> dict[str, str]:
     """Return variables of this process and of Ray's own, and put our binaries on PATH.
 
-    DeepSpeed's first build calls ninja, which lies beside the interpreter.
+    DeepSpeed's first build calls ninja, which is installed next to the interpreter.
     """
     binaries = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")

@@ -24,9 +24,9 @@ Capacity = tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, str]]]
 ASYNC_CONCURRENCY = 32
 """Concurrent calls of a role whose methods are async."""
 REQUEST_INTERVAL_S = 30.0
-"""Between two requests for the same nodes, while the cluster lacks capacity."""
+"""Interval between two requests for the same nodes, while the cluster lacks capacity."""
 END_TIMEOUT_S = 20.0
-"""For a worker to free what it holds before its actor is killed."""
+"""Time for a worker to free its resources before its actor is killed."""
 
 
 class RoleSpawner:
@@ -94,8 +94,11 @@ class RoleSpawner:
         return self._placement.resources(self._demands), self._placement.labels(self._demands)
 
     def _repeat_request(self) -> None:
-        """Request again while capacity lacks: when labels of new nodes are known, and regularly,
-        because another run's request may have replaced ours."""
+        """Repeat the request while the cluster lacks capacity.
+
+        At once when labels of new nodes are known, and at intervals, because another run's request
+        may have replaced ours.
+        """
         is_old = time.monotonic() - self._requested_at > REQUEST_INTERVAL_S
         if self._joins and (is_old or self._request != self._capacity()):
             self._request_capacity()
@@ -158,7 +161,7 @@ class RoleSpawner:
         )
 
     async def end_one(self, worker: Worker[GeneratorProcess]) -> None:
-        """Let a worker free what it holds, if it still answers, then kill its actor."""
+        """Let a worker free its resources, if it still answers, then kill its actor."""
         with suppress(Exception):  # a broken worker cannot stop itself; its actor is killed anyway
             await asyncio.wait_for(worker.call(GeneratorProcess.stop), END_TIMEOUT_S)
         for ended in [w for w in self.workers if w.name == worker.name]:

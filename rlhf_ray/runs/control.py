@@ -29,12 +29,12 @@ from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.types import GeneratorStatus
 
 INTERVAL_S = 1.0
-"""Between two looks of the driver for requests."""
+"""Interval at which the driver looks for requests."""
 
 LIFE_SIGN_S = 20.0
 """Longest time between two changes of the status while its driver lives."""
 SILENT_S = 60.0
-"""After this long without a change the driver of another host counts as gone."""
+"""Time without a change after which the driver of another host counts as gone."""
 
 _updating = threading.Lock()
 """Held to change the status: the loop and the heartbeat thread both write the file."""
@@ -78,7 +78,7 @@ class RunStatus:
     reward: float | None = None
     """Mean score of the last iteration."""
     kl: float | None = None
-    """Mean KL of the last iteration, nats a sample."""
+    """Mean KL of the last iteration, nats per sample."""
     version: int | None = None
     """Adapter version that is served."""
     seconds_per_iteration: float | None = None
@@ -99,14 +99,14 @@ class RunStatus:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a running driver is requested to do, as written to asked.json."""
+    """A request to a running driver, as written to asked.json."""
 
     stop: bool = False
     """End after the current iteration."""
     num_generators: int | None = None
     """New number of generators; None: as it is."""
     scalings: int = 0
-    """How often a number was requested: the same one may be requested again, after the driver has
+    """Count of requests for a number: the same number may be requested again after the driver has
     changed it by itself."""
 
 

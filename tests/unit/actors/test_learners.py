@@ -68,7 +68,7 @@ class TestSharing:
         assert first._my_rows == [[0, 2], [4, 6]]
         second = self.plan(unstarted, 1, 2)
         assert second._my_rows == [[1, 3], [5, 7]]
-        # The denominator is of the whole mini-batch, whoever holds its rows.
+        # The denominator is of the whole mini-batch, whichever rank holds its rows.
         assert first._mini_batch_tokens == second._mini_batch_tokens == [6, 12]
 
     def test_ranks_take_the_same_number_of_micro_batches(self, unstarted: PolicyLearner) -> None:
@@ -77,7 +77,7 @@ class TestSharing:
         second = [list(cut) for cut in self.plan(unstarted, 1, 2)._micro]
         assert first == [[[0], [1]], [[0, 1]]]
         assert second == [[[0], [1]], [[0, 1]]]
-        # Alone, a rank cuts as its own rows ask.
+        # A single rank cuts by its own rows only.
         alone = self.plan(unstarted, 0, 1)
         assert [len(cut) for cut in alone._micro] == [2, 2]
 
@@ -297,7 +297,7 @@ def test_a_comparison_is_along_the_learners_shift() -> None:
 
 def test_the_gap_is_the_engines_distance(policy: PolicyLearner, rollouts: list[Rollout]) -> None:
     own, gap = policy.logprobs(rollouts)
-    differences = np.abs(np.concatenate(own) + 5.0)  # the rollouts say -5 of every token
+    differences = np.abs(np.concatenate(own) + 5.0)  # the rollouts' log-probs are all -5
     assert gap.mean == pytest.approx(float(differences.mean()), rel=1e-5)
     assert gap.largest == pytest.approx(float(differences.max()), rel=1e-5)
     assert gap.num_tokens == len(differences)

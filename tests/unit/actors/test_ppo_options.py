@@ -163,7 +163,7 @@ def test_a_score_behind_the_last_token_has_a_value_of_its_own(
     values, _ = critic.values(rollouts)
     assert [len(row) for row in values] == [len(r.response_ids) + 1 for r in rollouts]
     stats = assemble(critic, rollouts, values=values)
-    # A response of full length has no room behind it: its score stays on its last token.
+    # After a response of full length no position is left: its score stays on its last token.
     counts = [min(len(r.response_ids) + 1, longest) for r in rollouts]
     assert critic._experience.mask_BT.sum(1).tolist() == counts
     assert critic._mini_batch_tokens == [sum(counts)]

@@ -17,7 +17,7 @@ def test_seeds_are_of_31_bits_and_of_every_part() -> None:
     assert len(seeds) == 125
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert derive_seed(1, 23) != derive_seed(12, 3)
-    # Written down, so that a change of the derivation, which changes every run, is seen.
+    # Literal, so that a change of the derivation, which changes every run, fails here.
     assert derive_seed(0, 1, 2) == 1599513701
 
 

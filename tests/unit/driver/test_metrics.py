@@ -188,7 +188,7 @@ def test_it_comes_off_the_score_of_those_alone() -> None:
 
 def test_it_comes_after_baseline_and_clip() -> None:
     filled, _ = with_scores(BATCH, source(baseline=3.0, clip=2.0), {}, missing_eos_penalty=5.0)
-    # Clipped to -2, 0, 2, and 2; their mean .5; a score below the clip is what was asked for.
+    # Clipped to -2, 0, 2, and 2, with mean .5; the penalty may take a score below the clip.
     assert [scored.scores for scored in filled] == [(-2.0, -5.0), (-3.0, -4.5, 2.0)]
 
 
