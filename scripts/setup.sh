@@ -109,7 +109,7 @@ install_packages() {
   [[ $lock == gpu ]] || step "PyTorch without CUDA" install_torch_cpu
   [[ $vllm == vllm ]] || echo "  without vLLM, whose CPU build cannot run here"
   step "$(grep -c == "$lock_file") packages of $lock_file" install_lock
-  step "a first import of PyTorch" "$VENV/bin/python" -c '
+  step "first import of PyTorch" "$VENV/bin/python" -c '
 import sys, torch
 if (sys.argv[1] == "gpu") != (torch.version.cuda is not None):
     sys.exit(f"setup: torch {torch.__version__} is the wrong build for the {sys.argv[1]} lock")' \
@@ -132,7 +132,7 @@ installed=
 
 echo "This machine:"
 "$python" -I rlhf_ray/doctor/preflight.py --root "$(dirname "$VENV")" --lock "$lock" \
-  ${installed:+--installed} || fail "mend what is marked FAIL, then run $0 again"
+  ${installed:+--installed} || fail "fix what is marked FAIL, then run $0 again"
 
 [[ $installed ]] || install_packages
 if [[ ! -e $PROJECT_STAMP || $(cat "$PROJECT_STAMP") != "$wanted_project" ]]; then

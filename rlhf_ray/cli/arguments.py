@@ -12,7 +12,7 @@ from rlhf_ray.errors import ConfigError
 ConfigPath = Annotated[
     Path,
     typer.Argument(
-        metavar="CONFIG", help="A YAML file, the folder of a run, or @NAME for a config that ships."
+        metavar="CONFIG", help="A YAML file, a run's folder, or @NAME for a shipped config."
     ),
 ]
 Overrides = Annotated[
@@ -26,6 +26,13 @@ OneModel = Annotated[
         help="sft, dpo, ppo, reward or a path; ppo@best and ppo@7 name other commits of PPO."
     ),
 ]
+StageModel = Annotated[
+    str,
+    typer.Option(help="sft, dpo, ppo or reward; ppo@best and ppo@7 name other commits of PPO."),
+]
+PolicyModel = Annotated[
+    str, typer.Option(help="sft, dpo, ppo, ppo@best, ppo@7 or a path to a language model.")
+]
 ManyModels = Annotated[
     list[str] | None,
     typer.Option(
@@ -35,9 +42,7 @@ ManyModels = Annotated[
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(
-        min=0.0, help="0 takes the likeliest token each time. Default: rollout.temperature."
-    ),
+    typer.Option(min=0.0, help="0 decodes greedily. Default: rollout.temperature."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 MaxTokens = Annotated[

@@ -85,7 +85,7 @@ def doctor(
         typer.Option("--cluster", help="Check every node of the Ray cluster, not this machine."),
     ] = False,
     min_bandwidth: Annotated[
-        float, typer.Option(min=0.0, help="Gbit/s required between every two nodes.")
+        float, typer.Option(min=0.0, help="Minimum bandwidth between any two nodes, Gbit/s.")
     ] = 1.0,
 ) -> None:
     """Check this machine, or every node of a Ray cluster, and say what to fix."""

@@ -138,7 +138,7 @@ def scale(
     generators: Annotated[int, typer.Option(min=1, help="New number of generators.")],
     address: Address = None,
 ) -> None:
-    """Change the number of generators of a running run."""
+    """Change the number of generators while a run trains."""
     from rlhf_ray.jobs.run_handles import find_run
 
     find_run(run, address).scale(generators)

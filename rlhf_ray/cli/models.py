@@ -11,8 +11,8 @@ from rlhf_ray.cli.arguments import (
     ConfigPath,
     ManyModels,
     MaxTokens,
-    OneModel,
     Overrides,
+    PolicyModel,
     Temperature,
     print_json,
     read_config,
@@ -60,7 +60,7 @@ def generate(
 def chat(
     config: ConfigPath,
     overrides: Overrides = None,
-    model: OneModel = "ppo",
+    model: PolicyModel = "ppo",
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
 ) -> None:

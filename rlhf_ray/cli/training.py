@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import ConfigPath, OneModel, Overrides, read_config
+from rlhf_ray.cli.arguments import ConfigPath, OneModel, Overrides, StageModel, read_config
 from rlhf_ray.cli.inspection import CHECK
 from rlhf_ray.cli.models import USE
 from rlhf_ray.config import Config
@@ -26,7 +26,7 @@ def init(
         Path | None, typer.Option(help="File to write. Default: the config's name, here.")
     ] = None,
 ) -> None:
-    """Write a config of your own from one that ships, to edit and run."""
+    """Copy a shipped config to a new file, to edit and run."""
     from rlhf_ray.config import shipped
 
     name = name.removeprefix("@")
@@ -126,7 +126,7 @@ class ExportKind(StrEnum):
 def export(
     config: ConfigPath,
     overrides: Overrides = None,
-    model: OneModel = "ppo",
+    model: StageModel = "ppo",
     kind: Annotated[
         ExportKind, typer.Option(help="Export the adapter alone or the merged model.")
     ] = ExportKind.ADAPTER,
@@ -145,4 +145,7 @@ def export(
 
 
 def _survived(config: Config, share: float) -> str:
-    return f"{share:.2%} of the changed weights still differ from the base in {config.model.dtype}"
+    return (
+        f"after rounding to {config.model.dtype}, {share:.2%} of the weights that the adapter "
+        "changes still differ from the base"
+    )

@@ -19,7 +19,9 @@ def located(name: str) -> Path:
     name = name.removeprefix("@")
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5) or names()
-        raise ConfigError(f"No config called @{name} ships; did you mean @{' or @'.join(near)}?")
+        raise ConfigError(
+            f"There is no shipped config @{name}; did you mean @{' or @'.join(near)}?"
+        )
     return folder() / f"{name}.yaml"
 
 

@@ -169,7 +169,7 @@ class Checkpoints:
         if damage:
             raise CheckpointError(
                 f"Every commit in {self._folder} is damaged: {', '.join(damage)}; restore one, or "
-                "start anew with run.resume=never"
+                "start again with run.resume=never"
             )
         return None
 
@@ -198,7 +198,7 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write version {version} to {self._folder}: {error.strerror or error}. "
-                "Free space or fix the permissions and go on; the earlier commits are whole"
+                "Free space or fix the permissions and resume; the earlier commits are intact"
             ) from error
 
     def _point(self, name: str, version: int) -> None:

@@ -66,9 +66,9 @@ def prompt_reuse(num_drawn: int, num_prompts: int) -> Alarm | None:
         "prompt_reuse",
         "warn",
         {"drawn": num_drawn, "prompts": num_prompts},
-        f"The whole run draws {num_drawn} prompts and has {num_prompts}: {passes:.1f} passes. On "
-        "prompts that it has seen before, a policy fits the reward's faults sooner than it gets "
-        "better; give more prompts, or lower ppo.iterations",
+        f"The run will draw {num_drawn} prompts from a set of {num_prompts}: {passes:.1f} epochs. "
+        "On repeated prompts a policy is more likely to exploit errors of the reward than to "
+        "improve; add prompts, or lower ppo.iterations",
     )
 
 
@@ -94,7 +94,7 @@ def _repetition(guard: RepetitionGuard, metrics: Metrics) -> Alarm | None:
         f"{guard.max_repeating_share:.0%}), and {distinct:.2f} of the bigrams of a response are "
         f"distinct (bound {guard.min_distinct_bigrams:g}), at a KL of {kl:.3g} nats a response and "
         f"an entropy of {entropy:.2g} nats a token. The policy may be gaming its reward: read "
-        "ppo/completions.jsonl; if so, raise ppo.kl_coef, lower ppo.kl_target, or mend the reward",
+        "ppo/completions.jsonl; if so, raise ppo.kl_coef, lower ppo.kl_target, or fix the reward",
     )
 
 
@@ -133,7 +133,7 @@ def _loss_spike(guard: LossSpikeGuard, metrics: Metrics, losses: Losses) -> Alar
     jumps = {name: text for name in WATCHED if (text := _jump(name, guard, metrics, losses))}
     if not jumps:
         return None
-    back = "policy and critic go back to the last commit, and the batch is set aside"
+    back = "policy and critic go back to the last commit, and the batch is discarded"
     offer = "guards.loss_spike.action=rollback keeps such iterations out of the policy"
     return Alarm(
         "loss_spike",
@@ -224,7 +224,7 @@ def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
     if broken:
         raise DivergenceError(
             f"Iteration {iteration}: {', '.join(broken)} not finite. The last commit is whole; "
-            "lower ppo.learning_rate or critic.learning_rate, or raise ppo.kl_coef, and go on"
+            "lower ppo.learning_rate or critic.learning_rate, or raise ppo.kl_coef, and resume"
         )
 
 
@@ -271,8 +271,9 @@ class Guards:
             self._warn(iteration, alarm)
             if alarm.action == "stop":
                 raise DivergenceError(
-                    f"Iteration {iteration}: {alarm.text}. It was not committed; to go on from "
-                    f"the last commit whatever comes, set guards.{alarm.guard}.action=warn"
+                    f"Iteration {iteration}: {alarm.text}. It was not committed; to resume from "
+                    "the last commit and only warn about this, set "
+                    f"guards.{alarm.guard}.action=warn"
                 )
         spikes = [alarm for alarm in found if alarm.action == "rollback"]
         if spikes and num_rollbacks >= spike.max_in_a_row:

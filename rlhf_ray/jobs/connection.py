@@ -60,5 +60,6 @@ def _require_reachable(address: str) -> None:
     except OSError as error:
         raise PlacementError(
             f"Nothing answers at {address}: {error}. Give the dashboard's address with --address "
-            f"or in {ADDRESS_VARIABLES[0]}, for example http://head-node:8265"
+            f"or in {ADDRESS_VARIABLES[0]}, for example http://head-node:8265; for a run on this "
+            "machine give its folder"
         ) from error

@@ -179,9 +179,9 @@ class Progress:
             outcome = "done"
         finally:
             bar.view.close()
-            counted = f" {bar.counted()}" if bar.done or bar.total else ""
+            counted = f": {bar.counted()}" if bar.done or bar.total else ""
             self.say(
-                f"{heading} {outcome}:{counted} in {clock_time(bar.elapsed_s)}{bar.shown_values()}"
+                f"{heading} {outcome}{counted} in {clock_time(bar.elapsed_s)}{bar.shown_values()}"
             )
 
     def say(self, text: str) -> None:

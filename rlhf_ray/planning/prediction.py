@@ -174,7 +174,7 @@ def _largest_parts(role: PlannedRole) -> str:
         )
     parts = sorted(role.parts.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {size / GB:,.1f}" for name, size in parts[:3])
-    return f"{listed} GB of {role.role}"
+    return f"{role.role}'s largest parts are {listed} GB"
 
 
 @dataclass(frozen=True)

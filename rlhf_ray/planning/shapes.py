@@ -113,7 +113,7 @@ class Models:
     def assumptions(self) -> list[str]:
         """Assumptions about models that aren't here."""
         notes = [
-            f"{model.assumed_for} is not here: assumed to have the shape of {model.key}"
+            f"{model.assumed_for} does not exist here; assumed to have the shape of {model.key}"
             for model in (self.tuned, self.reward, self.critic)
             if model.assumed_for
         ]

@@ -24,17 +24,17 @@ Sharing = Collection[Collection[PlannedRole]]
 """For each GPU, the role of each worker on it."""
 
 ASSUMPTIONS: dict[str, Range] = {
-    "learners reach of their GPU's bf16 operations": (0.45, 0.2),
-    "the same over an int8 or nf4 base": (0.25, 0.08),
-    "scorers and prefill reach": (0.55, 0.25),
-    "sampling reaches of its GPU's memory bandwidth": (0.8, 0.4),
-    "seconds beside that for a token of all responses at once": (0.003, 0.015),
-    "responses of unknown length take of rollout.max_tokens": (0.5, 1.0),
-    "share of scoring that generation does not hide": (0.1, 1.0),
+    "learners, share of the GPU's peak bf16 FLOP/s (MFU)": (0.45, 0.2),
+    "learners on an int8 or nf4 base, MFU": (0.25, 0.08),
+    "scorers and prefill, MFU": (0.55, 0.25),
+    "decoding, share of the GPU's memory bandwidth": (0.8, 0.4),
+    "decoding, fixed seconds per step": (0.003, 0.015),
+    "response length as a share of rollout.max_tokens": (0.5, 1.0),
+    "share of scoring that does not overlap generation": (0.1, 1.0),
     "GB/s from a learner through the object store": (2.0, 0.4),
-    "seconds to publish an adapter beside its bytes": (0.2, 2.0),
+    "publishing an adapter, fixed seconds": (0.2, 2.0),
     "GB/s to run.dir": (1.0, 0.1),
-    "GB/s between a GPU and main memory, where sides take turns": (20.0, 2.0),
+    "GB/s between GPU and host memory for sleep and wake": (20.0, 2.0),
 }
 """Name of an assumption -> its best and worst case."""
 
@@ -106,14 +106,14 @@ def _phases(setting: Setting, sharing: Sharing) -> dict[str, Range]:
     state = state_bytes(config, models) / 1e9
     sent = sync_bytes(config, models.tuned.shape) / 1e9
     rates = ASSUMPTIONS["GB/s from a learner through the object store"]
-    fixed = ASSUMPTIONS["seconds to publish an adapter beside its bytes"]
+    fixed = ASSUMPTIONS["publishing an adapter, fixed seconds"]
     disk = ASSUMPTIONS["GB/s to run.dir"]
     phases["commit"] = _range(state / rates[end] for end in ends)
     phases["sync"] = _range(fixed[end] + sent / rates[end] for end in ends)
     phases["save"] = _range(state / disk[end] / config.ppo.save_every for end in ends)
     if config.placement.turns:
         moved = _moved_bytes(sharing) / 1e9
-        link = ASSUMPTIONS["GB/s between a GPU and main memory, where sides take turns"]
+        link = ASSUMPTIONS["GB/s between GPU and host memory for sleep and wake"]
         phases["turns"] = _range(moved / link[end] for end in ends)
     return phases
 
@@ -173,14 +173,14 @@ def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
     together = max(1, min(rollouts, _in_flight(config), cached, SEQUENCES_AT_A_TIME))
     prompt = config.rollout.max_prompt_tokens
     read = generator.parts["weights"] + together * (prompt + steps / 2) * generator.token_bytes
-    bandwidth = ASSUMPTIONS["sampling reaches of its GPU's memory bandwidth"][end]
-    flops = kind.bf16_tflops * 1e12 * ASSUMPTIONS["scorers and prefill reach"][end]
+    bandwidth = ASSUMPTIONS["decoding, share of the GPU's memory bandwidth"][end]
+    flops = kind.bf16_tflops * 1e12 * ASSUMPTIONS["scorers and prefill, MFU"][end]
     operations = 2 * shape.size.parameters / size
     of_token = max(
         read / (kind.memory_gb_per_s * 1e9 * bandwidth),
         operations * together / flops,
     )
-    beside = ASSUMPTIONS["seconds beside that for a token of all responses at once"][end]
+    beside = ASSUMPTIONS["decoding, fixed seconds per step"][end]
     waves = math.ceil(rollouts / together)
     return waves * steps * (of_token + beside) + rollouts * prompt * operations / flops
 
@@ -191,7 +191,7 @@ def _response_tokens(config: Config, end: int) -> float:
     longest = (sampler.min + sampler.max - 1) / 2 if sampler else config.rollout.max_tokens
     if config.rollout.ignore_eos:
         return longest
-    return longest * ASSUMPTIONS["responses of unknown length take of rollout.max_tokens"][end]
+    return longest * ASSUMPTIONS["response length as a share of rollout.max_tokens"][end]
 
 
 def _iteration_tokens(config: Config, end: int) -> float:
@@ -213,8 +213,8 @@ def _score(setting: Setting, end: int) -> dict[str, float]:
         "reference": (models.tuned.shape, config.reference.num_processes),
         "reward": (models.reward.shape, config.reward.num_workers),
     }
-    reached = ASSUMPTIONS["scorers and prefill reach"][end]
-    after = ASSUMPTIONS["share of scoring that generation does not hide"][end]
+    reached = ASSUMPTIONS["scorers and prefill, MFU"][end]
+    after = ASSUMPTIONS["share of scoring that does not overlap generation"][end]
     seconds = {}
     for role, kind in setting.kinds.items():
         if role in shapes and kind is not None:
@@ -258,8 +258,8 @@ def _group_learns(
 
 def _reached(config: Config, end: int) -> float:
     is_whole = config.model.quantization == "none"
-    learners = "learners reach of their GPU's bf16 operations"
-    return ASSUMPTIONS[learners if is_whole else "the same over an int8 or nf4 base"][end]
+    learners = "learners, share of the GPU's peak bf16 FLOP/s (MFU)"
+    return ASSUMPTIONS[learners if is_whole else "learners on an int8 or nf4 base, MFU"][end]
 
 
 def _supervised(setting: Setting, kind: GpuKind, end: int) -> float:

@@ -108,4 +108,8 @@ def _scores(title: str, scores: Record | None, by_votes: bool) -> Iterator[Chart
 def _languages(title: str, answers: Record | None) -> Iterator[Chart]:
     if answers and answers.get("languages"):
         svg = counts(title, answers["languages"], "code fences")
-        yield Chart(title, Markup(svg), "As named by the code fences; most name no language.")
+        yield Chart(
+            title,
+            Markup(svg),
+            "Language named by the code fence; fences that name none are counted apart.",
+        )

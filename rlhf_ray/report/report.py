@@ -197,7 +197,7 @@ def _evaluation_cards(files: RunFiles) -> Iterator[Card]:
             "Win rate against SFT",
             f"{rate:.2f}",
             f"How often {name}'s answer is better; ties count half. 95% interval "
-            f"{low:.2f} to {high:.2f}; it is a real gain if all of it lies above 0.5.",
+            f"{low:.2f} to {high:.2f}; the gain is significant if it lies above 0.5.",
         )
     for key, title, explanation in (
         (
@@ -237,10 +237,10 @@ def _ppo_cards(files: RunFiles) -> Iterator[Card]:
         )
     episodes, rate = number(ppo, "episodes"), number(ppo, "episodes_per_s")
     if episodes is not None:
-        speed = f", {figure(rate)} a second" if rate is not None else ""
+        speed = f", {figure(rate)} per second" if rate is not None else ""
         restarts = number(ppo, "generator_restarts") or 0
         yield Card(
-            "Rollouts learnt",
+            "Rollouts trained on",
             figure(episodes),
             f"Answers that PPO sampled and trained on{speed}. Generator restarts: {restarts:.0f}.",
         )

@@ -225,7 +225,7 @@ def time_charts(files: RunFiles) -> list[Chart]:
             Chart(
                 f"Timeline of the last {_TIMELINE_ITERATIONS} iterations",
                 Markup(timeline("Timeline", spans, phase_colours(totals))),
-                "Colours as above; an actor waits in the gaps. To see the whole run, open "
+                "Colours as above; gaps are idle time. To see the whole run, open "
                 "trace.json at ui.perfetto.dev.",
             )
         )

@@ -133,7 +133,7 @@ class RunFolder:
     def _given(self, key: str, value: str | None, stage: str) -> str:
         if value is None:
             raise ConfigError(
-                f"No model for this stage: {self.path / stage} holds no finished stage {stage}, "
+                f"No model for this stage: the stage {stage} has not finished in {self.path}, "
                 f"and {key} is not set. Run the stage {stage}, or set {key}"
             )
         return absolute(value)

@@ -191,7 +191,7 @@ class TestRows:
     @pytest.mark.parametrize(
         ("stage", "key", "row", "says"),
         [
-            ("sft", "sft", {"a": "b"}, r"lacks the columns of every format that sft can use: "),
+            ("sft", "sft", {"a": "b"}, r": the columns a match no format that sft can use: "),
             ("sft", "sft", {"prompt": "a"}, r"20 of 20 rows are bad \(no_answer: 20\)"),
             (
                 "reward",

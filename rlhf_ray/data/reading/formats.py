@@ -102,8 +102,8 @@ def detect_format(columns: Collection[str], requested: Format, options: ReadOpti
         f"{name} ({' or '.join(', '.join(choice) for choice in _COLUMNS[name])})" for name in usable
     )
     raise DataError(
-        f"{options.name} lacks the columns of every format that {options.use} can use: {expected}. "
-        f"Found {', '.join(columns)}. Map your names to these with the dataset's columns, for "
+        f"{options.name}: the columns {', '.join(columns)} match no format that {options.use} can "
+        f"use: {expected}. Map your columns to these names with the dataset's key columns, for "
         "example columns: {prompt: <name in your file>}"
     )
 

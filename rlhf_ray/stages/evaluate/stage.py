@@ -109,7 +109,7 @@ def _perplexities(inputs: Inputs, bar: Bar) -> dict[str, float]:
     answers = reference_rollouts(inputs.prompts, renderer, config.model.max_length)
     if not answers:
         return {}
-    bar.restart(len(inputs.adapters) * len(answers), "given answer")
+    bar.restart(len(inputs.adapters) * len(answers), "reference answer")
     return asyncio.run(perplexities(inputs, answers, bar))
 
 

@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, object]:
         ) as roles:
             await _restore(roles, saved)
             progress.say(
-                "ppo: every role is ready; proving that generators serve the adapter they receive"
+                "ppo: all roles are ready; verifying that generators serve the adapter they receive"
             )
             parts = LoopParts(
                 config=config,

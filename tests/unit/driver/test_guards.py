@@ -164,7 +164,7 @@ def test_more_than_one_pass_over_the_prompts_is_told(drawn: int, warns: bool) ->
     assert (prompt_reuse(drawn, 800) is not None) is warns
     alarm = prompt_reuse(2000, 800)
     assert alarm is not None
-    assert "draws 2000 prompts and has 800: 2.5 passes" in alarm.text
+    assert "will draw 2000 prompts from a set of 800: 2.5 epochs" in alarm.text
     assert alarm.guard in GUARDS
 
 

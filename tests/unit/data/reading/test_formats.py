@@ -254,5 +254,7 @@ def test_verl(tmp_path: Path) -> None:
     ((_, found),) = batch
     rest = {name: value for name, value in row.items() if name != "prompt"}
     assert found == {"messages": [user("1 + 1?")], **rest}
-    with pytest.raises(DataError, match="lacks the columns of every format that preferences can"):
+    with pytest.raises(
+        DataError, match=r": the columns data_source, .* match no format that preferences can use: "
+    ):
         load_rows([DataSource(path=str(path))], "preferences")
