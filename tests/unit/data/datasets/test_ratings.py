@@ -95,5 +95,5 @@ def test_answers_of_a_questions_list_are_rated_by_their_scores(tmp_path: Path) -
 def test_pairs_are_no_ratings(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n")
-    with pytest.raises(DataError, match=r"every format that ratings can use.*completion, label"):
+    with pytest.raises(DataError, match=r"match no format that ratings can use.*completion, label"):
         load_rows([DataSource(path=str(path), format="unpaired")], "ratings")
