@@ -13,7 +13,6 @@ if [[ ${1:-} == --all ]]; then
 fi
 num_filters=$#
 timings=
-also= # a further condition on the tests of a step
 NUM_WORKERS=$(($(nproc) < 4 ? $(nproc) : 4))
 
 show_timings() {
@@ -37,7 +36,7 @@ lint() {
 
 tests() { # tests FOLDER [pytest argument ...]
   local status=0
-  python -m pytest -m "$marker${also:+${marker:+ and }$also}" "$@" || status=$?
+  python -m pytest -m "$marker" "$@" || status=$?
   # A filter may leave nothing of a folder (pytest's exit code 5): no failure if one was asked for.
   ((status != 5 || num_filters == 0)) || status=0
   return $status
@@ -58,10 +57,8 @@ step lint lint
 step types pyright --pythonpath "$VENV/bin/python"
 step imports lint-imports
 step unit other_tests "$@"
-step inline tests tests/inline -n "$NUM_WORKERS" --dist loadfile "$@"
-# Files share clusters and engines, so a file stays in one process. What counts processes or shared
-# memory of the whole machine comes after the others, by itself.
-also="not alone" step integration tests tests/integration -n 2 --dist loadfile "$@"
-also="alone" step alone tests tests/integration "$@"
+step inline tests tests/inline -n "$NUM_WORKERS" --dist loadfile "$@" # fixtures of a file are shared
+# One at a time: a run alone fills two cores, and some tests count the whole machine's processes.
+step integration tests tests/integration "$@"
 ! has_tests tests/gpu || step gpu tests tests/gpu "$@"
 [[ -n $marker ]] || ! has_tests tests/chaos || step chaos tests tests/chaos "$@"

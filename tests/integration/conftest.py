@@ -52,14 +52,6 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prompts(tmp_path_factory.mktemp("prompts") / "p.jsonl", TEXTS)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that check for leftovers on the whole machine: others would leave some."""
-    for item in items:
-        if {"command_line", "new_command_line"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.alone)
-
-
 class CommandLine:
     """`rlhf-ray` in processes of their own, marked so that every descendant is known by its mark.
 

@@ -17,7 +17,7 @@ from deepspeed_ranks import OPTIMIZER, STEPS, build, rank_main, take_steps
 
 from rlhf_ray.engines.torch_engine import TorchEngine
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 # Ranks are forked off a process that has imported what takes ten seconds to import.
 RANKS = multiprocessing.get_context("forkserver")

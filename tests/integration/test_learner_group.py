@@ -30,7 +30,7 @@ from rlhf_ray.models.adapters import tensors_from_bytes
 from rlhf_ray.placement.layout import Demand
 from rlhf_ray.types import Mismatch, Prompt, Rollout, ScoredShard, Shard, ShardInfo, StepReport
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUM_SHARDS, SHARD_SIZE = 2, 4
 State = dict[str, torch.Tensor]

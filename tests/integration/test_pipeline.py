@@ -65,6 +65,7 @@ def test_every_stage_runs_once(command_line: "CommandLine", tmp_path: Path) -> N
     command_line.wait_until_nothing_left()
 
 
+@pytest.mark.slow
 def test_own_models_on_two_ranks_and_two_generators(
     command_line: "CommandLine", tmp_path: Path, qwen: str, reward_model: str, prompts_file: Path
 ) -> None:

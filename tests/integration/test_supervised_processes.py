@@ -23,7 +23,7 @@ from rlhf_ray.config import load
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.stages.pipeline import run_single
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 TRAINED_BY_ALL = Path(__file__).with_name("supervised_ranks.py")
 
