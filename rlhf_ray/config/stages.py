@@ -19,14 +19,14 @@ Made = Literal["datasets", "language model", "policy", "reward model", "numbers"
 
 @dataclass(frozen=True)
 class Stage:
-    """What the rest of the system knows of a stage."""
+    """One stage, as the rest of the system sees it."""
 
     function: str
     """``module:name``; called with the Config, writes ``<stage>/summary.json`` last."""
     does: str
     """One sentence for the command line."""
     makes: Made
-    """What it leaves in the run's folder."""
+    """Kind of result that it leaves in the run's folder."""
     sections: tuple[str, ...] = ()
     """Config sections that it reads; once it has begun, their fixed keys may not change."""
     datasets: tuple[str, ...] = ()
@@ -36,11 +36,11 @@ class Stage:
     after: tuple[str, ...] = ()
     """Stages that its model may have gone through before, in order."""
     needs_ray: bool = True
-    """Whether it starts processes (on Ray, unless cluster.mode is inline)."""
+    """True if it starts processes (on Ray, unless cluster.mode is inline)."""
     is_supervised: bool = False
     """Trained by transformers.Trainer, with a section of `config.supervised`."""
     is_default: bool = True
-    """Whether ``run.stages`` has it unless told otherwise."""
+    """True if it is in the default of ``run.stages``."""
 
     def load(self) -> Callable[..., object]:
         """Import its function, and with it what only this stage needs."""
