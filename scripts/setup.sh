@@ -49,7 +49,10 @@ pip_install() {
 # uv where it could be had, else pip: the same packages, which pip takes four minutes to unpack.
 package_install() {
   if [[ -x $VENV/bin/uv ]]; then
-    "$VENV/bin/uv" pip install --quiet --no-deps --python "$VENV/bin/python" "$@"
+    # Compiled here and not at first import: some environments forbid Python to write bytecode, and
+    # then every process would compile PyTorch, Ray and vLLM again.
+    "$VENV/bin/uv" pip install --quiet --no-deps --compile-bytecode \
+      --python "$VENV/bin/python" "$@"
   else
     pip_install "$@"
   fi
