@@ -27,7 +27,8 @@ def located(name: str) -> Path:
 
 def names() -> list[str]:
     """The names of all shipped configs."""
-    files = [file.relative_to(folder()).with_suffix("") for file in folder().rglob("*.yaml")]
+    root = folder()
+    files = [file.relative_to(root).with_suffix("") for file in root.rglob("*.yaml")]
     return sorted(file.as_posix() for file in files if file.parts[0] != "ci")
 
 
