@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rlhf_ray.algorithms.repetition import distinct_bigrams, repeats_a_token
 from rlhf_ray.engines.protocols import GenerationEngine, Sampled
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.types import (
@@ -91,15 +90,14 @@ class Generator:
             self._rollout(sample, result, request.version)
             for sample, result in zip(request.samples, sampled, strict=True)
         ]
-        responses = [rollout.response_ids.tolist() for rollout in rollouts]
         return rollouts, ShardInfo(
             index=request.index,
             positions=tuple(rollout.position for rollout in rollouts),
             response_lengths=tuple(len(rollout.response_ids) for rollout in rollouts),
             stopped=tuple(rollout.finish_reason == "stop" for rollout in rollouts),
             versions=tuple(rollout.version for rollout in rollouts),
-            repeating=tuple(map(repeats_a_token, responses)),
-            distinct_bigrams=tuple(map(distinct_bigrams, responses)),
+            repeating=tuple(rollout.repeats_a_token for rollout in rollouts),
+            distinct_bigrams=tuple(rollout.distinct_bigrams for rollout in rollouts),
         )
 
     def _rollout(self, sample: SampleRequest, result: Sampled, version: int) -> Rollout:

@@ -7,6 +7,7 @@ temperature, top-k, top-p, no stop token before `min_tokens`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -28,6 +29,8 @@ StateFiles = Mapping[str, bytes]
 """A learner group's state: file name -> content."""
 
 FinishReason = Literal["stop", "length"]
+REPETITION = 4
+"""Number of identical tokens in a row that counts as repetition."""
 
 GeneratorState = Literal["starting", "stale", "ready", "suspect", "dead", "restarting", "retired"]
 """starting: its process loads the base; stale: it does not serve the current adapter; ready: it
@@ -103,6 +106,20 @@ class Rollout:
             [np.asarray(self.prompt.token_ids, dtype=np.int64), self.response_ids]
         )
 
+    @property
+    def repeats_a_token(self) -> bool:
+        """Whether the response has the same token `REPETITION` times or more in a row."""
+        return any(len(list(run)) >= REPETITION for _, run in groupby(self.response_ids.tolist()))
+
+    @property
+    def distinct_bigrams(self) -> float:
+        """The share of the response's bigrams that are distinct; 1 if it is too short for any.
+
+        Source: distinct-2, Li et al. 2016 (arXiv:1510.03055), here within one response.
+        """
+        bigrams = list(pairwise(self.response_ids.tolist()))
+        return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
@@ -119,7 +136,7 @@ class ShardInfo:
     versions: tuple[int, ...]
     """[N] adapter version that sampled each."""
     repeating: tuple[bool, ...] = ()
-    """[N] whether the response repeats a token `repetition.RUN` times or more in a row."""
+    """[N] whether the response repeats a token `REPETITION` times or more in a row."""
     distinct_bigrams: tuple[float, ...] = ()
     """[N] share of distinct bigrams within the response."""
 

@@ -192,10 +192,10 @@ def scratch() -> Iterator[Path]:
 def main() -> None:
     """Print the number of files on each path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="*", choices=list(PATHS), help="default: all")
+    parser.add_argument("path", nargs="?", choices=list(PATHS), help="default: all of them")
     parser.add_argument("--list", action="store_true", help="name the files")
     options = parser.parse_args()
-    for name in options.paths or PATHS:
+    for name in [options.path] if options.path else PATHS:
         with scratch() as folder:
             files = PATHS[name](folder)
         print(f"{name}: {len(files)} files (goal: at most {GOALS[name]})")

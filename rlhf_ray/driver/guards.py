@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from rlhf_ray.algorithms.repetition import RUN
 from rlhf_ray.config.guards import (
     GuardsConfig,
     LossSpikeGuard,
@@ -21,7 +20,7 @@ from rlhf_ray.driver.checkpoint import Losses
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.errors import DivergenceError, WeightSyncError
 from rlhf_ray.observability.progress import Progress
-from rlhf_ray.types import ScoredShard
+from rlhf_ray.types import REPETITION, ScoredShard
 
 GUARDS = ("repetition", "negative_kl", "ratio", "loss_spike", "prompt_reuse")
 WATCHED = ("loss/policy_avg", "policy/grad_norm", "loss/value_avg", "val/grad_norm")
@@ -90,7 +89,7 @@ def _repetition(guard: RepetitionGuard, metrics: Metrics) -> Alarm | None:
         "repetition",
         guard.action,
         _picked(metrics, (*names, "objective/entropy")),
-        f"{repeating:.0%} of the responses repeat a token {RUN} times or more in a row (bound "
+        f"{repeating:.0%} of the responses repeat a token {REPETITION} times or more in a row (bound "
         f"{guard.max_repeating_share:.0%}), and {distinct:.2f} of the bigrams of a response are "
         f"distinct (bound {guard.min_distinct_bigrams:g}), at a KL of {kl:.3g} nats a response and "
         f"an entropy of {entropy:.2g} nats a token. The policy may be gaming its reward: read "

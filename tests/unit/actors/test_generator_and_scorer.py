@@ -11,7 +11,6 @@ import torch
 from actors.generator import Generator
 from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
-from rlhf_ray.algorithms.repetition import distinct_bigrams, repeats_a_token
 from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import RougeSourceConfig
 from rlhf_ray.engines.fake import FakeEngine
@@ -71,12 +70,8 @@ class TestGenerator:
             assert len(row.response_ids) == len(row.rollout_logprobs) == length
             assert stopped == (row.finish_reason == "stop")
             assert row.text == " ".join(map(str, row.response_ids.tolist()))
-        assert info.repeating == tuple(
-            repeats_a_token(row.response_ids.tolist()) for row in rollouts
-        )
-        assert info.distinct_bigrams == tuple(
-            distinct_bigrams(row.response_ids.tolist()) for row in rollouts
-        )
+        assert info.repeating == tuple(row.repeats_a_token for row in rollouts)
+        assert info.distinct_bigrams == tuple(row.distinct_bigrams for row in rollouts)
 
     @pytest.mark.parametrize("asked", [4, 6])
     def test_it_refuses_another_version(self, generator: Generator, asked: int) -> None:

@@ -1,6 +1,13 @@
+import numpy as np
 import pytest
 
-from rlhf_ray.algorithms.repetition import distinct_bigrams, repeats_a_token
+from rlhf_ray.types import Prompt, Rollout
+
+
+def response(tokens: list[int]) -> Rollout:
+    ids = np.array(tokens, dtype=np.int64)
+    return Rollout(0, Prompt("0", "", ()), ids, np.zeros(len(ids), np.float32), "stop", 0, "")
+
 
 
 @pytest.mark.parametrize(
@@ -16,7 +23,7 @@ from rlhf_ray.algorithms.repetition import distinct_bigrams, repeats_a_token
     ],
 )
 def test_four_identical_tokens_in_a_row_are_repetition(tokens: list[int], repeats: bool) -> None:
-    assert repeats_a_token(tokens) is repeats
+    assert response(tokens).repeats_a_token is repeats
 
 
 @pytest.mark.parametrize(
@@ -31,4 +38,4 @@ def test_four_identical_tokens_in_a_row_are_repetition(tokens: list[int], repeat
     ],
 )
 def test_distinct_bigrams_by_hand(tokens: list[int], share: float) -> None:
-    assert distinct_bigrams(tokens) == share
+    assert response(tokens).distinct_bigrams == share
