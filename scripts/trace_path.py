@@ -191,7 +191,7 @@ def scratch() -> Iterator[Path]:
 
 def main() -> None:
     """Print the number of files on each path."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", nargs="?", choices=list(PATHS), help="default: all of them")
     parser.add_argument("--list", action="store_true", help="name the files")
     options = parser.parse_args()

@@ -89,10 +89,10 @@ def _repetition(guard: RepetitionGuard, metrics: Metrics) -> Alarm | None:
         "repetition",
         guard.action,
         _picked(metrics, (*names, "objective/entropy")),
-        f"{repeating:.0%} of the responses repeat a token {REPETITION} times or more in a row (bound "
-        f"{guard.max_repeating_share:.0%}), and {distinct:.2f} of the bigrams of a response are "
-        f"distinct (bound {guard.min_distinct_bigrams:g}), at a KL of {kl:.3g} nats a response and "
-        f"an entropy of {entropy:.2g} nats a token. The policy may be gaming its reward: read "
+        f"{repeating:.0%} of the responses repeat a token {REPETITION} times or more in a row "
+        f"(bound {guard.max_repeating_share:.0%}), and {distinct:.2f} of the bigrams of a response "
+        f"are distinct (bound {guard.min_distinct_bigrams:g}), at a KL of {kl:.3g} nats a response "
+        f"and an entropy of {entropy:.2g} nats a token. The policy may be gaming its reward: read "
         "ppo/completions.jsonl; if so, raise ppo.kl_coef, lower ppo.kl_target, or fix the reward",
     )
 

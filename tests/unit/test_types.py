@@ -9,7 +9,6 @@ def response(tokens: list[int]) -> Rollout:
     return Rollout(0, Prompt("0", "", ()), ids, np.zeros(len(ids), np.float32), "stop", 0, "")
 
 
-
 @pytest.mark.parametrize(
     ("tokens", "repeats"),
     [
