@@ -1,8 +1,9 @@
-"""Write files whole or not at all, and report a full disk as one clear message."""
+"""Write files whole or not at all, keep folders private, and report a full disk as one message."""
 
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,34 @@ def write_atomically(path: Path, text: str) -> None:
     with unwritable_is_an_error(path):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def is_private(folder: Path) -> bool:
+    """Return whether a path is a folder of this user, not a link, that nobody else can enter."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return is_own and not stat.S_IMODE(found.st_mode) & 0o077
+
+
+def make_private(folder: Path) -> Path:
+    """Make a folder that only this user can enter, for files that others must not plant.
+
+    Raises:
+        ConfigError: something else has its name already, such as a folder of another user.
+    """
+    with unwritable_is_an_error(folder):
+        if not os.path.lexists(folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+    if not is_private(folder):
+        raise ConfigError(
+            f"{folder} is not a folder that only you can enter: it is a link, belongs to another "
+            "user, or is open to others, who may have put files there. Remove it (or make it 0700, "
+            "if it is yours), or set TMPDIR to a folder of your own"
+        )
+    return folder
 
 
 @contextmanager

@@ -7,9 +7,10 @@ adds the run's name and folder to the job's metadata in Ray's own store.
 import json
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 from rlhf_ray.cluster.orphans import records_folder
-from rlhf_ray.disk import write_atomically
+from rlhf_ray.disk import is_private, make_private, write_atomically
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 
@@ -30,8 +31,8 @@ def record_run_folder(folder: Path) -> None:
     job = submission_id()
     if job is not None:
         # One by one: `mkdir(parents=True)` would not apply the mode to the parent.
-        for folder_of_records in (records_folder(), _record(job).parent):
-            folder_of_records.mkdir(mode=0o700, exist_ok=True)
+        make_private(records_folder())
+        make_private(_record(job).parent)
         write_atomically(_record(job), json.dumps({"folder": str(folder)}))
 
 
@@ -41,17 +42,21 @@ def run_folder_of_job(job: str) -> Path:
     Raises:
         ConfigError: the job has not opened a folder yet, or is not a run.
     """
+    path = _record(job)
     try:
-        return Path(json.loads(_record(job).read_text(encoding="utf-8"))["folder"])
-    except FileNotFoundError:
-        raise ConfigError(
-            f"Job {job} has opened no run folder (yet): it is still starting, or it failed before; "
-            f"see rlhf-ray logs {job}"
-        ) from None
+        # What other users of the node may have put there doesn't count.
+        if is_private(records_folder()) and is_private(path.parent):
+            return Path(json.loads(path.read_text(encoding="utf-8"))["folder"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # absent, or not a record
+    raise ConfigError(
+        f"Job {job} has opened no run folder (yet): it is still starting, or it failed before; "
+        f"see rlhf-ray logs {job}"
+    )
 
 
 def _record(job: str) -> Path:
-    return records_folder() / "jobs" / f"{job}.json"
+    return records_folder() / "jobs" / f"{quote(job, safe='')}.json"
 
 
 def name_current_job(name: str, folder: Path) -> None:

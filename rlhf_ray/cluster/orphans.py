@@ -3,21 +3,33 @@
 While a run lives, a record in the temporary folder lists its processes (id, start time, name) and
 the shared-memory files that they map. The next run cleans up after every record whose driver is
 dead. A process id that the system has reused since is recognised by its start time.
+
+The temporary folder is open to every user of the machine, so records count only in a folder that
+nobody else can enter, and only this user's processes and shared memory are touched.
 """
 
 import json
 import os
+import re
+import stat
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated
 
 import psutil
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
-from rlhf_ray.disk import write_atomically
+from rlhf_ray.disk import is_private, make_private, write_atomically
 
 SHARED_MEMORY = "/dev/shm/"
+_OUR_NAMES = re.compile(
+    r"(sem\.|psm_|torch_|vllm|nccl-|cuda\.shm\.|deepspeed_|plasma|ray|rlhf_ray)"
+)
+"""How shared memory of a run's libraries is called: semaphores and blocks of Python, PyTorch, vLLM,
+NCCL, CUDA, DeepSpeed, Ray. A record that names another file is not one of ours."""
 INTERVAL_S = 1.0
 """Interval between two updates of the record, which take 20 ms each. What a run starts between the
 last update and its death is not cleaned up."""
@@ -26,13 +38,24 @@ last update and its death is not cleaned up."""
 class ProcessIdentity(TypedDict):
     """Identifies a process beyond the reuse of its id; part of records and of status.json."""
 
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     started: float
     name: str
 
 
+class _Record(TypedDict):
+    """The contents of a record."""
+
+    driver: ProcessIdentity
+    processes: list[ProcessIdentity]
+    files: list[str]
+
+
+_RECORD = TypeAdapter(_Record)
+
+
 def records_folder() -> Path:
-    """Return the folder of records, one for each user of the machine."""
+    """Return the folder of records, one for each user of the machine; it may not exist."""
     return Path(tempfile.gettempdir()) / f"rlhf_ray-{os.getuid()}"
 
 
@@ -40,8 +63,7 @@ class ProcessRecord:
     """Keeps this run's record up to date from a thread, until it is closed."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        folder = folder or records_folder()
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = make_private(folder or records_folder())
         self._path = folder / f"{os.getpid()}.json"
         self._driver = psutil.Process()
         self._processes: dict[str, ProcessIdentity] = {}
@@ -61,7 +83,11 @@ class ProcessRecord:
                 continue
             self._processes[f"{entry['pid']}/{entry['started']}"] = entry
             mapped |= _mapped_inodes(process.pid)
-        self._files |= {file for file, inode in _shared_files() if inode in mapped}
+        self._files |= {
+            file
+            for file, inode in _shared_files()
+            if inode in mapped and _is_our_shared_memory(file)
+        }
         record = {
             "driver": identity(self._driver),
             "processes": list(self._processes.values()),
@@ -85,13 +111,10 @@ class ProcessRecord:
 def clean_up(folder: Path | None = None) -> tuple[int, int]:
     """Clean up after dead runs; return how many processes and files were removed."""
     processes = files = 0
-    for path in (folder or records_folder()).glob("*.json"):
-        try:
-            driver = json.loads(path.read_text(encoding="utf-8"))["driver"]
-        except (OSError, ValueError, KeyError):
+    for path, record in _records(folder or records_folder()):
+        if record is None:
             path.unlink(missing_ok=True)
-            continue
-        if living_process(driver) is None:
+        elif living_process(record["driver"]) is None:
             ended, removed = _clean_up_record(path)
             processes, files = processes + ended, files + removed
     return processes, files
@@ -99,32 +122,71 @@ def clean_up(folder: Path | None = None) -> tuple[int, int]:
 
 def count_orphans(folder: Path | None = None) -> int:
     """Count the living processes of dead runs, which `clean_up` would end."""
-    count = 0
-    for path in (folder or records_folder()).glob("*.json"):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if living_process(record["driver"]) is None:
-                count += sum(living_process(entry) is not None for entry in record["processes"])
-        except (OSError, ValueError, KeyError):
-            continue
-    return count
+    return sum(
+        len(_survivors(record))
+        for _, record in _records(folder or records_folder())
+        if record is not None and living_process(record["driver"]) is None
+    )
+
+
+def _records(folder: Path) -> Iterator[tuple[Path, _Record | None]]:
+    """Yield this user's records, None where malformed; nothing of a folder open to others."""
+    for path in folder.glob("*.json") if is_private(folder) else ():
+        yield path, _read(path)
+
+
+def _read(path: Path) -> _Record | None:
+    """Return a record; None where it is malformed, a link, or another user's file."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            return None
+        return _RECORD.validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValidationError):
+        return None
 
 
 def _clean_up_record(path: Path) -> tuple[int, int]:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    survivors = [process for entry in record["processes"] if (process := living_process(entry))]
+    record = _read(path)
+    survivors = _survivors(record) if record else []
     # Trackers last: once the processes they serve are dead, they remove their semaphores and end.
     trackers = [process for process in survivors if _is_resource_tracker(process)]
     _kill(set(survivors) - set(trackers))
     psutil.wait_procs(survivors, timeout=5)
     _kill(trackers)
     removed = 0
-    for file in record["files"]:
-        if Path(file).exists():
-            Path(file).unlink(missing_ok=True)
-            removed += 1
+    for file in filter(_is_our_shared_memory, record["files"] if record else []):
+        Path(file).unlink(missing_ok=True)
+        removed += 1
     path.unlink(missing_ok=True)
     return len(survivors), removed
+
+
+def _survivors(record: _Record) -> list[psutil.Process]:
+    """Return the living processes of a record that are this user's, this one's parents left out."""
+    mine = psutil.Process()
+    spared = {mine, *mine.parents()}
+    found = [process for entry in record["processes"] if (process := living_process(entry))]
+    return [process for process in found if process not in spared and _is_own(process)]
+
+
+def _is_own(process: psutil.Process) -> bool:
+    try:
+        return process.uids().real == os.getuid()
+    except psutil.Error:
+        return False
+
+
+def _is_our_shared_memory(file: str) -> bool:
+    """Return whether a name is that of a file of this user's, right in shared memory, of a run."""
+    name = file.removeprefix(SHARED_MEMORY)
+    if name == file or "/" in name or "\0" in name or not _OUR_NAMES.match(name):
+        return False
+    try:
+        found = os.lstat(file)
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.cluster.orphans import clean_up, count_orphans
+from rlhf_ray.cluster.orphans import ProcessRecord, clean_up, count_orphans, identity
+from rlhf_ray.errors import ConfigError
 
 DRIVER = """
 import mmap, subprocess, sys, time
@@ -148,6 +149,128 @@ def test_a_record_that_does_not_parse_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "2.json").write_text("{}")
     assert clean_up(tmp_path) == (0, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+MALFORMED = (
+    "[]",
+    "null",
+    '{"driver": 3}',
+    '{"driver": {"pid": "1", "started": 1.0, "name": "x"}, "processes": [], "files": []}',
+    '{"driver": {"pid": -1, "started": 1.0, "name": "x"}, "processes": [], "files": []}',
+    '{"driver": {"pid": 1, "started": 1.0, "name": "x"}, "processes": {}, "files": []}',
+    '{"driver": {"pid": 1, "started": 1.0, "name": "x"}, "processes": [7], "files": []}',
+    '{"driver": {"pid": 1, "started": 1.0, "name": "x"}, "processes": [], "files": [null]}',
+    '{"driver": {"pid": 1' + "0" * 5000 + "}}",
+    "[" * 100_000,
+    "\0",
+    "\udcff",
+)
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_a_malformed_record_is_dropped_and_the_others_are_cleaned_up(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "0.json").write_bytes(text.encode(errors="surrogateescape"))
+    record(tmp_path, DEAD, [], [])
+    assert count_orphans(tmp_path) == 0
+    assert clean_up(tmp_path) == (0, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+DEAD = {"pid": os.getpid(), "started": 1.0, "name": "python"}
+"""The driver of a record: this process's id, long ago."""
+
+
+@pytest.fixture
+def bystander() -> Iterator[psutil.Process]:
+    """A process that no run of ours started."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.wait()
+
+
+def identity_of(process: psutil.Process) -> dict:
+    return dict(identity(process))
+
+
+@pytest.mark.parametrize("plant", ["open", "link", "foreign"])
+def test_a_folder_of_records_that_others_can_write_to_is_ignored_and_never_written(
+    tmp_path: Path, bystander: psutil.Process, plant: str
+) -> None:
+    folder = tmp_path / "rlhf_ray-0"
+    folder.mkdir(mode=0o700)
+    record(folder, DEAD, [identity_of(bystander)], [])
+    if plant == "open":
+        folder.chmod(0o777)
+    elif plant == "link":
+        folder = tmp_path / "link"
+        folder.symlink_to(tmp_path / "rlhf_ray-0")
+    elif os.getuid() == 0:
+        os.chown(folder, 12345, -1)
+    else:
+        pytest.skip("only root can give a folder away")
+    assert count_orphans(folder) == 0
+    assert clean_up(folder) == (0, 0)
+    assert living_process(bystander.pid)
+    with pytest.raises(ConfigError, match="not a folder that only you can enter"):
+        ProcessRecord(folder)
+
+
+@pytest.mark.parametrize("plant", ["link", "foreign"])
+def test_a_record_of_another_user_is_ignored(
+    tmp_path: Path, bystander: psutil.Process, plant: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = tmp_path / "records"
+    folder.mkdir(mode=0o700)
+    record(elsewhere, DEAD, [identity_of(bystander)], [])
+    planted = folder / f"{os.getpid()}.json"
+    if plant == "link":
+        planted.symlink_to(elsewhere / planted.name)
+    elif os.getuid() == 0:
+        record(folder, DEAD, [identity_of(bystander)], [])
+        os.chown(planted, 12345, -1)
+    else:
+        pytest.skip("only root can give a file away")
+    assert clean_up(folder) == (0, 0)
+    assert living_process(bystander.pid)
+    assert (elsewhere / planted.name).exists() or plant == "foreign"
+
+
+@linux_only
+def test_only_our_own_files_in_shared_memory_are_removed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("kept")
+    mine, other, link = (
+        Path(f"/dev/shm/{name}-{os.getpid()}") for name in ("psm_test", "another", "psm_link")
+    )
+    mine.touch()
+    other.touch()
+    link.symlink_to(precious)
+    up = f"/dev/shm/psm_x/../../..{precious}"
+    named = [str(precious), f"/dev/shm/..{precious}", up, "/dev/shm/", "", "psm_x\0", str(other)]
+    try:
+        folder = tmp_path / "records"
+        folder.mkdir(mode=0o700)
+        record(folder, DEAD, [], [*named, str(link), str(mine)])
+        assert clean_up(folder) == (0, 1)
+        assert precious.read_text() == "kept"
+        assert other.exists()
+        assert link.is_symlink()
+        assert not mine.exists()
+    finally:
+        for file in (mine, other, link):
+            file.unlink(missing_ok=True)
+
+
+def test_the_process_that_sweeps_and_its_parents_are_spared(tmp_path: Path) -> None:
+    family = [psutil.Process(), *psutil.Process().parents()]
+    record(tmp_path, DEAD, [identity_of(process) for process in family], [])
+    assert count_orphans(tmp_path) == 0
+    assert clean_up(tmp_path) == (0, 0)
 
 
 CLOSER = """
