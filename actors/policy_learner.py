@@ -54,7 +54,9 @@ class PolicyLearner(Learner):
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         super().__init__(name, config, model_path, engine)
         self._policy_loss = resolve_policy_loss(config.ppo.policy_loss)
-        self._rule = sampling_rule(config.rollout, stop_token_ids(model_path, config.template))
+        self._rule = sampling_rule(
+            config.rollout, stop_token_ids(model_path, config.template, config.model)
+        )
         self.version: int | None = None  # of the last exported adapter; process titles show it
         self._ratios: list[float] = []  # mean ratio of each mini-batch over all ranks
 

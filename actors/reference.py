@@ -17,7 +17,9 @@ class Reference:
 
     def __init__(self, name: str, config: Config, model_path: str) -> None:
         self._name = name
-        self._rule = sampling_rule(config.rollout, stop_token_ids(model_path, config.template))
+        self._rule = sampling_rule(
+            config.rollout, stop_token_ids(model_path, config.template, config.model)
+        )
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
         model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
         self._model = on_gpu(model)

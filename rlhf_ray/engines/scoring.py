@@ -8,6 +8,7 @@ import torch
 
 from rlhf_ray.algorithms.experience import micro_batches, pad
 from rlhf_ray.config import Config
+from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.config.rewards import (
     ClassifierSourceConfig,
     FunctionSourceConfig,
@@ -21,7 +22,7 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.folders import first_line, locate
 from rlhf_ray.models.forward import sequence_scores
-from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, on_gpu
+from rlhf_ray.models.loading import STRICT, load_sequence_classifier, load_tokenizer, on_gpu
 from rlhf_ray.rewards.functions import FunctionSource
 from rlhf_ray.rewards.judge import JudgeSource
 from rlhf_ray.rewards.remote import RemoteSource
@@ -61,7 +62,7 @@ def _source(
                 )
             return model_source(config, path, policy_model)
         case ClassifierSourceConfig():
-            classify = TextClassifier(source.path, source.batch_size)
+            classify = TextClassifier(source.path, source.batch_size, config.model)
             return ClassifierSource(source.name, classify, source.label, source.reads)
         case RougeSourceConfig():
             return RougeSource(source)
@@ -83,8 +84,8 @@ def model_source(config: Config, path: str, policy_model: str) -> ModelSource:
         path: folder or hub name of the reward model.
         policy_model: its tokenizer made the token ids of the rollouts.
     """
-    tokenizer = load_tokenizer(path)
-    same_tokens = tokenizer.get_vocab() == load_tokenizer(policy_model).get_vocab()
+    tokenizer = load_tokenizer(path, config.model)
+    same_tokens = tokenizer.get_vocab() == load_tokenizer(policy_model, config.model).get_vocab()
     return ModelSource(
         SequenceScorer(path, config),
         None if same_tokens else Renderer(tokenizer),
@@ -115,11 +116,12 @@ class SequenceScorer:
 class TextClassifier:
     """A frozen text-classification pipeline."""
 
-    def __init__(self, path: str, batch_size: int) -> None:
+    def __init__(self, path: str, batch_size: int, settings: ModelConfig = STRICT) -> None:
         """
         Args:
             path: folder or hub name.
             batch_size: texts of one forward pass.
+            settings: whether code that comes with the model may run.
 
         Raises:
             DataError: the model cannot be loaded.
@@ -129,7 +131,13 @@ class TextClassifier:
         path = locate(path)
         device = 0 if torch.cuda.is_available() else -1
         try:
-            self._pipeline: Any = pipeline("text-classification", model=path, device=device)
+            self._pipeline: Any = pipeline(
+                "text-classification",
+                model=path,
+                device=device,
+                trust_remote_code=settings.trust_remote_code,
+                model_kwargs={"use_safetensors": True},
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(
                 f"{path} cannot be loaded as a text-classification model ({first_line(error)})"

@@ -68,7 +68,7 @@ class TransformersEngine:
 
     async def start(self) -> None:
         """Load the base and its tokenizer."""
-        self._tokenizer = load_tokenizer(self._settings.model)
+        self._tokenizer = load_tokenizer(self._settings.model, self._settings.settings)
         self._slot = AdapterSlot(load_causal_lm(self._settings.model, self._settings.settings))
         await self.wake()
 

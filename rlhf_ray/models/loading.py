@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,6 +34,10 @@ from rlhf_ray.models.forward import (
     initialise_head,
     keep_head_in_fp32,
 )
+from rlhf_ray.models.quantization import keep_differentiable, quantization_config
+
+STRICT = ModelConfig()
+"""How models load unless a config says otherwise: none of their own code runs."""
 
 T = TypeVar("T")
 
@@ -52,19 +55,18 @@ _SPARE_PADS = (
 )
 """Tokens that can serve as a missing pad: special ones that answers do not contain."""
 
-_REPACKS = "support_avx512bf16_for_cpu"
-"""Attribute by which a 4-bit layer of bitsandbytes repacks its weights."""
-_UNQUANTIZED = ["lm_head", "score", "classifier"]
-"""Output layers stay in full precision: they are trained, or their small differences matter."""
 
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, settings: ModelConfig = STRICT) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder, PEFT folder or hub name.
 
     It pads on the right, and its pad is not eos: with pad = eos, masking the padding would also
     mask the end of each answer, and no model would learn to stop.
 
     A PEFT folder without a tokenizer of its own uses its base's.
+
+    Args:
+        path: model folder, PEFT folder or hub name.
+        settings: whether a tokenizer's own code may run; default: it may not.
 
     Raises:
         DataError: nothing can be loaded from ``path``, or the tokenizer has no eos, or no pad
@@ -73,7 +75,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     path = locate(path)
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = locate(base_of(path))
-    tokenizer = _attempt(lambda: AutoTokenizer.from_pretrained(path), path, "tokenizer files")
+    trusted = settings.trust_remote_code  # unset, transformers would ask on the terminal
+    tokenizer = _attempt(
+        lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trusted),
+        path,
+        "tokenizer files",
+    )
     tokenizer.padding_side = "right"
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -168,7 +175,7 @@ def load_sequence_classifier(
     if new_head or zero_head:
         initialise_head(model, seed=None if zero_head else seed)
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = load_tokenizer(path).pad_token_id
+        model.config.pad_token_id = load_tokenizer(path, settings).pad_token_id
     return model.eval()
 
 
@@ -228,7 +235,7 @@ def _from_pretrained(
     if settings.attn_implementation != "auto":
         arguments["attn_implementation"] = settings.attn_implementation
     if quantized and settings.quantization != "none":
-        arguments["quantization_config"] = _quantization_config(settings)
+        arguments["quantization_config"] = quantization_config(settings)
     rope = _attempt(lambda: rope_parameters(path, settings), path, "config.json")
     if rope is not None:
         arguments["rope_parameters"] = rope
@@ -244,7 +251,7 @@ def _from_pretrained(
             f"{path}: weight {name} has shape {tuple(stored)}, {tuple(expected)} is needed; "
             "name a model that fits (a reward model and a critic have one label)"
         )
-    _keep_differentiable(model)
+    keep_differentiable(model)
     model.config.use_cache = False  # plain forwards build no cache; generate asks for its own
     return model, sorted(info["missing_keys"])
 
@@ -276,29 +283,6 @@ def rope_parameters(path: str, settings: ModelConfig) -> dict[str, Any] | None:
     return {**own, **settings.rope_scaling}
 
 
-def _quantization_config(settings: ModelConfig) -> BitsAndBytesConfig:
-    if settings.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_UNQUANTIZED)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, settings.compute_dtype or settings.dtype),
-        llm_int8_skip_modules=_UNQUANTIZED,
-    )
-
-
-def _keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking nf4 weights in an evaluation forward.
-
-    On CPUs with AVX512-BF16 it repacks for speed. The kernel for repacked weights has no backward,
-    so later training gets wrong gradients without an error.
-    """
-    for module in model.modules():
-        if hasattr(module, _REPACKS):
-            setattr(module, _REPACKS, False)
-
-
 def with_adapter(base: nn.Module, folder: str) -> PeftModel:
     """Wrap a loaded base with the adapter of a PEFT folder, frozen, in evaluation mode.
 
@@ -319,6 +303,11 @@ def _attempt(load: Callable[[], T], path: str, needed: str) -> T:
     try:
         return load()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"{path} needs code that comes with it, and model.trust_remote_code is false. Read "
+                "that code; if you trust it, set model.trust_remote_code=true"
+            ) from error
         raise DataError(
             f"{path} cannot be loaded ({first_line(error)}); it must hold {needed}"
         ) from error

@@ -36,7 +36,7 @@ def merge_adapter(
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    loading.save_model(merged, loading.load_tokenizer(adapter_path), temporary)
+    loading.save_model(merged, loading.load_tokenizer(adapter_path, settings), temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
     return survived

@@ -8,9 +8,10 @@ from transformers import GenerationConfig
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.data import TemplateConfig
+from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.loading import STRICT, load_tokenizer
 from rlhf_ray.types import FinishReason
 
 Decode = Callable[[Sequence[int]], str]
@@ -69,7 +70,9 @@ class StopConditions:
         )
 
 
-def stop_token_ids(model: str, template: TemplateConfig | None = None) -> tuple[int, ...]:
+def stop_token_ids(
+    model: str, template: TemplateConfig | None = None, settings: ModelConfig = STRICT
+) -> tuple[int, ...]:
     """Return the eos ids of tokenizer and generation config, and the template's end of turn.
 
     The pad id is never among them.
@@ -77,11 +80,12 @@ def stop_token_ids(model: str, template: TemplateConfig | None = None) -> tuple[
     Args:
         model: folder or hub name.
         template: layout of the prompts.
+        settings: how to load its tokenizer.
 
     Raises:
         DataError: there is no such id, so no response would ever stop.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, settings)
     listed = _own_generation_config(model).eos_token_id
     candidates = [
         tokenizer.eos_token_id,
@@ -94,15 +98,17 @@ def stop_token_ids(model: str, template: TemplateConfig | None = None) -> tuple[
     return tuple(sorted(ids))
 
 
-def generation_config(model: str, template: TemplateConfig | None = None) -> GenerationConfig:
+def generation_config(
+    model: str, template: TemplateConfig | None = None, settings: ModelConfig = STRICT
+) -> GenerationConfig:
     """Return the model's generation config with every stop token in it.
 
     An engine that knows no template then also stops at the end of a turn.
     """
-    settings = _own_generation_config(model)
-    ids = list(stop_token_ids(model, template))
-    settings.eos_token_id = ids if len(ids) > 1 else ids[0]
-    return settings
+    generation = _own_generation_config(model)
+    ids = list(stop_token_ids(model, template, settings))
+    generation.eos_token_id = ids if len(ids) > 1 else ids[0]
+    return generation
 
 
 def _own_generation_config(model: str) -> GenerationConfig:

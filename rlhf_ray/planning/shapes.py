@@ -5,7 +5,7 @@ They come from the model's folder or from a shape in the config; this module loa
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -67,6 +67,8 @@ class PlannedModel:
     """Folder of its config.json; None where the config describes its shape."""
     shape: Shape
     """Its shape as a causal LM."""
+    remote: bool = False
+    """Whether code that comes with it may run."""
     assumed_for: str | None = None
     """``key=path`` of a model that isn't here and is assumed to have this shape."""
 
@@ -89,7 +91,7 @@ class PlannedModel:
         from rlhf_ray.planning.model_sizes import num_trainable, skeleton  # loads transformers
 
         task = "SEQ_CLS" if is_scalar else "CAUSAL_LM"
-        model = skeleton(self.folder, ModelConfig(), task)
+        model = skeleton(self.folder, ModelConfig(trust_remote_code=self.remote), task)
         return num_trainable(model, task, None, unfreeze)
 
 
@@ -162,14 +164,14 @@ def _given(
     if path is None:
         return like if shape is None else PlannedModel(key, path, None, described_shape(shape))
     found = _model(key, path, shape, config.model.trust_remote_code)
-    assumed = PlannedModel(like.key, like.path, like.folder, like.shape, f"{key}={path}")
+    assumed = replace(like, assumed_for=f"{key}={path}")
     return found or assumed
 
 
 def _model(key: str, path: str, shape: ShapeConfig | None, remote: bool) -> PlannedModel | None:
     folder = _config_folder(path)
     if folder is not None:
-        return PlannedModel(key, path, folder, _folder_shape(folder, remote))
+        return PlannedModel(key, path, folder, _folder_shape(folder, remote), remote)
     return None if shape is None else PlannedModel(key, path, None, described_shape(shape))
 
 

@@ -51,7 +51,7 @@ def run(
         DataError: no such model, or no prompt.
     """
     chosen = [find_model(config, name) for name in models] or policies(config)
-    tokenizer = load_tokenizer(chosen[0].path)
+    tokenizer = load_tokenizer(chosen[0].path, config.model)
     if prompts:
         chosen_prompts = _user_prompts(config, tokenizer, prompts)
     else:

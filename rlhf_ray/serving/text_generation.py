@@ -54,7 +54,7 @@ class TextGenerator:
     """
 
     def __init__(self, path: str, settings: ModelConfig, sampling: Sampling) -> None:
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(path, settings)
         self._model: Any = on_gpu(load_causal_lm(path, settings))  # generate() has no types
         # generate() fills in what is not set below from the folder's generation config, such as
         # penalties that rollouts do not have.
@@ -162,7 +162,7 @@ def load_generator(
     sampling = Sampling(
         temperature=config.rollout.temperature if temperature is None else temperature,
         max_tokens=max_tokens or config.rollout.max_tokens,
-        stop_token_ids=stop_token_ids(model.base, config.template),
+        stop_token_ids=stop_token_ids(model.base, config.template, config.model),
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
         min_tokens=config.rollout.min_tokens,

@@ -49,7 +49,7 @@ def load_inputs(folder: RunFolder) -> Inputs:
     """
     config, settings = folder.config, folder.config.evaluate
     sft_model = folder.sft_model()
-    tokenizer = load_tokenizer(sft_model)
+    tokenizer = load_tokenizer(sft_model, config.model)
     newest = Checkpoints(folder.path / "checkpoints", config.ppo.keep_checkpoints, {}).latest()
     adapters = compared_models(folder, newest)
     prompts = held_out_prompts(config, folder, tokenizer, settings.num_prompts)

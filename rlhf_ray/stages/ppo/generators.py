@@ -23,7 +23,7 @@ class GeneratorFactory:
     def __init__(self, spawner: RoleSpawner, config: Config, base: str) -> None:
         self._spawner = spawner
         self._demand = next(d for d in demands(config) if d.role == "generator")
-        stop = stop_token_ids(base, config.template)
+        stop = stop_token_ids(base, config.template, config.model)
         self._args = (
             partial(generation_engine, config, base, stop),
             partial(load_tokenizer, base),

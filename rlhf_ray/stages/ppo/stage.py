@@ -42,7 +42,7 @@ def run(config: Config) -> dict[str, object]:
     folder = RunFolder(config)
     policy_model, reward_model = folder.sft_model(), folder.reward_model()
     _refuse_adapter(policy_model)
-    tokenizer = load_tokenizer(policy_model)
+    tokenizer = load_tokenizer(policy_model, config.model)
     critic_model = _critic_model(folder, tokenizer)
     prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer)
     checkpoints = _checkpoints(folder, tokenizer, {"policy": policy_model, "critic": critic_model})
@@ -119,7 +119,7 @@ def _critic_model(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str 
     if not resolve(folder.config.ppo.advantage).needs_critic:
         return None
     critic_model = folder.critic_model()
-    if load_tokenizer(critic_model).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(critic_model, folder.config.model).get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"{critic_model} cannot be the critic: its tokenizer is not the policy's, and a critic "
             "reads the policy's tokens; set critic.init=sft and leave critic.path out, or name a "
@@ -157,7 +157,9 @@ def _static_files(
     """Return what a committed PEFT folder holds besides its adapter: all that generating needs."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        generation_config(base, folder.config.template).save_pretrained(scratch)
+        generation_config(base, folder.config.template, folder.config.model).save_pretrained(
+            scratch
+        )
         files = {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
     if Path(base).is_dir():
         committed = folder.path / "checkpoints" / "0" / "policy"

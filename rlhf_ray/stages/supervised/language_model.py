@@ -169,7 +169,7 @@ def train_on_texts(
         RlhfError: no usable data or model, or the training failed.
     """
     name, config = training.name, training.config
-    renderer = Renderer(load_tokenizer(training.base), config.template)
+    renderer = Renderer(load_tokenizer(training.base, config.model), config.template)
     documents, counts = load(rows, renderer, config.data.max_bad_share, name=f"{name}'s texts")
     blocks = packed_blocks(name, documents, training.settings, training.pad_id)
     trained = run_training(training, blocks)

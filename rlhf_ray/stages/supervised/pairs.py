@@ -96,7 +96,7 @@ def load_parts(
     Raises:
         DataError: a part without rows, or with too many that cannot be used.
     """
-    renderer = Renderer(loading.load_tokenizer(tokenizer), config.template)
+    renderer = Renderer(loading.load_tokenizer(tokenizer, config.model), config.template)
     data: dict[str, Dataset] = {}
     counts: dict[str, Counts] = {}
     for part, rows in parts.items():

@@ -62,7 +62,7 @@ def run(config: Config) -> dict[str, object]:
     if not training.all_weights:
         adapter = str(training.folder / training.adapter_folder)
         summary["merge_survived"] = merge_adapter(training.base, adapter, model, config.model)
-    generation_config(str(model), config.template).save_pretrained(model)
+    generation_config(str(model), config.template, config.model).save_pretrained(model)
     summary["seconds"] = time.monotonic() - start_s
     run_folder.write_summary("sft", summary)
     return summary

@@ -114,7 +114,7 @@ class Training(ABC):
 
     def save(self, model: nn.Module) -> None:
         """Write the adapter, or the whole model where all weights were trained."""
-        tokenizer = loading.load_tokenizer(self.base)
+        tokenizer = loading.load_tokenizer(self.base, self.model_settings)
         if isinstance(model, PeftModel):
             loading.save_adapter(model, tokenizer, self.folder / self.adapter_folder, self.base)
         else:
@@ -125,7 +125,7 @@ class Training(ABC):
     @functools.cached_property
     def pad_id(self) -> int:
         """The token that pads texts."""
-        return pad_id(loading.load_tokenizer(self.base))
+        return pad_id(loading.load_tokenizer(self.base, self.model_settings))
 
     @property
     def data(self) -> Path:
