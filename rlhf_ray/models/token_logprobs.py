@@ -188,7 +188,7 @@ class _LogprobForward:
             name: value[:1, :VERIFIED_TOKENS] if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
-        with _evaluating(self._model):  # dropout would make the two differ
+        with evaluating(self._model):  # dropout would make the two differ
             own = self._own_forward(**start).logits.float()
             ours = self._finished(self._head(self._backbone(**start).last_hidden_state)).float()
         if not torch.allclose(ours, own, rtol=1e-2, atol=1e-2):
@@ -214,7 +214,7 @@ def _of_logits(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode; restore each one's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

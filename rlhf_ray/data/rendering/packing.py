@@ -21,8 +21,8 @@ class Block:
         input_ids: [S] token ids.
         labels: [S] the same ids, `IGNORED` on tokens without a loss.
         position_ids: [S] positions within each text. A position that does not follow its
-            predecessor begins a new text, and transformers then masks attention between texts by
-            itself (if no attention mask is passed).
+            predecessor begins a new text: most transformers models then mask attention between
+            texts (if no attention mask is passed), for others `models.isolation` does.
     """
 
     input_ids: list[int] = field(default_factory=list)

@@ -10,19 +10,22 @@ import torch
 from datasets import Dataset, Features
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
 from rlhf_ray.data.datasets.texts import load_documents
 from rlhf_ray.data.reading.rows import StoredRows
 from rlhf_ray.data.reading.tables import TOKEN_IDS, TokenRow, write_table
-from rlhf_ray.data.rendering.packing import IGNORED, Block, concatenated, isolated, padded, unpacked
+from rlhf_ray.data.rendering.packing import IGNORED, Block, concatenated, isolated, unpacked
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
+from rlhf_ray.models.isolation import isolate_texts
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.launcher import run_training
+from rlhf_ray.stages.supervised.pairs import padded_texts
 from rlhf_ray.stages.supervised.trainer import Trained
 from rlhf_ray.stages.supervised.training import (
     HELD_OUT,
@@ -36,9 +39,9 @@ from rlhf_ray.stages.supervised.training import (
 _COLUMNS = {
     "concat": ("input_ids", "labels"),
     "isolate": ("input_ids", "labels", "position_ids"),
-    "none": ("input_ids", "labels", "position_ids"),
+    "none": ("input_ids", "labels"),
 }
-"""Packing -> columns of a block that the model gets."""
+"""Packing -> columns of a block."""
 
 
 class LanguageModelTraining(Training):
@@ -53,16 +56,22 @@ class LanguageModelTraining(Training):
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """The blocks' columns, `_BS`; the model shifts the labels itself.
 
-        No attention mask: the positions alone keep texts apart. Flash attention reads positions
-        in a single row only, so there a batch becomes one row.
+        Single texts have an attention mask. Blocks have none: their positions keep the texts apart,
+        or a mask that `ready` adds. Flash attention reads positions in a single row only, so there
+        a batch of blocks becomes one row.
         """
         if self.settings.packing == "none":
-            longest = max(len(row["input_ids"]) for row in rows)
-            rows = [vars(padded(Block(**row), longest, self.pad_id)) for row in rows]
+            labels = [torch.tensor(row["labels"]) for row in rows]
+            texts = padded_texts([row["input_ids"] for row in rows], self.pad_id)
+            return texts | {"labels": pad_sequence(labels, True, IGNORED)}
         batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
         if "position_ids" in batch and "flash" in self.config.model.attn_implementation:
             return {name: tensor.view(1, -1) for name, tensor in batch.items()}
         return batch
+
+    def ready(self, model: nn.Module) -> None:
+        if self.settings.packing == "isolate":
+            isolate_texts(model, self.settings.block_size, f"{self.name}.packing")
 
     def predict_rows(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the loss, and the summed loss of each row with its number of labels, `_B2`.

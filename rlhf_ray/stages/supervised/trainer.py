@@ -76,6 +76,7 @@ def train(training: Training, num_processes: int) -> Trained:
     model = training.load_model()
     with closing(StepLog(training)) as step_log:
         trainer = StageTrainer(training, model, num_processes, step_log)
+        training.ready(model)
         _, checkpoint = training.last_checkpoint()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]

@@ -85,6 +85,9 @@ class Training(ABC):
     def load_model(self) -> Model:
         """Load the model; its trainable weights require gradients."""
 
+    def ready(self, model: nn.Module) -> None:  # noqa: B027  (most stages need nothing)
+        """Check and change the loaded model where it will be trained."""
+
     @abstractmethod
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Make one batch of rows of the tokenised data set."""
