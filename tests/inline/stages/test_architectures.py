@@ -37,7 +37,8 @@ def test_a_base_whose_texts_would_leak_is_refused_before_training_and_trained_un
     with pytest.raises(ConfigError, match=rf"{stage}\.packing isolate: .*{stage}\.packing=none"):
         run(config)
     assert not (Path(config.run.dir) / stage / "metrics.jsonl").exists()
-    assert run(make_run("single", model=model, **{stage: STEPS | {"packing": "none"}}))["steps"] == 2
+    single = make_run("single", model=model, **{stage: STEPS | {"packing": "none"}})
+    assert run(single)["steps"] == 2
 
 
 def test_an_opt_base_is_trained_on_texts_that_do_not_see_each_other(
