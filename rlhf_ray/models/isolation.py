@@ -68,7 +68,9 @@ def _leak(model: nn.Module, block_size: int) -> float | None:
         packed_SV, alone_SV = (
             model(
                 input_ids=ids_1S[:, start:], position_ids=positions_1S[:, start:], use_cache=False
-            ).logits[0, first - start :].float()
+            )
+            .logits[0, first - start :]
+            .float()
             for start in (0, first)
         )
     changes_S = (packed_SV - alone_SV).square().mean(-1).sqrt() / alone_SV.std(-1).mean()
