@@ -29,12 +29,7 @@ class Likelihood:
         """Do nothing: the constructor has loaded the model."""
 
     def hold(self, peft_config: Mapping[str, Any], tensors: bytes) -> None:
-        """Replace the adapter.
-
-        Args:
-            peft_config: the adapter's PEFT config as plain values.
-            tensors: safetensors bytes under PEFT's names.
-        """
+        """Replace the adapter by that of a PEFT config and safetensors bytes."""
         self._slot.put(peft_config, tensors_from_bytes(tensors))
 
     def loss(self, answers: Sequence[Rollout]) -> tuple[float, int]:

@@ -60,7 +60,7 @@ def _finite(
             continue
         raise DivergenceError(
             f"rewards: {setting.name} scored the response to prompt {rollout.prompt.id} {score}; "
-            f"nothing can be learnt from that. Mend the source, or set on_bad_score: skip to count "
+            f"nothing can be learnt from that. Fix the source, or set on_bad_score: skip to count "
             f"such a score as missing. The response: {rollout.text[:200]!r}"
         )
     return [None if score is None or not math.isfinite(score) else score for score in scores]

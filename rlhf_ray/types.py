@@ -6,7 +6,7 @@ temperature, top-k, top-p, no stop token before `min_tokens`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby, pairwise
 from typing import Any, Generic, Literal, TypeVar
 
@@ -203,15 +203,8 @@ class AssembledStats:
     """Sum over tokens of -old log-prob, nats."""
 
     def __add__(self, other: "AssembledStats") -> "AssembledStats":
-        return AssembledStats(
-            num_samples=self.num_samples + other.num_samples,
-            num_tokens=self.num_tokens + other.num_tokens,
-            advantage_total=self.advantage_total + other.advantage_total,
-            advantage_total_sq=self.advantage_total_sq + other.advantage_total_sq,
-            kl_total=self.kl_total + other.kl_total,
-            reward_total=self.reward_total + other.reward_total,
-            neg_logprob_sum=self.neg_logprob_sum + other.neg_logprob_sum,
-        )
+        names = [field.name for field in fields(self)]
+        return AssembledStats(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)

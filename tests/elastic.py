@@ -106,7 +106,7 @@ class Processes:
         generator.ended = True
         self.ended.append(generator.name)
 
-    def make_room(self, num: int) -> None:
+    def request_capacity(self, num: int) -> None:
         self.room_for.append(num)
 
     async def prove(self, generator: Any) -> None:

@@ -51,11 +51,7 @@ MaxTokens = Annotated[
 
 
 def read_config(path: Path, overrides: list[str] | None) -> Config:
-    """Read the config that a command names: a YAML file, or the one in a run's folder.
-
-    Raises:
-        ConfigError: see `rlhf_ray.config.load`.
-    """
+    """Read the config that a command names: a YAML file, or the one in a run's folder."""
     if path.is_dir():
         path = path / "config.yaml"
         if not path.is_file():

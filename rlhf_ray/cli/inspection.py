@@ -36,13 +36,14 @@ def plan(
 
     The exit code is 1 if the config does not fit on the cluster. Nothing is started.
     """
-    from rlhf_ray.planning import plan as planning
+    from rlhf_ray.planning import tables
+    from rlhf_ray.planning.plan import plan_for
 
-    estimate, changes, layouts = planning.plan_for(read_config(config, overrides), cluster)
+    estimate, changes, layouts = plan_for(read_config(config, overrides), cluster)
     if as_json:
-        print_json(planning.as_json(estimate, changes, layouts))
+        print_json(tables.as_json(estimate, changes, layouts))
     else:
-        typer.echo(planning.as_text(estimate, changes, layouts))
+        typer.echo(tables.as_text(estimate, changes, layouts))
     raise typer.Exit(0 if estimate.fits else 1)
 
 

@@ -57,12 +57,6 @@ def on_nodes(
 ) -> list[Answer[T]]:
     """Call a function once on each node, on all at the same time.
 
-    Args:
-        nodes: from `alive_nodes`.
-        function: a function that can be pickled.
-        arguments: the arguments of each node's call.
-        timeout_s: deadline of all calls together.
-
     Returns:
         An answer per node, in their order; that of a lost or late node has no value, but a problem.
     """

@@ -203,11 +203,7 @@ def request_capacity(
     """Have Ray's autoscaler, where there is one, keep nodes on which all bundles fit at once.
 
     It counts running actors as part of them. A request replaces the one before, whichever job of
-    the cluster made it.
-
-    Args:
-        bundles: resources of each; empty to keep no nodes.
-        labels: node labels that each bundle needs.
+    the cluster made it. Without bundles no nodes are kept.
     """
     request_resources(
         bundles=[dict(bundle) for bundle in bundles],

@@ -91,9 +91,6 @@ def _require_free_name(name: str) -> None:
     """Refuse a run.name that another run on the cluster uses.
 
     A run's actors live in a namespace with its name: two runs would find each other's actors.
-
-    Raises:
-        ConfigError: the name is in use.
     """
     deadline = time.monotonic() + NAME_FREE_WITHIN_S
     while others := ray.util.list_named_actors():  # in this run's namespace
@@ -213,11 +210,7 @@ class LogBatch(TypedDict):
 
 
 class ActorLog:
-    """Prints warnings and errors from the lines that Ray collects from the actors.
-
-    Args:
-        say: prints a line.
-    """
+    """Prints warnings and errors from the lines that Ray collects from the actors."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

@@ -76,7 +76,7 @@ class RoleSpawner:
         if self._on_ray:
             await self._placement.reserve_one(demand, rank)
 
-    def make_room(self, num_generators: int) -> None:
+    def request_generators(self, num_generators: int) -> None:
         """Have Ray's autoscaler keep capacity for ``num_generators`` besides all other roles."""
         self._demands = [
             replace(demand, workers=num_generators) if demand.role == "generator" else demand

@@ -286,11 +286,7 @@ RewardSourceConfig = Annotated[
 
 
 def require_one_group(pattern: str) -> str:
-    """Return a pattern that is a regular expression with one group.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Return a pattern that is a regular expression with one group."""
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
@@ -303,11 +299,7 @@ def require_one_group(pattern: str) -> str:
 
 
 def refuse_equal_names(sources: list[RewardSourceConfig]) -> list[RewardSourceConfig]:
-    """Return sources that all have different names, which metrics need.
-
-    Raises:
-        ValueError: two have the same name.
-    """
+    """Return sources that all have different names, which metrics need."""
     if repeated := duplicates([source.name for source in sources]):
         raise ValueError(f"has several sources named {repeated}; give each a different name")
     return sources
@@ -317,9 +309,6 @@ def refuse_slow(name: str, endpoint: EndpointConfig, call_timeout_s: float) -> N
     """Refuse an endpoint whose retries outlast the deadline of the role that calls it.
 
     Else a service that is down would show as a late role, not as its own error.
-
-    Raises:
-        ValueError: a request may take longer than the deadline.
     """
     if endpoint.longest_request_s >= call_timeout_s:
         raise ValueError(

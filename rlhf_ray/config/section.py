@@ -83,11 +83,6 @@ def duplicates(names: list[str] | None) -> str:
 def refuse_owned(section: str, given: M, owned: Mapping[str, str]) -> M:
     """Refuse keys of a pass-through mapping that the config sets itself.
 
-    Args:
-        section: dotted name of the pass-through key, for the message.
-        given: the user's mapping.
-        owned: library key -> the config key to use instead.
-
     Raises:
         ValueError: naming each refused key and the key that sets it.
     """
@@ -101,11 +96,6 @@ def refuse_secrets(section: str, given: M, remedy: str) -> M:
     """Refuse keys of a mapping, at any depth, whose names say that they hold a secret.
 
     Only text counts: ``token: true`` asks for the login of this machine.
-
-    Args:
-        section: dotted name of the key, for the message.
-        given: the user's mapping.
-        remedy: where the secret belongs, for the message.
 
     Raises:
         ValueError: naming each refused key, without its value.

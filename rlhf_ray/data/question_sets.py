@@ -77,12 +77,7 @@ def to_markdown(
 ) -> MarkdownQuestion | None:
     """Convert a question and its answers to Markdown; None where no text is left.
 
-    Args:
-        question: of the dump.
-        config: the run's.
-        site: host name for the question's link.
-        tally: counts the posts kept and the empty ones.
-        unused: counts good rows that are not used, by reason.
+    ``unused`` counts good rows that are not used, by reason.
     """
     text = question.text
     if not text:

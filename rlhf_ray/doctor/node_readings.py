@@ -64,11 +64,7 @@ class NodeReading:
 
 
 def read_node(address: str) -> NodeReading:
-    """Take all readings.
-
-    Args:
-        address: this node's address in Ray.
-    """
+    """Take all readings of this node, which has this address in Ray."""
     driver, gpus = parse_gpu_query(_gpu_query())
     temporary = Path(tempfile.gettempdir())
     python = ".".join(map(str, sys.version_info[:3]))

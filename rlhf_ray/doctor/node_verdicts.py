@@ -30,12 +30,7 @@ GPU_FREE_SHARE = 0.95
 
 
 def checks_of(reading: NodeReading, interface: str | None) -> list[Check]:
-    """Return all checks of one node.
-
-    Args:
-        reading: the node's readings.
-        interface: cluster.interface.
-    """
+    """Return all checks of one node, also against ``cluster.interface``."""
     machine = reading.machine
     return [
         check_system(machine),
@@ -152,11 +147,7 @@ def _check_token(reading: NodeReading) -> Check:
 
 
 def check_versions(readings: Mapping[str, NodeReading]) -> list[Check]:
-    """Check that every package has the same version on all nodes.
-
-    Args:
-        readings: by name of the node; no check if empty.
-    """
+    """Check that every package has the same version on all nodes; no check without readings."""
     if not readings:
         return []
     checks, same = [], []

@@ -88,15 +88,7 @@ def require_same_files(folder: Path, paths: Sequence[str], interface: str | None
 def problems_of(
     answer: Answer[NodeView], folder: Path, word: str, echoed: bool, expected: Listing
 ) -> Iterator[str]:
-    """Yield what is wrong with a node.
-
-    Args:
-        answer: the node's answer.
-        folder: run.dir.
-        word: what it should have read there.
-        echoed: whether the driver sees what the node wrote.
-        expected: the driver's files.
-    """
+    """Yield what is wrong with a node, which should read ``word`` in run.dir and write it back."""
     view = answer.value
     if view is None:
         yield answer.problem

@@ -169,7 +169,7 @@ class Checkpoints:
         if damage:
             raise CheckpointError(
                 f"Every commit in {self._folder} is damaged: {', '.join(damage)}; restore one, or "
-                "start again with run.resume=never"
+                "begin a new run with run.resume=never"
             )
         return None
 

@@ -236,12 +236,7 @@ class Guards:
         self._last_warned: dict[str, int] = {}
 
     def check_prompts(self, num_drawn: int, num_prompts: int) -> None:
-        """Warn, once per run, if the run passes over its prompts more than once.
-
-        Args:
-            num_drawn: number of prompts that the whole run draws.
-            num_prompts: number of prompts in the dataset.
-        """
+        """Warn, once per run, if the run passes over its prompts more than once."""
         alarm = prompt_reuse(num_drawn, num_prompts)
         known = any(record["guard"] == "prompt_reuse" for record in self._recorder.warnings())
         if alarm is not None and not known:
@@ -251,12 +246,6 @@ class Guards:
         self, iteration: int, metrics: Mapping[str, float], losses: Losses, num_rollbacks: int
     ) -> bool:
         """Return whether an iteration must be rolled back instead of committed.
-
-        Args:
-            iteration: its number.
-            metrics: its metrics.
-            losses: values of the watched metrics in the iterations before it.
-            num_rollbacks: number of iterations directly before it that were rolled back.
 
         Raises:
             DivergenceError: a guard stops the run.

@@ -94,16 +94,7 @@ def iteration_metrics(
     kl_coef: float,
     version: int,
 ) -> dict[str, float]:
-    """Return the metrics of one iteration, except its times, by registered name.
-
-    Args:
-        sources: the reward sources.
-        batch: the shards of the iteration.
-        stats: sums over the batch, all ranks.
-        reports: outcomes of the policy's and the critic's updates.
-        kl_coef: KL coefficient in the token rewards.
-        version: version of the policy before the update.
-    """
+    """Return the metrics of one iteration, except its times, by registered name."""
     lengths = [length for scored in batch for length in scored.shard.info.response_lengths]
     stopped = [stop for scored in batch for stop in scored.shard.info.stopped]
     repeating = [repeats for scored in batch for repeats in scored.shard.info.repeating]
@@ -156,12 +147,7 @@ def pace_metrics(
 
 
 def generator_metrics(report: GeneratorsReport, state: RunState) -> dict[str, float]:
-    """Return the metrics of the generators after an iteration, by registered name.
-
-    Args:
-        report: state of the generators, with counts of this process alone.
-        state: state of the run, with counts that include earlier processes.
-    """
+    """Return the generators' metrics; ``state`` also counts what earlier processes did."""
     return {
         "generators/ready": report.ready,
         "generators/target": report.target,
@@ -177,13 +163,7 @@ def run_summary(
     state: Mapping[str, Any],
     warnings: Sequence[Mapping[str, object]],
 ) -> dict[str, object]:
-    """Return the contents of ``ppo/summary.json``.
-
-    Args:
-        history: every iteration's metrics.
-        state: the final RunState as a mapping.
-        warnings: warnings of the guards, one record per iteration and guard.
-    """
+    """Return the contents of ``ppo/summary.json``."""
 
     def mean(name: str, part: slice) -> float:
         return fmean(record[name] for record in history[part])

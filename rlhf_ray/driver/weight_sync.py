@@ -35,11 +35,6 @@ def probe_requests(prompts: Sequence[Prompt], num_tokens: int, seed: int) -> lis
 
     They must be long: only whole blocks enter the engine's prefix cache, and a stale cache is one
     of the faults that the proof must find.
-
-    Args:
-        prompts: prompts of the run.
-        num_tokens: length of each probe prompt.
-        seed: run seed.
     """
     tokens = (token for _ in itertools.count() for prompt in prompts for token in prompt.token_ids)
     stream = list(itertools.islice(tokens, NUM_PROBE_PROMPTS * num_tokens))

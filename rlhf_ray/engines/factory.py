@@ -10,13 +10,7 @@ from rlhf_ray.models.stop_conditions import StopConditions
 def generation_engine(
     config: Config, model: str, stop_token_ids: tuple[int, ...]
 ) -> GenerationEngine:
-    """Return the engine that ``rollout.engine`` names, not yet started.
-
-    Args:
-        config: the whole config.
-        model: folder of the base that adapters are applied to.
-        stop_token_ids: every id that ends a response.
-    """
+    """Return the engine that ``rollout.engine`` names, not yet started."""
     rollout = config.rollout
     rule = sampling_rule(rollout, stop_token_ids)
     sampler = rollout.length_sampler

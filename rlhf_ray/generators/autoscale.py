@@ -21,7 +21,7 @@ SHRINK_ABOVE = 0.8
 
 
 def next_target(
-    settings: AutoscaleConfig, ready: int, seen: Sequence[IdleShares], without_room: int = 0
+    settings: AutoscaleConfig, ready: int, seen: Sequence[IdleShares], unplaced: int = 0
 ) -> int:
     """Return the target number of generators: at most twice as many as now, at least one fewer.
 
@@ -29,11 +29,11 @@ def next_target(
         settings: limits of the target, and the number of iterations to average over.
         ready: number of ready generators.
         seen: idle shares of each iteration since the target changed.
-        without_room: further generators for which the cluster has no capacity yet. They stay part
+        unplaced: further generators for which the cluster has no capacity yet. They stay part
             of the target while more generators are needed.
     """
     if len(seen) < settings.iterations:
-        return ready + without_room
+        return ready + unplaced
     learners = fmean(shares.learners for shares in seen[-settings.iterations :])
     generators = fmean(shares.generators for shares in seen[-settings.iterations :])
     target = ready
@@ -42,6 +42,6 @@ def next_target(
         target = math.ceil(min(balanced, 2 * ready))
     elif generators > SHRINK_ABOVE:
         target = ready - 1
-    if without_room and target > ready:
-        return ready + without_room
+    if unplaced and target > ready:
+        return ready + unplaced
     return min(max(target, settings.minimum), settings.maximum)

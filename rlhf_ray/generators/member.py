@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from rlhf_ray.roles import Generator
 from rlhf_ray.types import AdapterUpdate, GeneratorState, GeneratorStatus
 
-FOLLOWERS: Mapping[GeneratorState, frozenset[GeneratorState]] = {
+TRANSITIONS: Mapping[GeneratorState, frozenset[GeneratorState]] = {
     "starting": frozenset({"stale", "suspect", "retired"}),
     "stale": frozenset({"ready", "suspect", "retired"}),
     "ready": frozenset({"stale", "suspect", "retired"}),
@@ -19,23 +19,6 @@ FOLLOWERS: Mapping[GeneratorState, frozenset[GeneratorState]] = {
 }
 """State -> the states that may follow. Only a stale generator becomes ready: no path to the first
 prompt bypasses the proof and the publication."""
-
-
-class Life:
-    """The state machine of one generator; its initial state is starting."""
-
-    def __init__(self) -> None:
-        self.state: GeneratorState = "starting"
-
-    def to(self, state: GeneratorState) -> None:
-        """Change to another state.
-
-        Raises:
-            RuntimeError: `FOLLOWERS` does not allow the transition.
-        """
-        if state not in FOLLOWERS[self.state]:
-            raise RuntimeError(f"A generator that is {self.state} cannot become {state}")
-        self.state = state
 
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
@@ -66,7 +49,7 @@ class Factory(Protocol[GeneratorT]):
         """End its process, even if it does not answer or has died. Never raises."""
         ...
 
-    def make_room(self, num: int) -> None:
+    def request_capacity(self, num: int) -> None:
         """Request capacity for ``num`` generators from a cluster that can grow."""
         ...
 
@@ -78,17 +61,27 @@ class Member(Generic[GeneratorT]):
     name: str
     client: GeneratorT | None = None
     """None while it has no process."""
-    life: Life = field(default_factory=Life)
+    state: GeneratorState = "starting"
     serves: AdapterUpdate | None = None
     restarts: int = 0
     failures: int = 0
     """Number of failures since it last finished a shard."""
     calls: set[asyncio.Future[Any]] = field(default_factory=set)
     """The running calls, one per shard."""
-    lacks_room: bool = False
+    lacks_capacity: bool = False
     """Whether its last start failed because the cluster had no capacity."""
     change: asyncio.Future[None] | None = None
     """The task that is starting, replacing or ending it; None if there is none."""
+
+    def change_to(self, state: GeneratorState) -> None:
+        """Change the state.
+
+        Raises:
+            RuntimeError: `TRANSITIONS` does not allow it.
+        """
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"A generator that is {self.state} cannot become {state}")
+        self.state = state
 
     @property
     def load(self) -> int:
@@ -98,7 +91,7 @@ class Member(Generic[GeneratorT]):
     @property
     def is_up(self) -> bool:
         """Whether its process can be called and no task is changing it."""
-        return self.change is None and self.life.state in ("starting", "stale", "ready")
+        return self.change is None and self.state in ("starting", "stale", "ready")
 
     def next_wait_s(self, first_s: float) -> float:
         """Count a failure; return the seconds to wait before the restart."""
@@ -109,7 +102,7 @@ class Member(Generic[GeneratorT]):
     def status(self) -> GeneratorStatus:
         """Return its state as `rlhf-ray status` shows it."""
         version = self.serves.version if self.serves is not None else None
-        return GeneratorStatus(self.name, self.life.state, version, self.restarts)
+        return GeneratorStatus(self.name, self.state, version, self.restarts)
 
 
 async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:

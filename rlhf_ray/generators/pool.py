@@ -45,7 +45,7 @@ class GeneratorPool(Generic[GeneratorT]):
         serve: Serve,
         settings: GeneratorsConfig,
         autoscale: AutoscaleConfig | None = None,
-        tell: Callable[[str], None] = lambda _: None,
+        say: Callable[[str], None] = lambda _: None,
         first_wait_s: float = FIRST_WAIT_S,
     ) -> None:
         """
@@ -55,7 +55,7 @@ class GeneratorPool(Generic[GeneratorT]):
             serve: publishes to one generator.
             settings: limits on work, restarts and draining.
             autoscale: settings of autoscaling; None: the number only changes on request.
-            tell: prints a line for each change.
+            say: prints a line for each change.
             first_wait_s: wait before a generator's first restart.
         """
         self._members = [Member(client.name, client) for client in first]
@@ -64,7 +64,7 @@ class GeneratorPool(Generic[GeneratorT]):
         self._serve = serve
         self._settings = settings
         self._autoscale = autoscale
-        self._tell = tell
+        self._say = say
         self._first_wait_s = first_wait_s
         self._target = len(first)
         self._proof: Proof | None = None
@@ -117,18 +117,18 @@ class GeneratorPool(Generic[GeneratorT]):
         """
         if num < 1:
             raise ConfigError(f"A run needs at least one generator; {num} were requested")
-        self._members = [m for m in self._members if m.life.state != "dead"]
-        current = [m for m in self._members if m.life.state != "retired"]
+        self._members = [m for m in self._members if m.state != "dead"]
+        current = [m for m in self._members if m.state != "retired"]
         if num == self._target == len(current):
             return
-        self._tell(f"generators: {num} are wanted, there are {len(current)}")
+        self._say(f"generators: {num} requested, {len(current)} running")
         self._target, self._seen = num, []
-        self._factory.make_room(num)
+        self._factory.request_capacity(num)
         for _ in range(num - len(current)):
             self._add()
         # Among members that are equally cheap to retire the newest leaves: sorting is stable.
         newest_first = current[::-1]
-        cheapest_first = sorted(newest_first, key=lambda m: (m.life.state == "ready", m.load))
+        cheapest_first = sorted(newest_first, key=lambda m: (m.state == "ready", m.load))
         for member in cheapest_first[: max(0, len(current) - num)]:
             self._change(member, "retired", self._leave(member))
 
@@ -163,8 +163,8 @@ class GeneratorPool(Generic[GeneratorT]):
         """Start, prove, and publish until no newer version was published meanwhile."""
         try:
             member.client = await self._factory.start(member.name)
-            member.lacks_room = False
-            member.life.to("stale")
+            member.lacks_capacity = False
+            member.change_to("stale")
             if self._proof is not None:
                 await self._proof(member.client)
             while member.serves is not self._update:
@@ -199,14 +199,14 @@ class GeneratorPool(Generic[GeneratorT]):
         assert self._proof is not None
         assert member.client is not None
         await self._proof(member.client)
-        if member.life.state == "starting":
-            member.life.to("stale")
+        if member.state == "starting":
+            member.change_to("stale")
 
     async def _catch_up(self, member: Member[GeneratorT]) -> None:
-        if member.life.state != "stale":
-            member.life.to("stale")
+        if member.state != "stale":
+            member.change_to("stale")
         await self._send(member)
-        if member.life.state == "stale":  # not retired meanwhile
+        if member.state == "stale":  # not retired meanwhile
             self._admit(member)
 
     async def _send(self, member: Member[GeneratorT]) -> None:
@@ -217,7 +217,7 @@ class GeneratorPool(Generic[GeneratorT]):
         member.serves = update
 
     def _admit(self, member: Member[GeneratorT]) -> None:
-        member.life.to("ready")
+        member.change_to("ready")
         self._hand_out()
 
     # How a generator fails or leaves.
@@ -225,7 +225,7 @@ class GeneratorPool(Generic[GeneratorT]):
     def _lose(self, member: Member[GeneratorT], error: Exception) -> None:
         """Requeue its prompts, end its process, restart it."""
         self._last_failure = error
-        self._tell(f"{member.name} is out of use: {error}")
+        self._say(f"{member.name} is out of use: {error}")
         member.serves = None
         # State before queue: handing back gives the shards to ready generators, and this one must
         # not be among them.
@@ -234,9 +234,9 @@ class GeneratorPool(Generic[GeneratorT]):
 
     async def _replace(self, member: Member[GeneratorT], error: Exception) -> None:
         await self._end(member)
-        member.life.to("dead")
-        member.lacks_room = isinstance(error, PlacementError)
-        if not member.lacks_room:  # a cluster without capacity is no fault: it costs no restart
+        member.change_to("dead")
+        member.lacks_capacity = isinstance(error, PlacementError)
+        if not member.lacks_capacity:  # a cluster without capacity is no fault: it costs no restart
             if self._restarts >= self._settings.max_restarts:
                 member.change = None
                 if self._batch is not None and self._none_is_left():
@@ -244,9 +244,9 @@ class GeneratorPool(Generic[GeneratorT]):
                 return
             self._restarts += 1
             member.restarts += 1
-        member.life.to("restarting")
+        member.change_to("restarting")
         await asyncio.sleep(member.next_wait_s(self._first_wait_s))
-        member.life.to("starting")
+        member.change_to("starting")
         await self._bring_up(member)
 
     async def _leave(self, member: Member[GeneratorT]) -> None:
@@ -256,7 +256,7 @@ class GeneratorPool(Generic[GeneratorT]):
         self._hand_back(member)
         await self._end(member)
         self._members.remove(member)
-        self._tell(f"{member.name} has left")
+        self._say(f"{member.name} has left")
 
     async def _end(self, member: Member[GeneratorT]) -> None:
         if member.client is not None:
@@ -270,11 +270,11 @@ class GeneratorPool(Generic[GeneratorT]):
         # A task that changes its own member (a failed restart) must not cancel itself.
         if member.change is not None and member.change is not asyncio.current_task():
             member.change.cancel()
-        member.life.to(state)
+        member.change_to(state)
         member.change = asyncio.ensure_future(what)
 
     def _none_is_left(self) -> bool:
-        return all(member.life.state in ("dead", "retired") for member in self._members)
+        return all(member.state in ("dead", "retired") for member in self._members)
 
     def _require_one_left(self) -> None:
         if self._none_is_left():
@@ -289,7 +289,7 @@ class GeneratorPool(Generic[GeneratorT]):
     # Which generator samples which shard.
 
     def _ready(self) -> list[Member[GeneratorT]]:
-        return [member for member in self._members if member.life.state == "ready"]
+        return [member for member in self._members if member.state == "ready"]
 
     def _hand_out(self) -> None:
         """Give waiting shards to generators with free slots, the least loaded first."""
@@ -319,7 +319,7 @@ class GeneratorPool(Generic[GeneratorT]):
         if call.cancelled() or not batch.queue.holds(member.name, request):
             pass  # another generator has the shard now: passing it on would count it twice
         elif isinstance(error, ActorFailure):
-            if member.life.state == "retired":
+            if member.state == "retired":
                 self._hand_back(member)
             else:
                 self._lose(member, error)
@@ -337,13 +337,13 @@ class GeneratorPool(Generic[GeneratorT]):
         self._hand_out()
 
     def _note(self) -> None:
-        serving = [m for m in self._members if m.life.state in ("stale", "ready")]
+        serving = [m for m in self._members if m.state in ("stale", "ready")]
         waiting = None if self._batch is None else len(self._batch.queue)
         self._times.note(sum(bool(m.calls) for m in serving), len(serving), waiting)
 
     def _follow_load(self, settings: AutoscaleConfig) -> None:
         """Scale by the idle times since the last batch, once all placed generators are ready."""
-        ready, without_room = len(self._ready()), sum(m.lacks_room for m in self._members)
-        if self._idle.learners and ready + without_room == self._target:
+        ready, unplaced = len(self._ready()), sum(m.lacks_capacity for m in self._members)
+        if self._idle.learners and ready + unplaced == self._target:
             self._seen.append(self._idle)
-            self.scale_to(next_target(settings, ready, self._seen, without_room))
+            self.scale_to(next_target(settings, ready, self._seen, unplaced))

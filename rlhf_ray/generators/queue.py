@@ -11,9 +11,6 @@ class ShardQueue:
     """The waiting shards, longest prompts first, and which generator holds each other shard.
 
     Longest first, because a long shard that starts last would keep all other generators waiting.
-
-    Args:
-        requests: the shards of the batch; their indices must differ.
     """
 
     def __init__(self, requests: Sequence[ShardRequest]) -> None:
@@ -63,11 +60,7 @@ NOTHING_YET = IdleShares(0.0, 0.0, 0.0)
 
 
 class IdleTimes:
-    """Integrates the counts given to `note` over time.
-
-    Args:
-        clock: returns seconds, monotonic.
-    """
+    """Integrates the counts given to `note` over time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -262,11 +262,7 @@ class _Silence(Exception):
 
 
 def _texts(stream: AsyncIterator[str], skip: int) -> Iterator[str]:
-    """Yield one connection's text after its first ``skip`` characters, until the server ends it.
-
-    Raises:
-        _Silence: Ray's client would wait for ever.
-    """
+    """Yield one connection's text after its first ``skip`` characters, until the server ends it."""
     with asyncio.Runner() as runner:
         while (text := runner.run(_next(stream))) is not None:
             rest, skip = text[skip:], max(0, skip - len(text))

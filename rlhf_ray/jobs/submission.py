@@ -68,13 +68,6 @@ def follow(
 ) -> int:
     """Write what a submitted run prints until it ends; if it failed, submit it again to resume.
 
-    Args:
-        config: as submitted, like ``server`` and ``folder``.
-        job: from `submit`.
-        write: takes text as it comes, line ends included.
-        num_retries: how often to submit again.
-        rehearse: as submitted.
-
     Returns:
         The exit code of the last job's driver; 1 if it has none.
     """

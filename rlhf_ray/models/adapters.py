@@ -12,8 +12,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as _set_state
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,8 @@ from rlhf_ray.errors import ConfigError, DataError
 Model = PreTrainedModel | PeftModel
 """A transformers model, with or without an adapter around it."""
 TensorDict = dict[str, Tensor]
+tensors_from_bytes, tensors_to_bytes = safetensors.load, safetensors.save
+"""Tensors as the bytes of a safetensors file, and back."""
 
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM takes as ``max_lora_rank``; adapters of any lower rank fit."""
@@ -110,11 +111,7 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
 
 
 class AdapterSlot:
-    """A loaded base that holds one adapter at a time, for inference.
-
-    Args:
-        base: the model; it is changed in place.
-    """
+    """A loaded base that holds one adapter at a time, for inference."""
 
     def __init__(self, base: Model) -> None:
         self.model = base
@@ -128,10 +125,6 @@ class AdapterSlot:
 
     def put(self, settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
         """Replace the adapter.
-
-        Args:
-            settings: its PEFT config as plain values.
-            state: its tensors under PEFT's names.
 
         Raises:
             ConfigError: tensors and config do not fit each other.
@@ -192,10 +185,6 @@ def servable_rank(rank: int) -> int:
 
 def refuse_unservable(targets: Iterable[str], servable: Collection[str]) -> None:
     """Refuse an adapter on modules that the generators' engine cannot serve.
-
-    Args:
-        targets: names of the adapted modules, as in `peft_config`.
-        servable: names of the modules that the engine can apply an adapter to.
 
     Raises:
         ConfigError: an adapted module is not servable.
@@ -267,22 +256,3 @@ def digest(state: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
-
-
-__all__ = [
-    "AdapterSlot",
-    "Model",
-    "TensorDict",
-    "adapter_state",
-    "attach",
-    "digest",
-    "load_adapter_state",
-    "merge_into_base",
-    "peft_config",
-    "refuse_misfit",
-    "refuse_unservable",
-    "servable_rank",
-    "tensors_from_bytes",
-    "tensors_to_bytes",
-    "unwrapped",
-]

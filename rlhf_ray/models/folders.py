@@ -62,6 +62,19 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
+def require_whole(model: str, stage: str) -> None:
+    """Refuse an adapter as the model that a stage trains on.
+
+    Raises:
+        DataError: it is one.
+    """
+    if is_adapter(model):
+        raise DataError(
+            f"{model} is an adapter; the stage {stage} trains on a whole model: merge it first "
+            "(command merge)"
+        )
+
+
 def adapter_task(folder: str) -> str | None:
     """Return the task type in a PEFT folder's config, such as CAUSAL_LM or SEQ_CLS."""
     return _read_json(Path(folder) / ADAPTER_CONFIG).get("task_type")
@@ -108,12 +121,7 @@ def safetensors_files(model: str) -> list[Path]:
 
 
 def record_base(folder: Path, base: str) -> None:
-    """Write the path of a PEFT folder's base, relative to the folder, to ``base_model.json``.
-
-    Args:
-        folder: the PEFT folder.
-        base: folder of its base.
-    """
+    """Write the path of a PEFT folder's base, relative to the folder, to ``base_model.json``."""
     (folder / BASE_MODEL).write_text(relative_base(folder, base), encoding="utf-8")
 
 

@@ -27,12 +27,7 @@ HEAD_NAMES = ("score.", "classifier.")
 
 
 def sampling_rule(rollout: RolloutConfig, stop_token_ids: tuple[int, ...]) -> SamplingRule:
-    """Return the rule that engines sample by; every log-prob of a run is of its distribution.
-
-    Args:
-        rollout: how responses are sampled.
-        stop_token_ids: every id that ends a response (`models.stop_conditions`).
-    """
+    """Return the rule that engines sample by; every log-prob of a run is of its distribution."""
     return SamplingRule(
         temperature=rollout.temperature,
         top_k=rollout.top_k,
@@ -194,11 +189,7 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def initialise_head(model: nn.Module, seed: int | None) -> None:
-    """Set the head's weights, in place.
-
-    Args:
-        seed: of the draw from N(0, 1 / sqrt(width + 1)); None: zeros.
-    """
+    """Draw the head's weights from N(0, 1 / sqrt(width + 1)), in place; without a seed: zeros."""
     _, head = backbone_and_head(model)
     # PEFT keeps the original head beside the copy that it trains and computes with.
     if hasattr(head, "modules_to_save"):

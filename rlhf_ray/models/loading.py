@@ -198,11 +198,7 @@ def save_model(
 def save_adapter(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, base: str
 ) -> None:
-    """Write a PEFT folder: adapter (and head), config, tokenizer, and the path of its base.
-
-    Args:
-        base: folder or hub name of the model that the adapter was trained on.
-    """
+    """Write a PEFT folder: adapter (and head), config, tokenizer, and the path of its base."""
     folder = Path(folder)
     local = Path(base).is_dir()
     settings: Any = model.peft_config["default"]
@@ -260,10 +256,6 @@ def rope_parameters(path: str, settings: ModelConfig) -> dict[str, Any] | None:
     """Return a model's rotary parameters with ``model.rope_scaling`` applied; None: unchanged.
 
     A finished classifier keeps the parameters that it was trained with: scaling is for the base.
-
-    Args:
-        path: model folder or hub name.
-        settings: ``rope_scaling`` and ``trust_remote_code``.
 
     Raises:
         ConfigError: the architecture has no rotary embedding, or one for each kind of layer.

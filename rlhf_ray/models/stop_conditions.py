@@ -77,11 +77,6 @@ def stop_token_ids(
 
     The pad id is never among them.
 
-    Args:
-        model: folder or hub name.
-        template: layout of the prompts.
-        settings: how to load its tokenizer.
-
     Raises:
         DataError: there is no such id, so no response would ever stop.
     """

@@ -19,13 +19,6 @@ def build(
 ) -> None:
     """Write a random Llama and a tokenizer trained on ``texts``; same arguments, same bytes.
 
-    Args:
-        folder: where the model goes.
-        texts: what the tokenizer learns its merges from.
-        shape: sizes of the model.
-        max_length: longest sequence, tokens.
-        seed: of the weights.
-
     Raises:
         DataError: there are no texts.
     """

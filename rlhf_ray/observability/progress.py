@@ -27,15 +27,7 @@ class View(Protocol):
 
 
 class Bar:
-    """The progress of one stage; created by `Progress.stage`.
-
-    Args:
-        name: stage name.
-        total: units of work, or None where unknown.
-        unit: name of a unit of work, in the singular.
-        done: units done by an earlier process; they do not count towards the throughput.
-        clock: seconds, monotonic.
-    """
+    """The progress of one stage; created by `Progress.stage`."""
 
     def __init__(
         self, name: str, total: int | None, unit: str, done: int, clock: Callable[[], float]

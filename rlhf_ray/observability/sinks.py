@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from rlhf_ray.disk import write_atomically
 from rlhf_ray.observability.metrics import check
 
 
@@ -60,9 +61,7 @@ class JsonlSink:
             return
         kept = [record for record in read_jsonl(self._path) if record.get(key, value) <= value]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
-        new = self._path.with_name(self._path.name + ".new")
-        new.write_text("".join(lines), encoding="utf-8")
-        os.replace(new, self._path)
+        write_atomically(self._path, "".join(lines))
 
     def close(self) -> None:
         """Close the file; a later `append` reopens it."""
@@ -72,13 +71,7 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Writes scalars for TensorBoard.
-
-    Args:
-        folder: folder of the event files.
-        purge_step: on resume, the first step that is repeated; TensorBoard hides the events of
-            earlier processes from there on.
-    """
+    """Writes scalars for TensorBoard, which hides those of earlier processes from purge_step on."""
 
     def __init__(self, folder: str | Path, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter

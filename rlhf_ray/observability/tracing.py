@@ -65,15 +65,7 @@ class Tracer:
             self._write_name("process_name", 0, run_name or path.resolve().parent.name)
 
     def add(self, row: str, name: str, start_s: float, end_s: float, **args: int) -> None:
-        """Record a span.
-
-        Args:
-            row: actor name; a new one opens a new row.
-            name: kind of work.
-            start_s: Unix time, seconds.
-            end_s: Unix time, seconds.
-            args: numbers shown with the span; the report's timeline reads ``iteration``.
-        """
+        """Record a span, Unix seconds; the report's timeline reads the argument ``iteration``."""
         start_us, end_us = round(start_s * 1e6), round(end_s * 1e6)
         self._write(
             {
@@ -134,11 +126,7 @@ class _Lane:
 
 
 class BusyTime:
-    """Share of time in which each actor was busy; overlapping calls count once.
-
-    Args:
-        since_s: start of the first interval, Unix seconds.
-    """
+    """Share of time in which each actor was busy; overlapping calls count once."""
 
     def __init__(self, since_s: float) -> None:
         self._since_s = since_s

@@ -6,7 +6,6 @@ continues there, and the last step of each stream, so that no step is recorded t
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +15,7 @@ from typing import Any, NotRequired, TypedDict
 from rlhf_ray.config import Config
 from rlhf_ray.config.section import masked
 from rlhf_ray.config.trackers import Samples
+from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.metrics import is_registered
 from rlhf_ray.observability.progress import Progress
@@ -123,9 +123,7 @@ class Memory:
         self._write()
 
     def _write(self) -> None:
-        new = self._path.with_name(f"{self._path.name}.new")
-        new.write_text(json.dumps(self._values, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, self._path)
+        write_atomically(self._path, json.dumps(self._values, indent=2) + "\n")
 
 
 class TrackerSink:
@@ -190,10 +188,6 @@ class Trackers:
 @contextmanager
 def tracking(config: Config, folder: Path) -> Iterator[None]:
     """Record the body of the ``with`` in the trackers that the config turns on.
-
-    Args:
-        config: config of the run.
-        folder: folder of the run.
 
     Raises:
         ConfigError: the package of a tracker is not installed.

@@ -28,6 +28,12 @@ Quantization = Literal["none", "int8", "nf4"]
 
 GB = 10**9
 
+
+def gb(num_bytes: float) -> str:
+    """Format bytes as GB."""
+    return f"{num_bytes / GB:,.2f} GB"
+
+
 BYTES: dict[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 4.127 / 8}
 """Bytes of a parameter. nf4: four bits, and .127 for the scales of double quantisation (Dettmers et
 al. 2023, arXiv:2305.14314, section 3)."""
@@ -254,11 +260,7 @@ def chunked_logits_bytes(shape: Shape, tokens: int) -> float:
 
 
 def whole_logits_bytes(shape: Shape, tokens: int, num_bytes: float) -> float:
-    """Return the peak of a next-token loss over tokens at once.
-
-    Args:
-        num_bytes: bytes of a logit as the head returns it.
-    """
+    """Return the peak of a next-token loss over tokens at once, with ``num_bytes`` a logit."""
     cast = num_bytes if num_bytes != 4 else 0
     return tokens * shape.vocab_size * (WHOLE_BYTES + cast)
 

@@ -9,7 +9,6 @@ from rlhf_ray.placement.layout import Node
 from rlhf_ray.planning.prediction import Plan, prediction
 from rlhf_ray.planning.rehearsal import calibrated, load
 from rlhf_ray.planning.suggestions import Change, Layout, fitting_changes, layouts
-from rlhf_ray.planning.tables import as_json, as_text
 
 LIVE = "live"
 """Value of --cluster for the running Ray cluster."""
@@ -63,16 +62,3 @@ def _nodes(config: Config, cluster: str | None) -> tuple[tuple[Node, ...], tuple
         if cluster == LIVE:
             raise
         return (this_machine(),), (f"compared with this machine. {error}",)
-
-
-__all__ = [
-    "Plan",
-    "as_json",
-    "as_text",
-    "fitting_changes",
-    "layouts",
-    "nodes_of",
-    "plan_for",
-    "prediction",
-    "prediction_for",
-]

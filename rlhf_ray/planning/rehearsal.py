@@ -8,7 +8,7 @@ import yaml
 
 from rlhf_ray.config import Config, dump
 from rlhf_ray.placement.layout import Node
-from rlhf_ray.planning.memory import GB
+from rlhf_ray.planning.memory import gb
 from rlhf_ray.planning.prediction import (
     Plan,
     Shortage,
@@ -123,12 +123,12 @@ def calibrated(plan: Plan, rehearsal: Rehearsal) -> Plan:
         peak, planned = rehearsal.peak_of(role.role), _planned(plan, role)
         if peak is None:
             continue
-        in_use = f"{_gb(peak)} were in use where {role.role} is, in the rehearsal"
+        in_use = f"{gb(peak)} were in use where {role.role} is, in the rehearsal"
         if peak > planned:
-            notes.append(f"{in_use}: more than the planned {_gb(planned)}")
+            notes.append(f"{in_use}: more than the planned {gb(planned)}")
         usable = _usable(plan, role)
         if usable is not None and peak > usable:
-            reason = f"{in_use}, and its GPU has {_gb(usable)} for tensors"
+            reason = f"{in_use}, and its GPU has {gb(usable)} for tensors"
             shortages.append(Shortage(reason, peak - usable))
     return replace(
         plan,
@@ -185,17 +185,12 @@ def calibrated_time(
 
 
 def as_text(rehearsal: Rehearsal, plan: Plan) -> str:
-    """Return a table of measured against planned memory and time.
-
-    Args:
-        rehearsal: the measurements.
-        plan: the plan of the same config, not calibrated.
-    """
+    """Return a table of measured against planned memory and time; ``plan`` is not calibrated."""
     lines = ["", f"{'role':<12}{'planned':>12}{'peak':>12}  (a process; all on its GPU)"]
     for role in plan.roles:
         peak = rehearsal.peak_of(role.role)
         if peak is not None:
-            lines.append(f"{role.role:<12}{_gb(_planned(plan, role)):>12}{_gb(peak):>12}")
+            lines.append(f"{role.role:<12}{gb(_planned(plan, role)):>12}{gb(peak):>12}")
     lines += ["", f"{'phase':<12}{'predicted':>20}{'measured':>12}"]
     for phase, seconds in rehearsal.seconds.items():
         known = plan.time.phases.get(phase) if plan.time else None
@@ -217,7 +212,3 @@ def as_text(rehearsal: Rehearsal, plan: Plan) -> str:
         f"{rehearsal.generator_restarts} came back"
     )
     return "\n".join(lines)
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / GB:,.2f} GB"

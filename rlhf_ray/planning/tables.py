@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_ray.config import Config, dump
 from rlhf_ray.placement.hardware import GPU_KINDS
-from rlhf_ray.planning.memory import GB, weights_bytes
+from rlhf_ray.planning.memory import GB, gb, weights_bytes
 from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb
 from rlhf_ray.planning.roles import PlannedRole
 from rlhf_ray.planning.suggestions import Change, Layout
@@ -19,13 +19,7 @@ WIDTH = 100
 
 
 def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
-    """Return the resolved config and the plan as text.
-
-    Args:
-        plan: the plan.
-        changes: changes that each would make it fit; empty if it fits.
-        layouts: layouts of the same job.
-    """
+    """Return the resolved config and the plan as text."""
     config = plan.config
     rollouts = config.ppo.iterations * config.ppo.batch_size
     steps = config.ppo.epochs * config.ppo.batch_size // config.ppo.mini_batch_size
@@ -156,7 +150,7 @@ def _models(plan: Plan) -> Iterator[str]:
     yield f"{'model':<14}{'parameters':>18}{'weights':>12}  folder"
     for model in plan.models.distinct:
         size = model.shape.size
-        weights = _gb(weights_bytes(size, plan.config.model.dtype))
+        weights = gb(weights_bytes(size, plan.config.model.dtype))
         where = model.path or "-"
         yield f"{model.key:<14}{size.parameters:>18,}{weights:>12}  {where}"
 
@@ -167,7 +161,7 @@ def _trainings(plan: Plan) -> Iterator[str]:
         yield ""
         yield f"{'trains':<14}{'parameters':>18}{'frozen':>12}{'state':>12}  (nothing sharded)"
     for part in trainings:
-        frozen, state = _gb(part.weights_bytes), _gb(part.training_bytes)
+        frozen, state = gb(part.weights_bytes), gb(part.training_bytes)
         yield f"{part.stage:<14}{part.trainable:>18,}{frozen:>12}{state:>12}"
 
 
@@ -297,7 +291,3 @@ def _wrapped(line: str) -> str:
 
 def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / GB:,.2f} GB"

@@ -68,12 +68,7 @@ def middle(ends: Range) -> float:
 
 
 def estimate_time(setting: Setting, sharing: Sharing) -> TimeEstimate | None:
-    """Estimate the time of a run; None where the speed of a GPU is unknown.
-
-    Args:
-        setting: the config, its models, and the kinds of GPUs of its roles.
-        sharing: the roles on each of PPO's GPUs.
-    """
+    """Estimate the time of a run; None where the speed of a GPU is unknown."""
     kinds = [kind for kind in setting.kinds.values() if kind is not None]
     if not kinds or len(kinds) < len(setting.kinds):
         return None
@@ -295,12 +290,7 @@ def idle_seconds(held: Collection[PlannedRole], phases: Mapping[str, Range]) -> 
 
 
 def late_calls(setting: Setting, time: TimeEstimate | None) -> str | None:
-    """Return a warning about calls that miss their deadline at the predicted worst, if any do.
-
-    Args:
-        setting: the config, its models, and the kinds of GPUs of its roles.
-        time: the estimate for its run; None: unknown.
-    """
+    """Return a warning about calls that miss their deadline at the predicted worst, if any do."""
     limit_s = setting.config.cluster.call_timeout_s
     if time is None or not time.phases or not setting.config.cluster.runs_on_ray:
         return None

@@ -76,16 +76,14 @@ def instructions(files: RunFiles) -> list[Record]:
     return [
         {
             "prompt": record.get("prompt", ""),
-            "check": " ".join([record["check"].replace("_", " "), *_values(record)]),
+            "check": " ".join(
+                [record["check"].replace("_", " "), *map(str, (record.get("args") or {}).values())]
+            ),
             "models": record["models"],
         }
         for record in files.instructions
         if record.get("models") and record.get("check")
     ]
-
-
-def _values(record: Record) -> list[str]:
-    return [str(value) for value in (record.get("args") or {}).values()]
 
 
 def _ranks(elo: Mapping[str, Record]) -> list[Rank]:

@@ -32,13 +32,7 @@ def run(config: Config) -> Path:
 
 
 def build(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run's folder from the files that exist there.
-
-    Args:
-        run_dir: folder of a run, finished or not.
-
-    Returns:
-        Path of the report.
+    """Write ``report.html`` into a run's folder from the files that exist there; return its path.
 
     Raises:
         DataError: the folder does not exist or holds nothing of a run.

@@ -40,11 +40,6 @@ def combine(
     A response that no source scored gets the mean of the scored ones, so it is learnt as neither
     good nor bad.
 
-    Args:
-        sources: how each source's scores are scaled and weighted.
-        raw: [N] raw scores of every source, in order of position.
-        moments: of earlier batches, by source; empty at the start.
-
     Raises:
         DivergenceError: no source scored any response.
     """

@@ -33,12 +33,7 @@ class Endpoint:
     """An HTTP client for one address that takes and returns JSON."""
 
     def __init__(self, name: str, url: str, settings: EndpointConfig) -> None:
-        """
-        Args:
-            name: who sends the requests, for messages.
-            url: where requests are posted.
-            settings: deadlines, retries, concurrency, key.
-        """
+        """"""
         self._name = name
         self._url = url
         self._settings = settings

@@ -82,11 +82,7 @@ def held_out_prompts(
 
 
 def _num_held_out(prompts: Prompts) -> int:
-    """Return a tenth of the user's prompts, to hold out where data.eval is not set.
-
-    Raises:
-        DataError: there are fewer than two.
-    """
+    """Return a tenth of the user's prompts, to hold out where data.eval is not set."""
     if len(prompts) < 2:
         raise DataError(
             f"data.prompts holds {len(prompts)} usable prompts; at least 2 are needed, as one is "

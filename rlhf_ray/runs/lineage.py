@@ -50,13 +50,7 @@ class Lineage:
 
 
 def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
-    """Return the lineage of one of a run's models.
-
-    Args:
-        config: the run's config.
-        model: sft, dpo, ppo or reward.
-        version: a version that PPO committed, whether or not the stage has finished.
-    """
+    """Return the lineage of one of a run's models."""
     folder = RunFolder(config)
     stages = [
         stage

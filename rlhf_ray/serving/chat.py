@@ -63,11 +63,7 @@ def run(
 def _fit(
     config: Config, tokenizer: PreTrainedTokenizerBase, messages: list[Message], limit: int
 ) -> tuple[list[int], list[Message]]:
-    """Return the conversation's token ids and turns, the oldest dropped until ``limit`` is kept.
-
-    Raises:
-        DataError: the last message alone is too long.
-    """
+    """Return the conversation's token ids and turns, the oldest dropped until ``limit`` is kept."""
     while True:
         ids = prompt_ids(config, tokenizer, messages)
         if len(ids) <= limit:

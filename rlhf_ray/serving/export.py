@@ -91,11 +91,7 @@ def _version(policy: RunModel) -> str:
 
 
 def _adapter_of(config: Config, model: RunModel) -> RunModel:
-    """Return the model itself, or the adapter that SFT trained and merged into it.
-
-    Raises:
-        ConfigError: there is no adapter.
-    """
+    """Return the model itself, or the adapter that SFT trained and merged into it."""
     if model.is_adapter:
         return model
     trained = RunFolder(config).path / "sft" / "adapter"
@@ -108,11 +104,7 @@ def _adapter_of(config: Config, model: RunModel) -> RunModel:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Refuse to replace anything but an earlier export, which its card shows.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
+    """Refuse to replace anything but an earlier export, which its card shows."""
     card = target / "README.md"
     is_export = card.is_file() and WRITTEN_BY in card.read_text(encoding="utf-8", errors="replace")
     if target.exists() and not is_export and (target.is_file() or any(target.iterdir())):
@@ -122,11 +114,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _copy(model: RunModel, target: Path, *, adapter: bool) -> None:
-    """Copy a folder's files, all or none; an adapter's config gets the path of its base.
-
-    Raises:
-        ConfigError: the model is no folder.
-    """
+    """Copy a folder's files, all or none; an adapter's config gets the path of its base."""
     if not Path(model.path).is_dir():
         raise ConfigError(f"{model.path} is on the model hub already; there is nothing to export")
     temporary = target.with_name(f".{target.name}.tmp")

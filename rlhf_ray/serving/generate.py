@@ -44,9 +44,6 @@ def run(
         temperature: None: ``rollout.temperature``; 0: the likeliest token.
         max_tokens: longest answer; None: ``rollout.max_tokens``.
 
-    Returns:
-        One `Samples` for each prompt.
-
     Raises:
         DataError: no such model, or no prompt.
     """

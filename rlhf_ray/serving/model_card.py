@@ -1,6 +1,5 @@
 """The model card: README.md of an exported model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import yaml
@@ -116,12 +115,10 @@ def _step_row(step: Step) -> str:
 def _numbers(history: Lineage) -> str:
     lines = ["| stage | number | value |", "| --- | --- | --- |"]
     for step in history.steps:
-        lines += [f"| {step.stage} | {name} | {_value(v)} |" for name, v in _sorted(step.numbers)]
+        lines += [
+            f"| {step.stage} | {name} | {_value(v)} |" for name, v in sorted(step.numbers.items())
+        ]
     return "\n".join(lines) + "\n"
-
-
-def _sorted(numbers: Mapping[str, float | str]) -> list[tuple[str, float | str]]:
-    return sorted(numbers.items())
 
 
 def _value(value: float | str) -> str:

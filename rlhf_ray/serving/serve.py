@@ -95,9 +95,6 @@ def shell_command(arguments: Sequence[str]) -> str:
 def run(arguments: Sequence[str]) -> NoReturn:
     """Replace this process by the server.
 
-    Args:
-        arguments: from `command`.
-
     Raises:
         ConfigError: vLLM is not installed.
     """

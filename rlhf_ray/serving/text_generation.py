@@ -44,11 +44,6 @@ class Sampling:
 class TextGenerator:
     """A causal LM, with or without an adapter, that continues prompts.
 
-    Args:
-        path: model folder, PEFT folder or hub name.
-        settings: how to load it.
-        sampling: how to sample.
-
     Raises:
         DataError: it cannot be loaded.
     """

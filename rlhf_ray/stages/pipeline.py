@@ -60,11 +60,7 @@ def run_stage(config: Config, stage: str) -> object:
 
 
 def run_single(config: Config, stage: str) -> Path:
-    """Run one stage as a command of its own, even if it is finished.
-
-    Raises:
-        RlhfError: what the stage raised.
-    """
+    """Run one stage as a command of its own, even if it is finished."""
     folder = RunFolder(config)
     open_run(folder)
     with ExitStack() as session:
@@ -136,8 +132,8 @@ def _require_same_run(folder: RunFolder, saved: Mapping[str, object]) -> None:
         listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
         raise CheckpointError(
             f"{folder.path} holds a run with another model, data or algorithm:\n{listed}\n"
-            "Choose another run.name, set these back, or start again with run.resume=never "
-            "(the old run is moved aside)"
+            "Choose another run.name, set these back, or begin a new run with run.resume=never "
+            "(the folder of the old one is renamed)"
         )
 
 

@@ -98,13 +98,7 @@ def _fill(sets: "_Sets", file: Path, bar: Bar) -> None:
 
 
 class _Sets:
-    """The four sets while they are written, with counts of what was read.
-
-    Args:
-        config: shares of the sets, most pairs, share of bad posts.
-        posts: the dump, for messages and for the site's name.
-        folder: where the sets are written.
-    """
+    """The four sets while they are written, with counts of what was read."""
 
     def __init__(self, config: Config, posts: Path, folder: Path) -> None:
         self.folder = folder
@@ -165,11 +159,7 @@ class _Sets:
         self._num_ties += sum(math.comb(num, 2) for num in scores.values())
 
     def finish(self) -> dict[str, object]:
-        """Check the counts, save the sets and quality.json; returns the summary's counts.
-
-        Raises:
-            DataError: too many bad posts, or a set without rows.
-        """
+        """Check the counts, save the sets and quality.json; returns the summary's counts."""
         for reason, num in self.skipped.items():
             self._tally.drop_bad(reason, num)
         self._tally.finish()

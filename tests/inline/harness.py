@@ -76,7 +76,7 @@ class Processes:
     async def end(self, generator: GeneratorClient) -> None:
         self._events.append(("end", generator.name))
 
-    def make_room(self, num: int) -> None:
+    def request_capacity(self, num: int) -> None:
         self.num_wanted = num
 
 
@@ -182,7 +182,7 @@ class Harness:
         ]
         settings = self.config.generators
         self.generators = self._pool(
-            members, self.processes, publish_to, settings, first_wait_s=0.0, tell=self.told.append
+            members, self.processes, publish_to, settings, first_wait_s=0.0, say=self.told.append
         )
         return Roles(
             generators=self.generators,

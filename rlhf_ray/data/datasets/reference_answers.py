@@ -35,11 +35,6 @@ def reference_rollouts(
     """Return the first reference answer of each prompt that has one, as if it had been sampled.
 
     Its tokens are those that a stage would train on, end token included.
-
-    Args:
-        prompts: held-out ones.
-        renderer: of the model's tokenizer, with the run's template.
-        max_length: most tokens of prompt and answer; longer answers are cut.
     """
     answers = []
     for position, prompt in enumerate(prompts):

@@ -17,32 +17,12 @@ from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 VERBS = (
-    "sort",
-    "copy",
-    "read",
-    "print",
-    "count",
-    "merge",
-    "split",
-    "find",
-    "load",
-    "save",
-    "clear",
-    "join",
+    *("sort", "copy", "read", "print", "count", "merge"),
+    *("split", "find", "load", "save", "clear", "join"),
 )
 OBJECTS = (
-    "list",
-    "file",
-    "text",
-    "map",
-    "set",
-    "table",
-    "tree",
-    "queue",
-    "graph",
-    "row",
-    "line",
-    "page",
+    *("list", "file", "text", "map", "set", "table"),
+    *("tree", "queue", "graph", "row", "line", "page"),
 )
 LANGUAGES = ("Python", "Java", "Rust", "Go", "Ruby", "Perl")
 

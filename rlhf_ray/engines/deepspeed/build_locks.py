@@ -19,12 +19,7 @@ POLL_S = 0.5
 
 
 def wait_for_builds(root: Path | None = None, longest_s: float = LONGEST_BUILD_S) -> None:
-    """Wait until no lock without an owner here is left; remove locks that are too old.
-
-    Args:
-        root: folder of the compiled operations; None: PyTorch's.
-        longest_s: age above which a lock without an owner is orphaned, seconds.
-    """
+    """Wait until no lock without an owner here is left; remove locks that are too old."""
     folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
         while (age_s := _age_s(lock)) is not None and not _is_open(lock):

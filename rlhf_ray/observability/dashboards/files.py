@@ -15,12 +15,7 @@ DISCOVERY = "prom_metrics_service_discovery.json"
 
 
 def write(folder: Path, bounds: Bounds) -> str:
-    """Write all files; return instructions for using them.
-
-    Args:
-        folder: destination; created if missing.
-        bounds: thresholds of the alert rules.
-    """
+    """Write all files; return instructions for using them."""
     folder = folder.absolute()
     ray_folder = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
     shown = folder / "grafana" / "dashboards" / "rlhf_ray.json"

@@ -21,12 +21,7 @@ class Bounds:
 
 
 def configuration(alerts: Path, discovery: Path) -> dict[str, object]:
-    """Return the contents of ``prometheus.yml``.
-
-    Args:
-        alerts: path of the file with `alert_rules`.
-        discovery: path of the file in which Ray lists the metrics ports of all nodes.
-    """
+    """Return the contents of ``prometheus.yml``."""
     return {
         "global": {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL},
         "rule_files": [str(alerts)],

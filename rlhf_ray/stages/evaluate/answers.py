@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.likelihood import Likelihood
@@ -20,7 +20,7 @@ from rlhf_ray.stages.evaluate.inputs import Inputs
 from rlhf_ray.stages.evaluate.models import WEIGHTS, AdapterFiles
 from rlhf_ray.stages.ppo.generators import spawn_generators
 from rlhf_ray.stages.ppo.roles import spawn_scorers
-from rlhf_ray.types import AdapterUpdate, Prompt, Rollout, SampleRequest
+from rlhf_ray.types import AdapterUpdate, Prompt, Rollout, SampleRequest, Shard
 
 SAMPLES_PER_INSTRUCTION = 4
 ANSWERS_AT_ONCE = 64
@@ -91,25 +91,28 @@ class _Roles:
     async def scored(self, requests: Sequence[SampleRequest], version: int) -> list[Sample]:
         """Sample answers with their rewards, in order of position."""
         samples: dict[int, Sample] = {}
-        shards = shard_requests(requests, self.config.rollout.shard_size, version)
-        async for shard in self.generators.generate(shards):
+        async for shard, rollouts in self._shards(requests, version):
             rewards = raw_sums(self.config.rewards, await self.scorers.score(shard))
-            rollouts: list[Rollout] = await self.spawner.fetch(shard.rollouts)
             for rollout, reward in zip(rollouts, rewards, strict=True):
                 sample = Sample(rollout.prompt, rollout.text, {"reward": reward})
                 samples[rollout.position] = sample
-            self.bar.advance(len(rollouts))
         return [samples[position] for position in range(len(requests))]
 
     async def texts(self, requests: Sequence[SampleRequest], version: int) -> list[str]:
         """Sample answers, in order of position."""
         texts: dict[int, str] = {}
+        async for _, rollouts in self._shards(requests, version):
+            texts |= {rollout.position: rollout.text for rollout in rollouts}
+        return [texts[position] for position in range(len(requests))]
+
+    async def _shards(
+        self, requests: Sequence[SampleRequest], version: int
+    ) -> AsyncIterator[tuple[Shard, list[Rollout]]]:
         shards = shard_requests(requests, self.config.rollout.shard_size, version)
         async for shard in self.generators.generate(shards):
             rollouts: list[Rollout] = await self.spawner.fetch(shard.rollouts)
-            texts |= {rollout.position: rollout.text for rollout in rollouts}
+            yield shard, rollouts
             self.bar.advance(len(rollouts))
-        return [texts[position] for position in range(len(requests))]
 
 
 async def perplexities(inputs: Inputs, answers: Sequence[Rollout], bar: Bar) -> dict[str, float]:

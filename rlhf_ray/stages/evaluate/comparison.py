@@ -98,12 +98,6 @@ def summarize(
     ``win_rate`` is the first judge's, of ppo over sft, or of the last model where ppo is not
     compared. A response without a score counts in no mean, and its prompt in no win rate.
 
-    Args:
-        samples: of every model, sft first.
-        outcomes: judge -> `_MMN`, in the order of the models.
-        resamples: of the prompts, for the intervals.
-        seed: of the resampling.
-
     Raises:
         RlhfError: nothing is left to compare.
     """

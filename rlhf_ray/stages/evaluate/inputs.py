@@ -79,11 +79,7 @@ def _is_synthetic(folder: RunFolder) -> bool:
 
 
 def _judged_by(config: Config, has_gold: bool, prompts: Sequence[Prompt]) -> Sequence[str]:
-    """Return the judges that the config names, else the best one that the data allows.
-
-    Raises:
-        DataError: the held-out rows lack what a judge needs.
-    """
+    """Return the judges that the config names, else the best one that the data allows."""
     judged_by = config.evaluate.judged_by
     if judged_by is None:
         return ["gold" if has_gold else "reward"]
@@ -104,11 +100,7 @@ def _judged_by(config: Config, has_gold: bool, prompts: Sequence[Prompt]) -> Seq
 def _instruction_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, instructions: Sequence[Instruction]
 ) -> list[Prompt]:
-    """Lay out each instruction as the first message of a conversation.
-
-    Raises:
-        DataError: an instruction leaves no room for an answer.
-    """
+    """Lay out each instruction as the first message of a conversation."""
     max_tokens = config.model.max_length - config.rollout.max_tokens
     prompts = []
     for index, instruction in enumerate(instructions):

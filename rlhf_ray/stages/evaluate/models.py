@@ -20,10 +20,6 @@ AdapterFiles = dict[str, bytes]
 def compared_models(folder: RunFolder, newest: SavedCommit | None) -> dict[str, AdapterFiles]:
     """Return every model's adapter files by the name that the config gives it, sft first.
 
-    Args:
-        folder: the run's.
-        newest: its newest commit.
-
     Raises:
         DataError: a model is missing or does not fit the SFT model, or there is none but sft.
     """

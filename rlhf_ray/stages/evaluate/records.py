@@ -38,14 +38,7 @@ def metrics_of(summary: Summary) -> dict[str, float]:
 
 
 def log_metrics(config: Config, folder: Path, version: int, metrics: Mapping[str, float]) -> None:
-    """Log to the trackers and to ``metrics.jsonl``, which has a line for each policy evaluated.
-
-    Args:
-        config: the run's.
-        folder: the stage's.
-        version: the newest policy's; the step of the line, which replaces an older one.
-        metrics: by registered name.
-    """
+    """Log to the trackers and to ``metrics.jsonl``, which has a line for each policy evaluated."""
     path = folder / "metrics.jsonl"
     if (folder / "summary.json").is_file():
         current().forget("evaluate")

@@ -48,9 +48,9 @@ class GeneratorFactory:
         """End a generator's process."""
         await self._spawner.end_one(generator.worker)
 
-    def make_room(self, num: int) -> None:
-        """Ask Ray for capacity for ``num`` generators beside the other roles."""
-        self._spawner.make_room(num)
+    def request_capacity(self, num: int) -> None:
+        """Request capacity for ``num`` generators beside the other roles."""
+        self._spawner.request_generators(num)
 
 
 def spawn_generators(

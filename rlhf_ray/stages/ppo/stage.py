@@ -41,7 +41,7 @@ def run(config: Config) -> dict[str, object]:
     config = _with_located_functions(config)
     folder = RunFolder(config)
     policy_model, reward_model = folder.sft_model(), folder.reward_model()
-    _refuse_adapter(policy_model)
+    folders.require_whole(policy_model, "ppo")
     tokenizer = load_tokenizer(policy_model, config.model)
     critic_model = _critic_model(folder, tokenizer)
     prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer)
@@ -101,21 +101,8 @@ def _with_located_functions(config: Config) -> Config:
     return config.model_copy(update={"ppo": config.ppo.model_copy(update=located)})
 
 
-def _refuse_adapter(policy_model: str) -> None:
-    """Refuse to start from an adapter: PPO would train an adapter on an adapter."""
-    if folders.is_adapter(policy_model):
-        raise DataError(
-            f"{policy_model} is an adapter; PPO trains an adapter of its own on a whole model: "
-            "merge it first (command merge)"
-        )
-
-
 def _critic_model(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what the critic starts from; None where the advantages need no critic.
-
-    Raises:
-        DataError: its tokenizer gives the policy's token ids another meaning.
-    """
+    """Return what the critic starts from; None where the advantages need no critic."""
     if not resolve(folder.config.ppo.advantage).needs_critic:
         return None
     critic_model = folder.critic_model()

@@ -45,11 +45,6 @@ SKIPPED: Mapping[str, SkippedRows] = {
 def ai_labelled_rows(config: Config, stage: str, judge: PairJudgeConfig) -> StoredRows:
     """Return the rows of ``data.preferences`` with the judge's ``chosen`` and ``rejected``.
 
-    Args:
-        config: the run's.
-        stage: reward or dpo; the verdicts go into its folder.
-        judge: the language model that labels.
-
     Raises:
         RlhfError: the judge stayed unavailable; the verdicts so far are kept.
         DataError: the data set cannot be read.

@@ -60,9 +60,7 @@ class DpoTraining(PairTraining):
 def completion_logprobs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Return the summed log-prob of each completion given its prompt, `_BP`, nats.
 
-    Args:
-        model: causal LM from `answer_with_logprobs`.
-        inputs: a batch of `PairTraining.collate`.
+    The inputs are a batch of `PairTraining.collate`.
     """
     num_pairs, num_sides, _ = inputs["input_ids"].shape
     ids_NS = inputs["input_ids"].flatten(0, 1)

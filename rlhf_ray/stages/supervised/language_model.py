@@ -109,12 +109,6 @@ def packed_blocks(
 ) -> dict[str, Dataset]:
     """Pack texts into blocks; the last share of the texts is held out.
 
-    Args:
-        stage: its name, for the message.
-        documents: from `load_documents`.
-        settings: the stage's section: how to pack, tokens of a block, most held-out blocks.
-        pad_id: fills blocks of whole texts.
-
     Returns:
         Columns ``input_ids`` and ``labels``, and ``position_ids`` where texts are isolated.
 

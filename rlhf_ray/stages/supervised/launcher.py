@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from rlhf_ray.config import Config
 from rlhf_ray.disk import unwritable_is_an_error
-from rlhf_ray.errors import ActorFailure, DataError, PlacementError, RlhfError
+from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.models import folders
 from rlhf_ray.models.trainable import parameter_table
 from rlhf_ray.observability import quiet
@@ -44,11 +44,7 @@ def open_training(kind: type[T], config: Config, base: str) -> T:
         ConfigError: an unknown key in ``<stage>.trainer``, or the folder cannot be written.
         DataError: the base is an adapter, which cannot be trained on.
     """
-    if folders.is_adapter(base):
-        raise DataError(
-            f"{base} is an adapter; the stage {kind.name} trains on a whole model: merge it first "
-            "(command merge)"
-        )
+    folders.require_whole(base, kind.name)
     folder = RunFolder(config).stage(kind.name).resolve()
     local = Path(base).is_dir()
     training = kind(config, folder, str(Path(base).resolve()) if local else base)
@@ -57,12 +53,7 @@ def open_training(kind: type[T], config: Config, base: str) -> T:
 
 
 def with_steps(training: Training, num_rows: int) -> Training:
-    """Compute ``<stage>.steps`` from ``<stage>.epochs`` where that is given.
-
-    Args:
-        training: from `open_training`.
-        num_rows: rows to train on; the last batch of a pass may be smaller.
-    """
+    """Compute ``<stage>.steps`` from ``<stage>.epochs`` where that is given."""
     settings = training.settings
     if settings.epochs is None:
         return training
@@ -74,10 +65,6 @@ def with_steps(training: Training, num_rows: int) -> Training:
 
 def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
     """Train one stage to its end, with progress; remove its tokenised data and checkpoints then.
-
-    Args:
-        training: from `open_training`.
-        data: tokenised rows, keys ``training.TRAIN`` and ``training.HELD_OUT``.
 
     Raises:
         RlhfError: what a training process raised.

@@ -86,13 +86,6 @@ def load_parts(
 ) -> tuple[dict[str, Dataset], dict[str, Counts]]:
     """Tokenise each part of the rows; return its data set and the counts of its rows.
 
-    Args:
-        parts: name -> rows.
-        load: `load_pairs`, or a loader with the same keywords.
-        config: the run's.
-        tokenizer: model folder or hub name.
-        what: the rows, for messages.
-
     Raises:
         DataError: a part without rows, or with too many that cannot be used.
     """

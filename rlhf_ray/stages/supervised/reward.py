@@ -178,11 +178,7 @@ def _train(folder: RunFolder) -> dict[str, object]:
 
 
 def _load_ratings(training: RatedRewardTraining) -> tuple[dict[str, Dataset], dict[str, Counts]]:
-    """Load tokenised rows to train on and held out, and the counts of the rows read for each.
-
-    Raises:
-        DataError: no rows, too many that cannot be used, or held-out rows of one target.
-    """
+    """Load tokenised rows to train on and held out, and the counts of the rows read for each."""
     config, column = training.config, TARGETS[training.loss]
     rows = user_rows(config, "preferences", "ratings")
     parts = split_rows(rows, config.reward, config.run.seed)

@@ -30,10 +30,6 @@ NO_SUBSET = "all"
 def benchmark(config: Config, model: str) -> dict[str, object]:
     """Measure the accuracy of a reward model on ``reward.benchmark``; a tie counts as wrong.
 
-    Args:
-        config: the run's.
-        model: folder or hub name of the reward model.
-
     Returns:
         ``accuracy`` over all pairs; ``subsets``: name -> ``accuracy``, ``pairs`` and the ``rows``
         that were dropped, by reason.

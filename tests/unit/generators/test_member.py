@@ -4,37 +4,38 @@ from typing import get_args
 
 import pytest
 
-from rlhf_ray.generators.member import FOLLOWERS, Life
+from rlhf_ray.generators.member import TRANSITIONS, Member
 from rlhf_ray.types import GeneratorState
 
 STATES: tuple[GeneratorState, ...] = get_args(GeneratorState)
 
 
-def test_prompts_are_reached_through_the_proof_alone() -> None:
+def test_a_generator_gets_prompts_only_after_its_proof() -> None:
     """Only stale leads to ready: proof and publication take place there."""
-    assert [state for state in STATES if "ready" in FOLLOWERS[state]] == ["stale"]
+    assert [state for state in STATES if "ready" in TRANSITIONS[state]] == ["stale"]
 
 
-def test_a_failure_leads_back_through_a_new_start_alone() -> None:
-    assert FOLLOWERS["suspect"] == {"dead", "retired"}
-    assert FOLLOWERS["dead"] == {"restarting", "retired"}
-    assert FOLLOWERS["restarting"] == {"starting", "retired"}
+def test_a_failed_generator_returns_through_a_restart_alone() -> None:
+    assert TRANSITIONS["suspect"] == {"dead", "retired"}
+    assert TRANSITIONS["dead"] == {"restarting", "retired"}
+    assert TRANSITIONS["restarting"] == {"starting", "retired"}
 
 
-def test_whoever_has_left_stays_away_and_everyone_may_leave() -> None:
-    assert FOLLOWERS["retired"] == set()
-    assert all("retired" in FOLLOWERS[state] for state in STATES if state != "retired")
+def test_any_generator_may_retire_and_a_retired_one_never_returns() -> None:
+    assert TRANSITIONS["retired"] == set()
+    assert all("retired" in TRANSITIONS[state] for state in STATES if state != "retired")
 
 
 @pytest.mark.parametrize("before", STATES)
 @pytest.mark.parametrize("after", STATES)
-def test_a_life_goes_on_as_the_table_says(before: GeneratorState, after: GeneratorState) -> None:
-    life = Life()
-    life.state = before
-    if after in FOLLOWERS[before]:
-        life.to(after)
-        assert life.state == after
+def test_a_generator_changes_state_as_the_table_allows(
+    before: GeneratorState, after: GeneratorState
+) -> None:
+    member = Member("generator-0", state=before)
+    if after in TRANSITIONS[before]:
+        member.change_to(after)
+        assert member.state == after
     else:
         with pytest.raises(RuntimeError, match=f"that is {before} cannot become {after}"):
-            life.to(after)
-        assert life.state == before
+            member.change_to(after)
+        assert member.state == before

@@ -14,10 +14,11 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.placement.hardware import parse_cluster
 from rlhf_ray.placement.layout import Node
 from rlhf_ray.planning.memory import GB
-from rlhf_ray.planning.plan import Plan, as_text, prediction_for
+from rlhf_ray.planning.plan import Plan, prediction_for
 from rlhf_ray.planning.prediction import memory_gb, prediction, together
 from rlhf_ray.planning.roles import PlannedRole
 from rlhf_ray.planning.suggestions import fitting_changes, layouts
+from rlhf_ray.planning.tables import as_text
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STACKLLAMA = CONFIGS / "stackllama" / "ppo_3x8_a100.yaml"

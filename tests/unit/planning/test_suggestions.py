@@ -10,9 +10,10 @@ from rlhf_ray import cli
 from rlhf_ray.config import load
 from rlhf_ray.placement.hardware import parse_cluster
 from rlhf_ray.placement.layout import Node
-from rlhf_ray.planning.plan import Plan, as_text
+from rlhf_ray.planning.plan import Plan
 from rlhf_ray.planning.prediction import prediction
 from rlhf_ray.planning.suggestions import Layout, changed, layouts
+from rlhf_ray.planning.tables import as_text
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 THREE_NODES = "stackllama/ppo_3x8_a100.yaml"

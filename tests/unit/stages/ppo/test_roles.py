@@ -72,7 +72,7 @@ async def test_capacity_is_requested_for_every_role_and_released_at_the_end(
     await spawner.place(ASKED)
     first = [POLICY, POLICY, REWARD, GENERATOR]
     assert requests == [first, "reserved"]
-    spawner.make_room(3)
+    spawner.request_generators(3)
     await spawner.stop_all()
     assert requests[2:] == [[*first, GENERATOR, GENERATOR], []]
 
