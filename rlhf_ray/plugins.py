@@ -14,11 +14,7 @@ from rlhf_ray.errors import ConfigError
 
 
 def load_function(spec: str, key: str) -> Callable[..., Any]:
-    """The function that ``module:name`` or ``path/to/file.py:name`` names.
-
-    Args:
-        spec: what the config says.
-        key: where it says so, for messages.
+    """Return the function that ``module:name`` or ``path/to/file.py:name`` names.
 
     Raises:
         ConfigError: no such module, file or function, or the module raises when it is imported.
@@ -42,7 +38,7 @@ def load_function(spec: str, key: str) -> Callable[..., Any]:
 
 
 def _import(name: str) -> ModuleType:
-    """Also from the working directory, as Python itself does for a script there."""
+    """Import a module, also from the working directory, as Python does for a script there."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return importlib.import_module(name)

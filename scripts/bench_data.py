@@ -1,4 +1,4 @@
-"""How fast prepare reads a dump, and with how much memory.
+"""Measure how fast prepare reads a dump, and with how much memory.
 
     scripts/bench_data.py [QUESTIONS]          (default 200000)
 

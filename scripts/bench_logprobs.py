@@ -34,14 +34,14 @@ Logprobs = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward and backward pass."""
+    """Cost of one forward and backward pass."""
 
     gib: float
     seconds: float
 
 
 def by_chunks(model: Any, *batch: Tensor) -> Tensor:
-    """As the learners do it."""
+    """Compute log-probs as the learners do."""
     (logprobs_BT,) = chunked_logprobs(model, *batch)
     return logprobs_BT
 

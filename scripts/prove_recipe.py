@@ -69,7 +69,7 @@ def _arguments() -> argparse.Namespace:
 def _in_processes(
     work: Callable[..., None], workers: int, several: Sequence[tuple[Any, ...]]
 ) -> Iterator[None]:
-    """Each in a process of its own: faults and threads are of a process."""
+    """Run each job in a process of its own: faults and threads belong to a process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, silence_dependencies, max_tasks_per_child=1) as pool:
         for future in as_completed([pool.submit(work, *arguments) for arguments in several]):

@@ -109,7 +109,7 @@ def run_quietly(config: Any) -> None:
 
 
 def trace_iteration(folder: Path) -> set[str]:
-    """One iteration with its commit, its publication and its checkpoint."""
+    """Trace one iteration with its commit, its publication and its checkpoint."""
     from rlhf_ray.driver.ppo_loop import PpoLoop
 
     trail, iterate = Trail(), PpoLoop._iterate
@@ -124,7 +124,7 @@ def trace_iteration(folder: Path) -> set[str]:
 
 
 def trace_death(folder: Path) -> set[str]:
-    """What the pool does from the rollout that fails to the start of another process."""
+    """Trace the pool from the rollout that fails to the start of another process."""
     from actors.generator import Generator
     from rlhf_ray.driver.ppo_loop import PpoLoop
     from rlhf_ray.errors import ActorFailure

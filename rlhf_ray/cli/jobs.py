@@ -147,7 +147,7 @@ def scale(
 
 @contextmanager
 def _watching(run: str) -> Iterator[None]:
-    """On Ctrl-C, say that the run itself continues."""
+    """Report on Ctrl-C that the run itself continues."""
     try:
         yield
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ class ClusterNode:
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What a node answered, or why it did not answer."""
+    """The answer of a node, or the reason why there is none."""
 
     node: ClusterNode
     value: T | None

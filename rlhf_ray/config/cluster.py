@@ -1,4 +1,4 @@
-"""Where the processes run, which GPUs the roles get, and how long to wait for both."""
+"""Sections of the Ray cluster: where processes run, which GPUs roles get, how long to wait."""
 
 import os
 from itertools import chain
@@ -103,7 +103,7 @@ class GeneratorPlacement(RolePlacement):
 
 
 class PlacementConfig(Section):
-    """Which GPUs of which nodes the roles of PPO get.
+    """GPUs and nodes of the roles of PPO.
 
     How many workers a role has is set in its own section.
     """

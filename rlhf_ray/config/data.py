@@ -1,4 +1,4 @@
-"""What the stages read: a Stack Exchange dump or the user's datasets, and how rows become text."""
+"""Sections of the data: a Stack Exchange dump or the user's datasets, and how rows become text."""
 
 from typing import Annotated, Literal
 
@@ -71,7 +71,7 @@ Format = Literal[
 
 
 class RowFilter(Section):
-    """Which rows a dataset keeps: a comparison, or a function of yours."""
+    """Filter of a dataset's rows: a comparison, or a function of yours."""
 
     column: str | None = fixed(
         None, description="Column to compare; `prompt` of a chat is its text."
@@ -192,7 +192,7 @@ class DataConfig(Section):
 
 
 class TemplateConfig(Section):
-    """How a prompt and its answer become one text, in every stage."""
+    """Layout of a prompt and its answer as one text, in every stage."""
 
     kind: Literal["auto", "chat", "question_answer"] = fixed(
         "auto",

@@ -1,4 +1,4 @@
-"""Which models the stage evaluate compares, and how."""
+"""The section evaluate: which models are compared, and how."""
 
 import re
 from typing import Literal
@@ -44,7 +44,7 @@ class EvaluateConfig(Section):
 
     @property
     def asked(self) -> dict[str, object]:
-        """What is measured, as plain values; a saved evaluation of anything else is not reused."""
+        """The measurements as plain values; a saved evaluation of anything else is not reused."""
         return self.model_dump(mode="json", include={"models", "judged_by", "instructions"})
 
     @field_validator("models", "judged_by")

@@ -1,4 +1,4 @@
-"""Which config keys must stay the same for a run to resume."""
+"""The identity of a run: the config keys that must stay the same for it to resume."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,13 +14,7 @@ from rlhf_ray.config.stages import STAGES
 def differences(
     saved: Mapping[str, object], config: Config, begun: Sequence[str]
 ) -> list[tuple[str, object, object]]:
-    """Return the fixed keys that changed, as (key, saved value, value now).
-
-    Args:
-        saved: the run's resolved config, from its ``config.yaml``.
-        config: the config now.
-        begun: stages that have begun.
-    """
+    """Return the fixed keys of begun stages that changed, as (key, saved value, value now)."""
     now = config.model_dump(mode="json")
     sections = {section for stage in begun for section in STAGES[stage].sections}
     changed: list[tuple[str, object, object]] = []

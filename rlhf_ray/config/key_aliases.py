@@ -1,4 +1,4 @@
-"""Other systems' names for our keys: hints for users who write one of them into a config."""
+"""Names of our keys in other systems: hints for users who write one of them into a config."""
 
 import functools
 from collections.abc import Collection, Iterator, Mapping

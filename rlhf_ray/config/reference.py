@@ -1,4 +1,4 @@
-"""``docs/config.md``: every key of the config, from the section classes."""
+"""Write ``docs/config.md``: every key of the config, from the section classes."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -109,7 +109,7 @@ class AutoscaleConfig(Section):
 
 
 class RolloutConfig(Section):
-    """How responses are sampled."""
+    """Sampling of responses."""
 
     engine: Literal["vllm", "transformers"] = changeable("vllm", description="Generation engine.")
     serving: Literal["auto", "adapter", "merged"] = changeable(

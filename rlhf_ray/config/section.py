@@ -1,4 +1,4 @@
-"""What every config section shares: keys with units, and the refusal of owned keys and secrets."""
+"""The base of config sections: keys with units, and the refusal of owned keys and secrets."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -26,14 +26,14 @@ def located(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """The names of all shipped configs."""
+    """Return the names of all shipped configs."""
     root = folder()
     files = [file.relative_to(root).with_suffix("") for file in root.rglob("*.yaml")]
     return sorted(file.as_posix() for file in files if file.parts[0] != "ci")
 
 
 def copy(name: str) -> str:
-    """The text of a shipped config, for a file that lies anywhere: its parent is named by ``@``."""
+    """Return a shipped config's text for a file in any folder: its parent is named by ``@``."""
     file = located(name)
 
     def parent(match: re.Match[str]) -> str:
@@ -44,7 +44,7 @@ def copy(name: str) -> str:
 
 
 def folder() -> Path:
-    """Where they lie: in the checkout, else where the wheel was installed.
+    """Return the folder of the shipped configs, in the checkout or the installed wheel.
 
     Raises:
         ConfigError: the installation is not whole.

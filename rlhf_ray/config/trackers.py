@@ -1,4 +1,4 @@
-"""Which trackers get the metrics, besides the JSON lines in the run's folder."""
+"""Section of the trackers that get metrics besides the JSON lines in the run's folder."""
 
 from typing import Literal
 

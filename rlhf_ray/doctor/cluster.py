@@ -1,4 +1,4 @@
-"""`doctor --cluster`: check every node of a live cluster and the links between them."""
+"""Run `doctor --cluster`: check every node of a live cluster and the links between them."""
 
 import logging
 from collections.abc import Iterator
@@ -22,10 +22,6 @@ Section = tuple[str, list[Check]]
 
 def run(config: Config | None, min_gbit_s: float) -> tuple[list[Section], bool]:
     """Check the cluster that this machine belongs to, or that RAY_ADDRESS names.
-
-    Args:
-        config: its paths and interface are checked too; None: only the nodes.
-        min_gbit_s: the bandwidth that every pair of nodes must reach.
 
     Returns:
         Titled checks, and whether all of them passed.

@@ -33,7 +33,7 @@ Listing = Mapping[str, tuple[int, str]]
 
 @dataclass(frozen=True)
 class NodeView:
-    """How a node sees run.dir, its network interface and the files."""
+    """The view that a node has of run.dir, its network interface and the files."""
 
     read: str
     """What it read in run.dir, or why it could not."""
@@ -48,11 +48,6 @@ class NodeView:
 
 def require_same_files(folder: Path, paths: Sequence[str], interface: str | None) -> list[str]:
     """Check every node before anything is placed.
-
-    Args:
-        folder: run.dir, which exists.
-        paths: local model folders and files of the user's functions, by absolute path.
-        interface: cluster.interface.
 
     Returns:
         The names of nodes where Ray requires no token.
@@ -135,7 +130,7 @@ def view_from_node(
 
 
 def requires_token() -> bool:
-    """Whether Ray on this node accepts only clients that have the cluster's token."""
+    """Return whether Ray on this node accepts only clients that have the cluster's token."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 

@@ -128,13 +128,7 @@ def iteration_metrics(
 def pace_metrics(
     stats: AssembledStats, seconds: float, price_per_hour: float | None
 ) -> dict[str, float]:
-    """Return time, throughput and cost of an iteration, by registered name.
-
-    Args:
-        stats: sums over its batch.
-        seconds: its duration.
-        price_per_hour: price of all GPUs that the run holds; None: unknown.
-    """
+    """Return time, throughput and cost of an iteration, by registered name."""
     cost = {}
     if price_per_hour is not None:
         per_sample = price_per_hour * seconds / 3600 / stats.num_samples

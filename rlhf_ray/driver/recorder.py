@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.trackers import TrackersConfig
-from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
+from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink
 from rlhf_ray.observability.tracing import BusyTime, Tracer
 from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.types import GeneratorsReport, Rollout
@@ -37,24 +37,22 @@ class Recorder:
             live: sinks that show current values; they also get values that no file keeps.
         """
         self._folder = folder
-        self._metrics_path, self._evals_path = folder / "metrics.jsonl", folder / "eval.jsonl"
-        self._warnings_path = folder / "warnings.jsonl"
-        metrics, self._evals, self._completions, self._warnings = (
+        self._metrics, self._evals, self._completions, self._warnings = (
             JsonlSink(folder / name)
             for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl", "warnings.jsonl")
         )
         # Iterations after the commit are run again: without the cut they would be recorded twice.
         kept = -1 if resume_after is None else resume_after
-        for sink in (metrics, self._evals, self._completions, self._warnings):
+        for sink in (self._metrics, self._evals, self._completions, self._warnings):
             sink.truncate_after("iteration", kept)
         local: list[Sink] = []
         if settings.tensorboard:
             local.append(TensorBoardSink(folder / "tensorboard", purge_step=kept + 1))
         # After the truncation: trackers that missed records get them from the files.
-        told = current().sinks("ppo", "iteration", self.history())
-        told_evals = current().sinks("ppo", "iteration", read_jsonl(self._evals_path), part="/eval")
-        self._sinks = Sinks([metrics, *local, *told, *live])
-        self._eval_sinks = Sinks([*local, *told_evals, *live])
+        tracked = current().sinks("ppo", "iteration", self.history())
+        tracked_evals = current().sinks("ppo", "iteration", self._evals.records(), part="/eval")
+        self._sinks = Sinks([self._metrics, *local, *tracked, *live])
+        self._eval_sinks = Sinks([*local, *tracked_evals, *live])
         self._live = Sinks(live)
         self._busy = BusyTime(time.time())
         self._completions_every = settings.completions_every
@@ -135,7 +133,7 @@ class Recorder:
 
     def warnings(self) -> list[dict[str, object]]:
         """Return all warnings so far, including those of earlier processes."""
-        return read_jsonl(self._warnings_path)
+        return self._warnings.records()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Record a held-out evaluation with its table of samples."""
@@ -144,11 +142,11 @@ class Recorder:
 
     def has_evaluation(self, iteration: int) -> bool:
         """Return whether the version of an iteration was evaluated."""
-        return any(record["iteration"] == iteration for record in read_jsonl(self._evals_path))
+        return any(record["iteration"] == iteration for record in self._evals.records())
 
     def history(self) -> list[dict[str, Any]]:
         """Return the metrics of all iterations so far."""
-        return read_jsonl(self._metrics_path)
+        return self._metrics.records()
 
     def close(self) -> None:
         """Flush and close all files and trackers."""

@@ -77,13 +77,7 @@ def _source(
 
 
 def model_source(config: Config, path: str, policy_model: str) -> ModelSource:
-    """Load a reward model as a source.
-
-    Args:
-        config: the whole config.
-        path: folder or hub name of the reward model.
-        policy_model: its tokenizer made the token ids of the rollouts.
-    """
+    """Load a reward model as a source."""
     tokenizer = load_tokenizer(path, config.model)
     same_tokens = tokenizer.get_vocab() == load_tokenizer(policy_model, config.model).get_vocab()
     return ModelSource(
@@ -118,10 +112,6 @@ class TextClassifier:
 
     def __init__(self, path: str, batch_size: int, settings: ModelConfig = STRICT) -> None:
         """
-        Args:
-            path: folder or hub name.
-            batch_size: texts of one forward pass.
-            settings: whether code that comes with the model may run.
 
         Raises:
             DataError: the model cannot be loaded.

@@ -36,7 +36,7 @@ from rlhf_ray.types import (
 
 
 class GeneratorPool(Generic[GeneratorT]):
-    """`roles.Generators` over processes that a factory starts and ends."""
+    """The generators of a run, in processes that a factory starts and ends."""
 
     def __init__(
         self,

@@ -43,12 +43,6 @@ def require_for_a_cluster(config: Config) -> None:
 def submit(config: Config, server: JobServer, folder: Path, *, rehearse: bool) -> Job:
     """Start a run as a job and return the job.
 
-    Args:
-        config: sent as it was resolved here; `require_for_a_cluster` has accepted it.
-        server: the cluster's job server.
-        folder: working folder of the run; relative paths in the config refer to it.
-        rehearse: whether PPO is rehearsed first, unless it was before.
-
     Raises:
         ConfigError: the run is running there already, or the folder is too large.
     """

@@ -31,11 +31,6 @@ NUM_LISTED = 5
 def pack(folder: Path, extra: dict[str, str], archive: Path) -> int:
     """Write the archive of a working folder and return its number of files.
 
-    Args:
-        folder: packed without the exclusions above and without what Git ignores.
-        extra: name in the archive -> text of further files, which replace any of that name.
-        archive: the zip file to write.
-
     Raises:
         ConfigError: the files are too large together.
     """
@@ -81,7 +76,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_skipped(parent: Path, folder: Path) -> bool:
-    """Whether to pack nothing below a folder: excluded by name, or a Python environment."""
+    """Return whether a folder is left out: excluded by name, or a Python environment."""
     return _is_excluded(folder / "_") or (parent / folder.name / "pyvenv.cfg").is_file()
 
 

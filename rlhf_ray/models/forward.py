@@ -134,13 +134,7 @@ class ValueModel(nn.Module):
 
 
 def token_values(model: nn.Module, input_ids_BS: Tensor, attention_BS: Tensor) -> Tensor:
-    """Return the head's output at every token, `_BS`, fp32; entries at padding are arbitrary.
-
-    Args:
-        model: (PEFT-wrapped) sequence-classification model with one label.
-        input_ids_BS: token ids, padded on the right.
-        attention_BS: 1 on real tokens.
-    """
+    """Return the head's output at every token, `_BS`, fp32; entries at padding are arbitrary."""
     backbone, head = backbone_and_head(model)
     hidden_BSD = backbone(
         input_ids=input_ids_BS,

@@ -1,4 +1,4 @@
-"""What ends a response: stop tokens, stop strings and its length limit."""
+"""Stop conditions of a response: stop tokens, stop strings and its length limit."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -45,14 +45,7 @@ class StopConditions:
     def finish_reason(
         self, token_ids: Sequence[int], limit: int, rule: SamplingRule, decode: Decode
     ) -> FinishReason | None:
-        """Return why a response ends with its last token, or None if it continues.
-
-        Args:
-            token_ids: the response so far, at least one token.
-            limit: its length limit, tokens.
-            rule: sampling rule; before its ``min_tokens`` no stop string counts.
-            decode: of the model's tokenizer.
-        """
+        """Return why a response ends with its last token, or None if it continues."""
         if token_ids[-1] in rule.stop_token_ids:
             return "stop"
         if len(token_ids) > rule.min_tokens and self.completes_string(token_ids, decode):

@@ -30,11 +30,6 @@ def train_only(model: Model, prefixes: Sequence[str], key: str) -> None:
 
     Weights that two modules share are trained if either module is.
 
-    Args:
-        model: the model, usually without an adapter.
-        prefixes: names of modules, such as ``transformer.h.11`` (which is not ``transformer.h.1``).
-        key: config key that the prefixes come from, for the message.
-
     Raises:
         ConfigError: a prefix matches no parameter of the model.
     """
@@ -108,7 +103,7 @@ def recompute_activations(model: ModelT) -> ModelT:
 
 
 def _applies_dropout(block: nn.Module) -> bool:
-    """Whether a block calls ``functional.dropout`` itself, by its own training mode."""
+    """Return whether a block calls ``functional.dropout`` itself, by its own training mode."""
     rates = (value for name, value in vars(block).items() if "dropout" in name)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
@@ -145,7 +140,7 @@ def parameter_groups(model: Model) -> list[ParameterGroup]:
 
 
 def _group_name(stem: str, blocks: Sequence[int | None]) -> str:
-    """`h.0-10` for many blocks, `h.11` for one, the stem alone for a module outside the blocks."""
+    """Return `h.0-10` for many blocks, `h.11` for one, the stem for a module outside the blocks."""
     if blocks[0] is None:
         return stem
     return f"{stem}.{blocks[0]}" + (f"-{blocks[-1]}" if len(blocks) > 1 else "")

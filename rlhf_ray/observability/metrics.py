@@ -1,4 +1,4 @@
-"""What a registered metric is: look-ups by name, merging over ranks, and ``docs/metrics.md``."""
+"""Registered metrics: look-up by name, merging over ranks, and ``docs/metrics.md``."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from rlhf_ray.observability.registry import ROWS, How
 
 @dataclass(frozen=True)
 class Reduction:
-    """How many values become the logged one."""
+    """The reduction of several values to the logged one."""
 
     how: How
     over: str = ""
@@ -21,10 +21,6 @@ class Reduction:
 
     def merge(self, values: Sequence[float], num_tokens: Sequence[int]) -> float:
         """Merge the values that the ranks of a learner group report.
-
-        Args:
-            values: one per rank.
-            num_tokens: response tokens of each rank: the weights of a mean.
 
         Raises:
             ValueError: values of this reduction cannot be merged.
@@ -59,7 +55,7 @@ class Metric:
 
     @property
     def label(self) -> str | None:
-        """What the members of a family differ in: ``source`` in ``objective/scores/<source>``."""
+        """Label of a family's members: ``source`` in ``objective/scores/<source>``."""
         return self.name.partition("<")[2].rstrip(">") or None
 
 
@@ -80,7 +76,7 @@ def registered_as(name: str) -> str | None:
 
 
 def is_registered(name: str) -> bool:
-    """Whether a metric is in the registry, itself or as a member of a family."""
+    """Return whether a metric is in the registry, itself or as a member of a family."""
     return registered_as(name) is not None
 
 

@@ -51,6 +51,10 @@ class JsonlSink:
         self._file.write(line + "\n")
         self._file.flush()
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records so far, without lines torn by a kill."""
+        return read_jsonl(self._path)
+
     def truncate_after(self, key: str, value: float) -> None:
         """Drop the records with ``record[key] > value``, as a resumed run does.
 
@@ -59,7 +63,7 @@ class JsonlSink:
         self.close()
         if not self._path.exists():
             return
-        kept = [record for record in read_jsonl(self._path) if record.get(key, value) <= value]
+        kept = [record for record in self.records() if record.get(key, value) <= value]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
         write_atomically(self._path, "".join(lines))
 

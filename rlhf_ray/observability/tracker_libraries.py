@@ -47,7 +47,7 @@ class TrackedRun(Protocol):
 
     @property
     def where(self) -> str:
-        """Where to find the run: a URL or a command."""
+        """The place to see the run: a URL or a command."""
         ...
 
     @property
@@ -222,7 +222,7 @@ class MlflowRun:
 
     @property
     def where(self) -> str:
-        """Its tracking URI and its id."""
+        """Tracking URI and id of the run."""
         return f"{self._client.tracking_uri}, run {self._run_id}"
 
     @property

@@ -88,14 +88,14 @@ class Tracker:
 
 
 class _Recorded(TypedDict):
-    """What a tracker has recorded: the id of its run, and the last step of each stream."""
+    """The state of one tracker: the id of its run, and the last recorded step of each stream."""
 
     run_id: NotRequired[str]
     told: dict[str, int]
 
 
 class Memory:
-    """``trackers.json``: ``{tracker: {run_id, told: {stream: step}}}``."""
+    """Contents of ``trackers.json``: ``{tracker: {run_id, told: {stream: step}}}``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

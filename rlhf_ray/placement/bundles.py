@@ -12,7 +12,7 @@ from rlhf_ray.placement.layout import Slot
 
 @dataclass(frozen=True)
 class Bundle:
-    """What is reserved in one piece: whole GPUs of one node, with the workers on them."""
+    """Whole GPUs of one node that are reserved in one piece, with the workers on them."""
 
     node: int
     gpus: tuple[int, ...]
@@ -61,7 +61,7 @@ def _gpus(slots: Iterable[Slot]) -> set[tuple[int, int]]:
 
 
 def _bundles(slots: Sequence[Slot]) -> list[Bundle]:
-    """One bundle for the workers that share a GPU, for a worker of several GPUs or of none."""
+    """Make one bundle for the workers that share a GPU, for a worker of several GPUs or of none."""
     workers: dict[tuple[int, tuple[int, ...], str], list[str]] = defaultdict(list)
     for slot in slots:
         name = worker_name(slot)

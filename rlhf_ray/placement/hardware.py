@@ -115,12 +115,7 @@ def live_cluster() -> tuple[Node, ...]:
 
 
 def node_of(entry: Mapping[str, Any], gpu_memory_gb: float | None = None) -> Node:
-    """Return the node of an entry of ``ray.nodes()``.
-
-    Args:
-        entry: Ray's description.
-        gpu_memory_gb: memory of each of its GPUs; None if unknown.
-    """
+    """Return the node of an entry of ``ray.nodes()``; its GPUs' memory may be unknown."""
     return Node(
         name=entry["NodeManagerAddress"],
         gpus=int(entry["Resources"].get("GPU", 0)),

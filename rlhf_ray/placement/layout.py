@@ -45,7 +45,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """What the workers of one role request."""
+    """Request of the workers of one role."""
 
     role: str
     """``policy``, ``critic``, ``reference``, ``reward`` or ``generator``."""
@@ -63,7 +63,7 @@ class Demand:
 
     @property
     def units(self) -> int:
-        """What one worker takes of each of its GPUs, in units of 1 / `WHOLE`."""
+        """Part of each of its GPUs that one worker takes, in units of 1 / `WHOLE`."""
         return round(min(self.gpus, 1) * WHOLE)
 
 
@@ -132,7 +132,7 @@ class _Gpu:
     roles: list[str] = field(default_factory=list)
 
     def takes(self, demand: Demand) -> bool:
-        """Whether a worker of this demand fits."""
+        """Return whether a worker of this demand fits."""
         if demand.units > self.free or (demand.is_group and demand.role in self.roles):
             return False
         return demand.sharers is None or demand.sharers.issuperset(self.roles)

@@ -1,4 +1,4 @@
-"""How much memory a model takes: its weights, its training state, and its passes.
+"""Memory of a model: its weights, its training state, and its passes.
 
 Arithmetic on numbers of parameters. Bytes throughout; 1 GB is 10^9 of them.
 
@@ -221,13 +221,7 @@ def adapter_pass_bytes(
     dropout: float,
     quantization: Quantization,
 ) -> float:
-    """Return the peak of forward and backward with an adapter over a frozen base.
-
-    Args:
-        adapter_bytes: bytes of a number of the adapter; its inputs are cast to that type.
-        dropout: dropout on the adapter's inputs.
-        quantization: quantisation of the base.
-    """
+    """Return the peak of forward and backward with an adapter over a frozen base."""
     adapted, layers = shape.adapted(lora), shape.num_layers
     copies = bool(dropout) or adapter_bytes != batch.num_bytes
     keeping = shape.linears if quantization == "int8" else () if copies else adapted

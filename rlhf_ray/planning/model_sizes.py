@@ -97,13 +97,7 @@ def num_trainable(
     lora: LoraConfig | None,
     unfreeze: Sequence[str] | None = None,
 ) -> int:
-    """Return the number of parameters that a stage trains.
-
-    Args:
-        model: a `skeleton`; it is modified.
-        task: the task that it was built for; a new head is trained as well.
-        lora: the adapter; None: the model's own weights are trained.
-        unfreeze: names of the only modules that are trained.
+    """Return the number of parameters of a `skeleton`, which it modifies, that a stage trains.
 
     Raises:
         ConfigError: the model has no such modules.

@@ -179,7 +179,7 @@ def _largest_parts(role: PlannedRole) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs: memory, placement and time."""
+    """Needs of a run: memory, placement and time."""
 
     config: Config
     nodes: tuple[Node, ...]
@@ -220,10 +220,6 @@ class Plan:
 
 def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     """Predict what a config needs of nodes, and whether they have it.
-
-    Args:
-        config: the whole config.
-        nodes: the cluster; if none has a GPU, only this machine's memory counts.
 
     Raises:
         DataError: a model is neither a folder here nor described by a shape.

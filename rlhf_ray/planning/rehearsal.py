@@ -155,13 +155,7 @@ def _usable(plan: Plan, role: PlannedRole) -> float | None:
 def calibrated_time(
     predicted: TimeEstimate | None, rehearsal: Rehearsal, config: Config
 ) -> TimeEstimate:
-    """Return measured seconds as the worst case; the best is better by the predicted ratio.
-
-    Args:
-        predicted: the prediction; None: the speed of the machines is unknown.
-        rehearsal: measured on the same machines.
-        config: the run's config, which saves less often.
-    """
+    """Return measured seconds as the worst case; the best is better by the predicted ratio."""
     phases: dict[str, Range] = {}
     for name, measured in rehearsal.seconds.items():
         worst = measured / config.ppo.save_every if name == "save" else measured

@@ -1,4 +1,4 @@
-"""What a worker of each role of PPO holds, part by part."""
+"""Memory of a worker of each role of PPO, part by part."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -82,7 +82,7 @@ class PlannedRole:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the memory and time of roles depend on."""
+    """Inputs of the estimates of memory and time."""
 
     config: Config
     models: Models

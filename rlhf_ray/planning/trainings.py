@@ -1,4 +1,4 @@
-"""What each stage of a run trains, and what a process of a supervised stage holds."""
+"""Trained parts of each stage of a run, and memory of a process of a supervised stage."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

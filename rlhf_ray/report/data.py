@@ -1,4 +1,4 @@
-"""What the report reads from a run's folder; missing and torn parts are left out."""
+"""Read a run's folder for the report; missing and torn parts are left out."""
 
 import json
 import math

@@ -122,7 +122,7 @@ class PairJudge:
         self._chat = Chat(name, config)
 
     async def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """A verdict a pair, in order.
+        """Return a verdict for each pair, in order.
 
         Raises:
             RlhfError: the judge stayed down, or gave no verdict where that is an error.

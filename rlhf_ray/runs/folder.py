@@ -62,7 +62,7 @@ class RunFolder:
         write_atomically(self.stage(stage) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def has_begun(self, stage: str) -> bool:
-        """Whether a stage left something that a resumed run would build on."""
+        """Return whether a stage left something that a resumed run would build on."""
         patterns = [f"{stage}/summary.json", f"{stage}/{CHECKPOINTS}"]
         patterns += ["checkpoints/*/state.json"] * (stage == "ppo")
         return any(True for pattern in patterns for _ in self.path.glob(pattern))

@@ -24,14 +24,6 @@ def run(
 ) -> None:
     """Answer each line as it comes, with the conversation before it as context.
 
-    Args:
-        config: the run's.
-        lines: the user's messages; the chat ends with them.
-        write: prints a piece of text, without a line end.
-        model: name as in `find_model`.
-        temperature: None: ``rollout.temperature``.
-        max_tokens: longest answer; None: ``rollout.max_tokens``.
-
     Raises:
         DataError: no such model, or a message is too long.
     """

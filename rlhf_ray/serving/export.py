@@ -20,7 +20,7 @@ Kind = Literal["adapter", "merged"]
 
 
 class ExportSummary(TypedDict):
-    """What was exported."""
+    """Result of an export."""
 
     folder: str
     kind: Kind

@@ -36,14 +36,6 @@ def run(
 ) -> list[Samples]:
     """Sample every model on every prompt; the models share each prompt's seed.
 
-    Args:
-        config: the run's.
-        models: names as in `find_model`; none: all language models of the run.
-        prompts: user's messages; none: held-out prompts of the run.
-        num: number of held-out prompts.
-        temperature: None: ``rollout.temperature``; 0: the likeliest token.
-        max_tokens: longest answer; None: ``rollout.max_tokens``.
-
     Raises:
         DataError: no such model, or no prompt.
     """

@@ -13,7 +13,7 @@ from rlhf_ray.runs.models import find_model
 
 
 class MergeSummary(TypedDict):
-    """What merge/summary.json holds."""
+    """Contents of merge/summary.json."""
 
     adapter: str
     base: str
@@ -41,11 +41,6 @@ def run(config: Config, model: str = "ppo") -> MergeSummary:
 
 def merge_folder(adapter: str | Path, out: str | Path, settings: ModelConfig) -> MergeSummary:
     """Merge any PEFT folder into the base that it names.
-
-    Args:
-        adapter: PEFT folder of a causal LM or of a sequence-classification model.
-        out: folder to write; replaced if it exists.
-        settings: data type of the result, and loading arguments.
 
     Raises:
         DataError: the adapter or its base cannot be loaded.

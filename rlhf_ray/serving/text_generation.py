@@ -23,7 +23,7 @@ from rlhf_ray.runs.models import RunModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is sampled."""
+    """Settings of sampling."""
 
     temperature: float
     """0: always the likeliest token."""
@@ -144,12 +144,6 @@ def load_generator(
 
     Answers end at stop tokens and after ``max_tokens``. ``rollout.ignore_eos`` and
     ``rollout.length_sampler`` are for training and have no effect here.
-
-    Args:
-        config: the run's.
-        model: model to load.
-        temperature: None: ``rollout.temperature``.
-        max_tokens: None: ``rollout.max_tokens``.
 
     Raises:
         DataError: it cannot be loaded.

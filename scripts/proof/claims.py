@@ -1,4 +1,4 @@
-"""What the runs of the proof came to, and what has to hold of it."""
+"""Results of the proof's runs, and the claims that they must meet."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Claim:
-    """What has to hold for every seed."""
+    """A claim that must hold for every seed."""
 
     text: str
     figures: Sequence[str]
@@ -62,7 +62,7 @@ class Claim:
 
 
 def claims_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Claim]:
-    """What the recipe promises, by experiment."""
+    """Return the recipe's claims, by experiment."""
     by_name = {name: [row for row in rows if row["experiment"] == name] for name in EXPERIMENTS}
 
     def of(name: str, key: str) -> list[float]:

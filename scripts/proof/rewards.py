@@ -8,5 +8,5 @@ WORD = "work"
 
 
 def count_word(completions: Sequence[str], **_: Any) -> list[float]:
-    """How often each response has `WORD`."""
+    """Count `WORD` in each response."""
     return [float(len(re.findall(rf"\b{WORD}\b", text))) for text in completions]

@@ -65,7 +65,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The folder of the run."""
         return self.base / self.name
 
     @property
@@ -86,7 +86,7 @@ class Job:
 
 
 def jobs_of(out: Path, seeds: Sequence[int]) -> list[Job]:
-    """Every run of the proof, in folders under ``out``."""
+    """Return every run of the proof, in folders under ``out``."""
     jobs = [
         Job(name, seed, out / f"seed{seed}", overrides)
         for name, overrides in EXPERIMENTS.items()
@@ -144,7 +144,7 @@ def _train_classifier(run: Path, out: Path) -> None:
 
 
 def _is_kind(text: str) -> int | None:
-    """1 for kind words, 0 for rude ones, None for neither or both."""
+    """Return 1 for kind words, 0 for rude ones, None for neither or both."""
     kind, rude = (any(mark in text.lower() for mark in marks) for marks in (KIND, RUDE))
     return int(kind) if kind != rude else None
 

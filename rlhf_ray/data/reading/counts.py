@@ -35,12 +35,7 @@ class SkippedRows:
 
 
 class RowTally:
-    """Counts rows; a few bad ones are reported, too many end the stage.
-
-    Args:
-        name: the dataset, for messages.
-        max_bad_share: share of bad rows, in [0, 1], above which `finish` raises.
-    """
+    """Counts rows; a few bad ones are reported, too many end the stage."""
 
     def __init__(self, name: str, max_bad_share: float) -> None:
         self.name = name

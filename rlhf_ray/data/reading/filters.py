@@ -29,10 +29,6 @@ def build_predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
 
     A cell without a value (None) passes no comparison, ``!=`` and ``not_in`` included.
 
-    Args:
-        filters: from the config.
-        name: the dataset, for messages.
-
     Raises:
         ConfigError: a function cannot be imported.
     """

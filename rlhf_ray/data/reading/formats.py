@@ -57,7 +57,7 @@ _FORMATS: Mapping[Use, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How the rows of a dataset are converted.
+    """Options of the conversion of a dataset's rows.
 
     Attributes:
         name: the dataset, for messages.
@@ -79,11 +79,6 @@ class ReadOptions:
 
 def detect_format(columns: Collection[str], requested: Format, options: ReadOptions) -> str:
     """Return the format of rows with these columns.
-
-    Args:
-        columns: names in the first row, after renaming.
-        requested: the config's `format`.
-        options: what the rows are for.
 
     Raises:
         DataError: columns are missing, or rows of the requested format have no such use.
@@ -111,13 +106,7 @@ def detect_format(columns: Collection[str], requested: Format, options: ReadOpti
 def convert(
     rows: Iterable[Row], row_format: str, options: ReadOptions
 ) -> Iterator[Row | SkippedRows]:
-    """Convert rows of one format; rows that cannot be used come out as `SkippedRows`.
-
-    Args:
-        rows: as read, columns renamed.
-        row_format: from `detect_format`.
-        options: what the rows are for.
-    """
+    """Convert rows of one format; rows that cannot be used come out as `SkippedRows`."""
     if row_format == "unpaired" and options.use == "preferences":
         answers = _convert_each(rows, _labelled, options)
         yield from pairs_by_prompt(answers, options.max_pairs, options.seed)

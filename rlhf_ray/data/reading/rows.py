@@ -1,4 +1,4 @@
-"""What a row is to every loader, and how rows are stored on disk.
+"""Rows as every loader gets them, and their storage on disk.
 
 A row's prompt is its ``messages`` (a chat up to the answer) where it has them, else the text in
 ``prompt``. ``completion``, or ``chosen`` and ``rejected``, are texts; ``text`` is a text without a
@@ -91,13 +91,7 @@ def unpack_row(row: Row) -> Row:
 def batches(
     rows: Iterable[Row | SkippedRows], tally: RowTally, size: int = 1000
 ) -> Iterator[list[tuple[int, Row]]]:
-    """Yield (index, row) in batches: tokenizers are faster on many texts at once.
-
-    Args:
-        rows: packed or not.
-        tally: counts the skipped rows, which are left out.
-        size: most rows of a batch.
-    """
+    """Yield (index, row) in batches: tokenizers are faster on many texts at once."""
     numbered = enumerate(rows)
     while batch := list(islice(numbered, size)):
         usable: list[tuple[int, Row]] = []

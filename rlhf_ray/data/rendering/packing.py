@@ -83,11 +83,6 @@ def isolated(
 
     Each text goes into the fullest block that it fits in. A text longer than a block is cut into
     pieces, which do not attend to each other either.
-
-    Args:
-        documents: as in `concatenated`.
-        block_size: tokens of a block.
-        pad_id: fills the rest of a block, as a text of its own without a loss.
     """
     blocks: list[Block] = []
     for token_ids, learnt in _pieces(documents, block_size):

@@ -1,4 +1,4 @@
-"""From prompts and answers to token ids, in the same way for every stage.
+"""Render prompts and answers to token ids, in the same way for every stage.
 
 A prompt and its answer are tokenized apart and then joined: in PPO the model continues the prompt's
 ids, so those ids must also begin every sequence that it was trained on (tokenized together, the
@@ -61,10 +61,6 @@ class Renderer:
 
     `full` renders and tokenizes one row. The stages, which have many, collect the segments of
     `prompt`, `prompt_and_answer` or `text` and pass them to `tokenize` together, which is faster.
-
-    Args:
-        tokenizer: of the model that reads the ids.
-        settings: which template, and its variables.
 
     Raises:
         DataError: the tokenizer has no end-of-sequence token, or its chat template is missing where

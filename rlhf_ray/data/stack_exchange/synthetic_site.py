@@ -85,7 +85,7 @@ class _Post:
 
     @property
     def markdown(self) -> str:
-        """What `html` is in Markdown."""
+        """The post in Markdown."""
         code = f"```\n{self.code}\n```" if self.code else ""
         return "\n\n".join(part for part in (self.advice, code, self.remarks) if part)
 

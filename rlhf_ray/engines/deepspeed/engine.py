@@ -22,13 +22,6 @@ def join_group(
     """Join the process group of this learner group; return the device of this rank.
 
     Call it before anything else imports DeepSpeed, which reads these variables at import.
-
-    Args:
-        rank: of this process.
-        world_size: number of ranks.
-        address: address of rank 0's node; the group's store listens on it alone.
-        port: port of the store.
-        timeout_s: deadline of every operation of the group, seconds.
     """
     cuda = torch.cuda.is_available()
     os.environ.update(

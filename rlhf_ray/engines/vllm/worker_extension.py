@@ -25,7 +25,7 @@ ADAPTER_ID = 1
 
 
 class AppliedAdapter(TypedDict):
-    """What one worker's layers hold of an adapter."""
+    """The part of an adapter that one worker's layers hold."""
 
     num_modules: int
     """Number of modules whose tensors were found."""

@@ -1,4 +1,4 @@
-"""Every compared model's answers to the same prompts under the same seeds, and its perplexity."""
+"""Sample every compared model on the same prompts under the same seeds; measure perplexity."""
 
 import json
 import math

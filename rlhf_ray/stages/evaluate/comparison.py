@@ -46,7 +46,7 @@ class Interval(TypedDict):
 
 
 class Ranking(TypedDict):
-    """What one judge makes of the models."""
+    """One judge's ranking of the models."""
 
     win_rates: dict[str, dict[str, Interval | None]]
     """Model -> other model -> how often the first one wins; None where nothing is known."""

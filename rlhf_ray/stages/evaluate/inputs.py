@@ -1,4 +1,4 @@
-"""What the stage evaluate needs before it samples; wrong or missing inputs are refused here."""
+"""Load the inputs of the stage evaluate; refuse wrong or missing ones before it samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

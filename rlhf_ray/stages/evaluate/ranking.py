@@ -57,15 +57,7 @@ def win_rates(outcomes_MMN: np.ndarray, resamples: int, seed: int) -> Estimate:
 def elo(
     outcomes_MMN: np.ndarray, resamples: int, seed: int, anchor: int = 0, anchored_at: float = 1000
 ) -> Estimate:
-    """Return the Elo rating of each model, `_M`.
-
-    Args:
-        outcomes_MMN: each model against each other.
-        resamples: of the prompts.
-        seed: of the resampling.
-        anchor: the model whose rating is fixed, and so has no interval.
-        anchored_at: its rating.
-    """
+    """Return the Elo rating of each model, `_M`; the anchor's is fixed, so it has no interval."""
 
     def ratings(drawn_RN: np.ndarray) -> np.ndarray:
         strengths_RM = bradley_terry(_tallies(outcomes_MMN, drawn_RN)[0])
@@ -107,12 +99,7 @@ def bradley_terry(wins_RMM: np.ndarray) -> np.ndarray:
 def outcomes_of_pairs(
     num_models: int, pairs: Sequence[tuple[int, int, Sequence[float | None]]]
 ) -> np.ndarray:
-    """Arrange outcomes that a judge gave pair by pair as `_MMN`.
-
-    Args:
-        num_models: M.
-        pairs: two models, and the first one's outcome on each prompt; None: not known.
-    """
+    """Arrange outcomes that a judge gave pair by pair as `_MMN`."""
     num_prompts = len(pairs[0][2])
     outcomes_MMN = np.full((num_models, num_models, num_prompts), np.nan)
     for first, second, of_first in pairs:

@@ -1,4 +1,4 @@
-"""What an evaluation writes besides its summary: metrics for trackers, tables for the terminal."""
+"""Records of an evaluation besides its summary: metrics for trackers, tables for the terminal."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

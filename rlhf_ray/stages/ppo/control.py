@@ -1,4 +1,4 @@
-"""While PPO runs: writes its status for others, and carries out their requests."""
+"""Write the status of a PPO run for others, and carry out their requests, while it runs."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

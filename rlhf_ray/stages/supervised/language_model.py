@@ -1,4 +1,4 @@
-"""What pretrain and SFT share: packed blocks, next-token loss, perplexity."""
+"""The base of pretrain and SFT: packed blocks, next-token loss, perplexity."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -162,11 +162,6 @@ def train_on_texts(
     """Tokenise and pack the rows and train on them; returns also the summary, but for the seconds.
 
     The summary has the held-out loss (nats a token) and perplexity, exp(loss), before and after.
-
-    Args:
-        training: from `open_training`.
-        rows: from `text_rows`.
-        load: `load_documents` with the stage's settings.
 
     Raises:
         RlhfError: no usable data or model, or the training failed.

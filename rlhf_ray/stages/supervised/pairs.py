@@ -1,4 +1,4 @@
-"""What reward and dpo share: pairs of answers of which people preferred one."""
+"""The base of reward and dpo: pairs of answers of which people preferred one."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 

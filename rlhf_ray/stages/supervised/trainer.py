@@ -1,4 +1,4 @@
-"""What every training process of a supervised stage runs: transformers.Trainer on its `Training`.
+"""Run transformers.Trainer on a stage's `Training`, in each of its training processes.
 
 The same function runs in Ray Train's workers and, inline, in the driver's own process.
 """
@@ -38,7 +38,7 @@ from rlhf_ray.stages.supervised.training import (
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished training reports."""
+    """Results of a finished training."""
 
     steps: int
     groups: list[ParameterGroup]

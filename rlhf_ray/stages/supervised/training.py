@@ -1,4 +1,4 @@
-"""One supervised stage as its training processes see it: model, batches, loss, what is saved."""
+"""The definition of a supervised stage for its training processes: model, batches, loss, files."""
 
 import functools
 import json
@@ -77,7 +77,7 @@ class Training(ABC):
 
     @property
     def model_settings(self) -> ModelConfig:
-        """How the base is loaded."""
+        """Settings with which the base is loaded."""
         settings = self.config.model
         return settings.model_copy(update={"dtype": "float32"}) if self.all_weights else settings
 
@@ -143,12 +143,12 @@ class Training(ABC):
 
     @property
     def metrics_file(self) -> Path:
-        """Where each logged step goes, as one JSON line."""
+        """File of the logged steps, a JSON line each."""
         return self.folder / "metrics.jsonl"
 
     @property
     def evaluations_file(self) -> Path:
-        """Where each evaluation goes, as one JSON line, with ``<stage>.eval_every``."""
+        """File of the evaluations (``<stage>.eval_every``), a JSON line each."""
         return self.folder / "eval.jsonl"
 
     @property
