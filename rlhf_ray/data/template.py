@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+ROLES = ("system", "developer", "user", "assistant")
+"""Roles of a chat that the layout has a place for."""
+
 
 def prompt(question: str) -> str:
     """Return what a model continues; it ends in a space, so the answer starts with its first word.

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_ray.data.reading.chats import Message
 from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.reading.rows import row_tools
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.types import Prompt, Rollout
@@ -120,13 +121,19 @@ class ModelSource:
             return rollout.sequence_ids
         prompt = rollout.prompt
         ended = rollout.finish_reason == "stop"
+        given, renderer = messages_of(prompt) or prompt.text, self._renderer
         try:
-            rendered = self._renderer.full(messages_of(prompt) or prompt.text, rollout.text, ended)
+            tools = row_tools(prompt.fields)
+            try:
+                texts = renderer.prompt_and_answer(given, rollout.text, tools=tools)
+            except BadRow:  # of the answer as it was sampled, unless the prompt is refused as well
+                texts = renderer.continued(given, rollout.text, tools)
         except BadRow as bad:
             raise DataError(
                 f"Prompt {prompt.id} cannot be rendered for the reward model, whose tokenizer is "
                 f"not the policy's ({bad.reason}): {bad.explanation}"
             ) from bad
+        (rendered,) = renderer.tokenize([texts], ended)
         return np.asarray(rendered.token_ids[-self._max_length :], dtype=np.int64)
 
 

@@ -5,7 +5,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
-from rlhf_ray.data.reading.rows import Row, batches, require_text, row_prompt, row_question
+from rlhf_ray.data.reading.rows import (
+    Row,
+    batches,
+    row_answer,
+    row_prompt,
+    row_question,
+    row_tools,
+)
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments, TokenizedRow
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
@@ -89,9 +96,9 @@ def _rendered(
 
 
 def _render(row: Row, renderer: Renderer) -> list[TextSegments]:
-    prompt, question = row_prompt(row), row_question(row)
-    answers = [require_text(row, column) for column in ("chosen", "rejected")]
-    return [renderer.prompt_and_answer(prompt, answer, question) for answer in answers]
+    prompt, question, tools = row_prompt(row), row_question(row), row_tools(row)
+    answers = [row_answer(row, column) for column in ("chosen", "rejected")]
+    return [renderer.prompt_and_answer(prompt, each, question, tools=tools) for each in answers]
 
 
 def truncate_answers(sides: Sequence[TokenizedRow], max_length: int) -> tuple[int, list[list[int]]]:

@@ -7,7 +7,7 @@ from typing import overload
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
-from rlhf_ray.data.reading.rows import SOURCE, Row, batches, row_prompt, row_question
+from rlhf_ray.data.reading.rows import SOURCE, Row, batches, row_prompt, row_question, row_tools
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
@@ -120,7 +120,7 @@ def _usable(
             tally.drop_unused("repeated")
             continue
         try:
-            texts = renderer.prompt(row_prompt(row), row_question(row))
+            texts = renderer.prompt(row_prompt(row), row_question(row), row_tools(row))
         except BadRow as bad:
             tally.drop_row(bad)
             continue

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from typing import Literal
 
 import datasets
@@ -13,9 +12,11 @@ from rlhf_ray.data.reading.rows import (
     Row,
     batches,
     parse_bool,
-    require_text,
+    parse_number,
+    row_answer,
     row_prompt,
     row_question,
+    row_tools,
 )
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TokenizedRow
@@ -83,8 +84,9 @@ def _rendered(
         for index, row in batch:
             try:
                 target = _target(row, target_column)
-                answer = require_text(row, "completion")
-                texts.append(renderer.prompt_and_answer(row_prompt(row), answer, row_question(row)))
+                prompt, answer = row_prompt(row), row_answer(row, "completion")
+                question, tools = row_question(row), row_tools(row)
+                texts.append(renderer.prompt_and_answer(prompt, answer, question, tools=tools))
                 targets.append((index, target))
             except BadRow as bad:
                 tally.drop_row(bad)
@@ -99,11 +101,7 @@ def _target(row: Row, target_column: TargetColumn) -> float:
         if label is None:
             raise BadRow("no_label", f"the column label must be true or false, got {value!r}")
         return float(label)
-    score = math.nan
-    # A csv file holds numbers as text. True is no score, though float(True) is 1.
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with suppress(ValueError):
-            score = float(value)
-    if not math.isfinite(score):
+    score = parse_number(value)
+    if score is None or not math.isfinite(score):
         raise BadRow("no_score", f"the column score must be a number, got {value!r}")
     return score

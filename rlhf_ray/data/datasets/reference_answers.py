@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_ray.data.reading.counts import BadRow
-from rlhf_ray.data.reading.rows import parse_bool
+from rlhf_ray.data.reading.rows import parse_bool, row_tools
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.types import Prompt, Rollout
 
@@ -42,7 +42,8 @@ def reference_rollouts(
         if not texts:
             continue
         try:
-            rendered = renderer.full(prompt.fields.get("messages") or prompt.text, texts[0])
+            given, tools = prompt.fields.get("messages") or prompt.text, row_tools(prompt.fields)
+            rendered = renderer.full(given, texts[0], tools=tools)
         except BadRow:  # the template refuses this answer, so there is none to measure
             continue
         ids = rendered.token_ids[rendered.num_prompt_tokens :]

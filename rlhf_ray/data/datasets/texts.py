@@ -12,8 +12,10 @@ from rlhf_ray.data.reading.rows import (
     batches,
     parse_bool,
     require_text,
+    row_answer,
     row_prompt,
     row_question,
+    row_tools,
 )
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments, TokenizedRow
@@ -89,9 +91,9 @@ def load_documents(
 
 def _render(row: Row, renderer: Renderer, loss_on: LossOn, name: str) -> TextSegments:
     if "completion" in row and ("prompt" in row or "messages" in row):
-        prompt, answer = row_prompt(row), require_text(row, "completion")
-        every_answer = loss_on == "assistant"
-        return renderer.prompt_and_answer(prompt, answer, row_question(row), every_answer)
+        prompt, answer = row_prompt(row), row_answer(row, "completion")
+        every_answer, tools = loss_on == "assistant", row_tools(row)
+        return renderer.prompt_and_answer(prompt, answer, row_question(row), every_answer, tools)
     if "text" not in row:
         raise DataError(
             f"{name}: no column text, nor prompt and completion; found {', '.join(row)}. Map your "

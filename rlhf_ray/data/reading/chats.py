@@ -1,19 +1,39 @@
-"""Chats as datasets hold them: lists of messages, or transcripts in one text."""
+"""Chats as datasets hold them: lists of messages, also as JSON, or transcripts in one text."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from typing import Any
 
 from rlhf_ray.data.reading.counts import BadRow
 
-Message = Mapping[str, str]
-"""One turn of a chat: ``role`` (system, user, assistant) and ``content``."""
+Message = Mapping[str, Any]
+"""One turn of a chat: ``role`` and ``content``, both text, and what else the row says of it, such
+as ``reasoning_content`` or ``tool_calls``."""
 
 PromptLike = str | Sequence[Message]
 """A prompt as text, or as the turns of a chat up to the answer."""
 
+AnswerLike = str | Message
+"""An answer as text, or as the assistant's turn where it is more than text."""
+
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+_ROLES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("function", "function_response", "observation"), "tool"),
+}
+"""Role as other layouts write it -> role as chat templates know it."""
+
+_ANNOTATIONS = {
+    *("id", "message_id", "parent_id", "turn_identifier", "timestamp", "created_at", "language"),
+    *("lang", "model", "country", "state", "header", "hashed_ip", "toxic", "redacted"),
+}
+"""Keys of a message that are about it; every other key is part of what was said."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of an answer's reasoning; messages use the first, templates any of them."""
 
 
 def is_transcript(value: object) -> bool:
@@ -23,7 +43,7 @@ def is_transcript(value: object) -> bool:
 
 def is_chat(value: object) -> bool:
     """True if a cell holds turns instead of plain text."""
-    return isinstance(value, (list, tuple)) or is_transcript(value)
+    return isinstance(_decoded(value), list | tuple | Mapping) or is_transcript(value)
 
 
 def parse_transcript(text: str) -> list[Message]:
@@ -35,7 +55,7 @@ def parse_transcript(text: str) -> list[Message]:
     """
     _, *pieces = _TURN.split(text)
     messages: list[Message] = [
-        {"role": _ROLES[name], "content": content.strip()}
+        {"role": _ROLES.get(name.lower(), name.lower()), "content": content.strip()}
         for name, content in zip(pieces[0::2], pieces[1::2], strict=True)
     ]
     if messages and messages[-1] == {"role": "assistant", "content": ""}:
@@ -44,24 +64,127 @@ def parse_transcript(text: str) -> list[Message]:
 
 
 def parse_messages(value: object) -> list[Message]:
-    """Return a list of messages, or a transcript, as messages with ``role`` and ``content`` alone.
+    """Return a list of messages, one message, JSON of either, or a transcript, as messages.
 
     Raises:
-        BadRow: it is neither, or a message has no text.
+        BadRow: it is none of these, or a message has no text.
     """
     if isinstance(value, str) and is_transcript(value):
         return parse_transcript(value)
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+    decoded = _decoded(value)
+    items = [decoded] if isinstance(decoded, Mapping) else decoded
+    if not isinstance(items, Sequence) or isinstance(items, str) or not items:
         raise BadRow("not_messages", "messages must be a list of {role, content}")
-    return [_parse_message(item) for item in value]
+    return [_parse_message(item) for item in items]
+
+
+def _decoded(value: object) -> object:
+    """Return the messages in a JSON text, every other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[{", "[ {", "[\n")):
+        return value
+    try:
+        items = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_message = [isinstance(item, dict) and item.keys() & {"role", "from"} for item in items]
+    return items if all(is_message) else value
 
 
 def _parse_message(item: object) -> Message:
-    role = item.get("role") if isinstance(item, Mapping) else None
-    content = item.get("content") if isinstance(item, Mapping) else None
-    if not isinstance(role, str) or not isinstance(content, str):
+    if not isinstance(item, Mapping):
         raise BadRow("not_messages", "a message must have a role and a content, both text")
-    return {"role": role, "content": content}
+    role, content = item.get("role") or item.get("from"), item.get("content", item.get("value"))
+    # Arrow files give every message the keys of all others, as None.
+    parts = {
+        name: value
+        for name, value in item.items()
+        if name not in ("role", "from", "content", "value", *_ANNOTATIONS) and is_said(value)
+    }
+    for name in REASONING[1:]:
+        if name in parts:
+            parts[REASONING[0]] = parts.pop(name)
+    if role == "function_call":
+        role, content, parts["tool_calls"] = "assistant", "", [_json(content, "tool_calls")]
+    if "tool_calls" in parts:
+        parts["tool_calls"] = _parse_tool_calls(parts["tool_calls"])
+    if content is None and parts.keys() & {"tool_calls", REASONING[0]}:
+        content = ""
+    text = _parse_content(content)
+    if not isinstance(role, str) or text is None:
+        raise BadRow("not_messages", "a message must have a role and a content, both text")
+    return {"role": _ROLES.get(role.lower(), role.lower()), "content": text, **parts}
+
+
+def is_said(value: object) -> bool:
+    """False for a value that stands for nothing: null, false, or without items."""
+    return value is not None and value is not False and value not in ("", [], {}, ())
+
+
+def _parse_content(content: object) -> str | None:
+    """Return the text of a content, which may be a list of parts; None where it is no content."""
+    if not isinstance(content, list | tuple):
+        return content if isinstance(content, str) else None
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise BadRow("content_part", f"a content has a part of type {kind}, which is no text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _parse_tool_calls(calls: object) -> list[Message]:
+    """Return calls as {type, function: {name, arguments}}, the arguments parsed, as templates
+    expect them."""
+    parsed = []
+    for call in _listed(calls, "tool_calls"):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow("tool_calls", "a tool call must have a function with a name")
+        arguments = _json(function.get("arguments") or {}, "tool_calls")
+        own = {"id": call["id"]} if call.get("id") else {}
+        function = {"name": function["name"], "arguments": arguments}
+        parsed.append({**own, "type": "function", "function": function})
+    return parsed
+
+
+def parse_tools(tools: object) -> list[Message]:
+    """Return the tools that a chat may call, as {type, function}, from a list or its JSON text.
+
+    Raises:
+        BadRow: they are no list of functions with names.
+    """
+    parsed = []
+    for item in _listed(tools, "tools"):
+        tool = _json(item, "tools")
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow("tools", "a tool must be a function with a name")
+        parsed.append({"type": "function", "function": _without_nulls(function)})
+    return parsed
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the keys that Arrow files add to a schema for those that other rows have."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(item) for k, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _listed(value: object, column: str) -> Sequence[object]:
+    items = _json(value, column) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise BadRow(column, f"{column} must be a list, or one as JSON")
+    return items
+
+
+def _json(value: object, column: str) -> object:
+    """Parse a JSON text; every other value is returned as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise BadRow(column, f"{column} holds a text that is not JSON ({error})") from None
 
 
 def parse_prompt(value: object) -> PromptLike:
@@ -77,14 +200,19 @@ def parse_prompt(value: object) -> PromptLike:
     return value
 
 
-def split_last_answer(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
+def split_last_answer(messages: Sequence[Message]) -> tuple[list[Message], AnswerLike | None]:
     """Split a chat into the messages before its last answer, and that answer.
 
     The answer is None where the last message is not the assistant's.
     """
     if messages and messages[-1]["role"] == "assistant":
-        return list(messages[:-1]), messages[-1]["content"]
+        return list(messages[:-1]), answer_of(messages[-1])
     return list(messages), None
+
+
+def answer_of(message: Message) -> AnswerLike:
+    """Return the text of an assistant's message; the message itself where it is more than text."""
+    return message if message.keys() - {"role", "content"} else message["content"]
 
 
 def common_messages(one: Sequence[Message], other: Sequence[Message]) -> list[Message]:

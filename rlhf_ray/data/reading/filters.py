@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 
 from rlhf_ray.config.data import RowFilter
 from rlhf_ray.data.reading.chats import parse_messages
+from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.reading.rows import Row, parse_bool
 from rlhf_ray.errors import DataError
 from rlhf_ray.plugins import load_function
@@ -27,7 +28,9 @@ _OPERATORS: Mapping[str, Callable[..., bool]] = {
 def build_predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
     """Return a function that is true for rows that pass all filters.
 
-    A cell without a value (None) passes no comparison, ``!=`` and ``not_in`` included.
+    A cell without a value (None) passes no comparison, ``!=`` and ``not_in`` included. The function
+    raises `BadRow` where the filters fail on a row, but `DataError` where they fail on the first:
+    then a filter is wrong, and not a row.
 
     Raises:
         ConfigError: a function cannot be imported.
@@ -37,13 +40,21 @@ def build_predicate(filters: Sequence[RowFilter], name: str) -> Predicate:
         for item in filters
     ]
 
+    worked = False
+
     def passes(row: Row) -> bool:
+        nonlocal worked
         try:
-            return all(test(row) for test in predicates)
-        except (KeyError, TypeError) as error:
+            is_kept = all(test(row) for test in predicates)
+            worked = True
+            return is_kept
+        except Exception as error:  # a user's function may raise anything
+            failure = f"{type(error).__name__}: {error}"
+            if worked:
+                raise BadRow("filter_fails", f"a filter fails on it: {failure}") from error
             raise DataError(
                 f"{name}: a filter cannot be applied to a row with the columns {', '.join(row)}: "
-                f"{type(error).__name__}: {error}. Correct the column, op or value (or the "
+                f"{failure}. Correct the column, op or value (or the "
                 "function) of the dataset's filter"
             ) from error
 

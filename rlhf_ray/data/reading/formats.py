@@ -11,11 +11,14 @@ from typing import Literal
 from rlhf_ray.config.data import Format
 from rlhf_ray.data import template
 from rlhf_ray.data.reading.chats import (
+    AnswerLike,
     Message,
     PromptLike,
+    answer_of,
     common_messages,
     common_text,
     is_chat,
+    is_said,
     parse_messages,
     parse_prompt,
     split_last_answer,
@@ -23,7 +26,7 @@ from rlhf_ray.data.reading.chats import (
 from rlhf_ray.data.reading.counts import BadRow, SkippedRows
 from rlhf_ray.data.reading.hub_layouts import convert_stack_exchange
 from rlhf_ray.data.reading.pairing import pairs_by_prompt
-from rlhf_ray.data.reading.rows import Row, parse_bool, require_text
+from rlhf_ray.data.reading.rows import Row, parse_bool, require_readable, require_text
 from rlhf_ray.errors import DataError
 
 Use = Literal["pretrain", "sft", "preferences", "ratings", "prompts"]
@@ -90,6 +93,8 @@ def detect_format(columns: Collection[str], requested: Format, options: ReadOpti
             f"one of {', '.join(_FORMATS[options.use])}"
         )
     names = set(columns)
+    if "messages" in names and "completion" not in names and options.needs_answer:
+        names.discard("prompt")  # of the chat, whose last answer is to be learnt
     for name, choices in _COLUMNS.items():
         if name in usable and any(names.issuperset(choice) for choice in choices):
             return name
@@ -122,6 +127,7 @@ def _convert_each(
 ) -> Iterator[Row | SkippedRows]:
     for row in rows:
         try:
+            require_readable(row)
             yield from converter(row, options)
         except BadRow as bad:
             yield SkippedRows(bad.reason, is_bad=True, explanation=bad.explanation)
@@ -132,20 +138,21 @@ def _text(row: Row, options: ReadOptions) -> Iterator[Row]:
 
 
 def _messages(row: Row, options: ReadOptions) -> Iterator[Row]:
-    prompt, answer = split_last_answer(parse_messages(row["messages"]))
-    yield _row(_without(row, "messages"), prompt, _answer(answer, options))
+    prompt, answer = split_last_answer(_chat(row))
+    yield _row(row, prompt, _answer(answer, options))
 
 
 def _completed(row: Row, options: ReadOptions) -> Iterator[Row]:
     prompt, answer = _prompt(row), row.get("completion")
     if is_chat(answer):
         before, answer = split_last_answer(parse_messages(answer))
-        prompt = [*_as_messages(prompt), *before] if before else prompt
-    yield _row(_without(row, "prompt", "completion"), prompt, _answer(answer, options))
+        is_turn = before or isinstance(answer, Mapping)
+        prompt = [*_as_messages(prompt), *before] if is_turn else prompt
+    yield _row(_without(row, "completion"), prompt, _answer(answer, options))
 
 
 def _labelled(row: Row, options: ReadOptions) -> Iterator[Row]:
-    label = parse_bool(row["label"])
+    label = parse_bool(row.get("label"))
     if label is None:
         raise BadRow("no_label", "the label must be true or false")
     for converted in _completed({**row, "label": label}, options):
@@ -163,10 +170,10 @@ def _unpaired(row: Row, options: ReadOptions) -> Iterator[Row | SkippedRows]:
 
 
 def _preference(row: Row, options: ReadOptions) -> Iterator[Row]:
-    explicit = _prompt(row) if row.get("prompt") or row.get("question") else None
-    if is_chat(row["chosen"]) and is_chat(row["rejected"]):
-        chats = parse_messages(row["chosen"]), parse_messages(row["rejected"])
-        prompt, chosen, rejected = _chat_pair(explicit, *chats)
+    explicit = _preference_prompt(row)
+    sides = row.get("chosen"), row.get("rejected")
+    if all(map(is_chat, sides)):
+        prompt, chosen, rejected = _chat_pair(explicit, *map(parse_messages, sides))
     else:
         prompt = explicit
         chosen, rejected = require_text(row, "chosen"), require_text(row, "rejected")
@@ -175,16 +182,26 @@ def _preference(row: Row, options: ReadOptions) -> Iterator[Row]:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise BadRow("no_prompt", "no column prompt, and chosen and rejected begin differently")
-    rest = _without(row, "prompt", "chosen", "rejected")
+    rest = _without(row, "chosen", "rejected")
     if options.needs_answer:
         yield _row(rest, prompt, chosen)
     else:
         yield {**_row(rest, prompt, None), "chosen": chosen, "rejected": rejected}
 
 
+def _preference_prompt(row: Row) -> PromptLike | None:
+    """Return the prompt beside two answers; a chat beside them is one up to its last answer."""
+    if row.get("prompt") or row.get("question"):
+        return _prompt(row)
+    both_chats = is_chat(row.get("chosen")) and is_chat(row.get("rejected"))
+    if not row.get("messages") or (both_chats and len(parse_messages(row["chosen"])) > 1):
+        return None
+    return split_last_answer(_chat(row))[0]
+
+
 def _chat_pair(
     explicit: PromptLike | None, chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], str, str]:
+) -> tuple[list[Message], AnswerLike, AnswerLike]:
     """Return the prompt and both answers of two chats; what both begin with is the prompt."""
     shared = common_messages(chosen, rejected)
     if len(shared) == min(len(chosen), len(rejected)):
@@ -195,7 +212,7 @@ def _chat_pair(
     answers = [messages[len(shared) :] for messages in (chosen, rejected)]
     if any(len(turns) != 1 or turns[0]["role"] != "assistant" for turns in answers):
         raise BadRow("several_turns", "chosen and rejected must differ in the last answer alone")
-    return prompt, answers[0][0]["content"], answers[1][0]["content"]
+    return prompt, answer_of(answers[0][0]), answer_of(answers[1][0])
 
 
 def _stack_exchange(row: Row, options: ReadOptions) -> Iterator[Row | SkippedRows]:
@@ -220,24 +237,33 @@ def _prompt(row: Row) -> PromptLike:
     return parse_prompt(row.get("prompt"))
 
 
+def _chat(row: Row) -> list[Message]:
+    """Return a row's messages, after the system text that may stand in a column of its own."""
+    messages, system = parse_messages(row.get("messages")), row.get("system")
+    if not is_said(system) or messages[0]["role"] == "system":
+        return messages
+    return [*parse_messages([{"role": "system", "content": system}]), *messages]
+
+
 def _as_messages(prompt: PromptLike) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _answer(value: object, options: ReadOptions) -> str | None:
-    """Return the answer's text; None where there is none and none is needed."""
-    if isinstance(value, str) and value.strip():
+def _answer(value: object, options: ReadOptions) -> AnswerLike | None:
+    """Return the answer; None where there is none and none is needed."""
+    if isinstance(value, Mapping) or (isinstance(value, str) and value.strip()):
         return value
     if options.needs_answer:
         raise BadRow("no_answer", "the row has a prompt but no answer")
     return None
 
 
-def _row(rest: Row, prompt: PromptLike, completion: str | None) -> Row:
-    """Return a row with its prompt as text or as messages."""
+def _row(rest: Row, prompt: PromptLike, completion: AnswerLike | None) -> Row:
+    """Return a row with its prompt as text or as messages, and with no other prompt."""
     if not prompt:
         raise BadRow("no_prompt", "the row has an answer but no prompt")
     answer = {} if completion is None else {"completion": completion}
+    rest = _without(rest, "prompt", "messages")
     return {**rest, "prompt" if isinstance(prompt, str) else "messages": prompt, **answer}
 
 

@@ -1,8 +1,8 @@
-"""The two layouts in which Stack Exchange questions are shared as datasets.
+"""Layouts in which datasets are shared: ShareGPT, Alpaca, and two of Stack Exchange questions.
 
-One holds pairs (``question``, ``response_j`` preferred to ``response_k``), the other questions with
-their scored ``answers``. Users' names and ids are dropped; the question's address is kept, which
-the licence asks for.
+Of Stack Exchange, one holds pairs (``question``, ``response_j`` preferred to ``response_k``), the
+other questions with their scored ``answers``. Users' names and ids are dropped; the question's
+address is kept, which the licence asks for.
 """
 
 import math
@@ -11,11 +11,41 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rlhf_ray.data import template
 from rlhf_ray.data.reading.counts import BadRow, SkippedRows
-from rlhf_ray.data.reading.rows import Row, require_text
+from rlhf_ray.data.reading.rows import Row, parse_number, require_text
 from rlhf_ray.data.stack_exchange.posts import Answer, Question, html_to_markdown, sample_pairs
 
 # A post in HTML begins with a block element. One in Markdown may show tags later, in its code.
 _HTML = re.compile(r"\s*<(p|pre|ul|ol|dl|h\d|hr|blockquote|div|table)\b[^>]*>", re.IGNORECASE)
+
+
+_CHATS = ("conversations", "conversation")
+
+
+def in_our_names(row: Row) -> Row:
+    """Return a row of ShareGPT's or Alpaca's layout under our names; any other row as it is."""
+    chat = next((name for name in _CHATS if name in row), None)
+    if chat is not None and "messages" not in row:
+        return {"messages" if name == chat else name: value for name, value in row.items()}
+    is_alpaca = "instruction" in row and not row.keys() & {"prompt", "question", "messages"}
+    return _from_alpaca(row) if is_alpaca and row.keys() & {"output", "chosen"} else row
+
+
+def _from_alpaca(row: Row) -> Row:
+    """Make instruction and input a ``question``; with a system text or a history, a chat."""
+    ours = ("instruction", "input", "output", "system", "history")
+    named = {name: value for name, value in row.items() if name not in ours}
+    if "output" in row:
+        named["completion"] = row["output"]
+    given = (row["instruction"], row.get("input"))
+    question = "\n\n".join(text for text in given if isinstance(text, str) and text)
+    history, system = row.get("history") or [], row.get("system")
+    if not history and not system:
+        return named | {"question": question}
+    if not all(isinstance(turns, list | tuple) and len(turns) == 2 for turns in history):
+        return named | {"question": None}  # a bad row: empty
+    turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
+    chat = [("system", system)] * bool(system) + [*turns, ("user", question)]
+    return named | {"prompt": [{"role": role, "content": text} for role, text in chat]}
 
 
 def convert_stack_exchange(
@@ -76,8 +106,8 @@ def _parse_answers(value: object) -> list[Answer]:
     for number, answer in enumerate(value):
         if not isinstance(answer, Mapping):
             continue
-        score, text = answer.get("pm_score"), answer.get("text")
-        if not isinstance(score, (int, float)) or not math.isfinite(score):
+        score, text = parse_number(answer.get("pm_score")), answer.get("text")
+        if score is None or not math.isfinite(score):
             continue
         if isinstance(text, str) and text.strip():
             body, accepted = _markdown(text), bool(answer.get("selected"))

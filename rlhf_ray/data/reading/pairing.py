@@ -40,7 +40,7 @@ def pairs_by_prompt(
             if isinstance(row, SkippedRows):
                 yield row
                 continue
-            prompt = json.dumps([row.get("messages"), row.get("prompt")])
+            prompt = json.dumps([row.get("messages"), row.get("prompt"), row.get("tools")])
             values = (prompt, bool(row["label"]), json.dumps(row, default=str))
             table.execute("INSERT INTO answers (prompt, liked, row) VALUES (?, ?, ?)", values)
         table.execute("CREATE INDEX by_prompt ON answers (prompt, id)")

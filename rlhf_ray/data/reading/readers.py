@@ -30,6 +30,9 @@ _LONGEST_WORD = len("-Infinity")
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
 
+_BROKEN = (pa.ArrowException, zlib.error, ValueError, OSError)
+"""What libraries raise on files that they cannot read."""
+
 _METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """JSON files that `datasets` writes beside the rows and that hold none."""
 
@@ -74,7 +77,7 @@ def _read_file(path: Path) -> Iterator[RawRow]:
             if not isinstance(row, dict):
                 raise ValueError(f"row {index} is {type(row).__name__}, expected an object {{...}}")
             yield row
-    except (pa.ArrowException, zlib.error, ValueError, TypeError, OSError, EOFError) as error:
+    except (*_BROKEN, TypeError, EOFError, RecursionError) as error:
         raise DataError(
             f"Cannot read {path} as {_suffix(path)[1:]}: {error}. Correct or replace the file"
         ) from error
@@ -128,7 +131,7 @@ def _split_name(file: Path) -> str | None:
 def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except _BROKEN as error:
         raise DataError(f"{path}: cannot be loaded by datasets ({error}); save it again") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:

@@ -1,18 +1,28 @@
 """Rows as every loader gets them, and their storage on disk.
 
 A row's prompt is its ``messages`` (a chat up to the answer) where it has them, else the text in
-``prompt``. ``completion``, or ``chosen`` and ``rejected``, are texts; ``text`` is a text without a
-prompt. Every other column is kept.
+``prompt``; ``tools`` are those that a chat may call. ``completion``, or ``chosen`` and
+``rejected``, are texts, or an assistant's message where it is more than text; ``text`` is a text
+without a prompt. Every other column is kept.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import datasets
 
-from rlhf_ray.data.reading.chats import PromptLike, parse_messages
+from rlhf_ray.data.reading.chats import (
+    AnswerLike,
+    Message,
+    PromptLike,
+    answer_of,
+    is_said,
+    parse_messages,
+    parse_tools,
+)
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
 from rlhf_ray.data.reading.tables import write_table
 
@@ -25,12 +35,10 @@ _TEXT_COLUMNS = ("prompt", "text", "completion", "chosen", "rejected")
 
 _TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
-STORED_FEATURES = datasets.Features(
-    {name: datasets.Value("string") for name in (*_TEXT_COLUMNS, "_fields")}
-    | {"messages": datasets.List({name: datasets.Value("string") for name in ("role", "content")})}
-)
+_FIELDS = "_fields"
+_STORED = datasets.Features({name: datasets.Value("string") for name in (*_TEXT_COLUMNS, _FIELDS)})
 """Columns of a stored row. Datasets of every format share them, so that they can be mixed; all
-other columns are JSON in ``_fields``, since their types may differ from row to row."""
+other cells are JSON in ``_fields``, since their types may differ from row to row."""
 
 
 @dataclass(frozen=True)
@@ -51,41 +59,60 @@ class StoredRows:
 
 
 def store_rows(rows: Iterable[Row | SkippedRows]) -> StoredRows:
-    """Write rows with the columns `STORED_FEATURES` to disk; add up the skipped ones by reason."""
+    """Write rows to disk, and add up the skipped ones by reason."""
     skipped: dict[tuple[str, bool], SkippedRows] = {}
 
     def usable() -> Iterator[Row]:
         for row in rows:
             if not isinstance(row, SkippedRows):
-                yield row
+                yield _pack_row(row)
                 continue
             key = row.reason, row.is_bad
             earlier = skipped.get(key)
             skipped[key] = replace(earlier, num=earlier.num + row.num) if earlier else row
 
-    table = write_table(usable(), STORED_FEATURES)
+    table = write_table(usable(), _STORED)
     return StoredRows(table, list(skipped.values()))
 
 
-def pack_row(row: Row) -> Row:
-    """Convert a row to the columns `STORED_FEATURES`."""
-    cells = {name: row.get(name) for name in _TEXT_COLUMNS}
-    texts = {name: cell if isinstance(cell, str) else None for name, cell in cells.items()}
-    fields = {name: value for name, value in row.items() if name not in STORED_FEATURES}
-    messages = row.get("messages") or None
-    return {**texts, "messages": messages, "_fields": json.dumps(fields, default=str)}
+def _pack_row(row: Row) -> Row:
+    texts = {name: cell for name in _TEXT_COLUMNS if isinstance(cell := row.get(name), str)}
+    ours = (*_TEXT_COLUMNS, "messages")
+    rest = {
+        name: value
+        for name, value in row.items()
+        if name not in texts and not (name in ours and value is None)
+    }
+    return {**dict.fromkeys(_TEXT_COLUMNS), **texts, _FIELDS: json.dumps(rest, default=str)}
 
 
 def unpack_row(row: Row) -> Row:
-    """Reverse `pack_row`; a row that was not packed is returned as it is."""
-    packed = row.get("_fields")
+    """Return a stored row as it was; any other row is returned as it is."""
+    packed = row.get(_FIELDS)
     if not isinstance(packed, str):
         return row
-    names = (name for name in STORED_FEATURES if name != "_fields")
-    return {
-        **json.loads(packed),
-        **{name: row[name] for name in names if row[name] is not None},
-    }
+    texts = {name: row[name] for name in _TEXT_COLUMNS if row[name] is not None}
+    return {**json.loads(packed), **texts}
+
+
+def require_readable(row: Row) -> None:
+    """Check a row as its file has it.
+
+    Raises:
+        BadRow: it holds half a character, a score that is not finite, or a column with the name
+            of one of ours.
+    """
+    for name in (_FIELDS, SOURCE):
+        if name in row:
+            raise BadRow("reserved_column", f"{name} is a column of ours; map it to another name")
+    score = parse_number(row.get("score"))
+    if score is not None and not math.isfinite(score):
+        raise BadRow("score_not_finite", f"the column score must be a number, got {score}")
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        reason = "a text holds half of a character (a lone surrogate), which is not Unicode"
+        raise BadRow("not_unicode", reason) from None
 
 
 def batches(
@@ -112,6 +139,31 @@ def row_prompt(row: Row) -> PromptLike:
     return parse_messages(row["messages"]) if row.get("messages") else require_text(row, "prompt")
 
 
+def row_tools(row: Row) -> list[Message]:
+    """Return the tools that the row's chat may call.
+
+    Raises:
+        BadRow: they are no list of functions, or the row has no chat to call them in.
+    """
+    tools = parse_tools(row["tools"]) if is_said(row.get("tools")) else []
+    if tools and not row.get("messages"):
+        raise BadRow("tools", "tools need a chat, and the prompt is plain text")
+    return tools
+
+
+def row_answer(row: Row, column: str) -> AnswerLike:
+    """Return an answer: a text with more than white space, or a message with more than text.
+
+    Raises:
+        BadRow: it is neither.
+    """
+    value = row.get(column)
+    if not isinstance(value, Mapping):
+        return require_text(row, column)
+    (message,) = parse_messages(value)
+    return answer_of(message)
+
+
 def row_question(row: Row) -> str | None:
     """Return the bare question of a row whose prompt already has a layout, if there is one."""
     question = row.get("question")
@@ -128,6 +180,21 @@ def require_text(row: Row, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRow("empty")
     return value
+
+
+def parse_number(value: object) -> float | None:
+    """Parse a number, which csv files hold as text; None where it is none, as true and false are.
+
+    A number too large for a float is infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return None
 
 
 def parse_bool(value: object) -> bool | None:

@@ -7,11 +7,12 @@ import datasets
 import numpy as np
 
 from rlhf_ray.config.data import DataSource
-from rlhf_ray.data.reading.counts import RowTally, SkippedRows
-from rlhf_ray.data.reading.filters import build_predicate
+from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
+from rlhf_ray.data.reading.filters import Predicate, build_predicate
 from rlhf_ray.data.reading.formats import ReadOptions, Use, convert, detect_format
+from rlhf_ray.data.reading.hub_layouts import in_our_names
 from rlhf_ray.data.reading.readers import read_rows
-from rlhf_ray.data.reading.rows import SOURCE, Row, StoredRows, pack_row, store_rows
+from rlhf_ray.data.reading.rows import SOURCE, Row, StoredRows, store_rows
 from rlhf_ray.errors import DataError
 
 
@@ -44,9 +45,7 @@ def load_rows(
         origin = {SOURCE: number} if len(sources) > 1 else {}
         rows = _converted(source, ReadOptions(source.path, use, max_pairs, seed), on_row)
         loaded.append(
-            store_rows(
-                row if isinstance(row, SkippedRows) else pack_row({**row, **origin}) for row in rows
-            )
+            store_rows(row if isinstance(row, SkippedRows) else {**row, **origin} for row in rows)
         )
     return loaded[0] if len(loaded) == 1 else _mix(sources, loaded)
 
@@ -107,20 +106,26 @@ def _converted(
             f"{source.path} (split {source.split}) holds no rows; give a file with at least one"
         )
     _check_columns(source, first)
-    row_format = detect_format(list(_renamed(source, first)), source.format, options)
-    renamed = (_renamed(source, row) for row in chain([first], raw))
+    renamed = (in_our_names(_renamed(source, row)) for row in chain([first], raw))
+    row_format = detect_format(list(in_our_names(_renamed(source, first))), source.format, options)
     passes = build_predicate(source.filter, source.path)
     num_kept = 0
     for row in convert(renamed, row_format, options):
         if not isinstance(row, SkippedRows):
-            if passes(row):
-                on_row(row)
-            else:
-                row = SkippedRows("filtered", is_bad=False)
+            row = _filtered(row, passes)
+        if not isinstance(row, SkippedRows):
+            on_row(row)
         yield row
         num_kept += not isinstance(row, SkippedRows) or row.is_bad
         if num_kept == source.limit:
             return
+
+
+def _filtered(row: Row, passes: Predicate) -> Row | SkippedRows:
+    try:
+        return row if passes(row) else SkippedRows("filtered", is_bad=False)
+    except BadRow as bad:
+        return SkippedRows(bad.reason, is_bad=True, explanation=bad.explanation)
 
 
 def _check_columns(source: DataSource, first: Row) -> None:

@@ -13,20 +13,16 @@ from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.data import template
-from rlhf_ray.data.reading.chats import Message, PromptLike
+from rlhf_ray.data.reading.chats import AnswerLike, Message, PromptLike
 from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.rendering.chat_template import PROBE, ChatTemplate
+from rlhf_ray.data.rendering.shown_parts import require_shown, with_markers
 from rlhf_ray.data.rendering.tokens import encode, eos_id
-from rlhf_ray.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_PROBE = "zxq7probe"
-"""A word that no template contains, to find out what a template does with a text."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +68,31 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         self._settings = settings or TemplateConfig()
+        self._template = ChatTemplate(tokenizer, self._settings.kwargs)
+        self._probed: dict[object, BadRow | None] = {}
         self._eos_id = eos_id(tokenizer)
         if self._settings.kind == "chat":
             _ = self._chat_end  # raises if the template cannot be used
 
-    def full(self, prompt: PromptLike, answer: str, ended: bool = True) -> TokenizedRow:
+    def full(
+        self,
+        prompt: PromptLike,
+        answer: AnswerLike,
+        ended: bool = True,
+        tools: Sequence[Message] = (),
+    ) -> TokenizedRow:
         """Render a prompt and its answer, ended once, by the template's end of turn or by EOS.
 
         Args:
             prompt: text, or the messages up to the answer.
             answer: text without special tokens.
             ended: False leaves the end token out, for an answer that was cut at its limit.
+            tools: that the chat may call.
 
         Raises:
-            BadRow: the template cannot render these messages.
+            BadRow: the template cannot render these messages, or not all of them.
         """
-        return self.tokenize([self.prompt_and_answer(prompt, answer)], ended)[0]
+        return self.tokenize([self.prompt_and_answer(prompt, answer, tools=tools)], ended)[0]
 
     def messages(self, prompt: PromptLike, question: str | None = None) -> list[Message] | None:
         """Return the messages that the template gets; None where the prompt is used as it is.
@@ -102,57 +107,70 @@ class Renderer:
             return None
         return [{"role": "user", "content": question or prompt}]
 
-    def prompt(self, prompt: PromptLike, question: str | None = None) -> TextSegments:
-        """Render what a model continues; arguments as in `messages`.
+    def prompt(
+        self, prompt: PromptLike, question: str | None = None, tools: Sequence[Message] = ()
+    ) -> TextSegments:
+        """Render what a model continues; arguments as in `prompt_and_answer`.
 
         Raises:
-            BadRow: the template cannot render these messages.
+            BadRow: the template cannot render these messages, or not all of them.
         """
         messages = self.messages(prompt, question)
         if messages is None:
             return self.text(str(prompt))
-        text = self._render(messages, generation_prompt=True)
-        _require_user_text(messages, text)
-        return self._segments((text,))
+        return self._segments((self._render_whole(messages, True, tools),))
 
     def prompt_and_answer(
         self,
         prompt: PromptLike,
-        answer: str,
+        answer: AnswerLike,
         question: str | None = None,
         every_answer: bool = False,
+        tools: Sequence[Message] = (),
     ) -> TextSegments:
         """Render a prompt and its answer.
 
         Args:
             prompt: text or messages.
-            answer: text.
+            answer: text, or a message where it is more than text.
             question: as in `messages`.
             every_answer: separate the assistant's earlier turns too, so that ``answer_mask``
                 covers them.
+            tools: that the chat may call.
 
         Raises:
-            BadRow: the template cannot render these messages, or its rendering of the prompt is
-                no prefix of its rendering of the whole.
+            BadRow: the template cannot render these messages, or not all of them, or its rendering
+                of the prompt is no prefix of its rendering of the whole.
         """
         messages = self.messages(prompt, question)
         if messages is None:
-            return TextSegments((str(prompt), answer), self._eos_id, is_plain=True)
-        chat = [*messages, {"role": "assistant", "content": answer}]
-        whole = self._render(chat, generation_prompt=False)
-        _require_user_text(chat, whole)
+            return TextSegments((str(prompt), str(answer)), self._eos_id, is_plain=True)
+        last_turn = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        chat = [*messages, last_turn]
+        whole = self._render_whole(chat, False, tools)
         last = len(chat) - 1
         texts: list[str] = []
         cut = 0
         for index, message in enumerate(chat):
             if message["role"] != "assistant" or not (every_answer or index == last):
                 continue
-            start, end, ended = self._span(chat, index, whole, cut)
+            start, end, ended = self._span(chat, index, whole, cut, tools)
             # The end token of the last answer is added by `tokenize`, if at all.
             end = end if index == last else ended
             texts += (whole[cut:start], whole[start:end])
             cut = end
         return self._segments(tuple(texts))
+
+    def continued(
+        self, prompt: PromptLike, answer: str, tools: Sequence[Message] = ()
+    ) -> TextSegments:
+        """Put an answer behind its rendered prompt, as it is: a template may refuse or change it.
+
+        Raises:
+            BadRow: the template cannot render the prompt.
+        """
+        given = self.prompt(prompt, tools=tools)
+        return TextSegments((*given.texts, answer), given.end_id, given.is_plain)
 
     def text(self, text: str) -> TextSegments:
         """Take a text as it is."""
@@ -205,10 +223,15 @@ class Renderer:
         return TextSegments(texts, self._chat_end, is_plain=False)
 
     def _span(
-        self, chat: Sequence[Message], index: int, whole: str, earliest: int
+        self,
+        chat: Sequence[Message],
+        index: int,
+        whole: str,
+        earliest: int,
+        tools: Sequence[Message],
     ) -> tuple[int, int, int]:
         """Return where one answer starts in the whole text, ends, and its end token ends."""
-        before = self._render(chat[:index], generation_prompt=True)
+        before = self._render(chat[:index], True, tools)
         start = len(before)
         if start < earliest or not whole.startswith(before):
             raise BadRow(
@@ -223,68 +246,65 @@ class Renderer:
         ended = end + len(self._end_text)
         if end < 0:  # no token ends a turn, so it ends with the answer's text
             end = ended = find(answer, start) + len(answer)
-        # Only the end is compared: templates may drop the start, such as earlier reasoning.
-        if answer[-40:] not in whole[start:end]:
-            raise BadRow("template_drops_answer", "the chat template drops the assistant's text")
+        require_shown(chat[index : index + 1], (), whole[start:end])
         return start, end, ended
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Message], generation_prompt: bool, tools: Sequence[Message]
+    ) -> str:
         if self._settings.kind == "question_answer":
             return template.chat(messages, str(self.tokenizer.eos_token))
         _ = self._chat_end  # raises if the template drops text, before the first row
-        return self._apply(messages, generation_prompt)
+        return self._template.render(messages, generation_prompt, tools)
 
-    def _apply(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        """Return the text of the chat template."""
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"The tokenizer {_name(self.tokenizer)} has no chat template, which rows with "
-                "messages need; set template.kind to question_answer, or give its folder a "
-                "chat_template.jinja"
-            )
+    def _render_whole(
+        self, messages: Sequence[Message], generation_prompt: bool, tools: Sequence[Message]
+    ) -> str:
+        """Return the rendering of a chat that shows all parts of it.
+
+        A text may also be in the rendering because another part says the same. So a chat of the
+        same roles and parts, each with a word of its own, is rendered once as well.
+
+        Raises:
+            BadRow: a part is missing, or the template does not know a role.
+        """
+        text = self._render(messages, generation_prompt, tools)
+        for role in {message["role"] for message in messages}:
+            self._require_role(role)
+        require_shown(messages, tools, text)
+        parts = [(message["role"], *sorted(filter(message.get, message))) for message in messages]
+        shape = (*parts, bool(tools), generation_prompt)
+        if shape not in self._probed:
+            self._probed[shape] = self._probe(messages, generation_prompt, tools)
+        if lost := self._probed[shape]:
+            raise BadRow(lost.reason, lost.explanation)
+        return text
+
+    def _probe(
+        self, messages: Sequence[Message], generation_prompt: bool, tools: Sequence[Message]
+    ) -> BadRow | None:
+        """Return what the template drops of a chat with these parts."""
+        marked = with_markers(messages)
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self._settings.kwargs,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BadRow("template_refuses", f"the chat template refuses it: {error}") from error
-        return str(text)
+            text = self._render(marked, generation_prompt, tools)
+        except BadRow:  # it takes some texts only, so the rows' own must do
+            return None
+        try:
+            require_shown(marked, tools, text)
+        except BadRow as lost:
+            return lost
+        return None
+
+    def _require_role(self, role: str) -> None:
+        if self._settings.kind != "question_answer":
+            self._template.require_role(role)
+        elif role not in template.ROLES:
+            reason = f"the layout of template.kind question_answer has no role {role!r}"
+            raise BadRow("template_lacks_role", reason)
 
     @cached_property
     def _chat_end(self) -> int:
-        """The special token that the chat template writes after an answer, else EOS.
-
-        Raises:
-            DataError: the template is missing, cannot render one turn, or drops its text.
-        """
-        question, answer = f"{_PROBE}q", f"{_PROBE}a"
-        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        try:
-            prompt = self._apply(chat[:1], generation_prompt=True)
-            whole = self._apply(chat, generation_prompt=False)
-        except BadRow as error:
-            raise DataError(
-                f"The tokenizer {_name(self.tokenizer)}: {error.explanation}"
-            ) from error
-        if question not in prompt or answer not in whole:
-            lost = "user" if question not in prompt else "assistant"
-            raise DataError(
-                f"The chat template of {_name(self.tokenizer)} drops the {lost}'s text; "
-                "correct it, or set template.kind to question_answer"
-            )
-        (rest,) = encode(self.tokenizer, [whole[whole.rindex(answer) + len(answer) :]])
-        special = set(self.tokenizer.added_tokens_decoder) | set(self.tokenizer.all_special_ids)
-        end = next((token_id for token_id in rest if token_id in special), self._eos_id)
-        if end == self.tokenizer.pad_token_id:
-            raise DataError(
-                f"The chat template of {_name(self.tokenizer)} ends a turn with the pad token "
-                f"{self.tokenizer.pad_token!r}, so a model could not learn to stop; set another "
-                "pad_token in tokenizer_config.json"
-            )
-        return end
+        return self._template.end_id(self._eos_id)
 
     @cached_property
     def _end_text(self) -> str:
@@ -295,14 +315,4 @@ class Renderer:
     def _bos_ids(self) -> list[int]:
         """The beginning-of-text token, if this tokenizer puts one before every text."""
         bos = self.tokenizer.bos_token_id
-        return [bos] if isinstance(bos, int) and self.tokenizer.encode(_PROBE)[:1] == [bos] else []
-
-
-def _require_user_text(messages: Sequence[Message], text: str) -> None:
-    for message in messages:
-        if message["role"] == "user" and message["content"].strip() not in text:
-            raise BadRow("template_drops_prompt", "the chat template drops the user's text")
-
-
-def _name(tokenizer: "PreTrainedTokenizerBase") -> str:
-    return tokenizer.name_or_path or type(tokenizer).__name__
+        return [bos] if isinstance(bos, int) and self.tokenizer.encode(PROBE)[:1] == [bos] else []

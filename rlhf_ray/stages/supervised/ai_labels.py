@@ -17,7 +17,6 @@ from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.data.reading.counts import BadRow, SkippedRows
 from rlhf_ray.data.reading.rows import (
-    STORED_FEATURES,
     Row,
     StoredRows,
     require_text,
@@ -34,6 +33,9 @@ from rlhf_ray.types import Prompt
 
 CHUNK = 64
 """Pairs judged at once, between two writes of verdicts."""
+
+_GIVEN = ("prompt", "messages", "tools", "question")
+"""Columns of a labelled row besides its answers."""
 
 SKIPPED: Mapping[str, SkippedRows] = {
     "unread": SkippedRows("no_verdict", True, "the judge named neither answer"),
@@ -105,14 +107,8 @@ def _labelled(
             continue
         fields = pair.prompt.fields
         chosen, rejected = (pair.a, pair.b) if verdict == "a" else (pair.b, pair.a)
-        yield {
-            **dict.fromkeys(STORED_FEATURES),
-            "prompt": fields.get("prompt"),
-            "messages": fields.get("messages"),
-            "chosen": chosen,
-            "rejected": rejected,
-            "_fields": json.dumps({key: fields[key] for key in ("question",) if key in fields}),
-        }
+        given = {name: fields[name] for name in _GIVEN if name in fields}
+        yield {**given, "chosen": chosen, "rejected": rejected}
 
 
 def _digest(config: Config, judge: PairJudgeConfig) -> str:

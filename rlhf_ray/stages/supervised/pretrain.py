@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.reading.counts import SkippedRows
-from rlhf_ray.data.reading.rows import StoredRows
+from rlhf_ray.data.reading.rows import StoredRows, unpack_row
 from rlhf_ray.models import loading, tiny
 from rlhf_ray.models.adapters import Model
 from rlhf_ray.runs.folder import RunFolder
@@ -64,9 +64,10 @@ def run(config: Config) -> dict[str, object]:
 
 def _texts(rows: StoredRows) -> Iterator[str]:
     """Yield each text as it is tokenised: a prompt and its completion apart."""
-    for row in rows:
-        if isinstance(row, SkippedRows):
+    for stored in rows:
+        if isinstance(stored, SkippedRows):
             continue
+        row = unpack_row(stored)
         messages = row.get("messages")
         turns = [item["content"] for item in messages] if isinstance(messages, list) else []
         texts = [*turns, *(row.get(column) for column in ("prompt", "completion", "text"))]

@@ -89,6 +89,122 @@ def test_messages(tmp_path: Path) -> None:
     assert [row["messages"] for row in prompts] == [chat, chat]
 
 
+class TestMessages:
+    """What a message may hold, and how else chats are written."""
+
+    def test_content_parts_are_joined(self, tmp_path: Path) -> None:
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, "c"]
+        picture = [{"type": "image_url", "image_url": {"url": "x"}}]
+        rows = [{"messages": [user(content), assistant("d")]} for content in (parts, picture)]
+        found, dropped = read(tmp_path, rows, "sft")
+        assert found == [{"messages": [user("abc")], "completion": "d"}]
+        assert dropped == {"content_part": 1}
+
+    def test_tools_calls_and_reasoning_are_kept(self, tmp_path: Path) -> None:
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+        calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": "1", "content": "2"}
+        answer = {**assistant("two"), "thinking": "hm", "timestamp": 3, "tool_calls": None}
+        chat = [user("a"), calling, result, answer]
+        tools = json.dumps([{"name": "f", "parameters": {"type": "object"}}])
+        (found,), _ = read(tmp_path, [{"messages": chat, "tools": tools}], "sft")
+        parsed = {**call, "function": {"name": "f", "arguments": {"x": 1}}}
+        assert found == {
+            "messages": [user("a"), {**assistant(""), "tool_calls": [parsed]}, result],
+            "completion": {**assistant("two"), "reasoning_content": "hm"},
+            "tools": tools,
+        }
+        (pair,), _ = read(
+            tmp_path,
+            [{"prompt": [user("a")], "chosen": [calling], "rejected": [assistant("no")]}],
+            "preferences",
+        )
+        assert pair["chosen"]["tool_calls"] == [parsed]
+
+    @pytest.mark.parametrize("calls", ["f(", [{"arguments": {}}], [{"function": None}], 3])
+    def test_calls_that_are_none(self, tmp_path: Path, calls: Any) -> None:
+        rows = [{"messages": [user("a"), {**assistant("b"), "tool_calls": calls}]}]
+        assert read(tmp_path, rows, "sft")[1] == {"tool_calls": 1}
+
+    def test_sharegpt(self, tmp_path: Path) -> None:
+        turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+        call = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
+        rows: Rows = [
+            {"conversations": turns},
+            {"conversations": turns, "system": "Be brief.", "id": "x"},
+            {"conversations": [turns[0], call, {"from": "observation", "value": "2"}, turns[1]]},
+            {
+                "conversations": turns[:1],
+                "chosen": turns[1],
+                "rejected": {**turns[1], "value": "c"},
+            },
+        ]
+        found, _ = read(tmp_path, rows[:3], "sft")
+        assert found[0] == {"messages": [user("a")], "completion": "b"}
+        assert found[1]["messages"] == [{"role": "system", "content": "Be brief."}, user("a")]
+        assert [message["role"] for message in found[2]["messages"]] == [
+            "user",
+            "assistant",
+            "tool",
+        ]
+        assert found[2]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+        ((pair,), _) = read(tmp_path, rows[3:], "preferences")
+        assert pair == {"messages": [user("a")], "chosen": "b", "rejected": "c"}
+
+    def test_alpaca(self, tmp_path: Path) -> None:
+        row = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+        rows: Rows = [
+            row,
+            {**row, "input": ""},
+            {**row, "system": "Be brief.", "history": [["Hi", "Hello"]]},
+            {**row, "history": "Hi"},
+        ]
+        found, dropped = read(tmp_path, rows, "sft")
+        assert dropped == {"empty": 1}
+        question = "Add.\n\n1 + 1"
+        prompt = f"Question: {question}\n\nAnswer: "
+        assert found[0] == {"prompt": prompt, "question": question, "completion": "2"}
+        assert found[1]["question"] == "Add."
+        system = {"role": "system", "content": "Be brief."}
+        turns = [system, user("Hi"), assistant("Hello"), user(question)]
+        assert found[2] == {"messages": turns, "completion": "2"}
+
+    def test_json_texts(self, tmp_path: Path) -> None:
+        chat = [user("a"), assistant("b")]
+        wanted = [{"messages": [user("a")], "completion": "b"}]
+        assert read(tmp_path, [{"messages": json.dumps(chat)}], "sft")[0] == wanted
+        pair = {"chosen": json.dumps(chat), "rejected": json.dumps([user("a"), assistant("c")])}
+        assert read(tmp_path, [pair], "preferences")[0] == [
+            {"messages": [user("a")], "chosen": "b", "rejected": "c"}
+        ]
+        # Other texts that begin as lists do stay texts.
+        rows = [{"prompt": text} for text in ("[{not json", '[{"a": 1}]')]
+        assert read(tmp_path, rows, "prompts")[0] == rows
+
+
+class TestOneOfTwoPrompts:
+    """A dataset may bring columns of several formats; one of them holds the prompt."""
+
+    LEFT: ClassVar[Rows] = [user("old"), assistant("stale")]
+
+    def test_a_prompt_comes_before_leftover_messages(self, tmp_path: Path) -> None:
+        row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+        assert read(tmp_path, [{**row, "messages": self.LEFT}], "preferences")[0] == [row]
+        row = {"prompt": "p", "completion": "a"}
+        for use in ("sft", "prompts"):
+            assert read(tmp_path, [{**row, "messages": self.LEFT}], use)[0] == [row]
+
+    def test_messages_beside_two_answers_are_their_prompt(self, tmp_path: Path) -> None:
+        row = {"messages": [user("q"), assistant("a")], "chosen": "a", "rejected": "b"}
+        assert read(tmp_path, [row], "preferences")[0] == [
+            {"messages": [user("q")], "chosen": "a", "rejected": "b"}
+        ]
+
+    def test_a_chat_with_its_first_prompt_is_learnt_as_a_chat(self, tmp_path: Path) -> None:
+        row = {"prompt": "a", "messages": [user("a"), assistant("b")]}
+        assert read(tmp_path, [row], "sft")[0] == [{"messages": [user("a")], "completion": "b"}]
+
+
 class TestPreference:
     def test_texts(self, tmp_path: Path) -> None:
         rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}]

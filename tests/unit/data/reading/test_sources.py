@@ -48,6 +48,67 @@ def test_rows_with_other_keys(tmp_path: Path) -> None:
     assert dropped == {"empty": 1}
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "half \ud800"}, "not_unicode"),
+        ({"prompt": "a", "tags": [{"deep": "\udfff"}]}, "not_unicode"),
+        ({"prompt": "a", "score": float("nan")}, "score_not_finite"),
+        ({"prompt": "a", "score": float("-inf")}, "score_not_finite"),
+        ({"prompt": "a", "score": 10**400}, "score_not_finite"),
+        ({"prompt": "a", "score": "NaN"}, "score_not_finite"),
+        ({"prompt": "a", "_fields": "{"}, "reserved_column"),
+        ({"prompt": "a", "_source": 0}, "reserved_column"),
+        ({}, "empty"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_counted(
+    tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
+    good = {"prompt": "b", "_bad": 1, "_num": 2, "score": None}
+    path = write(tmp_path / "a.jsonl", [good, row])
+    assert load({"path": path}) == ([good], {reason: 1})
+
+
+@pytest.mark.parametrize(
+    ("use", "first"),
+    [
+        ("preferences", {"prompt": "p", "chosen": "a", "rejected": "b"}),
+        ("preferences", {"chosen": [{"role": "user", "content": "x"}], "rejected": "b"}),
+        ("preferences", {"prompt": "p", "completion": "a", "label": True}),
+        ("sft", {"messages": [{"role": "user", "content": "x"}]}),
+        ("sft", {"text": "a"}),
+        ("sft", {"instruction": "a", "output": "b"}),
+        ("sft", {"question": "a", "answers": [{"text": "b", "pm_score": 1}]}),
+        ("sft", {"question": "a", "response_j": "b", "response_k": "c"}),
+        ("ratings", {"prompt": "p", "completion": "a", "score": 1}),
+        ("prompts", {"data_source": "d", "prompt": "p", "reward_model": {}}),
+    ],
+)
+def test_a_row_without_the_keys_of_the_first_is_counted(
+    tmp_path: Path, use: Use, first: dict[str, Any]
+) -> None:
+    for key in first:
+        rest = {name: value for name, value in first.items() if name != key}
+        odd = [{**first, key: odd} for odd in (None, 3, [], {}, [None], [{"a": [None]}], True)]
+        path = write(tmp_path / "a.jsonl", [first, rest, *odd])
+        load({"path": path}, use=use)  # raises nothing
+
+
+def test_a_null_among_answers_is_no_answer(tmp_path: Path) -> None:
+    answers = [None, {"text": "b", "pm_score": 1}, {"text": None, "pm_score": "x"}]
+    path = write(tmp_path / "a.jsonl", [{"question": "a", "answers": answers}] * 2)
+    rows, dropped = load({"path": path}, use="sft")
+    assert ([row["completion"] for row in rows], dropped) == (["b", "b"], {})
+
+
+def test_a_row_on_which_a_filter_fails_is_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "n": 3}, {"prompt": "b"}, {"prompt": "c", "n": "many"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    found, dropped = load({"path": path, "filter": {"column": "n", "op": ">", "value": 2}})
+    assert (found, dropped) == (rows[:1], {"filter_fails": 2})
+
+
 def test_filters_come_before_the_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "x" * n, "n": n} for n in range(1, 9)])
     filters = [{"column": "prompt", "length": True, "op": ">", "value": 2}]
