@@ -50,6 +50,8 @@ _SPARE_PADS = (
     "<|finetune_right_pad_id|>",
     "<|vision_pad|>",
     "<|fim_pad|>",
+    "<|padding|>",  # Pythia, GPT-NeoX
+    "<｜▁pad▁｜>",  # DeepSeek
     "<|endoftext|>",
     "<unk>",
 )

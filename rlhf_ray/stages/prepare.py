@@ -15,7 +15,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.quality import TextStats, histogram
-from rlhf_ray.data.question_sets import SETS, set_of_question, to_markdown
+from rlhf_ray.stages.question_sets import SETS, set_of_question, to_markdown
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
 from rlhf_ray.data.stack_exchange.archives import site_name, unpacked

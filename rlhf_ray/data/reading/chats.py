@@ -143,9 +143,9 @@ def _parse_tool_calls(calls: object) -> list[Message]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow("tool_calls", "a tool call must have a function with a name")
         arguments = _json(function.get("arguments") or {}, "tool_calls")
-        own = {"id": call["id"]} if call.get("id") else {}
-        function = {"name": function["name"], "arguments": arguments}
-        parsed.append({**own, "type": "function", "function": function})
+        own = {"id": call["id"]} if isinstance(call, Mapping) and call.get("id") else {}
+        named = {"name": function["name"], "arguments": arguments}
+        parsed.append({**own, "type": "function", "function": named})
     return parsed
 
 

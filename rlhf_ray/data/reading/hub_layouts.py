@@ -41,10 +41,12 @@ def _from_alpaca(row: Row) -> Row:
     history, system = row.get("history") or [], row.get("system")
     if not history and not system:
         return named | {"question": question}
-    if not all(isinstance(turns, list | tuple) and len(turns) == 2 for turns in history):
+    if not isinstance(history, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
         return named | {"question": None}  # a bad row: empty
     turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
-    chat = [("system", system)] * bool(system) + [*turns, ("user", question)]
+    chat = [*[("system", system)] * bool(system), *turns, ("user", question)]
     return named | {"prompt": [{"role": role, "content": text} for role, text in chat]}
 
 

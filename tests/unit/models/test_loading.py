@@ -225,6 +225,15 @@ def test_tokenizer_pads_on_the_right_with_a_token_other_than_eos(
     assert tokenizer.pad_token == "<|pad|>"  # found in the vocabulary
 
 
+@pytest.mark.parametrize("pad", ["<|padding|>", "<｜▁pad▁｜>"])
+def test_spare_pads_of_pythia_and_deepseek(base: Path, tmp_path: Path, pad: str) -> None:
+    folder = Path(tokenizer_without(base, tmp_path / "m", "pad_token"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace("<|pad|>", pad), encoding="utf-8")
+    assert loading.load_tokenizer(str(folder)).pad_token == pad
+
+
 def test_tokenizer_without_eos_or_spare_pad_is_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,23 +133,18 @@ class TestMessages:
             {"conversations": turns},
             {"conversations": turns, "system": "Be brief.", "id": "x"},
             {"conversations": [turns[0], call, {"from": "observation", "value": "2"}, turns[1]]},
-            {
-                "conversations": turns[:1],
-                "chosen": turns[1],
-                "rejected": {**turns[1], "value": "c"},
-            },
         ]
-        found, _ = read(tmp_path, rows[:3], "sft")
+        worse = {"from": "gpt", "value": "c"}
+        pair = {"conversations": turns[:1], "chosen": turns[1], "rejected": worse}
+        found, _ = read(tmp_path, rows, "sft")
         assert found[0] == {"messages": [user("a")], "completion": "b"}
         assert found[1]["messages"] == [{"role": "system", "content": "Be brief."}, user("a")]
-        assert [message["role"] for message in found[2]["messages"]] == [
-            "user",
-            "assistant",
-            "tool",
-        ]
+        roles = [message["role"] for message in found[2]["messages"]]
+        assert roles == ["user", "assistant", "tool"]
         assert found[2]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
-        ((pair,), _) = read(tmp_path, rows[3:], "preferences")
-        assert pair == {"messages": [user("a")], "chosen": "b", "rejected": "c"}
+        assert read(tmp_path, [pair], "preferences")[0] == [
+            {"messages": [user("a")], "chosen": "b", "rejected": "c"}
+        ]
 
     def test_alpaca(self, tmp_path: Path) -> None:
         row = {"instruction": "Add.", "input": "1 + 1", "output": "2"}

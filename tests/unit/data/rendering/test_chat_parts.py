@@ -1,4 +1,4 @@
-"""What a chat template does not show is not trained on in silence: the row is bad, the part named."""
+"""A row that a chat template shows in part is a bad row, and the part is named."""
 
 from typing import Any
 
@@ -59,6 +59,9 @@ OR_ELSE = NAMED_ROLES.replace("{%- elif message.role == 'assistant' %}", "{% els
 STRIPS = "message.content.split('</think>')[-1]"
 CUTS_REASONING = AGENT.replace("{{- message.content }}", f"{{{{- {STRIPS} }}}}")
 """Drops what an answer's text holds before </think>, as R1's does."""
+
+
+LAST_TURN = AGENT.replace(" in messages", " in messages[-1:]")
 
 
 def renderer(chatml: Tokenizer, text: str = AGENT, kind: str = "auto") -> Renderer:
@@ -147,12 +150,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ),
         (AGENT, [{**USER, "images": ["a.png"]}], "So.", "template_drops_images"),
         (AGENT, [{**USER, "weight": 0}], "So.", "template_drops_weight"),
-        (
-            AGENT.replace(" in messages", " in messages[-1:]"),
-            [USER, THOUGHT, USER],
-            "So.",
-            "template_drops_prompt",
-        ),
+        (LAST_TURN, [USER, THOUGHT, USER], "So.", "template_drops_prompt"),
     ],
 )
 def test_a_part_that_is_dropped_is_named(
