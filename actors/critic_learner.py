@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actors.learner import Learner
 from rlhf_ray.algorithms.experience import Assembled, Experience, response_logits
-from rlhf_ray.algorithms.losses import value_loss
+from rlhf_ray.algorithms.losses import explained_variance, value_loss
 from rlhf_ray.models.adapters import (
     adapter_state,
     attach,
@@ -22,7 +22,7 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.forward import ValueModel, response_values
 from rlhf_ray.models.loading import load_sequence_classifier
 from rlhf_ray.models.trainable import recompute_activations
-from rlhf_ray.types import AssembledStats, Rollout
+from rlhf_ray.types import Rollout
 
 
 class CriticLearner(Learner):
@@ -75,20 +75,17 @@ class CriticLearner(Learner):
         )
         return values, None
 
-    def assemble(
-        self, kl_coef: float, scores: Sequence[tuple[float, ...]], *parts: Any
-    ) -> AssembledStats:
-        """Assemble as every learner does, and keep the explained variance of the returns."""
-        stats = super().assemble(kl_coef, scores, *parts)
-        mask = self._experience.mask_BT
-        returns, values = self._experience.returns_BT[mask], self._experience.values_BT[mask]
-        variance = float(returns.var(unbiased=False))
-        error = float((returns - values).var(unbiased=False))
-        self._explained_variance = 1 - error / variance if variance > 0 else float("nan")
-        return stats
-
     def _learnt_from(self, whole: Assembled) -> Experience:
-        return dataclasses.replace(whole.experience, mask_BT=whole.value_mask_BT)
+        """Mask the batch to the critic's tokens, and keep the explained variance of its returns.
+
+        Here, because every rank has the whole batch: of its own rows alone, a rank would compare
+        with their mean, and a mean over ranks is not the variance that the batch explains.
+        """
+        batch = dataclasses.replace(whole.experience, mask_BT=whole.value_mask_BT)
+        self._explained_variance = explained_variance(
+            batch.values_BT, batch.returns_BT, batch.mask_BT
+        )
+        return batch
 
     def _whiten(self, mean: float, std: float) -> None:
         """Do nothing: the critic learns returns, which are not whitened."""

@@ -192,7 +192,7 @@ class Learner(ABC):
         return StepReport(
             metrics=stepped.means() | norm | self._report(),
             samples_learnt=sum(len(rows) for rows in self._my_rows),
-            num_tokens=self._experience.num_tokens,
+            num_tokens=stepped.num_tokens,
         )
 
     @abstractmethod
@@ -254,18 +254,19 @@ class Tally:
     """Metrics of micro-batches, reduced as registered: token-weighted means, or maxima."""
 
     def __init__(self) -> None:
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Tokens added so far, those of each epoch: the weights of the means."""
         self._totals: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Tensor], num_tokens: int) -> None:
         """Add the metrics of a micro-batch of ``num_tokens``."""
-        self._num_tokens += num_tokens
+        self.num_tokens += num_tokens
         for name, value in metrics.items():
             self._count(name, float(value) * (1 if _is_maximum(name) else num_tokens))
 
     def merge(self, other: "Tally") -> None:
         """Add another tally."""
-        self._num_tokens += other._num_tokens
+        self.num_tokens += other.num_tokens
         for name, total in other._totals.items():
             self._count(name, total)
 
@@ -280,7 +281,7 @@ class Tally:
     def means(self) -> dict[str, float]:
         """Return every metric; none if nothing was added."""
         return {
-            name: total if _is_maximum(name) else total / self._num_tokens
+            name: total if _is_maximum(name) else total / self.num_tokens
             for name, total in self._totals.items()
         }
 

@@ -216,7 +216,8 @@ class StepReport:
     samples_learnt: int
     """Number of rollouts learnt from, each counted once for all epochs."""
     num_tokens: int
-    """Number of their response tokens: the weight of the metrics when ranks are merged."""
+    """Tokens that the metrics are means over, of every epoch but of no skipped mini-batch: their
+    weight when ranks are merged."""
 
 
 @dataclass(frozen=True, slots=True)

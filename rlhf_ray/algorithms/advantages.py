@@ -8,6 +8,7 @@ by name any of these that it declares as parameters:
 
     values_BT    the critic's values; a run has a critic only if its estimator declares them
     group_size   number of rows per prompt; rows of one prompt are next to each other
+    sizes_B      sum of the magnitudes that a response's reward was added up from
     gamma, lam   discount, and GAE's lambda
 
 It returns the advantage of every token, `_BT`, zero on padding. Estimators over whole responses
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.whitening import require_same_shape, zero_padding
+from rlhf_ray.algorithms.whitening import ROUNDING, require_same_shape, zero_padding
 from rlhf_ray.config.algorithms import ESTIMATORS
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plugins import load_function
@@ -99,16 +100,26 @@ def rloo(scores_B: Tensor, group_size: int) -> Tensor:
     return (scores_GN - others_GN).flatten().float()
 
 
-def grpo(scores_B: Tensor, group_size: int) -> Tensor:
+def grpo(scores_B: Tensor, group_size: int, sizes_B: Tensor | None = None) -> Tensor:
     """Group-normalised advantage: (score - group mean) / (unbiased group std + 1e-8).
 
     Source: Shao et al. 2024 (arXiv:2402.03300) section 4.1.2. Arguments, result and errors as for
-    `rloo`. A group of equal scores gets 0.
+    `rloo`. A group whose scores differ by rounding alone gets 0: divided by its own deviation,
+    rounding would become advantages of order one.
+
+    Args:
+        scores_B: scores.
+        group_size: samples per prompt.
+        sizes_B: what a score's rounding is relative to, by default the score: the sum of the
+            magnitudes that it was added up from, which may cancel.
     """
     scores_GN = _groups(scores_B, group_size)
+    sizes_GN = scores_GN.abs() if sizes_B is None else _groups(sizes_B, group_size)
     centred_GN = scores_GN - scores_GN.mean(1, keepdim=True)
     std_G1 = scores_GN.std(1, keepdim=True, unbiased=True)
-    return (centred_GN / (std_G1 + 1e-8)).flatten().float()
+    range_G1 = scores_GN.amax(1, keepdim=True) - scores_GN.amin(1, keepdim=True)
+    is_rounding_G1 = range_G1 <= ROUNDING * sizes_GN.amax(1, keepdim=True)
+    return torch.where(is_rounding_G1, 0.0, centred_GN / (std_G1 + 1e-8)).flatten().float()
 
 
 def _groups(scores_B: Tensor, group_size: int) -> Tensor:
@@ -126,7 +137,7 @@ def _groups(scores_B: Tensor, group_size: int) -> Tensor:
     return scores_B.double().view(-1, group_size)
 
 
-GIVEN = ("values_BT", "group_size", "gamma", "lam")
+GIVEN = ("values_BT", "group_size", "sizes_B", "gamma", "lam")
 """Parameters that an estimator may declare besides rewards and mask."""
 
 
@@ -142,9 +153,11 @@ def estimate_rloo(rewards_BT: Tensor, mask_BT: Tensor, *, group_size: int) -> Te
     return _spread(rloo(_response_rewards(rewards_BT), group_size), mask_BT)
 
 
-def estimate_grpo(rewards_BT: Tensor, mask_BT: Tensor, *, group_size: int) -> Tensor:
+def estimate_grpo(
+    rewards_BT: Tensor, mask_BT: Tensor, *, group_size: int, sizes_B: Tensor | None = None
+) -> Tensor:
     """Return `grpo` of each response's total reward, on each of its tokens."""
-    return _spread(grpo(_response_rewards(rewards_BT), group_size), mask_BT)
+    return _spread(grpo(_response_rewards(rewards_BT), group_size, sizes_B), mask_BT)
 
 
 def _response_rewards(rewards_BT: Tensor) -> Tensor:
@@ -172,12 +185,14 @@ class Estimator:
         return "values_BT" in self.asks
 
     def __call__(self, rewards_BT: Tensor, mask_BT: Tensor, **given: Tensor | float) -> Tensor:
-        """Return the advantages `_BT`, zero on padding; `given` must hold every name of `GIVEN`.
+        """Return the advantages `_BT`, zero on padding.
+
+        `given` must hold every name of `GIVEN` that the function declares without a default.
 
         Raises:
             ValueError: the function returned another shape than the mask's.
         """
-        asked = {name: given[name] for name in self.asks}
+        asked = {name: given[name] for name in self.asks if name in given}
         advantages_BT = self.function(rewards_BT, mask_BT, **asked)
         if advantages_BT.shape != mask_BT.shape:
             raise ValueError(

@@ -221,7 +221,10 @@ class Assembler:
         kl_BT = kl_estimate(old_BT, ref_BT, self.kl_kind)
         penalty = kl_coef if self.kl_in == "reward" else 0.0
         rewards_BT = token_rewards(batch.scores_B, kl_BT, mask_BT, penalty, self.position)
-        advantages_BT = self._advantages(rewards_BT, value_mask_BT, values_BT)
+        # Where policy and reference agree, their KL is the rounding of their log-probs.
+        nats_B = zero_padding(old_BT.abs() + ref_BT.abs(), mask_BT).sum(1)
+        sizes_B = batch.scores_B.abs() + penalty * nats_B
+        advantages_BT = self._advantages(rewards_BT, value_mask_BT, values_BT, sizes_B)
         has_critic = self.estimator.needs_critic
         returns_BT = advantages_BT + values_BT if has_critic else torch.zeros_like(values_BT)
         experience = Experience(
@@ -239,12 +242,15 @@ class Assembler:
         )
         return Assembled(experience, rewards_BT, value_mask_BT)
 
-    def _advantages(self, rewards_BT: Tensor, mask_BT: Tensor, values_BT: Tensor) -> Tensor:
+    def _advantages(
+        self, rewards_BT: Tensor, mask_BT: Tensor, values_BT: Tensor, sizes_B: Tensor
+    ) -> Tensor:
         return self.estimator(
             rewards_BT,
             mask_BT,
             values_BT=values_BT,
             group_size=self.group_size,
+            sizes_B=sizes_B,
             gamma=self.gamma,
             lam=self.lam,
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf_ray.algorithms.whitening import (
+    Moments,
     count,
     masked_mean,
     masked_sum,
@@ -155,6 +156,18 @@ def value_loss(
             "error": masked_mean(squares, mask),
         }
     return loss, stats
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """Return 1 - var(returns - values) / var(returns) over the real tokens, in float64.
+
+    NaN where the returns differ by rounding alone. Parts of a batch cannot be merged.
+    """
+    require_same_shape(values=values, returns=returns, mask=mask)
+    targets, guesses = (x[mask.bool()].double() for x in (returns, values))
+    deviation = Moments.of(targets, torch.ones_like(targets)).std(unbiased=False)
+    error = float((targets - guesses).var(unbiased=False))
+    return 1 - error / deviation**2 if deviation else float("nan")
 
 
 def pairwise_reward_loss(

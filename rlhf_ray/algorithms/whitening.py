@@ -40,6 +40,10 @@ def require_same_shape(**tensors: Tensor | None) -> None:
         raise ValueError(f"tensors must have one shape, got {listed}")
 
 
+ROUNDING = 1e-6
+"""A spread below this share of the values' size is rounding, of fp32 (1.2e-7) or of sums of
+squares. Divided by itself, it would become noise of order one; so it counts as no spread."""
+
 EPS = 1e-8
 """Added to the variance, in squared units of the data, before the inverse square root."""
 
@@ -68,6 +72,8 @@ def masked_whiten(
 
         (x - mean) / sqrt(var + 1e-8)  [+ mean]
 
+    Values that differ by rounding alone become 0 [+ mean].
+
     Args:
         x: any shape.
         mask: 1 on real tokens, same shape.
@@ -81,13 +87,14 @@ def masked_whiten(
         ValueError: shapes that differ.
     """
     std = masked_var(x, mask, unbiased).sqrt()
-    return whiten(x, mask, masked_mean(x, mask), std, shift_mean)
+    is_rounding = std <= ROUNDING * zero_padding(x, mask).abs().amax()
+    return whiten(x, mask, masked_mean(x, mask), torch.where(is_rounding, 0.0, std), shift_mean)
 
 
 def whiten(
     x: Tensor, mask: Tensor, mean: Tensor | float, std: Tensor | float, shift_mean: bool = True
 ) -> Tensor:
-    """Whiten as `masked_whiten` does, with a given mean and standard deviation.
+    """Whiten as `masked_whiten` does, with a given mean and standard deviation; 0: no spread.
 
     With those of summed `Moments`, a batch spread over processes is whitened as a whole:
 
@@ -96,7 +103,8 @@ def whiten(
     """
     require_same_shape(x=x, mask=mask)
     std = torch.as_tensor(std, dtype=torch.float32, device=x.device)
-    whitened = (zero_padding(x, mask) - mean) * torch.rsqrt(std.square() + EPS)
+    scale = torch.where(std == 0, 0.0, torch.rsqrt(std.square() + EPS))
+    whitened = (zero_padding(x, mask) - mean) * scale
     return zero_padding(whitened if shift_mean else whitened + mean, mask)
 
 
@@ -132,7 +140,13 @@ class Moments:
         """Mean in the data's unit; 0 without tokens."""
         return self.total / max(self.count, 1.0)
 
-    def std(self, unbiased: bool = True) -> float:
-        """Return the standard deviation in the data's unit; `unbiased` as for `masked_var`."""
+    def std(self, unbiased: bool = True, size: float = 0.0) -> float:
+        """Return the standard deviation in the data's unit; 0 if it is rounding.
+
+        Args:
+            unbiased: as for `masked_var`.
+            size: of the numbers whose differences the values are, where it is larger than theirs.
+        """
         squares = max(self.total_sq - self.total * self.mean, 0.0)
-        return math.sqrt(squares / max(self.count - 1.0 if unbiased else self.count, 1.0))
+        std = math.sqrt(squares / max(self.count - 1.0 if unbiased else self.count, 1.0))
+        return 0.0 if std <= ROUNDING * max(abs(self.mean), size) else std

@@ -197,8 +197,9 @@ class PpoLoop:
                 *(learner.assemble(batch, self._kl.coef) for learner in learners)
             )
             moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
-            mean, std = (moments.mean, moments.std()) if self._whitens else (0.0, 1.0)
-            reports = await asyncio.gather(*(learner.learn(mean, std) for learner in learners))
+            largest = max(abs(score) for scored in batch for score in scored.scores)
+            whitening = (moments.mean, moments.std(size=largest)) if self._whitens else (0.0, 1.0)
+            reports = await asyncio.gather(*(learner.learn(*whitening) for learner in learners))
         for report in reports:
             require_all_learnt(report, num_rollouts(batch))
         return stats, reports

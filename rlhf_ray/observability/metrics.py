@@ -1,6 +1,7 @@
 """Registered metrics: look-up by name, merging over ranks, and ``docs/metrics.md``."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Reduction:
         """Merge the values that the ranks of a learner group report.
 
         Raises:
-            ValueError: values of this reduction cannot be merged.
+            ValueError: a statistic that differs between the ranks: they saw parts of the batch.
         """
         if self.how == "mean":
             weighted = zip(values, num_tokens, strict=True)
@@ -34,9 +35,15 @@ class Reduction:
             return sum(values)
         if self.how == "count":
             return values[0]
+        first = values[0]
+        if all(math.isclose(value, first, rel_tol=1e-6, abs_tol=1e-9) for value in values) or all(
+            map(math.isnan, values)
+        ):
+            return first
         raise ValueError(
-            f"ranks reported a metric whose reduction is '{self}', which cannot be merged; "
-            "compute it in the driver, or register it as a mean, maximum, sum or count"
+            f"ranks reported different values, {', '.join(map(str, values))}, of a metric whose "
+            f"reduction is '{self}', which cannot be merged; compute it from the whole batch, or "
+            "register it as a mean, maximum, sum or count"
         )
 
 

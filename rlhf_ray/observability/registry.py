@@ -8,7 +8,8 @@ from typing import Literal
 
 How = Literal["mean", "maximum", "sum", "count", "last value", "statistic"]
 """How several values become the logged one. `count`: every rank of a group counts for all ranks.
-`statistic`: computed from all values at once, as a correlation is; parts cannot be merged."""
+`statistic`: computed from all values at once, as a correlation is; parts cannot be merged, so
+every rank that reports it computes it from the whole batch."""
 
 Over = tuple[How, str]
 """How values are reduced, and what they belong to."""
@@ -58,7 +59,7 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
     ("val/ratio", "1", _BATCHES,
      "Mean of pi / pi_old over tokens; 1 in the first step of an iteration, near 1 after."),
     ("val/ratio_max", "1", _MAX_TOKENS, "Largest pi / pi_old of any token."),
-    ("val/explained_variance", "1", ("mean", "ranks, each over its response tokens"),
+    ("val/explained_variance", "1", ("statistic", "response tokens"),
      "1 - var(returns - values) / var(returns): 1 for a perfect critic, 0 for one that "
      "predicts no better than the mean return."),
     ("val/ratio_minibatch_max", "1", ("maximum", "the iteration's mini-batches"),

@@ -17,9 +17,6 @@ from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.errors import DivergenceError
 from rlhf_ray.types import RawScores
 
-SMALLEST_SPREAD = 1e-6
-"""A deviation below this share of |mean| is rounding: sums of squares lose that many digits."""
-
 
 @dataclass(frozen=True, slots=True)
 class Combined:
@@ -71,7 +68,8 @@ def _parts(
     source: SourceConfig, raw: Sequence[float | None], moments: Moments | None
 ) -> list[float | None]:
     """Return [N] parts that a source adds to each response's score."""
-    deviation = _deviation(moments) if moments else 1.0
+    # While all scores are equal there is nothing to scale by.
+    deviation = (moments.std() if moments else 0.0) or 1.0
     limit = source.clip if source.clip is not None else float("inf")
 
     def part(score: float) -> float:
@@ -84,12 +82,6 @@ def _parts(
 def _moments_of(raw: Sequence[float | None]) -> Moments:
     scores = [score for score in raw if score is not None]
     return Moments(float(len(scores)), fsum(scores), fsum(score * score for score in scores))
-
-
-def _deviation(moments: Moments) -> float:
-    """Return the deviation to divide by; 1 while all scores are equal."""
-    deviation = moments.std()
-    return deviation if deviation > SMALLEST_SPREAD * abs(moments.mean) else 1.0
 
 
 def _times(weight: float, score: float | None) -> float | None:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rlhf_ray.algorithms.losses import pairwise_reward_loss, pointwise_reward_loss
+from rlhf_ray.algorithms.whitening import ROUNDING
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PointwiseLoss
 from rlhf_ray.data.datasets.ratings import TargetColumn, load_ratings
@@ -107,10 +108,11 @@ def auc(liked: np.ndarray, disliked: np.ndarray) -> float:
 
 
 def correlation(scores_B: np.ndarray, targets_B: np.ndarray) -> float:
-    """Return Pearson's correlation; 0 where either does not vary."""
-    spread = scores_B.std() * targets_B.std()
+    """Return Pearson's correlation; 0 where either varies by rounding alone."""
+    if any(values_B.std() <= ROUNDING * abs(values_B).max() for values_B in (scores_B, targets_B)):
+        return 0.0
     product = ((scores_B - scores_B.mean()) * (targets_B - targets_B.mean())).mean()
-    return float(product / spread) if spread else 0.0
+    return float(product / (scores_B.std() * targets_B.std()))
 
 
 def run(config: Config) -> dict[str, object]:

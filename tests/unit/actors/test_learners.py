@@ -11,9 +11,10 @@ import torch
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PROBE_SHIFT, PolicyLearner, compare_shifts
 from actors.reference import Reference
+from rlhf_ray.cluster.role_clients import merge_reports
 from rlhf_ray.driver.weight_sync import probe_requests
 from rlhf_ray.models.adapters import adapter_state, digest, tensors_from_bytes
-from rlhf_ray.types import AssembledStats, Prompt, Rollout
+from rlhf_ray.types import AssembledStats, Prompt, Rollout, StepReport
 
 Columns = tuple[list[tuple[float, ...]], list[Any]]
 SCORES = [0.5, -1.0, 2.0, 0.0, 1.5, -0.5, 0.25, 1.0]
@@ -225,6 +226,39 @@ def test_explained_variance_is_of_the_values_that_it_was_given(
     parts[9:] = [values[:3], values[3:6], values[6:]]
     critic.assemble(0.0, scores, *parts)
     assert critic._explained_variance == pytest.approx(1.0, abs=1e-6)
+
+
+def test_ranks_report_the_explained_variance_of_the_whole_batch(
+    make_learner: Callable[..., Any], policy: PolicyLearner, rollouts: list[Rollout]
+) -> None:
+    critic = make_learner(CriticLearner, ppo={"gae_lambda": 1.0})
+    scores, parts = columns(rollouts, policy.logprobs(rollouts)[0])
+    # As above, but each value is off by .5, up or down; the returns stay the scores. Four ranks
+    # hold two rows each, whose variances are not the batch's.
+    values = [
+        np.full(len(row.response_ids), score + (0.5 if place % 2 else -0.5), np.float32)
+        for place, (row, score) in enumerate(zip(rollouts, SCORES, strict=True))
+    ]
+    returns = np.repeat(SCORES, [len(row.response_ids) for row in rollouts])
+    errors = returns - np.concatenate(values)
+    parts[9:] = [values[:3], values[3:6], values[6:]]
+    reports = []
+    for rank in range(4):
+        critic._engine = SimpleNamespace(rank=rank, world_size=4)  # type: ignore[assignment]
+        critic.assemble(0.0, scores, *parts)
+        reports.append(StepReport(critic._report(), 2, critic._experience.num_tokens))
+    merged = merge_reports(reports).metrics["val/explained_variance"]
+    assert merged == pytest.approx(1 - errors.var() / returns.var(), rel=1e-5)
+
+
+def test_a_rank_weighs_its_means_by_the_tokens_of_the_steps_taken(
+    policy: PolicyLearner, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assemble(policy, policy, rollouts)
+    steps = iter([True, False])
+    monkeypatch.setattr(policy, "_moves_weights", lambda *_: next(steps))
+    report = policy.learn(0.0, 1.0)
+    assert report.num_tokens == sum(len(row.response_ids) for row in rollouts[:4])
 
 
 class TestProbe:

@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,6 +151,29 @@ def test_equal_scores_give_no_advantage(score: float, group_size: int) -> None:
         advantages_B = estimator(scores_B, group_size)
         assert advantages_B.dtype == torch.float32
         assert advantages_B.abs().max() < 1e-3, estimator.__name__
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, -1000.0, 1e6])
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_scores_apart_by_rounding_give_no_advantage_at_any_size(
+    size: float, group_size: int
+) -> None:
+    # One unit in the last place of fp32, as another composition of the batch gives; then a
+    # difference that fp32 resolves well.
+    scores_B = torch.full((group_size,), size)
+    scores_B[0] = torch.nextafter(scores_B[0], torch.tensor(0.0))
+    assert torch.equal(grpo(scores_B, group_size), torch.zeros(group_size))
+    real_B = scores_B.double()
+    real_B[0] = size * 0.99
+    expected = (group_size - 1) * group_size**-0.5 * -np.sign(size)
+    assert grpo(real_B, group_size)[0].item() == pytest.approx(expected, rel=1e-3, abs=0)
+
+
+def test_a_score_that_cancels_is_compared_with_what_it_was_added_up_from() -> None:
+    # 1000 less 1000, each with the rounding of fp32 at that size.
+    scores_B, sizes_B = torch.tensor([6e-5, 0.0, 0.0, 0.0]), torch.full((4,), 2000.0)
+    assert torch.equal(grpo(scores_B, 4, sizes_B), torch.zeros(4))
+    assert grpo(scores_B, 4)[0] > 1
 
 
 @pytest.mark.parametrize("estimator", [rloo, grpo])

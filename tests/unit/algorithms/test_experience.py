@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_ray.algorithms.experience import Experience, micro_batches, pad, response_logits
+from rlhf_ray.algorithms.advantages import resolve
+from rlhf_ray.algorithms.experience import (
+    Assembler,
+    Collected,
+    Experience,
+    micro_batches,
+    pad,
+    response_logits,
+)
 from rlhf_ray.algorithms.logprobs import token_logprobs
 
 
@@ -113,6 +121,21 @@ def test_rows_takes_every_field_along(data: st.DataObject) -> None:
     for field in dataclasses.fields(Experience):
         got: Tensor = getattr(selected, field.name)
         assert torch.equal(got, getattr(expected, field.name)), field.name
+
+
+@pytest.mark.parametrize(("noise", "advantage"), [(1e-6, 0.0), (1e-3, 1.5)])
+def test_the_kl_of_log_probs_that_agree_up_to_rounding_is_no_advantage(
+    noise: float, advantage: float
+) -> None:
+    # Four identical answers, all scored 0; the first one's log-probs differ from the reference's.
+    config = {"gamma": 1.0, "lam": 1.0, "group_size": 4, "kl_kind": "k1", "kl_in": "reward"}
+    assemble = Assembler(resolve("grpo"), position="last_token", max_tokens=9, **config)  # type: ignore[arg-type]
+    ref = [np.full(3, -2.0, np.float32) for _ in range(4)]
+    old = [ref[0] - np.float32(noise), *ref[1:]]
+    tokens = [np.arange(3) for _ in range(4)]
+    batch = Collected(tokens, [1] * 4, tokens, old, old, ref, None, torch.zeros(4))
+    advantages_BT = assemble(batch, kl_coef=0.05).experience.advantages_BT
+    assert advantages_BT[0].tolist() == pytest.approx([advantage] * 3, rel=1e-3)
 
 
 def test_response_logits_by_hand() -> None:

@@ -99,6 +99,31 @@ def test_epsilon_sits_under_the_root() -> None:
     assert whitened[1].item() == pytest.approx(1e-4 / math.sqrt(3e-8), rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
+def test_rounding_is_not_whitened_to_order_one(size: float) -> None:
+    x = torch.full((6,), size)
+    x[0] = torch.nextafter(x[0], torch.tensor(math.inf))
+    mask = torch.ones(6)
+    moments = Moments.of(x, mask)
+    for whitened in (masked_whiten(x, mask), whiten(x, mask, moments.mean, moments.std())):
+        assert torch.equal(whitened, torch.zeros(6))
+    assert torch.allclose(masked_whiten(x, mask, shift_mean=False), x)
+    x[0] = size * (1 + 1e-3)  # a real difference: one value against five equal ones
+    assert masked_whiten(x, mask)[0].item() == pytest.approx(5 / 6**0.5, rel=1e-3)
+
+
+def test_differences_of_large_numbers_are_rounding_at_those_numbers_size() -> None:
+    moments = Moments.of(torch.tensor([6e-5, -6e-5]), torch.ones(2))  # of 1000 less 1000
+    assert moments.std(size=1000.0) == 0.0
+    assert moments.std() == pytest.approx(6e-5 * 2**0.5)
+
+
+def test_a_deviation_that_is_not_finite_does_not_become_a_plain_zero() -> None:
+    assert whiten(torch.ones(2), torch.ones(2), 0.0, NAN).isnan().all()
+    assert masked_whiten(torch.tensor([NAN, 1.0]), torch.ones(2)).isnan().all()
+    assert math.isnan(Moments(2.0, NAN, NAN).std())
+
+
 @pytest.mark.parametrize("num_real", [0, 1])
 def test_too_few_tokens_stay_finite(num_real: int) -> None:
     x = torch.tensor([5.0, NAN, NAN])

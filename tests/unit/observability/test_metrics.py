@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,14 @@ def test_a_metric_of_several_ranks_is_merged_by_its_reduction(name: str, merged:
     assert metrics.metric(name).reduction.merge([1.0, 4.0], [10, 30]) == merged
 
 
-def test_a_statistic_of_several_ranks_is_refused():
-    with pytest.raises(ValueError, match="'over samples', which cannot be merged"):
+@pytest.mark.parametrize("value", [0.25, math.nan])
+def test_a_statistic_that_every_rank_computed_from_the_whole_batch_is_theirs(value: float):
+    merged = metrics.metric("val/explained_variance").reduction.merge([value] * 3, [10, 30, 0])
+    assert merged == pytest.approx(value, nan_ok=True)
+
+
+def test_a_statistic_of_parts_of_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"1\.0, 4\.0, of .* 'over samples', which cannot"):
         metrics.metric("objective/scores_std").reduction.merge([1.0, 4.0], [10, 30])
 
 

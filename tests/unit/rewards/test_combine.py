@@ -48,6 +48,13 @@ def test_running_moments_are_of_the_whole_run() -> None:
     assert second.scores == (2.0,)  # 4 / 2, not centred: the sign of a score stays
 
 
+@pytest.mark.parametrize("size", [1.0, -1e6])
+def test_scores_apart_by_rounding_are_not_blown_up(size: float) -> None:
+    raw = {"a": (size, size * (1 + 1.2e-7), size, size)}
+    scores = combine([source("a", scale="running")], raw, {}).scores
+    assert scores == pytest.approx(raw["a"])
+
+
 @pytest.mark.parametrize("equal", [0.0, 0.1, -1e6])
 def test_scores_that_are_all_equal_are_not_blown_up(equal: float) -> None:
     raw = {"a": (equal,) * 7}
