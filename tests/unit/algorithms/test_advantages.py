@@ -166,7 +166,7 @@ def test_scores_apart_by_rounding_give_no_advantage_at_any_size(
     real_B = scores_B.double()
     real_B[0] = size * 0.99
     expected = (group_size - 1) * group_size**-0.5 * -np.sign(size)
-    assert grpo(real_B, group_size)[0].item() == pytest.approx(expected, rel=1e-3, abs=0)
+    assert grpo(real_B, group_size)[0].item() == pytest.approx(expected, rel=1e-2)
 
 
 def test_a_score_that_cancels_is_compared_with_what_it_was_added_up_from() -> None:
