@@ -87,7 +87,7 @@ def masked_whiten(
         ValueError: shapes that differ.
     """
     std = masked_var(x, mask, unbiased).sqrt()
-    is_rounding = std <= ROUNDING * zero_padding(x, mask).abs().amax()
+    is_rounding = (std <= ROUNDING * zero_padding(x, mask).abs()).any()
     return whiten(x, mask, masked_mean(x, mask), torch.where(is_rounding, 0.0, std), shift_mean)
 
 
