@@ -82,7 +82,7 @@ class Generator:
         """
         if self.version != request.version:
             raise WeightSyncError(
-                f"{self._name} was asked for version {request.version} and serves {self.version}; "
+                f"{self._name} was called for version {request.version} and serves {self.version}; "
                 "publish the adapter first"
             )
         sampled = await self._engine.sample(request.samples)

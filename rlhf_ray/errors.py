@@ -29,7 +29,7 @@ class CheckpointError(RlhfError):
 
 
 class PlacementError(RlhfError):
-    """The cluster has no room for what was asked, or it did not come in time."""
+    """The cluster has no capacity for a request, or it was not available in time."""
 
 
 class WeightSyncError(RlhfError):

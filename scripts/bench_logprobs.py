@@ -60,7 +60,7 @@ def measure(logprobs: Logprobs, model: Any, num_tokens: int) -> Cost:
     ids_BS = torch.randint(0, model.config.vocab_size, (1, num_tokens + 1), generator=generator)
     batch = (ids_BS, torch.ones_like(ids_BS), torch.ones(1, dtype=torch.long), ids_BS[:, 1:])
     model.zero_grad()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _memory("VmRSS")
     started = time.perf_counter()
     logprobs(model, *batch).sum().backward()

@@ -31,7 +31,7 @@ Lines are means over seeds; bands reach from the lowest seed to the highest.
 
 
 def main() -> int:
-    # Here, because children import this file before they are told to be quiet.
+    # Here, because children import this file before anything silences them.
     from proof.claims import claims_of, draw, row_of, same_curves, write
     from proof.runs import EXPERIMENTS, jobs_of, prepare, train
 

@@ -25,7 +25,7 @@ ROOMS = tuple(str(ROOT / package) + "/" for package in ("rlhf_ray", "actors"))
 
 
 REPORTING = ("rlhf_ray/observability/", "rlhf_ray/driver/recorder.py")
-"""What is told of a death, which leads nobody through it."""
+"""Files that report a death; nobody has to read them to follow it."""
 
 
 class Trail:

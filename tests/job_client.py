@@ -44,7 +44,7 @@ class FakeJobClient:
     packed: list[dict[str, str]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     answers: bool = True
-    """Whether jobs that ask a driver end; else they wait for its node for ever."""
+    """Whether jobs that ask a driver end; else they wait for its node forever."""
     num_looks: int = 0
     deleted: list[str] = field(default_factory=list)
 

@@ -173,7 +173,7 @@ class Estimator:
     """An advantage function, with the parameters that it declares."""
 
     function: Callable[..., Tensor]
-    """`f(rewards_BT, mask_BT, **asked) -> advantages_BT`."""
+    """`f(rewards_BT, mask_BT, **arguments) -> advantages_BT`."""
     asks: tuple[str, ...]
     """The names of `GIVEN` that it declares."""
     whitened: bool
@@ -192,8 +192,8 @@ class Estimator:
         Raises:
             ValueError: the function returned another shape than the mask's.
         """
-        asked = {name: given[name] for name in self.asks if name in given}
-        advantages_BT = self.function(rewards_BT, mask_BT, **asked)
+        arguments = {name: given[name] for name in self.asks if name in given}
+        advantages_BT = self.function(rewards_BT, mask_BT, **arguments)
         if advantages_BT.shape != mask_BT.shape:
             raise ValueError(
                 f"the advantage function {self.function.__name__} returned "

@@ -79,7 +79,7 @@ def require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -
     if positions != list(range(batch_size)):
         raise RlhfError(
             f"The batch holds {len(positions)} samples ({len(set(positions))} distinct) where "
-            f"{batch_size} were asked for: a shard was lost or came twice"
+            f"{batch_size} were requested: a shard was lost or arrived twice"
         )
     stale = {v for scored in batch for v in scored.shard.info.versions} - {version}
     if stale:

@@ -81,7 +81,7 @@ class TextGenerator:
                 self._generate(prompt_ids, seed, streamer)
             except Exception as error:  # raised again below, in the thread that reads the stream
                 failures.append(error)
-                streamer.end()  # else the reader would wait for ever
+                streamer.end()  # else the reader would wait forever
 
         thread = threading.Thread(target=generate, name="generate", daemon=True)
         thread.start()

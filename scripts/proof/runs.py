@@ -122,10 +122,10 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def _train_classifier(run: Path, out: Path) -> None:
-    """A text classifier that tells kind answers of the site from rude ones."""
+    """A text classifier that separates kind answers of the site from rude ones."""
     base, rows = run / "pretrain" / "model", load_from_disk(str(run / "prepare" / "finetune"))
-    told = [(text, _is_kind(text)) for text in rows["completion"][:1000]]
-    texts, kind = zip(*((text, kind) for text, kind in told if kind is not None), strict=True)
+    labelled = [(text, _is_kind(text)) for text in rows["completion"][:1000]]
+    texts, kind = zip(*((text, kind) for text, kind in labelled if kind is not None), strict=True)
     tokenizer = load_tokenizer(str(base))
     names = {0: "NEGATIVE", 1: "POSITIVE"}
     ids = {name: number for number, name in names.items()}

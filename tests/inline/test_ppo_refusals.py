@@ -56,9 +56,9 @@ class _Stale(_Pool):
 @pytest.mark.parametrize(
     ("pool", "message"),
     [
-        (_Lost, r"6 samples \(6 distinct\) where 8 were asked for"),
-        (_Doubled, r"11 samples \(8 distinct\) where 8 were asked for"),
-        (_Swapped, r"8 samples \(5 distinct\) where 8 were asked for"),
+        (_Lost, r"6 samples \(6 distinct\) where 8 were requested"),
+        (_Doubled, r"11 samples \(8 distinct\) where 8 were requested"),
+        (_Swapped, r"8 samples \(5 distinct\) where 8 were requested"),
         (_Stale, r"samples of versions \[1\], 2 is current"),
     ],
 )

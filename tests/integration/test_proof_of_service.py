@@ -1,4 +1,4 @@
-"""A generator that does not serve what it was sent is found out, whatever it claims.
+"""A generator that does not serve the adapter that it was sent is detected, whatever it reports.
 
 One vLLM engine for each data type and way of serving; faults are planted in it one after the other.
 The learner is a PolicyLearner in this process, with the same base and data type.
@@ -63,6 +63,12 @@ class Setup:
         request = ShardRequest(index=0, samples=tuple(self.sync.probe_prompts), version=version)
         return await self.generator.generate(request)
 
+    async def check(self, guard: MismatchGuard, version: int) -> None:
+        """Check the mismatch of a new shard."""
+        shard = await self.sample(version)
+        _, gap = await self.policy.logprobs(shard)
+        guard.check([scored(shard, gap)])
+
     async def gap(self, version: int) -> Mismatch:
         """Difference between engine and learner on a shard of the canaries."""
         _, gap = await self.policy.logprobs(await self.sample(version))
@@ -102,18 +108,17 @@ async def running(
         patch.setenv("VLLM_NO_USAGE_STATS", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         config = make_config(dtype, serving, parallel)
-        engine = FaultyEngine(engine_settings(config, folder))
-        generator = Generator("generator-0", lambda: engine, lambda: load_tokenizer(llama))
-        await generator.start()
+        setup = make_setup(config, llama, FaultyEngine(engine_settings(config, folder)))
+        await setup.generator.worker.call(Generator.start)
     try:
-        yield make_setup(config, llama, engine, generator)
+        yield setup
     finally:
-        await generator.stop()
+        await setup.generator.worker.call(Generator.stop)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def setup(running: Setup) -> AsyncIterator[Setup]:
-    """The engine without faults; whatever a test plants goes again."""
+    """The engine without faults; what a test plants is removed after it."""
     yield running
     await running.engine.plant(None)
 
@@ -154,13 +159,11 @@ def engine_settings(config: Config, model: str) -> VllmSettings:
     )
 
 
-def make_setup(config: Config, model: str, engine: FaultyEngine, generator: Generator) -> Setup:
-    def on_call(*_: Any) -> None:
-        pass
-
+def make_setup(config: Config, model: str, engine: FaultyEngine) -> Setup:
+    generator = Generator("generator-0", lambda: engine, lambda: load_tokenizer(model))
     learner = PolicyLearner("policy-0", config, model, "torch")
     learner.start()
-    policy = PolicyClient([InlineWorker("policy-0", learner, on_call)], zero_stage=2)
+    policy = PolicyClient([InlineWorker("policy-0", learner, lambda *_: None)], zero_stage=2)
     tokenizer = load_tokenizer(model)
     text = "Why does the kettle leak? Because it is worn. How does the pump hum?"
     prompts = [Prompt("0", text, tuple(tokenizer(text)["input_ids"]))]
@@ -168,7 +171,7 @@ def make_setup(config: Config, model: str, engine: FaultyEngine, generator: Gene
     return Setup(
         config,
         engine,
-        GeneratorClient(InlineWorker("generator-0", generator, on_call)),
+        GeneratorClient(InlineWorker("generator-0", generator, lambda *_: None)),
         learner,
         policy,
         WeightSync(policy, canaries, config.engine_is_exact),
@@ -205,10 +208,7 @@ async def test_an_honest_generator_passes(setup: Setup) -> None:
     assert abs(comparison.shift) > 0.1, "the adapter must change something"
     assert comparison.error < (1e-4 if exact else 0.1)
     assert comparison.engine_shift == pytest.approx(comparison.shift, abs=1e-4 if exact else 0.05)
-    guard = MismatchGuard(setup.config.engine_is_exact)
-    shard = await setup.sample(version=1)
-    _, gap = await setup.policy.logprobs(shard)
-    guard.check([scored(shard, gap)])
+    await setup.check(MismatchGuard(setup.config.engine_is_exact), version=1)
 
 
 @pytest.mark.parametrize("fault", ["ignored", "stale", "half"])
@@ -234,16 +234,12 @@ async def test_a_stale_adapter_is_not_learnt_from(setup: Setup) -> None:
     guard = MismatchGuard(setup.config.engine_is_exact)
     move(setup.learner, seed=4)
     await setup.publish(version=1)
-    shard = await setup.sample(version=1)
-    _, gap = await setup.policy.logprobs(shard)
-    guard.check([scored(shard, gap)])
+    await setup.check(guard, version=1)
     await setup.engine.plant("stale", lies=True)
     move(setup.learner, seed=5)
     await setup.publish(version=2)
-    shard = await setup.sample(version=2)
-    _, gap = await setup.policy.logprobs(shard)
     with pytest.raises(WeightSyncError, match="does not sample from the policy"):
-        guard.check([scored(shard, gap)])
+        await setup.check(guard, version=2)
 
 
 async def test_a_prefix_cache_that_hides_the_adapter_fails_the_probe(setup: Setup) -> None:
@@ -272,10 +268,9 @@ async def test_an_adapter_of_two_modules_is_served_right(setup: Setup, llama: st
         setup.config.generators.tensor_parallel_size,
         target_modules=["q_proj", "v_proj"],
     )
-    generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
-    narrow = make_setup(config, llama, setup.engine, generator)
+    narrow = make_setup(config, llama, setup.engine)
     move(setup.learner, seed=7)
-    await setup.publish(version=1)  # its other modules must go again
+    await setup.publish(version=1)  # its other modules must be removed
     await narrow.prove()
     move(narrow.learner, seed=6)
     await narrow.publish(version=1)
@@ -288,8 +283,7 @@ async def test_the_likeliest_tokens_are_the_same_on_both_sides(setup: Setup, lla
     values["rollout"] |= {"top_k": 20, "top_p": 0.8}
     values["ppo"]["importance_cap"] = 2.0
     config = resolve(values)
-    generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
-    truncated = make_setup(config, llama, setup.engine, generator)
+    truncated = make_setup(config, llama, setup.engine)
     truncated.engine.draw_by(sampling_rule(config.rollout, stop_token_ids(llama)))
     await truncated.prove()
     move(truncated.learner, seed=8)
@@ -309,8 +303,7 @@ async def test_ends_and_lengths_are_as_the_config_says_on_both_sides(
     config = resolve(values)
     rule = sampling_rule(config.rollout, stop_token_ids(model))
     stop_conditions = StopConditions(LONG.max_tokens, strings=("e",), limits=(6, 32))
-    generator = Generator("generator-0", lambda: setup.engine, lambda: load_tokenizer(llama))
-    late = make_setup(config, model, setup.engine, generator)
+    late = make_setup(config, model, setup.engine)
     late.engine.draw_by(rule, stop_conditions)
     await late.prove()
     move(late.learner, seed=9)

@@ -76,11 +76,11 @@ class TestGenerator:
     @pytest.mark.parametrize("asked", [4, 6])
     def test_it_refuses_another_version(self, generator: Generator, asked: int) -> None:
         self.publish(generator, update(5))
-        with pytest.raises(WeightSyncError, match=f"asked for version {asked} and serves 5"):
+        with pytest.raises(WeightSyncError, match=f"called for version {asked} and serves 5"):
             asyncio.run(generator.generate(request(asked)))
 
     def test_it_refuses_before_the_first_publication(self, generator: Generator) -> None:
-        with pytest.raises(WeightSyncError, match="asked for version 0 and serves None"):
+        with pytest.raises(WeightSyncError, match="called for version 0 and serves None"):
             asyncio.run(generator.generate(request(0)))
 
     def test_a_publication_that_failed_leaves_it_serving_nothing(

@@ -43,35 +43,35 @@ tests:
             exp_annotations:
               summary: stuck has not committed for 32m 0s
               description: >-
-                An iteration takes long, or an actor hangs: look at the titles of its processes.
-                Calls end by themselves after cluster.call_timeout_s.
+                An iteration takes long or an actor hangs: its process titles show which one, and in
+                which phase. A call fails by itself after cluster.call_timeout_s.
       - {eval_time: 35m, alertname: RlhfKlHigh}
       - eval_time: 37m
         alertname: RlhfKlHigh
         exp_alerts:
           - exp_labels: {run: well, severity: warning}
             exp_annotations:
-              summary: well is 21 nats a response from its reference
+              summary: well is 21 nats a response away from its reference
               description: >-
-                The policy leaves what the reward model knows: read its completions, raise
-                ppo.kl_coef or lower ppo.learning_rate.
+                The policy moves to texts that the reward model does not know: read its
+                completions, raise ppo.kl_coef or lower ppo.learning_rate.
       - eval_time: 20m
         alertname: RlhfGeneratorsDead
         exp_alerts:
           - exp_labels: {run: stuck, severity: warning}
             exp_annotations:
-              summary: stuck works with 7 generators, fewer than it should
+              summary: stuck has 7 ready generators, fewer than its target
               description: >-
-                They died and were not restarted, or the cluster has no room for them.
+                Generators died and were not restarted, or the cluster lacks capacity for them.
       - {eval_time: 40m, alertname: RlhfDiskNearlyFull}
       - eval_time: 47m
         alertname: RlhfDiskNearlyFull
         exp_alerts:
           - exp_labels: {run: stuck, severity: critical}
             exp_annotations:
-              summary: 5% of the disk of stuck is free
+              summary: Only 5% of the disk of stuck is free
               description: >-
-                A commit that cannot be written ends the run: free space, or lower
+                The run ends when a commit cannot be written: free space, or lower
                 ppo.keep_checkpoints.
 """
 
