@@ -60,7 +60,7 @@ def dashboards(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("dashboards"),
     no_commit_minutes: Annotated[
         float,
-        typer.Option(min=1, help="Raise an alert when a run has not committed for this long."),
+        typer.Option(min=1, help="Raise an alert when a run has not committed for this long, minutes."),
     ] = 60.0,
     max_kl: Annotated[
         float,
@@ -78,7 +78,7 @@ def dashboards(
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG]", help="Also check this config's paths on every node."),
+        typer.Argument(metavar="CONFIG", help="Also check this config's paths on every node."),
     ] = None,
     overrides: Overrides = None,
     cluster: Annotated[

@@ -68,7 +68,7 @@ def name_current_job(name: str, folder: Path) -> None:
         _describe(job, {RUN_NAME: name, RUN_FOLDER: os.path.normpath(folder)})
     except Exception as error:  # Ray raises many types here, and no run should fail for its name
         Progress().say(
-            f"warning: the job server did not accept this run's name and folder ({error}); unless "
+            f"Warning: the job server did not accept this run's name and folder ({error}); unless "
             f"rlhf-ray submit started it, rlhf-ray list, status and stop know it as {job} only"
         )
 

@@ -82,7 +82,7 @@ def _enter_ray(session: ExitStack, folder: RunFolder, progress: Progress) -> Non
         files = files_of_roles(folder)
         if unguarded := require_same_files(folder.path, files, config.cluster.interface):
             progress.say(
-                f"warning: Ray asks for no token on {', '.join(unguarded)}: anyone who reaches "
+                f"Warning: Ray requires no token on {', '.join(unguarded)}: anyone who reaches "
                 "its ports can run code; start it with RAY_AUTH_MODE=token (docs/security.md)"
             )
     if url := dashboard_url():
