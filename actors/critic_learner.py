@@ -1,7 +1,6 @@
 """The critic's learner: values of states and the clipped value update."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,8 @@ from actors.learner import Learner
 from rlhf_ray.algorithms.experience import Assembled, Experience, response_logits
 from rlhf_ray.algorithms.losses import explained_variance, value_loss
 from rlhf_ray.models.adapters import (
-    adapter_state,
     attach,
     merge_into_base,
-    peft_config,
-    tensors_to_bytes,
 )
 from rlhf_ray.models.forward import ValueModel, response_values
 from rlhf_ray.models.loading import load_sequence_classifier
@@ -108,12 +104,6 @@ class CriticLearner(Learner):
     def _report(self) -> dict[str, float]:
         return {"val/explained_variance": self._explained_variance}
 
-    def _peft_files(self) -> dict[str, bytes]:
-        module = self._engine.module.classifier
-        settings = peft_config(module) | {"base_model_name_or_path": self._model_path}  # type: ignore[arg-type]
-        with self._engine.whole_parameters():
-            state = adapter_state(module)  # type: ignore[arg-type]
-        return {
-            "adapter_model.safetensors": tensors_to_bytes(state),
-            "adapter_config.json": json.dumps(settings, indent=2).encode(),
-        }
+    @property
+    def _adapted(self) -> Any:
+        return self._engine.module.classifier

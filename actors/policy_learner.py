@@ -1,7 +1,6 @@
 """The policy's learner: the clipped update of a LoRA adapter, and the adapter's export."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from rlhf_ray.algorithms.whitening import masked_mean, masked_sum, whiten, zero_
 from rlhf_ray.config import Config
 from rlhf_ray.models.adapters import (
     TensorDict,
-    adapter_state,
     attach,
     digest,
     load_adapter_state,
@@ -267,24 +265,17 @@ class PolicyLearner(Learner):
     # At ZeRO stage 3 each rank holds a part of the adapter: reading and writing gathers it first,
     # which is a collective. So every caller of these two runs on all ranks.
 
-    def _read_adapter(self) -> TensorDict:
-        with self._engine.whole_parameters():
-            return adapter_state(self._engine.module)  # type: ignore[arg-type]
+    @property
+    def _adapted(self) -> Any:
+        return self._engine.module
 
     def _write_adapter(self, state: TensorDict) -> None:
         with self._engine.whole_parameters():
-            load_adapter_state(self._engine.module, state)  # type: ignore[arg-type]
+            load_adapter_state(self._adapted, state)
 
     def _update(self, version: int, state: TensorDict) -> tuple[bytes, AdapterUpdate]:
-        settings = peft_config(self._engine.module)  # type: ignore[arg-type]
+        settings = peft_config(self._adapted)
         return tensors_to_bytes(state), AdapterUpdate(version, digest(state), settings, None)
-
-    def _peft_files(self) -> dict[str, bytes]:
-        settings = peft_config(self._engine.module) | {"base_model_name_or_path": self._model_path}  # type: ignore[arg-type]
-        return {
-            "adapter_model.safetensors": tensors_to_bytes(self._read_adapter()),
-            "adapter_config.json": json.dumps(settings, indent=2).encode(),
-        }
 
 
 def compare_shifts(engine: np.ndarray, learner: np.ndarray, base: np.ndarray) -> ProbeComparison:

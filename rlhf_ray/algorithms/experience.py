@@ -68,10 +68,7 @@ class Experience:
         Trailing columns that are padding in all of these rows are cut, separately for `_BS` and
         `_BT`; at least one column stays.
         """
-        widths = {
-            "BS": _width(self.attention_BS[index]),
-            "BT": _width(self.mask_BT[index]),
-        }
+        widths = {"BS": _width(self.attention_BS[index]), "BT": _width(self.mask_BT[index])}
         selected: dict[str, Tensor] = {}
         for field in dataclasses.fields(self):
             rows = getattr(self, field.name)[index]

@@ -1,14 +1,13 @@
 """Controllers of the KL coefficient over a run: fixed, or adapted to reach a target KL."""
 
 import math
-from abc import ABC, abstractmethod
 
 from rlhf_ray.config.ppo import PpoConfig
 from rlhf_ray.errors import DivergenceError
 
 
-class KLController(ABC):
-    """Holds the KL coefficient; a resumed run restores it from `state_dict`."""
+class FixedKL:
+    """Keeps the KL coefficient at its initial value; `state_dict` is for a resumed run."""
 
     coef: float
     """Current weight of the KL penalty, score units per nat."""
@@ -18,9 +17,8 @@ class KLController(ABC):
             raise ValueError(f"the KL coefficient must be finite and >= 0, got {coef}")
         self.coef = coef
 
-    @abstractmethod
     def update(self, kl: float, num_samples: int) -> None:
-        """Update the coefficient after an iteration.
+        """Update the coefficient after an iteration; here it is fixed.
 
         Args:
             kl: k1 of the iteration, nats: mean over samples of the token *sum*, or mean over
@@ -37,14 +35,7 @@ class KLController(ABC):
         self.coef = float(state["coef"])
 
 
-class FixedKL(KLController):
-    """Keeps the coefficient at its initial value."""
-
-    def update(self, kl: float, num_samples: int) -> None:
-        """Do nothing: the coefficient is fixed."""
-
-
-class AdaptiveKL(KLController):
+class AdaptiveKL(FixedKL):
     """Proportional controller on the logarithm of the coefficient.
 
         coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon
@@ -80,7 +71,7 @@ class AdaptiveKL(KLController):
         self.coef *= 1 + error * num_samples / self.horizon
 
 
-def kl_controller(ppo: PpoConfig) -> KLController:
+def kl_controller(ppo: PpoConfig) -> FixedKL:
     """Return the controller of a run: adaptive where the config sets a target."""
     target = ppo.kl_target or ppo.kl_target_per_token
     if target is None or ppo.kl_coef == 0:

@@ -30,10 +30,7 @@ class SamplingRule:
             )
 
     def logits(
-        self,
-        logits_BTV: Tensor,
-        tokens_BT: Tensor | None = None,
-        steps_BT: Tensor | None = None,
+        self, logits_BTV: Tensor, tokens_BT: Tensor | None = None, steps_BT: Tensor | None = None
     ) -> Tensor:
         """Return logits whose softmax is the distribution that tokens are drawn from.
 

@@ -48,9 +48,9 @@ def options(
 ) -> None:
     """Train language models with reinforcement learning from human feedback, on a Ray cluster.
 
-    Most commands take a CONFIG (a YAML file, @NAME for a shipped config, or the folder of a run) and
-    then any number of overrides such as ppo.iterations=20. Commands that watch or change a run on a
-    cluster take the run's name, its folder or its submission id.
+    Most commands take a CONFIG (a YAML file, @NAME for a shipped config, or a run's folder) and any
+    number of overrides such as ppo.iterations=20. Commands that watch or change a run on a cluster
+    take the run's name, its folder or its submission id.
 
     [bold]Examples[/bold]
 

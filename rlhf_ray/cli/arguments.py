@@ -27,8 +27,7 @@ OneModel = Annotated[
     ),
 ]
 StageModel = Annotated[
-    str,
-    typer.Option(help="sft, dpo, ppo or reward; ppo@best and ppo@7 name other commits of PPO."),
+    str, typer.Option(help="sft, dpo, ppo or reward; ppo@best and ppo@7 name other commits of PPO.")
 ]
 PolicyModel = Annotated[
     str, typer.Option(help="sft, dpo, ppo, ppo@best, ppo@7 or a path to a language model.")
@@ -41,8 +40,7 @@ ManyModels = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="0 decodes greedily. Default: rollout.temperature."),
+    float | None, typer.Option(min=0.0, help="0 decodes greedily. Default: rollout.temperature.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 MaxTokens = Annotated[

@@ -15,8 +15,7 @@ SHOW = "Look at a run"
 
 
 @app.command(
-    rich_help_panel=CHECK,
-    epilog="Example: rlhf-ray plan config.yaml --cluster 3x8xA100-80GB",
+    rich_help_panel=CHECK, epilog="Example: rlhf-ray plan config.yaml --cluster 3x8xA100-80GB"
 )
 def plan(
     config: ConfigPath,
@@ -60,7 +59,9 @@ def dashboards(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("dashboards"),
     no_commit_minutes: Annotated[
         float,
-        typer.Option(min=1, help="Raise an alert when a run has not committed for this long, minutes."),
+        typer.Option(
+            min=1, help="Raise an alert when a run has not committed for this long, minutes."
+        ),
     ] = 60.0,
     max_kl: Annotated[
         float,

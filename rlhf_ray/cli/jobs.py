@@ -31,8 +31,7 @@ Address = Annotated[
 
 
 @app.command(
-    rich_help_panel=PANEL,
-    epilog="Example: rlhf-ray submit config.yaml --address http://HEAD:8265",
+    rich_help_panel=PANEL, epilog="Example: rlhf-ray submit config.yaml --address http://HEAD:8265"
 )
 def submit(
     config: ConfigPath,

@@ -42,8 +42,7 @@ def init(
 
 
 @app.command(
-    rich_help_panel=TRAIN,
-    epilog="Example: rlhf-ray run configs/quickstart.yaml ppo.iterations=20",
+    rich_help_panel=TRAIN, epilog="Example: rlhf-ray run configs/quickstart.yaml ppo.iterations=20"
 )
 def run(
     config: ConfigPath,
@@ -120,8 +119,7 @@ class ExportKind(StrEnum):
 
 
 @app.command(
-    rich_help_panel=USE,
-    epilog="Example: rlhf-ray export runs/my-run --kind merged --out my-model",
+    rich_help_panel=USE, epilog="Example: rlhf-ray export runs/my-run --kind merged --out my-model"
 )
 def export(
     config: ConfigPath,

@@ -2,9 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -25,6 +25,8 @@ class ClusterNode:
     """Ray's node id."""
     address: str
     """The address under which other nodes reach it."""
+    entry: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    """Ray's own description."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def alive_nodes() -> list[ClusterNode]:
     for entry in entries:
         address, node_id = entry["NodeManagerAddress"], entry["NodeID"]
         name = address if counts[address] == 1 else f"{address} ({node_id[:8]})"
-        nodes.append(ClusterNode(name, node_id, address))
+        nodes.append(ClusterNode(name, node_id, address, entry))
     return sorted(nodes, key=lambda node: node.name)
 
 

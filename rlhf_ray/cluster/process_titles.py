@@ -8,7 +8,8 @@ which phase.
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -64,13 +65,15 @@ class _Title:
         self._doing: list[str] = []
         self._show()
 
-    def begin(self, doing: str) -> None:
+    @contextmanager
+    def showing(self, doing: str) -> Iterator[None]:
         self._doing.append(doing)
         self._show()
-
-    def end(self, doing: str) -> None:
-        self._doing.remove(doing)
-        self._show()
+        try:
+            yield
+        finally:
+            self._doing.remove(doing)
+            self._show()
 
     def _show(self) -> None:
         version = getattr(self._actor, "version", None)
@@ -89,20 +92,14 @@ def _showing(method: Callable[..., Any], doing: str) -> Callable[..., Any]:
 
         @functools.wraps(method)
         async def waited_for(self: Any, *args: Any) -> Any:
-            self.title.begin(doing)
-            try:
+            with self.title.showing(doing):
                 return await method(self, *args)
-            finally:
-                self.title.end(doing)
 
         return waited_for
 
     @functools.wraps(method)
     def called(self: Any, *args: Any) -> Any:
-        self.title.begin(doing)
-        try:
+        with self.title.showing(doing):
             return method(self, *args)
-        finally:
-            self.title.end(doing)
 
     return called

@@ -22,15 +22,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from rlhf_ray.cluster.process_titles import titled
-from rlhf_ray.cluster.role_clients import (
-    DataT,
-    Method,
-    OnCall,
-    P,
-    ProcessT_co,
-    ResultT,
-    ScalarsT,
-)
+from rlhf_ray.cluster.role_clients import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
 from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.types import Handle
 

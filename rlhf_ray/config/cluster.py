@@ -25,10 +25,7 @@ class ClusterConfig(Section):
         1, unit="threads", ge=1, description="CPU threads of each role's process (local mode)."
     )
     start_timeout_s: float = changeable(
-        300.0,
-        unit="seconds",
-        gt=0,
-        description="Deadline for a role's process to be ready.",
+        300.0, unit="seconds", gt=0, description="Deadline for a role's process to be ready."
     )
     call_timeout_s: float = changeable(
         600.0,

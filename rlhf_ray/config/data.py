@@ -128,10 +128,7 @@ class DataSource(Section):
         description="Weight in a mixture, relative to the others; none: use all rows.",
     )
     limit: int | None = fixed(
-        None,
-        unit="rows",
-        ge=1,
-        description="Most rows to read, after the filters.",
+        None, unit="rows", ge=1, description="Most rows to read, after the filters."
     )
     licence: str | None = fixed(
         None, description="Licence of the rows, for the cards of exported models."

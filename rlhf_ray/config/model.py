@@ -20,12 +20,7 @@ _ROPE_NEEDS = {
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """Kinds of RoPE scaling that both transformers and vLLM support -> keys that each needs."""
 
@@ -118,10 +113,7 @@ class ModelConfig(Section):
         "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}.",
     )
     max_length: int = fixed(
-        256,
-        unit="tokens",
-        gt=0,
-        description="Longest sequence (prompt and response) of any stage.",
+        256, unit="tokens", gt=0, description="Longest sequence (prompt and response) of any stage."
     )
     kwargs: PassThrough = fixed({}, description="More arguments of from_pretrained.")
     trust_remote_code: bool = fixed(False, description="Run code from the model's folder.")

@@ -77,8 +77,7 @@ class CriticConfig(LearnerConfig):
         "scores.",
     )
     path: str | None = fixed(
-        None,
-        description="Initial model in place of the SFT model, with a value head of zeros.",
+        None, description="Initial model in place of the SFT model, with a value head of zeros."
     )
     shape: ShapeConfig | None = changeable(
         None, description="Shape of critic.path, used only by the command plan; none: the policy's."

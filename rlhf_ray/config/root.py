@@ -10,12 +10,7 @@ from rlhf_ray.config.data import DataConfig, PrepareConfig, TemplateConfig
 from rlhf_ray.config.evaluate import EvaluateConfig
 from rlhf_ray.config.guards import GuardsConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
-from rlhf_ray.config.ppo import (
-    CriticConfig,
-    PolicyConfig,
-    PpoConfig,
-    ReferenceConfig,
-)
+from rlhf_ray.config.ppo import CriticConfig, PolicyConfig, PpoConfig, ReferenceConfig
 from rlhf_ray.config.rewards import (
     EndpointConfig,
     ModelSourceConfig,

@@ -185,10 +185,7 @@ class PairsConfig(SupervisedConfig):
     """Keys of a stage that trains on pairs of a preferred and a rejected answer."""
 
     max_pairs: int | None = fixed(
-        None,
-        unit="pairs",
-        ge=1,
-        description="Most training pairs, or single answers, to use.",
+        None, unit="pairs", ge=1, description="Most training pairs, or single answers, to use."
     )
     judge: PairJudgeConfig | None = fixed(
         None,

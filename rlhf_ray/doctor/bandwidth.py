@@ -72,8 +72,7 @@ def measure(nodes: Sequence[ClusterNode]) -> list[Link]:
     peers: dict[ClusterNode, Any] = {
         node: ray.remote(Peer)
         .options(
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         )
         .remote(node.address)
         for node in nodes

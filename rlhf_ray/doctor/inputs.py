@@ -7,11 +7,7 @@ from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.losses import resolve_policy_loss
 from rlhf_ray.config import Config
 from rlhf_ray.config.data import DataSource
-from rlhf_ray.config.rewards import (
-    ClassifierSourceConfig,
-    FunctionSourceConfig,
-    ModelSourceConfig,
-)
+from rlhf_ray.config.rewards import ClassifierSourceConfig, FunctionSourceConfig, ModelSourceConfig
 from rlhf_ray.config.stages import POLICIES, STAGES
 from rlhf_ray.data.datasets.instructions import load_instructions
 from rlhf_ray.data.reading.readers import read_rows

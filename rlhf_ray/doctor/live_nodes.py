@@ -20,12 +20,11 @@ NODES_TIMEOUT_S = NVIDIA_SMI_S + 5.0
 def main() -> None:
     """Join the cluster, read its nodes and print them."""
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    entries = [node for node in ray.nodes() if node["Alive"]]
-    with_gpus = {node["NodeID"] for node in entries if node["Resources"].get("GPU", 0)}
-    nodes = [node for node in alive_nodes() if node.node_id in with_gpus]
-    answers = on_nodes(nodes, smallest_gpu_gb, [()] * len(nodes), NODES_TIMEOUT_S)
-    memory_gb = {answer.node.node_id: answer.value for answer in answers}
-    print(json.dumps([(node, memory_gb.get(node["NodeID"])) for node in entries], default=str))
+    nodes = alive_nodes()
+    with_gpus = [node for node in nodes if node.entry["Resources"].get("GPU", 0)]
+    answers = on_nodes(with_gpus, smallest_gpu_gb, [()] * len(with_gpus), NODES_TIMEOUT_S)
+    memory_gb = {answer.node: answer.value for answer in answers}
+    print(json.dumps([(node.entry, memory_gb.get(node)) for node in nodes], default=str))
 
 
 if __name__ == "__main__":

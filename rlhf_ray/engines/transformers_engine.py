@@ -16,12 +16,7 @@ from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.models.adapters import (
-    AdapterSlot,
-    adapter_state,
-    digest,
-    tensors_from_bytes,
-)
+from rlhf_ray.models.adapters import AdapterSlot, adapter_state, digest, tensors_from_bytes
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_gpu
 from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAdapter

@@ -28,12 +28,7 @@ from rlhf_ray.models.folders import (
     locate,
     record_base,
 )
-from rlhf_ray.models.forward import (
-    HEAD_NAMES,
-    has_token_head,
-    initialise_head,
-    keep_head_in_fp32,
-)
+from rlhf_ray.models.forward import HEAD_NAMES, has_token_head, initialise_head, keep_head_in_fp32
 from rlhf_ray.models.quantization import keep_differentiable, quantization_config
 
 STRICT = ModelConfig()

@@ -45,7 +45,7 @@ def merge_adapter(
 def _wrapped(base_path: str, adapter_path: str, settings: ModelConfig) -> PeftModel:
     if not folders.is_adapter(adapter_path):
         raise DataError(
-            f"{adapter_path} is not a PEFT folder: it has no {folders.ADAPTER_CONFIG}; "
+            f"{adapter_path} is not an adapter: it has no {folders.ADAPTER_CONFIG}; "
             "there is nothing to merge"
         )
     if folders.adapter_task(adapter_path) == "SEQ_CLS":

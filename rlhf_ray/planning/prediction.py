@@ -254,11 +254,7 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
         time=time,
         bytes_per_sync=sync_bytes(config, models.tuned.shape) if runs_ppo else 0,
         late_calls=late_calls(setting, time),
-        assumptions=(
-            *models.assumptions,
-            *unknown_extents(config, models),
-            *_unknown_kinds(nodes),
-        ),
+        assumptions=(*models.assumptions, *unknown_extents(config, models), *_unknown_kinds(nodes)),
     )
 
 

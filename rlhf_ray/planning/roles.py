@@ -115,12 +115,7 @@ class Setting:
 
 def ppo_roles(setting: Setting) -> list[PlannedRole]:
     """Return the roles that the config needs, the driver included."""
-    parts = {
-        "policy": _policy,
-        "critic": _critic,
-        "reference": _reference,
-        "reward": _reward,
-    }
+    parts = {"policy": _policy, "critic": _critic, "reference": _reference, "reward": _reward}
     roles = []
     for demand in demands(setting.config):
         gpus = demand.gpus if demand.role in setting.kinds else 0
@@ -165,10 +160,7 @@ def _critic(setting: Setting) -> tuple[Parts, float]:
     micro = setting.learnt(config.critic)
     trained = shape.adapter_parameters(config.critic.lora) + shape.hidden_size
     parts, start = _learner(setting, "critic", config.critic, shape, trained)
-    return {
-        **parts,
-        "activations": _activations(setting, shape, config.critic.lora, micro),
-    }, start
+    return {**parts, "activations": _activations(setting, shape, config.critic.lora, micro)}, start
 
 
 def _learner(

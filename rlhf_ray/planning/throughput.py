@@ -171,10 +171,7 @@ def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
     bandwidth = ASSUMPTIONS["decoding, share of the GPU's memory bandwidth"][end]
     flops = kind.bf16_tflops * 1e12 * ASSUMPTIONS["scorers and prefill, MFU"][end]
     operations = 2 * shape.size.parameters / size
-    of_token = max(
-        read / (kind.memory_gb_per_s * 1e9 * bandwidth),
-        operations * together / flops,
-    )
+    of_token = max(read / (kind.memory_gb_per_s * 1e9 * bandwidth), operations * together / flops)
     beside = ASSUMPTIONS["decoding, fixed seconds per step"][end]
     waves = math.ceil(rollouts / together)
     return waves * steps * (of_token + beside) + rollouts * prompt * operations / flops

@@ -5,12 +5,7 @@ import os
 from collections.abc import Sequence
 
 import httpx
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-)
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from rlhf_ray.config.rewards import EndpointConfig, RemoteSourceConfig
 from rlhf_ray.errors import RlhfError

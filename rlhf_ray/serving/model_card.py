@@ -9,16 +9,6 @@ from rlhf_ray.version import __version__
 
 WRITTEN_BY = "<!-- Written by rlhf-ray export, which replaces this folder when run again. -->\n"
 """Line of the card that marks a folder as an export, which may be replaced."""
-_ADAPTER_USE = """\
-from peft import {auto}
-
-model = {auto}.from_pretrained({folder!r}{more})
-"""
-_MERGED_USE = """\
-from transformers import {auto}
-
-model = {auto}.from_pretrained({folder!r})
-"""
 
 
 @dataclass(frozen=True)
@@ -89,12 +79,14 @@ def _description(exported: Exported) -> str:
 
 def _use(exported: Exported) -> str:
     is_lm = exported.task == "CAUSAL_LM"
+    library, auto, more = "transformers", "AutoModel", ""
     if exported.base is not None:
-        auto = f"AutoPeftModelFor{'CausalLM' if is_lm else 'SequenceClassification'}"
-        more = "" if is_lm else ", num_labels=1"
-        return _ADAPTER_USE.format(auto=auto, folder=exported.folder, more=more)
-    auto = f"AutoModelFor{'CausalLM' if is_lm else 'SequenceClassification'}"
-    return _MERGED_USE.format(auto=auto, folder=exported.folder)
+        library, auto, more = "peft", "AutoPeftModel", "" if is_lm else ", num_labels=1"
+    auto += f"For{'CausalLM' if is_lm else 'SequenceClassification'}"
+    return (
+        f"from {library} import {auto}\n\n"
+        f"model = {auto}.from_pretrained({exported.folder!r}{more})\n"
+    )
 
 
 def _steps(history: Lineage) -> str:

@@ -69,11 +69,7 @@ def load_pairs(
                 tally.drop_bad("equal")
                 continue
             tally.keep()
-            yield {
-                "chosen_ids": chosen,
-                "rejected_ids": rejected,
-                "num_prompt_tokens": num_prompt,
-            }
+            yield {"chosen_ids": chosen, "rejected_ids": rejected, "num_prompt_tokens": num_prompt}
 
     return write_table(pairs(), _PAIRS), tally.finish()
 

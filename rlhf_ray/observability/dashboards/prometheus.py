@@ -25,9 +25,7 @@ def configuration(alerts: Path, discovery: Path) -> dict[str, object]:
     return {
         "global": {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL},
         "rule_files": [str(alerts)],
-        "scrape_configs": [
-            {"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)]}]},
-        ],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)]}]}],
     }
 
 

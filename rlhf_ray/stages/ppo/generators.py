@@ -24,10 +24,7 @@ class GeneratorFactory:
         self._spawner = spawner
         self._demand = next(d for d in demands(config) if d.role == "generator")
         stop = stop_token_ids(base, config.template, config.model)
-        self._args = (
-            partial(generation_engine, config, base, stop),
-            partial(load_tokenizer, base),
-        )
+        self._args = (partial(generation_engine, config, base, stop), partial(load_tokenizer, base))
 
     def spawn(self, name: str) -> GeneratorClient:
         """Make a generator that is not started."""

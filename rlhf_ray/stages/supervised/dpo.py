@@ -16,12 +16,7 @@ from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprob
 from rlhf_ray.models.trainable import without_dropout
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.launcher import open_training, run_training
-from rlhf_ray.stages.supervised.pairs import (
-    CHOSEN,
-    REJECTED,
-    PairTraining,
-    load_training_pairs,
-)
+from rlhf_ray.stages.supervised.pairs import CHOSEN, REJECTED, PairTraining, load_training_pairs
 from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN
 
 

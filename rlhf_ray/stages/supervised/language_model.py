@@ -102,10 +102,7 @@ def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> StoredRows:
 
 
 def packed_blocks(
-    stage: str,
-    documents: Dataset,
-    settings: PretrainConfig | SftConfig,
-    pad_id: int,
+    stage: str, documents: Dataset, settings: PretrainConfig | SftConfig, pad_id: int
 ) -> dict[str, Dataset]:
     """Pack texts into blocks; the last share of the texts is held out.
 

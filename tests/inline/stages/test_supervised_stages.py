@@ -264,7 +264,7 @@ def test_merge_merges_the_newest_policy(trained_run: Trained, tmp_path: Path) ->
     for name, weight in fresh.state_dict().items():
         assert torch.equal(weight, merged.state_dict()[name])
     with pytest.raises(DataError, match="is not an adapter"):
-        merge.merge_folder(sft_model, tmp_path / "out", config.model)
+        merge.run(config, str(sft_model))
 
 
 def test_a_given_model_is_pretrained_as_it_is(make_run: Any, tmp_path: Path) -> None:
