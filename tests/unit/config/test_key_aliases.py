@@ -61,7 +61,7 @@ def test_no_system_has_a_name_twice() -> None:
             "ppo.num_ppo_epochs: unknown key. TRL's num_ppo_epochs is our",
         ),
         ("ppo.init_kl_coef=0.1", "TRL and OpenRLHF's init_kl_coef is our ppo.kl_coef."),
-        ("ppo.vf_coef=0.1", "is our critic.learning_rate (the critic has an optimizer of its own"),
+        ("ppo.vf_coef=0.1", "is our critic.learning_rate (the critic has its own optimizer"),
         ("ppo.cliprange=0.1", "TRL's cliprange is our ppo.clip_range."),
         ("response_length=53", "is our rollout.max_tokens."),
         ("sft.per_device_train_batch_size=2", "is our sft.batch_size (theirs is of one device"),
