@@ -220,12 +220,7 @@ class Learner(ABC):
         return tally
 
     def _moves_weights(self, mini_batch: "Tally", num_tokens: int) -> bool:
-        """Return whether to step on a mini-batch; every rank must return the same.
-
-        Args:
-            mini_batch: metrics of this rank's rows.
-            num_tokens: tokens of the whole mini-batch, all ranks.
-        """
+        """Return whether to step on a mini-batch; every rank must return the same."""
         return True
 
     def sleep(self) -> None:

@@ -1,5 +1,6 @@
 """Commands that use a run's models."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -111,6 +112,6 @@ def serve(
     arguments = serve_stage.command(read_config(config, overrides), model or [], further or [])
     if warning := serve_stage.exposure_warning(further or []):
         typer.echo(f"Warning: {warning}", err=True)
-    typer.echo(serve_stage.shell_command(arguments))
+    typer.echo(shlex.join(arguments))
     if not print_only:
         serve_stage.run(arguments)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import psutil
 import ray
@@ -139,11 +139,6 @@ def _is_unplaced(actor: ActorHandle) -> bool:
 
 async def _resolve(reference: Awaitable[ResultT]) -> ResultT:
     return await reference  # `asyncio.wait_for` takes coroutines, which an object reference is not
-
-
-async def fetch(handle: Handle[DataT]) -> DataT:
-    """Bring data to the driver."""
-    return await cast("Awaitable[DataT]", handle)
 
 
 def spawn(

@@ -3,13 +3,13 @@
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar, cast
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS, ColocatedWorker, Colocation
-from rlhf_ray.cluster.ray_workers import RayWorker, fetch, kill, request_capacity, spawn
+from rlhf_ray.cluster.ray_workers import RayWorker, kill, request_capacity, spawn
 from rlhf_ray.cluster.role_clients import DataT, InlineWorker, OnCall, Worker, arriving
 from rlhf_ray.config import Config
 from rlhf_ray.placement.groups import Placement
@@ -68,11 +68,7 @@ class RoleSpawner:
             raise
 
     async def place_one(self, demand: Demand, rank: int) -> None:
-        """Reserve a slot for a worker that is spawned later, or again.
-
-        Raises:
-            PlacementError: as `place` does.
-        """
+        """Reserve a slot for a worker that is spawned later, or again."""
         if self._on_ray:
             await self._placement.reserve_one(demand, rank)
 
@@ -203,7 +199,7 @@ class RoleSpawner:
 
     async def fetch(self, handle: Handle[DataT]) -> DataT:
         """Bring data to the driver."""
-        return await fetch(handle) if self._on_ray else arriving(handle)
+        return await cast("Awaitable[DataT]", handle) if self._on_ray else arriving(handle)
 
 
 async def _start_group(ranks: Sequence[Worker[LearnerProcess]]) -> None:

@@ -169,9 +169,8 @@ def _interpolate(value: object, key: tuple[str, ...]) -> object:
 def _describe(detail: ErrorDetails) -> str:
     key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
     if detail["type"] == "extra_forbidden":
-        if hints := alias_hints(
-            key, value, set(keys())
-        ):  # without the value: it may be a secret, such as a tracker's key
+        # Without the value: it may be a secret, such as a tracker's key.
+        if hints := alias_hints(key, value, set(keys())):
             return f"{key}: unknown key. " + "\n    ".join(hints)
         return f"{key}: unknown key (value {value!r}). {_nearest(key)}"
     message = detail["msg"].removeprefix("Value error, ")

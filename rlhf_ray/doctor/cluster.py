@@ -23,9 +23,6 @@ Section = tuple[str, list[Check]]
 def run(config: Config | None, min_gbit_s: float) -> tuple[list[Section], bool]:
     """Check the cluster that this machine belongs to, or that RAY_ADDRESS names.
 
-    Returns:
-        Titled checks, and whether all of them passed.
-
     Raises:
         PlacementError: no cluster can be reached.
     """

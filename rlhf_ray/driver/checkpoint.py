@@ -126,11 +126,7 @@ class Checkpoints:
         self._drop_old()
 
     def set_progress(self, version: int, progress: Mapping[str, object]) -> None:
-        """Replace the plain values of a saved version; its files stay as they are.
-
-        Raises:
-            CheckpointError: the disk is full or the folder cannot be written.
-        """
+        """Replace the plain values of a saved version; its files stay as they are."""
         path = self._folder / str(version) / STATE
         temporary = path.with_name(f".{STATE}")
         with self._unwritable_is_an_error(version):
@@ -139,11 +135,7 @@ class Checkpoints:
             os.replace(temporary, path)
 
     def mark_best(self, version: int) -> None:
-        """Point ``best`` at a saved version.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
+        """Point ``best`` at a saved version."""
         with self._unwritable_is_an_error(version):
             self._point("best", version)
 

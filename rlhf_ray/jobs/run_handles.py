@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 
 class Run(Protocol):
-    """A handle on a run, wherever it is."""
+    """A handle on a run, wherever it is; what the run cannot do now raises ConfigError."""
 
     def status(self) -> RunStatus:
         """Return its status."""
@@ -83,11 +83,7 @@ class LocalRun:
         return self._files.status()
 
     def stop(self, now: bool, say: Say) -> None:
-        """End the run: see `Run`.
-
-        Raises:
-            ConfigError: it is not running, or runs on another machine.
-        """
+        """End the run: see `Run`."""
         status = self._files.status()
         require_running(status)
         if status.stage == COMMITS and not now:
@@ -116,22 +112,14 @@ class LocalRun:
             )
 
     def scale(self, num_generators: int) -> None:
-        """Request another number of generators.
-
-        Raises:
-            ConfigError: it is not running, or not in PPO.
-        """
+        """Request another number of generators."""
         status = self._files.status()
         require_running(status)
         require_generators(status)
         self._files.request(num_generators=num_generators)
 
     def logs(self, follow: bool) -> Iterator[str]:
-        """Refuse: the output of a run on this machine is not kept.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Refuse: the output of a run on this machine is not kept."""
         raise ConfigError(
             f"{self._folder} is a run on this machine, not a job of a cluster: its output went to "
             "the terminal that started it and is not kept; its metrics are in metrics.jsonl of "
@@ -160,11 +148,7 @@ class JobRun:
         return replace(status, state="stopped") if was_killed else status
 
     def stop(self, now: bool, say: Say) -> None:
-        """End the run: see `Run`; waits for the end, unless ``now``.
-
-        Raises:
-            ConfigError: it has ended.
-        """
+        """End the run: see `Run`; waits for the end, unless ``now``."""
         job = self._job
         self._require_not_over()
         status = None if now or job.status == "PENDING" else self._server.query(job, "--stop")
@@ -177,11 +161,7 @@ class JobRun:
         say(f"Job {job.id} {ended.status.lower()}; submit it again to resume")
 
     def scale(self, num_generators: int) -> None:
-        """Request another number of generators.
-
-        Raises:
-            ConfigError: it has ended, or is not in PPO.
-        """
+        """Request another number of generators."""
         self._require_not_over()
         require_generators(self._server.query(self._job))
         self._server.query(self._job, "--generators", str(num_generators))

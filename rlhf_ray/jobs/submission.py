@@ -27,11 +27,7 @@ USER_ERROR = 2
 
 
 def require_for_a_cluster(config: Config) -> None:
-    """Refuse a config that can run on one machine only, before a cluster is contacted.
-
-    Raises:
-        ConfigError: cluster.mode or run.dir does not suit a cluster.
-    """
+    """Refuse a config that can run on one machine only, before a cluster is contacted."""
     require_durable_folder(config)
     if config.cluster.mode not in ("auto", "ray"):
         raise ConfigError(

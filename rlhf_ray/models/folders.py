@@ -63,11 +63,7 @@ def is_adapter(path: str) -> bool:
 
 
 def require_whole(model: str, stage: str) -> None:
-    """Refuse an adapter as the model that a stage trains on.
-
-    Raises:
-        DataError: it is one.
-    """
+    """Refuse an adapter as the model that a stage trains on."""
     if is_adapter(model):
         raise DataError(
             f"{model} is an adapter; the stage {stage} trains on a whole model: merge it first "

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
@@ -40,7 +40,8 @@ class Bar:
         self._first = done
         self._clock = clock
         self._start_s = self._throughput_start_s = clock()
-        self._values: dict[str, float] = {}
+        self.values: dict[str, float] = {}
+        """The latest of each value shown."""
 
     def advance(self, num_units: int = 1, **values: float) -> None:
         """Count ``num_units`` more as done, and show the latest ``values``."""
@@ -49,7 +50,7 @@ class Bar:
             # estimate far too long: throughput is measured from their end.
             self._first, self._throughput_start_s = self.done + num_units, self._clock()
         self.done += num_units
-        self._values.update(values)
+        self.values.update(values)
         self.changed()
 
     def restart(self, total: int | None, unit: str) -> None:
@@ -83,11 +84,6 @@ class Bar:
             return None
         return max(0, self.total - self.done) * seconds_per_unit
 
-    @property
-    def values(self) -> Mapping[str, float]:
-        """The latest of each value shown."""
-        return self._values
-
     def counted(self) -> str:
         """Return the count, such as ``12/60 iterations``."""
         number = self.total if self.total is not None else self.done
@@ -96,7 +92,7 @@ class Bar:
 
     def shown_values(self) -> str:
         """Return the values, such as ``, reward 0.51, kl 1.2``."""
-        return "".join(f", {name} {value:.3g}" for name, value in self._values.items())
+        return "".join(f", {name} {value:.3g}" for name, value in self.values.items())
 
     def line(self) -> str:
         """Return a line: ``ppo 12/60 iterations, 20%, 0:41 elapsed, ETA 2:41, reward 0.51``."""

@@ -145,11 +145,7 @@ class Placement:
             await self._reserve(demands, 0)
 
     async def reserve_one(self, demand: Demand, rank: int) -> None:
-        """Reserve a slot for one worker that joins, or that returns after `release`.
-
-        Raises:
-            PlacementError: as `reserve` does.
-        """
+        """Reserve a slot for one worker that joins, or that returns after `release`."""
         if not self._on_gpus:
             return
         spare = self._spare[demand.role]

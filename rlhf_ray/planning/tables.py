@@ -57,8 +57,8 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
             for p in plan.places
             for gpu in p.gpus
         ],
-        "seconds_per_iteration": _middles(time) if time else None,
-        "seconds_range": _ranges(time) if time else None,
+        "seconds_per_iteration": time and {name: middle(ends) for name, ends in _all(time).items()},
+        "seconds_range": time and {name: list(ends) for name, ends in _all(time).items()},
         "bytes_per_sync": plan.bytes_per_sync,
         "days": middle(time.days) if time else None,
         "days_range": list(time.days) if time else None,
@@ -103,14 +103,6 @@ def _role(role: PlannedRole) -> dict[str, object]:
         "memory_gb": memory_gb(role),
         "start_gb": role.start / GB,
     }
-
-
-def _middles(time: TimeEstimate) -> dict[str, float]:
-    return {name: middle(ends) for name, ends in _all(time).items()}
-
-
-def _ranges(time: TimeEstimate) -> dict[str, list[float]]:
-    return {name: list(ends) for name, ends in _all(time).items()}
 
 
 def _all(time: TimeEstimate) -> dict[str, tuple[float, float]]:
@@ -232,8 +224,7 @@ def _time(plan: Plan) -> Iterator[str]:
         yield f"idle GPU-hours of this layout: {time.idle_gpu_hours:,.0f}"
     yield f"days of the run: {time.days[0]:,.2f} to {time.days[1]:,.2f}"
     yield "assumptions, at best and at worst:"
-    for name, (best, worst) in ASSUMPTIONS.items():
-        yield f"  {name}: {best:g} to {worst:g}"
+    yield from (f"  {assumption}" for assumption in _time_assumptions(plan))
 
 
 def _layouts(layouts: list[Layout]) -> Iterator[str]:

@@ -19,21 +19,12 @@ class FunctionSource:
     """Scores by calling a function in a thread of its own; it may be async."""
 
     def __init__(self, config: FunctionSourceConfig) -> None:
-        """
-        Raises:
-            ConfigError: the function cannot be loaded.
-        """
         self._config = config
         self._function = load_function(config.function, "rewards")
         self._blocking = Blocking()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return [N] scores of the function; None where it does not apply.
-
-        Raises:
-            RlhfError: the function raised, or did not return scores.
-            DataError: the function needs a column that the prompts lack.
-        """
+        """Return [N] scores of the function; None where it does not apply."""
         signature = self._config.signature
         if signature == "verl":
             answers = await together(self._call(**verl_arguments(row)) for row in rollouts)

@@ -63,12 +63,7 @@ class JudgeSource:
         self._chat = Chat(f"rewards: {config.name}", config)
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return [N] numbers; None for an answer without one if ``on_bad_answer`` is skip.
-
-        Raises:
-            RlhfError: the judge stayed down, or gave no number where that is an error.
-            DataError: the template names a column that a row lacks.
-        """
+        """Return [N] numbers; None for an answer without one if ``on_bad_answer`` is skip."""
         answers = await self._chat.answers([self._question(rollout) for rollout in rollouts])
         return [self._number(answer) for answer in answers]
 

@@ -102,11 +102,7 @@ class RemoteSource:
         self._endpoint = Endpoint(f"rewards: {config.name}", config.url, config)
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return [N] scores from the server.
-
-        Raises:
-            RlhfError: the server refused, stayed down, or did not answer with scores.
-        """
+        """Return [N] scores from the server."""
         size = self._config.batch_size
         batches = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
         answers = await self._endpoint.post_all([self._body(batch) for batch in batches])

@@ -49,11 +49,7 @@ class RougeSource:
         self._config = config
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return [N] F1 scores.
-
-        Raises:
-            DataError: a row lacks the column, or the column is empty.
-        """
+        """Return [N] F1 scores."""
         return [self._score(rollout) for rollout in rollouts]
 
     def _score(self, rollout: Rollout) -> float:

@@ -108,11 +108,7 @@ class ModelSource:
         self._blocking = Blocking()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return [N] scores. A response that was cut at its limit gets no end of sequence.
-
-        Raises:
-            DataError: the model's tokenizer cannot render a prompt's chat.
-        """
+        """Return [N] scores. A response that was cut at its limit gets no end of sequence."""
         sequences = [self._tokens(rollout) for rollout in rollouts]
         return [*await self._blocking(self._scorer, sequences)]
 
@@ -161,11 +157,7 @@ class ClassifierSource:
         self._blocking = Blocking()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return [N] logits of the label.
-
-        Raises:
-            ConfigError: the model has no such label.
-        """
+        """Return [N] logits of the label."""
         texts = [
             rollout.text if self._reads == "response" else rollout.prompt.text + rollout.text
             for rollout in rollouts

@@ -159,9 +159,8 @@ class ControlFiles:
         )
         before, deadline = None, time.monotonic() + SILENT_S
         while time.monotonic() < deadline:
-            with suppress(
-                OSError, ValueError, ConfigError
-            ):  # unreadable for a moment: replacing a file is not atomic on some network storage
+            # Unreadable for a moment: replacing a file is not atomic on some network storage.
+            with suppress(OSError, ValueError, ConfigError):
                 status = self.status()
                 if before is not None and status != before:
                     return status.state == "running"

@@ -31,20 +31,12 @@ class RunFolder:
         self.saved = self.path / "config.yaml"
 
     def make(self) -> None:
-        """Create the folder if missing, readable by its owner alone.
-
-        Raises:
-            ConfigError: it cannot be written.
-        """
+        """Create the folder if missing, readable by its owner alone."""
         with unwritable_is_an_error(self.path):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def stage(self, name: str) -> Path:
-        """Return the folder of a stage, created if missing.
-
-        Raises:
-            ConfigError: the run folder cannot be written.
-        """
+        """Return the folder of a stage, created if missing."""
         if not self.path.is_dir():
             self.make()
         folder = self.path / name
@@ -82,11 +74,7 @@ class RunFolder:
         return folder
 
     def rows(self, name: str) -> "Dataset":
-        """Return the rows of a set that prepare wrote.
-
-        Raises:
-            DataError: prepare has not run.
-        """
+        """Return the rows of a set that prepare wrote."""
         from datasets import Dataset, load_from_disk
 
         rows = load_from_disk(str(self.dataset(name)))

@@ -34,11 +34,7 @@ def run(
     temperature: float | None = None,
     max_tokens: int | None = None,
 ) -> list[Samples]:
-    """Sample every model on every prompt; the models share each prompt's seed.
-
-    Raises:
-        DataError: no such model, or no prompt.
-    """
+    """Sample every model on every prompt; the models share each prompt's seed."""
     chosen = [find_model(config, name) for name in models] or policies(config)
     tokenizer = load_tokenizer(chosen[0].path, config.model)
     if prompts:

@@ -24,9 +24,6 @@ def run(config: Config, model: str = "ppo") -> MergeSummary:
     Args:
         config: the run's.
         model: ppo (its latest commit), ppo@best, ppo@7, dpo or reward; or a PEFT folder.
-
-    Raises:
-        DataError: the run has no such model yet, or it is not an adapter.
     """
     run_folder = RunFolder(config)
     adapter, out = find_model(config, model), run_folder.stage("merge") / "model"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -85,11 +84,6 @@ def _adapter_arguments(adapters: Sequence[RunModel]) -> list[str]:
         "--lora-modules",
         *(f"{model.name}={model.path}" for model in adapters),
     ]
-
-
-def shell_command(arguments: Sequence[str]) -> str:
-    """Return the command as one line for a shell."""
-    return shlex.join(arguments)
 
 
 def run(arguments: Sequence[str]) -> NoReturn:

@@ -76,9 +76,6 @@ def worst_case(config: Config) -> Config:
     """Make the config of two iterations of the longest rollouts, in a folder of their own.
 
     Reward sources that ask a service, or read columns of the data, are left out; models stay.
-
-    Raises:
-        ConfigError: see `run`.
     """
     if "ppo" not in config.run.stages:
         raise ConfigError("A rehearsal is one of PPO, and run.stages does not name it")

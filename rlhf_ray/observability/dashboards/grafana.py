@@ -7,6 +7,7 @@ WIDTH, HEIGHT, COLUMNS = 8, 7, 3
 """Size of a panel in Grafana's grid of 24 columns, and panels per line."""
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+_SOURCE_VARIABLE = {"name": "datasource", "type": "datasource", "query": "prometheus", "hide": 2}
 
 
 def dashboard() -> dict[str, object]:
@@ -21,13 +22,9 @@ def dashboard() -> dict[str, object]:
         "graphTooltip": 1,
         "refresh": "10s",
         "time": {"from": "now-3h", "to": "now"},
-        "templating": {"list": [_datasource(), _run()]},
+        "templating": {"list": [_SOURCE_VARIABLE, _run()]},
         "panels": _placed(panels()),
     }
-
-
-def _datasource() -> dict[str, object]:
-    return {"name": "datasource", "type": "datasource", "query": "prometheus", "hide": 2}
 
 
 def _run() -> dict[str, object]:

@@ -44,11 +44,7 @@ LOG_WIDTH = 100
 
 
 def run(config: Config) -> Summary:
-    """Sample every model, score the answers, compare; returns the summary that it wrote.
-
-    Raises:
-        DataError: there is no trained policy, or something that the config asks for is missing.
-    """
+    """Sample every model, score the answers, compare; returns the summary that it wrote."""
     start_s = time.monotonic()
     folder = RunFolder(config)
     inputs = load_inputs(folder)

@@ -75,9 +75,6 @@ def run(config: Config) -> dict[str, object]:
     Returns:
         The summary: pairs_train, pairs_eval, share of held-out pairs whose chosen answer has the
         higher implicit reward, held-out loss before and after, steps, seconds.
-
-    Raises:
-        RlhfError: no usable data or model, or the training failed.
     """
     start_s = time.monotonic()
     run_folder = RunFolder(config)

@@ -159,9 +159,6 @@ def train_on_texts(
     """Tokenise and pack the rows and train on them; returns also the summary, but for the seconds.
 
     The summary has the held-out loss (nats a token) and perplexity, exp(loss), before and after.
-
-    Raises:
-        RlhfError: no usable data or model, or the training failed.
     """
     name, config = training.name, training.config
     renderer = Renderer(load_tokenizer(training.base, config.model), config.template)

@@ -36,9 +36,6 @@ def run(config: Config) -> dict[str, object]:
     Returns:
         The summary: held-out loss and perplexity before and after, steps, tokens, parameters,
         seconds.
-
-    Raises:
-        RlhfError: no usable data or model, or the training failed.
     """
     start_s = time.monotonic()
     run_folder = RunFolder(config)

@@ -120,9 +120,6 @@ def run(config: Config) -> dict[str, object]:
 
     Returns:
         The summary: what `_train` returns and seconds, and ``benchmark`` where there is one.
-
-    Raises:
-        RlhfError: no usable data or model, or the training failed.
     """
     start_s = time.monotonic()
     folder = RunFolder(config)

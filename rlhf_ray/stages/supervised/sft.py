@@ -41,9 +41,6 @@ def run(config: Config) -> dict[str, object]:
     Returns:
         The summary: held-out loss and perplexity before and after, parameters, steps, seconds,
         and with LoRA the share of the changed weights that the merge kept.
-
-    Raises:
-        RlhfError: no usable data or model, or the training failed.
     """
     start_s = time.monotonic()
     run_folder = RunFolder(config)
