@@ -50,9 +50,6 @@ def gae(
 
     Returns:
         `(advantages_BT, returns_BT)`, fp32, 0 on padding, not whitened.
-
-    Raises:
-        ValueError: shapes that differ.
     """
     require_same_shape(rewards_BT=rewards_BT, values_BT=values_BT, mask_BT=mask_BT)
     real_BT = mask_BT.bool()

@@ -27,9 +27,6 @@ def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: KLKind) -> T
 
     Returns:
         fp32 `_BT`, differentiable in both. Padding is not masked.
-
-    Raises:
-        ValueError: unknown kind.
     """
     difference_BT = logprobs_BT.float() - ref_logprobs_BT.float()
     if kind == "k1":

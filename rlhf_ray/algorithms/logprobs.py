@@ -103,9 +103,6 @@ def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float = 1
 
     Returns:
         fp32 `_BT`, differentiable in the logits.
-
-    Raises:
-        ValueError: temperature not > 0.
     """
     scaled_BTV = _scale(logits_BTV, temperature)
     chosen_BT = scaled_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1)
@@ -116,9 +113,6 @@ def entropy(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the entropy H = -sum_v p_v log p_v of softmax(logits / temperature), nats, fp32 `_BT`.
 
     Tokens with a logit of -inf have probability 0 and add nothing.
-
-    Raises:
-        ValueError: temperature not > 0.
     """
     logp_BTV = torch.log_softmax(_scale(logits_BTV, temperature), dim=-1)
     finite_logp_BTV = logp_BTV.masked_fill(logp_BTV == -torch.inf, 0.0)

@@ -66,9 +66,6 @@ def policy_loss(
         The loss (fp32 scalar) and `clipfrac` (share of tokens where the clip binds), `approxkl`
         (half the mean squared log-ratio), `policykl` (mean of old - new), `ratio` (mean),
         `ratio_max`.
-
-    Raises:
-        ValueError: shapes that differ, or a dual_clip not above 1.
     """
     require_same_shape(
         logprobs=logprobs,
@@ -136,9 +133,6 @@ def value_loss(
     Returns:
         The loss (fp32 scalar) and `clipfrac` (share of tokens where the clip binds),
         `value_mean`, `error` (mean squared error, unclipped).
-
-    Raises:
-        ValueError: shapes that differ.
     """
     require_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
     values = zero_padding(values, mask)
@@ -185,12 +179,6 @@ def pairwise_reward_loss(
         rejected_B: score of the worse one.
         margin: score difference by which the better answer should win: `_B` or one number.
         centre: weight of the term that keeps scores near 0.
-
-    Returns:
-        fp32 scalar.
-
-    Raises:
-        ValueError: shapes that differ.
     """
     margin_B = margin if isinstance(margin, Tensor) else None
     require_same_shape(chosen_B=chosen_B, rejected_B=rejected_B, margin=margin_B)
@@ -204,14 +192,8 @@ def pointwise_reward_loss(
 ) -> Tensor:
     """Compute the loss of a reward model on single answers, a mean over them.
 
-        bce: -t log sigmoid(s) - (1 - t) log sigmoid(-s), t = 1 for a liked answer, else 0
-        mse: (s - t)^2, t a rating; scores are then on the scale of the ratings
-
-    Returns:
-        fp32 scalar.
-
-    Raises:
-        ValueError: shapes that differ.
+    bce: -t log sigmoid(s) - (1 - t) log sigmoid(-s), t = 1 for a liked answer, else 0
+    mse: (s - t)^2, t a rating; scores are then on the scale of the ratings
     """
     require_same_shape(scores_B=scores_B, targets_B=targets_B)
     scores_B, targets_B = scores_B.float(), targets_B.float()
@@ -244,12 +226,6 @@ def dpo_loss(
             reference.
         kind: the loss to use.
         label_smoothing: eps, in [0, 0.5); used by the sigmoid loss only.
-
-    Returns:
-        fp32 scalar.
-
-    Raises:
-        ValueError: shapes that differ, or an unknown kind.
     """
     require_same_shape(chosen_B=chosen_B, rejected_B=rejected_B)
     gap_B = chosen_B.float() - rejected_B.float()

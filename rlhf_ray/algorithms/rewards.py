@@ -34,9 +34,6 @@ def token_rewards(
     Returns:
         fp32 `_BT`; 0 on padding, except for the score itself with `first_pad`. A row without
         real tokens gets no score.
-
-    Raises:
-        ValueError: unknown position, or shapes that do not fit.
     """
     require_same_shape(kl_BT=kl_BT, mask_BT=mask_BT)
     if scores_B.shape != mask_BT.shape[:1]:
@@ -56,9 +53,6 @@ def score_position(mask_BT: Tensor, position: ScorePosition) -> Tensor:
     it, or the last real token where the row is full; that position then needs a value as well,
     so give `advantages.gae` the mask `mask | score_position(mask, "first_pad")`. Rows without
     real tokens have no position.
-
-    Raises:
-        ValueError: unknown position.
     """
     mask_BT = mask_BT.bool()
     num_remaining_BT = mask_BT.flip(1).cumsum(1).flip(1)

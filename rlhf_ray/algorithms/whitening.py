@@ -82,9 +82,6 @@ def masked_whiten(
 
     Returns:
         fp32, shape of `x`, 0 on padding (also where the mean is kept).
-
-    Raises:
-        ValueError: shapes that differ.
     """
     std = masked_var(x, mask, unbiased).sqrt()
     is_rounding = (std <= ROUNDING * zero_padding(x, mask).abs()).any()

@@ -145,11 +145,7 @@ class RoleSpawner:
         )
 
     async def start_all(self, groups: Sequence[Sequence[Worker[LearnerProcess]]]) -> None:
-        """Start every worker at once; the ranks of a learner group meet at their first rank.
-
-        Raises:
-            ActorFailure: one was not ready in time.
-        """
+        """Start every worker at once; the ranks of a learner group meet at their first rank."""
         in_groups = {worker.name for group in groups for worker in group}
         alone = [self._colocated(w) for w in self.workers if w.name not in in_groups]
         await asyncio.gather(

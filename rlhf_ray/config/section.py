@@ -81,11 +81,7 @@ def duplicates(names: list[str] | None) -> str:
 
 
 def refuse_owned(section: str, given: M, owned: Mapping[str, str]) -> M:
-    """Refuse keys of a pass-through mapping that the config sets itself.
-
-    Raises:
-        ValueError: naming each refused key and the key that sets it.
-    """
+    """Refuse keys of a pass-through mapping that the config sets itself."""
     clashes = [f"{key!r} (set by {owned[key]})" for key in given if key in owned]
     if clashes:
         raise ValueError(f"{section} may not contain {', '.join(clashes)}")

@@ -11,11 +11,7 @@ _ONE_OF_THEM = "configs/quickstart.yaml"
 
 
 def located(name: str) -> Path:
-    """Return the path of the shipped config that ``@name`` stands for.
-
-    Raises:
-        ConfigError: no config of that name ships.
-    """
+    """Return the path of the shipped config that ``@name`` stands for."""
     name = name.removeprefix("@")
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5) or names()

@@ -18,12 +18,7 @@ from rlhf_ray.runs.folder import RunFolder, absolute, located_function
 
 
 def require_inputs(config: Config, stages: Collection[str]) -> None:
-    """Check every model, data set and function that the remaining stages read.
-
-    Raises:
-        DataError: one does not exist, or the first row of a data set cannot be read.
-        ConfigError: a function cannot be imported.
-    """
+    """Check every model, data set and function that the remaining stages read."""
     if any(STAGES[stage].needs_ray for stage in stages):
         for path in _models(config):
             locate(path)

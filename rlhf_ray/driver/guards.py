@@ -188,11 +188,7 @@ class MismatchGuard:
         self.bound = bound
 
     def check(self, batch: Sequence[ScoredShard]) -> None:
-        """Refuse a batch with a shard over the bound; calibrate the bound on the first batch.
-
-        Raises:
-            WeightSyncError: a shard was not sampled from the learner's policy.
-        """
+        """Refuse a batch with a shard over the bound; calibrate the bound on the first batch."""
         if self.bound is None:
             tokens = sum(shard.mismatch.num_tokens for shard in batch)
             mean = sum(shard.mismatch.mean * shard.mismatch.num_tokens for shard in batch) / tokens
@@ -209,11 +205,7 @@ class MismatchGuard:
 
 
 def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
-    """Refuse to commit an iteration whose losses or gradient norms are not finite.
-
-    Raises:
-        DivergenceError: a loss or gradient norm is NaN or infinite.
-    """
+    """Refuse to commit an iteration whose losses or gradient norms are not finite."""
     broken = [
         name
         for name, value in metrics.items()

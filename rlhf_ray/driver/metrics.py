@@ -68,11 +68,7 @@ def score_metrics(sources: Sequence[SourceConfig], raw: RawScores) -> dict[str, 
 
 
 def mean_score(sums: Sequence[float | None]) -> float:
-    """Return the mean over the responses that have a score.
-
-    Raises:
-        DivergenceError: no response has a score.
-    """
+    """Return the mean over the responses that have a score."""
     known = [value for value in sums if value is not None]
     if not known:
         raise DivergenceError(

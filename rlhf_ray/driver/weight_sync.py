@@ -106,11 +106,7 @@ class WeightSync:
 
 
 async def publish_to(generator: Generator, update: AdapterUpdate) -> None:
-    """Send an adapter to one generator, and check what its engine then holds.
-
-    Raises:
-        WeightSyncError: the engine holds another adapter or version, or kept its prefix cache.
-    """
+    """Send an adapter to one generator, and check what its engine then holds."""
     served = await generator.publish(update)
     problems: list[str] = []
     if served.digest != update.digest:

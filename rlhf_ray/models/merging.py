@@ -27,9 +27,6 @@ def merge_adapter(
 
     Returns:
         The share of the change that survived rounding, as from `merge_into_base`.
-
-    Raises:
-        DataError: base or adapter cannot be loaded, or do not fit each other.
     """
     merged, survived = merge_into_base(_wrapped(base_path, adapter_path, settings))
     out = Path(out_path)

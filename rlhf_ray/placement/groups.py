@@ -85,12 +85,7 @@ class Placement:
     def __init__(
         self, timeout_s: float, *, may_grow: bool, request_nodes: Callable[[], None] = lambda: None
     ) -> None:
-        """
-        Args:
-            timeout_s: how long to wait for enough free GPUs.
-            may_grow: whether nodes may join.
-            request_nodes: requests more nodes; called repeatedly while too few GPUs are free.
-        """
+        """"""
         self._timeout_s = timeout_s
         self._may_grow = may_grow
         self._request_nodes = request_nodes

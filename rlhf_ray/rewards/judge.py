@@ -26,11 +26,7 @@ class Chat:
         self._endpoint = Endpoint(name, f"{config.url.rstrip('/')}/chat/completions", config)
 
     async def answers(self, questions: Sequence[str]) -> list[str]:
-        """Return the model's answer to each question, empty if it gave none.
-
-        Raises:
-            RlhfError: the endpoint refused, stayed down, or speaks another protocol.
-        """
+        """Return the model's answer to each question, empty if it gave none."""
         bodies = [self._body(question) for question in questions]
         return [self._content(answer) for answer in await self._endpoint.post_all(bodies)]
 

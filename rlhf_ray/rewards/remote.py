@@ -39,11 +39,7 @@ class Endpoint:
         self._free = asyncio.Semaphore(settings.concurrency)
 
     async def post_all(self, bodies: Sequence[object]) -> list[object]:
-        """Post all bodies and return the answers in order; a final failure cancels the others.
-
-        Raises:
-            RlhfError: the service refused a request, or stayed unavailable.
-        """
+        """Post all bodies and return the answers in order; a final failure cancels the others."""
         async with httpx.AsyncClient(
             headers=self._headers, timeout=None, verify=self._tls
         ) as client:

@@ -57,13 +57,9 @@ def load_prompts(
     row a pair and so several of one question. In a mixture, ids are compared within a dataset.
 
     Args:
-        rows: with a prompt.
-        renderer: of the policy's tokenizer.
-        max_prompt_tokens: longest prompt, tokens.
         overlong: what to do with a longer one; ``truncate`` keeps its end, which the model
             continues.
         max_bad_share: share of bad rows (empty, over-long) above which loading stops.
-        name: the dataset, for messages.
 
     Returns:
         Prompts in the order of the rows, and counts: ``kept``, and dropped rows by reason.

@@ -39,21 +39,8 @@ def load_ratings(
 ) -> tuple[datasets.Dataset, dict[str, int]]:
     """Tokenize prompt, completion and end token, each with the score that a model should give.
 
-    Args:
-        rows: with a prompt, ``completion`` and the target column.
-        renderer: of the reward model's tokenizer.
-        target_column: a label becomes 0 or 1.
-        max_length: most tokens of a text, end token included.
-        overlong: what to do with a longer one; ``truncate`` as for pairs.
-        max_bad_share: share of bad rows above which loading stops.
-        name: the dataset, for messages.
-
-    Returns:
-        Columns ``token_ids`` and ``target``, on disk, and counts: ``kept``, and dropped rows by
-        reason.
-
-    Raises:
-        DataError: too many bad rows, nothing left, or an over-long one with ``overlong="error"``.
+    Args as for `load_pairs`, but the rows have a prompt, ``completion`` and ``target_column``,
+    where a label becomes 0 or 1. Returns the columns ``token_ids`` and ``target``, and counts.
     """
     tally = RowTally(name, max_bad_share)
 

@@ -44,21 +44,14 @@ def load_documents(
 
     Args:
         rows: with ``text``, or a prompt and ``completion``, which is used if a row has both.
-        renderer: of the model's tokenizer.
-        max_bad_share: share of bad rows above which loading stops.
         preferred_only: leave out rows whose column ``preferred`` is false.
         loss_on: tokens with a loss.
-        name: the dataset, for messages.
         max_tokens: longest text, end token included; None: any length.
         overlong: what to do with a longer one; ``truncate`` keeps its beginning.
 
     Returns:
         Columns ``token_ids`` and ``learnt`` (1 on tokens with a loss), one text a row, and counts:
         ``kept``, and dropped rows by reason.
-
-    Raises:
-        DataError: columns are missing, too many bad rows, nothing left, an over-long
-            one with ``overlong="error"``, or plain text where the loss is on answers alone.
     """
     tally = RowTally(name, max_bad_share)
     limit = sys.maxsize if max_tokens is None else max_tokens

@@ -171,11 +171,7 @@ def row_question(row: Row) -> str | None:
 
 
 def require_text(row: Row, column: str) -> str:
-    """Return a cell that holds more than white space.
-
-    Raises:
-        BadRow: it does not.
-    """
+    """Return a cell that holds more than white space."""
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise BadRow("empty")

@@ -23,9 +23,6 @@ def write_table(
 
     The file is in the system's temporary folder and is unlinked at once: the mapping keeps its
     content, and the space is freed when the table is garbage-collected or the process dies.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     folder = tempfile.mkdtemp(prefix="rows-")
     try:

@@ -137,9 +137,6 @@ def write_posts(path: str | Path, num_questions: int, seed: int) -> None:
 
     Some questions have fewer than two answers, most have an accepted one, and bad answers have
     votes below zero. Up to 6912 questions differ from each other.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     rng = random.Random(f"site:{seed}")
     topics = _topics(rng, num_questions)
