@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import ray
 from datasets import Dataset
+from prepared_runs import make_config
 from ray.cluster_utils import Cluster
 from simulated_clusters import simulated_cluster
 
-from rlhf_ray.config import Config, resolve
+from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.stages import pipeline
 
@@ -51,17 +52,13 @@ def cluster(folders: Path) -> Iterator[Cluster]:
 
 
 def config_of(folder: Path) -> Config:
-    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2}
-    return resolve(
-        {
-            "run": {"dir": str(folder / "run"), "stages": ["pretrain"]},
-            "cluster": {"mode": "ray"},
-            "placement": {"gpus": 0},
-            "model": {"max_length": 64, "tiny": {"vocab_size": 300, **tiny}},
-            "rollout": {"max_prompt_tokens": 32, "max_tokens": 32},
-            "data": {"pretrain": {"path": str(folder / "texts")}},
-            "pretrain": {"steps": 2, "batch_size": 4, "block_size": 32},
-        }
+    return make_config(
+        folder / "run",
+        run={"stages": ["pretrain"]},
+        cluster={"mode": "ray"},
+        placement={"gpus": 0},
+        data={"pretrain": {"path": str(folder / "texts")}},
+        pretrain={"steps": 2},
     )
 
 

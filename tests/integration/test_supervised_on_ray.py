@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import prepared_runs
 import pytest
 import ray
 import torch
@@ -13,7 +14,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from rlhf_ray.cluster.session import ray_session
-from rlhf_ray.config import Config, resolve
+from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, DivergenceError, PlacementError
 from rlhf_ray.stages.supervised import launcher as supervised
 from rlhf_ray.stages.supervised import pretrain
@@ -23,17 +24,11 @@ pytestmark = pytest.mark.integration
 
 
 def make_config(folder: str, mode: str, **stage: Any) -> Config:
-    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2}
-    return resolve(
-        {
-            "run": {"dir": folder},
-            "cluster": {"mode": mode, "dashboard": False},
-            "rollout": {"engine": "transformers", "max_prompt_tokens": 32, "max_tokens": 32},
-            "model": {"max_length": 64, "tiny": {"vocab_size": 300, **tiny}},
-            "data": {"pretrain": {"path": "texts"}},
-            "pretrain": {"steps": 8, "batch_size": 4, "block_size": 32, "learning_rate": 0.01}
-            | stage,
-        }
+    return prepared_runs.make_config(
+        Path(folder),
+        cluster={"mode": mode, "dashboard": False},
+        data={"pretrain": {"path": "texts"}},
+        pretrain={"steps": 8, **stage},
     )
 
 
