@@ -64,7 +64,7 @@ def test_no_system_has_a_name_twice() -> None:
         ("ppo.vf_coef=0.1", "is our critic.learning_rate (the critic has its own optimizer"),
         ("ppo.cliprange=0.1", "TRL's cliprange is our ppo.clip_range."),
         ("response_length=53", "is our rollout.max_tokens."),
-        ("sft.per_device_train_batch_size=2", "is our sft.batch_size (theirs is of one device"),
+        ("sft.per_device_train_batch_size=2", "is our sft.batch_size (theirs is per device"),
         ("reward.num_train_epochs=2", "TRL's num_train_epochs is our reward.epochs."),
         ("pretrain=m", "got 'm'. OpenRLHF's pretrain is our model.path (with sft in run.stages"),
         (

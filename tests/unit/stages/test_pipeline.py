@@ -36,7 +36,7 @@ def test_a_joined_cluster_without_a_token_causes_a_warning(
     pipeline.run_single(resolve(config), "ppo")
     said = " ".join(capsys.readouterr().out.split())
     assert ("no token on 10.0.0.2, 10.0.0.3: anyone who reaches" in said) == bool(unguarded)
-    assert ("warning" in said) == bool(unguarded)
+    assert ("Warning: " in said) == bool(unguarded)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
