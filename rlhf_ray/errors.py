@@ -1,13 +1,19 @@
 """One family of errors. Each names the role or key, the numbers, and what to do.
 
-Every class pickles with its message alone, because errors cross process boundaries.
+Every class pickles with its message alone, because errors cross process boundaries. A message holds
+no secret that this process knows, wherever it is shown: a server may echo a key.
 """
+
+from rlhf_ray.secrecy import redacted
 
 
 class RlhfError(Exception):
     """Base of every error that this package raises on purpose. Exit code 1."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class ConfigError(RlhfError):

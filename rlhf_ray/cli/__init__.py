@@ -7,6 +7,7 @@ what they run when they run, so that help answers at once. May import every room
 
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated
 
@@ -14,6 +15,7 @@ import typer
 
 from rlhf_ray.cli import inspection, jobs, models, training
 from rlhf_ray.errors import RlhfError
+from rlhf_ray.secrecy import printable, redacted
 from rlhf_ray.version import __version__
 
 app = typer.Typer(
@@ -71,8 +73,12 @@ def main() -> None:
     try:
         app(prog_name="rlhf-ray")
     except RlhfError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except Exception as error:  # a fault of ours: its traceback may show what a message may not
+        lines = "".join(traceback.format_exception(error))
+        typer.echo(printable(redacted(lines)), err=True, nl=False)
+        sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             typer.echo(

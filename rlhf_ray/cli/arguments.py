@@ -1,6 +1,7 @@
 """Arguments that several commands share, and the config that they name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from rlhf_ray.config import Config, load
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.secrecy import printable
 
 ConfigPath = Annotated[
     Path,
@@ -50,7 +52,7 @@ MaxTokens = Annotated[
 
 def read_config(path: Path, overrides: list[str] | None) -> Config:
     """Read the config that a command names: a YAML file, or the one in a run's folder."""
-    if path.is_dir():
+    if os.path.isdir(path):  # False also for a name that is too long, where Path would raise
         path = path / "config.yaml"
         if not path.is_file():
             raise ConfigError(
@@ -61,4 +63,4 @@ def read_config(path: Path, overrides: list[str] | None) -> Config:
 
 def print_json(value: object) -> None:
     """Print a value as indented JSON."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(printable(json.dumps(value, indent=2, ensure_ascii=False)))

@@ -92,9 +92,12 @@ def doctor(
 ) -> None:
     """Check this machine, or every node of a Ray cluster, and say what to fix."""
     from rlhf_ray.doctor import preflight
+    from rlhf_ray.doctor.token_files import check_token_files
 
     if not cluster:
-        raise typer.Exit(preflight.main(["--installed"]))
+        code = preflight.main(["--installed"])
+        typer.echo(preflight.format_table([check_token_files()]))
+        raise typer.Exit(code)
     from rlhf_ray.doctor import cluster as cluster_doctor
 
     resolved = read_config(config, overrides) if config else None

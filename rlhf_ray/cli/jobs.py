@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_ray.cli.arguments import AsJson, ConfigPath, Overrides, print_json, read_config
+from rlhf_ray.secrecy import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,12 +55,20 @@ def submit(
             min=0, help="Submit a failed run again up to this many times; implies --follow."
         ),
     ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print which files would travel.")
+    ] = False,
 ) -> None:
     """Submit a run to a cluster as a Ray job."""
-    from rlhf_ray.jobs import connection, submission
+    from rlhf_ray.jobs import connection, submission, working_folder
 
     resolved = read_config(config, overrides)
     submission.require_for_a_cluster(resolved)
+    travelling = working_folder.contents(working_dir)
+    if dry_run or travelling.withheld:
+        typer.echo(printable(str(travelling)))
+    if dry_run:
+        return
     server = connection.connect(address)
     job = submission.submit(resolved, server, working_dir, rehearse=rehearse)
     typer.echo(f"Submitted {job.id}\nWatch it with: rlhf-ray logs {job.id} --follow")
@@ -155,7 +164,7 @@ def _watching(run: str) -> Iterator[None]:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 

@@ -18,6 +18,7 @@ from rlhf_ray.cli.arguments import (
     print_json,
     read_config,
 )
+from rlhf_ray.secrecy import printable
 
 app = typer.Typer()
 
@@ -69,7 +70,7 @@ def chat(
     from rlhf_ray.serving.chat import run as run_chat
 
     def write(text: str) -> None:
-        typer.echo(text, nl=False)
+        typer.echo(printable(text), nl=False)
         sys.stdout.flush()
 
     run_chat(

@@ -20,9 +20,10 @@ import ray
 from ray._private import ray_constants
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
-from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
+from rlhf_ray.cluster.orphans import ProcessRecord, clean_up, records_folder
 from rlhf_ray.cluster.role_clients import LOOPBACK
 from rlhf_ray.config import Config
+from rlhf_ray.disk import make_private
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
@@ -117,6 +118,8 @@ def _connect(config: Config, joined: bool) -> None:
         with _on_loopback():
             ray.init(
                 address="local",
+                # Ray's own folder, /tmp/ray, is writable by everybody, sessions and sockets too.
+                _temp_dir=str(make_private(records_folder()) / "ray"),
                 num_cpus=num_logical_cpus(config),
                 include_dashboard=config.cluster.dashboard,
                 dashboard_host=LOOPBACK,

@@ -18,22 +18,20 @@ from pydantic_core import ErrorDetails
 
 from rlhf_ray.config.key_aliases import hints as alias_hints
 from rlhf_ray.config.root import Config
-from rlhf_ray.config.section import is_list, is_mapping
+from rlhf_ray.config.section import is_list, is_mapping, masked, secret_keys
 from rlhf_ray.config.shipped import located
+from rlhf_ray.config.yaml_values import parsed, plain
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.secrecy import is_secret
 
 Values = dict[str, object]
 
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number, which YAML 1.1 takes for a string."""
-
-
-_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]  (its stub has no types)
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+MAX_BYTES = 10 * 2**20
+"""Largest config file."""
+MAX_PARENTS = 50
+"""Longest chain of ``extends``."""
+LONGEST_SHOWN = 200
+"""Characters of a refused value that a message shows."""
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -59,12 +57,19 @@ def resolve(values: Mapping[str, object]) -> Config:
         ConfigError: listing everything that is wrong with it.
     """
     try:
-        return Config.model_validate(_interpolate(dict(values), ()))
+        config = Config.model_validate(_interpolate(plain(dict(values), "The config"), ()))
     except ValidationError as error:
         lines = [_describe(detail) for detail in error.errors()]
         raise ConfigError(
             "The config is not valid:\n" + "\n".join(f"  {line}" for line in lines)
         ) from None
+    if found := [".".join(path) for path in secret_keys(config.model_dump())]:
+        raise ConfigError(
+            f"{', '.join(found)}: a login or key stands here, and the config is written to "
+            "run.dir. Leave it out: export it (HF_TOKEN, AWS_..., or what the library reads), or "
+            "log in with the library's own command"
+        )
+    return config
 
 
 def dump(config: Config) -> str:
@@ -89,17 +94,23 @@ def sections_of(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
-    path = path.resolve()
-    if path in seen:
-        raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
-    if not path.is_file():
-        raise ConfigError(
-            f"Config file {path} does not exist; name a YAML file or the folder of a run"
-        )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        path = path.resolve()
+        if path in seen:
+            raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
+        if not path.is_file():
+            raise ConfigError(
+                f"Config file {path} does not exist; name a YAML file or the folder of a run"
+            )
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_BYTES} bytes; it is no config")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # no permission; NUL, length; links
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Config file {str(path)[:200]!r} cannot be read: {reason}") from None
+    values = parsed(text, str(path))
     if values is None:
         return {}
     if not is_mapping(values):
@@ -109,8 +120,12 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     parent = values.pop("extends", None)
     if parent is None:
         return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends must be the name of one file, got {parent!r}")
+    if len(seen) > MAX_PARENTS:
+        raise ConfigError(f"{path} has more than {MAX_PARENTS} parents through extends")
     # Joined to an absolute path, that path stays as it is.
-    return _merge(_read_file(path.parent / _path(str(parent)), (*seen, path)), values)
+    return _merge(_read_file(path.parent / _path(parent), (*seen, path)), values)
 
 
 def _path(name: str) -> Path:
@@ -128,18 +143,15 @@ def _merge(below: Values, above: Values) -> Values:
 def _apply_override(values: Values, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"Override {override!r} must have the form dotted.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"Override {masked(override)!r} must have the form dotted.key=value")
+    value = parsed(text, f"Override {key}: the value")
     *sections, leaf = key.split(".")
     for section in sections:
         if values.get(section) is None:
             values[section] = {}
         below = values[section]
         if not is_mapping(below):
-            raise ConfigError(f"Override {override!r}: {section} is a value, not a section")
+            raise ConfigError(f"Override {key}: {section} is a value, not a section")
         values = below
     values[leaf] = value
 
@@ -158,8 +170,13 @@ def _interpolate(value: object, key: tuple[str, ...]) -> object:
         text = os.environ.get(name, default)
         if text is None:
             raise ConfigError(
-                f"{'.'.join(key)}: environment variable {name} is not set (value {value!r}); "
+                f"{'.'.join(key)}: environment variable {name} is not set; "
                 f"export it, or write ${{{name}:-default}}"
+            )
+        if name in os.environ and is_secret(name, text):
+            raise ConfigError(
+                f"{'.'.join(key)}: ${{{name}}} is a secret by its name, and the config is written "
+                "to run.dir; leave it in the environment, which the run's processes inherit"
             )
         return text
 
@@ -168,17 +185,29 @@ def _interpolate(value: object, key: tuple[str, ...]) -> object:
 
 def _describe(detail: ErrorDetails) -> str:
     key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
+    shown = _shown(detail)
     if detail["type"] == "extra_forbidden":
-        # Without the value: it may be a secret, such as a tracker's key.
         if hints := alias_hints(key, value, set(keys())):
             return f"{key}: unknown key. " + "\n    ".join(hints)
-        return f"{key}: unknown key (value {value!r}). {_nearest(key)}"
+        return f"{key}: unknown key ({_kind(value)}). {_nearest(key)}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}" if key else message
     if detail["type"] == "model_type" and (hints := alias_hints(key, value, set(keys()))):
-        return f"{key}: {message}, got {value!r}. {hints[0]}"
-    return f"{key}: {message}, got {value!r}"
+        return f"{key}: {message}, got {shown}. {hints[0]}"
+    return f"{key}: {message}, got {shown}"
+
+
+def _kind(value: object) -> str:
+    """Describe the value of an unknown key, which may be a secret unless it is a number."""
+    return f"value {value}" if isinstance(value, int | float) else f"a {type(value).__name__}"
+
+
+def _shown(detail: ErrorDetails) -> str:
+    """Return a refused value as messages show it: short, and without secrets."""
+    name = next((part for part in reversed(detail["loc"]) if isinstance(part, str)), "")
+    text = repr(masked(detail["input"], name))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} long)"
 
 
 def _nearest(key: str) -> str:

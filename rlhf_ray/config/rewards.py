@@ -1,5 +1,6 @@
 """The sources of PPO's reward, a weighted sum, and the language models that judge answers."""
 
+import os
 import re
 from typing import Annotated, Literal
 
@@ -15,7 +16,9 @@ from rlhf_ray.config.section import (
     is_mapping,
     refuse_owned,
     refuse_secrets,
+    require_host,
 )
+from rlhf_ray.secrecy import holds_secret
 
 
 class SourceConfig(Section):
@@ -132,12 +135,22 @@ class EndpointConfig(Section):
     @field_validator("url")
     @classmethod
     def _without_login(cls, url: str) -> str:
-        if has_user_info(url):
+        if has_user_info(url) or holds_secret(url):
             raise ValueError(
-                "holds a login, and the config is written to run.dir; put the key in an "
+                "holds a login or key, and the config is written to run.dir; put the key in an "
                 "environment variable and name that in api_key_env"
             )
-        return url
+        return require_host(url)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_variable(cls, name: str | None) -> str | None:
+        if name and not (re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) or name in os.environ):
+            raise ValueError(
+                "must be the name of an environment variable, in capitals, not the key itself: "
+                "export MY_KEY=..., and set api_key_env: MY_KEY"
+            )
+        return name
 
     @property
     def longest_request_s(self) -> float:

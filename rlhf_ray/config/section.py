@@ -1,12 +1,14 @@
 """The base of config sections: keys with units, and the refusal of owned keys and secrets."""
 
-import re
+import math
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
 from typing import Any, TypedDict, TypeGuard, TypeVar, Unpack
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+
+from rlhf_ray.secrecy import HIDDEN, holds_secret, is_secret, without_shapes
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Mapping[str, object])
@@ -14,17 +16,18 @@ M = TypeVar("M", bound=Mapping[str, object])
 PassThrough = dict[str, Any]
 """Keys that a library defines and checks, not we."""
 
-_SECRET_NAME = re.compile(
-    r"(token|secret|passw(or)?d|(api|access|secret|private|auth)[_-]?key|credentials|authorization)$",
-    re.IGNORECASE,
-)
-_USER_INFO = re.compile(r"(?<=://)[^/?#\s]+(?=@)")
-
 
 class Section(BaseModel):
     """A group of keys. Strict: ``true`` is not a number, ``"8"`` is not an integer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _is_finite(cls, value: object) -> object:
+        if (number := _not_finite(value)) is not None:
+            raise ValueError(f"Input should be a finite number, got {number}")
+        return value
 
 
 class Bounds(TypedDict, total=False):
@@ -64,6 +67,14 @@ def _key(default: object, extra: dict[str, JsonValue], unit: str, bounds: Bounds
     return Field(default, json_schema_extra=extra or None, **bounds)
 
 
+def _not_finite(value: object) -> float | None:
+    """Return a number of a value, at any depth, that is infinite or NaN; None without one."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    inner = value.values() if is_mapping(value) else value if is_list(value) else ()
+    return next((found for item in inner if (found := _not_finite(item)) is not None), None)
+
+
 def is_mapping(value: object) -> TypeGuard[dict[str, object]]:
     """Return whether a value that is not validated yet is a mapping."""
     return isinstance(value, dict)
@@ -89,14 +100,12 @@ def refuse_owned(section: str, given: M, owned: Mapping[str, str]) -> M:
 
 
 def refuse_secrets(section: str, given: M, remedy: str) -> M:
-    """Refuse keys of a mapping, at any depth, whose names say that they hold a secret.
-
-    Only text counts: ``token: true`` asks for the login of this machine.
+    """Refuse keys of a mapping, at any depth, that hold a secret by their name or their value.
 
     Raises:
         ValueError: naming each refused key, without its value.
     """
-    if names := ", ".join(repr(name) for name in _secret_names(given)):
+    if names := ", ".join(repr(keys[-1]) for keys in secret_keys(given)):
         raise ValueError(
             f"{section} may not contain {names}, because the config is written to run.dir; {remedy}"
         )
@@ -108,28 +117,54 @@ def has_user_info(url: str) -> bool:
     return "@" in urlsplit(url).netloc
 
 
-def masked(value: Any, key: str = "") -> Any:
-    """Return a config's values without secrets, for trackers and model cards.
+def require_host(url: str) -> str:
+    """Return an http address; refuse one without a host, or with an impossible port.
 
-    Environment variables keep only their names, secrets lose their value, URLs their login.
+    Raises:
+        ValueError: the address cannot be reached as it is written.
     """
+    parts = urlsplit(url)  # raises for half an IPv6 address, as `port` does for 99999
+    if not parts.hostname or parts.port == 0 or any(c.isspace() for c in url):
+        raise ValueError("is no address with a host, such as http://localhost:8000/v1")
+    return url
+
+
+def masked(value: Any, key: str = "", hidden: str = HIDDEN) -> Any:
+    """Return a config's values without secrets, for report, trackers, cards and messages.
+
+    Environment variables keep only their names, secrets lose their value, URLs login and keys.
+
+    Args:
+        value: a value of the config, nested or not.
+        key: its name.
+        hidden: stands for a secret.
+    """
+    if key and not is_mapping(value) and not is_list(value) and is_secret(key, value):
+        return hidden
     if is_mapping(value):
         if key == "env":
-            return dict.fromkeys(value, "...")
-        return {name: masked(item, str(name)) for name, item in value.items()}
+            return dict.fromkeys(value, hidden)
+        return {name: masked(item, _within(key, name), hidden) for name, item in value.items()}
     if is_list(value):
-        return [masked(item, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    return "..." if _SECRET_NAME.search(key) else _USER_INFO.sub("...", value)
+        return [masked(item, key, hidden) for item in value]
+    return without_shapes(value) if isinstance(value, str) else value
 
 
-def _secret_names(value: object) -> Iterator[str]:
+def secret_keys(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of each key, at any depth, that holds a secret by its name or its value."""
     if is_mapping(value):
         for name, item in value.items():
-            if isinstance(item, str) and _SECRET_NAME.search(str(name)):  # YAML allows numbers
-                yield str(name)
-            yield from _secret_names(item)
+            yield from secret_keys(item, (*keys, str(name)))  # YAML allows numbers as names
     elif is_list(value):
         for item in value:
-            yield from _secret_names(item)
+            yield from secret_keys(item, keys)
+    elif any(is_secret(key, 1) for key in keys[:-1]) or (keys and is_secret(keys[-1], value)):
+        if value not in (None, "", False, True):
+            yield keys
+    elif isinstance(value, str) and holds_secret(value):
+        yield keys
+
+
+def _within(key: str, name: object) -> str:
+    """Return the name that decides for a nested value: ``credentials: {user: x}`` is secret."""
+    return key if key and is_secret(key, 1) else str(name)

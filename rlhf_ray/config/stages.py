@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.section import Section, changeable, duplicates, fixed, is_mapping
 
@@ -133,12 +133,18 @@ POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "polic
 """Stages that leave a policy, which is called by the stage's name."""
 
 
+LONGEST_NAME = 100
+"""Bytes of run.name, which is part of names of files and of Ray's namespace."""
+
+
 class RunConfig(Section):
     """Name, folder, seed and stages of a run."""
 
     name: str = changeable("run", min_length=1, description="Name of the run.")
     dir: str = changeable("", description="Folder of the run; default runs/<run.name>.")
-    seed: int = fixed(0, unit="–", ge=0, description="Seed that every random state derives from.")
+    seed: int = fixed(
+        0, unit="–", ge=0, le=2**32 - 1, description="Seed that every random state derives from."
+    )
     stages: list[StageName] = changeable(
         list(DEFAULT_STAGES),
         min_length=1,
@@ -156,6 +162,24 @@ class RunConfig(Section):
         if is_mapping(values) and not values.get("dir"):
             return {**values, "dir": f"runs/{values.get('name', 'run')}"}
         return values
+
+    @field_validator("dir")
+    @classmethod
+    def _is_printable(cls, folder: str) -> str:
+        if not folder.isprintable():
+            raise ValueError("holds a control character")
+        return folder
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_file_name(cls, name: str) -> str:
+        if not name.isprintable() or "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError(
+                "must be the name of a folder: no slashes, no control characters, not . or .."
+            )
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"has more than {LONGEST_NAME} bytes")
+        return name
 
     @model_validator(mode="after")
     def _stages_once(self) -> "RunConfig":

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.section import Section, changeable, has_user_info, is_mapping
+from rlhf_ray.config.section import Section, changeable, has_user_info, require_host, secret_keys
+from rlhf_ray.secrecy import holds_secret
 
 Samples = Literal["none", "local", "all"]
 """Which trackers get prompts and responses."""
@@ -26,10 +27,9 @@ class WandbConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, values: object) -> object:
-        secrets = {"api_key", "key", "token"} & values.keys() if is_mapping(values) else set[str]()
-        if secrets:
+        if secrets := [keys[-1] for keys in secret_keys(values)]:
             raise ValueError(
-                f"may not contain {secrets.pop()!r}, because the config is written to run.dir; "
+                f"may not contain {secrets[0]!r}, because the config is written to run.dir; "
                 "run `wandb login` or export WANDB_API_KEY"
             )
         return values
@@ -58,13 +58,13 @@ class MlflowConfig(Section):
     @field_validator("tracking_uri")
     @classmethod
     def _no_secrets(cls, uri: str | None) -> str | None:
-        if uri is not None and has_user_info(uri):
+        if uri is not None and (has_user_info(uri) or holds_secret(uri)):
             raise ValueError(
                 "holds a login, and the config is written to run.dir; export "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead, or for a database "
                 "the whole MLFLOW_TRACKING_URI"
             )
-        return uri
+        return require_host(uri) if uri and uri.startswith(("http:", "https:")) else uri
 
 
 class TrackersConfig(Section):

@@ -5,7 +5,7 @@ import os
 import socket
 from urllib.parse import urlsplit
 
-from rlhf_ray.errors import PlacementError
+from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.jobs.job_server import JobServer
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -51,10 +51,13 @@ def configured_address() -> str | None:
 
 def _require_reachable(address: str) -> None:
     """Fail within seconds where nothing listens: Ray's client would wait for minutes."""
-    url = urlsplit(address)
+    try:
+        url, port = urlsplit(address), urlsplit(address).port
+    except ValueError as error:
+        raise ConfigError(f"{address} is no address of a cluster: {error}") from None
     if url.scheme not in ("http", "https") or url.hostname is None:
         return  # a cluster's address, which Ray turns into its dashboard's
-    port = url.port or (443 if url.scheme == "https" else 80)
+    port = port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((url.hostname, port), CONNECT_TIMEOUT_S).close()
     except OSError as error:

@@ -3,6 +3,7 @@
 It is a job of a cluster, behind the job server, or a run in a folder of this machine.
 """
 
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Protocol
 import psutil
 
 from rlhf_ray.cluster.orphans import living_process
-from rlhf_ray.errors import ActorFailure, ConfigError
+from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
 from rlhf_ray.jobs.connection import configured_address, connect
 from rlhf_ray.jobs.job_server import Job, JobServer
 from rlhf_ray.runs.control import ControlFiles, RunStatus, State
@@ -63,11 +64,22 @@ def find_run(run: str, address: str | None) -> Run:
         ConfigError: there is none.
         PlacementError: the cluster cannot be reached.
     """
-    if address is None and configured_address() is None:
+    here = address is None and configured_address() is None
+    if here:
         for folder in (Path(run), Path("runs") / run):
-            if (folder / "config.yaml").is_file():
+            if os.path.isfile(folder / "config.yaml"):
                 return LocalRun(folder.absolute())
-    server = connect(address)
+        if os.path.isdir(run):
+            raise ConfigError(
+                f"{run} is not the folder of a run: it has no config.yaml. Name a run.dir, or give "
+                "the cluster with --address"
+            )
+    try:
+        server = connect(address)
+    except PlacementError as error:
+        if here and os.sep in run:
+            raise ConfigError(f"There is no folder {run} here. {error}") from error
+        raise
     return JobRun(server, server.find(run))
 
 

@@ -6,10 +6,12 @@ from datetime import datetime
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_ray.jobs.job_server import Job
 from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.runs.control import RunStatus
+from rlhf_ray.secrecy import printable
 
 
 def list_table(jobs: Sequence[Job]) -> Table:
@@ -19,7 +21,7 @@ def list_table(jobs: Sequence[Job]) -> Table:
         duration = (job.ended or time.time()) - job.started
         started = datetime.fromtimestamp(job.started).strftime("%Y-%m-%d %H:%M:%S")
         shown = (job.name or "-", job.id, job.status.lower(), started, clock_time(duration))
-        table.add_row(*shown, job.folder or "-")
+        table.add_row(*_cells(*shown, job.folder or "-"))
     return table
 
 
@@ -27,13 +29,14 @@ def status_table(status: RunStatus) -> Group:
     """Return the facts of a run's status, and a row for each of its generators."""
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(status):
-        facts.add_row(name, text)
+        facts.add_row(*_cells(name, text))
     if not status.generators:
         return Group(facts)
     table = _table("generator", "state", "version", "restarts")
     for generator in status.generators:
         version = "-" if generator.version is None else str(generator.version)
-        table.add_row(generator.name, generator.state, version, str(generator.restarts))
+        cells = _cells(generator.name, generator.state, version, str(generator.restarts))
+        table.add_row(*cells)
     return Group(facts, table)
 
 
@@ -56,6 +59,11 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
 
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.3g}"
+
+
+def _cells(*texts: str) -> list[Text]:
+    """Return texts as they are: a run's name in brackets is no markup, and sets no colour."""
+    return [Text(printable(text)) for text in texts]
 
 
 def _table(*columns: str) -> Table:

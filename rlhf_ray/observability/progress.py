@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from rlhf_ray.secrecy import printable, redacted
+
 PLAIN_INTERVAL_S = 10.0
 """Minimum seconds between two plain lines."""
 
@@ -174,7 +176,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line, above the live bar where there is one."""
-        self._console.print(text, markup=False)
+        self._console.print(printable(redacted(text)), markup=False)
         self._console.file.flush()
 
     def _heading(self, name: str) -> str:

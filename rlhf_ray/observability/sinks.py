@@ -126,13 +126,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     for line in text.split("\n"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
+        if (record := record_of(line)) is not None:
             records.append(record)
     return records
+
+
+def record_of(line: str) -> dict[str, Any] | None:
+    """Return the JSON object of a line; None if it holds none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # torn, an integer of 5000 digits, nested too deeply
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _open_for_append(path: Path) -> TextIO:

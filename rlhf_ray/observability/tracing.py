@@ -211,12 +211,21 @@ def _read_events(path: Path) -> list[_Event]:
 
 
 def _parsed(line: bytes) -> _Event | None:
-    """Return a line's event; None for a bracket or a torn line."""
+    """Return a line's event; None for a bracket, a torn line or what is no event."""
     try:
         event = json.loads(line.rstrip(b",\n"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) else None
+    match event:
+        case {"ph": "X", "name": str(), "tid": int(), "args": dict(), "ts": ts, "dur": dur}:
+            return event if _is_time(ts) and _is_time(dur) else None
+        case {"ph": "M", "name": str(), "tid": int(), "args": {"name": str()}}:
+            return event
+    return None
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e18  # not NaN either
 
 
 def _row_names(events: list[_Event]) -> dict[int, str]:

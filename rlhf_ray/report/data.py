@@ -2,27 +2,27 @@
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypeVar
 
 from rlhf_ray.config import stages
-from rlhf_ray.observability.sinks import read_jsonl
+from rlhf_ray.config.section import is_mapping, masked
+from rlhf_ray.config.yaml_values import parsed
+from rlhf_ray.errors import RlhfError
+from rlhf_ray.models.folders import first_line
+from rlhf_ray.observability.sinks import read_jsonl, record_of
 from rlhf_ray.observability.tracing import Span, phase_totals, read_spans
 
 STAGES = tuple(stage for stage in stages.STAGES if stage != "report")
 
 Record = Mapping[str, Any]
+T = TypeVar("T")
 
-# Names of environment variables that hold credentials (cluster.env may carry them).
-_SECRET = re.compile(
-    r"^(\s*[A-Z][A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|KEY|CREDENTIALS)\s*:\s*).+$", re.MULTILINE
-)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError, ArithmeticError)
+"""What reading a damaged file raises: it is a folder, is no text, nests too deeply, lacks a key."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class RunFiles:
     started: datetime | None
     """Start of the first span, else when config.yaml was written; local time."""
     config: Record
-    """Resolved config; empty where there is none."""
-    config_text: str
-    """config.yaml as written, credentials hidden."""
+    """Resolved config without secrets; empty where there is none."""
+    odd: Mapping[str, str]
+    """Damaged files, with what is wrong with each; the rest is shown without them."""
     summaries: Mapping[str, Record]
     """summary.json by stage; only of finished stages."""
     metrics: Mapping[str, Sequence[Record]]
@@ -83,27 +83,50 @@ class RunFiles:
 
 def read(run_dir: Path) -> RunFiles:
     """Read a run's folder."""
-    config, config_text = _read_config(run_dir / "config.yaml")
-    spans = read_spans(run_dir / "trace.json")
-    summaries = {stage: _read_json(run_dir / stage / "summary.json") for stage in STAGES}
-    metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl") for stage in STAGES}
+    odd: dict[str, str] = {}
+
+    def from_file(name: str, read_one: Callable[[Path], T], otherwise: T) -> T:
+        """Return what a file holds; name a file that is damaged instead of failing for it."""
+        try:
+            return read_one(run_dir / name)
+        except FileNotFoundError:
+            return otherwise
+        except (*_UNREADABLE, RlhfError) as error:
+            odd[name] = f"cannot be read: {first_line(error)}"
+            return otherwise
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        records = from_file(name, read_jsonl, [])
+        if num_odd := from_file(name, _count_odd_lines, 0):
+            odd[name] = f"{num_odd} lines are no JSON objects and are left out"
+        return records
+
+    def record(name: str) -> Record:
+        return from_file(name, _read_json, {})
+
+    config = masked(from_file("config.yaml", _read_config, {}), hidden="(hidden)")
+    spans = from_file("trace.json", read_spans, [])
+    summaries = {stage: record(f"{stage}/summary.json") for stage in STAGES}
+    metrics = {stage: lines(f"{stage}/metrics.jsonl") for stage in STAGES}
     run = config.get("run")
     name = run.get("name") if isinstance(run, dict) else None
+    sets = {"prepare": "prepare/quality.json"}
+    sets |= {f"data.{path.stem}": f"data/{path.name}" for path in _files_of(run_dir / "data")}
     return RunFiles(
         name=str(name or run_dir.resolve().name),
         started=_started(spans, run_dir / "config.yaml"),
         config=config,
-        config_text=_SECRET.sub(r"\1(hidden)", config_text),
+        odd=odd,
         summaries={stage: summary for stage, summary in summaries.items() if summary},
         metrics={stage: records for stage, records in metrics.items() if records},
-        evaluations=read_jsonl(run_dir / "ppo" / "eval.jsonl"),
-        completions=read_jsonl(run_dir / "ppo" / "completions.jsonl"),
-        warnings=read_jsonl(run_dir / "ppo" / "warnings.jsonl"),
-        samples=read_jsonl(run_dir / "evaluate" / "samples.jsonl"),
-        instructions=read_jsonl(run_dir / "evaluate" / "instructions.jsonl"),
-        quality=_read_quality(run_dir),
+        evaluations=lines("ppo/eval.jsonl"),
+        completions=lines("ppo/completions.jsonl"),
+        warnings=lines("ppo/warnings.jsonl"),
+        samples=lines("evaluate/samples.jsonl"),
+        instructions=lines("evaluate/instructions.jsonl"),
+        quality={name: counted for name, path in sets.items() if (counted := record(path))},
         spans=spans,
-        phase_totals=phase_totals(run_dir / "trace.json"),
+        phase_totals=phase_totals(run_dir / "trace.json") if spans else {},
     )
 
 
@@ -117,28 +140,28 @@ def number(record: Record | None, *keys: str) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _read_quality(run_dir: Path) -> dict[str, Record]:
-    own = sorted((run_dir / "data").glob("*.json"))
-    sets = {"prepare": run_dir / "prepare" / "quality.json"}
-    sets |= {f"data.{path.stem}": path for path in own}
-    return {name: record for name, path in sets.items() if (record := _read_json(path))}
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"))
 
 
-def _read_config(path: Path) -> tuple[Record, str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except (FileNotFoundError, yaml.YAMLError):
-        return {}, ""
-    return (config, text) if isinstance(config, dict) else ({}, "")
+def _read_config(path: Path) -> Record:
+    value = parsed(path.read_text(encoding="utf-8"), path.name)
+    if value is None or is_mapping(value):
+        return value or {}
+    raise ValueError("it is no mapping")
 
 
 def _read_json(path: Path) -> Record:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if is_mapping(value):
+        return value
+    raise ValueError("it is no JSON object")
+
+
+def _count_odd_lines(path: Path) -> int:
+    """Count the lines that hold no record; the last one may be torn by a kill."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    return sum(record_of(line) is None for line in lines if line.strip())
 
 
 def _started(spans: Sequence[Span], config: Path) -> datetime | None:

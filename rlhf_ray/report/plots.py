@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -240,7 +241,8 @@ def _svg(figure: Figure, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    # Titles hold names of the user's data, which may be those of a stranger's files.
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
     svg = svg.replace("'DejaVu Sans'", "system-ui")
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")

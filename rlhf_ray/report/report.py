@@ -1,19 +1,34 @@
 """The HTML report of a run, finished or not, as one self-contained file."""
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.section import is_mapping
+from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
+from rlhf_ray.models.folders import first_line
 from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.report import evaluation as report_evaluation
 from rlhf_ray.report import quality as report_quality
 from rlhf_ray.report import sections
 from rlhf_ray.report.data import RunFiles, number, read
+
+_RECORDS = {
+    "evaluations": "ppo/eval.jsonl",
+    "completions": "ppo/completions.jsonl",
+    "warnings": "ppo/warnings.jsonl",
+    "samples": "evaluate/samples.jsonl",
+    "instructions": "evaluate/instructions.jsonl",
+}
+"""Fields of `RunFiles` with the records of one file."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +61,75 @@ def build(run_dir: Path) -> Path:
             "give the run.dir of a run (runs/<run.name>)."
         )
     report = run_dir / "report.html"
-    report.write_text(render(files), encoding="utf-8")
+    write_atomically(report, render(files).encode("utf-8", "replace").decode("utf-8"))
     return report
 
 
 def render(files: RunFiles) -> str:
-    """Return the report as HTML, with all texts of the run escaped."""
+    """Return the report as HTML, with all texts of the run escaped.
+
+    A file whose contents cannot be drawn, such as a summary with a text for a number, is left out
+    and named.
+
+    Raises:
+        DataError: no file alone is the cause.
+    """
+    try:
+        return _page(files)
+    except Exception:  # the files may hold anything
+        whole = _without_odd_parts(files)
+    try:
+        return _page(whole)
+    except Exception as error:
+        raise DataError(
+            f"The files of the run {files.name} cannot be drawn together "
+            f"({type(error).__name__}: {first_line(error)}); they are not from one run of rlhf-ray"
+        ) from error
+
+
+def _without_odd_parts(files: RunFiles) -> RunFiles:
+    """Draw each file alone; return them without those that cannot be drawn, which are named."""
+    empty = replace(
+        files,
+        config={},
+        summaries={},
+        metrics={},
+        quality={},
+        phase_totals={},
+        **dict.fromkeys(_RECORDS, ()),
+        spans=(),
+    )
+    whole, odd = empty, dict(files.odd)
+    for name, part in _parts(files):
+        try:
+            _page(replace(empty, **part))
+        except Exception as error:
+            odd[name] = f"is left out: it holds a value of another kind ({first_line(error)})"
+            continue
+        merged = {
+            field: {**getattr(whole, field), **value} if is_mapping(value) else value
+            for field, value in part.items()
+        }
+        whole = replace(whole, **merged)
+    return replace(whole, odd=odd)
+
+
+def _parts(files: RunFiles) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what each file holds, as fields of `RunFiles`, with the file's name."""
+    yield "config.yaml", {"config": dict(files.config)}
+    for stage, summary in files.summaries.items():
+        yield f"{stage}/summary.json", {"summaries": {stage: summary}}
+    for stage, records in files.metrics.items():
+        yield f"{stage}/metrics.jsonl", {"metrics": {stage: records}}
+    for name, counted in files.quality.items():
+        yield f"statistics of {name}", {"quality": {name: counted}}
+    for field, name in _RECORDS.items():
+        yield name, {field: getattr(files, field)}
+    yield "trace.json", {"spans": files.spans, "phase_totals": files.phase_totals}
+
+
+@functools.cache
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("rlhf_ray.report", "templates"),
         autoescape=True,
@@ -61,7 +139,11 @@ def render(files: RunFiles) -> str:
     )
     environment.filters["figure"] = figure
     environment.filters["model_title"] = sections.model_title
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2")
+
+
+def _page(files: RunFiles) -> str:
+    return _template().render(
         name=files.name,
         started=files.started,
         written=datetime.now(),
@@ -86,7 +168,8 @@ def render(files: RunFiles) -> str:
         prompts=sections.fixed_prompts(files),
         rollouts=sections.last_rollouts(files),
         time=sections.time_charts(files),
-        config_text=files.config_text,
+        config_text=yaml.safe_dump(dict(files.config), sort_keys=False) if files.config else "",
+        odd=files.odd,
     )
 
 

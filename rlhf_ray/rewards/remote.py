@@ -8,9 +8,10 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from rlhf_ray.config.rewards import EndpointConfig, RemoteSourceConfig
-from rlhf_ray.errors import RlhfError
+from rlhf_ray.errors import ConfigError, RlhfError
 from rlhf_ray.rewards.functions import as_scores, openrlhf_arguments
 from rlhf_ray.rewards.source import together
+from rlhf_ray.secrecy import redacted, remember
 from rlhf_ray.types import Rollout
 
 LONGEST_WAIT_S = 30.0
@@ -32,7 +33,7 @@ class Endpoint:
         self._name = name
         self._url = url
         self._settings = settings
-        key = os.environ.get(settings.api_key_env or "", "")
+        key = _key_in(settings.api_key_env)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Once per endpoint: loading the certificates takes longer than a request.
         self._tls = httpx.create_ssl_context()
@@ -72,7 +73,8 @@ class Endpoint:
             raise _Unavailable(f"no answer within {timeout_s:g} s") from None
         except httpx.RequestError as error:
             raise _Unavailable(f"{type(error).__name__}: {error}") from None
-        status = f"status {response.status_code}: {response.text[:200]!r}"
+        # Redacted before it is cut and quoted: half a key that the server echoed stays a secret.
+        status = f"status {response.status_code}: {redacted(response.text)[:200]!r}"
         if response.status_code in TRY_AGAIN or response.status_code >= 500:
             raise _Unavailable(status)
         if not response.is_success:
@@ -84,6 +86,22 @@ class Endpoint:
             return response.json()
         except ValueError:
             raise _Unavailable(f"an answer that is no JSON ({status})") from None
+
+
+def _key_in(variable: str | None) -> str:
+    """Return the key that an environment variable holds; empty without one.
+
+    Raises:
+        ConfigError: no HTTP header can carry it.
+    """
+    key = os.environ.get(variable or "", "").strip()  # `export KEY=$(cat file)` may end a line
+    if not all("!" <= character <= "~" for character in key):
+        raise ConfigError(
+            f"The environment variable {variable} holds a line break, a space or a character "
+            "outside ASCII, which no HTTP header carries; export the key again"
+        )
+    remember(key)
+    return key
 
 
 class RemoteSource:

@@ -1,6 +1,8 @@
 """The folder of a run: where its files are, and which model or data set a stage reads."""
 
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +33,40 @@ class RunFolder:
         self.saved = self.path / "config.yaml"
 
     def make(self) -> None:
-        """Create the folder if missing, readable by its owner alone."""
+        """Create the folder if missing, readable by its owner alone; so is an empty one made.
+
+        A folder that holds something keeps its mode: its owner may have let others in, and a home
+        or data folder must not be closed to them.
+
+        Raises:
+            ConfigError: it cannot be written, or others could have put files there.
+        """
         with unwritable_is_an_error(self.path):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.require_own()
+            if not any(self.path.iterdir()):
+                self.path.chmod(0o700)
+
+    def require_own(self) -> None:
+        """Refuse a folder of another user, or one that everybody can write to.
+
+        Raises:
+            ConfigError: what is read there may be another user's: configs, models, commits.
+        """
+        if not os.path.exists(self.path):
+            return
+        found = self.path.stat()
+        if found.st_uid != os.getuid():
+            raise ConfigError(
+                f"run.dir {self.path} belongs to another user (uid {found.st_uid}, you are "
+                f"{os.getuid()}); set run.dir to a folder of yours, such as one inside it"
+            )
+        if found.st_mode & stat.S_IWOTH:
+            raise ConfigError(
+                f"run.dir {self.path} can be written by everybody (mode "
+                f"{stat.S_IMODE(found.st_mode):o}); set run.dir to a folder inside it, or chmod "
+                "o-w it"
+            )
 
     def stage(self, name: str) -> Path:
         """Return the folder of a stage, created if missing."""

@@ -11,6 +11,7 @@ from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.runs.datasets import held_out_prompts
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.models import find_model, policies
+from rlhf_ray.secrecy import printable
 from rlhf_ray.serving.text_generation import load_generator, prompt_ids
 from rlhf_ray.types import Prompt
 
@@ -67,13 +68,14 @@ def _user_prompts(
 
 def table(rows: Sequence[Samples]) -> "Table":
     """Format what `run` returned as a table for the terminal, one column a model."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     names = list(rows[0]["samples"])
     view = Table(show_lines=True)
     for heading in ("prompt", *names):
-        view.add_column(heading, overflow="fold", ratio=1)
+        view.add_column(Text(printable(heading)), overflow="fold", ratio=1)
     for row in rows:
-        view.add_row(escape(row["prompt"]), *(escape(row["samples"][name]) for name in names))
+        texts = [row["prompt"], *(row["samples"][name] for name in names)]
+        view.add_row(*(Text(printable(text)) for text in texts))
     return view

@@ -1,5 +1,7 @@
 """The model card: README.md of an exported model."""
 
+import html
+import re
 from dataclasses import dataclass
 
 import yaml
@@ -36,16 +38,37 @@ def model_card(exported: Exported, history: Lineage) -> str:
     """Return the card as Markdown with a YAML head, in the form that the model hub reads."""
     parts = [
         f"---\n{yaml.safe_dump(_head(exported, history), sort_keys=False)}---\n",
-        f"# {exported.title}\n",
+        f"# {_text(exported.title)}\n",
         WRITTEN_BY,
         _description(exported),
-        f"## Use\n\n```python\n{_use(exported)}```\n",
+        f"## Use\n\n{_block('python', _use(exported))}",
         f"## Lineage\n\nStarted from {_named(history.base)}.\n\n{_steps(history)}",
         f"## Numbers\n\n{_numbers(history)}",
         "## Settings\n\nWhat differs from the defaults.\n\n"
-        f"```yaml\n{yaml.safe_dump(dict(history.settings), sort_keys=False)}```\n",
+        + _block("yaml", yaml.safe_dump(dict(history.settings), sort_keys=False)),
     ]
     return "\n".join(parts)
+
+
+def _text(text: str) -> str:
+    """Return a name or licence as text of one line or cell: neither HTML nor Markdown."""
+    return re.sub(r"([\\|\[\]`])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _code(text: str) -> str:
+    """Return a name as code, fenced by more backticks than it holds; also in a cell of a table."""
+    name = " ".join(text.split()).replace("|", "\\|")
+    fence = _fence(name, 1)
+    return f"{fence} {name} {fence}" if "`" in name else f"`{name}`"
+
+
+def _block(language: str, code: str) -> str:
+    fence = _fence(code, 3)
+    return f"{fence}{language}\n{code}{fence}\n"
+
+
+def _fence(code: str, least: int) -> str:
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", code))])
 
 
 def _head(exported: Exported, history: Lineage) -> dict[str, object]:
@@ -66,7 +89,7 @@ def _description(exported: Exported) -> str:
     if exported.base is not None:
         return (
             f"LoRA adapter of a {kind}, trained with rlhf_ray {__version__}. It needs its base, "
-            f"`{exported.base}`.\n"
+            f"{_code(exported.base)}.\n"
         )
     text = f"Whole {kind} in {exported.dtype}, trained with rlhf_ray {__version__}."
     if exported.survived is not None:
@@ -97,10 +120,10 @@ def _steps(history: Lineage) -> str:
 
 def _step_row(step: Step) -> str:
     if step.external:
-        origin = f"external: `{step.result}`, its training is not known here"
-        return f"| {step.stage} | {origin} | {UNKNOWN} | {UNKNOWN} |"
-    names = "<br>".join(source.name for source in step.data)
-    licences = "<br>".join(source.licence for source in step.data)
+        origin = f"external: {_code(step.result)}, its training is not known here"
+        return f"| {_text(step.stage)} | {origin} | {UNKNOWN} | {UNKNOWN} |"
+    names = "<br>".join(_text(source.name) for source in step.data)
+    licences = "<br>".join(_text(source.licence) for source in step.data)
     return f"| {step.stage} | trained in this run | {names} | {licences} |"
 
 
@@ -108,7 +131,8 @@ def _numbers(history: Lineage) -> str:
     lines = ["| stage | number | value |", "| --- | --- | --- |"]
     for step in history.steps:
         lines += [
-            f"| {step.stage} | {name} | {_value(v)} |" for name, v in sorted(step.numbers.items())
+            f"| {_text(step.stage)} | {_text(name)} | {_text(_value(v))} |"
+            for name, v in sorted(step.numbers.items())
         ]
     return "\n".join(lines) + "\n"
 
@@ -118,4 +142,4 @@ def _value(value: float | str) -> str:
 
 
 def _named(source: Source) -> str:
-    return f"`{source.name}` (licence: {source.licence})"
+    return f"{_code(source.name)} (licence: {_text(source.licence)})"

@@ -11,7 +11,7 @@ from rlhf_ray.cluster.session import dashboard_url, ray_session
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.identity import differences
 from rlhf_ray.config.stages import STAGES
-from rlhf_ray.disk import full_disk_is_an_error, unwritable_is_an_error, write_atomically
+from rlhf_ray.disk import full_disk_is_an_error, write_atomically
 from rlhf_ray.doctor.inputs import files_of_roles, require_inputs
 from rlhf_ray.doctor.shared_files import require_same_files
 from rlhf_ray.errors import CheckpointError, ConfigError
@@ -98,6 +98,7 @@ def open_run(folder: RunFolder) -> None:
             process writes to it.
     """
     config, saved = folder.config, folder.saved
+    folder.require_own()
     ControlFiles(folder.path).require_free()  # first: another process may be writing there
     if config.cluster.joins_cluster:
         require_durable_folder(config)
@@ -110,9 +111,6 @@ def open_run(folder: RunFolder) -> None:
     elif config.run.resume == "must":
         raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
     folder.make()
-    if not saved.is_file():  # only once: the owner may have let others in since
-        with unwritable_is_an_error(folder.path):
-            folder.path.chmod(0o700)
     write_atomically(saved, dump(config))
 
 

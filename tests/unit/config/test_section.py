@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from rlhf_ray.config import load
@@ -29,12 +31,44 @@ JUDGE = "type: judge, model: m, url: 'http://h/v1'"
         ("cluster.env={HTTPS_PROXY: 'http://u:s3cret@h'}", r"env .*'HTTPS_PROXY password'"),
         ("trackers.mlflow={tracking_uri: 'http://s3cret@h'}", r"holds a login.*MLFLOW_TRACKING_U"),
         ("trackers.mlflow={tracking_uri: 'http://:s3cret@h'}", r"holds a login"),
+        ("trackers.wandb={api_key: s3cret}", r"may not contain 'api_key'.*wandb login"),
+        ("cluster.env={WANDB_KEY: s3cret}", r"env .*'WANDB_KEY'"),
+        ("cluster.env={DB_PWD: s3cret}", r"env .*'DB_PWD'"),
+        ("cluster.env={HF_TOKEN_2: s3cret}", r"env .*'HF_TOKEN_2'"),
+        ("cluster.env={A: 'https://h/x?token=s3cret'}", r"env .*'A'"),
+        (f"rewards=[{{{JUDGE}, request: {{extra_headers: {{X-Auth: s3cret}}}}}}]", r"'X-Auth'"),
+        ("rewards=[{type: remote, url: 'https://h/x?api_key=s3cret'}]", r"url: holds a login or"),
+        ("rewards=[{type: judge, model: m, url: 'http://h', api_key_env: s3cret-1}]", r"not the k"),
+        ("model.path='https://u:s3cret@h/model'", r"model\.path: a login or key stands here"),
+        ("prepare.posts='https://u:s3cret@h/Posts.xml'", r"prepare\.posts: a login or key"),
+        ("data.sft.path='s3://k:s3cret@bucket/a.jsonl'", r"data\.sft\.path: a login or key"),
+        ("ppo.wandb_key=s3cret", r"ppo\.wandb_key: unknown key \(a str\)"),
+        ("nothing={x: [s3cret]}", r"nothing: unknown key \(a dict\)"),
+        ("model.kwargs={hub: {auth: {user: a, pass: s3cret}}}", r"'pass'"),
+        ("rollout.stop=https://u:s3cret@h", r"rollout\.stop: .*got 'https://\.\.\.@h'"),
     ],
 )
 def test_secrets_are_refused_and_not_repeated(override: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as error:
         load(None, [override])
     assert "s3cret" not in str(error.value)
+
+
+def test_a_secret_of_the_environment_is_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "s3cret")
+    monkeypatch.setenv("MODEL", "m")
+    judge = "{type: judge, model: '${MODEL}', url: 'http://h', request: {user: '${MY_API_KEY}'}}"
+    with pytest.raises(ConfigError, match=r"\$\{MY_API_KEY\} is a secret by its name") as error:
+        load(None, [f"rewards=[{judge}]"])
+    assert "s3cret" not in str(error.value)
+
+
+def test_neither_a_yaml_error_nor_a_bad_override_repeats_its_text(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: 1\ntoken: s3cret: x: [\n")
+    for call in (lambda: load(tmp_path / "config.yaml"), lambda: load(None, ["token=[s3cret"])):
+        with pytest.raises(ConfigError) as error:
+            call()
+        assert "s3cret" not in str(error.value)
 
 
 def test_what_only_sounds_like_a_secret_is_taken() -> None:

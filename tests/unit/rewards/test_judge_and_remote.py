@@ -1,6 +1,7 @@
 """Sources that are services, against a real HTTP server on this machine."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from json_server import chat_completion, serve
 
 from rlhf_ray.config.rewards import JudgeSourceConfig, RemoteSourceConfig
-from rlhf_ray.errors import DataError, RlhfError
+from rlhf_ray.errors import ConfigError, DataError, RlhfError
 from rlhf_ray.rewards.judge import JudgeSource
 from rlhf_ray.rewards.remote import RemoteSource
 from rlhf_ray.types import Rollout
@@ -34,6 +35,32 @@ def rates_length(number: int, body: Any) -> tuple[int, Any]:
     question = body["messages"][-1]["content"]
     response = question.partition("<response>\n")[2].partition("\n</response>")[0]
     return 200, chat_completion(f"It might be a rating: 1. I say\nRating: {len(response)}")
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_key_that_a_server_echoes_reaches_no_message(
+    rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    key = "planted-k3y-of-the-server"
+    monkeypatch.setenv("PLAIN_NAME", f"{key}\n")  # as from a file
+    echo = "x" * 190 + key  # cut in the middle by a message that shows the beginning
+    with serve(lambda *_: (status, {"error": [key, echo]})) as server:
+        for call in (judge, remote):
+            with pytest.raises(RlhfError) as error:
+                call(server.url, [rollout("a")], api_key_env="PLAIN_NAME", retries=0)
+            assert "planted" not in str(error.value)
+        assert server.requests[0][1]["Authorization"] == f"Bearer {key}"
+
+
+@pytest.mark.parametrize("key", ["planted\nk3y-abc", "planted k3y-abc", "plantéd-k3y-abc"])
+def test_a_key_that_no_header_carries_is_refused_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr("os.environ", {**os.environ, "MY_KEY": key})
+    config = RemoteSourceConfig(type="remote", url="http://localhost", api_key_env="MY_KEY")
+    with pytest.raises(ConfigError, match="environment variable MY_KEY holds a line") as error:
+        RemoteSource(config)
+    assert "k3y" not in str(error.value)
 
 
 class TestJudge:

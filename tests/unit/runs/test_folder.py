@@ -1,0 +1,73 @@
+"""Which folders a run takes, and which modes it leaves them."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.config import load
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.stages.pipeline import open_run
+
+
+def folder_at(path: Path) -> RunFolder:
+    return RunFolder(load(None, [f"run.dir={path}"]))
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_folder_that_holds_something_keeps_its_mode(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    home.chmod(0o755)
+    (home / "notes.txt").touch()
+    open_run(folder_at(home))
+    assert mode(home) == 0o755
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    open_run(folder_at(empty))
+    assert mode(empty) == 0o700
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_folder_that_everybody_can_write_to_is_refused_and_keeps_its_mode(
+    tmp_path: Path, holds: bool
+) -> None:
+    shared = tmp_path / "tmp"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    if holds:
+        (shared / "x").touch()
+    with pytest.raises(ConfigError, match=r"can be written by everybody \(mode 1777\)"):
+        open_run(folder_at(shared))
+    assert mode(shared) == 0o1777
+    assert not (shared / "config.yaml").exists()
+    open_run(folder_at(shared / "run"))
+    assert mode(shared / "run") == 0o700
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.yaml").write_text("[")
+    (foreign / "status.json").write_text("[")
+    os.chown(foreign, 12345, -1)
+    with pytest.raises(ConfigError, match=r"belongs to another user \(uid 12345, you are 0\)"):
+        open_run(folder_at(foreign))
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        folder_at(foreign).make()
+
+
+def test_a_refused_command_changes_no_mode(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    config = load(None, [f"run.dir={folder}", "run.resume=must"])
+    with pytest.raises(ConfigError, match="holds no run"):
+        open_run(RunFolder(config))
+    assert mode(folder) == 0o755

@@ -1,0 +1,147 @@
+"""Which names and texts are secrets, and what messages and terminals show of them."""
+
+import pickle
+
+import pytest
+
+from rlhf_ray.errors import ConfigError, RlhfError
+from rlhf_ray.secrecy import holds_secret, is_secret, printable, redacted
+
+KEY = "sk-abc123DEF456ghi789jkl"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_KEY",
+        "DB_PWD",
+        "HF_TOKEN_2",
+        "X-Auth",
+        "X-Api-Key",
+        "api_key",
+        "apiKey",
+        "PGPASSWORD",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "accessToken",
+        "GITHUB_PAT",
+        "SMTP_PASS",
+        "HF_TOKEN_PROD",
+        "SECRET_KEY_BASE",
+        "Authorization",
+        "Proxy-Authorization",
+        "client_secret",
+        "hub_token",
+        "passphrase",
+        "private_key",
+        "OPENAI_API_KEYS",
+        "auth",
+        "key",
+        "credentials",
+        "Cookie",
+        "SENTRY_DSN",
+        "SLACK_WEBHOOK",
+        "X-Amz-Signature",
+    ],
+)
+def test_a_name_says_that_its_text_is_a_secret(name: str) -> None:
+    assert is_secret(name, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 5),
+        ("MAX_TOKENS", "5"),
+        ("pad_token", "<pad>"),
+        ("pad_token_id", 5),
+        ("RAY_AUTH_MODE", "token"),
+        ("SSH_AUTH_SOCK", "/x"),
+        ("api_key_env", "K"),
+        ("token", True),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("skip_special_tokens", "x"),
+        ("HF_TOKEN_PATH", "/x"),
+        ("prompt_cache_key", "a"),
+        ("stop_token_ids", [1]),
+        ("tokenizer", "x"),
+        ("author", "me"),
+        ("monkey", "x"),
+        ("kl_target_per_token", "x"),
+        ("password", None),
+        ("signature", "trl"),
+    ],
+)
+def test_what_only_sounds_like_a_secret_is_none(name: str, value: object) -> None:
+    assert not is_secret(name, value)
+
+
+def test_digits_are_a_password_but_no_token() -> None:
+    assert is_secret("DB_PWD", 123456)
+    assert not is_secret("HF_TOKEN", 5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        KEY,
+        "hf_abcdefghijklmnopqrstuv",
+        "ghp_abcdefghijklmnopqrst1",
+        "AKIAABCDEFGHIJKLMNOP",
+        "Bearer abcdefgh",
+        "https://u:p@h/x",
+        "https://t@h",
+        "https://h/x?api_key=abc&a=1",
+        "s3://key:x@bucket/a",
+        "-----BEGIN RSA PRIVATE KEY-----\nabc",
+    ],
+)
+def test_keys_and_logins_are_known_by_their_shape(text: str) -> None:
+    assert holds_secret(text)
+    assert redacted(text) != text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://datasets/a@main/b",
+        "sqlite:///a@b.db",
+        "https://h/x?page=2",
+        "a@b",
+        "task-abc-123456789",
+        "sk-learn-tutorial-datasets",
+        "a message with https://u:p@h in it",
+    ],
+)
+def test_other_texts_hold_no_secret(text: str) -> None:
+    assert not holds_secret(text)
+
+
+@pytest.mark.parametrize(
+    "secret", ['pläin "sec\\ret', "line one of it\nline two of it", "p%ssw/rd?"]
+)
+def test_a_secret_of_the_environment_reaches_no_message(
+    secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", secret)
+    for shown in (secret, repr(secret), repr({"a": secret}), f"b'{secret}'", *secret.splitlines()):
+        message = str(ConfigError(f"the server said {shown}"))
+        assert secret not in message
+        assert not [line for line in secret.splitlines() if line in message]
+    error = pickle.loads(pickle.dumps(RlhfError(f"x {secret}")))
+    assert str(error) == "x ..."
+
+
+def test_short_words_in_the_environment_stay_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    assert redacted("the answer is EMPTY") == "the answer is EMPTY"
+
+
+def test_a_terminal_gets_no_control_characters() -> None:
+    text = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\x7f\u202egnp\ud800\0a\tb\r\nc\rd ä 好 🙂"
+    shown = printable(text)
+    assert shown == (
+        "\\u001b]52;c;ZXZpbA==\\u0007\\u001b[2J\\u009b31m\\u007f\\u202egnp\\ud800\\u0000a\tb\nc"
+        "\\u000dd ä 好 🙂"
+    )
+    assert printable(shown) == shown
