@@ -12,7 +12,7 @@ from rlhf_ray.types import Prompt, Rollout, SampleRequest
 
 
 def drawn(policy: PolicyLearner, config: Config, base: str) -> list[Rollout]:
-    """What an engine draws under the policy's adapter."""
+    """Return rollouts that an engine draws under the policy's adapter."""
     engine = generation_engine(config, base, stop_token_ids(base, config.template))
     requests = [
         SampleRequest(i, Prompt(str(i), "", tuple(range(20 + i, 26 + 2 * i))), seed=i)

@@ -75,17 +75,17 @@ class FakeJobClient:
         return name
 
     def list_jobs(self) -> list[Any]:
-        """All that there are."""
+        """Return all jobs."""
         return list(self.jobs.values())
 
     def get_job_info(self, job_id: str) -> Any:
-        """One of them."""
+        """Return one job."""
         if job_id not in self.jobs:
             raise RuntimeError(f"Job {job_id} does not exist")
         return self.jobs[job_id]
 
     def get_job_logs(self, job_id: str) -> str:
-        """What it printed."""
+        """Return a job's output."""
         if CONTROL in self.jobs[job_id].entrypoint:
             self.num_looks += 1
             late = self.num_looks > 1  # a log may come later than its job's end
@@ -94,7 +94,7 @@ class FakeJobClient:
         return f"log of {job_id}\n"
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        """One connection; the job ends with the last one that is planned."""
+        """Open one connection; the job ends with the last one that is planned."""
         planned = self.attachments.get(job_id, [])
         for text in planned.pop(0) if planned else []:
             if isinstance(text, Exception):

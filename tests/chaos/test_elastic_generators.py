@@ -150,7 +150,7 @@ async def nothing(watched: Watched, version: int) -> None:
 
 
 class Unrest:
-    """What happens in the disturbed run, by version: see the branches."""
+    """The disturbances of a run, by version: see the branches."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.nodes: set[str] = set()

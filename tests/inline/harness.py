@@ -196,7 +196,7 @@ class Harness:
         )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every iteration's metrics without what is of the clock, which never repeats."""
+        """Every iteration's metrics without times, which never repeat."""
         return [
             {
                 k: v

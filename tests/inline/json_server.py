@@ -15,7 +15,7 @@ Answer = tuple[int, Any]
 
 @dataclass
 class JsonServer:
-    """What a test knows of its server."""
+    """A server, as its test sees it."""
 
     url: str
     requests: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
@@ -71,5 +71,5 @@ def serve(answer: Callable[[int, Any], Answer], delay_s: float = 0.0) -> Iterato
 
 
 def chat_completion(text: str | None) -> dict[str, Any]:
-    """What an OpenAI-compatible endpoint answers."""
+    """Return an answer of an OpenAI-compatible endpoint."""
     return {"choices": [{"message": {"role": "assistant", "content": text}}]}

@@ -28,7 +28,7 @@ class NotApplying(FakeEngine):
 
 
 class DiesAt(FakeEngine):
-    """Its process dies when it is sent a version."""
+    """An engine whose process dies when it is sent a version."""
 
     def __init__(self, version: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_growing_and_shrinking_changes_nothing_but_the_time(
 def test_a_joining_generator_samples_under_the_version_of_the_iteration_alone(
     tmp_path: Path,
 ) -> None:
-    """It joins in the midst of one; the proof comes before its first prompt."""
+    """The generator joins during an iteration; the proof comes before its first prompt."""
     harness = Harness(
         make_config(tmp_path),
         [FakeEngine(delay_s=0.003)],

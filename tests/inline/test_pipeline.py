@@ -70,7 +70,7 @@ def more_iterations(config: Config, iterations: int) -> Config:
 
 
 def summary(config: Config, stage: str) -> dict[str, Any]:
-    """What a stage left."""
+    """Return a stage's summary."""
     return json.loads((Path(config.run.dir) / stage / "summary.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""What the loop refuses, and that nothing after it is committed."""
+"""Refusals of the loop, after which nothing is committed."""
 
 import math
 from abc import ABC, abstractmethod
@@ -42,7 +42,7 @@ class _Doubled(_Pool):
 
 
 class _Swapped(_Pool):
-    """As many samples as asked for, but one shard twice and another never."""
+    """The requested number of samples, but one shard twice and another never."""
 
     def spoil(self, shards: list[Shard]) -> list[Shard]:
         return [shards[0], shards[0], shards[2]]

@@ -1,4 +1,4 @@
-"""Without a KL penalty a tiny model games its reward, and with one it does not: the guard tells."""
+"""A tiny model games its reward without a KL penalty, and not with one: the guard sees it."""
 
 import json
 from pathlib import Path

@@ -53,7 +53,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def given(tmp_path: Path, whole_run: Path) -> Path:
-    """What sources read, beside a config of PPO alone over a finished run's SFT model."""
+    """The sources' inputs, and a config of PPO alone over a finished run's SFT model."""
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""What a run leaves is for its owner alone, and holds none of the secrets that it was given."""
+"""A run's files are for its owner alone, and hold none of the secrets that it was given."""
 
 import stat
 from pathlib import Path

@@ -20,7 +20,7 @@ from rlhf_ray.stages.ppo import stage as ppo
 
 
 def metrics(config: Config) -> list[dict[str, float]]:
-    """What each iteration logged, without times."""
+    """Return each iteration's metrics without times."""
     clock = ("timing_s/", "throughput/", "generators/")
     return [
         {name: value for name, value in record.items() if not name.startswith(clock)}

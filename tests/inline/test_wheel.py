@@ -1,4 +1,4 @@
-"""What is installed from a wheel runs outside the checkout, with the configs that it carries."""
+"""A wheel's installation runs outside the checkout, with the configs that it carries."""
 
 import os
 import subprocess

@@ -47,6 +47,6 @@ def make_config(folder: Path, model: str, **sections: dict[str, Any]) -> Config:
 
 
 def records(config: Config) -> list[dict[str, Any]]:
-    """What each iteration logged."""
+    """Return each iteration's metrics."""
     path = Path(config.run.dir) / "ppo" / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -93,7 +93,7 @@ class CommandLine:
         return self.output()
 
     def output(self) -> str:
-        """What the last command has printed."""
+        """The output of the last command."""
         log = self._scratch / f"output-{len(self._started) - 1}.txt"
         return log.read_text(encoding="utf-8", errors="replace")
 

@@ -1,4 +1,4 @@
-"""What each rank of the DeepSpeed test runs; a module of its own, so that processes find it."""
+"""The code of each rank of the DeepSpeed test; a module of its own, so that processes find it."""
 
 from typing import Any
 

@@ -34,7 +34,7 @@ class FaultyEngine(VllmEngine):
         )
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
-        """As the honest engine, but for caches that are kept."""
+        """Serve as the honest engine does, but keep the caches."""
         if self.fault not in ("caches kept", "caches kept and it says so"):
             return await super().serve(update)
         honest = self._engine

@@ -27,14 +27,14 @@ class FaultyExtension(AdapterExtension):
         sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = mode
 
     def serve_adapter(self, blob: bytes, peft_config: str) -> dict[str, Any]:
-        """As the honest one, or with the planted fault."""
+        """Serve as the honest one does, or with the planted fault."""
         applied = self._serve_instead(super().serve_adapter, blob, peft_config)
         sent = load(blob)
         scaling = _scaling(peft_config)
         return self._say(sent, applied, self._applied_in_lora_layers(sent, scaling))
 
     def serve_merged(self, blob: bytes, peft_config: str) -> dict[str, Any]:
-        """As the honest one, or with the planted fault."""
+        """Serve as the honest one does, or with the planted fault."""
         applied = self._serve_instead(super().serve_merged, blob, peft_config)
         sent = load(blob)
         merged = dict(self._merged_weights(sent, _scaling(peft_config)))

@@ -30,7 +30,7 @@ class Done:
 
 @dataclass(frozen=True)
 class JobCluster:
-    """How to reach it, and whose processes it consists of."""
+    """A cluster: its address and its processes."""
 
     environment: dict[str, str]
     folder: Path
@@ -72,7 +72,7 @@ def free_port() -> int:
 def job_cluster(
     folder: Path, *options: str, port: int = 0, **variables: str
 ) -> Iterator[JobCluster]:
-    """One node that declares eight CPUs; everything that it started is ended on the way out.
+    """Start one node that declares eight CPUs; at the end, end everything that it started.
 
     Args:
         folder: working folder of those who use it.

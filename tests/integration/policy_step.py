@@ -1,4 +1,4 @@
-"""One PPO policy step in a process of its own, and how much memory it came to.
+"""One PPO policy step in a process of its own, and its peak memory.
 
 A module of its own, because what is measured is a process: run with a config file and a model
 folder, it prints a line of JSON.
@@ -32,7 +32,7 @@ class Peak:
         self.num_bytes = 0
 
     def look(self) -> None:
-        """How much it is now."""
+        """Return the memory in use now."""
         self.num_bytes = max(self.num_bytes, resident())
 
 

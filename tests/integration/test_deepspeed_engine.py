@@ -58,7 +58,7 @@ def learn(
 
 @pytest.fixture(scope="module", autouse=True)
 def reduced_in_shared_memory() -> Iterator[None]:
-    """Of the buffers in which ranks reduce no file is left, however the ranks end."""
+    """No file is left of the buffers in which ranks reduce, however the ranks end."""
     before = set(BUFFERS.glob(BUFFER))
     yield
     assert set(BUFFERS.glob(BUFFER)) <= before

@@ -52,7 +52,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
 
 
 def status_of(cluster: JobCluster, run: str) -> dict[str, Any]:
-    """What another process reads of a run, by the dashboard's address alone."""
+    """Return a run's status as another process reads it, from the dashboard's address alone."""
     return json.loads(cluster.rlhf_ray("status", run, "--json"))
 
 

@@ -47,7 +47,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_commit(command_line: "CommandLine", process: Any, run: Path, version: int) -> None:
-    """Until a version is committed; much oftener asked than what follows a commit takes."""
+    """Wait until a version is committed; poll far faster than the work after a commit takes."""
     deadline = time.monotonic() + 300
     while not (run / "checkpoints" / str(version) / "state.json").is_file():
         assert process.poll() is None, f"the run ended by itself:\n{command_line.output()}"

@@ -59,7 +59,7 @@ def make_config(**sections: Any) -> Config:
 
 @dataclass
 class Learnt:
-    """What a group came to in the end."""
+    """The results of a group."""
 
     report: StepReport
     state: State
@@ -122,7 +122,7 @@ def inline(role_class: type, config: Config, model: str) -> LearnerGroupClient:
 async def learn_two_batches(
     groups: dict[str, LearnerGroupClient], oracles: dict[str, LearnerGroupClient]
 ) -> dict[str, Learnt]:
-    """All learn both; between them, `one` goes on from where `two` is, as does `int8-again`."""
+    """Let all learn both; between them, `one` and `int8-again` continue from the state of `two`."""
     first = {name: await learn(oracle, batch(0)) for name, oracle in oracles.items()}
     first |= {
         name: await learn(group, batch(0, ray.put))
@@ -201,7 +201,7 @@ def largest_difference(found: State, expected: State) -> float:
 
 
 def moved(state: State) -> float:
-    """How far the adapter is from changing nothing."""
+    """Return the adapter's distance from one that changes nothing."""
     return max(float(weight.abs().max()) for name, weight in state.items() if "lora_B" in name)
 
 

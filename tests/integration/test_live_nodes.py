@@ -1,4 +1,4 @@
-"""What a live cluster says of its GPUs; real Ray, a stand-in for the driver's program."""
+"""A live cluster's answer about its GPUs; real Ray, a stand-in for the driver's program."""
 
 import os
 from pathlib import Path

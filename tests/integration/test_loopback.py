@@ -1,4 +1,4 @@
-"""On one machine nothing of a run can be reached from outside it."""
+"""A run on one machine cannot be reached from outside it."""
 
 import ipaddress
 from collections.abc import Iterator

@@ -64,7 +64,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def check_ppo(run: Path, gap: float) -> None:
-    """Two iterations whose samples the learner agrees with, and which moved the policy."""
+    """Check two iterations: the learner agrees with their samples, and they moved the policy."""
     summary = json.loads((run / "ppo" / "summary.json").read_text(encoding="utf-8"))
     assert summary["iterations"] == summary["adapter_version"] == 2
     assert summary["samples_generated"] == summary["samples_learnt"] == 16

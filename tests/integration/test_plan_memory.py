@@ -1,4 +1,4 @@
-"""What the plan says of a policy step's memory, against a process that takes one."""
+"""The plan's memory of a policy step, compared with a process that takes one."""
 
 import json
 import os

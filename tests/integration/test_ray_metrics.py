@@ -1,4 +1,4 @@
-"""What a run tells Ray, as Prometheus and people see it while the run goes on."""
+"""A run's metrics in Ray, as Prometheus and people see them during the run."""
 
 import json
 import math

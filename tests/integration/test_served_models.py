@@ -52,7 +52,7 @@ def make_run(folder: Path) -> Config:
 
 
 def expected_logprobs(path: str, config: Config, token_ids: list[int]) -> list[float]:
-    """What transformers gives the tokens after the prompt."""
+    """Return transformers' log-probs of the tokens after the prompt."""
     model = loading.load_causal_lm(path, config.model)
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + token_ids])).logits[0]

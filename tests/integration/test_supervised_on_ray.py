@@ -82,7 +82,7 @@ def test_an_error_in_a_worker_reaches_the_user(
 
 
 class KilledTraining(PretrainTraining):
-    """Its process dies as the kernel's out-of-memory killer would have it."""
+    """A stage whose process dies as by the kernel's out-of-memory killer."""
 
     def load_model(self) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)

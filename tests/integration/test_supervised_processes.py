@@ -53,7 +53,7 @@ def free_port() -> int:
 
 
 def train_together(config: Path, stage: str, num_processes: int, out: Path) -> dict:
-    """One stage's training by processes that share each step; what rank 0 returned."""
+    """Train one stage by processes that share each step; return rank 0's result."""
     shared = {
         "WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",

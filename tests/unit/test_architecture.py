@@ -67,7 +67,7 @@ def test_no_module_is_called_utils() -> None:
 
 
 def test_actors_leave_ray_alone() -> None:
-    """They are plain Python; Ray wraps them where they are spawned."""
+    """Actors are plain Python; Ray wraps them where they are spawned."""
     for path in (ROOT / "actors").glob("*.py"):
         assert "ray" not in set(imports(path)), path.name
 

@@ -1,4 +1,4 @@
-"""What the documentation tells people to type is valid, and its links lead somewhere."""
+"""Commands and configs in the documentation are valid, and its links lead somewhere."""
 
 import ast
 import importlib

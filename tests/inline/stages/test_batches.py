@@ -1,4 +1,4 @@
-"""What reaches the model: padded pairs and packed blocks; and how pairs are counted."""
+"""Batches as they reach the model: padded pairs and packed blocks; counts of pairs."""
 
 import math
 from pathlib import Path

@@ -242,7 +242,7 @@ def test_a_chat_leaves_out_its_oldest_turns(policy_run: Config) -> None:
 
 @pytest.fixture
 def gpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where vLLM's own build is installed."""
+    """Pretend that vLLM's own build for GPUs is installed."""
     monkeypatch.setattr(serve, "_is_installed", lambda name: name == "vllm")
 
 

@@ -1,4 +1,4 @@
-"""How long a supervised stage trains, how its learning rate moves, when it is evaluated."""
+"""Length of a supervised stage, its learning rate over time, and its evaluations."""
 
 import json
 import math

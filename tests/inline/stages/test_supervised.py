@@ -1,4 +1,4 @@
-"""How a supervised stage is run: resume, refusals, failures."""
+"""Runs of a supervised stage: resume, refusals, failures."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ MakeRun = Callable[..., Config]
 
 
 class Killed(BaseException):
-    """As abrupt as a signal: nothing of ours catches it."""
+    """An end as abrupt as a signal: none of our code catches it."""
 
 
 def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,14 +161,14 @@ def test_a_process_that_does_not_see_the_folder_says_so(make_run: MakeRun, tmp_p
 
 
 class RayError(Exception):
-    """As Ray Train reports failed workers."""
+    """The error with which Ray Train reports failed workers."""
 
     def __init__(self, *failures: Exception) -> None:
         self.worker_failures = dict(enumerate(failures))
 
 
 class WrappedError(Exception):
-    """As Ray Train wraps what a worker raised."""
+    """The error in which Ray Train wraps a worker's own."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__("Traceback (most recent call last):\n  ...\nthe last line")

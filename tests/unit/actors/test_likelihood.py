@@ -21,7 +21,7 @@ MakeConfig = Callable[..., Config]
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(
     base: str, tmp_path: Path, make_config: MakeConfig, rollouts: list[Rollout]
 ) -> None:
-    """With equal logits each token costs log V nats."""
+    """A token costs log V nats where logits are equal."""
     model = load_causal_lm(base, ModelConfig())
     with torch.no_grad():
         model.lm_head.weight.zero_()

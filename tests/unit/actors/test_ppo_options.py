@@ -93,7 +93,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference(
 def test_what_stands_at_padding_reaches_no_gradient(
     make_learner: MakeLearner, rollouts: list[Rollout]
 ) -> None:
-    """At a temperature so low that k3's exponential overflows on a padding token."""
+    """The temperature is so low that k3's exponential overflows on a padding token."""
     ppo = {"kl_in": "loss", "kl_estimator": "k3", "mini_batch_size": 8, "advantage": "reinforce"}
     learner = make_learner(PolicyLearner, ppo=ppo, rollout={"temperature": 0.02})
     assemble(learner, rollouts, kl_coef=0.5)

@@ -1,4 +1,4 @@
-"""What a job's driver makes known of its run."""
+"""Facts of a run that its job's driver publishes."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ class Store:
 
 
 def store_of(monkeypatch: pytest.MonkeyPatch, metadata: dict[str, str] | None) -> Store:
-    """Of the job whose entry point this process is."""
+    """The store of the job whose entry point this process is."""
     info = JobInfo(
         JobStatus.RUNNING,
         "rlhf-ray run mine.yaml",

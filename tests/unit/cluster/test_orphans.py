@@ -1,4 +1,4 @@
-"""What a killed driver leaves is cleaned up by the next start; nothing else is touched."""
+"""The next start cleans up after a killed driver; nothing else is touched."""
 
 import json
 import os

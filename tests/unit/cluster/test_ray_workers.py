@@ -14,7 +14,7 @@ from rlhf_ray.errors import ActorFailure, PlacementError
 
 
 class _Scorer:
-    """What the handles below stand for."""
+    """The class that the handles below stand for."""
 
     def start(self) -> None: ...
     def score(self, done_at_s: float = 0.0) -> float: ...
@@ -147,7 +147,7 @@ async def test_one_for_which_no_node_has_room_has_not_failed(
 
 
 def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Ray's own function takes it, which checks what it is given."""
+    """Ray's own function checks its arguments."""
     asked: list[Any] = []
     monkeypatch.setattr(commands, "request_resources", lambda *request: asked.append(request))
     ray_workers.request_capacity([{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}], [{"role": "train"}, {}])
@@ -157,7 +157,7 @@ def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch)
 
 
 class ManyGpus:
-    """What a process sees of a node's GPUs, whether or not it was given any."""
+    """A node's GPUs as a process sees them, whether or not it was given any."""
 
     def is_available(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Who of a group is called, and what is passed, over workers that write it down."""
+"""Calls to the members of a group and their arguments, over workers that record them."""
 
 import asyncio
 from collections.abc import Callable

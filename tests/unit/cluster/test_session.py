@@ -1,4 +1,4 @@
-"""What Ray is started with on a machine of the run's own, and what is shown of actors' logs."""
+"""Settings with which Ray starts on a run's own machine, and the actors' logs that it shows."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the section evaluate refuses, by the key's full name."""
+"""Refusals of the section evaluate, by the key's full name."""
 
 from typing import Any
 

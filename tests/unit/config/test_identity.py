@@ -10,7 +10,7 @@ ALL = tuple(STAGES)[:-1]
 
 
 def changed(*overrides: str, begun: tuple[str, ...] = ALL) -> list[tuple[str, Any, Any]]:
-    """What overrides change in a run of the defaults."""
+    """Return the keys that overrides change in a run of the defaults."""
     return differences(Config().model_dump(mode="json"), load(None, overrides), begun)
 
 

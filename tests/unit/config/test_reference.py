@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[3]
 
 
 class Inner(Section):
-    """What stands below."""
+    """The inner section."""
 
     steps: int = fixed(2, unit="steps", ge=1, lt=9, description="Steps a | b.")
     kind: Literal["x", "y"] = changeable("x", description="Which <one>.")
 
 
 class Outer(Section):
-    """What stands above."""
+    """The outer section."""
 
     one: Inner = fixed(Inner(steps=3), description="First.")
     many: list[Inner] = Field(default=[], description="Others.", max_length=4)

@@ -1,4 +1,4 @@
-"""What a config may say of how responses are sampled and end."""
+"""Settings of how responses are sampled and end."""
 
 import pytest
 

@@ -47,7 +47,7 @@ def renderer(tokenizer: PreTrainedTokenizerFast) -> Renderer:
 
 @pytest.fixture
 def chatml() -> PreTrainedTokenizerFast:
-    """As Qwen's base models: turns end in a token that is not the tokenizer's eos."""
+    """A tokenizer like that of Qwen's base models: turns end in a token that is not its eos."""
     model = byte_model()
     model.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
     tokenizer = PreTrainedTokenizerFast(
@@ -59,7 +59,7 @@ def chatml() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def llama3() -> PreTrainedTokenizerFast:
-    """As Llama 3: begins every text with a token, which its chat template writes as well."""
+    """A tokenizer like Llama 3's: it and its chat template begin every text with a token."""
     model = byte_model()
     names = ("<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     model.add_special_tokens([AddedToken(name) for name in names])

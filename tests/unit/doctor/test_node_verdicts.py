@@ -1,4 +1,4 @@
-"""What the readings of nodes mean."""
+"""Verdicts on the readings of nodes."""
 
 import socket
 from dataclasses import replace

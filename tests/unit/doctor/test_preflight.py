@@ -1,4 +1,4 @@
-"""Each check of a machine: what passes, what is noted, what fails, and with which remedy."""
+"""Checks of a machine: those that pass, note or fail, and their remedies."""
 
 import subprocess
 import sys

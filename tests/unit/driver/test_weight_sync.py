@@ -99,7 +99,7 @@ class OldVersion(FakeEngine):
 
 
 class Cached(FakeEngine):
-    """Does not clear its prefix cache, and reports it."""
+    """An engine that does not clear its prefix cache, and reports it."""
 
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         return replace(await super().serve(update), caches_cleared=False)
@@ -153,7 +153,7 @@ def test_the_proof_refuses(engine: FakeEngine, message: str) -> None:
 
 
 def test_a_gap_that_the_config_allows_is_no_other_distribution() -> None:
-    """At another temperature engine and learner differ by at least a tenth of a nat."""
+    """Engine and learner differ by at least a tenth of a nat at another temperature."""
     engine = drawing(max_tokens=32, temperature=1.04)
     with pytest.raises(WeightSyncError, match=r"another distribution .* rollout\.max_gap"):
         asyncio.run(prove(engine))

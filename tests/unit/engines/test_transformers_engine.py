@@ -177,7 +177,7 @@ def many(count: int) -> list[SampleRequest]:
 
 
 def test_no_stop_token_comes_before_its_time(base: str) -> None:
-    """Of half the vocabulary: without a minimum, half of the responses would end at once."""
+    """Half the vocabulary are stop tokens, which would end half of the responses at once."""
     stop = tuple(range(0, 300, 2))
     served = Served(base, SamplingRule(min_tokens=4), stop=stop)
     served.serve(served.state(0.3))

@@ -53,7 +53,7 @@ def test_means_over_the_last_iterations_decide() -> None:
 @pytest.mark.parametrize("work", [0.3, 1.0, 2.5, 7.0, 30.0, 400.0])
 @pytest.mark.parametrize("start", [1, 3, 16])
 def test_it_settles_and_stays(work: float, start: int) -> None:
-    """With G = work and R = 1 the target is reached monotonically in a few steps, then kept."""
+    """The target is reached monotonically in a few steps, then kept, with G = work and R = 1."""
     settings = AutoscaleConfig(minimum=1, maximum=16, iterations=1)
     path = [start]
     for _ in range(20):

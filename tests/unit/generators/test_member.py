@@ -11,7 +11,7 @@ STATES: tuple[GeneratorState, ...] = get_args(GeneratorState)
 
 
 def test_a_generator_gets_prompts_only_after_its_proof() -> None:
-    """Only stale leads to ready: proof and publication take place there."""
+    """Proof and publication take place in stale, so it alone leads to ready."""
     assert [state for state in STATES if "ready" in TRANSITIONS[state]] == ["stale"]
 
 

@@ -29,7 +29,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """Another process that drives a run in the test's folder; it is in PPO."""
+    """Start another process that drives a run in the test's folder; it is in PPO."""
     (tmp_path / "config.yaml").write_text("{}\n")
     code = (
         "import sys, time; from pathlib import Path\n"

@@ -1,4 +1,4 @@
-"""What of a working folder travels with a job."""
+"""Files of a working folder that travel with a job."""
 
 import subprocess
 import zipfile

@@ -155,7 +155,7 @@ def test_model_without_a_token_head_is_refused(base: Path, settings: ModelConfig
 
 
 def test_an_encoder_scores_but_is_no_critic(tmp_path: Path, base: Path) -> None:
-    """Its head stands on the first token, so that the whole forward is the score."""
+    """An encoder's head stands on the first token, so the whole forward is the score."""
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     torch.manual_seed(0)
     encoder = BertForSequenceClassification(

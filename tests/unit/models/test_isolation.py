@@ -17,7 +17,7 @@ BLOCK = 24
 
 @torch.no_grad()
 def difference(model: torch.nn.Module) -> float:
-    """Of the logits of two texts in a block and of each alone, the largest."""
+    """The largest difference between logits of two texts in a block and of each alone."""
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(3, 97, (1, size), generator=generator) for size in (9, 15)]
     positions = [torch.arange(text.shape[1])[None] for text in texts]

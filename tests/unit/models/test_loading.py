@@ -260,7 +260,7 @@ def test_scaling_lies_over_the_bases_own(base: Path) -> None:
 
 
 def test_linear_scaling_is_half_the_position(base: Path, settings: ModelConfig) -> None:
-    """At factor 2, token s stands where token s / 2 stood."""
+    """Token s stands where token s / 2 stood, at factor 2."""
     plain = loading.load_causal_lm(str(base), settings)
     scaled = loading.load_causal_lm(str(base), LINEAR)
     positions_BS = torch.arange(ROPE_IDS_BS.shape[1])[None]

@@ -136,7 +136,7 @@ def test_values_and_gradients_are_those_of_the_whole_logits(make: Make, chunk: i
 
 
 def test_an_adapted_output_layer_gets_its_gradients(chunk: int) -> None:
-    """It alone is adapted: the hidden states themselves need no gradient."""
+    """The output layer alone is adapted: the hidden states themselves need no gradient."""
     model = wrapped(llama, ["lm_head"])
     theirs = gradients(model, loss_of(*by_whole_logits(model)))
     ours = gradients(model, loss_of(*by_chunks(model)))

@@ -1,4 +1,4 @@
-"""What of a model is trained, how it is counted, and training with dropout off."""
+"""The trained part of a model, its count, and training with dropout off."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every tracker is told, once each, over stand-ins for the libraries' modules."""
+"""Records that every tracker gets, once each, over stand-ins for the libraries' modules."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What is reserved together."""
+"""Bundles that are reserved together."""
 
 from pathlib import Path
 

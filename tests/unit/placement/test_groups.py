@@ -1,4 +1,4 @@
-"""Who is given which slot, over placement groups that are only made believe."""
+"""The slots that roles get, over fake placement groups."""
 
 import asyncio
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 async def test_a_slot_is_released_with_its_placement_group(cluster: Cluster) -> None:
-    """Two that shared a GPU leave; who comes then sits in a group that is there."""
+    """Two roles that shared a GPU leave; the next one gets a slot in a group that exists."""
     held = Placement(1.0, may_grow=True)
     await held.reserve([GENERATORS])
     held.release("generator-1")
@@ -109,7 +109,7 @@ async def test_on_a_cluster_without_gpus_the_error_says_what_to_set(cluster: Clu
 async def test_roles_without_gpus_reserve_nothing(
     cluster: Cluster, gpus: float, may_grow: bool
 ) -> None:
-    """Where GPUs are not asked for, and on a machine of the run's own that has none."""
+    """Nothing is reserved without a request for GPUs, or on a run's own machine without GPUs."""
     cluster.nodes = [Node("head", 0)]
     held, asked = Placement(0.01, may_grow=may_grow), replace(GENERATORS, gpus=gpus)
     await held.reserve([asked])
@@ -129,7 +129,7 @@ def test_a_label_is_requested_if_some_node_has_it(cluster: Cluster) -> None:
 
 
 class Contested(Group):
-    """One that another run's group is in the way of, until ours are gone for once."""
+    """A cluster where another run's group blocks ours until ours are released once."""
 
     in_the_way = True
 
@@ -143,7 +143,7 @@ TWO_GROUPS = Demand("generator", 2, 1)
 async def test_two_runs_do_not_wait_for_each_other(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What cannot be had whole is let go, and laid out again on what is free then."""
+    """A layout that cannot be reserved whole is released, and made again on what is free then."""
     monkeypatch.setattr(placement, "PATIENCE_S", 0.01)
     monkeypatch.setattr(placement, "MAX_PAUSE_S", 0.0)
     remove = cluster.remove
@@ -168,7 +168,7 @@ async def test_two_runs_do_not_wait_for_each_other(
 async def test_slots_that_ray_does_not_reserve_are_reported_and_given_up(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where nodes have GPUs and too few CPUs."""
+    """Nodes have enough GPUs and too few CPUs."""
     monkeypatch.setattr(Contested, "in_the_way", True)
     monkeypatch.setattr(
         placement.ray.util, "placement_group_table", lambda _: {"bundles": {0: "x"}}

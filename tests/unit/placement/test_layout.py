@@ -1,4 +1,4 @@
-"""Who sits where: a table of layouts, worked out by hand."""
+"""Places of the roles: a table of layouts, worked out by hand."""
 
 from collections import defaultdict
 from dataclasses import replace

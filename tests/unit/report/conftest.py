@@ -104,7 +104,7 @@ def write_run(folder: Path) -> None:
 
 
 def iterations() -> range:
-    """1 to 60."""
+    """Iterations 1 to 60."""
     return range(1, NUM_ITERATIONS + 1)
 
 

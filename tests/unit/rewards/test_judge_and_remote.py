@@ -204,7 +204,7 @@ class TestRemote:
 
 
 class TestService:
-    """What judge and remote share."""
+    """Behaviour that judge and remote share."""
 
     def test_it_is_asked_again_after_a_failure(self, rollout: MakeRollout) -> None:
         failures = [(500, "boom"), (429, {}), (200, "<html>"), (503, "")]

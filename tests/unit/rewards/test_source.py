@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def score(path: str, policy: str, rollouts: list[Rollout]) -> list[float | None]:
-    """What the source says; a micro-batch holds two of the rollouts."""
+    """Return the source's scores; a micro-batch holds two of the rollouts."""
     config = resolve(
         {
             "model": {"max_length": 64},
@@ -52,7 +52,7 @@ def score(path: str, policy: str, rollouts: list[Rollout]) -> list[float | None]
 
 
 def make_rollout(tokenizer: Any, prompt: str, response: str, *, stopped: bool) -> Rollout:
-    """What a generator would return for these texts."""
+    """Return a generator's rollout of these texts."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     ids += [tokenizer.eos_token_id] if stopped else []
     return Rollout(
@@ -125,7 +125,7 @@ class TestModelSource:
         return tokenizer
 
     def chat(self, tokenizer: Any, max_length: int = 64, ended: bool = True) -> str:
-        """What a source with another tokenizer than the policy's reads."""
+        """Return the input of a source with another tokenizer than the policy's."""
         read: list[list[int]] = []
 
         def engine(sequences: Any) -> list[float]:

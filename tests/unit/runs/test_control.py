@@ -26,7 +26,7 @@ from rlhf_ray.types import GeneratorStatus
 
 @pytest.fixture
 def as_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """This process is the entry point of a job."""
+    """Make this process the entry point of a job."""
     monkeypatch.setattr(current_job, "records_folder", lambda: tmp_path / "records")
     monkeypatch.setattr(control, "name_current_job", lambda *_: None)
     metadata = {"metadata": {"job_submission_id": "job-1"}}

@@ -1,4 +1,4 @@
-"""What a server that others can reach warns of."""
+"""Warnings of a server that others can reach."""
 
 import pytest
 

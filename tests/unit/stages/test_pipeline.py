@@ -1,4 +1,4 @@
-"""How a run begins: its folder, and what it says as it enters Ray."""
+"""The beginning of a run: its folder, and its messages as it enters Ray."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What is rehearsed, and what a plan makes of it."""
+"""Rehearsed configs, and a plan's use of the results."""
 
 import json
 import stat
@@ -180,7 +180,7 @@ def test_an_unreadable_rehearsal_counts_as_none(tmp_path: Path, text: str) -> No
 
 
 def on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **peaks: int) -> Plan:
-    """Of a config that fits one A100, and that was rehearsed there."""
+    """A config that fits one A100 and was rehearsed there."""
     config = config_of(
         folder,
         model={"path": "m", "shape": SHAPE},

@@ -1,4 +1,4 @@
-"""Which answers of a held-out row count, and their tokens."""
+"""The answers of a held-out row that count, and their tokens."""
 
 from typing import Any
 

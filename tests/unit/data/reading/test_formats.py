@@ -26,7 +26,7 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def read(folder: Path, rows: Rows, use: Use, form: str = "auto") -> tuple[Rows, dict[str, int]]:
-    """What loaders see of these rows, and the counts of those left out."""
+    """Return these rows as loaders see them, and the counts of those left out."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tally = RowTally("set", 1.0)
@@ -90,7 +90,7 @@ def test_messages(tmp_path: Path) -> None:
 
 
 class TestMessages:
-    """What a message may hold, and how else chats are written."""
+    """Contents of messages, and other forms of chats."""
 
     def test_content_parts_are_joined(self, tmp_path: Path) -> None:
         parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, "c"]

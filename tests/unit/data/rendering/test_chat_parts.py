@@ -70,7 +70,7 @@ def renderer(chatml: Tokenizer, text: str = AGENT, kind: str = "auto") -> Render
 
 
 def spelt(made: Renderer, prompt: Chat, answer: Any, **named: Any) -> tuple[str, str]:
-    """What is given, and what is learnt."""
+    """Return the given text and the text with a loss."""
     (row,) = made.tokenize([made.prompt_and_answer(prompt, answer, **named)])
     pairs = list(zip(row.token_ids, row.answer_mask, strict=True))
     given, learnt = ([token for token, learnt in pairs if learnt == side] for side in (0, 1))

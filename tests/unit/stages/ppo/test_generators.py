@@ -1,4 +1,4 @@
-"""Where generators that join are placed, and what becomes of processes that do not start."""
+"""Placement of generators that join, and the end of processes that do not start."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What scorers are started with, and what room a run asks for."""
+"""Arguments with which scorers start, and the capacity that a run requests."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ POLICY, REWARD, GENERATOR = {"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}, {"CPU": 1.0, "
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What Ray's autoscaler is asked for, time after time; the demands go on to be reserved."""
+    """Requests to Ray's autoscaler in order; the demands are then reserved."""
     made: list[Any] = []
 
     async def reserve(placement: Placement, demands: Any) -> None:
@@ -67,7 +67,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 async def test_capacity_is_requested_for_every_role_and_released_at_the_end(
     requests: list[Any],
 ) -> None:
-    """Before it is waited for, and also for GPUs that no node has yet."""
+    """The request comes before the wait, and counts GPUs that no node has yet."""
     spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
     await spawner.place(ASKED)
     first = [POLICY, POLICY, REWARD, GENERATOR]
@@ -97,7 +97,7 @@ async def test_a_run_that_cannot_be_placed_releases_its_request_for_capacity(
 async def test_the_request_for_capacity_is_repeated_while_waiting(
     requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As labels are known, and where another run's request may have taken the place of ours."""
+    """Labels become known, and another run's request may have replaced ours."""
     labels: list[dict[str, str]] = []
     now = 0.0
     monkeypatch.setattr(spawner_module, "time", SimpleNamespace(monotonic=lambda: now))

@@ -1,4 +1,4 @@
-"""Which rows the stages on pairs train on, and which they hold out."""
+"""Rows that the stages on pairs train on, and those that they hold out."""
 
 import json
 from pathlib import Path
