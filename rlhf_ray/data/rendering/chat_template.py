@@ -19,7 +19,7 @@ PROBE = "zxq7probe"
 
 
 class ChatTemplate:
-    """Renders chats as a tokenizer's template does.
+    """A renderer of chats by a tokenizer's template.
 
     Args:
         tokenizer: whose template; it may have none, which `render` reports.

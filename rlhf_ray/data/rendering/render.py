@@ -30,7 +30,7 @@ class TextSegments:
     """The text of one row in the segments that are tokenized apart.
 
     Attributes:
-        texts: by turns what is given and what is answered, without the end of the last answer.
+        texts: prompt and answer parts in turn, without the end of the last answer.
         end_id: the token that ends the row.
         is_plain: True if the tokenizer's start token is added; a chat template writes its own.
     """

@@ -1,4 +1,4 @@
-"""Whether all parts of a chat are in its rendering: templates drop what they do not know."""
+"""Checks that a rendering shows all parts of a chat: templates drop parts that they do not know."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
