@@ -71,7 +71,7 @@ METRICS: dict[str, Metric] = {
     for name, unit, reduction, meaning in ROWS
 }
 
-_FAMILIES = {name.partition("<")[0]: name for name, metric in METRICS.items() if metric.label}
+_FAMILIES = {name.partition("<")[0]: name for name in METRICS if "<" in name}
 """Metrics with one member per source, model or actor, by the beginning of the members' names."""
 
 
