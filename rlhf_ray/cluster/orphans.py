@@ -1,8 +1,8 @@
 """Orphan cleanup: end the processes and remove the shared memory that a killed run left behind.
 
-While a run lives, a record in the temporary folder lists its processes (id, start time, name) and
-the shared-memory files that they map. The next run cleans up after every record whose driver is
-dead. A process id that the system has reused since is recognised by its start time.
+While a run lives, a record in the temporary folder lists its processes (`process_identity`) and the
+shared-memory files that they map. The next run cleans up after every record whose driver is dead. A
+process id that the system has reused since is recognised by its start.
 
 The temporary folder is open to every user of the machine, so records count only in a folder that
 nobody else can enter, and only this user's processes and shared memory are touched.
@@ -16,12 +16,17 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import psutil
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
+from rlhf_ray.cluster.process_identity import (
+    ProcessIdentity,
+    identity,
+    is_visible,
+    living_process,
+)
 from rlhf_ray.disk import is_private, make_private, write_atomically
 
 SHARED_MEMORY = "/dev/shm/"
@@ -33,14 +38,6 @@ NCCL, CUDA, DeepSpeed, Ray. A record that names another file is not one of ours.
 INTERVAL_S = 1.0
 """Interval between two updates of the record, which take 20 ms each. What a run starts between the
 last update and its death is not cleaned up."""
-
-
-class ProcessIdentity(TypedDict):
-    """Identifies a process beyond the reuse of its id; part of records and of status.json."""
-
-    pid: Annotated[int, Field(gt=0, lt=2**31)]
-    started: float
-    name: str
 
 
 class _Record(TypedDict):
@@ -114,7 +111,7 @@ def clean_up(folder: Path | None = None) -> tuple[int, int]:
     for path, record in _records(folder or records_folder()):
         if record is None:
             path.unlink(missing_ok=True)
-        elif living_process(record["driver"]) is None:
+        elif _is_dead(record["driver"]):
             ended, removed = _clean_up_record(path)
             processes, files = processes + ended, files + removed
     return processes, files
@@ -125,7 +122,7 @@ def count_orphans(folder: Path | None = None) -> int:
     return sum(
         len(_survivors(record))
         for _, record in _records(folder or records_folder())
-        if record is not None and living_process(record["driver"]) is None
+        if record is not None and _is_dead(record["driver"])
     )
 
 
@@ -144,6 +141,11 @@ def _read(path: Path) -> _Record | None:
         return _RECORD.validate_json(path.read_bytes(), strict=True)
     except (OSError, ValidationError):
         return None
+
+
+def _is_dead(driver: ProcessIdentity) -> bool:
+    """Return whether a driver is known to be gone: one of another container may live."""
+    return is_visible(driver) and living_process(driver) is None
 
 
 def _clean_up_record(path: Path) -> tuple[int, int]:
@@ -206,22 +208,6 @@ def _is_resource_tracker(process: psutil.Process) -> bool:
         return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
     except psutil.Error:
         return False
-
-
-def identity(process: psutil.Process | None = None) -> ProcessIdentity:
-    """Return what identifies a process (default: this one)."""
-    process = process or psutil.Process()
-    return {"pid": process.pid, "started": process.create_time(), "name": process.name()}
-
-
-def living_process(entry: ProcessIdentity) -> psutil.Process | None:
-    """Return the process of an `identity`; None if it is gone or its id was reused."""
-    try:
-        process = psutil.Process(entry["pid"])
-        same = process.create_time() == entry["started"] and process.status() != "zombie"
-    except psutil.Error:
-        return None
-    return process if same else None
 
 
 def _mapped_inodes(pid: int) -> set[int]:

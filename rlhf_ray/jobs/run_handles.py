@@ -5,7 +5,6 @@ It is a job of a cluster, behind the job server, or a run in a folder of this ma
 
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -14,11 +13,11 @@ from typing import Protocol
 
 import psutil
 
-from rlhf_ray.cluster.orphans import living_process
+from rlhf_ray.cluster.process_identity import living_process
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
 from rlhf_ray.jobs.connection import configured_address, connect
 from rlhf_ray.jobs.job_server import Job, JobServer
-from rlhf_ray.runs.control import ControlFiles, RunStatus, State
+from rlhf_ray.runs.control import ControlFiles, RunStatus, State, is_here
 
 COMMITS = "ppo"
 """The stage that commits its iteration before it stops; the others save by themselves."""
@@ -116,11 +115,12 @@ class LocalRun:
             process.send_signal(signal.SIGTERM)
 
     def _require_here(self) -> None:
-        host = self._files.driver()["host"]
-        if host != socket.gethostname():
+        driver = self._files.driver()
+        if not is_here(driver):
             raise ConfigError(
-                f"The driver of {self._folder} runs on {host}, not on this machine; it was not "
-                f"stopped. Run rlhf-ray stop on {host}, or give the cluster with --address"
+                f"The driver of {self._folder} runs on {driver['host']}, not on this machine or in "
+                f"another container of it; it was not stopped. Run rlhf-ray stop there, or give "
+                "the cluster with --address"
             )
 
     def scale(self, num_generators: int) -> None:

@@ -10,7 +10,6 @@ second: ``python -m rlhf_ray.runs.control``.
 
 import argparse
 import json
-import os
 import socket
 import threading
 import time
@@ -21,7 +20,13 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from rlhf_ray.cluster.current_job import name_current_job, record_run_folder, run_folder_of_job
-from rlhf_ray.cluster.orphans import ProcessIdentity, identity, living_process
+from rlhf_ray.cluster.process_identity import (
+    ProcessIdentity,
+    identity,
+    is_visible,
+    living_process,
+    same_process,
+)
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Bar, Progress, watched_by
@@ -110,6 +115,15 @@ class Request:
     changed it by itself."""
 
 
+def is_here(driver: Driver) -> bool:
+    """Return whether a driver is, or was, a process that can be looked up from this one."""
+    return driver["host"] == socket.gethostname() and is_visible(driver)
+
+
+def _this_driver() -> Driver:
+    return {**identity(), "host": socket.gethostname()}
+
+
 class ControlFiles:
     """The status and request files of a run."""
 
@@ -124,8 +138,7 @@ class ControlFiles:
         """
         self.require_free()
         self._requests.unlink(missing_ok=True)
-        driver: Driver = {**identity(), "host": socket.gethostname()}
-        self._write_status(RunStatus(name, str(self._status.parent)), driver)
+        self._write_status(RunStatus(name, str(self._status.parent)), _this_driver())
 
     def require_free(self) -> None:
         """Refuse a folder that another process writes to.
@@ -137,7 +150,7 @@ class ControlFiles:
             driver, state = self.driver(), self.status().state
         except (OSError, ValueError, KeyError, TypeError, ConfigError):
             return  # not the folder of a run, or its status is damaged
-        is_other = (driver["host"], driver["pid"]) != (socket.gethostname(), os.getpid())
+        is_other = not same_process(driver, _this_driver())
         if is_other and state == "running" and self._is_driven_by(driver):
             raise ConfigError(
                 f"{self._status.parent} is in use by process {driver['pid']} on "
@@ -151,7 +164,7 @@ class ControlFiles:
         On another host only a change of its status proves it, so one is waited for: the age of the
         last change says nothing, because the hosts' clocks may differ.
         """
-        if driver["host"] == socket.gethostname():
+        if is_here(driver):
             return True  # `status` has looked for the process
         Progress().say(
             f"{self._status.parent} was left running by a driver on {driver['host']}: waiting up "
@@ -194,13 +207,12 @@ class ControlFiles:
         """
         written = self._read()
         status, driver = RunStatus.from_json(written["status"]), written["driver"]
-        here = driver["host"] == socket.gethostname()
-        if status.state == "running" and here and living_process(driver) is None:
+        if status.state == "running" and is_here(driver) and living_process(driver) is None:
             return replace(status, state="dead")
         return status
 
     def driver(self) -> Driver:
-        """Return the process that drives the run: host, pid, started, name."""
+        """Return the process that drives the run."""
         return self._read()["driver"]
 
     def _read(self) -> _Written:

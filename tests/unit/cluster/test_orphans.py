@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.cluster.orphans import ProcessRecord, clean_up, count_orphans, identity
+from rlhf_ray.cluster.orphans import ProcessRecord, clean_up, count_orphans
+from rlhf_ray.cluster.process_identity import identity
 from rlhf_ray.errors import ConfigError
 
 DRIVER = """
@@ -129,19 +130,43 @@ def record(folder: Path, driver: dict, processes: list[dict], files: list[str]) 
 def test_a_process_with_a_reused_id_is_spared(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        started = psutil.Process(bystander.pid).create_time()
-        dead = {"pid": os.getpid(), "started": 1.0, "name": "python"}  # this id, long ago
-        reused = {"pid": bystander.pid, "started": started - 100, "name": "python"}
+        entry = dict(identity(psutil.Process(bystander.pid)))
+        dead = {**identity(), "started": 1}  # this id, long ago
+        reused = entry | {"started": entry["started"] - 100}
         record(tmp_path, dead, [reused], [])
         assert clean_up(tmp_path) == (0, 0)
         assert living_process(bystander.pid)
-        # The same record with the true start time is of that process: the time is what decides.
-        record(tmp_path, dead, [reused | {"started": started}], [])
+        # The same record with the true start is of that process: the start is what decides.
+        record(tmp_path, dead, [entry], [])
         assert clean_up(tmp_path) == (1, 0)
         assert not living_process(bystander.pid)
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@linux_only
+def test_a_step_of_the_clock_leaves_a_living_run_alone(
+    driver: Driver, tmp_path: Path, shared_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot_time = psutil._pslinux.boot_time()  # type: ignore[attr-defined]
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time + 1)  # type: ignore[attr-defined]
+    assert count_orphans(tmp_path) == 0
+    assert clean_up(tmp_path) == (0, 0)
+    assert all(living_process(pid) for pid in [driver.process.pid, *driver.descendants])
+    assert shared_file.exists()
+    assert len(list(tmp_path.iterdir())) == 1, "the record stays"
+    driver.process.kill()
+    _wait_until_dead(driver.process.pid)
+    assert clean_up(tmp_path) == (2, 2), "nor does it hide what a dead run has left"
+
+
+def test_the_record_of_another_container_is_left_alone(tmp_path: Path) -> None:
+    elsewhere = {**identity(), "started": 1, "namespace": "pid:[1]"}
+    record(tmp_path, elsewhere, [dict(identity())], [])
+    assert count_orphans(tmp_path) == 0
+    assert clean_up(tmp_path) == (0, 0)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_record_that_does_not_parse_is_dropped(tmp_path: Path) -> None:
@@ -151,15 +176,16 @@ def test_a_record_that_does_not_parse_is_dropped(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+REST = '"boot": "b", "namespace": "n", "name": "x"'
 MALFORMED = (
     "[]",
     "null",
     '{"driver": 3}',
-    '{"driver": {"pid": "1", "started": 1.0, "name": "x"}, "processes": [], "files": []}',
-    '{"driver": {"pid": -1, "started": 1.0, "name": "x"}, "processes": [], "files": []}',
-    '{"driver": {"pid": 1, "started": 1.0, "name": "x"}, "processes": {}, "files": []}',
-    '{"driver": {"pid": 1, "started": 1.0, "name": "x"}, "processes": [7], "files": []}',
-    '{"driver": {"pid": 1, "started": 1.0, "name": "x"}, "processes": [], "files": [null]}',
+    '{"driver": {"pid": "1", "started": 1.0, ' + REST + '}, "processes": [], "files": []}',
+    '{"driver": {"pid": -1, "started": 1.0, ' + REST + '}, "processes": [], "files": []}',
+    '{"driver": {"pid": 1, "started": 1.0, ' + REST + '}, "processes": {}, "files": []}',
+    '{"driver": {"pid": 1, "started": 1.0, ' + REST + '}, "processes": [7], "files": []}',
+    '{"driver": {"pid": 1, "started": 1.0, ' + REST + '}, "processes": [], "files": [null]}',
     '{"driver": {"pid": 1' + "0" * 5000 + "}}",
     "[" * 100_000,
     "\0",
@@ -178,7 +204,7 @@ def test_a_malformed_record_is_dropped_and_the_others_are_cleaned_up(
     assert list(tmp_path.iterdir()) == []
 
 
-DEAD = {"pid": os.getpid(), "started": 1.0, "name": "python"}
+DEAD = {**identity(), "started": 1}
 """The driver of a record: this process's id, long ago."""
 
 

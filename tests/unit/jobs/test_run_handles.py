@@ -118,7 +118,10 @@ def test_a_driver_on_another_machine_is_not_signalled(
 ) -> None:
     host, said = socket.gethostname(), list[str]()
     monkeypatch.setattr(socket, "gethostname", lambda: "laptop")
-    with pytest.raises(ConfigError, match=f"runs on {host}, not on this machine; it was not"):
+    with pytest.raises(
+        ConfigError,
+        match=f"runs on {host}, not on this machine or in another container of it; it was not",
+    ):
         LocalRun(tmp_path).stop(True, print)
     assert driver.poll() is None
     assert ControlFiles(tmp_path).requested() == Request(), "a refused stop leaves no request"

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rlhf_ray.cluster import current_job
-from rlhf_ray.cluster.orphans import identity
+from rlhf_ray.cluster.process_identity import identity
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.repeated import repeated
@@ -154,6 +154,41 @@ def test_a_folder_in_which_another_process_runs_is_not_taken(tmp_path: Path) -> 
             ):
                 pass
         other.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where the start counts from the boot")
+def test_a_step_of_the_clock_leaves_a_run_running_and_its_folder_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with reporting_status("mine", tmp_path) as files:
+            _drive(tmp_path, dict(identity(psutil.Process(other.pid))))
+            boot_time = psutil._pslinux.boot_time()  # type: ignore[attr-defined]
+            monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time - 1)  # type: ignore[attr-defined]
+            assert files.status().state == "running"
+            with pytest.raises(ConfigError, match="in use by process"):
+                ControlFiles(tmp_path).open("mine")
+        other.kill()
+
+
+def test_a_folder_of_another_container_with_the_same_id_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(control, "SILENT_S", 10.0)
+    files = ControlFiles(tmp_path)
+    files.open("mine")
+    _drive(tmp_path, {"namespace": "pid:[1]"})
+    assert files.status().state == "running", "what cannot be seen may live"
+    living = repeated(files.update, 0.005, "signs of life")
+    with living, pytest.raises(ConfigError, match="in use by process"):
+        ControlFiles(tmp_path).open("mine")
+
+
+def _drive(folder: Path, changes: dict) -> None:
+    written = json.loads((folder / "status.json").read_text())
+    written["driver"] |= changes
+    (folder / "status.json").write_text(json.dumps(written))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.cluster.orphans import identity
+from rlhf_ray.cluster.process_identity import identity
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.runs.control import ControlFiles
