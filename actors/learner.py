@@ -25,6 +25,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import TrainingEngine
 from rlhf_ray.models import adapters
 from rlhf_ray.observability.metrics import metric
+from rlhf_ray.observability.phases import report
 from rlhf_ray.types import AssembledStats, Rollout, StepReport
 
 LEARNER_STATE = "learner.safetensors"
@@ -90,7 +91,9 @@ class Learner(ABC):
         from rlhf_ray.engines.deepspeed.engine import DeepSpeedEngine, join_group
 
         timeout = self._config.cluster.call_timeout_s
+        report(f"meeting the other ranks at {address}:{port}")
         device = join_group(rank, world_size, address, port, timeout)
+        report("loading the model and making the optimizer")
         self._engine = DeepSpeedEngine(
             self._build_model().to(device),
             **optimizer,

@@ -102,6 +102,9 @@ class Processes:
         await self._step("start", name)
         return self.make(name)
 
+    async def load(self, generator: Any) -> None:
+        await self._step("start", generator.name)
+
     async def end(self, generator: Any) -> None:
         generator.ended = True
         self.ended.append(generator.name)

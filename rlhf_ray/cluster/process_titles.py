@@ -9,11 +9,13 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 from ray._private.ray_constants import LOG_PREFIX_ACTOR_NAME
+
+from rlhf_ray.cluster.life_signs import signs_of_life
 
 IDLE = "idle"
 
@@ -44,7 +46,8 @@ def titled(role_class: type) -> type:
 
     class Titled(role_class):
         def __init__(self, name: str, *args: Any) -> None:
-            super().__init__(name, *args)
+            with signs_of_life(name, "importing its libraries"):
+                super().__init__(name, *args)
             self.title = _Title(name, self)
 
     for name, method in inspect.getmembers(role_class, inspect.isfunction):
@@ -60,7 +63,7 @@ class _Title:
     """The title of this process; of overlapping calls it shows the one that began last."""
 
     def __init__(self, name: str, actor: Any) -> None:
-        self._name = name
+        self.name = name
         self._actor = actor
         self._doing: list[str] = []
         self._show()
@@ -70,14 +73,15 @@ class _Title:
         self._doing.append(doing)
         self._show()
         try:
-            yield
+            with signs_of_life(self.name, doing) if doing == DOES["start"] else nullcontext():
+                yield
         finally:
             self._doing.remove(doing)
             self._show()
 
     def _show(self) -> None:
         version = getattr(self._actor, "version", None)
-        parts = [self._name, "" if version is None else f"v{version}", (self._doing or [IDLE])[-1]]
+        parts = [self.name, "" if version is None else f"v{version}", (self._doing or [IDLE])[-1]]
         title = " ".join(filter(None, parts))
         ray._raylet.setproctitle(f"ray::{title}")  # type: ignore[attr-defined]
         # After each call Ray resets the title to the name of the instance's class, so the class

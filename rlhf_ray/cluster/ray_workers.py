@@ -21,6 +21,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
+from rlhf_ray.cluster.life_signs import INTERVAL_S, Watch
 from rlhf_ray.cluster.process_titles import titled
 from rlhf_ray.cluster.role_clients import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
 from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
@@ -48,6 +49,7 @@ class RayWorker(Generic[ProcessT_co]):
         num_gpus: float,
         one_at_a_time: bool,
         has_slot: bool = True,
+        watch: Watch | None = None,
     ) -> None:
         self.name = name
         self.actor = actor
@@ -57,6 +59,7 @@ class RayWorker(Generic[ProcessT_co]):
         self._on_call = on_call
         self._one_at_a_time = one_at_a_time
         self._has_slot = has_slot
+        self._watch = watch or Watch()
         self._last_end_s = 0.0
 
     async def address(self) -> str:
@@ -100,18 +103,15 @@ class RayWorker(Generic[ProcessT_co]):
 
     async def _await(self, method: str, reference: Awaitable[ResultT]) -> ResultT:
         started = time.time()
-        limit_s, key = self._timeout_s, "cluster.call_timeout_s"
-        if method in STARTING:
-            limit_s, key = self._start_timeout_s, "cluster.start_timeout_s"
         try:
-            result = await asyncio.wait_for(_resolve(reference), limit_s)
+            if method in STARTING:
+                result = await self._await_start(method, reference)
+            else:
+                result = await asyncio.wait_for(_resolve(reference), self._timeout_s)
         except TimeoutError:
-            if method in STARTING and not self._has_slot and _is_unplaced(self.actor):
-                raise PlacementError(
-                    f"No node had a CPU for {self.name} within {limit_s:g} s ({key})"
-                ) from None
             raise ActorFailure(
-                f"{self.name} did not answer {method} within {limit_s:g} s ({key})"
+                f"{self.name} did not answer {method} within {self._timeout_s:g} s "
+                "(cluster.call_timeout_s)"
             ) from None
         except RayTaskError as error:
             if isinstance(error.cause, RlhfError):
@@ -125,6 +125,25 @@ class RayWorker(Generic[ProcessT_co]):
         self._last_end_s = ended
         self._on_call(self.name, method, began, ended)
         return result
+
+    async def _await_start(self, method: str, reference: Awaitable[ResultT]) -> ResultT:
+        """Wait while the process, or another one of its role, makes progress."""
+        limit_s, since = self._start_timeout_s, asyncio.get_running_loop().time()
+        call = asyncio.ensure_future(_resolve(reference))
+        try:
+            while True:
+                await asyncio.wait([call], timeout=min(INTERVAL_S, limit_s / 4))
+                if call.done():
+                    return call.result()
+                if reason := await self._watch.overdue(self.name, since, limit_s):
+                    break
+        finally:
+            call.cancel()
+        if not self._has_slot and _is_unplaced(self.actor):
+            raise PlacementError(
+                f"No node had a CPU for {self.name} within {limit_s:g} s (cluster.start_timeout_s)"
+            )
+        raise ActorFailure(f"{self.name} did not answer {method} {reason}")
 
 
 def _node_address(_actor: object) -> str:
@@ -152,6 +171,7 @@ def spawn(
     start_timeout_s: float,
     timeout_s: float,
     on_call: OnCall,
+    watch: Watch,
 ) -> RayWorker[RoleT]:
     """Start a role's class as a named actor."""
     options: dict[str, Any] = {
@@ -172,6 +192,7 @@ def spawn(
         num_gpus=num_gpus,
         one_at_a_time=concurrency == 1,
         has_slot=strategy is not None,
+        watch=watch,
     )
 
 

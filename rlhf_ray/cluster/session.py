@@ -5,6 +5,7 @@ front. Everything else is in Ray's log files, which its dashboard shows.
 """
 
 import logging
+import math
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ import ray
 from ray._private import ray_constants
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
+from rlhf_ray.cluster.life_signs import LIMIT
 from rlhf_ray.cluster.orphans import ProcessRecord, clean_up, records_folder
 from rlhf_ray.cluster.role_clients import LOOPBACK
 from rlhf_ray.config import Config
@@ -33,6 +35,13 @@ NAME_FREE_WITHIN_S = 10.0
 """Time for the actors of an earlier run of the same name to disappear."""
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+_SLOW_STARTS = {
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+}
+"""Ray's own deadlines for its processes and for the workers of supervised stages. Its defaults are
+60 s; a busy machine takes longer."""
 
 RAY_PRINT_HANDLER = "ray_print_logs"
 """The handler with which Ray prints actors' output; Ray removes it by this name at shutdown."""
@@ -175,7 +184,7 @@ def _driver_environment() -> dict[str, str]:
     path = os.environ.get("PATH", "")
     if binaries not in path.split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([binaries, path])
-    return environment()
+    return _SLOW_STARTS | environment()
 
 
 def role_environment(config: Config, joined: bool) -> dict[str, str]:
@@ -196,6 +205,8 @@ def role_environment(config: Config, joined: bool) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         # vLLM on CPU binds its threads to the first cores: several engines would share one core.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Ours renews by progress; a shorter one of vLLM's would end a slow start all the same.
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(LIMIT * config.cluster.start_timeout_s)),
         **config.cluster.env,
     }
 

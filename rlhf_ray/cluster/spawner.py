@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS, ColocatedWorker, Colocation
+from rlhf_ray.cluster.life_signs import Watch
 from rlhf_ray.cluster.ray_workers import RayWorker, kill, request_capacity, spawn
 from rlhf_ray.cluster.role_clients import DataT, InlineWorker, OnCall, Worker, arriving
 from rlhf_ray.config import Config
@@ -41,6 +42,7 @@ class RoleSpawner:
             config.placement.timeout_s, may_grow=self._joins, request_nodes=self._repeat_request
         )
         self._colocation = Colocation() if config.placement.turns else None
+        self._watch = Watch()
         self.workers: list[Worker[Process]] = []
         self._demands: Sequence[Demand] = []
         self._request: Capacity | None = None
@@ -142,12 +144,20 @@ class RoleSpawner:
             start_timeout_s=self._config.cluster.start_timeout_s,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,
+            watch=self._watch,
         )
 
     async def start_all(self, groups: Sequence[Sequence[Worker[LearnerProcess]]]) -> None:
-        """Start every worker at once; the ranks of a learner group meet at their first rank."""
+        """Start every worker at once; the ranks of a learner group meet at their first rank.
+
+        Generators are left out: their pool starts them, and again where they fail.
+        """
         in_groups = {worker.name for group in groups for worker in group}
-        alone = [self._colocated(w) for w in self.workers if w.name not in in_groups]
+        alone = [
+            self._colocated(worker)
+            for worker in self.workers
+            if worker.name not in in_groups and not _is_generator(worker)
+        ]
         await asyncio.gather(
             *(worker.call(Process.start) for worker in alone), *map(_start_group, groups)
         )
@@ -169,7 +179,7 @@ class RoleSpawner:
         generators = [
             cast("Worker[GeneratorProcess]", worker)
             for worker in self.workers
-            if worker.name.startswith("generator")
+            if _is_generator(worker)
         ]
         # vLLM's own processes outlive a killed actor and would keep their GPUs. The timeout is for
         # a generator that is loading its base: it answers only once that is done.
@@ -196,6 +206,11 @@ class RoleSpawner:
     async def fetch(self, handle: Handle[DataT]) -> DataT:
         """Bring data to the driver."""
         return await cast("Awaitable[DataT]", handle) if self._on_ray else arriving(handle)
+
+
+def _is_generator(worker: Worker[Process]) -> bool:
+    """Return whether it is a generator, by its name."""
+    return worker.name.startswith("generator-")
 
 
 async def _start_group(ranks: Sequence[Worker[LearnerProcess]]) -> None:

@@ -25,7 +25,11 @@ class ClusterConfig(Section):
         1, unit="threads", ge=1, description="CPU threads of each role's process (local mode)."
     )
     start_timeout_s: float = changeable(
-        300.0, unit="seconds", gt=0, description="Deadline for a role's process to be ready."
+        300.0,
+        unit="seconds",
+        gt=0,
+        description="Longest time without progress until a role's process is ready: a new phase, "
+        "work, or weights that arrive renew it, up to ten times as long.",
     )
     call_timeout_s: float = changeable(
         600.0,

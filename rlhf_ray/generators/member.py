@@ -45,6 +45,10 @@ class Factory(Protocol[GeneratorT]):
         """
         ...
 
+    async def load(self, generator: GeneratorT) -> None:
+        """Load the base of a generator whose process was made before."""
+        ...
+
     async def end(self, generator: GeneratorT) -> None:
         """End its process, even if it does not answer or has died. Never raises."""
         ...
@@ -82,6 +86,12 @@ class Member(Generic[GeneratorT]):
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"A generator that is {self.state} cannot become {state}")
         self.state = state
+
+    @property
+    def process(self) -> GeneratorT:
+        """Its process, where it has one."""
+        assert self.client is not None
+        return self.client
 
     @property
     def load(self) -> int:

@@ -50,7 +50,7 @@ class GeneratorPool(Generic[GeneratorT]):
     ) -> None:
         """
         Args:
-            first: generators that the run begins with, started by the caller.
+            first: generators that the run begins with; `start` starts them.
             factory: starts and ends those that join later.
             serve: publishes to one generator.
             settings: limits on work, restarts and draining.
@@ -75,6 +75,10 @@ class GeneratorPool(Generic[GeneratorT]):
         self._times = IdleTimes()
         self._idle = NOTHING_YET
         self._seen: list[IdleShares] = []
+
+    async def start(self) -> None:
+        """Start the first generators; those that fail are started again in the background."""
+        await self._each(lambda member: self._factory.load(member.process))
 
     async def prove(self, proof: Proof) -> None:
         """Prove every generator; those that fail are restarted."""
@@ -197,8 +201,7 @@ class GeneratorPool(Generic[GeneratorT]):
 
     async def _prove(self, member: Member[GeneratorT]) -> None:
         assert self._proof is not None
-        assert member.client is not None
-        await self._proof(member.client)
+        await self._proof(member.process)
         if member.state == "starting":
             member.change_to("stale")
 
@@ -212,8 +215,7 @@ class GeneratorPool(Generic[GeneratorT]):
     async def _send(self, member: Member[GeneratorT]) -> None:
         update = self._update
         assert update is not None
-        assert member.client is not None
-        await self._serve(member.client, update)
+        await self._serve(member.process, update)
         member.serves = update
 
     def _admit(self, member: Member[GeneratorT]) -> None:
@@ -281,9 +283,9 @@ class GeneratorPool(Generic[GeneratorT]):
             raise self._failure() from self._last_failure
 
     def _failure(self) -> ActorFailure:
+        budget = f"{self._settings.max_restarts} restarts (generators.max_restarts) are used up"
         return ActorFailure(
-            f"No generator is left, and {self._settings.max_restarts} restarts "
-            f"(generators.max_restarts) are used up. The last failure: {self._last_failure}"
+            f"No generator is left, and {budget}. The last failure: {self._last_failure}"
         )
 
     # Which generator samples which shard.
@@ -299,9 +301,8 @@ class GeneratorPool(Generic[GeneratorT]):
             if not free:
                 break
             member = min(free, key=lambda member: member.load)
-            assert member.client is not None
             request = batch.queue.take(member.name)
-            call = asyncio.ensure_future(member.client.generate(request))
+            call = asyncio.ensure_future(member.process.generate(request))
             member.calls.add(call)
             call.add_done_callback(partial(self._take_in, batch, member, request))
         self._note()

@@ -7,6 +7,7 @@ from another one (an actor's second concurrency group) hangs.
 import asyncio
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
 from rlhf_ray.models.adapters import refuse_unservable, servable_rank
 from rlhf_ray.models.stop_conditions import StopConditions
+from rlhf_ray.observability.phases import report
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 _EXTENSION = "rlhf_ray.engines.vllm.worker_extension.AdapterExtension"
@@ -87,7 +89,10 @@ class VllmEngine:
                 "placement.turns needs an engine that can sleep, and vLLM cannot on "
                 f"{current_platform.device_type}; leave it out, or set rollout.engine=transformers"
             )
-        self._engine = AsyncLLM.from_engine_args(self._engine_args())
+        report("starting vLLM's engine, which loads the weights")
+        with _lost_start_is_a_failure():
+            self._engine = AsyncLLM.from_engine_args(self._engine_args())
+        report("reading the engine's modules")
         # With min_tokens, vLLM would also mask the eos ids of the model's folder until then, but
         # learner and reference mask our stop tokens alone: log-probs would differ.
         self._engine.input_processor.generation_config_fields = {}
@@ -234,6 +239,22 @@ class VllmEngine:
     async def stop(self) -> None:
         """Stop the engine's process."""
         self._engine.shutdown()
+
+
+@contextmanager
+def _lost_start_is_a_failure() -> Iterator[None]:
+    """Report an engine that was killed, or was too slow, while it started: it may be tried again.
+
+    Raises:
+        ActorFailure: it was; an engine that refuses its arguments raises vLLM's own error.
+    """
+    try:
+        yield
+    except (RuntimeError, TimeoutError) as error:
+        killed = re.search(r"Failed core proc\(s\): .*: -\d+", str(error))
+        if killed or isinstance(error, TimeoutError) or "Timed out" in str(error):
+            raise ActorFailure(f"vLLM's engine did not start: {error}") from error
+        raise
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Sample every compared model on the same prompts under the same seeds; measure perplexity."""
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ async def answers_of_models(
     )
     answers: dict[str, Answers] = {}
     try:
-        await spawner.start_all([])
+        await asyncio.gather(spawner.start_all([]), roles.generators.start())
         for version, (name, files) in enumerate(inputs.adapters.items()):
             await roles.generators.publish(_update(version, files))
             answers[name] = Answers(

@@ -35,11 +35,15 @@ class GeneratorFactory:
         await self._spawner.place_one(self._demand, int(name.rpartition("-")[2]))
         generator = self.spawn(name)
         try:
-            await generator.worker.call(GeneratorProcess.start)
+            await self.load(generator)
         except BaseException:  # cancelled, too: the pool may have shrunk meanwhile
             await self.end(generator)
             raise
         return generator
+
+    async def load(self, generator: GeneratorClient) -> None:
+        """Load the base of a generator that `spawn` made."""
+        await generator.worker.call(GeneratorProcess.start)
 
     async def end(self, generator: GeneratorClient) -> None:
         """End a generator's process."""

@@ -1,5 +1,6 @@
 """Spawns the roles of a PPO run: actors in Ray, or objects in this process (inline)."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from rlhf_ray.cluster.role_clients import (
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
 from rlhf_ray.engines.scoring import reward_sources
+from rlhf_ray.generators.member import cancel
 from rlhf_ray.placement.layout import demands
 from rlhf_ray.roles import Roles
 from rlhf_ray.runs.folder import located
@@ -68,7 +70,9 @@ async def ppo_roles(
         )
         num_critics = config.critic.num_ranks if critic_model else 0
         critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
-        await spawner.start_all([group for group in (policy, critic) if group])
+        starts = asyncio.ensure_future(generators.start())
+        stack.push_async_callback(cancel, [starts])  # where another role does not start
+        await asyncio.gather(spawner.start_all([g for g in (policy, critic) if g]), starts)
         policy_client = PolicyClient(policy, config.policy.zero_stage)
         # Without reference processes the policy's own base answers, its adapter switched off.
         reference = ReferenceClient(references) if references else PolicyBaseClient(policy_client)

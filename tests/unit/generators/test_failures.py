@@ -144,3 +144,49 @@ async def test_waits_double_until_a_shard_is_done(monkeypatch: pytest.MonkeyPatc
     assert waits[-1] == 2
     await elastic.answer_all()
     await batch
+
+
+SLOW = ActorFailure("generator-0 did not answer start within 300 s")
+
+
+async def test_a_first_start_that_fails_is_tried_again_within_the_budget() -> None:
+    elastic = Elastic(1, max_restarts=2)
+    elastic.processes.faults["start", "generator-0"] = [SLOW, SLOW]
+    await elastic.pool.start()
+    batch = await elastic.begin(1)
+    await elastic.answer_all()
+    await batch
+    assert elastic.states() == {"generator-0": "ready"}
+    assert elastic.pool.report().restarts == 2
+    assert elastic.processes.ended == ["generator-0"], "the process that did not start"
+
+
+async def test_a_run_begins_with_the_generators_that_have_started() -> None:
+    elastic = Elastic(2)
+    elastic.processes.faults["start", "generator-1"] = [SLOW]
+    elastic.processes.gates["start", "generator-1"] = gate = asyncio.Event()
+    starting = asyncio.ensure_future(elastic.pool.start())
+    await settle()
+    gate.set()
+    await starting
+    gate.clear()
+    batch = await elastic.begin(1, 1)
+    assert elastic.states() == {"generator-0": "ready", "generator-1": "starting"}
+    await elastic.answer_all()
+    await batch
+
+
+async def test_a_run_whose_generators_never_start_ends_with_their_error() -> None:
+    elastic = Elastic(2, max_restarts=3)
+    for name in ("generator-0", "generator-1"):
+        elastic.processes.faults["start", name] = [SLOW] * 9
+    await elastic.pool.start()
+    with pytest.raises(ActorFailure, match=r"3 restarts .* did not answer start within 300 s"):
+        await (await elastic.begin(1))
+
+
+async def test_a_start_that_no_restart_would_help_ends_the_run_at_once() -> None:
+    elastic = Elastic(1)
+    elastic.processes.faults["start", "generator-0"] = [ConfigError("no such model")]
+    with pytest.raises(ConfigError, match="no such model"):
+        await elastic.pool.start()
