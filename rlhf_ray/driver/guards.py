@@ -168,6 +168,14 @@ FLOOR, CEILING = 1e-4, 0.01
 """Limits of the bound, nats per token, if engine and learner hold equal fp32 weights."""
 ROUNDED_FLOOR, ROUNDED_CEILING = 0.02, 0.1
 """Limits of the bound if one of them rounds or quantises its weights."""
+OUTLIER = 7
+"""Bounds by which one token of a shard may exceed the bound, where weights are rounded.
+
+Rounding has heavy tails: the mean of n honest tokens that is far too high is so by one of them, so
+the bound widens with 1 / n. Of 200 simulated runs of honest engines 198 broke the bare bound with
+shards of a token and 25 with shards of four; none breaks this one."""
+JOINED_TOKENS = 32
+"""Shards of fewer tokens are checked together as well, where a faulty engine shows all the same."""
 
 
 class MismatchGuard:
@@ -183,6 +191,7 @@ class MismatchGuard:
             engine_is_exact: `Config.engine_is_exact`.
             bound: a bound from the config or an earlier process, nats per token; None: calibrate.
         """
+        self._is_exact = engine_is_exact
         self._floor = FLOOR if engine_is_exact else ROUNDED_FLOOR
         self._ceiling = CEILING if engine_is_exact else ROUNDED_CEILING
         self.bound = bound
@@ -190,18 +199,45 @@ class MismatchGuard:
     def check(self, batch: Sequence[ScoredShard]) -> None:
         """Refuse a batch with a shard over the bound; calibrate the bound on the first batch."""
         if self.bound is None:
-            tokens = sum(shard.mismatch.num_tokens for shard in batch)
-            mean = sum(shard.mismatch.mean * shard.mismatch.num_tokens for shard in batch) / tokens
+            mean, _ = _mean_mismatch(batch)
             self.bound = min(max(CALIBRATION_FACTOR * mean, self._floor), self._ceiling)
         for scored in batch:
-            if not scored.mismatch.mean <= self.bound:  # `not <=` also refuses NaN
-                info = scored.shard.info
-                raise WeightSyncError(
-                    f"Shard {info.index} (version {info.versions[0]}): engine and learner differ "
-                    f"by {scored.mismatch.mean:.2g} nats a token, the bound is {self.bound:.2g}. "
-                    "The generator does not sample from the policy: check adapter, base model and "
-                    "temperature"
-                )
+            self._refuse_beyond(self.bound, [scored])
+        if not self._is_exact:
+            for group in _joined(batch):
+                self._refuse_beyond(self.bound, group)
+
+    def _refuse_beyond(self, bound: float, shards: Sequence[ScoredShard]) -> None:
+        mean, num_tokens = _mean_mismatch(shards)
+        limit = bound if self._is_exact else bound * (1 + OUTLIER / num_tokens)
+        if not mean <= limit:  # `not <=` also refuses NaN
+            info = shards[0].shard.info
+            others = f" and {len(shards) - 1} other short ones" if len(shards) > 1 else ""
+            raise WeightSyncError(
+                f"Shard {info.index} (version {info.versions[0]}){others}: engine and learner "
+                f"differ by {mean:.2g} nats a token, the bound is {limit:.2g} for {num_tokens} "
+                "tokens. The generator does not sample from the policy: check adapter, base model "
+                "and temperature"
+            )
+
+
+def _mean_mismatch(shards: Sequence[ScoredShard]) -> tuple[float, int]:
+    """Return the mean over the tokens of some shards, and their number."""
+    num_tokens = sum(scored.mismatch.num_tokens for scored in shards)
+    total = sum(scored.mismatch.mean * scored.mismatch.num_tokens for scored in shards)
+    return total / num_tokens, num_tokens
+
+
+def _joined(batch: Sequence[ScoredShard]) -> list[list[ScoredShard]]:
+    """Join the shards with few tokens to groups with enough of them, as far as there are any."""
+    groups: list[list[ScoredShard]] = []
+    for scored in batch:
+        if scored.mismatch.num_tokens >= JOINED_TOKENS:
+            continue
+        if not groups or _mean_mismatch(groups[-1])[1] >= JOINED_TOKENS:
+            groups.append([])
+        groups[-1].append(scored)
+    return groups
 
 
 def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:

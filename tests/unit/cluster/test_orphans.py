@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from rlhf_ray.errors import ConfigError
 DRIVER = """
 import mmap, subprocess, sys, time
 from pathlib import Path
+from typing import Any
 from rlhf_ray.cluster.orphans import ProcessRecord
 
 child_code = '''
@@ -130,7 +132,7 @@ def record(folder: Path, driver: dict, processes: list[dict], files: list[str]) 
 def test_a_process_with_a_reused_id_is_spared(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        entry = dict(identity(psutil.Process(bystander.pid)))
+        entry: dict[str, Any] = dict(identity(psutil.Process(bystander.pid)))
         dead = {**identity(), "started": 1}  # this id, long ago
         reused = entry | {"started": entry["started"] - 100}
         record(tmp_path, dead, [reused], [])
@@ -302,6 +304,7 @@ def test_the_process_that_sweeps_and_its_parents_are_spared(tmp_path: Path) -> N
 CLOSER = """
 import json, os, subprocess, sys
 from pathlib import Path
+from typing import Any
 import psutil
 from rlhf_ray.cluster.orphans import ProcessRecord
 

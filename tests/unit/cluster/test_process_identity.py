@@ -5,12 +5,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from rlhf_ray.cluster import process_identity
 from rlhf_ray.cluster.process_identity import (
+    ProcessIdentity,
     identity,
     is_visible,
     living_process,
@@ -42,6 +44,10 @@ def test_a_process_is_the_same_after_a_step_of_the_clock(
     assert identity(psutil.Process(other.pid)) == entry
 
 
+def changed(entry: ProcessIdentity, **changes: Any) -> Any:
+    return {**entry, **changes}
+
+
 def test_a_dead_process_is_gone(other: subprocess.Popen[bytes]) -> None:
     entry = identity(psutil.Process(other.pid))
     other.kill()
@@ -53,21 +59,21 @@ def test_a_dead_process_is_gone(other: subprocess.Popen[bytes]) -> None:
 
 def test_a_reused_id_is_another_process() -> None:
     own = identity()
-    earlier = own | {"started": own["started"] - 1}
+    earlier = changed(own, started=own["started"] - 1)
     assert living_process(own) is not None
     assert living_process(earlier) is None
     assert not same_process(own, earlier)
-    assert same_process(own, own | {"name": "renamed"})
+    assert same_process(own, changed(own, name="renamed"))
 
 
 def test_a_process_of_an_earlier_boot_is_gone() -> None:
-    entry = identity() | {"boot": "another"}
+    entry = changed(identity(), boot="another")
     assert living_process(entry) is None
     assert is_visible(entry), "so it is known to be gone"
 
 
 def test_a_process_of_another_container_is_not_looked_up() -> None:
-    entry = identity() | {"namespace": "pid:[1]"}
+    entry = changed(identity(), namespace="pid:[1]")
     assert living_process(entry) is None
     assert not is_visible(entry), "so it may live"
     assert not same_process(identity(), entry)
