@@ -21,7 +21,6 @@ from rlhf_ray.errors import ConfigError
 DRIVER = """
 import mmap, subprocess, sys, time
 from pathlib import Path
-from typing import Any
 from rlhf_ray.cluster.orphans import ProcessRecord
 
 child_code = '''
@@ -304,7 +303,6 @@ def test_the_process_that_sweeps_and_its_parents_are_spared(tmp_path: Path) -> N
 CLOSER = """
 import json, os, subprocess, sys
 from pathlib import Path
-from typing import Any
 import psutil
 from rlhf_ray.cluster.orphans import ProcessRecord
 
