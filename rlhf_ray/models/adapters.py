@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,15 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.models.folders import first_line
+from rlhf_ray.models.probes import probe_logits, refuse_change
+from rlhf_ray.models.targets import (
+    linear_layers,
+    recorded_targets,
+    refuse_untrainable,
+    requested_targets,
+    shared_targets,
+)
 
 Model = PreTrainedModel | PeftModel
 """A transformers model, with or without an adapter around it."""
@@ -25,6 +34,8 @@ TensorDict = dict[str, Tensor]
 tensors_from_bytes, tensors_to_bytes = safetensors.load, safetensors.save
 """Tensors as the bytes of a safetensors file, and back."""
 
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Keys of peft.LoraConfig that take modules out of ``target_modules``."""
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM takes as ``max_lora_rank``; adapters of any lower rank fit."""
 
@@ -47,40 +58,36 @@ def attach(
         dropout: apart from ``lora``, because PPO switches it off.
 
     Raises:
-        ConfigError: ``lora.target_modules`` names a module that the model does not have.
+        ConfigError: ``lora.target_modules`` names a module that the model does not have, or one
+            that cannot be adapted, saved, merged or served.
     """
     settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  (peft computes with floats as well)
         lora_dropout=dropout,
-        target_modules=lora.target_modules,
+        target_modules=requested_targets(model, lora),
         task_type=task,
         **lora.peft,
     )
-    _refuse_missing_targets(model, lora)
+    linear = linear_layers(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _wrapped(model, settings)
+        try:
+            wrapped = _wrapped(model, settings)
+        except ValueError as error:  # what peft says of an architecture that it does not adapt so
+            raise ConfigError(
+                f"lora.target_modules {lora.target_modules}: peft cannot put this adapter on "
+                f"{type(model).__name__} ({first_line(error)}); set a list of its linear layers: "
+                f"{', '.join(linear)}"
+            ) from error
+    refuse_untrainable(wrapped, lora)
+    return wrapped
 
 
 def _wrapped(base: nn.Module, settings: PeftLoraConfig) -> PeftModel:
     model = get_peft_model(base, settings)  # type: ignore[arg-type]  (takes any module)
     assert isinstance(model, PeftModel)  # mixed adapter types are asked for by an argument
     return model
-
-
-def _refuse_missing_targets(model: Model, lora: LoraConfig) -> None:
-    if isinstance(lora.target_modules, str):
-        return
-    modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-    leaves = {name for name, _ in modules}
-    missing = [target for target in lora.target_modules if target.rpartition(".")[2] not in leaves]
-    if missing:
-        linear = sorted({name for name, module in modules if isinstance(module, nn.Linear)})
-        raise ConfigError(
-            f"lora.target_modules: the model has no {', '.join(missing)}; "
-            f"it has {', '.join(linear)}"
-        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -150,25 +157,45 @@ def merge_into_base(model: PeftModel) -> tuple[PreTrainedModel, float]:
         value differs from the base's: 1 if rounding lost nothing, or if the adapter is zero.
 
     Raises:
-        DataError: the base is quantised.
+        DataError: the base is quantised, or the adapter is of a kind that such a merge changes: on
+            a weight that two modules share, or more than a product added to a layer's weight.
     """
+    before = probe_logits(model)
+    if shared := shared_targets(model):
+        raise DataError(
+            f"The adapter is on {', '.join(shared)}, whose weight is that of the input embedding "
+            "too (tie_word_embeddings): merged, it would change both. Use it unmerged, or train "
+            f"one that leaves {', '.join(shared)} out"
+        )
     num_changed = num_survived = 0
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
-        weight: Tensor = module.get_base_layer().weight  # type: ignore[assignment]
+        layer: Any = module.get_base_layer()
+        weight = getattr(layer, "weight", None)
+        if weight is None:
+            raise DataError(
+                f"The adapter is on tensors of {type(layer).__name__}, no linear layer: it can be "
+                "used, but not merged"
+            )
         if not weight.is_floating_point():
             raise DataError(
                 "An adapter cannot be merged into a quantised base in memory: merge it into its "
                 "base on disk (command merge) and name the result, or set model.quantization=none"
             )
-        before = weight.detach().clone()
-        delta: Tensor = module.get_delta_weight("default").float()  # type: ignore[operator]
-        weight.copy_(before.float() + delta)
-        num_changed += int((delta != 0).sum())
-        num_survived += int(((weight != before) & (delta != 0)).sum())
-    survived = num_survived / num_changed if num_changed else 1.0
-    return model.unload(), survived
+        changed, survived = _add(weight, module.get_delta_weight("default"))  # type: ignore[operator]
+        num_changed += changed
+        num_survived += survived
+    merged = model.unload()
+    refuse_change(before, probe_logits(merged), merged.dtype, "The merge went wrong")
+    return merged, num_survived / num_changed if num_changed else 1.0
+
+
+def _add(weight: Tensor, delta: Tensor) -> tuple[int, int]:
+    """Add in fp32, in place; return how many numbers the delta changes, and how many changed."""
+    before, delta = weight.detach().clone(), delta.float()
+    weight.copy_(before.float() + delta)
+    return int((delta != 0).sum()), int(((weight != before) & (delta != 0)).sum())
 
 
 def servable_rank(rank: int) -> int:
@@ -181,20 +208,6 @@ def servable_rank(rank: int) -> int:
         if served >= rank:
             return served
     raise ConfigError(f"vLLM serves adapters of rank {_SERVED_RANKS[-1]} at most, got {rank}")
-
-
-def refuse_unservable(targets: Iterable[str], servable: Collection[str]) -> None:
-    """Refuse an adapter on modules that the generators' engine cannot serve.
-
-    Raises:
-        ConfigError: an adapted module is not servable.
-    """
-    if unservable := sorted(set(targets) - set(servable)):
-        raise ConfigError(
-            f"lora.target_modules: the generators' engine cannot serve an adapter on "
-            f"{', '.join(unservable)} in this architecture; it can on "
-            f"{', '.join(sorted(servable))}. Set lora.target_modules to a list of these"
-        )
 
 
 def refuse_misfit(model: PeftModel, folder: str | Path) -> None:
@@ -228,16 +241,11 @@ def refuse_misfit(model: PeftModel, folder: str | Path) -> None:
 def peft_config(model: PeftModel) -> dict[str, Any]:
     """Return the adapter's PEFT config as plain values, target modules as the resolved list.
 
-    vLLM needs the names: ``all-linear`` and regular expressions mean nothing to it.
+    vLLM needs the names: ``all-linear`` and regular expressions mean nothing to it. The list says
+    all: what narrowed it down is left out.
     """
     settings = model.peft_config["default"].to_dict()
-    settings["target_modules"] = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, LoraLayer) and "default" in module.lora_A
-        }
-    )
+    settings |= dict.fromkeys(NARROWING) | {"target_modules": recorded_targets(model)}
     return json.loads(json.dumps(settings, default=_plain))
 
 

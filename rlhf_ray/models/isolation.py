@@ -14,7 +14,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.adapters import unwrapped
-from rlhf_ray.models.token_logprobs import evaluating
+from rlhf_ray.models.probes import evaluating
 
 PROBE_TOKENS = 8
 """Length of the probe's first text, and tokens at each end of the second that are compared."""

@@ -19,7 +19,13 @@ from transformers import (
 
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models.adapters import Model, merge_into_base, peft_config, refuse_misfit
+from rlhf_ray.models.adapters import (
+    NARROWING,
+    Model,
+    merge_into_base,
+    peft_config,
+    refuse_misfit,
+)
 from rlhf_ray.models.folders import (
     adapter_task,
     base_of,
@@ -200,7 +206,8 @@ def save_adapter(
     local = Path(base).is_dir()
     settings: Any = model.peft_config["default"]
     settings.base_model_name_or_path = str(Path(base).resolve()) if local else base
-    settings.target_modules = peft_config(model)["target_modules"]
+    for key in (*NARROWING, "target_modules"):
+        setattr(settings, key, peft_config(model)[key])
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     if local:

@@ -9,6 +9,8 @@ from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders, loading
 from rlhf_ray.models.adapters import merge_into_base
+from rlhf_ray.models.probes import probe_logits
+from rlhf_ray.models.verification import verify_saved
 
 
 def merge_adapter(
@@ -34,6 +36,7 @@ def merge_adapter(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     loading.save_model(merged, loading.load_tokenizer(adapter_path, settings), temporary)
+    verify_saved(merged, probe_logits(merged), str(temporary), settings)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
     return survived

@@ -23,6 +23,7 @@ from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.algorithms.logprobs import SamplingRule, entropy, token_logprobs
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.adapters import Model, unwrapped
+from rlhf_ray.models.probes import evaluating
 
 ModelT = TypeVar("ModelT", bound=Model)
 
@@ -211,18 +212,6 @@ def _of_logits(
     # an entropy without a gradient is not computed again.
     with torch.set_grad_enabled(torch.is_grad_enabled() and query.entropy == "gradient"):
         return logprobs_N, entropy(drawn_NV)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode; restore each one's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

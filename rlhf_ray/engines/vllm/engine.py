@@ -27,8 +27,9 @@ from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
-from rlhf_ray.models.adapters import refuse_unservable, servable_rank
+from rlhf_ray.models.adapters import servable_rank
 from rlhf_ray.models.stop_conditions import StopConditions
+from rlhf_ray.models.targets import refuse_unservable
 from rlhf_ray.observability.phases import report
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 

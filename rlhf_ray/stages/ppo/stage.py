@@ -22,6 +22,7 @@ from rlhf_ray.models import folders
 from rlhf_ray.models.folders import BASE_MODEL
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stop_conditions import generation_config
+from rlhf_ray.models.verification import verify_names
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer
@@ -85,6 +86,13 @@ def run(config: Config) -> dict[str, object]:
     finally:
         recorder.close()
         tracer.close()
+    return _finish(folder, summary)
+
+
+def _finish(folder: RunFolder, summary: dict[str, object]) -> dict[str, object]:
+    """Write the summary once the last commit, written from bytes, fits as a folder of a model."""
+    policy = folder.path / "checkpoints" / "latest" / "policy"
+    verify_names(str(policy), folder.config.model, is_lm=True)
     folder.write_summary("ppo", summary)
     return summary
 

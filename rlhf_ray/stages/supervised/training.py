@@ -22,7 +22,9 @@ from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.tokens import pad_id
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.adapters import Model
+from rlhf_ray.models.probes import probe_logits
 from rlhf_ray.models.trainable import prepare_for_adapter, train_only
+from rlhf_ray.models.verification import verify_saved
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Names of the two tokenised data sets of a stage."""
@@ -119,11 +121,14 @@ class Training(ABC):
         """Write the adapter, or the whole model where all weights were trained."""
         tokenizer = loading.load_tokenizer(self.base, self.model_settings)
         if isinstance(model, PeftModel):
-            loading.save_adapter(model, tokenizer, self.folder / self.adapter_folder, self.base)
+            folder = self.folder / self.adapter_folder
+            loading.save_adapter(model, tokenizer, folder, self.base)
         else:
+            folder = self.folder / "model"
             model.to(getattr(torch, self.config.model.dtype))
             assert isinstance(model, PreTrainedModel)
-            loading.save_model(model, tokenizer, self.folder / "model")
+            loading.save_model(model, tokenizer, folder)
+        verify_saved(model, probe_logits(model), str(folder), self.config.model)
 
     @functools.cached_property
     def pad_id(self) -> int:

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import adapters, loading
+from rlhf_ray.models.targets import refuse_unservable
 
 
 def attached(base: Path, **lora: object) -> object:
@@ -55,10 +56,10 @@ def test_unknown_target_names_what_there_is(base: Path) -> None:
 
 def test_targets_that_an_engine_cannot_serve_are_named() -> None:
     servable = ["v_proj", "q_proj", "gate"]
-    adapters.refuse_unservable(["q_proj", "v_proj"], servable)
+    refuse_unservable(["q_proj", "v_proj"], servable)
     message = r"cannot serve an adapter on experts, o_proj .* it can on gate, q_proj, v_proj\. Set"
     with pytest.raises(ConfigError, match=message):
-        adapters.refuse_unservable(["q_proj", "o_proj", "experts"], servable)
+        refuse_unservable(["q_proj", "o_proj", "experts"], servable)
 
 
 def test_an_adapter_that_its_base_takes_in_part_is_refused(base: Path, tmp_path: Path) -> None:

@@ -2,12 +2,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import build_random
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models import adapters, forward, loading, tiny
+from rlhf_ray.models import adapters, forward, loading, tiny, verification
 from rlhf_ray.models.adapters import merge_into_base
 from rlhf_ray.models.merging import merge_adapter
+from rlhf_ray.models.probes import probe_logits
+from rlhf_ray.models.verification import verify_saved
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
@@ -129,3 +135,80 @@ def test_fresh_adapter_changes_nothing(base: Path, tmp_path: Path, settings: Mod
 def test_plain_folder_is_refused(base: Path, tmp_path: Path, settings: ModelConfig) -> None:
     with pytest.raises(DataError, match="nothing to merge"):
         merge_adapter(str(base), str(base), tmp_path / "m", settings)
+
+
+def peft_folder(base: str, folder: Path, **lora: object) -> str:
+    """An adapter as other tools make it, by peft alone, with weights that matter."""
+    model = loading.load_causal_lm(base, ModelConfig())
+    settings = PeftLoraConfig(r=2, task_type="CAUSAL_LM", **lora)  # type: ignore[arg-type]
+    wrapped = get_peft_model(model, settings)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in (p for p in wrapped.parameters() if p.requires_grad):
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.3)
+    wrapped.peft_config["default"].base_model_name_or_path = base  # type: ignore[index,union-attr]
+    wrapped.save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_output_layer_is_not_merged_into_the_embedding(
+    tmp_path: Path, settings: ModelConfig, target: str
+) -> None:
+    base = build_random("llama", tmp_path / "base", ["some text"], tie_word_embeddings=True)
+    adapter = peft_folder(base, tmp_path / "adapter", target_modules=[target])
+    with pytest.raises(DataError, match=f"on {target}, whose weight is that of the input"):
+        merge_adapter(base, adapter, tmp_path / "merged", settings)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_on_an_untied_output_layer_is_merged(
+    tmp_path: Path, settings: ModelConfig
+) -> None:
+    base = build_random("llama", tmp_path / "base", ["some text"])
+    adapter = peft_folder(base, tmp_path / "adapter", target_modules=["lm_head", "embed_tokens"])
+    expected = loading.with_adapter(loading.load_causal_lm(base, settings), adapter)(IDS_BS).logits
+    merge_adapter(base, adapter, tmp_path / "merged", settings)
+    merged = loading.load_causal_lm(str(tmp_path / "merged"), settings)
+    torch.testing.assert_close(merged(IDS_BS).logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_merge_that_changes_the_logits_is_refused(tmp_path: Path, settings: ModelConfig) -> None:
+    """DoRA rescales the sum of weight and delta; a merge that adds the delta alone is wrong."""
+    base = build_random("llama", tmp_path / "base", ["some text"])
+    adapter = peft_folder(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(DataError, match=r"The merge went wrong: its logits differ by \d"):
+        merge_adapter(base, adapter, tmp_path / "merged", settings)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "bloom", "opt", "mixtral"])
+def test_a_merge_is_within_what_rounding_explains(tmp_path: Path, kind: str, dtype: str) -> None:
+    settings = ModelConfig.model_validate({"dtype": dtype})
+    base = build_random(kind, tmp_path / "base", ["some text"])
+    targets = ["q_proj", "v_proj"] if kind == "mixtral" else "all-linear"
+    adapter = peft_folder(base, tmp_path / "adapter", target_modules=targets)
+    assert merge_adapter(base, adapter, tmp_path / "merged", settings) > 0.9
+
+
+def test_a_folder_that_holds_another_model_is_not_passed_off_as_the_trained_one(
+    base: Path, tmp_path: Path, settings: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loading.load_causal_lm(str(base), settings)
+    logits = probe_logits(model)
+    verify_saved(model, logits, str(base), settings)
+    with pytest.raises(DataError, match=r"is not the model that was saved: its logits differ"):
+        verify_saved(model, logits + logits.std() * torch.randn_like(logits), str(base), settings)
+    save_changed(model, base, tmp_path / "adapter", "CAUSAL_LM", 0.1)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    monkeypatch.setattr(verification, "MEMORY_SHARE", 0.0)  # names and shapes must do
+    verify_saved(model, logits, str(tmp_path / "adapter"), settings)
+    for wrong in (
+        {key: value for key, value in tensors.items() if key != name},
+        tensors | {name: tensors[name][:, :-1].contiguous()},
+    ):
+        save_file(wrong, tmp_path / "adapter" / "adapter_model.safetensors")
+        with pytest.raises(DataError, match="cannot be loaded"):
+            verify_saved(model, logits, str(tmp_path / "adapter"), settings)
