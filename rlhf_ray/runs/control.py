@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
+
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from rlhf_ray.cluster.current_job import name_current_job, record_run_folder, run_folder_of_job
 from rlhf_ray.cluster.process_identity import (
@@ -60,6 +63,9 @@ class _Written(TypedDict):
     driver: Driver
 
 
+_WRITTEN = TypeAdapter(_Written)
+
+
 @dataclass(frozen=True, slots=True)
 class RunStatus:
     """The status of a run, as written to status.json and printed by ``status --json``."""
@@ -74,7 +80,7 @@ class RunStatus:
     """The current stage, or the last one."""
     progress: str | None = None
     """Progress of the stage, such as ``120/600 steps``."""
-    eta_s: float | None = None
+    eta_s: FiniteFloat | None = None
     """Estimated seconds left of the stage."""
     iteration: int | None = None
     """Committed PPO iterations; None until PPO's roles are ready, as are all fields below."""
@@ -86,20 +92,32 @@ class RunStatus:
     """Mean KL of the last iteration, nats per sample."""
     version: int | None = None
     """Adapter version that is served."""
-    seconds_per_iteration: float | None = None
+    seconds_per_iteration: FiniteFloat | None = None
     """Mean over this process's iterations except the first."""
     generators: tuple[GeneratorStatus, ...] = ()
     """The state of each generator."""
-    updated: float = 0.0
+    updated: FiniteFloat = 0.0
     """Unix seconds at which this was written."""
     message: str | None = None
     """The job server's message about a run whose driver cannot be reached any more."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunStatus":
-        """Return the status of which `asdict` gave ``values``."""
-        generators = tuple(GeneratorStatus(**each) for each in values["generators"])
-        return cls(**{**values, "generators": generators})
+        """Return the status of which `asdict` gave ``values``.
+
+        Fields of another kind, such as a text for a number, are left out and named in ``message``.
+        """
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        try:
+            return _STATUS.validate_python(known)
+        except ValidationError as error:
+            odd = sorted({str(detail["loc"][0]) for detail in error.errors()})
+        rest = {name: value for name, value in known.items() if name not in odd}
+        message = f"status.json is damaged; left out: {', '.join(odd)}"
+        return _STATUS.validate_python({"name": "-", "folder": "-", **rest, "message": message})
+
+
+_STATUS = TypeAdapter(RunStatus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +131,9 @@ class Request:
     scalings: int = 0
     """Count of requests for a number: the same number may be requested again after the driver has
     changed it by itself."""
+
+
+_REQUEST = TypeAdapter(Request)
 
 
 def is_here(driver: Driver) -> bool:
@@ -217,7 +238,14 @@ class ControlFiles:
 
     def _read(self) -> _Written:
         try:
-            return json.loads(self._status.read_text(encoding="utf-8"))
+            return _WRITTEN.validate_json(self._status.read_bytes())
+        except (ValidationError, IsADirectoryError) as error:
+            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "a folder"
+            raise ConfigError(
+                f"{self._status} is damaged ({what}). A driver that lives writes it again within "
+                f"{LIFE_SIGN_S:g} s; rlhf-ray report {self._status.parent} shows what the run has "
+                "done, and the run can be resumed"
+            ) from None
         except FileNotFoundError:
             raise ConfigError(
                 f"{self._status.parent} holds no run that was started: it has no "
@@ -235,8 +263,8 @@ class ControlFiles:
     def requested(self) -> Request:
         """Return everything requested since the run began."""
         try:
-            return Request(**json.loads(self._requests.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+            return _REQUEST.validate_json(self._requests.read_bytes())
+        except (OSError, ValidationError):  # none, or not one of ours: the next one replaces it
             return Request()
 
 
