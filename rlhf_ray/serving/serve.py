@@ -27,11 +27,12 @@ def exposure_warning(further: Sequence[str]) -> str | None:
     # --host may be given as one word or two; the last one wins, as in vLLM.
     words = [part for word in further for part in word.split("=", 1)]
     hosts = [host for option, host in pairwise(words) if option == "--host"]
-    if not hosts or hosts[-1] in (LOOPBACK, "localhost", "::1"):
+    is_local = not hosts or hosts[-1] in (LOOPBACK, "localhost", "::1")
+    if is_local or os.environ.get("VLLM_API_KEY"):
         return None
     return (
         f"--host {hosts[-1]} opens the server to other machines, and anyone who reaches it can "
-        "sample from the models; set vLLM's --api-key to require a key"
+        "sample from the models; export VLLM_API_KEY to require a key"
     )
 
 
@@ -45,8 +46,13 @@ def command(config: Config, models: Sequence[str] = (), further: Sequence[str] =
 
     Raises:
         DataError: no such model.
-        ConfigError: the models have different bases.
+        ConfigError: the models have different bases, or a key is among the arguments.
     """
+    if any(argument.startswith("--api-key") for argument in further):
+        raise ConfigError(
+            "--api-key would show the key to every user of this machine, in its list of processes; "
+            "export VLLM_API_KEY instead, which vLLM reads"
+        )
     chosen = [find_model(config, name) for name in models] or policies(config)
     bases = list(dict.fromkeys(model.base for model in chosen))
     if len(bases) > 1:

@@ -112,17 +112,45 @@ def test_kuberay_groups_have_roles_a_token_and_secrets_of_their_own(name: str) -
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        is_head = group is cluster["headGroupSpec"]  # its autoscaler asks the API for pods
+        assert pod.get("automountServiceAccountToken", True) is is_head
         (container,) = pod["containers"]
+        assert re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", container["image"])
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert container["envFrom"] == [{"secretRef": {"name": "rlhf-ray-secrets"}}]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_pods_of_a_cluster_let_in_each_other_and_at_the_dashboard_submitters() -> None:
+    policy = read("networkpolicy.yaml")
+    assert policy["kind"] == "NetworkPolicy"
+    spec = policy["spec"]
+    own = {"matchExpressions": [{"key": "ray.io/cluster", "operator": "Exists"}]}
+    assert spec["podSelector"] == own
+    assert spec["policyTypes"] == ["Ingress"]
+    among, submitters = spec["ingress"]
+    assert among == {"from": [{"podSelector": own}]}
+    assert submitters["ports"] == [{"protocol": "TCP", "port": 8265}]
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_cu12"])
+def test_every_package_of_a_lock_has_a_hash(name: str) -> None:
+    text = (ROOT / f"scripts/requirements/{name}.txt").read_text(encoding="utf-8")
+    packages = re.findall(r"^[\w.-]+==\S+.*(?:\n +--hash\S+.*)*", text, re.MULTILINE)
+    assert len(packages) > 100
+    assert not [package for package in packages if "--hash=sha256:" not in package]
 
 
 def test_the_image_is_locked_and_runs_without_root() -> None:
     text = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
     lines = re.sub(r"^#.*\n|\\\n", "", text, flags=re.MULTILINE).splitlines()
     (base,) = [line for line in lines if line.startswith("FROM ")]
-    assert re.search(r":\d", base)
+    assert re.search(r":\d\S*@sha256:[0-9a-f]{64}$", base)
     assert ":latest" not in base
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
     assert users == ["ubuntu"]

@@ -2,7 +2,9 @@
 
 import pytest
 
-from rlhf_ray.serving.serve import exposure_warning
+from rlhf_ray.config import load
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.serving.serve import command, exposure_warning
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,13 @@ def test_a_server_that_others_can_reach_gives_a_warning(further: list[str], warn
     assert (warning is not None) == warns
     if warning:
         assert f"--host {further[-1].rpartition('=')[2]} opens the server" in warning
+
+
+def test_a_key_is_read_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argument in ("--api-key", "--api-key=s3cret"):
+        with pytest.raises(ConfigError, match="export VLLM_API_KEY instead") as error:
+            command(load(None), further=[argument, "s3cret"])
+        assert "s3cret" not in str(error.value)
+    assert exposure_warning(["--host=0.0.0.0"]) is not None
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    assert exposure_warning(["--host=0.0.0.0"]) is None
