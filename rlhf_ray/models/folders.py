@@ -7,6 +7,8 @@ still loads after it was moved or copied.
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from rlhf_ray.errors import DataError
 
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_MODEL = "base_model.json"
+
+MAX_PARTS = 10_000
+"""Most layers, experts of a layer, or labels; the largest models have some hundreds."""
+_PARTS = re.compile(r"(layers?|blocks?|experts?|labels?|depths?)$")
 
 
 def locate(path: str) -> str:
@@ -30,6 +36,7 @@ def locate(path: str) -> str:
             raise DataError(
                 f"{folder} is not a model folder: it has neither config.json nor {ADAPTER_CONFIG}"
             )
+        refuse_endless(folder)
         return str(folder)
     if folder.exists():
         raise DataError(f"{folder} is a file; a model is the folder that holds it")
@@ -41,6 +48,35 @@ def locate(path: str) -> str:
         )
     _require_on_hub(path)
     return path
+
+
+def refuse_endless(folder: str | Path) -> None:
+    """Refuse a config.json with so many parts that building the model would not end.
+
+    Even on the meta device each layer, expert and label is an object.
+
+    Raises:
+        DataError: naming the key and its number.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # the loader names what is wrong with it
+    for key, count in _counts(config):
+        if count > MAX_PARTS:
+            raise DataError(
+                f"{folder}: {key} is {count} in config.json, more than the {MAX_PARTS} parts that "
+                "a model can have; correct it, or name another model"
+            )
+
+
+def _counts(config: object) -> Iterator[tuple[str, int]]:
+    """Yield the numbers of layers, experts and labels in a config, at any depth."""
+    parts = config.items() if isinstance(config, dict) else ()
+    for key, value in parts:
+        if isinstance(value, int) and _PARTS.search(key):
+            yield key, value
+        yield from _counts(value)
 
 
 def _require_on_hub(name: str) -> None:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import adapters
-from rlhf_ray.models.folders import first_line
+from rlhf_ray.models.folders import first_line, refuse_endless
 from rlhf_ray.models.trainable import parameter_groups, train_only
 from rlhf_ray.planning.memory import Linear, ModelSize, Shape, num_weights
 
@@ -35,6 +35,7 @@ def skeleton(
         DataError: config.json cannot be read, or its architecture is unknown.
     """
     remote = settings.trust_remote_code
+    refuse_endless(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
         with torch.device("meta"):

@@ -3,16 +3,20 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.reading.chats import REASONING, Message
 from rlhf_ray.data.reading.counts import BadRow
+from rlhf_ray.data.rendering.bounded import problem_of
 from rlhf_ray.data.rendering.tokens import encode
 from rlhf_ray.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_bounded: set[str] = set()
+"""Templates that were found to end."""
 
 PROBE = "zxq7probe"
 """A word that no template contains, to find out what a template does with a text."""
@@ -50,6 +54,7 @@ class ChatTemplate:
                 "messages need; set template.kind to question_answer, or give its folder a "
                 "chat_template.jinja"
             )
+        self._require_bounded()
         ready = [self._in_its_names(message) for message in messages]
         try:
             return self._apply(ready, generation_prompt, tools)
@@ -101,6 +106,23 @@ class ChatTemplate:
         if role not in ("user", "assistant") and not named and not self._writes_roles:
             raise BadRow("template_lacks_role", f"the chat template knows no role {role!r}")
 
+    def _require_bounded(self) -> None:
+        """Refuse a template that loops or explodes; each is looked at once in a process.
+
+        Raises:
+            DataError: naming what it takes.
+        """
+        if self._text in _bounded:
+            return
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        for messages, prompt in ((chat[:1], True), (chat, False)):
+            if problem := problem_of(partial(self._apply, messages, prompt, ())):
+                raise DataError(
+                    f"The chat template of {name_of(self._tokenizer)} {problem}, for a chat of "
+                    f"{len(messages)} messages; correct it, or set template.kind to question_answer"
+                )
+        _bounded.add(self._text)
+
     def _apply_again(
         self, messages: Sequence[Message], generation_prompt: bool, tools: Sequence[Message]
     ) -> str:
@@ -141,6 +163,7 @@ class ChatTemplate:
 
     @cached_property
     def _writes_roles(self) -> bool:
+        self._require_bounded()
         role = f"{PROBE}role"
         chat = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
         try:

@@ -2,16 +2,23 @@
 
 import lzma
 import re
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rlhf_ray.errors import ConfigError, DataError
 
 MEMBER = "Posts.xml"
+
+MAX_EXPANSION = 200
+"""Most times its own size to which an archive may expand."""
+LEAST_BYTES = 10**9
+"""A member up to this size may be compressed however well."""
 
 _SITE = re.compile(r"(?:[a-z0-9-]+\.)+(?:com|net|org)")
 
@@ -56,6 +63,7 @@ def _extract(path: Path, folder: str) -> None:
         with py7zr.SevenZipFile(path) as archive:
             names = archive.getnames()
             if MEMBER in names:
+                _require_room(path, next(m for m in archive.list() if m.filename == MEMBER), folder)
                 archive.extract(folder, targets=[MEMBER])
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror or error}") from error
@@ -68,6 +76,7 @@ def _extract(path: Path, folder: str) -> None:
         lzma.LZMAError,
         zlib.error,
         EOFError,
+        MemoryError,  # a header that claims a dictionary of gigabytes
         ValueError,
     ) as error:
         raise DataError(
@@ -77,6 +86,26 @@ def _extract(path: Path, folder: str) -> None:
         raise DataError(
             f"{path} holds no {MEMBER} but {', '.join(names[:8])}; of a site that comes in several "
             f"archives give the one whose name ends in {MEMBER.removesuffix('.xml')}"
+        )
+
+
+def _require_room(path: Path, member: Any, folder: str) -> None:
+    """Refuse a member that could not be a dump's, or that fills the disk.
+
+    Raises:
+        DataError: naming its size and the limit.
+    """
+    size, packed = int(member.uncompressed), path.stat().st_size
+    if size > max(MAX_EXPANSION * packed, LEAST_BYTES):
+        raise DataError(
+            f"{path}: {MEMBER} would have {size / 1e9:.1f} GB, {size / packed:.0f} times the "
+            f"archive; dumps expand to about ten times. It is no dump: download it again"
+        )
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DataError(
+            f"{path}: {MEMBER} needs {size / 1e9:.1f} GB in {folder}, which has "
+            f"{free / 1e9:.1f} GB free; free space, or unpack it elsewhere and give its Posts.xml"
         )
 
 

@@ -1,8 +1,10 @@
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rlhf_ray.data.stack_exchange import archives
 from rlhf_ray.data.stack_exchange.archives import site_name, unpacked
 from rlhf_ray.errors import ConfigError, DataError
 
@@ -87,3 +89,21 @@ def test_without_py7zr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unpacked(tmp_path / "site.7z", tmp_path),
     ):
         pass
+
+
+def test_an_archive_that_expands_beyond_reason_or_the_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    py7zr = pytest.importorskip("py7zr")
+    path = tmp_path / "bomb.7z"
+    with py7zr.SevenZipFile(path, "w") as archive:
+        archive.writestr("x" * 5_000_000, "Posts.xml")
+    monkeypatch.setattr(archives, "LEAST_BYTES", 10**6)
+    message = r"Posts\.xml would have 0\.0 GB, \d{4,} times the archive"
+    with pytest.raises(DataError, match=message), unpacked(path, tmp_path):
+        pass
+    monkeypatch.setattr(archives, "LEAST_BYTES", 10**9)
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000_000))
+    with pytest.raises(DataError, match=r"0\.0 GB free; free space"), unpacked(path, tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["bomb.7z"]
