@@ -31,6 +31,9 @@ _HARMLESS_ENDS = re.compile(
     r" (file|path|dir|folder|env|mode|type|url|uri|sock|socket|host|port|method|timeout|s)$"
 )
 
+_SHELLS = ("PWD", "OLDPWD")
+"""The working folder, not a password."""
+
 _SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*-----|\Z)"
     r"|\b(sk-(?=[\w-]*\d)[\w-]{16,}|hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}"
@@ -69,6 +72,8 @@ def is_secret(name: str, value: object = "x") -> bool:
     while len(parts) > 1 and parts[-1].isdigit():
         parts.pop()
     words = " ".join(parts).lower()
+    if name in _SHELLS:
+        return False
     if value is None or isinstance(value, bool) or value == "" or _HARMLESS_ENDS.search(words):
         return False
     if any(_ALWAYS.search(word) for word in words.split()) or _KEYS.search(words):

@@ -8,7 +8,7 @@ what they run when they run, so that help answers at once. May import every room
 import signal
 import sys
 import traceback
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Annotated
 
 import typer
@@ -70,21 +70,24 @@ def main() -> None:
 
     silence_dependencies()
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.excepthook = _print_fault
     try:
         app(prog_name="rlhf-ray")
     except RlhfError as error:
         typer.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
-    except Exception as error:  # a fault of ours: its traceback may show what a message may not
-        lines = "".join(traceback.format_exception(error))
-        typer.echo(printable(redacted(lines)), err=True, nl=False)
-        sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             typer.echo(
                 "Interrupted. What was committed is kept; run the command again to resume", err=True
             )
         raise
+
+
+def _print_fault(kind: type[BaseException], fault: BaseException, at: TracebackType | None) -> None:
+    """Print the traceback of an error that is not ours, without what no message may show."""
+    lines = "".join(traceback.format_exception(kind, fault, at))
+    typer.echo(printable(redacted(lines)), err=True, nl=False)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -149,23 +149,31 @@ def generator_metrics(report: GeneratorsReport, state: RunState) -> dict[str, fl
 
 
 def run_summary(
-    history: Sequence[Mapping[str, float]],
+    history: Sequence[Mapping[str, float | None]],
     state: Mapping[str, Any],
     warnings: Sequence[Mapping[str, object]],
 ) -> dict[str, object]:
-    """Return the contents of ``ppo/summary.json``."""
+    """Return the contents of ``ppo/summary.json``.
 
-    def mean(name: str, part: slice) -> float:
-        return fmean(record[name] for record in history[part])
+    A metric that was not finite is null in the history, and lines may be missing: what is known
+    counts, and a mean of nothing is null.
+    """
+
+    def mean(name: str, part: slice) -> float | None:
+        known = [value for record in history[part] if (value := record.get(name)) is not None]
+        return fmean(known) if known else None
+
+    def summed(name: str) -> float:
+        return sum(record.get(name) or 0.0 for record in history)
 
     first, last = slice(0, EDGE), slice(-EDGE, None)
     phases = ("gen", "score", "learn", "commit", "sync", "save")
-    seconds = {p: sum(record.get(f"timing_s/{p}", 0.0) for record in history) for p in phases}
-    total = sum(record["timing_s/iteration"] for record in history)
+    seconds = {phase: summed(f"timing_s/{phase}") for phase in phases}
+    total = summed("timing_s/iteration")
     return {
         "iterations": state["iteration"],
         "episodes": state["samples_learnt"],
-        "episodes_per_s": state["samples_learnt"] / total,
+        "episodes_per_s": state["samples_learnt"] / total if total else None,
         "reward_first": mean("objective/scores", first),
         "reward_last": mean("objective/scores", last),
         "kl_last": mean("objective/kl", last),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,3 +183,44 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(
     signal.signal(signal.SIGTERM, before)
     assert end.value.code == 130
     assert "What was committed is kept" in capsys.readouterr().err
+
+
+FAULT = """
+import sys
+from rlhf_ray import cli
+import rlhf_ray.cli.inspection as inspection
+
+def fail(**_):
+    raise RuntimeError("no answer to planted-s3cret \\x1b[2J")
+
+cli.app = fail
+sys.argv = ["rlhf-ray", "schema"]
+cli.main()
+"""
+
+
+def test_a_traceback_shows_no_secret_and_no_control_character() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULT],
+        env={**os.environ, "MY_TOKEN": "planted-s3cret"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: no answer to ... \\u001b[2J\n")
+
+
+def test_a_copied_folder_is_the_run_that_a_command_reads_and_writes(tmp_path: Path) -> None:
+    old, copy, link = tmp_path / "old", tmp_path / "copy", tmp_path / "link"
+    old.mkdir()
+    (old / "config.yaml").write_text(f"run: {{dir: {old}, name: x}}\n")
+    shutil.copytree(old, copy)
+    link.symlink_to(old)
+    assert read_config(old, []).run.dir == str(old)
+    assert read_config(link, []).run.dir == str(old)
+    assert read_config(copy, []).run.dir == str(copy)
+    assert read_config(copy, ["run.dir=elsewhere"]).run.dir == "elsewhere"
+    assert read_config(copy / "config.yaml", []).run.dir == str(old), "a file is a config, no run"
+    shutil.rmtree(old)
+    assert read_config(copy, []).run.name == "x"

@@ -132,6 +132,13 @@ def test_a_secret_of_the_environment_reaches_no_message(
     assert str(error) == "x ..."
 
 
+def test_the_working_folder_is_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/me/experiments")
+    monkeypatch.setenv("OLDPWD", "/home/me/elsewhere")
+    message = "see /home/me/experiments/runs and /home/me/elsewhere"
+    assert redacted(message) == message
+
+
 def test_short_words_in_the_environment_stay_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
     assert redacted("the answer is EMPTY") == "the answer is EMPTY"

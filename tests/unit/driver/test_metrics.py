@@ -160,6 +160,20 @@ def test_a_run_of_one_iteration_has_the_same_first_and_last() -> None:
     assert summary["reward_first"] == summary["reward_last"] == 1.0
 
 
+def test_a_history_with_gaps_still_has_a_summary() -> None:
+    """The record of an iteration whose number was not finite holds null, and a line may be torn."""
+    gaps: list[Any] = [
+        {"iteration": 1, "objective/scores": None, "objective/kl": 2.0, "timing_s/iteration": None},
+        {"iteration": 2, "objective/scores": 3.0, "timing_s/iteration": 4.0, "timing_s/gen": None},
+        {"iteration": 3},
+    ]
+    state = asdict(RunState(iteration=3, version=3)) | {"samples_learnt": 8}
+    summary = run_summary(gaps, state, [])
+    assert (summary["reward_first"], summary["reward_last"], summary["kl_last"]) == (3.0, 3.0, 2.0)
+    assert summary["episodes_per_s"] == 2.0
+    assert run_summary([], state, [])["reward_last"] is None
+
+
 def source(**keys: Any) -> list[RougeSourceConfig]:
     return [RougeSourceConfig(type="rouge", name="a", **keys)]
 

@@ -13,7 +13,8 @@ from rlhf_ray.errors import DataError
 
 NUMBERS = "{% for i in range(90000) %}{% for j in range(90000) %}"
 ENDS = "{% endfor %}{% endfor %}"
-DOUBLES = "{% set ns = namespace(s='x') %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
+DOUBLING = "{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
+DOUBLES = "{% set ns = namespace(s='x') %}" + DOUBLING
 EXPLODES = {
     "loops": (f"{NUMBERS}{{% set x = 1 %}}{ENDS}", "does not end within 2 s"),
     "a power": ("{{ 9**(9**9) % 7 }}", "does not end within 2 s"),
