@@ -12,7 +12,7 @@ from typing import Annotated
 
 import psutil
 from pydantic import Field
-from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
+from typing_extensions import NotRequired, TypedDict  # pydantic cannot read typing's before Python 3.12
 
 PROC = Path("/proc")
 
@@ -23,9 +23,9 @@ class ProcessIdentity(TypedDict):
     pid: Annotated[int, Field(gt=0, lt=2**31)]
     started: float
     """Clock ticks between the machine's boot and the process's start."""
-    boot: str
-    """Id of the boot; another one after each."""
-    namespace: str
+    boot: NotRequired[str]
+    """Id of the boot; another one after each. Folders of earlier versions lack it."""
+    namespace: NotRequired[str]
     """Namespace of the process id: containers of one machine count their processes alone."""
     name: str
 

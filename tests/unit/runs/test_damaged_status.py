@@ -62,6 +62,16 @@ def test_fields_of_another_kind_are_named_and_the_rest_is_shown(run: Path) -> No
     assert found.message == "status.json is damaged; left out: folder, name"
 
 
+def test_a_folder_of_an_earlier_version_shows_its_status(run: Path) -> None:
+    written = json.loads((run / "status.json").read_text())
+    del written["driver"]["boot"], written["driver"]["namespace"], written["status"]["message"]
+    (run / "status.json").write_text(json.dumps(written))
+    assert find_run(str(run), None).status().state == "dead"
+    written["status"]["state"] = "finished"
+    (run / "status.json").write_text(json.dumps(written))
+    assert find_run(str(run), None).status().state == "finished"
+
+
 @pytest.mark.parametrize("text", GARBAGE)
 def test_a_damaged_request_is_none(run: Path, text: bytes) -> None:
     (run / "asked.json").write_bytes(text)
