@@ -8,11 +8,11 @@ the boot that it belongs to.
 import os
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import psutil
 from pydantic import Field
-from typing_extensions import NotRequired, TypedDict  # pydantic cannot read typing's before Python 3.12
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 PROC = Path("/proc")
 

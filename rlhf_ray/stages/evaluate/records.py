@@ -11,6 +11,7 @@ from rich.table import Table
 from rlhf_ray.config import Config
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.trackers import current
+from rlhf_ray.secrecy import printable
 from rlhf_ray.stages.evaluate.comparison import Interval, Ranking, Summary
 from rlhf_ray.stages.evaluate.models import SFT
 
@@ -84,7 +85,7 @@ def _table(title: str, numbers: Iterable[str]) -> Table:
 def _rank(ranking: Ranking, name: str) -> tuple[str, str, str]:
     """Return a model's name, win rate over sft and rating, with their intervals."""
     rate, rating = ranking["win_rates"][name].get(SFT), ranking["elo"][name]
-    return escape(name), _with_interval(rate, ".2f"), _with_interval(rating, ".0f")
+    return escape(printable(name)), _with_interval(rate, ".2f"), _with_interval(rating, ".0f")
 
 
 def _with_interval(estimate: Interval | None, form: str) -> str:
