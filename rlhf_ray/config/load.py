@@ -30,6 +30,9 @@ MAX_BYTES = 10 * 2**20
 """Largest config file."""
 MAX_PARENTS = 50
 """Longest chain of ``extends``."""
+_CONTAINERS = ("model_type", "dict_type", "list_type")
+"""Errors of a text in place of a section, mapping or list: it may be the key of a service."""
+
 LONGEST_SHOWN = 200
 """Characters of a refused value that a message shows."""
 
@@ -194,7 +197,7 @@ def _describe(detail: ErrorDetails) -> str:
     if detail["type"] == "value_error":
         return f"{key}: {message}" if key else message
     if detail["type"] == "model_type" and (hints := alias_hints(key, value, set(keys()))):
-        return f"{key}: {message}, got {shown}. {hints[0]}"
+        return f"{key}: {message}, got {masked(value)!r}. {hints[0]}"
     return f"{key}: {message}, got {shown}"
 
 
@@ -205,6 +208,8 @@ def _kind(value: object) -> str:
 
 def _shown(detail: ErrorDetails) -> str:
     """Return a refused value as messages show it: short, and without secrets."""
+    if isinstance(detail["input"], str) and detail["type"] in _CONTAINERS:
+        return f"a text of {len(detail['input'])} characters"
     name = next((part for part in reversed(detail["loc"]) if isinstance(part, str)), "")
     text = repr(masked(detail["input"], name))
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} long)"

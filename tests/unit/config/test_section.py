@@ -43,9 +43,13 @@ JUDGE = "type: judge, model: m, url: 'http://h/v1'"
         ("prepare.posts='https://u:s3cret@h/Posts.xml'", r"prepare\.posts: a login or key"),
         ("data.sft.path='s3://k:s3cret@bucket/a.jsonl'", r"data\.sft\.path: a login or key"),
         ("ppo.wandb_key=s3cret", r"ppo\.wandb_key: unknown key \(a str\)"),
+        ("trackers.wandb=s3cret", r"trackers\.wandb: .*got a text of 6 characters"),
+        ("cluster.env=HF_TOKEN=s3cret", r"cluster\.env: .*got a text of"),
+        ("rewards=s3cret", r"rewards: .*got a text of"),
         ("nothing={x: [s3cret]}", r"nothing: unknown key \(a dict\)"),
         ("model.kwargs={hub: {auth: {user: a, pass: s3cret}}}", r"'pass'"),
-        ("rollout.stop=https://u:s3cret@h", r"rollout\.stop: .*got 'https://\.\.\.@h'"),
+        ("rollout.stop=https://u:s3cret@h", r"rollout\.stop: .*got a text of 18"),
+        ("model.dtype='https://u:s3cret@h'", r"model\.dtype: .*got 'https://\.\.\.@h'"),
     ],
 )
 def test_secrets_are_refused_and_not_repeated(override: str, says: str) -> None:
