@@ -92,6 +92,13 @@ def arriving(handle: Handle[DataT] | DataT) -> DataT:
     return cast("DataT", handle)
 
 
+async def fetch(handle: Handle[DataT]) -> DataT:
+    """Bring data to the driver; inline it is there already."""
+    return (
+        await cast("Awaitable[DataT]", handle) if inspect.isawaitable(handle) else arriving(handle)
+    )
+
+
 class InlineWorker(Generic[ProcessT_co]):
     """A role in this process: no Ray, no deadline, calls one after the other."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -11,12 +11,11 @@ from typing import TypeVar, cast
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS, ColocatedWorker, Colocation
 from rlhf_ray.cluster.life_signs import Watch
 from rlhf_ray.cluster.ray_workers import RayWorker, kill, request_capacity, spawn
-from rlhf_ray.cluster.role_clients import DataT, InlineWorker, OnCall, Worker, arriving
+from rlhf_ray.cluster.role_clients import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.placement.layout import Demand
 from rlhf_ray.roles import GeneratorProcess, LearnerProcess, Process, Sleeper
-from rlhf_ray.types import Handle
 
 RoleT = TypeVar("RoleT", bound=Process)
 Capacity = tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, str]]]
@@ -202,10 +201,6 @@ class RoleSpawner:
             for worker, peak in zip(workers, peaks, strict=True)
             if isinstance(peak, int)
         }
-
-    async def fetch(self, handle: Handle[DataT]) -> DataT:
-        """Bring data to the driver."""
-        return await cast("Awaitable[DataT]", handle) if self._on_ray else arriving(handle)
 
 
 def _is_generator(worker: Worker[Process]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.likelihood import Likelihood
-from rlhf_ray.cluster.role_clients import GeneratorClient, ScorerClient
+from rlhf_ray.cluster.role_clients import GeneratorClient, ScorerClient, fetch
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import sample_requests, shard_requests
@@ -63,7 +63,6 @@ async def answers_of_models(
         config,
         spawn_generators(spawner, _for_largest(config, inputs.adapters), inputs.sft_model, say),
         spawn_scorers(spawner, config, inputs.reward_model, inputs.sft_model),
-        spawner,
         bar,
     )
     answers: dict[str, Answers] = {}
@@ -86,7 +85,6 @@ class _Roles:
     config: Config
     generators: GeneratorPool[GeneratorClient]
     scorers: ScorerClient
-    spawner: RoleSpawner
     bar: Bar
 
     async def scored(self, requests: Sequence[SampleRequest], version: int) -> list[Sample]:
@@ -111,7 +109,7 @@ class _Roles:
     ) -> AsyncIterator[tuple[Shard, list[Rollout]]]:
         shards = shard_requests(requests, self.config.rollout.shard_size, version)
         async for shard in self.generators.generate(shards):
-            rollouts: list[Rollout] = await self.spawner.fetch(shard.rollouts)
+            rollouts: list[Rollout] = await fetch(shard.rollouts)
             yield shard, rollouts
             self.bar.advance(len(rollouts))
 

@@ -16,6 +16,7 @@ from rlhf_ray.cluster.role_clients import (
     PolicyClient,
     ReferenceClient,
     ScorerClient,
+    fetch,
 )
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
@@ -82,7 +83,7 @@ async def ppo_roles(
             reference=reference,
             policy=policy_client,
             critic=CriticClient(critic, config.critic.zero_stage) if critic else None,
-            fetch=spawner.fetch,
+            fetch=fetch,
             num_gpus=spawner.num_gpus,
             peak_memory=spawner.peak_memory,
         )
