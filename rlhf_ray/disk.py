@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rlhf_ray.errors import ConfigError, RlhfError
 
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged JSON file raises: torn, nested too deeply, or of another kind."""
 LEAST_FREE_BYTES = 2**20
 """Less free space than this counts as a full disk."""
 

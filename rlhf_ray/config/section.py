@@ -6,7 +6,7 @@ from types import EllipsisType
 from typing import Any, TypedDict, TypeGuard, TypeVar, Unpack
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from rlhf_ray.secrecy import HIDDEN, holds_secret, is_secret, without_shapes
 
@@ -15,6 +15,12 @@ M = TypeVar("M", bound=Mapping[str, object])
 
 PassThrough = dict[str, Any]
 """Keys that a library defines and checks, not we."""
+
+
+_PATHS = ("path", "dir", "posts")
+"""Names of keys that hold paths."""
+LONGEST_PART, LONGEST_PATH = 255, 4095
+"""Bytes of a file's name, and of a whole path, on Linux."""
 
 
 class Section(BaseModel):
@@ -27,6 +33,21 @@ class Section(BaseModel):
     def _is_finite(cls, value: object) -> object:
         if (number := _not_finite(value)) is not None:
             raise ValueError(f"Input should be a finite number, got {number}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_a_file(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what no file system takes: looking for it would raise, wherever that is done."""
+        if isinstance(value, str) and info.field_name in _PATHS:
+            longest = max(len(part.encode()) for part in value.split("/"))
+            if longest > LONGEST_PART or len(value.encode()) > LONGEST_PATH:
+                raise ValueError(
+                    f"is no path: a file's name has at most {LONGEST_PART} bytes, and this has "
+                    f"{longest}"
+                    if longest > LONGEST_PART
+                    else f"is no path: it has more than {LONGEST_PATH} bytes"
+                )
         return value
 
 

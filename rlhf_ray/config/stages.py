@@ -177,7 +177,8 @@ class RunConfig(Section):
             raise ValueError(
                 "must be the name of a folder: no slashes, no control characters, not . or .."
             )
-        if len(name.encode()) > LONGEST_NAME:
+        # A rehearsal adds its suffix to the run's name.
+        if len(name.removesuffix("-rehearsal").encode()) > LONGEST_NAME:
             raise ValueError(f"has more than {LONGEST_NAME} bytes")
         return name
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.disk import DAMAGE
 from rlhf_ray.errors import CheckpointError
 
 PlainMoments = Mapping[str, Sequence[float]]
@@ -156,7 +157,7 @@ class Checkpoints:
         for version in reversed(versions):
             try:
                 return self._read(version)
-            except (OSError, ValueError, KeyError) as error:
+            except (*DAMAGE, OSError) as error:
                 damage.append(f"{version} ({error})")
         if damage:
             raise CheckpointError(

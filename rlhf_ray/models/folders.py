@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
+from rlhf_ray.disk import DAMAGE
 from rlhf_ray.errors import DataError
 
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_MODEL = "base_model.json"
 
+LONGEST_NAME = 200
+"""Characters of a name on the hub, which has at most 96 on each side of its slash."""
 MAX_PARTS = 10_000
 """Most layers, experts of a layer, or labels; the largest models have some hundreds."""
 _PARTS = re.compile(r"(layers?|blocks?|experts?|labels?|depths?)$")
@@ -31,19 +35,21 @@ def locate(path: str) -> str:
         DataError: the folder does not exist or holds no model, or the hub has no such model.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    # os.path says no where Path raises: for a name that is too long, or holds NUL.
+    if os.path.isdir(folder):
         if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise DataError(
                 f"{folder} is not a model folder: it has neither config.json nor {ADAPTER_CONFIG}"
             )
         refuse_endless(folder)
         return str(folder)
-    if folder.exists():
+    if os.path.exists(folder):
         raise DataError(f"{folder} is a file; a model is the folder that holds it")
-    nested = len(folder.parts) > 2 or (len(folder.parts) == 2 and folder.parent.is_dir())
+    nested = len(folder.parts) > 2 or (len(folder.parts) == 2 and os.path.isdir(folder.parent))
+    nested = nested or len(path) > LONGEST_NAME
     if folder.is_absolute() or path.startswith((".", "~")) or nested:
         raise DataError(
-            f"Model folder {path} does not exist; check model.path, sft.path, reward.path or "
+            f"Model folder {path[:200]} does not exist; check model.path, sft.path, reward.path or "
             "critic.path, or run the stage that writes it"
         )
     _require_on_hub(path)
@@ -82,7 +88,7 @@ def _counts(config: object) -> Iterator[tuple[str, int]]:
 def _require_on_hub(name: str) -> None:
     """Fail at once if a model is unavailable; the libraries would retry for minutes."""
     files = ("config.json", ADAPTER_CONFIG)
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+    if any(cached_file(name, file) for file in files):
         return
     try:
         HfApi().model_info(name, timeout=20)
@@ -93,9 +99,18 @@ def _require_on_hub(name: str) -> None:
         ) from error
 
 
+def cached_file(name: str, file: str) -> str | None:
+    """Return a file of a model of the hub that is cached here; None too if there can be no such."""
+    try:
+        found = try_to_load_from_cache(name, file)
+    except HFValidationError:  # a name with a space, for example
+        return None
+    return found if isinstance(found, str) else None
+
+
 def is_adapter(path: str) -> bool:
     """Return whether ``path`` is a PEFT folder."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
+    return os.path.isfile(Path(path) / ADAPTER_CONFIG)
 
 
 def require_whole(model: str, stage: str) -> None:
@@ -170,6 +185,6 @@ def first_line(error: Exception) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (*DAMAGE, OSError) as error:
         raise DataError(f"{path} is not readable JSON: {error}") from error

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.section import masked
@@ -94,14 +97,17 @@ class _Recorded(TypedDict):
     told: dict[str, int]
 
 
+_RECORDED = TypeAdapter(dict[str, _Recorded])
+
+
 class Memory:
     """Contents of ``trackers.json``: ``{tracker: {run_id, told: {stream: step}}}``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._values: dict[str, _Recorded] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            self._values = _RECORDED.validate_json(path.read_bytes())
+        except (OSError, ValidationError):
             self._values = {}
 
     def run_id(self, tracker: str) -> str | None:

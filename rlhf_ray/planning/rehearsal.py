@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 import yaml
 
 from rlhf_ray.config import Config, dump
+from rlhf_ray.disk import DAMAGE
 from rlhf_ray.placement.layout import Node
 from rlhf_ray.planning.memory import gb
 from rlhf_ray.planning.prediction import (
@@ -90,9 +91,9 @@ def load(config: Config, nodes: Iterable[Node]) -> Rehearsal | None:
     try:
         text = (RunFolder(config).path / RESULT).read_text(encoding="utf-8")
         rehearsal = Rehearsal(**json.loads(text))
-    except (OSError, ValueError, TypeError):  # missing, not JSON, or written by another version
+        is_same = _compared(rehearsal.config) == _compared(dump(config))
+    except (*DAMAGE, OSError, yaml.YAMLError):  # missing, or written by another version
         return None
-    is_same = _compared(rehearsal.config) == _compared(dump(config))
     return rehearsal if is_same and _may_be_same(rehearsal.gpus, gpus_of(nodes)) else None
 
 

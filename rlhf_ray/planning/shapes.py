@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import LoraConfig, ModelConfig, ShapeConfig, TinyModelConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.folders import base_of, is_adapter
+from rlhf_ray.models.folders import base_of, cached_file, is_adapter
 from rlhf_ray.planning.memory import Linear, ModelSize, Shape, num_weights
 
 
@@ -182,8 +180,8 @@ def _config_folder(path: str) -> str | None:
     if (Path(path) / "config.json").is_file():
         return path
     is_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-    cached = try_to_load_from_cache(path, "config.json") if is_name else None
-    return str(Path(cached).parent) if isinstance(cached, str) else None
+    cached = cached_file(path, "config.json") if is_name else None
+    return str(Path(cached).parent) if cached else None
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from rlhf_ray.config.rewards import (
     ModelSourceConfig,
     RewardSourceConfig,
 )
-from rlhf_ray.disk import unwritable_is_an_error, write_atomically
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.disk import DAMAGE, unwritable_is_an_error, write_atomically
+from rlhf_ray.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,9 +78,20 @@ class RunFolder:
         return folder
 
     def summary(self, stage: str) -> dict[str, Any] | None:
-        """Return the summary of a finished stage; None if it has not finished."""
+        """Return the summary of a finished stage; None if it has not finished.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
         path = self.path / stage / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.exists():
+            return None
+        try:
+            return {**json.loads(path.read_text(encoding="utf-8"))}
+        except (*DAMAGE, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); restore it, or remove it to run the stage again"
+            ) from error
 
     def write_summary(self, stage: str, summary: Mapping[str, object]) -> None:
         """Write the summary, which marks the stage as finished: the last thing that it does."""

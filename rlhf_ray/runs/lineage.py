@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from huggingface_hub import try_to_load_from_cache
-
 from rlhf_ray.config import Config
 from rlhf_ray.config.section import masked
 from rlhf_ray.config.stages import STAGES
+from rlhf_ray.config.yaml_values import parsed
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.folders import cached_file
 from rlhf_ray.runs.folder import RunFolder
 
 UNKNOWN = "unknown"
@@ -78,16 +78,16 @@ def model_licence(path: str) -> str:
     """Return the licence in the front matter of a model's card; "unknown" if there is none."""
     card = Path(path) / "README.md"
     if not card.is_file() and not Path(path).is_dir():
-        cached = try_to_load_from_cache(path, "README.md")
-        card = Path(cached) if isinstance(cached, str) else card
+        cached = cached_file(path, "README.md")
+        card = Path(cached) if cached else card
     if not card.is_file():
         return UNKNOWN
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return UNKNOWN
     try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        front = parsed(parts[1], card.name)
+    except ConfigError:  # whatever a stranger wrote there
         return UNKNOWN
     return str(front.get("license", UNKNOWN)) if isinstance(front, dict) else UNKNOWN
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-import yaml
-
 from rlhf_ray.cluster.session import dashboard_url, ray_session
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.identity import differences
+from rlhf_ray.config.section import is_mapping
 from rlhf_ray.config.stages import STAGES
+from rlhf_ray.config.yaml_values import parsed
 from rlhf_ray.disk import full_disk_is_an_error, write_atomically
 from rlhf_ray.doctor.inputs import files_of_roles, require_inputs
 from rlhf_ray.doctor.shared_files import require_same_files
@@ -116,10 +116,10 @@ def open_run(folder: RunFolder) -> None:
 
 def _read_saved(path: Path) -> Mapping[str, object]:
     try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        saved = parsed(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; restore or remove it") from error
-    if not isinstance(saved, dict):
+    if not is_mapping(saved):
         raise CheckpointError(f"{path} holds no config; restore or remove it")
     return saved
 

@@ -81,7 +81,7 @@ class TestRunFolder:
     ) -> None:
         before = contents(whole_run)
         message = refused("run", config_file, f"run.dir={whole_run}", override, says=says)
-        assert "Choose another run.name, set these back, or start again with run.res" in message
+        assert "Choose another run.name, set these back, or begin a new run with run.res" in message
         assert contents(whole_run) == before
 
     def test_goes_on_with_another_placement(self, config_file: Path, whole_run: Path) -> None:

@@ -20,6 +20,7 @@ from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.tokens import pad_id
+from rlhf_ray.disk import DAMAGE
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.adapters import Model
 from rlhf_ray.models.probes import probe_logits
@@ -171,6 +172,6 @@ class Training(ABC):
             try:
                 state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
                 checkpoints.append((int(state["global_step"]), folder))
-            except (OSError, ValueError, KeyError):
+            except (*DAMAGE, OSError):
                 continue
         return max(checkpoints, default=(0, None))

@@ -63,7 +63,7 @@ def test_a_row_shows_type_bounds_default_and_meaning(page: str) -> None:
 
 
 def test_a_section_names_every_key_that_holds_it_and_what_differs_there(page: str) -> None:
-    assert "## `outer.one`, `outer.many[]`, `outer.maybe`\n\nWhat stands below.\n" in page
+    assert "## `outer.one`, `outer.many[]`, `outer.maybe`\n\nThe inner section.\n" in page
     assert "| `one` | section |  | `{steps: 3}` |  | First. |" in page
 
 

@@ -147,6 +147,14 @@ def test_a_run_has_a_name_that_is_the_name_of_a_folder(name: str) -> None:
     assert load(None, ["run.name=Lauf 7 (ä)"]).run.dir == "runs/Lauf 7 (ä)"
 
 
+@pytest.mark.parametrize("key", ["run.dir", "model.path", "prepare.posts", "data.sft.path"])
+def test_a_path_that_no_file_system_takes_is_refused(key: str) -> None:
+    for path in ("/tmp/" + "a" * 300, "a/" * 3000):
+        with pytest.raises(ConfigError, match=r"(dir|path|posts): is no path: ") as error:
+            load(None, [f"{key}={path}"])
+        assert len(str(error.value)) < 300
+
+
 def test_an_override_of_one_section_leaves_another_that_shared_an_anchor(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("lora: &l {r: 2}\ndpo: {lora: *l}\n")

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.folders import locate
+from rlhf_ray.models.folders import cached_file, is_adapter, locate
 from rlhf_ray.planning.model_sizes import skeleton
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16}
@@ -33,6 +33,17 @@ def test_a_model_of_a_billion_parts_is_refused_at_once(tmp_path: Path, more: dic
         with pytest.raises(DataError, match=r"in config\.json, more than the 10000 parts"):
             call()
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "path", ["a" * 5000, "/tmp/" + "a" * 300, "a\0b", "a/" * 3000, "a b", "-x"]
+)
+def test_a_path_that_no_file_system_takes_is_one_message(path: str) -> None:
+    with pytest.raises(DataError) as error:
+        locate(path)
+    assert len(str(error.value)) < 500
+    assert not is_adapter(path)
+    assert cached_file(path, "config.json") is None
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "[" * 100_000, "{", '"x"'])
