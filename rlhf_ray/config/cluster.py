@@ -74,6 +74,8 @@ class ClusterConfig(Section):
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        if wrong := [name for name in env if not name or "=" in name]:
+            raise ValueError(f"{wrong[0]!r} is no name of an environment variable")
         remedy = (
             "export it where you start the command, or on a cluster where Ray starts on each "
             "node: the roles' processes inherit it"

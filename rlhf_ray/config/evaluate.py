@@ -34,7 +34,7 @@ class EvaluateConfig(Section):
         None, description="Language model that compares answers, for judged_by judge."
     )
     bootstrap: int = changeable(
-        2000, unit="resamples", ge=100, description="Resamples of the 95% intervals."
+        2000, unit="resamples", ge=100, le=1_000_000, description="Resamples of the 95% intervals."
     )
     instructions: str | None = changeable(
         None,

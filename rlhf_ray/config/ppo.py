@@ -8,7 +8,14 @@ from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.algorithms import ESTIMATORS, POLICY_LOSSES
 from rlhf_ray.config.model import LoraConfig, ShapeConfig
-from rlhf_ray.config.section import PassThrough, Section, changeable, fixed, refuse_owned
+from rlhf_ray.config.section import (
+    MOST_PROCESSES,
+    PassThrough,
+    Section,
+    changeable,
+    fixed,
+    refuse_owned,
+)
 
 
 def _refuse_owned_deepspeed(section: str, given: PassThrough) -> PassThrough:
@@ -29,7 +36,9 @@ def _refuse_owned_deepspeed(section: str, given: PassThrough) -> PassThrough:
 class LearnerConfig(Section):
     """A DeepSpeed group of learners."""
 
-    num_ranks: int = changeable(1, unit="processes", ge=1, description="Processes of the group.")
+    num_ranks: int = changeable(
+        1, unit="processes", ge=1, le=MOST_PROCESSES, description="Processes of the group."
+    )
     zero_stage: Literal[1, 2, 3] = changeable(
         2,
         unit="–",
@@ -112,7 +121,11 @@ class ReferenceConfig(Section):
         "policy's learners with their adapter off, which saves a copy of the model.",
     )
     num_workers: int = changeable(
-        1, unit="processes", ge=1, description="Reference processes, with kind own."
+        1,
+        unit="processes",
+        ge=1,
+        le=MOST_PROCESSES,
+        description="Reference processes, with kind own.",
     )
 
     @property

@@ -6,6 +6,7 @@ from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.model import Dtype
 from rlhf_ray.config.section import (
+    MOST_PROCESSES,
     PassThrough,
     Section,
     changeable,
@@ -19,7 +20,7 @@ from rlhf_ray.config.section import (
 class GeneratorsConfig(Section):
     """The rollout engines."""
 
-    num: int = changeable(1, unit="generators", ge=1, description="Generators.")
+    num: int = changeable(1, unit="generators", ge=1, le=MOST_PROCESSES, description="Generators.")
     tensor_parallel_size: int = changeable(
         1, unit="GPUs", ge=1, description="GPUs of one generator, all on one node (vLLM only)."
     )

@@ -17,6 +17,9 @@ PassThrough = dict[str, Any]
 """Keys that a library defines and checks, not we."""
 
 
+MOST_PROCESSES = 100_000
+"""Most processes of a role; the plan counts them one by one."""
+
 _PATHS = ("path", "dir", "posts")
 """Names of keys that hold paths."""
 LONGEST_PART, LONGEST_PATH = 255, 4095

@@ -166,14 +166,20 @@ class RunConfig(Section):
     @field_validator("dir")
     @classmethod
     def _is_printable(cls, folder: str) -> str:
-        if not folder.isprintable():
-            raise ValueError("holds a control character")
+        if not folder.strip() or not folder.isprintable():
+            raise ValueError("is blank or holds a control character")
         return folder
 
     @field_validator("name")
     @classmethod
     def _is_a_file_name(cls, name: str) -> str:
-        if not name.isprintable() or "/" in name or "\\" in name or name in (".", ".."):
+        if (
+            not name.strip()
+            or not name.isprintable()
+            or "/" in name
+            or "\\" in name
+            or name in (".", "..")
+        ):
             raise ValueError(
                 "must be the name of a folder: no slashes, no control characters, not . or .."
             )

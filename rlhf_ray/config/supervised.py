@@ -8,6 +8,7 @@ from rlhf_ray.config.data import Sources
 from rlhf_ray.config.model import LoraConfig, ShapeConfig
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.config.section import (
+    MOST_PROCESSES,
     PassThrough,
     Section,
     changeable,
@@ -214,7 +215,9 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
         description="Pairs to measure the reward model on, such as RewardBench, with their kind "
         "in a column `subset`; also used with reward.path.",
     )
-    num_workers: int = changeable(1, unit="processes", ge=1, description="Scorer processes.")
+    num_workers: int = changeable(
+        1, unit="processes", ge=1, le=MOST_PROCESSES, description="Scorer processes."
+    )
     loss: Literal["pairwise"] | PointwiseLoss = fixed(
         "pairwise",
         description="pairwise: which answer of a pair is better. For single answers in "

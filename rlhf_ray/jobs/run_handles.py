@@ -18,6 +18,7 @@ from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
 from rlhf_ray.jobs.connection import configured_address, connect
 from rlhf_ray.jobs.job_server import Job, JobServer
 from rlhf_ray.runs.control import ControlFiles, RunStatus, State, is_here
+from rlhf_ray.secrecy import redacted
 
 COMMITS = "ppo"
 """The stage that commits its iteration before it stops; the others save by themselves."""
@@ -197,7 +198,7 @@ def status_of_ended(job: Job) -> RunStatus:
         folder=job.folder or "-",
         state=ENDED[job.status],
         updated=job.ended or job.started,
-        message=job.message.strip()[-MESSAGE_CHARS:],
+        message=redacted(job.message.strip())[-MESSAGE_CHARS:],
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.adapters import servable_rank
-from rlhf_ray.models.folders import adapter_rank
+from rlhf_ray.models.folders import adapter_rank, safetensors_files
 from rlhf_ray.models.loading import rope_parameters
 from rlhf_ray.runs.models import RunModel, find_model, policies
 
@@ -45,7 +45,7 @@ def command(config: Config, models: Sequence[str] = (), further: Sequence[str] =
         further: arguments passed on to vLLM; they come last, so they win.
 
     Raises:
-        DataError: no such model.
+        DataError: no such model, or one whose weights are pickled.
         ConfigError: the models have different bases, or a key is among the arguments.
     """
     if any(argument.startswith("--api-key") for argument in further):
@@ -62,6 +62,8 @@ def command(config: Config, models: Sequence[str] = (), further: Sequence[str] =
         )
     whole = [model.name for model in chosen if not model.is_adapter]
     adapters = [model for model in chosen if model.is_adapter]
+    for path in filter(os.path.isdir, [bases[0], *(adapter.path for adapter in adapters)]):
+        safetensors_files(path)  # without any, vLLM would take a pickle
     arguments = [*_server_of(bases[0]), "--served-model-name", *(whole or ["base"])]
     arguments += ["--host", LOOPBACK]
     arguments += ["--dtype", config.engine_dtype, "--max-model-len", str(config.model.max_length)]

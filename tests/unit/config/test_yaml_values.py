@@ -155,6 +155,23 @@ def test_a_path_that_no_file_system_takes_is_refused(key: str) -> None:
         assert len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "generators.num=1000000000",
+        "policy.num_ranks=1000000000",
+        "evaluate.bootstrap=99999999999",
+        "cluster.env={'': a}",
+        "cluster.env={'A=B': a}",
+        "run.name=' '",
+        "run.dir=' '",
+    ],
+)
+def test_what_would_fail_or_hang_later_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load(None, [override])
+
+
 def test_an_override_of_one_section_leaves_another_that_shared_an_anchor(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("lora: &l {r: 2}\ndpo: {lora: *l}\n")

@@ -1,9 +1,11 @@
 """Warnings of a server that others can reach."""
 
+from pathlib import Path
+
 import pytest
 
 from rlhf_ray.config import load
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.serving.serve import command, exposure_warning
 
 
@@ -33,3 +35,10 @@ def test_a_key_is_read_from_the_environment_alone(monkeypatch: pytest.MonkeyPatc
     assert exposure_warning(["--host=0.0.0.0"]) is not None
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
     assert exposure_warning(["--host=0.0.0.0"]) is None
+
+
+def test_pickled_weights_are_not_served(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(DataError, match=r"holds no \*\.safetensors file"):
+        command(load(None), [str(tmp_path)])
