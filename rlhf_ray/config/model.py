@@ -105,7 +105,7 @@ class ModelConfig(Section):
     attn_implementation: str = changeable(
         "auto",
         description="sdpa, eager, flash_attention_2, ...; auto: the best that transformers has "
-        "for the architecture.",
+        "for the architecture (eager if attention scores are capped, as in Gemma 2).",
     )
     rope_scaling: PassThrough | None = fixed(
         None,

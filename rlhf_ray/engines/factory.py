@@ -3,7 +3,7 @@
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import GenerationEngine
 from rlhf_ray.models.forward import sampling_rule
-from rlhf_ray.models.loading import rope_parameters
+from rlhf_ray.models.load_arguments import rope_parameters
 from rlhf_ray.models.stop_conditions import StopConditions
 
 

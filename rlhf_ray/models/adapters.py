@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models.folders import first_line
+from rlhf_ray.models.folders import adapter_weights, first_line
 from rlhf_ray.models.probes import probe_logits, refuse_change
 from rlhf_ray.models.targets import (
     linear_layers,
@@ -218,13 +218,10 @@ def refuse_misfit(model: PeftModel, folder: str | Path) -> None:
         folder: the PEFT folder.
 
     Raises:
-        ValueError: the folder has no safetensors file, or its adapter weights are not those of
-            the wrapped model.
+        DataError: the folder has no safetensors file.
+        ValueError: its adapter weights are not those of the wrapped model.
     """
-    file = Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError("it has no adapter_model.safetensors; save the adapter with safetensors")
-    with safe_open(str(file), framework="pt") as tensors:
+    with safe_open(str(adapter_weights(folder)), framework="pt") as tensors:
         stored = {name for name in tensors.keys() if "lora_" in name}  # noqa: SIM118  (not a dict)
     expected = {
         name

@@ -129,8 +129,27 @@ def adapter_task(folder: str) -> str | None:
 
 def adapter_rank(folder: str) -> int:
     """Return the rank of a PEFT folder's adapter; the highest if modules have different ones."""
-    settings = _read_json(Path(folder) / ADAPTER_CONFIG)
-    return max([int(settings["r"]), *(settings.get("rank_pattern") or {}).values()])
+    adapter_weights(folder)
+    file = Path(folder) / ADAPTER_CONFIG
+    settings = _read_json(file)
+    try:
+        return max([int(settings["r"]), *map(int, (settings.get("rank_pattern") or {}).values())])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{file} names no rank that can be read (r, rank_pattern)") from error
+
+
+def adapter_weights(folder: str | Path) -> Path:
+    """Return the file of a PEFT folder's weights.
+
+    Raises:
+        DataError: it has none in safetensors; a pickle, which can run code, is never opened.
+    """
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise DataError(
+            f"{folder} cannot be loaded: it has no {file.name}; save the adapter with safetensors"
+        )
+    return file
 
 
 def base_of(folder: str) -> str:

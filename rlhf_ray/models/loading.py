@@ -6,13 +6,10 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,71 +25,22 @@ from rlhf_ray.models.adapters import (
 )
 from rlhf_ray.models.folders import (
     adapter_task,
+    adapter_weights,
     base_of,
-    first_line,
     is_adapter,
     locate,
     record_base,
 )
-from rlhf_ray.models.forward import HEAD_NAMES, has_token_head, initialise_head, keep_head_in_fp32
-from rlhf_ray.models.quantization import keep_differentiable, quantization_config
-
-STRICT = ModelConfig()
-"""How models load unless a config says otherwise: none of their own code runs."""
-
-T = TypeVar("T")
+from rlhf_ray.models.forward import (
+    HEAD_NAMES,
+    has_token_head,
+    initialise_head,
+    keep_head_in_fp32,
+)
+from rlhf_ray.models.load_arguments import keep_differentiable, load_arguments, writable
+from rlhf_ray.models.tokenizers import attempt, load_tokenizer, save_tokenizer
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-_SPARE_PADS = (
-    "<|pad|>",
-    "<pad>",
-    "[PAD]",
-    "<|finetune_right_pad_id|>",
-    "<|vision_pad|>",
-    "<|fim_pad|>",
-    "<|padding|>",  # Pythia, GPT-NeoX
-    "<｜▁pad▁｜>",  # DeepSeek
-    "<|endoftext|>",
-    "<unk>",
-)
-"""Tokens that can serve as a missing pad: special ones that answers do not contain."""
-
-
-def load_tokenizer(path: str, settings: ModelConfig = STRICT) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder, PEFT folder or hub name.
-
-    It pads on the right, and its pad is not eos: with pad = eos, masking the padding would also
-    mask the end of each answer, and no model would learn to stop.
-
-    A PEFT folder without a tokenizer of its own uses its base's.
-
-    Args:
-        path: model folder, PEFT folder or hub name.
-        settings: whether a tokenizer's own code may run; default: it may not.
-
-    Raises:
-        DataError: nothing can be loaded from ``path``, or the tokenizer has no eos, or no pad
-            other than eos.
-    """
-    path = locate(path)
-    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = locate(base_of(path))
-    trusted = settings.trust_remote_code  # unset, transformers would ask on the terminal
-    tokenizer = _attempt(
-        lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trusted),
-        path,
-        "tokenizer files",
-    )
-    tokenizer.padding_side = "right"
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"The tokenizer of {path} has no eos token, so no model can learn where to stop; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = _spare_pad(tokenizer, path)
-    return tokenizer
 
 
 def load_causal_lm(path: str, settings: ModelConfig, *, quantized: bool = False) -> Model:
@@ -195,7 +143,7 @@ def save_model(
     """Write a whole model: config, safetensors, generation config, tokenizer."""
     model.config.use_cache = True  # loading switched it off; other tools expect it on
     model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder)
 
 
 def save_adapter(
@@ -209,7 +157,7 @@ def save_adapter(
     for key in (*NARROWING, "target_modules"):
         setattr(settings, key, peft_config(model)[key])
     model.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder)
     if local:
         record_base(folder, base)
 
@@ -229,54 +177,31 @@ def _from_pretrained(
         "output_loading_info": True,
         # transformers' own error lists no sizes; mismatches are refused below.
         "ignore_mismatched_sizes": True,
+        **attempt(lambda: load_arguments(path, settings, quantized=quantized), path, "config.json"),
         **more,
         **settings.kwargs,
     }
-    if settings.attn_implementation != "auto":
-        arguments["attn_implementation"] = settings.attn_implementation
-    if quantized and settings.quantization != "none":
-        arguments["quantization_config"] = quantization_config(settings)
-    rope = _attempt(lambda: rope_parameters(path, settings), path, "config.json")
-    if rope is not None:
-        arguments["rope_parameters"] = rope
-    load: Callable[..., Any] = auto_class.from_pretrained  # annotated without the loading info
-    try:
-        model, info = _attempt(lambda: load(path, **arguments), path, "config.json, *.safetensors")
-    except TypeError as error:
-        if not settings.kwargs:
-            raise
-        raise ConfigError(f"model.kwargs {settings.kwargs}: {error}") from error
+    from_pretrained: Callable[..., Any] = auto_class.from_pretrained  # annotated without the info
+
+    def load() -> tuple[Any, dict[str, Any]]:
+        try:
+            return from_pretrained(path, **arguments)
+        except TypeError as error:
+            if not settings.kwargs:
+                raise
+            raise ConfigError(f"model.kwargs {settings.kwargs}: {error}") from error
+
+    model, info = attempt(load, path, "config.json, *.safetensors")
     for name, stored, expected in info["mismatched_keys"]:
         raise DataError(
             f"{path}: weight {name} has shape {tuple(stored)}, {tuple(expected)} is needed; "
             "name a model that fits (a reward model and a critic have one label)"
         )
     keep_differentiable(model)
+    if model.can_generate():
+        model.generation_config = writable(model.generation_config)
     model.config.use_cache = False  # plain forwards build no cache; generate asks for its own
     return model, sorted(info["missing_keys"])
-
-
-def rope_parameters(path: str, settings: ModelConfig) -> dict[str, Any] | None:
-    """Return a model's rotary parameters with ``model.rope_scaling`` applied; None: unchanged.
-
-    A finished classifier keeps the parameters that it was trained with: scaling is for the base.
-
-    Raises:
-        ConfigError: the architecture has no rotary embedding, or one for each kind of layer.
-    """
-    if settings.rope_scaling is None:
-        return None
-    config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-    if any("SequenceClassification" in name for name in config.architectures or ()):
-        return None
-    own = getattr(config, "rope_parameters", None)
-    if not own or any(isinstance(value, dict) for value in own.values()):
-        what = "one for each kind of layer" if own else "no rotary embedding"
-        raise ConfigError(
-            f"model.rope_scaling: {path} ({config.model_type}) has {what}; leave it out, or change "
-            "the model folder's config.json"
-        )
-    return {**own, **settings.rope_scaling}
 
 
 def with_adapter(base: nn.Module, folder: str) -> PeftModel:
@@ -286,27 +211,14 @@ def with_adapter(base: nn.Module, folder: str) -> PeftModel:
         DataError: the adapter is unreadable or does not fit.
     """
 
+    adapter_weights(folder)  # first: peft would open a pickle
+
     def load() -> PeftModel:
         model = PeftModel.from_pretrained(base, folder)  # type: ignore[arg-type]  (any module)
         refuse_misfit(model, folder)
         return model
 
-    return _attempt(load, folder, "an adapter (*.safetensors) that fits its base").eval()
-
-
-def _attempt(load: Callable[[], T], path: str, needed: str) -> T:
-    """Run a library's loader; turn its errors into one DataError."""
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise DataError(
-                f"{path} needs code that comes with it, and model.trust_remote_code is false. Read "
-                "that code; if you trust it, set model.trust_remote_code=true"
-            ) from error
-        raise DataError(
-            f"{path} cannot be loaded ({first_line(error)}); it must hold {needed}"
-        ) from error
+    return attempt(load, folder, "an adapter (*.safetensors) that fits its base").eval()
 
 
 def _require_task(path: str, task: str) -> None:
@@ -316,15 +228,3 @@ def _require_task(path: str, task: str) -> None:
             f"{path} is an adapter with task_type {actual}, but {task} is needed; merge it into "
             "its base first (command merge), or name another folder"
         )
-
-
-def _spare_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
-    vocabulary = tokenizer.get_vocab()
-    for token in _SPARE_PADS:
-        if token in vocabulary and token != tokenizer.eos_token:
-            return token
-    raise DataError(
-        f"The tokenizer of {path} has no pad token other than eos {tokenizer.eos_token!r}: the end "
-        "of an answer and padding would look the same. Set pad_token to an unused token of its "
-        "vocabulary in tokenizer_config.json"
-    )

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import GenerationConfig
 
@@ -11,7 +12,9 @@ from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.loading import STRICT, load_tokenizer
+from rlhf_ray.models.folders import first_line
+from rlhf_ray.models.load_arguments import writable
+from rlhf_ray.models.tokenizers import STRICT, load_tokenizer
 from rlhf_ray.types import FinishReason
 
 Decode = Callable[[Sequence[int]], str]
@@ -100,7 +103,14 @@ def generation_config(
 
 
 def _own_generation_config(model: str) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:  # the model has none
+    file = Path(model) / "generation_config.json"
+    if Path(model).is_dir() and not file.is_file():
         return GenerationConfig()
+    try:
+        return writable(GenerationConfig.from_pretrained(model))
+    except Exception as error:  # of whatever kind: the library uses values before it checks them
+        if isinstance(error, OSError) and not file.is_file():  # a hub model without one
+            return GenerationConfig()
+        raise DataError(
+            f"{file} cannot be read ({first_line(error)}); correct or remove it"
+        ) from error

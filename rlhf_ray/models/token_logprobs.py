@@ -23,7 +23,7 @@ from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.algorithms.logprobs import SamplingRule, entropy, token_logprobs
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.adapters import Model, unwrapped
-from rlhf_ray.models.probes import evaluating
+from rlhf_ray.models.probes import evaluating, refuse_change
 
 ModelT = TypeVar("ModelT", bound=Model)
 
@@ -192,6 +192,15 @@ class _LogprobForward:
         with evaluating(self._model):  # dropout would make the two differ
             own = self._own_forward(**start).logits.float()
             ours = self._finished(self._head(self._backbone(**start).last_hidden_state)).float()
+            eager = self._eager_logits(start)
+        used = self._model.config._attn_implementation
+        refuse_change(
+            own if eager is None else eager,
+            own,
+            self._model.dtype,
+            f"{type(self._model).__name__} computes something else with model.attn_implementation "
+            f"{used} than with eager, as which it is defined; set model.attn_implementation=eager",
+        )
         if not torch.allclose(ours, own, rtol=1e-2, atol=1e-2):
             raise DataError(
                 f"{type(self._model).__name__} transforms its logits after the output layer in an "
@@ -199,6 +208,20 @@ class _LogprobForward:
                 "be wrong: use another architecture"
             )
         self._verified = True
+
+    def _eager_logits(self, inputs: Mapping[str, object]) -> Tensor | None:
+        """Return its own logits with plain attention; None: they are computed with it anyway.
+
+        Other kinds leave out what they do not know, such as soft-capping, without an error.
+        """
+        used = self._model.config._attn_implementation
+        if used in (None, "eager"):
+            return None
+        self._model.set_attn_implementation("eager")
+        try:
+            return self._own_forward(**inputs).logits.float()
+        finally:
+            self._model.set_attn_implementation(used)
 
 
 def _of_logits(

@@ -15,7 +15,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.adapters import servable_rank
 from rlhf_ray.models.folders import adapter_rank, safetensors_files
-from rlhf_ray.models.loading import rope_parameters
+from rlhf_ray.models.load_arguments import rope_parameters
 from rlhf_ray.runs.models import RunModel, find_model, policies
 
 LOOPBACK = "127.0.0.1"

@@ -20,9 +20,9 @@ from rlhf_ray.driver.weight_sync import WeightSync, probe_requests
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
 from rlhf_ray.models.folders import BASE_MODEL
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.loading import load_tokenizer, save_tokenizer
+from rlhf_ray.models.merging import verify_names
 from rlhf_ray.models.stop_conditions import generation_config
-from rlhf_ray.models.verification import verify_names
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer
@@ -151,7 +151,7 @@ def _static_files(
 ) -> dict[str, bytes]:
     """Return what a committed PEFT folder holds besides its adapter: all that generating needs."""
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
+        save_tokenizer(tokenizer, scratch)
         generation_config(base, folder.config.template, folder.config.model).save_pretrained(
             scratch
         )

@@ -23,9 +23,9 @@ from rlhf_ray.data.rendering.tokens import pad_id
 from rlhf_ray.disk import DAMAGE
 from rlhf_ray.models import adapters, loading
 from rlhf_ray.models.adapters import Model
+from rlhf_ray.models.merging import verify_saved
 from rlhf_ray.models.probes import probe_logits
 from rlhf_ray.models.trainable import prepare_for_adapter, train_only
-from rlhf_ray.models.verification import verify_saved
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Names of the two tokenised data sets of a stage."""

@@ -10,7 +10,8 @@ from transformers import AutoConfig, BertConfig
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models import adapters, folders, forward, loading, tiny
+from rlhf_ray.models import adapters, folders, forward, loading, tiny, tokenizers
+from rlhf_ray.models.load_arguments import rope_parameters
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
 ATTENTION_BS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -239,7 +240,7 @@ def test_tokenizer_without_eos_or_spare_pad_is_refused(
 ) -> None:
     with pytest.raises(DataError, match="no eos token"):
         loading.load_tokenizer(tokenizer_without(base, tmp_path / "a", "eos_token"))
-    monkeypatch.setattr(loading, "_SPARE_PADS", ("<|eos|>",))
+    monkeypatch.setattr(tokenizers, "_SPARE_PADS", ("<|eos|>",))
     with pytest.raises(DataError, match="no pad token other than eos"):
         loading.load_tokenizer(tokenizer_without(base, tmp_path / "b", "pad_token"))
 
@@ -254,9 +255,9 @@ def test_adapter_without_tokenizer_uses_its_bases(
 
 
 def test_scaling_lies_over_the_bases_own(base: Path) -> None:
-    assert loading.rope_parameters(str(base), ModelConfig()) is None
+    assert rope_parameters(str(base), ModelConfig()) is None
     expected = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
-    assert loading.rope_parameters(str(base), LINEAR) == expected
+    assert rope_parameters(str(base), LINEAR) == expected
 
 
 def test_linear_scaling_is_half_the_position(base: Path, settings: ModelConfig) -> None:
@@ -282,7 +283,7 @@ def test_a_saved_classifier_keeps_its_rope_scaling(base: Path, tmp_path: Path) -
     loading.save_model(classifier, loading.load_tokenizer(str(base)), tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "linear"
     other = ModelConfig(rope_scaling={"rope_type": "linear", "factor": 8.0})
-    assert loading.rope_parameters(str(tmp_path), other) is None  # scaling is for the base
+    assert rope_parameters(str(tmp_path), other) is None  # scaling is for the base
     loaded = loading.load_sequence_classifier(str(tmp_path), other)
     assert loaded.config.rope_parameters["factor"] == 2.0
 
@@ -290,4 +291,4 @@ def test_a_saved_classifier_keeps_its_rope_scaling(base: Path, tmp_path: Path) -
 def test_an_architecture_without_rotary_embedding_is_refused(tmp_path: Path) -> None:
     BertConfig(architectures=["BertLMHeadModel"]).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.rope_scaling: .* \(bert\) has no rotary"):
-        loading.rope_parameters(str(tmp_path), LINEAR)
+        rope_parameters(str(tmp_path), LINEAR)

@@ -9,11 +9,10 @@ from tiny_models import build_random
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models import adapters, forward, loading, tiny, verification
+from rlhf_ray.models import adapters, forward, loading, merging, tiny
 from rlhf_ray.models.adapters import merge_into_base
-from rlhf_ray.models.merging import merge_adapter
+from rlhf_ray.models.merging import merge_adapter, verify_saved
 from rlhf_ray.models.probes import probe_logits
-from rlhf_ray.models.verification import verify_saved
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
@@ -203,7 +202,7 @@ def test_a_folder_that_holds_another_model_is_not_passed_off_as_the_trained_one(
     save_changed(model, base, tmp_path / "adapter", "CAUSAL_LM", 0.1)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = next(iter(tensors))
-    monkeypatch.setattr(verification, "MEMORY_SHARE", 0.0)  # names and shapes must do
+    monkeypatch.setattr(merging, "MEMORY_SHARE", 0.0)  # names and shapes must do
     verify_saved(model, logits, str(tmp_path / "adapter"), settings)
     for wrong in (
         {key: value for key, value in tensors.items() if key != name},

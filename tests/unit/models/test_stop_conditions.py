@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.data import TemplateConfig
@@ -96,6 +96,9 @@ def copy(base: Path, folder: Path, eos: int | list[int], chat: bool) -> str:
     if chat:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
         tokenizer.chat_template = CHAT
+        config = AutoConfig.from_pretrained(path)
+        config.vocab_size = len(tokenizer)  # the embedding has a row for the new token
+        config.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 

@@ -12,10 +12,9 @@ from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import loading
 from rlhf_ray.models.adapters import attach, peft_config, unwrapped
-from rlhf_ray.models.merging import merge_adapter
+from rlhf_ray.models.merging import merge_adapter, verify_saved
 from rlhf_ray.models.probes import probe_logits
 from rlhf_ray.models.targets import adapted_modules
-from rlhf_ray.models.verification import verify_saved
 
 TEXTS = ["why does it leak?"]
 IN_LAYER_1 = {f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj")}
