@@ -188,8 +188,10 @@ class Learner(ABC):
             for index, num_tokens in enumerate(self._mini_batch_tokens):
                 mini_batch = self._backward(self._micro_batches(index), num_tokens)
                 if self._moves_weights(mini_batch, num_tokens):
-                    norms.append(self._engine.step())
-                    stepped.merge(mini_batch)
+                    norm = self._engine.step()
+                    if norm is not None:  # else float16 overflowed, and no step was taken
+                        norms.append(norm)
+                        stepped.merge(mini_batch)
                 else:  # otherwise the next mini-batch would add to these gradients
                     self._engine.discard()
         norm = {self.grad_norm_name: fmean(norms)} if norms else {}

@@ -230,6 +230,13 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
         ge=0,
         description="Weight of mean((r_chosen + r_rejected)^2), with loss pairwise.",
     )
+    margin: float = fixed(
+        0.0,
+        unit="score",
+        ge=0,
+        description="Difference of scores by which the chosen answer is to win, with loss "
+        "pairwise; it is subtracted before the sigmoid.",
+    )
     tuning: Tuning = fixed(
         "lora", description="lora: train an adapter and the head; full: train all weights."
     )
@@ -240,7 +247,7 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
 
     @model_validator(mode="after")
     def _pairs_alone(self) -> Self:
-        for key in ("centre", "judge"):
+        for key in ("centre", "margin", "judge"):
             if self.loss != "pairwise" and getattr(self, key):
                 raise ValueError(
                     f"reward.{key} needs pairs, but reward.loss {self.loss} reads single answers; "
@@ -257,6 +264,11 @@ class DpoConfig(PairsConfig):
         0.1, unit="1/nat", gt=0, description="Strength of the pull towards the SFT model."
     )
     loss: Literal["sigmoid", "ipo"] = fixed("sigmoid", description="Loss function.")
+    per_token: bool = fixed(
+        False,
+        description="ipo on log-ratios divided by the answers' numbers of tokens, as TRL computes "
+        "it; false: on their sums, as in the paper.",
+    )
     label_smoothing: float = fixed(
         0.0,
         unit="probability",
@@ -267,7 +279,9 @@ class DpoConfig(PairsConfig):
     lora: LoraConfig = fixed(LoraConfig(dropout=0.0), description="Adapter.")
 
     @model_validator(mode="after")
-    def _smoothing_of_sigmoid(self) -> "DpoConfig":
+    def _keys_of_one_loss(self) -> "DpoConfig":
+        if self.loss == "sigmoid" and self.per_token:
+            raise ValueError("dpo.per_token needs dpo.loss ipo, got sigmoid; leave it out")
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError(
                 f"dpo.label_smoothing {self.label_smoothing:g} needs dpo.loss sigmoid; set it to "

@@ -75,8 +75,11 @@ class TrainingEngine(Protocol):
         """Accumulate gradients; ``last`` marks the last micro-batch of an optimizer step."""
         ...
 
-    def step(self) -> float:
-        """Take an optimizer step; return the gradient norm before clipping."""
+    def step(self) -> float | None:
+        """Take an optimizer step; return the gradient norm before clipping.
+
+        None: no step was taken, because the gradients overflowed in float16.
+        """
         ...
 
     def discard(self) -> None:

@@ -131,9 +131,16 @@ class DeepSpeedEngine:
         """Accumulate gradients; DeepSpeed averages them over the ranks in every call."""
         self._engine.backward(loss)
 
-    def step(self) -> float:
-        """Clip, step and clear the gradients; return their norm before clipping."""
+    def step(self) -> float | None:
+        """Clip, step and clear the gradients; return their norm before clipping.
+
+        None: the gradients overflowed in float16, so DeepSpeed has taken no step but lowered its
+        loss scale.
+        """
+        num_skipped = self._engine.skipped_steps
         self._engine.step()
+        if self._engine.skipped_steps > num_skipped:
+            return None
         self._num_steps += 1
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
@@ -244,6 +251,8 @@ def _deepspeed_config(
         "zero_optimization": {"stage": zero_stage, **zero},
         # DeepSpeed refuses torch's AdamW otherwise; its own FusedAdam has to be compiled.
         "zero_allow_untested_optimizer": True,
+        # Nor does it offload torch's AdamW otherwise (policy.deepspeed.zero.offload_optimizer).
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},
         "steps_per_print": 10**9,

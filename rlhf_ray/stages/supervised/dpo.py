@@ -35,13 +35,15 @@ class DpoTraining(PairTraining):
         return self.with_adapter(model, self.config.dpo.lora, "CAUSAL_LM")
 
     def predict_rows(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the loss and the implicit rewards, `_BP`: beta times the log-ratio."""
+        """Return the loss and the implicit rewards, `_BP`: beta times the log-ratio it uses."""
         settings = self.config.dpo
         logprobs_BP = completion_logprobs(model, inputs)
         policy: Any = extract_model_from_parallel(model)  # as torch.compile leaves it, too
         with torch.no_grad(), policy.disable_adapter():
             ref_BP = completion_logprobs(policy, inputs)
         log_ratios_BP = logprobs_BP - ref_BP
+        if settings.per_token:
+            log_ratios_BP = log_ratios_BP / completion_lengths(inputs)
         loss = dpo_loss(
             log_ratios_BP[:, CHOSEN],
             log_ratios_BP[:, REJECTED],
@@ -61,12 +63,17 @@ def completion_logprobs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     ids_NS = inputs["input_ids"].flatten(0, 1)
     attention_NS = inputs["attention_mask"].flatten(0, 1)
     prompts_N = inputs["prompt_lengths"].repeat_interleave(num_sides)
-    lengths_N = attention_NS.sum(dim=1) - prompts_N
+    lengths_N = completion_lengths(inputs).flatten()
     positions_T = torch.arange(int(lengths_N.max()), device=ids_NS.device)
     tokens_NT = response_logits(ids_NS[:, 1:], prompts_N, len(positions_T))
     (logprobs_NT,) = chunked_logprobs(model, ids_NS, attention_NS, prompts_N, tokens_NT)
     completion_mask_NT = positions_T < lengths_N.unsqueeze(1)
     return (logprobs_NT * completion_mask_NT).sum(-1).view(num_pairs, num_sides)
+
+
+def completion_lengths(inputs: dict[str, Tensor]) -> Tensor:
+    """Return the number of tokens of each completion, end token included, `_BP`."""
+    return inputs["attention_mask"].sum(-1) - inputs["prompt_lengths"].unsqueeze(1)
 
 
 def run(config: Config) -> dict[str, object]:

@@ -65,7 +65,8 @@ class RewardTraining(_RewardModel, PairTraining):
         flat = {name: tensor.flatten(0, 1) for name, tensor in texts.items()}
         scores_BP = model(**flat).logits.float().view(-1, 2)
         chosen_B, rejected_B = scores_BP[:, CHOSEN], scores_BP[:, REJECTED]
-        loss = pairwise_reward_loss(chosen_B, rejected_B, centre=self.config.reward.centre)
+        settings = self.config.reward
+        loss = pairwise_reward_loss(chosen_B, rejected_B, settings.margin, settings.centre)
         return loss, scores_BP
 
 

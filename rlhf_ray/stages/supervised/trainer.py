@@ -5,9 +5,10 @@ The same function runs in Ray Train's workers and, inline, in the driver's own p
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,8 +128,21 @@ class StageTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self._training.model_computes_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        num_rows = _num_rows(inputs)
         loss, numbers = self._training.predict_rows(model, inputs)
+        # The Trainer divides by the number of accumulated batches, but the last one of a pass may
+        # be smaller: its rows must not count for more.
+        mean_rows = self._step_rows / self.current_gradient_accumulation_steps
+        if num_rows != mean_rows:
+            loss = loss * (num_rows / mean_rows)
         return (loss, numbers) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_rows = sum(map(_num_rows, batches))
+        return batches, num_items
 
     def prediction_step(
         self,
@@ -141,6 +155,10 @@ class StageTrainer(Trainer):
             loss, numbers = self._training.predict_rows(model, self._prepare_inputs(inputs))
         # The Trainer calls compute_metrics only where it has labels; ours reads none.
         return loss, numbers, torch.zeros_like(numbers)
+
+
+def _num_rows(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
 
 
 class StepLog(TrainerCallback):

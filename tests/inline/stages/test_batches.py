@@ -9,10 +9,12 @@ import torch
 from datasets import Dataset
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.supervised import SftConfig
+from rlhf_ray.config.supervised import RewardConfig, SftConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import forward, loading
-from rlhf_ray.stages.supervised import sft
+from rlhf_ray.observability.sinks import read_jsonl
+from rlhf_ray.stages.supervised import dpo, sft
+from rlhf_ray.stages.supervised import reward as reward_model
 from rlhf_ray.stages.supervised.language_model import packed_blocks
 from rlhf_ray.stages.supervised.reward import RewardTraining
 
@@ -121,3 +123,49 @@ def test_blocks_of_which_nothing_is_learnt_are_left_out() -> None:
     settings = SftConfig(block_size=8, packing="concat")
     blocks = packed_blocks("sft", Dataset.from_dict(texts), settings, pad_id=99)
     assert blocks["train"]["labels"][:] == [[-100] * 7 + [15]]
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_accumulated_batches_of_unequal_size_count_by_their_rows(
+    trained_run: Trained, make_run: Any, stage: str
+) -> None:
+    """Seven pairs, four a step: the second step's batches have two pairs and one."""
+    sft_model = str(folder_of(trained_run[0]) / "sft" / "model")
+    losses = []
+    for accumulate in (1, 2):
+        keys = {
+            "steps": 2,
+            "batch_size": 4,
+            "learning_rate": 0.05,
+            "max_pairs": 7,
+            "lora": {"dropout": 0.0},
+            "trainer": {"gradient_accumulation_steps": accumulate},
+        }
+        config = make_run(f"{stage}{accumulate}", sft={"path": sft_model}, **{stage: keys})
+        {"reward": reward_model.run, "dpo": dpo.run}[stage](config)
+        losses.append(
+            [row["loss"] for row in read_jsonl(folder_of(config) / stage / "metrics.jsonl")]
+        )
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_margin_is_subtracted_from_the_gap(trained_run: Trained) -> None:
+    source, _ = trained_run
+    base = str(folder_of(source) / "sft" / "model")
+    rows = [{"chosen_ids": [5, 6, 7, 1], "rejected_ids": [5, 1], "num_prompt_tokens": 1}]
+    losses = []
+    for margin in (0.0, 2.0):
+        config = source.model_copy(
+            update={"reward": source.reward.model_copy(update={"margin": margin})}
+        )
+        training = RewardTraining(config, folder_of(config), base)
+        loss, scores_BP = training.predict_rows(
+            training.load_model().eval(), training.collate(rows)
+        )
+        gap = float(scores_BP[0, 0] - scores_BP[0, 1])
+        assert loss.item() == pytest.approx(math.log(1 + math.exp(margin - gap)), rel=1e-5)
+        losses.append(loss.item())
+    assert losses[1] > losses[0] + 1
+    with pytest.raises(ValueError, match=r"reward\.margin needs pairs"):
+        RewardConfig(loss="bce", margin=1.0)

@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.stages import DEFAULT_STAGES
+from rlhf_ray.config.supervised import DpoConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import loading
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, position_ids
@@ -99,3 +100,46 @@ def test_smoothing_is_refused_for_ipo(make_dpo: Any) -> None:
 def test_dpo_is_no_default_stage(make_run: Any) -> None:
     assert "dpo" not in DEFAULT_STAGES
     assert "dpo" not in make_run().run.stages
+
+
+def test_ipo_takes_sums_as_its_paper_or_means_over_tokens_as_trl(make_dpo: Any) -> None:
+    config = make_dpo(loss="ipo", beta=0.5)
+    training = DpoTraining(config, Path(config.run.dir), config.sft.path)
+    rows = list(load_training_pairs(training)[0]["held_out"])[:3]
+    rows[0]["chosen_ids"] = rows[0]["chosen_ids"] + rows[0]["chosen_ids"][-3:]  # unequal lengths
+    model: Any = training.load_model().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        batch = training.collate(rows)
+        own_BP = completion_logprobs(model, batch)
+        with model.disable_adapter():
+            ratios_BP = own_BP - completion_logprobs(model, batch)
+        lengths_BP = torch.tensor(
+            [
+                [
+                    len(row[f"{side}_ids"]) - row["num_prompt_tokens"]
+                    for side in ("chosen", "rejected")
+                ]
+                for row in rows
+            ]
+        )
+        assert lengths_BP[0, 0] != lengths_BP[0, 1]
+        found = {}
+        for per_token, used_BP in ((False, ratios_BP), (True, ratios_BP / lengths_BP)):
+            settings = config.dpo.model_copy(update={"per_token": per_token})
+            changed = config.model_copy(update={"dpo": settings})
+            loss, rewards_BP = DpoTraining(
+                changed, Path(config.run.dir), config.sft.path
+            ).predict_rows(model, batch)
+            expected = (used_BP[:, 0] - used_BP[:, 1] - 1 / (2 * 0.5)).square().mean()
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(rewards_BP, 0.5 * used_BP)
+            found[per_token] = loss.item()
+    assert found[True] != pytest.approx(found[False], rel=1e-3)
+
+
+def test_means_over_tokens_are_for_ipo_alone() -> None:
+    with pytest.raises(ValueError, match=r"dpo\.per_token needs dpo\.loss ipo, got sigmoid"):
+        DpoConfig(per_token=True)
