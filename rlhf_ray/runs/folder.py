@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ class RunFolder:
         if not os.path.exists(self.path):
             return
         found = self.path.stat()
-        if found.st_uid != os.getuid():
+        if found.st_uid != os.getuid() and found.st_uid != _owner_of_new_files(self.path):
             raise ConfigError(
                 f"run.dir {self.path} belongs to another user (uid {found.st_uid}, you are "
                 f"{os.getuid()}); set run.dir to a folder of yours, such as one inside it"
@@ -70,7 +71,9 @@ class RunFolder:
 
     def stage(self, name: str) -> Path:
         """Return the folder of a stage, created if missing."""
-        if not self.path.is_dir():
+        if self.path.is_dir():
+            self.require_own()
+        else:
             self.make()
         folder = self.path / name
         with unwritable_is_an_error(folder):
@@ -169,6 +172,18 @@ class RunFolder:
                 f"and {key} is not set. Run the stage {stage}, or set {key}"
             )
         return absolute(value)
+
+
+def _owner_of_new_files(folder: Path) -> int | None:
+    """Return whose files are that this process makes in a folder; None if it may make none.
+
+    Network storage may keep root's files as nobody's, and containers map users.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return None
 
 
 def require_durable_folder(config: Config) -> None:

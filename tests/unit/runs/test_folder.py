@@ -59,8 +59,22 @@ def test_a_folder_of_another_user_is_refused_before_it_is_read(tmp_path: Path) -
     os.chown(foreign, 12345, -1)
     with pytest.raises(ConfigError, match=r"belongs to another user \(uid 12345, you are 0\)"):
         open_run(folder_at(foreign))
-    with pytest.raises(ConfigError, match="belongs to another user"):
-        folder_at(foreign).make()
+    for touch in (RunFolder.make, lambda folder: folder.stage("export")):
+        with pytest.raises(ConfigError, match="belongs to another user"):
+            touch(folder_at(foreign))
+    assert sorted(path.name for path in foreign.iterdir()) == ["config.yaml", "status.json"]
+
+
+def test_a_folder_on_storage_that_maps_users_is_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root's on network storage, where both folder and new files are nobody's."""
+    folder = folder_at(tmp_path / "run")
+    open_run(folder)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    open_run(folder)
+    folder.stage("export")
+    assert list(folder.path.glob("tmp*")) == []
 
 
 def test_a_refused_command_changes_no_mode(tmp_path: Path) -> None:
