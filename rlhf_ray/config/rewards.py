@@ -105,6 +105,18 @@ class FunctionSourceConfig(SourceConfig):
     label_column: str = fixed(
         "label", description="Column passed as labels with signature openrlhf."
     )
+    timeout_s: float = changeable(
+        60.0,
+        unit="seconds",
+        gt=0,
+        description="Deadline of a call. A call for several responses that misses it is repeated "
+        "for each alone; the score of a response that misses it alone is missing.",
+    )
+    in_process: bool = changeable(
+        False,
+        description="Call the function in a thread of the scorer, without deadline, instead of in "
+        "a process of its own: for debuggers, and functions that share memory.",
+    )
 
 
 class EndpointConfig(Section):

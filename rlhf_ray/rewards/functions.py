@@ -1,14 +1,13 @@
 """User functions as reward sources, with the signatures of TRL, verl or OpenRLHF."""
 
-import inspect
-import traceback
-from collections.abc import Sequence
-from typing import SupportsFloat
+import logging
+from collections.abc import Mapping, Sequence
 
 from rlhf_ray.config.rewards import FunctionSourceConfig
-from rlhf_ray.errors import DataError, RlhfError
-from rlhf_ray.plugins import load_function
+from rlhf_ray.errors import DataError
+from rlhf_ray.rewards.function_process import FunctionProcess, LateError
 from rlhf_ray.rewards.source import Blocking, messages_of, together
+from rlhf_ray.rewards.user_function import UserFunction
 from rlhf_ray.types import Rollout
 
 NOT_COLUMNS = {"messages", "prompt", "prompts", "completion", "completions", "completion_ids"}
@@ -16,61 +15,53 @@ NOT_COLUMNS = {"messages", "prompt", "prompts", "completion", "completions", "co
 
 
 class FunctionSource:
-    """Scores by calling a function in a thread of its own; it may be async."""
+    """Scores by calling a function, in a process of its own unless ``in_process`` is set."""
 
     def __init__(self, config: FunctionSourceConfig) -> None:
         self._config = config
-        self._function = load_function(config.function, "rewards")
-        self._blocking = Blocking()
+        which = (config.name, config.function, config.signature)
+        self._function = (
+            UserFunction(*which, Blocking())
+            if config.in_process
+            else FunctionProcess(*which, config.timeout_s)
+        )
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return [N] scores of the function; None where it does not apply."""
-        signature = self._config.signature
-        if signature == "verl":
-            answers = await together(self._call(**verl_arguments(row)) for row in rollouts)
-            result = [_verl_score(answer) for answer in answers]
-        elif signature == "openrlhf":
-            result = await self._call(*openrlhf_arguments(rollouts, self._config.label_column))
-            result = result["rewards"] if isinstance(result, dict) else result
-        else:
-            result = await self._call(**self._trl_arguments(rollouts))
-        return as_scores(result, len(rollouts), self._described)
+        """Return [N] scores of the function; None where it does not apply, or is late."""
+        if self._config.signature == "verl":
+            rows = await together(self._scores([row]) for row in rollouts)
+            return [score for row in rows for score in row]
+        return await self._scores(rollouts)
 
-    @property
-    def _described(self) -> str:
-        return f"rewards: {self._config.name}: {self._config.function}"
-
-    async def _call(self, *args: object, **named: object) -> object:
+    async def _scores(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Call the function; where it is late, call it for each response alone."""
+        config = self._config
         try:
-            result = await self._blocking(self._function, *args, **named)
-            return await result if inspect.isawaitable(result) else result
-        # The user's own exception may not pickle, and so would never reach the driver.
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise RlhfError(
-                f"{self._described} raised {type(error).__name__}: {error} "
-                f"({frame.filename}, line {frame.lineno})"
-            ) from None
-
-    def _trl_arguments(self, rollouts: Sequence[Rollout]) -> dict[str, object]:
-        """Select TRL's arguments that the function takes."""
-        arguments = trl_arguments(rollouts)
-        signature = inspect.signature(self._function).parameters.values()
-        accepted = [param for param in signature if param.kind != param.VAR_POSITIONAL]
-        if any(param.kind is param.VAR_KEYWORD for param in accepted):
-            return arguments
-        missing = [
-            param.name
-            for param in accepted
-            if param.default is param.empty and param.name not in arguments
-        ]
-        if missing:
-            raise DataError(
-                f"{self._described} takes {', '.join(missing)}, which the prompts lack; they have "
-                f"{', '.join(arguments)}. Map the column in the data set's columns"
+            return await self._function.scores(*self._arguments(rollouts), len(rollouts))
+        except LateError:
+            prompts = ", ".join(dict.fromkeys(row.prompt.id for row in rollouts))
+            alone = len(rollouts) == 1
+            logging.warning(
+                f"rewards: {config.name}: {config.function} did not return within "
+                f"{config.timeout_s:g} s (timeout_s) for responses to the prompts {prompts}; its "
+                f"process is started again, and "
+                + ("the score is missing" if alone else "each response is scored alone")
             )
-        names = {param.name for param in accepted}
-        return {name: value for name, value in arguments.items() if name in names}
+            if alone:
+                return [None]
+            return [score for row in rollouts for score in await self._scores([row])]
+
+    def _arguments(
+        self, rollouts: Sequence[Rollout]
+    ) -> tuple[Sequence[object], Mapping[str, object]]:
+        """Return what a call takes by position and by name."""
+        match self._config.signature:
+            case "trl":
+                return (), trl_arguments(rollouts)
+            case "verl":
+                return (), verl_arguments(rollouts[0])
+            case "openrlhf":
+                return openrlhf_arguments(rollouts, self._config.label_column), {}
 
 
 def trl_arguments(rollouts: Sequence[Rollout]) -> dict[str, object]:
@@ -124,29 +115,3 @@ def openrlhf_arguments(
     prompts = [rollout.prompt.text for rollout in rollouts]
     queries = [prompt + row.text for prompt, row in zip(prompts, rollouts, strict=True)]
     return queries, prompts, [row.prompt.fields.get(label_column, "") for row in rollouts]
-
-
-def as_scores(values: object, count: int, who: str) -> list[float | None]:
-    """Convert scores from a list or a tensor, each score bare or in a list of its own.
-
-    Raises:
-        RlhfError: there are not ``count`` of them, or one is no number.
-    """
-    to_list = getattr(values, "tolist", None)
-    listed = to_list() if callable(to_list) else values
-    if not isinstance(listed, (list, tuple)) or len(listed) != count:
-        size = f"{len(listed)} scores" if isinstance(listed, (list, tuple)) else repr(listed)[:100]
-        raise RlhfError(f"{who} gave {size} for {count} responses; give one score a response")
-    return [_as_score(value, who) for value in listed]
-
-
-def _as_score(value: object, who: str) -> float | None:
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-    if value is not None and not isinstance(value, SupportsFloat):
-        raise RlhfError(f"{who} gave {value!r} as a score; give a number or None")
-    return None if value is None else float(value)
-
-
-def _verl_score(answer: object) -> object:
-    return answer.get("score") if isinstance(answer, dict) else answer

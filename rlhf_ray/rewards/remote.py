@@ -9,8 +9,9 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from rlhf_ray.config.rewards import EndpointConfig, RemoteSourceConfig
 from rlhf_ray.errors import ConfigError, RlhfError
-from rlhf_ray.rewards.functions import as_scores, openrlhf_arguments
+from rlhf_ray.rewards.functions import openrlhf_arguments
 from rlhf_ray.rewards.source import together
+from rlhf_ray.rewards.user_function import as_scores
 from rlhf_ray.secrecy import redacted, remember
 from rlhf_ray.types import Rollout
 

@@ -1,9 +1,12 @@
 import asyncio
+import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rlhf_ray.config.rewards import FunctionSourceConfig
@@ -13,8 +16,11 @@ from rlhf_ray.types import Rollout
 
 CODE = '''
 import asyncio
-import numpy
-import torch
+import json
+import os
+import signal
+import sys
+import time
 
 def length(prompts, completions, **columns):
     return [float(len(text)) for text in completions]
@@ -44,10 +50,12 @@ async def acompute_score(data_source, solution_str, ground_truth, extra_info):
     return float(solution_str == ground_truth)
 
 def reward_func(queries, prompts, labels):
+    import torch
     right = [q == p + l for q, p, l in zip(queries, prompts, labels)]
     return {"rewards": torch.tensor(right), "extra_logs": {}}
 
 def column_of_one(queries, prompts, labels, **more):
+    import numpy
     return numpy.array([[0.25]] * len(queries))
 
 def short(completions):
@@ -61,6 +69,48 @@ def none(completions):
 
 def broken(completions):
     return [1 / 0]
+
+def broken_in_a_library(completions):
+    return json.loads("no JSON")
+
+def leaves(completions):
+    exit(3)
+
+async def leaves_later(completions):
+    sys.exit(0)
+
+def interrupts(completions):
+    raise KeyboardInterrupt
+
+def crashes(completions):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def process(completions):
+    return [float(os.getpid())] * len(completions)
+
+def remembers(completions):
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(1)  # as math_verify does; only a main thread may
+    signal.alarm(0)
+    remembers.calls = getattr(remembers, "calls", 0) + 1
+    return [remembers.calls] * len(completions)
+
+def hangs(completions):
+    while "hang" in completions:
+        time.sleep(0.01)
+    return [float(len(text)) for text in completions]
+
+def hangs_at_one(data_source, solution_str, ground_truth, extra_info=None):
+    while solution_str == "hang":
+        pass
+    return float(len(solution_str))
+
+async def meets(completions):
+    """Returns once another call has come as well."""
+    meets.calls = getattr(meets, "calls", 0) + 1
+    while meets.calls < 2:
+        await asyncio.sleep(0.01)
+    return [1.0] * len(completions)
 '''
 
 
@@ -128,7 +178,6 @@ def test_by_module_name(file: Path, two: list[Rollout], monkeypatch: pytest.Monk
     monkeypatch.chdir(file.parent)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert score("my_rewards", "length", two) == [3.0, 7.0]
-    monkeypatch.delitem(sys.modules, "my_rewards")
 
 
 @pytest.mark.parametrize(
@@ -138,11 +187,68 @@ def test_by_module_name(file: Path, two: list[Rollout], monkeypatch: pytest.Monk
         ("words", "gave 'good' as a score; give a number or None"),
         ("none", "gave None for 2 responses"),
         ("broken", r"raised ZeroDivisionError: division by zero \(.*my_rewards\.py, line \d+\)"),
+        # The user's own line, not the last one, which lies in json's decoder.
+        ("broken_in_a_library", r"raised JSONDecodeError: .* \(.*my_rewards\.py, line 58\)"),
+        ("leaves", r"raised SystemExit: 3 \(.*my_rewards\.py, line 61\)"),
+        ("leaves_later", r"raised SystemExit: 0 \(.*my_rewards\.py, line 64\)"),
     ],
 )
-def test_what_a_function_may_not_do(file: Path, two: list[Rollout], name: str, says: str) -> None:
+@pytest.mark.parametrize("in_process", [False, True])
+def test_what_a_function_may_not_do(
+    file: Path, two: list[Rollout], name: str, says: str, in_process: bool
+) -> None:
     with pytest.raises(RlhfError, match=rf"rewards: function: .*:{name} {says}"):
-        score(file, name, two)
+        score(file, name, two, in_process=in_process)
+
+
+def test_a_process_that_crashes_is_an_error_that_says_how(file: Path, two: list[Rollout]) -> None:
+    with pytest.raises(RlhfError, match=r":crashes: its process was ended by SIGSEGV"):
+        score(file, "crashes", two)
+    with pytest.raises(RlhfError, match=r"raised KeyboardInterrupt"):
+        score(file, "interrupts", two)
+
+
+def test_a_function_has_the_main_thread_of_one_process_of_its_own(
+    file: Path, two: list[Rollout]
+) -> None:
+    assert score(file, "process", two)[0] not in (None, float(os.getpid()))
+    assert score(file, "process", two, in_process=True) == [float(os.getpid())] * 2
+    config = FunctionSourceConfig(type="function", function=f"{file}:remembers")
+    source = FunctionSource(config)
+    assert [asyncio.run(source.score(two)) for _ in range(2)] == [[1, 1], [2, 2]]
+
+
+def test_async_calls_run_beside_each_other(file: Path, two: list[Rollout]) -> None:
+    config = FunctionSourceConfig(type="function", function=f"{file}:meets")
+    source = FunctionSource(config)
+
+    async def twice() -> list[list[float | None]]:
+        return list(await asyncio.gather(source.score(two), source.score(two)))
+
+    assert asyncio.run(twice()) == [[1.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "signature"), [("hangs", "trl"), ("hangs_at_one", "verl")], ids=["trl", "verl"]
+)
+def test_a_response_at_which_a_function_hangs_alone_has_no_score(
+    file: Path,
+    rollout: Callable[..., Rollout],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    signature: str,
+) -> None:
+    rows = [rollout(text, ground_truth="") for text in ("a", "hang", "bcd")]
+    found = score(file, name, rows, signature=signature, timeout_s=1.0)
+    assert found == [1.0, None, 3.0]
+    assert "did not return within 1 s (timeout_s) for responses to the prompts 7" in caplog.text
+
+
+def test_a_process_ends_with_its_source(file: Path, two: list[Rollout]) -> None:
+    pid = score(file, "process", two)[0]
+    assert pid is not None
+    gc.collect()
+    assert not psutil.pid_exists(int(pid))
 
 
 def test_a_column_that_is_not_there(file: Path, rollout: Callable[..., Rollout]) -> None:
@@ -156,9 +262,14 @@ def test_a_column_that_is_not_there(file: Path, rollout: Callable[..., Rollout])
         ("{file}:lenght", "has no function lenght; it has length, echo"),
         ("nowhere.py:f", "FileNotFoundError: nowhere.py does not exist"),
         ("no_such_module:f", "No module named 'no_such_module'"),
+        ("{folder}/leaves.py:f", "SystemExit: 5"),
+        ("{folder}/crashes.py:f", "its process exited with 7"),
     ],
 )
 def test_a_function_that_is_not_there(file: Path, spec: str, says: str) -> None:
-    config = FunctionSourceConfig(type="function", function=spec.format(file=file))
+    (file.parent / "leaves.py").write_text("exit(5)")
+    (file.parent / "crashes.py").write_text("import os; os._exit(7)")
+    function = spec.format(file=file, folder=file.parent)
+    config = FunctionSourceConfig(type="function", function=function)
     with pytest.raises(ConfigError, match=says):
         FunctionSource(config)
