@@ -15,6 +15,7 @@ from functools import reduce
 from operator import add
 from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
+from rlhf_ray.errors import ActorFailure
 from rlhf_ray.observability.metrics import metric
 from rlhf_ray.roles import (
     CriticProcess,
@@ -100,10 +101,21 @@ async def fetch(handle: Handle[DataT]) -> DataT:
 
 
 class InlineWorker(Generic[ProcessT_co]):
-    """A role in this process: no Ray, no deadline, calls one after the other."""
+    """A role in this process: no Ray, calls one after the other.
 
-    def __init__(self, name: str, instance: ProcessT_co, on_call: OnCall) -> None:
+    What a call awaits has the deadline, such as a service or a user's function. What computes in
+    this thread cannot be interrupted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        instance: ProcessT_co,
+        on_call: OnCall,
+        timeout_s: float | None = None,
+    ) -> None:
         self.name = name
+        self._timeout_s = timeout_s
         self._instance = instance
         self._on_call = on_call
 
@@ -119,7 +131,16 @@ class InlineWorker(Generic[ProcessT_co]):
         # By name: `method` may be a Protocol's, which the instance implements.
         result = getattr(self._instance, method.__name__)(*args, **kwargs)
         if inspect.isawaitable(result):
-            result = await result
+            try:
+                async with asyncio.timeout(self._timeout_s) as deadline:
+                    result = await result
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                raise ActorFailure(
+                    f"{self.name} did not answer {method.__name__} within {self._timeout_s:g} s "
+                    "(cluster.call_timeout_s)"
+                ) from None
         self._on_call(self.name, method.__name__, started, time.time())
         return result
 

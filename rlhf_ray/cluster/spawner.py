@@ -128,7 +128,8 @@ class RoleSpawner:
     def _make(self, role_class: type[RoleT], name: str, *args: object) -> Worker[RoleT]:
         if not self._on_ray:
             make = cast("Callable[..., RoleT]", role_class)
-            return InlineWorker(name, make(name, *args), self._on_call)
+            timeout_s = self._config.cluster.call_timeout_s
+            return InlineWorker(name, make(name, *args), self._on_call, timeout_s)
         slot = self._placement.slot(name)
         return spawn(
             role_class,

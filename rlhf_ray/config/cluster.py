@@ -35,7 +35,8 @@ class ClusterConfig(Section):
         600.0,
         unit="seconds",
         gt=0,
-        description="Deadline for one call to a role; an iteration's updates are one call.",
+        description="Deadline for one call to a role; an iteration's updates are one call. "
+        "With cluster.mode inline it is of what a call awaits, such as a judge.",
     )
     gpu_hour_price: float | None = changeable(
         None,

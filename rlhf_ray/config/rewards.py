@@ -39,8 +39,8 @@ class SourceConfig(Section):
     )
     on_bad_score: Literal["error", "skip"] = fixed(
         "error",
-        description="Response to a score that is NaN or infinite: end the run, or count it as "
-        "missing.",
+        description="Response to a score that is NaN or infinite, and to a response that a reward "
+        "server refuses: end the run, or count it as missing.",
     )
 
     @model_validator(mode="before")
@@ -134,14 +134,16 @@ class EndpointConfig(Section):
         3,
         unit="attempts",
         ge=0,
-        description="More attempts after timeouts, lost connections, 429 and 5xx.",
+        description="More attempts after timeouts, lost connections, 429, 5xx, and answers that "
+        "report an error or hold nothing.",
     )
     retry_wait_s: float = changeable(
         1.0,
         unit="seconds",
         gt=0,
         le=30,
-        description="Wait before the first retry; doubles with each, up to 30.",
+        description="Wait before the first retry; doubles with each, up to 30. Longer where the "
+        "service asks for it (Retry-After), up to 300.",
     )
 
     @field_validator("url")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rlhf_ray.config.rewards import ChatEndpointConfig, JudgeSourceConfig, PairJudgeConfig
 from rlhf_ray.errors import RlhfError
-from rlhf_ray.rewards.remote import Endpoint
+from rlhf_ray.rewards.remote import Endpoint, Refused, UnusableError, beginning
 from rlhf_ray.rewards.source import column_of, messages_of
 from rlhf_ray.types import Prompt, Rollout
 
@@ -23,12 +23,15 @@ class Chat:
         """Args: who asks, for messages; the endpoint and its model."""
         self._name = name
         self._config = config
-        self._endpoint = Endpoint(name, f"{config.url.rstrip('/')}/chat/completions", config)
+        url = f"{config.url.rstrip('/')}/chat/completions"
+        self._endpoint = Endpoint(name, url, config, _check_choices)
 
-    async def answers(self, questions: Sequence[str]) -> list[str]:
+    async def answers(self, questions: Sequence[str]) -> list[str | Refused]:
         """Return the model's answer to each question, empty if it gave none."""
         bodies = [self._body(question) for question in questions]
-        return [self._content(answer) for answer in await self._endpoint.post_all(bodies)]
+        answers = await self._endpoint.post_all(bodies)
+        self._endpoint.require_an_answer(answers)
+        return [self._content(answer) for answer in answers]
 
     def _body(self, question: str) -> dict[str, object]:
         config = self._config
@@ -41,14 +44,27 @@ class Chat:
             **{name: value for name, value in limits.items() if value is not None},
         }
 
-    def _content(self, answer: object) -> str:
+    def _content(self, answer: object | Refused) -> str | Refused:
         match answer:
+            case Refused():
+                return answer
+            case {"choices": [{"message": {"content": list() as parts}}, *_]}:
+                texts = (part.get("text") for part in parts if isinstance(part, dict))
+                return "".join(text for text in texts if isinstance(text, str))
             case {"choices": [{"message": {"content": str() | None as content}}, *_]}:
                 return content or ""
+            case {"choices": [{"message": {"role": _}}, *_]}:
+                return ""
         raise RlhfError(
             f"{self._name}: {self._config.url} did not answer with a chat completion but "
-            f"{str(answer)[:200]}; name the base URL of an OpenAI-compatible endpoint"
+            f"{beginning(answer)}; name the base URL of an OpenAI-compatible endpoint"
         )
+
+
+def _check_choices(answer: object) -> None:
+    match answer:
+        case {"choices": [] | None} | {"choices": [{"message": None} | {"error": _}, *_]}:
+            raise UnusableError(f"no choices in {beginning(answer)}")
 
 
 class JudgeSource:
@@ -73,9 +89,9 @@ class JudgeSource:
         }
         return fill(config.template, values, rollout.prompt, config.name)
 
-    def _number(self, answer: str) -> float | None:
+    def _number(self, answer: str | Refused) -> float | None:
         config = self._config
-        found = last_match(config.pattern, answer)
+        found = None if isinstance(answer, Refused) else last_match(config.pattern, answer)
         try:
             number = float(found) if found is not None else None
         except ValueError:
@@ -84,7 +100,9 @@ class JudgeSource:
             return number
         if config.on_bad_answer == "error":
             raise RlhfError(
-                f"rewards: {config.name} gave no number from {config.lowest:g} to "
+                f"rewards: {config.name} {answer.message}. Set on_bad_answer to skip or score"
+                if isinstance(answer, Refused)
+                else f"rewards: {config.name} gave no number from {config.lowest:g} to "
                 f"{config.highest:g} that pattern {config.pattern!r} finds: {answer[-200:]!r}. "
                 "Change template or pattern, or set on_bad_answer to skip or score"
             )
@@ -132,15 +150,18 @@ class PairJudge:
         values = {"prompt": conversation(pair.prompt), "a": a, "b": b}
         return fill(self._config.template, values, pair.prompt, self._name)
 
-    def _read(self, answer: str) -> Side | None:
-        letter = (last_match(self._config.pattern, answer) or "").lower()
+    def _read(self, answer: str | Refused) -> Side | None:
+        found = None if isinstance(answer, Refused) else last_match(self._config.pattern, answer)
+        letter = (found or "").lower()
         if letter == "a":
             return "a"
         if letter == "b":
             return "b"
         if self._config.on_bad_answer == "error":
             raise RlhfError(
-                f"{self._name} gave no A or B that pattern {self._config.pattern!r} finds: "
+                f"{self._name} {answer.message}. Set on_bad_answer to skip"
+                if isinstance(answer, Refused)
+                else f"{self._name} gave no A or B that pattern {self._config.pattern!r} finds: "
                 f"{answer[-200:]!r}. Change template or pattern, or set on_bad_answer to skip"
             )
         return None

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = tuple[int, Any]
-"""Status, and what the body holds: text as it is, anything else as JSON."""
+Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
+"""Status, what the body holds (text as it is, anything else as JSON), and further headers."""
 
 
 @dataclass
@@ -45,12 +45,14 @@ def serve(answer: Callable[[int, Any], Answer], delay_s: float = 0.0) -> Iterato
                 under_way += 1
                 known.most_at_once = max(known.most_at_once, under_way)
             time.sleep(delay_s)
-            status, said = answer(number, body)
+            status, said, *headers = answer(number, body)
             content = (said if isinstance(said, str) else json.dumps(said)).encode()
             with lock:
                 under_way -= 1
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
+            for name, value in (headers[0] if headers else {}).items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
 

@@ -2,7 +2,8 @@
 
 An outcome is 1 for a win, 0 for a loss, a half for a tie, NaN where it is not known. Intervals come
 from resampling the prompts (Efron 1979, doi:10.1214/aos/1176344552), the same ones for every model:
-models answer the same prompts.
+models answer the same prompts. Where all outcomes of a pair are equal, resampling shows nothing but
+these, and the interval is Wilson's (1927, doi:10.2307/2276774).
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ ELO_SCALE = 400 / np.log(10)
 VIRTUAL_WINS = 0.5
 """Wins added to each side of a pair (Haldane 1956): without them a model that never loses has no
 finite rating."""
+_Z2 = 1.959964**2
+"""Square of the normal quantile of a 95% interval."""
 _MOST_STEPS = 10_000
 _CONVERGED = 1e-9
 
@@ -51,21 +54,48 @@ def win_rates(outcomes_MMN: np.ndarray, resamples: int, seed: int) -> Estimate:
     """Return each model's mean outcome against each other, `_MM`; NaN where none is known."""
     whole = _rates(*_tallies(outcomes_MMN, np.ones((1, outcomes_MMN.shape[-1]))))[0]
     drawn_RN = resampled_prompts(outcomes_MMN.shape[-1], resamples, seed)
-    return _with_interval(whole, _rates(*_tallies(outcomes_MMN, drawn_RN)))
+    estimate = _with_interval(whole, _rates(*_tallies(outcomes_MMN, drawn_RN)))
+    is_equal_MM, low_MM, high_MM = _bounds_of_equals(outcomes_MMN)
+    return Estimate(
+        whole,
+        np.where(is_equal_MM, low_MM, estimate.low),
+        np.where(is_equal_MM, high_MM, estimate.high),
+    )
 
 
 def elo(
     outcomes_MMN: np.ndarray, resamples: int, seed: int, anchor: int = 0, anchored_at: float = 1000
 ) -> Estimate:
-    """Return the Elo rating of each model, `_M`; the anchor's is fixed, so it has no interval."""
+    """Return the Elo rating of each model, `_M`; the anchor's is fixed, so it has no interval.
 
-    def ratings(drawn_RN: np.ndarray) -> np.ndarray:
-        strengths_RM = bradley_terry(_tallies(outcomes_MMN, drawn_RN)[0])
+    The rating of a model that won, or lost, every game has no bound on that side: its interval ends
+    at the estimate there.
+    """
+
+    def ratings(wins_RMM: np.ndarray) -> np.ndarray:
+        strengths_RM = bradley_terry(wins_RMM)
         return anchored_at + ELO_SCALE * (strengths_RM - strengths_RM[:, anchor, None])
 
-    num_prompts = outcomes_MMN.shape[-1]
-    whole = ratings(np.ones((1, num_prompts)))[0]
-    return _with_interval(whole, ratings(resampled_prompts(num_prompts, resamples, seed)))
+    num_models, num_prompts = outcomes_MMN.shape[1:]
+    wins_1MM, games_1MM = _tallies(outcomes_MMN, np.ones((1, num_prompts)))
+    drawn_RN = resampled_prompts(num_prompts, resamples, seed)
+    estimate = _with_interval(ratings(wins_1MM)[0], ratings(_tallies(outcomes_MMN, drawn_RN)[0]))
+    is_equal_MM, low_MM, high_MM = _bounds_of_equals(outcomes_MMN)
+    for model in range(num_models):
+        if model == anchor or not (is_equal_MM[model] | is_equal_MM[anchor]).any():
+            continue
+        # The ratings if the shares of wins, its own and the anchor's, were at their ends.
+        ends = []
+        for own_MM, anchors_MM in ((low_MM, high_MM), (high_MM, low_MM)):
+            wins_MM = wins_1MM[0].copy()
+            for side, rates_MM in ((anchor, anchors_MM), (model, own_MM)):
+                others = is_equal_MM[side] & (np.arange(num_models) != side)
+                wins_MM[side, others] = (rates_MM * games_1MM[0])[side, others]
+                wins_MM[others, side] = games_1MM[0][side, others] - wins_MM[side, others]
+            ends.append(ratings(wins_MM[None])[0, model])
+        estimate.low[model] = min(estimate.low[model], ends[0])
+        estimate.high[model] = max(estimate.high[model], ends[1])
+    return estimate
 
 
 def bradley_terry(wins_RMM: np.ndarray) -> np.ndarray:
@@ -122,6 +152,20 @@ def _rates(wins_RMM: np.ndarray, games_RMM: np.ndarray) -> np.ndarray:
     rates_RMM = np.full_like(wins_RMM, np.nan)
     np.divide(wins_RMM, games_RMM, out=rates_RMM, where=games_RMM > 0)
     return rates_RMM
+
+
+def _bounds_of_equals(outcomes_MMN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which pairs' known outcomes are all equal, and the bounds of their rates, `_MM` each.
+
+    At most z^2 / (n + z^2) of all games end otherwise, by Wilson's interval of none in n.
+    """
+    is_known_MMN = ~np.isnan(outcomes_MMN)
+    low_MM = np.where(is_known_MMN, outcomes_MMN, np.inf).min(-1)
+    high_MM = np.where(is_known_MMN, outcomes_MMN, -np.inf).max(-1)
+    is_equal_MM = low_MM == high_MM
+    value_MM = np.where(is_equal_MM, low_MM, np.nan)
+    others_MM = _Z2 / (is_known_MMN.sum(-1) + _Z2)
+    return is_equal_MM, value_MM * (1 - others_MM), value_MM + (1 - value_MM) * others_MM
 
 
 def _with_interval(value: np.ndarray, resampled: np.ndarray) -> Estimate:

@@ -16,6 +16,7 @@ from rlhf_ray.cluster.role_clients import (
     ScorerClient,
     merge_reports,
 )
+from rlhf_ray.errors import ActorFailure
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
@@ -180,6 +181,16 @@ class _Role:
 
     def split(self) -> tuple[list[int], str]:
         return [1, 2], "scalars"
+
+
+def test_an_inline_worker_has_a_deadline_for_what_it_awaits() -> None:
+    class Hanging:
+        async def score(self) -> None:
+            await asyncio.sleep(60)
+
+    worker = InlineWorker("reward-0", Hanging(), lambda *_: None, timeout_s=0.05)
+    with pytest.raises(ActorFailure, match=r"reward-0 did not answer score within 0\.05 s \(clus"):
+        asyncio.run(worker.call(Hanging.score))
 
 
 def test_an_inline_worker_calls_plain_and_async_methods_and_tells() -> None:

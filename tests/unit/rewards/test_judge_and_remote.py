@@ -4,11 +4,12 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from email.utils import formatdate
 from typing import Any
 
 import httpx
 import pytest
-from json_server import chat_completion, serve
+from json_server import Answer, chat_completion, serve
 
 from rlhf_ray.config.rewards import JudgeSourceConfig, RemoteSourceConfig
 from rlhf_ray.errors import ConfigError, DataError, RlhfError
@@ -155,6 +156,47 @@ class TestJudge:
         with pytest.raises(DataError, match="judge reads the column 'answer'"):
             judge("http://127.0.0.1:9", [rollout("a")], template="{response} {answer}")
 
+    def test_an_answer_in_parts(self, rollout: MakeRollout) -> None:
+        parts = [{"type": "text", "text": "Rating:"}, {"type": "image"}, {"text": " 4"}]
+        answer = {"choices": [{"message": {"role": "assistant", "content": parts}}]}
+        with serve(lambda *_: (200, answer)) as server:
+            assert judge(server.url, [rollout("a")]) == [4.0]
+
+    @pytest.mark.parametrize(
+        "refusal",
+        [
+            (400, {"error": {"code": "content_filter"}}),
+            (413, "too long"),
+            (200, {"error": {"code": 400, "message": "context length"}}),
+            (200, {"choices": []}),  # after the retries
+        ],
+    )
+    def test_a_refusal_of_one_of_many_is_a_bad_answer(
+        self, rollout: MakeRollout, refusal: tuple[int, Any]
+    ) -> None:
+        def answer(number: int, body: Any) -> tuple[int, Any]:
+            if "refused" in body["messages"][0]["content"]:
+                return refusal
+            return 200, chat_completion("Rating: 3")
+
+        rows = [rollout(text) for text in ("a", "refused", "b")]
+        with serve(answer) as server:
+            assert judge(server.url, rows) == [3.0, None, 3.0]
+            scored = judge(server.url, rows, on_bad_answer="score", bad_answer_score=0.0)
+            assert scored == [3.0, 0.0, 3.0]
+            with pytest.raises(RlhfError, match=r"rewards: judge .*\. Set on_bad_answer to skip"):
+                judge(server.url, rows, on_bad_answer="error")
+
+    def test_a_source_that_has_answered_before_may_refuse_a_whole_shard(
+        self, rollout: MakeRollout
+    ) -> None:
+        answers = iter([(200, chat_completion("Rating: 3")), (400, "filtered")])
+        with serve(lambda *_: next(answers)) as server:
+            url = f"{server.url}/v1"
+            source = JudgeSource(JudgeSourceConfig(type="judge", url=url, model="m", **QUICK))
+            assert asyncio.run(source.score([rollout("a")])) == [3.0]
+            assert asyncio.run(source.score([rollout("b")])) == [None]
+
     def test_another_protocol(self, rollout: MakeRollout) -> None:
         with (
             serve(lambda *_: (200, {"rewards": [1]})) as server,
@@ -202,19 +244,76 @@ class TestRemote:
         with serve(lambda *_: (200, {"rewards": [[0.5], None]})) as server:
             assert remote(server.url, [rollout("a"), rollout("b")]) == [0.5, None]
 
+    def test_a_batch_that_is_refused_for_one_text_is_sent_one_by_one(
+        self, rollout: MakeRollout
+    ) -> None:
+        def answer(number: int, body: Any) -> tuple[int, Any]:
+            if any("bad" in query for query in body["query"]):
+                return 400, "unsafe"
+            return 200, {"rewards": [1.0] * len(body["query"])}
+
+        rows = [rollout(text) for text in ("a", "bad", "b")]
+        with serve(answer) as server:
+            assert remote(server.url, rows, on_bad_score="skip") == [1.0, None, 1.0]
+            with pytest.raises(RlhfError, match="status 400: 'unsafe', for a response to prompt 7"):
+                remote(server.url, rows)
+
 
 class TestService:
     """Behaviour that judge and remote share."""
 
     def test_it_is_asked_again_after_a_failure(self, rollout: MakeRollout) -> None:
         failures = [(500, "boom"), (429, {}), (200, "<html>"), (503, "")]
+        failures += [(200, {"error": "busy"}), (200, {"rewards": []})]
 
         def answer(number: int, body: Any) -> tuple[int, Any]:
-            return failures[number] if number < 4 else (200, {"rewards": [2.0]})
+            return failures[number] if number < 6 else (200, {"rewards": [2.0]})
 
         with serve(answer) as server:
-            assert remote(server.url, [rollout("a")], retries=4) == [2.0]
-            assert len(server.requests) == 5
+            assert remote(server.url, [rollout("a")], retries=6) == [2.0]
+            assert len(server.requests) == 7
+
+    def test_a_judge_is_asked_again_after_an_empty_answer(self, rollout: MakeRollout) -> None:
+        failures = [{"error": {"message": "overloaded"}}, {"choices": []}, {"choices": None}]
+
+        def answer(number: int, body: Any) -> tuple[int, Any]:
+            return 200, failures[number] if number < 3 else chat_completion("Rating: 3")
+
+        with serve(answer) as server:
+            assert judge(server.url, [rollout("a")]) == [3.0]
+            assert len(server.requests) == 4
+
+    def test_retry_after_is_obeyed(self, rollout: MakeRollout) -> None:
+        def answer(number: int, body: Any) -> Answer:
+            if number < 2:
+                later = "1" if number else formatdate(time.time() + 2, usegmt=True)
+                return 429, "", {"Retry-After": later}
+            return 200, {"rewards": [2.0]}
+
+        started = time.monotonic()
+        with serve(answer) as server:
+            assert remote(server.url, [rollout("a")]) == [2.0]
+        assert 1.9 < time.monotonic() - started < 6  # a date has whole seconds
+
+    def test_a_service_that_asks_for_an_hour_is_not_waited_for(self, rollout: MakeRollout) -> None:
+        with (
+            serve(lambda *_: (503, "closed", {"Retry-After": "3600"})) as server,
+            pytest.raises(RlhfError, match=r"asks to be left alone for 3600 s"),
+        ):
+            remote(server.url, [rollout("a")])
+
+    @pytest.mark.parametrize("compressed", [False, True])
+    def test_an_answer_without_end_is_not_read(
+        self, rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch, compressed: bool
+    ) -> None:
+        monkeypatch.setattr("rlhf_ray.rewards.remote.LARGEST_ANSWER", 1000)
+        monkeypatch.setattr("rlhf_ray.rewards.remote.LARGEST_COMPRESSED_ANSWER", 10)
+        headers = {"Content-Encoding": "gzip"} if compressed else {}
+        with (
+            serve(lambda *_: (200, " " * 2000, headers)) as server,
+            pytest.raises(RlhfError, match="an answer of more than 10"),
+        ):
+            remote(server.url, [rollout("a")], retries=0)
 
     def test_a_slow_answer_is_waited_for(self, rollout: MakeRollout) -> None:
         with serve(rates_length, delay_s=0.1) as server:

@@ -73,6 +73,46 @@ def test_two_samples_of_one_model_have_overlapping_intervals(seed: int) -> None:
     assert rates.high[1, 0] - rates.low[1, 0] == pytest.approx(2 * 0.049, abs=0.008)
 
 
+@pytest.mark.parametrize("num", [20, 50, 200])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.95, 0.99, 0.01])
+def test_a_win_rate_lies_in_its_interval_as_often_as_promised(p: float, num: int) -> None:
+    """The coverage is exact: of all numbers of wins that n prompts may give, by their chance."""
+    covered = covered_elo = 0.0
+    log_odds = 1000 + ELO_SCALE * math.log(p / (1 - p))
+    for wins in range(num + 1):
+        chance = math.comb(num, wins) * p**wins * (1 - p) ** (num - wins)
+        if chance < 1e-4:
+            continue
+        outcomes = won(wins / num, num)
+        rates, ratings = win_rates(outcomes, 500, 0), elo(outcomes, 500, 0)
+        covered += chance * (rates.low[1, 0] <= p <= rates.high[1, 0])
+        covered_elo += chance * (ratings.low[1] <= log_odds <= ratings.high[1])
+    assert covered > 0.92
+    if num * min(p, 1 - p) >= 0.5:  # else half a win on either side decides the rating
+        assert covered_elo > 0.92
+
+
+def test_outcomes_that_are_all_equal_leave_room_for_others() -> None:
+    rates = win_rates(won(1.0, 50), 100, 0)
+    # Wilson's interval of 50 in 50: n / (n + z^2) to 1.
+    assert (rates.low[1, 0], rates.high[1, 0]) == (pytest.approx(50 / 53.8415, abs=1e-5), 1.0)
+    assert (rates.low[0, 1], rates.high[0, 1]) == (0.0, pytest.approx(3.8415 / 53.8415, abs=1e-5))
+    ties = win_rates(outcomes_of_pairs(2, [(0, 1, [0.5] * 50)]), 100, 0)
+    half = pytest.approx(3.8415 / 53.8415 / 2, abs=1e-5)
+    assert ties.high[0, 1] - 0.5 == 0.5 - ties.low[0, 1] == half
+    ratings = elo(won(1.0, 50), 100, 0)
+    assert ratings.low[1] < ratings.value[1] - 100
+    assert ratings.low[0] == ratings.high[0] == 1000
+
+
+def test_a_rating_against_several_models_has_an_interval_where_one_always_wins() -> None:
+    # The second beats both others always; these are even.
+    always, even = [1.0] * 40, [1.0, 0.0] * 20
+    found = elo(outcomes_of_pairs(3, [(1, 0, always), (1, 2, always), (0, 2, even)]), 200, 0)
+    assert found.low[1] < found.value[1] - 100
+    assert found.low[2] < 1000 < found.high[2]
+
+
 def test_a_win_rate_mirrors_that_of_the_other_side() -> None:
     rates = win_rates(outcomes_of_scores(np.random.default_rng(1).normal(size=(3, 30))), 200, 0)
     off = ~np.eye(3, dtype=bool)
