@@ -131,8 +131,9 @@ class InlineWorker(Generic[ProcessT_co]):
         # By name: `method` may be a Protocol's, which the instance implements.
         result = getattr(self._instance, method.__name__)(*args, **kwargs)
         if inspect.isawaitable(result):
+            deadline = asyncio.timeout(self._timeout_s)
             try:
-                async with asyncio.timeout(self._timeout_s) as deadline:
+                async with deadline:
                     result = await result
             except TimeoutError:
                 if not deadline.expired():

@@ -1,3 +1,4 @@
+from inspect import isfunction, signature
 from typing import Any
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_ray.algorithms import losses
 from rlhf_ray.algorithms.advantages import gae
 from rlhf_ray.algorithms.logprobs import token_logprobs
 from rlhf_ray.algorithms.losses import (
@@ -12,9 +14,11 @@ from rlhf_ray.algorithms.losses import (
     pairwise_reward_loss,
     pointwise_reward_loss,
     policy_loss,
+    resolve_policy_loss,
     value_loss,
 )
 from rlhf_ray.algorithms.rewards import token_rewards
+from rlhf_ray.config.algorithms import POLICY_LOSSES
 
 NAN, INF = float("nan"), float("inf")
 GOLDEN_ADVANTAGES = [[0.961777, 0.903629, 0.646356, 0.669639], [-1.164877, -1.040858, -0.975666, 4]]
@@ -341,3 +345,23 @@ def test_shapes_must_agree() -> None:
         pairwise_reward_loss(row, square)
     with pytest.raises(ValueError, match=r"margin \(2, 2\)"):
         pairwise_reward_loss(row, row, margin=square)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_a_policy_loss_of_the_registry_takes_and_returns_what_the_learner_does(name: str) -> None:
+    loss = resolve_policy_loss(name)
+    assert list(signature(loss).parameters) == list(signature(policy_loss).parameters)
+    zeros, ones = torch.zeros(1, 2), torch.ones(1, 2)
+    value, stats = loss(zeros, zeros, ones, ones, num_tokens=4.0)
+    assert value.item() == pytest.approx(-0.5)  # at a ratio of 1 every loss is minus the advantage
+    assert {"approxkl", "clipfrac", "ratio", "ratio_max"} <= stats.keys()
+
+
+def test_every_policy_loss_has_a_name_in_the_registry() -> None:
+    takes = ["logprobs", "old_logprobs", "advantages", "mask"]
+    found = {
+        f"{losses.__name__}:{name}"
+        for name, function in vars(losses).items()
+        if isfunction(function) and list(signature(function).parameters)[:4] == takes
+    }
+    assert found == set(POLICY_LOSSES.values())
