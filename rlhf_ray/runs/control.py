@@ -283,11 +283,11 @@ def reporting_status(name: str, folder: Path) -> Iterator[ControlFiles]:
         # An unchanged update is a sign of life for other hosts in long phases without progress.
         with watched_by(report_progress), repeated(files.update, LIFE_SIGN_S, "signs of life"):
             yield files
-    except KeyboardInterrupt:
-        files.update(state="stopped")
-        raise
-    except BaseException:  # SystemExit too: a library or a user's function ended the run
+    except Exception:
         files.update(state="failed")
+        raise
+    except BaseException:
+        files.update(state="stopped")
         raise
 
 
