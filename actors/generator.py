@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from rlhf_ray.data.rendering.tokens import decode_after
 from rlhf_ray.engines.protocols import GenerationEngine, Sampled
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.types import (
@@ -101,7 +102,8 @@ class Generator:
         )
 
     def _rollout(self, sample: SampleRequest, result: Sampled, version: int) -> Rollout:
-        text = self._tokenizer.decode(result.token_ids.tolist(), skip_special_tokens=True)
+        given, ids = sample.prompt.token_ids, result.token_ids.tolist()
+        text = decode_after(self._tokenizer, given, ids, skip_special_tokens=True)
         return Rollout(
             position=sample.position,
             prompt=sample.prompt,

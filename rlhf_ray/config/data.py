@@ -184,7 +184,7 @@ class DataConfig(Section):
         unit="share",
         ge=0,
         le=1,
-        description="Most bad rows (over-long, empty) before a stage stops.",
+        description="Most bad rows (empty, over-long texts or pairs) before a stage stops.",
     )
 
 

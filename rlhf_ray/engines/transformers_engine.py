@@ -6,6 +6,7 @@ Rows are left-padded here, because all rows of a batch decode their next token a
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.model import ModelConfig
+from rlhf_ray.data.rendering.tokens import decode_after
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.adapters import AdapterSlot, adapter_state, digest, tensors_from_bytes
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_gpu
-from rlhf_ray.models.stop_conditions import StopConditions
+from rlhf_ray.models.stop_conditions import CONTEXT, StopConditions
 from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAdapter
 
 
@@ -40,6 +42,8 @@ class TransformersSettings:
 class _Row:
     """A response being sampled."""
 
+    prompt_end: Sequence[int]
+    """Last tokens of the prompt."""
     limit: int
     tokens: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
@@ -110,7 +114,8 @@ class TransformersEngine:
         ids_BS, attention_BS = ids_BS.to(device), attention_BS.to(device)
         uniforms_BT = uniforms_BT.to(device)
         cache, logprobs = None, []
-        rows = [_Row(limit) for limit in limits]
+        ends = [request.prompt.token_ids[-CONTEXT:] for request in requests]
+        rows = [_Row(end, limit) for end, limit in zip(ends, limits, strict=True)]
         for step in range(max(limits)):
             positions_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
             output = self._slot.model(
@@ -141,11 +146,9 @@ class TransformersEngine:
         for row, token in zip(rows, tokens, strict=True):
             if row.reason is None:
                 row.tokens.append(token)
-                row.reason = stop_conditions.finish_reason(row.tokens, row.limit, rule, self._spell)
+                spell = partial(decode_after, self._tokenizer, row.prompt_end)
+                row.reason = stop_conditions.finish_reason(row.tokens, row.limit, rule, spell)
         return all(row.reason is not None for row in rows)
-
-    def _spell(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     async def stop(self) -> None:
         """Free the model."""

@@ -18,7 +18,10 @@ from rlhf_ray.models.tokenizers import STRICT, load_tokenizer
 from rlhf_ray.types import FinishReason
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids -> text, special tokens included."""
+"""Token ids of a response -> text that continues the prompt, special tokens included."""
+
+CONTEXT = 8
+"""Last tokens of a prompt that are decoded along, since the first word depends on them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,9 @@ def row_counts(files: RunFiles) -> list[RowCounts]:
     counts_by_stage = []
     for stage, summary in files.summaries.items():
         for part, counted in _counted(summary):
-            reasons = {name: number(counted, name) for name in counted if name != "kept"}
+            reasons = {
+                name: number(counted, name) for name in counted if not name.startswith("kept")
+            }
             dropped = [(name.replace("_", " "), num) for name, num in reasons.items() if num]
             label = f"{stage}, {part.replace('_', ' ')}" if part else stage
             counts_by_stage.append(RowCounts(label, number(counted, "kept") or 0, dropped))

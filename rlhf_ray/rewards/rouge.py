@@ -1,16 +1,24 @@
 """ROUGE: the overlap of a text with a reference (Lin 2004, aclanthology.org/W04-1013).
 
-Words are runs of letters and digits of any script, in lower case; there is no stemming.
+Words are runs of letters and digits, in lower case; there is no stemming. In scripts that put no
+spaces between words, a character with its marks is a word.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
+
+import regex
 
 from rlhf_ray.config.rewards import RougeSourceConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.rewards.source import column_of
 from rlhf_ray.types import Rollout
+
+_UNSPACED = "".join(
+    rf"\p{{{script}}}"
+    for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
+)
+_WORD = regex.compile(rf"(?V1)[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]+")
 
 
 def words(text: str) -> list[str]:
@@ -19,8 +27,10 @@ def words(text: str) -> list[str]:
     Example:
         >>> words("It's 3 o'clock")
         ['it', 's', '3', 'o', 'clock']
+        >>> words("东京Tokyo")
+        ['东', '京', 'tokyo']
     """
-    return re.findall(r"[^\W_]+", text.lower())
+    return _WORD.findall(text.lower())
 
 
 def rouge_n(candidate: Sequence[str], reference: Sequence[str], n: int) -> float:
@@ -55,12 +65,14 @@ class RougeSource:
     def _score(self, rollout: Rollout) -> float:
         config = self._config
         value = column_of(rollout.prompt, config.column, config.name)
-        references = value if isinstance(value, (list, tuple)) else [value]
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        # NaN stands for nothing in tables, as null does elsewhere.
+        references = [text for text in listed if text is not None and text == text]
         if not references:
+            found = "an empty list" if not listed else f"{value!r}"
             raise DataError(
-                f"rewards: {config.name} reads the column {config.column!r}, which is an empty "
-                f"list for prompt {rollout.prompt.id}; give it a reference text or leave its row "
-                "out"
+                f"rewards: {config.name} reads the column {config.column!r}, which is {found} for "
+                f"prompt {rollout.prompt.id}; give it a reference text or leave its row out"
             )
         return max(rouge(config.variant, rollout.text, str(text)) for text in references)
 

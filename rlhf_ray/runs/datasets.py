@@ -3,7 +3,10 @@
 Rows are read with a progress bar, and statistics of their texts are written for the report.
 """
 
+import hashlib
 import json
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.prompts import Prompts, load_prompts
 from rlhf_ray.data.quality import RowStats
+from rlhf_ray.data.reading.draws import try_sample
 from rlhf_ray.data.reading.formats import Use
 from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.reading.sources import load_rows
@@ -27,22 +31,44 @@ def user_rows(
 ) -> StoredRows:
     """Read the rows of ``data.<key>``, which must be set; write ``data/<key>.json``.
 
+    It warns where a file has changed since this run read it last: what is held out, and what is
+    left to learn, are then other rows than before.
+
     Raises:
         DataError: they cannot be read.
         ConfigError: a filter's function cannot be imported, or the run folder cannot be written.
     """
     name = f"data.{key}"
+    digest = hashlib.blake2b(digest_size=16)
     with RowStats() as texts, Progress(config.run.stages).stage(name, unit="row") as bar:
 
         def count(row: Row) -> None:
             texts.add(row)
+            digest.update(json.dumps(row, default=str).encode())
             bar.advance()
 
         sources, seed = getattr(config.data, key), config.run.seed
         loaded = load_rows(sources, use, config.prepare.max_pairs, seed, count)
-        report = json.dumps(texts.report(), indent=2)
-    write_atomically(RunFolder(config).stage("data") / f"{key}.json", report + "\n")
+        report = texts.report()
+    path = RunFolder(config).stage("data") / f"{key}.json"
+    earlier = _digests(path)
+    if earlier.get(use, digest.hexdigest()) != digest.hexdigest():
+        paths = ", ".join(source.path for source in sources)
+        Progress(config.run.stages).say(
+            f"Warning: {name} ({paths}) holds other rows than when this run read it before, so "
+            "other rows are held out and learnt. Restore the data, or begin a new run"
+        )
+    report["digests"] = {**earlier, use: digest.hexdigest()}
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
     return loaded
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """Return the digests of rows that this run read before, by what the rows were for."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["digests"])
+    except (OSError, ValueError, KeyError, TypeError):  # none were read, or by an older version
+        return {}
 
 
 def ppo_prompts(
@@ -58,8 +84,8 @@ def ppo_prompts(
         rows = user_rows(config, "prompts", "prompts")
         prompts, counts = _load(config, rows, tokenizer, "prompts")
         if config.data.eval is None:
-            cut = len(prompts) - _num_held_out(prompts)
-            return prompts[:cut], list(prompts[cut:][: config.ppo.eval_prompts]), counts
+            prompts, held_out = _split(config, prompts)
+            return prompts, held_out.sample(config.ppo.eval_prompts, config.run.seed), counts
     return prompts, held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts), counts
 
 
@@ -68,37 +94,41 @@ def held_out_prompts(
 ) -> list[Prompt]:
     """Return prompts that no stage trains on.
 
-    They come from data.eval, else from the end of data.prompts, else from prepare's set.
+    They are a sample of data.eval, else of what data.prompts holds out, else of prepare's set.
     """
     if config.data.eval is not None:
         prompts, _ = _load(config, user_rows(config, "eval", "prompts"), tokenizer, "eval")
     elif config.data.prompts is not None:
         prompts, _ = _load(config, user_rows(config, "prompts", "prompts"), tokenizer, "prompts")
-        prompts = prompts[-_num_held_out(prompts) :]
+        _, prompts = _split(config, prompts)
     else:
         rows = StoredRows(folder.rows("evaluation"))
         prompts, _ = _load(config, rows, tokenizer, "evaluation")
-    return list(prompts[:limit])
+    return prompts.sample(limit, config.run.seed)
 
 
-def _num_held_out(prompts: Prompts) -> int:
-    """Return a tenth of the user's prompts, to hold out where data.eval is not set."""
+def _split(config: Config, prompts: Prompts) -> tuple[Prompts, Prompts]:
+    """Hold out a tenth of the user's prompts, where data.eval is not set.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
     if len(prompts) < 2:
         raise DataError(
             f"data.prompts holds {len(prompts)} usable prompts; at least 2 are needed, as one is "
             "held out for evaluation. Add prompts, or set data.eval"
         )
-    return max(1, len(prompts) // 10)
+    return prompts.split(max(1, len(prompts) // 10), config.run.seed)
 
 
 def _load(
     config: Config, rows: StoredRows, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> tuple[Prompts, dict[str, int]]:
-    return load_prompts(
-        rows,
-        Renderer(tokenizer, config.template),
-        config.rollout.max_prompt_tokens,
-        config.data.overlong,
-        config.data.max_bad_share,
-        name,
+    load = partial(
+        load_prompts,
+        renderer=Renderer(tokenizer, config.template),
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        overlong=config.data.overlong,
     )
+    try_sample(rows, load, config.data.max_bad_share, name)
+    return load(rows, max_bad_share=config.data.max_bad_share, name=name)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.data.reading.chats import Message
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.data.rendering.tokens import decode_after
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_gpu
-from rlhf_ray.models.stop_conditions import StopConditions, stop_token_ids
+from rlhf_ray.models.stop_conditions import CONTEXT, StopConditions, stop_token_ids
 from rlhf_ray.runs.models import RunModel
 
 
@@ -69,11 +71,12 @@ class TextGenerator:
     def answer(self, prompt_ids: Sequence[int], seed: int) -> str:
         """Sample an answer, without special tokens; the same seed gives the same answer."""
         output_S = self._generate(prompt_ids, seed)[0]
-        return str(self.tokenizer.decode(output_S[len(prompt_ids) :], skip_special_tokens=True))
+        ids = output_S[len(prompt_ids) :].tolist()
+        return decode_after(self.tokenizer, prompt_ids, ids, skip_special_tokens=True)
 
     def stream(self, prompt_ids: Sequence[int], seed: int) -> Iterator[str]:
-        """Yield the same answer in pieces of text, each as soon as its words are complete."""
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        """Yield the same answer in pieces of text, each as soon as its characters are complete."""
+        streamer = _AnswerStreamer(self.tokenizer, prompt_ids)
         failures: list[Exception] = []
 
         def generate() -> None:
@@ -100,24 +103,51 @@ class TextGenerator:
             input_ids=ids_1S,
             attention_mask=torch.ones_like(ids_1S),
             generation_config=self._settings,
-            stopping_criteria=[self._stop_criterion(len(prompt_ids))],
+            stopping_criteria=[self._stop_criterion(prompt_ids)],
             streamer=streamer,
         )
 
-    def _stop_criterion(self, num_prompt_tokens: int) -> Callable[..., torch.Tensor]:
+    def _stop_criterion(self, prompt_ids: Sequence[int]) -> Callable[..., torch.Tensor]:
         """Return a stopping criterion of generate(): the rows that end with their last token."""
         stop = StopConditions(self._sampling.max_tokens, self._sampling.stop)
+        spell = partial(decode_after, self.tokenizer, prompt_ids[-CONTEXT:])
 
         def ends(ids_BS: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-            rows = ids_BS[:, num_prompt_tokens:].tolist()
+            rows = ids_BS[:, len(prompt_ids) :].tolist()
             may_end = len(rows[0]) > self._sampling.min_tokens
-            completed = [may_end and stop.completes_string(row, self._decode) for row in rows]
+            completed = [may_end and stop.completes_string(row, spell) for row in rows]
             return torch.tensor(completed, device=ids_BS.device)
 
         return ends
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+class _AnswerStreamer(TextIteratorStreamer):
+    """Yields the text of an answer as it continues its prompt, spaces at its start included."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
+        super().__init__(tokenizer, skip_prompt=True)
+        self._prompt_ids = prompt_ids
+        self._ids: list[int] = []
+        self._text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt's tokens first, and then each new one."""
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self._ids += value.flatten().tolist()
+        text = decode_after(self.tokenizer, self._prompt_ids, self._ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self._show(text)
+
+    def end(self) -> None:
+        """Show a last character of which bytes are missing too."""
+        text = decode_after(self.tokenizer, self._prompt_ids, self._ids, skip_special_tokens=True)
+        self._show(text, stream_end=True)
+
+    def _show(self, text: str, stream_end: bool = False) -> None:
+        self.on_finalized_text(text[len(self._text) :], stream_end=stream_end)
+        self._text = text
 
 
 def resolve_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> TemplateConfig:

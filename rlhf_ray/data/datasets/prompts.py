@@ -1,12 +1,14 @@
 """Prompts for sampling, rendered, tokenized and stored on disk."""
 
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
+from rlhf_ray.data.reading.draws import split_groups
 from rlhf_ray.data.reading.rows import SOURCE, Row, batches, row_prompt, row_question, row_tools
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments
@@ -39,6 +41,19 @@ class Prompts(Sequence[Prompt]):
         row = self._table[index]
         return Prompt(row["id"], row["text"], tuple(row["token_ids"]), json.loads(row["fields"]))
 
+    def split(self, num_held_out: int, seed: int) -> "tuple[Prompts, Prompts]":
+        """Split into prompts to train on, in their order, and a sample that is held out."""
+        groups = [hash(text) for text in self._table["text"]]
+        parts = split_groups(groups, num_held_out, seed)
+        train, held_out = (Prompts(self._table.select(rows)) for rows in parts)
+        return train, held_out
+
+    def sample(self, num: int, seed: int) -> list[Prompt]:
+        """Return at most ``num`` prompts, drawn; a smaller sample is part of a larger one."""
+        order = list(range(len(self)))
+        random.Random(f"prompts:{seed}").shuffle(order)
+        return [self[index] for index in sorted(order[:num])]
+
 
 def load_prompts(
     rows: Iterable[Row | SkippedRows],
@@ -53,16 +68,18 @@ def load_prompts(
     Wherever a template was applied, ``Prompt.fields["messages"]`` holds the chat: a judge, or a
     model with another template, needs it instead of the rendered text.
 
-    Of rows with the same ``id`` (or ``question_id``) the first is kept: an evaluation set has one
-    row a pair and so several of one question. In a mixture, ids are compared within a dataset.
+    Of rows with the same ``id`` (or ``question_id``) and prompt the first is kept: an evaluation
+    set has one row a pair and so several of one question. An id that is blank, NaN or shared by
+    other prompts identifies nothing. In a mixture, ids are compared within a dataset.
 
     Args:
         overlong: what to do with a longer one; ``truncate`` keeps its end, which the model
             continues.
-        max_bad_share: share of bad rows (empty, over-long) above which loading stops.
+        max_bad_share: share of bad rows (such as empty ones) above which loading stops.
 
     Returns:
-        Prompts in the order of the rows, and counts: ``kept``, and dropped rows by reason.
+        Prompts in the order of the rows, and counts: ``kept``, dropped rows by reason, and
+        ``kept_without_identity``.
 
     Raises:
         DataError: too many bad rows, nothing left, or an over-long one with ``overlong="error"``.
@@ -80,7 +97,7 @@ def _rendered(
     tally: RowTally,
 ) -> Iterator[Row]:
     """Yield rows with the columns `_PROMPTS`."""
-    seen: set[str | int] = set()
+    seen: dict[str, set[int]] = {}
     for batch in batches(rows, tally):
         fresh = _usable(batch, renderer, seen, tally)
         rendered = renderer.tokenize([texts for *_, texts in fresh], ended=False)
@@ -92,36 +109,51 @@ def _rendered(
                     key = "rollout.max_prompt_tokens"
                     raise overlong_error(tally.name, index, len(token_ids), max_prompt_tokens, key)
                 if overlong == "drop":
-                    tally.drop_bad("overlong")
+                    # Left out by request: nothing is wrong with a long question.
+                    tally.drop_unused("overlong")
                     continue
                 token_ids = token_ids[-max_prompt_tokens:]
                 text = renderer.strip_bos(str(renderer.tokenizer.decode(token_ids)))
             fields = json.dumps(_fields(row, renderer), default=str)
-            seen.add(row_id)
             tally.keep()
-            yield {"id": str(row_id), "text": text, "token_ids": token_ids, "fields": fields}
+            yield {"id": row_id, "text": text, "token_ids": token_ids, "fields": fields}
 
 
 def _usable(
     batch: Sequence[tuple[int, Row]],
     renderer: Renderer,
-    seen: Container[str | int],
+    seen: dict[str, set[int]],
     tally: RowTally,
-) -> list[tuple[int, str | int, Row, TextSegments]]:
-    """Return (index, id, row, texts) of the rows with a prompt and an id not seen before."""
-    fresh: dict[str | int, tuple[int, str | int, Row, TextSegments]] = {}
+) -> list[tuple[int, str, Row, TextSegments]]:
+    """Return (index, id, row, texts) of the rows with a prompt that is not repeated.
+
+    Args:
+        batch: rows with their indices.
+        renderer: of the policy's tokenizer.
+        seen: id -> hashes of the rendered prompts with it; new ones are added.
+        tally: counts the others.
+    """
+    fresh: list[tuple[int, str, Row, TextSegments]] = []
     for index, row in batch:
-        row_id = _row_id(row, index)
-        if row_id in seen or row_id in fresh:
-            tally.drop_unused("repeated")
-            continue
         try:
             texts = renderer.prompt(row_prompt(row), row_question(row), row_tools(row))
         except BadRow as bad:
             tally.drop_row(bad)
             continue
-        fresh[row_id] = (index, row_id, row, texts)
-    return list(fresh.values())
+        row_id = _row_id(row)
+        if row_id:
+            prompts, text = seen.setdefault(row_id, set()), hash(texts.texts)
+            if text in prompts:
+                tally.drop_unused("repeated")
+                continue
+            if prompts:  # other prompts have this id, so it identifies none of them
+                row_id += f"#{index}"
+                tally.note("without_identity")
+            prompts.add(text)
+        elif row_id is not None:
+            tally.note("without_identity")
+        fresh.append((index, row_id or str(index), row, texts))
+    return fresh
 
 
 def _fields(row: Row, renderer: Renderer) -> Row:
@@ -130,9 +162,11 @@ def _fields(row: Row, renderer: Renderer) -> Row:
     return fields if messages is None else {**fields, "messages": messages}
 
 
-def _row_id(row: Row, index: int) -> str | int:
-    """Return the row's id as text if it has one, else its index: a number, which no id equals."""
-    value = next((row[name] for name in _ID_COLUMNS if row.get(name) is not None), None)
-    if value is None:
-        return index
-    return f"{row[SOURCE]}:{value}" if SOURCE in row else str(value)
+def _row_id(row: Row) -> str | None:
+    """Return the row's id as text: empty where it is blank or NaN, None where it has none."""
+    values = [row[name] for name in _ID_COLUMNS if row.get(name) is not None]
+    # NaN is what tables hold where nothing is.
+    texts = [text for value in values if value == value and (text := str(value).strip())]
+    if not texts:
+        return "" if values else None
+    return f"{row[SOURCE]}:{texts[0]}" if SOURCE in row else texts[0]

@@ -7,6 +7,7 @@ from typing import Literal
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
+from rlhf_ray.data.reading.draws import prompt_group
 from rlhf_ray.data.reading.rows import (
     Row,
     batches,
@@ -26,7 +27,11 @@ LossOn = Literal["all", "completion", "assistant"]
 """Tokens with a loss: all, the last answer's, or those of every answer of a chat."""
 
 _DOCUMENTS = datasets.Features(
-    {"token_ids": TOKEN_IDS, "learnt": datasets.List(datasets.Value("int8"))}
+    {
+        "token_ids": TOKEN_IDS,
+        "learnt": datasets.List(datasets.Value("int8")),
+        "group": datasets.Value("int64"),
+    }
 )
 
 
@@ -50,15 +55,16 @@ def load_documents(
         overlong: what to do with a longer one; ``truncate`` keeps its beginning.
 
     Returns:
-        Columns ``token_ids`` and ``learnt`` (1 on tokens with a loss), one text a row, and counts:
-        ``kept``, and dropped rows by reason.
+        Columns ``token_ids``, ``learnt`` (1 on tokens with a loss) and ``group`` (the same for
+        texts of one prompt), one text a row, and counts: ``kept``, and dropped rows by reason.
     """
     tally = RowTally(name, max_bad_share)
     limit = sys.maxsize if max_tokens is None else max_tokens
 
-    def documents() -> Iterator[dict[str, Sequence[int]]]:
+    def documents() -> Iterator[dict[str, object]]:
         for batch in batches(rows, tally):
             texts: dict[int, TextSegments] = {}
+            groups = {index: prompt_group(row) for index, row in batch}
             for index, row in batch:
                 if preferred_only and parse_bool(row.get("preferred")) is False:
                     tally.drop_unused("not_preferred")
@@ -77,7 +83,8 @@ def load_documents(
                     tally.drop_bad("overlong")
                     continue
                 tally.keep()
-                yield {"token_ids": rendered.token_ids[:limit], "learnt": learnt[:limit]}
+                kept = {"token_ids": rendered.token_ids[:limit], "learnt": learnt[:limit]}
+                yield {**kept, "group": groups[index]}
 
     return write_table(documents(), _DOCUMENTS), tally.finish()
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from rlhf_ray.errors import DataError
 
+_SHORTER = "raise the length limit, or set data.overlong to truncate"
+
 
 class BadRow(Exception):
     """One row cannot be used; the code that reads the rows catches this and counts it.
@@ -43,11 +45,16 @@ class RowTally:
         self._num_kept = 0
         self._bad: Counter[str] = Counter()
         self._unused: Counter[str] = Counter()
+        self._notes: Counter[str] = Counter()
         self._explanations: dict[str, str] = {}
 
     def keep(self, num: int = 1) -> None:
         """Count good rows."""
         self._num_kept += num
+
+    def note(self, what: str) -> None:
+        """Count a kept row with something to know about it; the count is named ``kept_<what>``."""
+        self._notes[f"kept_{what}"] += 1
 
     def drop_bad(self, reason: str, num: int = 1, explanation: str = "") -> None:
         """Count rows that are wrong in themselves."""
@@ -78,7 +85,7 @@ class RowTally:
         return dict(sorted((self._bad + self._unused).items()))
 
     def finish(self) -> dict[str, int]:
-        """Return the counts of the whole set: ``kept``, and dropped rows by reason.
+        """Return the counts of the whole set: ``kept``, dropped rows by reason, and notes.
 
         Raises:
             DataError: more than the allowed share is bad, or nothing is left.
@@ -89,19 +96,23 @@ class RowTally:
         if num_bad > self.max_bad_share * num_rows:
             remedy = "fix the data, or raise data.max_bad_share"
             if "overlong" in self._bad:
-                remedy += ", or raise the length limit, or set data.overlong to truncate"
+                remedy += f", or {_SHORTER}"
             raise DataError(
                 f"{self.name}: {num_bad} of {num_rows} rows are bad ({_listed(self._bad)}), more "
                 f"than the {self.max_bad_share:.0%} that data.max_bad_share allows; "
                 f"{remedy}{details}"
             )
+        if not num_rows:
+            raise DataError(f"{self.name}: none of 0 rows can be used; give a dataset with rows")
         if not self._num_kept:
+            remedy = "check the dataset's columns and filters, or give another dataset"
+            if "overlong" in self.dropped:
+                remedy += f", or {_SHORTER}"
             raise DataError(
                 f"{self.name}: none of {num_rows} rows can be used (dropped: "
-                f"{_listed(self.dropped)}); check the dataset's columns and filters, or give "
-                f"another dataset{details}"
+                f"{_listed(self.dropped)}); {remedy}{details}"
             )
-        return {"kept": self._num_kept, **self.dropped}
+        return {"kept": self._num_kept, **self.dropped, **self._notes}
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -19,9 +19,10 @@ from rlhf_ray.data.reading.chats import AnswerLike, Message, PromptLike
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.chat_template import PROBE, ChatTemplate
 from rlhf_ray.data.rendering.shown_parts import require_shown, with_markers
-from rlhf_ray.data.rendering.tokens import encode, eos_id
+from rlhf_ray.data.rendering.tokens import encode, eos_id, without_prefix
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -178,11 +179,12 @@ class Renderer:
 
     def tokenize(self, rows: Sequence[TextSegments], ended: bool = True) -> list[TokenizedRow]:
         """Tokenize many rows at once; ``ended`` as in `full`, False for prompts."""
-        pieces = encode(self.tokenizer, list(chain(*(row.texts for row in rows))))
-        bounds = accumulate((len(row.texts) for row in rows), initial=0)
+        begun = encode(self.tokenizer, [row.texts[0] for row in rows])
+        rest = self._continue(list(chain(*(row.texts[1:] for row in rows))))
+        bounds = accumulate((len(row.texts) - 1 for row in rows), initial=0)
         return [
-            self._join(row, pieces[first:last], ended)
-            for row, (first, last) in zip(rows, pairwise(bounds), strict=True)
+            self._join(row, [start, *rest[first:last]], ended)
+            for row, start, (first, last) in zip(rows, begun, pairwise(bounds), strict=True)
         ]
 
     def visible_text(self, row: TextSegments) -> str:
@@ -200,6 +202,13 @@ class Renderer:
         if kind == "question_answer" or (kind == "auto" and not self.tokenizer.chat_template):
             return None
         return self._chat_end
+
+    def _continue(self, texts: list[str]) -> list[list[int]]:
+        """Tokenize texts that stand behind others."""
+        if self._plain_tokenizer is None:
+            return encode(self.tokenizer, texts)
+        encoded = self._plain_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [each.ids for each in encoded]
 
     def _join(self, row: TextSegments, pieces: Sequence[list[int]], ended: bool) -> TokenizedRow:
         start = self._bos_ids if row.is_plain else []
@@ -310,6 +319,10 @@ class Renderer:
     def _end_text(self) -> str:
         is_chat = self._settings.kind != "question_answer"
         return str(self.tokenizer.decode([self._chat_end if is_chat else self._eos_id]))
+
+    @cached_property
+    def _plain_tokenizer(self) -> "Tokenizer | None":
+        return without_prefix(self.tokenizer)
 
     @cached_property
     def _bos_ids(self) -> list[int]:

@@ -1,7 +1,10 @@
 """Tokenization of texts, special token ids, and the error for texts over their limit."""
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from tokenizers import Tokenizer
 
 from rlhf_ray.errors import DataError
 
@@ -17,6 +20,59 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[l
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def without_prefix(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
+    """Return the tokenizer without the space that it puts before a text; None if it puts none.
+
+    Behind a prompt that space would be one too many. Llama 1 adds it as a normalizer, later ones of
+    SentencePiece as a Metaspace, and some of GPT-2's kind as an option.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return None
+    state = json.loads(backend.to_str())
+    plain = state | {name: _without_prefix(state[name]) for name in ("normalizer", "pre_tokenizer")}
+    if plain == state:
+        return None
+    built = Tokenizer.from_str(json.dumps(plain))
+    built.no_truncation()
+    built.no_padding()
+    return built
+
+
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a step of a tokenizer's file without its prefix; None where nothing is left."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    plain = dict(step)
+    for name in ("normalizers", "pretokenizers"):
+        if name in step:
+            plain[name] = [left for part in step[name] if (left := _without_prefix(part))]
+    if step["type"] == "Metaspace":
+        plain["prepend_scheme"] = "never"
+    if "add_prefix_space" in step:
+        plain["add_prefix_space"] = False
+    return plain
+
+
+def decode_after(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt_ids: Sequence[int],
+    token_ids: Sequence[int],
+    skip_special_tokens: bool = False,
+) -> str:
+    """Return the text by which tokens continue a prompt.
+
+    A tokenizer of SentencePiece drops the space before the first word of what it decodes, so the
+    prompt is decoded along and cut off. A prompt that ends within a character is left out.
+    """
+
+    def spelt(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    before, whole = spelt(prompt_ids), spelt([*prompt_ids, *token_ids])
+    return whole[len(before) :] if whole.startswith(before) else spelt(token_ids)
 
 
 def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
 from rlhf_ray.data.datasets.texts import load_documents
+from rlhf_ray.data.reading.draws import split_groups, try_sample
 from rlhf_ray.data.reading.rows import StoredRows
 from rlhf_ray.data.reading.tables import TOKEN_IDS, TokenRow, write_table
 from rlhf_ray.data.rendering.packing import IGNORED, Block, concatenated, isolated, unpacked
@@ -102,9 +104,13 @@ def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> StoredRows:
 
 
 def packed_blocks(
-    stage: str, documents: Dataset, settings: PretrainConfig | SftConfig, pad_id: int
+    stage: str,
+    documents: Dataset,
+    settings: PretrainConfig | SftConfig,
+    pad_id: int,
+    num_held_out: int | None = None,
 ) -> dict[str, Dataset]:
-    """Pack texts into blocks; the last share of the texts is held out.
+    """Pack texts into blocks; the last texts are held out.
 
     Returns:
         Columns ``input_ids`` and ``labels``, and ``position_ids`` where texts are isolated.
@@ -112,8 +118,13 @@ def packed_blocks(
     Raises:
         DataError: there is not one whole block for either part.
     """
+    if len(documents) < 2:
+        raise DataError(
+            f"{stage}: {len(documents)} text can be used; at least 2 are needed, as one is held "
+            "out. Add data"
+        )
     size = settings.block_size
-    num_train = len(documents) - max(1, round(len(documents) * HELD_OUT_SHARE))
+    num_train = len(documents) - (num_held_out or _num_held_out(documents))
     texts = {
         TRAIN: documents.select(range(num_train)),
         HELD_OUT: documents.select(range(num_train, len(documents))),
@@ -133,6 +144,10 @@ def packed_blocks(
                 f"({part.replace('_', '-')} part); add data or lower {stage}.block_size"
             )
     return parts
+
+
+def _num_held_out(documents: Dataset) -> int:
+    return max(1, round(len(documents) * HELD_OUT_SHARE))
 
 
 def _blocks(
@@ -162,8 +177,13 @@ def train_on_texts(
     """
     name, config = training.name, training.config
     renderer = Renderer(load_tokenizer(training.base, config.model), config.template)
-    documents, counts = load(rows, renderer, config.data.max_bad_share, name=f"{name}'s texts")
-    blocks = packed_blocks(name, documents, training.settings, training.pad_id)
+    load, share = partial(load, renderer=renderer), config.data.max_bad_share
+    try_sample(rows, load, share, f"{name}'s texts")
+    documents, counts = load(rows, max_bad_share=share, name=f"{name}'s texts")
+    num_held_out = _num_held_out(documents)
+    train, drawn = split_groups(documents["group"][:], num_held_out, config.run.seed)
+    ordered = documents.select([*train, *drawn])
+    blocks = packed_blocks(name, ordered, training.settings, training.pad_id, len(drawn))
     trained = run_training(training, blocks)
     held_out = {
         f"{key}_{when}": numbers[key]

@@ -1,6 +1,8 @@
 """The base of reward and dpo: pairs of answers of which people preferred one."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,11 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.datasets.preferences import load_pairs
 from rlhf_ray.data.reading.counts import SkippedRows
-from rlhf_ray.data.reading.rows import Row, StoredRows
+from rlhf_ray.data.reading.draws import prompt_group, split_groups, try_sample
+from rlhf_ray.data.reading.rows import Row, StoredRows, unpack_row
 from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.errors import DataError
 from rlhf_ray.models import loading
 from rlhf_ray.models.token_logprobs import position_ids
 from rlhf_ray.runs.datasets import user_rows
@@ -92,15 +96,17 @@ def load_parts(
     renderer = Renderer(loading.load_tokenizer(tokenizer, config.model), config.template)
     data: dict[str, Dataset] = {}
     counts: dict[str, Counts] = {}
+    load = partial(
+        load,
+        renderer=renderer,
+        max_length=config.model.max_length,
+        overlong=config.data.overlong,
+    )
+    share = config.data.max_bad_share
     for part, rows in parts.items():
-        data[part], counts[part] = load(
-            rows,
-            renderer,
-            max_length=config.model.max_length,
-            overlong=config.data.overlong,
-            max_bad_share=config.data.max_bad_share,
-            name=f"{what} ({part.replace(HELD_OUT, 'held-out')})",
-        )
+        name = f"{what} ({part.replace(HELD_OUT, 'held-out')})"
+        try_sample(rows, load, share, name)
+        data[part], counts[part] = load(rows, max_bad_share=share, name=name)
     return data, counts
 
 
@@ -120,12 +126,23 @@ def _pair_rows(training: PairTraining) -> dict[str, StoredRows]:
 
 
 def split_rows(loaded: StoredRows, settings: PairsConfig, seed: int) -> dict[str, StoredRows]:
-    """Split the user's rows: the last of them are held out, the others are to train on."""
+    """Split the user's rows: a sample is held out, the others are to train on.
+
+    Raises:
+        DataError: one row is usable, which cannot be both.
+    """
     rows = loaded.table
+    if len(rows) == 1:
+        raise DataError(
+            "data.preferences holds 1 usable row; at least 2 are needed, as one is held out. Add "
+            "rows"
+        )
     num_held_out = min(settings.eval_rows, max(1, round(len(rows) * HELD_OUT_SHARE)))
-    cut = max(0, len(rows) - num_held_out)
-    train_rows = StoredRows(rows.select(range(cut)), loaded.skipped)
-    return _limited(train_rows, rows.select(range(cut, len(rows))), settings, seed)
+    stored: Any = rows  # datasets types a row as a dict or a list
+    groups = [prompt_group(unpack_row(row)) for row in stored]
+    train, held_out = split_groups(groups, num_held_out, seed)
+    train_rows = StoredRows(rows.select(train), loaded.skipped)
+    return _limited(train_rows, rows.select(held_out), settings, seed)
 
 
 def _limited(

@@ -35,11 +35,11 @@ def update(version: int, wrong: str = "") -> AdapterUpdate:
 
 
 class Decoder:
-    """A tokenizer that decodes token ids to their numbers."""
+    """A tokenizer that decodes token ids to their numbers, each with a space behind it."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         assert skip_special_tokens
-        return " ".join(map(str, ids))
+        return "".join(f"{token} " for token in ids)
 
 
 def request(version: int) -> ShardRequest:
@@ -69,7 +69,7 @@ class TestGenerator:
         for row, length, stopped in zip(rollouts, info.response_lengths, info.stopped, strict=True):
             assert len(row.response_ids) == len(row.rollout_logprobs) == length
             assert stopped == (row.finish_reason == "stop")
-            assert row.text == " ".join(map(str, row.response_ids.tolist()))
+            assert row.text == "".join(f"{token} " for token in row.response_ids)
         assert info.repeating == tuple(row.repeats_a_token for row in rollouts)
         assert info.distinct_bigrams == tuple(row.distinct_bigrams for row in rollouts)
 

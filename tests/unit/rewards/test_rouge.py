@@ -43,7 +43,27 @@ def test_by_hand(variant: str, text: str, f1: float) -> None:
 
 
 def test_words_of_any_script_without_case_or_signs() -> None:
-    assert words("Größe: 3.5 – naïve_x 日本") == ["größe", "3", "5", "naïve", "x", "日本"]
+    assert words("Größe: 3.5 – naïve_x 日本") == ["größe", "3", "5", "naïve", "x", "日", "本"]
+    assert words("हिन्दी में") == ["हिन्दी", "में"], "marks belong to their letters"
+    assert words("สวัสดี") == ["ส", "วั", "ส", "ดี"]
+    assert words("ラーメン、食べる") == list("ラーメン食べる")
+    assert words("한국어 문장") == ["한국어", "문장"], "Korean has spaces"
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "shared", "total"),
+    [
+        ("今天天气很好", "今天天气真好", 5, 12),
+        ("東京に行きます。", "東京へ行きます", 6, 14),
+        ("GPT很好", "GPT真好", 2, 6),
+        ("สวัสดีครับ", "สวัสดีค่ะ", 4, 13),
+    ],
+)
+def test_scripts_without_spaces_are_compared_by_characters(
+    text: str, reference: str, shared: int, total: int
+) -> None:
+    assert rouge("rouge1", text, reference) == pytest.approx(2 * shared / total)
+    assert rouge("rougeL", text, reference) == pytest.approx(2 * shared / total)
 
 
 def score(rollout: Rollout, **keys: Any) -> list[float | None]:
@@ -59,6 +79,14 @@ def test_of_several_references_the_best_counts(rollout: Callable[..., Rollout]) 
 @pytest.mark.parametrize("reference", [42, [7, 42], ("42",), "42"])
 def test_a_reference_of_any_plain_type(reference: Any, rollout: Callable[..., Rollout]) -> None:
     assert score(rollout("42", answer=reference), column="answer") == [1.0]
+
+
+def test_a_null_among_references_is_no_word(rollout: Callable[..., Rollout]) -> None:
+    assert score(rollout("None", answer=[None, "a"]), column="answer") == [0.0]
+    assert score(rollout("nan", answer=["a", float("nan")]), column="answer") == [0.0]
+    for nothing in ([None], float("nan"), [float("nan"), None]):
+        with pytest.raises(DataError, match=r"'answer', which is .*(None|nan).* for prompt 7"):
+            score(rollout("None", answer=nothing), column="answer")
 
 
 def test_no_reference_in_a_list_is_refused(rollout: Callable[..., Rollout]) -> None:

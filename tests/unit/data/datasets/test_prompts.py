@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,11 @@ def test_ids_are_those_of_a_source(tokenizer: PreTrainedTokenizerFast, tmp_path:
     sources = []
     for name in "ab":
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(f'{{"id": {n // 2}, "prompt": "{name}{n}"}}\n' for n in range(4)))
+        rows = (f'{{"id": {n // 2}, "prompt": "{name}{n // 2}"}}\n' for n in range(4))
+        path.write_text("".join(rows))
         sources.append(DataSource(path=str(path)))
     prompts, counts = load_prompts(load_rows(sources, "prompts"), Renderer(tokenizer), 8)
-    assert [prompt.text for prompt in prompts] == ["a0", "b0", "a2", "b2"]
+    assert [prompt.text for prompt in prompts] == ["a0", "b0", "a1", "b1"]
     assert [prompt.id for prompt in prompts] == ["0:0", "1:0", "0:1", "1:1"]
     assert [prompt.fields for prompt in prompts] == [{"id": 0}, {"id": 0}, {"id": 1}, {"id": 1}]
     assert counts == {"kept": 4, "repeated": 4}
@@ -58,8 +60,44 @@ def test_bad_rows_are_dropped_and_counted(tokenizer: PreTrainedTokenizerFast) ->
     assert [prompt.text for prompt in prompts] == ["abc", "abcd", "a", "b", "c", "d"]
     assert [prompt.id for prompt in prompts] == ["0", "2", "5", "6", "7", "8"]
     assert counts == {"kept": 6, "empty": 2, "overlong": 1}
-    with pytest.raises(DataError, match=r"my set: 3 of 9 rows .*empty: 2, overlong: 1"):
+    with pytest.raises(DataError, match=r"my set: 2 of 9 rows .*\(empty: 2\)"):
         load_prompts(rows, Renderer(tokenizer), 4, max_bad_share=0.2, name="my set")
+
+
+def test_long_prompts_are_left_out_and_not_bad(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "abcdef"}] * 9 + [{"prompt": "abc"}]
+    assert load_prompts(rows, Renderer(tokenizer), 4, max_bad_share=0.0)[1] == {
+        "kept": 1,
+        "overlong": 9,
+    }
+    with pytest.raises(DataError, match=r"none of 9 rows .*overlong: 9.*raise the length limit"):
+        load_prompts(rows[:9], Renderer(tokenizer), 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        (["gsm8k"] * 4, ["gsm8k", "gsm8k#1", "gsm8k#3"]),
+        ([""] * 4, ["0", "1", "2", "3"]),
+        ([" "] * 4, ["0", "1", "2", "3"]),
+        ([math.nan] * 4, ["0", "1", "2", "3"]),
+        ([None] * 4, ["0", "1", "2", "3"]),
+        ([1, 2, 3, 4], ["1", "2", "3", "4"]),
+        ([0, 0, 0, 0], ["0", "0#1", "0#3"]),
+        ([1, 1, 2, 2], ["1", "1#1", "2", "2#3"]),
+    ],
+)
+def test_an_id_that_different_prompts_share_identifies_none(
+    tokenizer: PreTrainedTokenizerFast, ids: list[object], kept: list[str]
+) -> None:
+    texts = ["a", "b", "a", "c"]
+    rows = [{"id": i, "prompt": text} for i, text in zip(ids, texts, strict=True)]
+    prompts, counts = load_prompts(rows, Renderer(tokenizer), 8)
+    assert [prompt.id for prompt in prompts] == kept
+    odd = sum("#" in prompt.id for prompt in prompts)
+    odd += 4 * (ids[0] in ("", " ") or ids[0] != ids[0])
+    assert counts.get("kept_without_identity", 0) == odd
+    assert counts["kept"] == len(kept)
 
 
 def test_truncation_keeps_the_end_and_the_text_agrees(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -110,6 +148,21 @@ def test_rows_that_the_template_refuses_are_counted(chatml: PreTrainedTokenizerF
     rows = [{"messages": [{"role": "user", "content": "why"}]}]
     with pytest.raises(DataError, match=r"template_refuses: the chat template refuses it: no"):
         load_prompts(rows, renderer, 100)
+
+
+def test_held_out_prompts_and_samples_are_drawn(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": f"q{number // 2}"} for number in range(200)]
+    prompts, _ = load_prompts(rows, Renderer(tokenizer), 8)
+    train, held_out = prompts.split(20, seed=0)
+    texts = [prompt.text for prompt in held_out]
+    assert (len(train), len(texts)) == (180, 20)
+    assert {prompt.text for prompt in train}.isdisjoint(texts)
+    assert 25 < sum(int(text[1:]) for text in texts) / 20 < 75
+    few = [prompt.id for prompt in prompts.sample(5, seed=0)]
+    more = [prompt.id for prompt in prompts.sample(10, seed=0)]
+    assert set(few) < set(more)
+    assert (len(few), few != ["0", "1", "2", "3", "4"]) == (5, True)
+    assert [prompt.id for prompt in prompts.sample(500, seed=0)] == [p.id for p in prompts]
 
 
 def test_a_part_of_the_prompts_is_a_view_of_them(tokenizer: PreTrainedTokenizerFast) -> None:

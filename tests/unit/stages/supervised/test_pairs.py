@@ -3,10 +3,16 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from rlhf_ray.config import resolve
+from rlhf_ray.config.data import DataSource
+from rlhf_ray.config.supervised import RewardConfig
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.reading.rows import StoredRows, batches
-from rlhf_ray.stages.supervised.pairs import _pair_rows
+from rlhf_ray.data.reading.sources import load_rows
+from rlhf_ray.errors import DataError
+from rlhf_ray.stages.supervised.pairs import _pair_rows, split_rows
 from rlhf_ray.stages.supervised.reward import RewardTraining
 from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN
 
@@ -36,6 +42,31 @@ def test_training_and_held_out_parts_contain_usable_rows_only(tmp_path: Path) ->
         TRAIN: (30, {"empty": 10, "over_max_pairs": 8}),
         HELD_OUT: (2, {}),
     }
+
+
+def test_one_pair_is_too_few(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match=r"data\.preferences holds 1 usable row; at least 2 "):
+        parts_of(tmp_path, [row])
+
+
+def test_the_held_out_pairs_are_a_sample_with_prompts_of_their_own(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n // 4}", "chosen": "a", "rejected": f"b{n}"} for n in range(400)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def held_out(seed: int) -> list[str]:
+        loaded = load_rows([DataSource(path=str(data))], "preferences")
+        parts = split_rows(loaded, RewardConfig(eval_rows=20), seed)
+        prompts = {part: [row["prompt"] for row in found.table] for part, found in parts.items()}
+        assert set(prompts[TRAIN]).isdisjoint(prompts[HELD_OUT])
+        assert len(prompts[HELD_OUT]) == 20
+        return prompts[HELD_OUT]
+
+    numbers = [int(prompt.removeprefix("q")) for prompt in held_out(0)]
+    assert 20 < sum(numbers) / 20 < 80  # the newest would be 97
+    assert held_out(0) == held_out(0)
+    assert held_out(0) != held_out(1)
 
 
 def test_without_usable_rows_both_parts_are_empty(tmp_path: Path) -> None:
