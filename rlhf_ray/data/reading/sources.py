@@ -69,7 +69,7 @@ def interleave(sizes: Sequence[int], weights: Sequence[float | None]) -> np.ndar
     """Return the rows that a mixture takes, in their order.
 
     Rows of each dataset keep their order and are spread evenly over the whole, so that any part of
-    it (such as the last rows, which are held out) has the same shares. No row is repeated: the
+    it has the same shares. No row is repeated: the
     first rows of each dataset are taken until one of the datasets is exhausted.
 
     Args:
