@@ -5,7 +5,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rlhf_ray.data.reading.counts import SkippedRows
 from rlhf_ray.data.reading.rows import Row, StoredRows
@@ -15,7 +15,7 @@ SAMPLE = 500
 
 
 def split_groups(
-    groups: Sequence[Hashable], num_held_out: int, seed: int
+    groups: Sequence[object], num_held_out: int, seed: int
 ) -> tuple[list[int], list[int]]:
     """Draw the rows that are held out; rows of one group stay together.
 
@@ -41,7 +41,7 @@ def split_groups(
         sizes = Counter(groups)
     order = list(sizes)
     random.Random(f"rows:{seed}").shuffle(order)
-    drawn: dict[Hashable, int] = {}
+    drawn: dict[object, int] = {}
     room = num_held_out
     for group in order:
         if sizes[group] <= room:
