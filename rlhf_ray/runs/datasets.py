@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.prompts import Prompts, load_prompts
-from rlhf_ray.data.quality import RowStats
 from rlhf_ray.data.reading.draws import try_sample
 from rlhf_ray.data.reading.formats import Use
 from rlhf_ray.data.reading.rows import Row, StoredRows
@@ -23,6 +22,7 @@ from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.runs.quality import RowStats
 from rlhf_ray.types import Prompt
 
 

@@ -14,7 +14,6 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.quality import TextStats, histogram
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
 from rlhf_ray.data.stack_exchange.archives import site_name, unpacked
@@ -23,6 +22,7 @@ from rlhf_ray.disk import unwritable_is_an_error
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.runs.quality import TextStats, histogram
 from rlhf_ray.stages.question_sets import SETS, set_of_question, to_markdown
 
 MEGABYTE = 2**20

@@ -1,7 +1,7 @@
 import pytest
 
-from rlhf_ray.data import quality
-from rlhf_ray.data.quality import LENGTH_BOUNDS, RowStats, TextStats
+from rlhf_ray.runs import quality
+from rlhf_ray.runs.quality import LENGTH_BOUNDS, RowStats, TextStats
 
 
 def test_counts_of_texts() -> None:
