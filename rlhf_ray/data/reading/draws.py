@@ -35,9 +35,9 @@ def split_groups(
         >>> split_groups("aabcd", 2, seed=1)
         ([0, 1, 4], [2, 3])
     """
-    sizes = Counter(groups)
+    sizes: Counter[object] = Counter(groups)
     if min(sizes.values(), default=0) > num_held_out or len(sizes) == 1:
-        groups = range(len(groups))
+        groups = list[object](range(len(groups)))
         sizes = Counter(groups)
     order = list(sizes)
     random.Random(f"rows:{seed}").shuffle(order)
