@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,33 @@ def write_atomically(path: Path, text: str) -> None:
     with unwritable_is_an_error(path):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def temporary_folder() -> Path:
+    """Return the folder for temporary files: TMPDIR, else the system's.
+
+    Raises:
+        ConfigError: none can be written.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"No folder for temporary files can be written (TMPDIR is "
+            f"{os.environ.get('TMPDIR', 'not set')}). Set TMPDIR to a folder of yours with free "
+            "space"
+        ) from error
+
+
+def takes_links(folder: Path) -> bool:
+    """Return whether a file system takes symbolic links; some network and FAT ones do not."""
+    probe = folder / f".link-{os.getpid()}"
+    try:
+        probe.symlink_to("nowhere")
+    except OSError:
+        return False
+    probe.unlink()
+    return True
 
 
 def is_private(folder: Path) -> bool:

@@ -65,15 +65,24 @@ class AdaptiveKL(FixedKL):
         if not math.isfinite(kl):
             raise DivergenceError(
                 f"KL of {num_samples} samples is {kl}, so the KL coefficient ({self.coef:g}) "
-                "cannot be updated: roll back and lower the learning rate"
+                "cannot be updated. Resume from the last commit with a lower ppo.learning_rate"
             )
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * num_samples / self.horizon
 
 
-def kl_controller(ppo: PpoConfig) -> FixedKL:
-    """Return the controller of a run: adaptive where the config sets a target."""
+def kl_controller(ppo: PpoConfig, adapted: float | None = None) -> FixedKL:
+    """Return the controller of a run: adaptive where the config sets a target.
+
+    Args:
+        ppo: the config.
+        adapted: coefficient that a resumed run had reached from the config's; None: it begins, or
+            its config has another one by now, which counts.
+    """
     target = ppo.kl_target or ppo.kl_target_per_token
     if target is None or ppo.kl_coef == 0:
         return FixedKL(ppo.kl_coef)
-    return AdaptiveKL(ppo.kl_coef, target, ppo.kl_horizon)
+    controller = AdaptiveKL(ppo.kl_coef, target, ppo.kl_horizon)
+    if adapted is not None:
+        controller.load_state_dict({"coef": adapted})
+    return controller

@@ -79,7 +79,7 @@ def dashboards(
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="CONFIG", help="Also check this config's paths on every node."),
+        typer.Argument(metavar="CONFIG", help="Also check this config's folder, models and data."),
     ] = None,
     overrides: Overrides = None,
     cluster: Annotated[
@@ -92,15 +92,19 @@ def doctor(
 ) -> None:
     """Check this machine, or every node of a Ray cluster, and say what to fix."""
     from rlhf_ray.doctor import preflight
+    from rlhf_ray.doctor.environment import check_environment
     from rlhf_ray.doctor.token_files import check_token_files
+
+    resolved = read_config(config, overrides) if config else None
 
     if not cluster:
         code = preflight.main(["--installed"])
-        typer.echo(preflight.format_table([check_token_files()]))
-        raise typer.Exit(code)
+        checks = [check_token_files(), *check_environment(resolved)]
+        typer.echo(preflight.format_table(checks))
+        is_broken = any(check.verdict == preflight.FAIL for check in checks)
+        raise typer.Exit(code or 2 * is_broken)
     from rlhf_ray.doctor import cluster as cluster_doctor
 
-    resolved = read_config(config, overrides) if config else None
     sections, is_healthy = cluster_doctor.run(resolved, min_bandwidth)
     for title, checks in sections:
         typer.echo(f"{title}:\n{preflight.format_table(checks)}")

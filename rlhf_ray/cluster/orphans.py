@@ -12,7 +12,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from rlhf_ray.cluster.process_identity import (
     is_visible,
     living_process,
 )
-from rlhf_ray.disk import is_private, make_private, write_atomically
+from rlhf_ray.disk import is_private, make_private, temporary_folder, write_atomically
 
 SHARED_MEMORY = "/dev/shm/"
 _OUR_NAMES = re.compile(
@@ -53,7 +52,7 @@ _RECORD = TypeAdapter(_Record)
 
 def records_folder() -> Path:
     """Return the folder of records, one for each user of the machine; it may not exist."""
-    return Path(tempfile.gettempdir()) / f"rlhf_ray-{os.getuid()}"
+    return temporary_folder() / f"rlhf_ray-{os.getuid()}"
 
 
 class ProcessRecord:

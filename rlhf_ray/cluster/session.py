@@ -21,11 +21,12 @@ import ray
 from ray._private import ray_constants
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
+from rlhf_ray.cluster.connection import require_cluster
 from rlhf_ray.cluster.life_signs import LIMIT
 from rlhf_ray.cluster.orphans import ProcessRecord, clean_up, records_folder
 from rlhf_ray.cluster.role_clients import LOOPBACK
 from rlhf_ray.config import Config
-from rlhf_ray.disk import make_private
+from rlhf_ray.disk import make_private, temporary_folder
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
@@ -42,6 +43,12 @@ _SLOW_STARTS = {
 }
 """Ray's own deadlines for its processes and for the workers of supervised stages. Its defaults are
 60 s; a busy machine takes longer."""
+
+SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
+LONGEST_SOCKET = "/session_2026-11-30_04-33-12_123456_4194304/sockets/plasma_store"
+"""The longest name of a socket below Ray's folder."""
+LONG_TMPDIR = 60
+"""Length of a temporary folder from which on sockets of vLLM and PyTorch in it may not fit."""
 
 RAY_PRINT_HANDLER = "ray_print_logs"
 """The handler with which Ray prints actors' output; Ray removes it by this name at shutdown."""
@@ -85,6 +92,33 @@ def dashboard_url() -> str | None:
     return f"http://{url}" if url else None
 
 
+def ray_folder() -> Path:
+    """Return a private folder for Ray's files whose path leaves room for the names of its sockets.
+
+    TMPDIR may be too long for that, such as a job's on Slurm; the next one is then another.
+
+    Raises:
+        ConfigError: no folder is short and writable.
+    """
+    refused = "none is short enough"
+    for base in (temporary_folder(), Path("/tmp"), Path("/var/tmp")):
+        folder = base / records_folder().name / "ray"
+        if len(os.fsencode(folder)) + len(LONGEST_SOCKET) > SOCKET_PATH_BYTES:
+            continue
+        try:
+            make_private(folder.parent)
+        except ConfigError as error:
+            refused = str(error)
+        else:
+            return folder
+    raise ConfigError(
+        f"No folder can hold Ray's sockets, whose paths have {SOCKET_PATH_BYTES} bytes at most. "
+        f"Tried TMPDIR ({temporary_folder()}), /tmp and /var/tmp: {refused}. Set TMPDIR to a "
+        f"writable folder with a path of {SOCKET_PATH_BYTES - len(LONGEST_SOCKET) - 25} bytes or "
+        "less"
+    )
+
+
 @contextmanager
 def _keep_sigterm_handler() -> Iterator[None]:
     """Restore this process's SIGTERM handler, which `ray.init` replaces by a bare exit.
@@ -122,13 +156,14 @@ def _connect(config: Config, joined: bool) -> None:
     }
     try:
         if joined:
+            require_cluster()
             ray.init(address="auto", **shared)
             return
         with _on_loopback():
             ray.init(
                 address="local",
                 # Ray's own folder, /tmp/ray, is writable by everybody, sessions and sockets too.
-                _temp_dir=str(make_private(records_folder()) / "ray"),
+                _temp_dir=str(ray_folder()),
                 num_cpus=num_logical_cpus(config),
                 include_dashboard=config.cluster.dashboard,
                 dashboard_host=LOOPBACK,
@@ -207,8 +242,13 @@ def role_environment(config: Config, joined: bool) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Ours renews by progress; a shorter one of vLLM's would end a slow start all the same.
         "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(LIMIT * config.cluster.start_timeout_s)),
+        **({} if joined or len(str(temporary_folder())) < LONG_TMPDIR else _short_tmpdir()),
         **config.cluster.env,
     }
+
+
+def _short_tmpdir() -> dict[str, str]:
+    return {"TMPDIR": str(ray_folder().parent)}
 
 
 class LogBatch(TypedDict):

@@ -69,7 +69,7 @@ class ClusterConfig(Section):
     def joins_cluster(self) -> bool:
         """Whether the run joins the Ray cluster that this process belongs to."""
         if self.mode == "auto":
-            return "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
+            return bool(os.environ.get("RAY_JOB_ID") or os.environ.get("RAY_ADDRESS"))
         return self.mode == "ray"
 
     @field_validator("env")

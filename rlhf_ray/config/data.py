@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, field_validator, model_validator
 from rlhf_ray.config.section import (
     PassThrough,
     Section,
+    adjustable,
     changeable,
     fixed,
     is_list,
@@ -176,7 +177,7 @@ class DataConfig(Section):
             raise ValueError("gives a weight to some sources only; give all of them one, or none")
         return sources
 
-    overlong: Literal["drop", "truncate", "error"] = fixed(
+    overlong: Literal["drop", "truncate", "error"] = adjustable(
         "drop", description="What to do with a prompt or text over its length limit."
     )
     max_bad_share: float = changeable(

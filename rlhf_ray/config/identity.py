@@ -1,6 +1,6 @@
 """The identity of a run: the config keys that must stay the same for it to resume."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -10,51 +10,106 @@ from rlhf_ray.config.root import Config
 from rlhf_ray.config.section import is_list, is_mapping
 from rlhf_ray.config.stages import STAGES
 
+Change = tuple[str, object, object]
+"""A key, its saved value, and its value now."""
+
 
 def differences(
-    saved: Mapping[str, object], config: Config, begun: Sequence[str]
-) -> list[tuple[str, object, object]]:
-    """Return the fixed keys of begun stages that changed, as (key, saved value, value now)."""
-    now = config.model_dump(mode="json")
-    sections = {section for stage in begun for section in STAGES[stage].sections}
-    changed: list[tuple[str, object, object]] = []
-    for key in fixed_keys(Config):
-        if key.partition(".")[0] not in sections:
-            continue
-        old, new = (_fixed_part(key, _look_up(values, key)) for values in (saved, now))
-        if old != new:
-            changed.append((key, old, new))
-    return changed
+    saved: Mapping[str, object], config: Config, begun: Collection[str]
+) -> list[Change]:
+    """Return the fixed keys of begun stages that changed."""
+    return [change for change in _changes(saved, config, _is_fixed) if _is_read(change[0], begun)]
 
 
-def fixed_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def adjustments(
+    saved: Mapping[str, object], config: Config, begun: Collection[str]
+) -> list[Change]:
+    """Return the changed keys of begun stages that may change, but not without a record."""
+    return [
+        change for change in _changes(saved, config, _is_recorded) if _is_read(change[0], begun)
+    ]
+
+
+def settled(
+    saved: Mapping[str, object], config: Config, changes: Sequence[Change], active: Collection[str]
+) -> dict[str, object]:
+    """Return the saved values that stay: the config says nothing of them, and nobody reads them.
+
+    Args:
+        saved: the run's saved config.
+        config: that of now.
+        changes: what `differences` and `adjustments` found.
+        active: stages that are requested, or begun and not finished.
+    """
+    now, defaults = (each.model_dump(mode="json") for each in (config, Config()))
+    return {
+        key: _look_up(saved, key)
+        for key, _, _ in changes
+        if not _is_read(key, active) and _look_up(now, key) == _look_up(defaults, key)
+    }
+
+
+def fixed_keys(model: type[BaseModel]) -> Iterator[str]:
     """Yield the dotted keys that are not declared changeable."""
+    return _keys(model, _is_fixed)
+
+
+def _changes(
+    saved: Mapping[str, object], config: Config, wanted: Callable[[FieldInfo], bool]
+) -> Iterator[Change]:
+    now = config.model_dump(mode="json")
+    for key in _keys(Config, wanted):
+        old, new = (_part(key, _look_up(values, key), wanted) for values in (saved, now))
+        if old != new:
+            yield key, old, new
+
+
+def _keys(
+    model: type[BaseModel], wanted: Callable[[FieldInfo], bool], prefix: str = ""
+) -> Iterator[str]:
+    """Yield the dotted keys that are wanted, and the lists of sections that may have such keys."""
     for name, field in model.model_fields.items():
-        if _may_change(field):
-            continue
+        is_list_of_sections = not prefix and any(sections_of(field.annotation))
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fixed_keys(field.annotation, f"{prefix}{name}.")
-        else:
+            if not _has(field, "may_change"):
+                yield from _keys(field.annotation, wanted, f"{prefix}{name}.")
+        elif wanted(field) or is_list_of_sections:
             yield prefix + name
 
 
-def _may_change(field: FieldInfo) -> bool:
+def _is_fixed(field: FieldInfo) -> bool:
+    return not _has(field, "may_change")
+
+
+def _is_recorded(field: FieldInfo) -> bool:
+    return _has(field, "recorded")
+
+
+def _has(field: FieldInfo, mark: str) -> bool:
     extra = field.json_schema_extra
-    return is_mapping(extra) and bool(extra.get("may_change"))
+    return is_mapping(extra) and bool(extra.get(mark))
 
 
-def _fixed_part(key: str, value: object) -> object:
-    """Return a list of sections without its changeable keys; any other value unchanged."""
+def _is_read(key: str, stages: Collection[str]) -> bool:
+    section, _, rest = key.partition(".")
+    dataset = rest.partition(".")[0]
+    if section == "data" and any(dataset in stage.datasets for stage in STAGES.values()):
+        return any(dataset in STAGES[stage].datasets for stage in stages)
+    return any(section in STAGES[stage].sections for stage in stages)
+
+
+def _part(key: str, value: object, wanted: Callable[[FieldInfo], bool]) -> object:
+    """Return a list of sections with the wanted keys alone; any other value unchanged."""
     if not is_list(value) or key not in Config.model_fields:
         return value
-    changeable = {
+    names = {
         name
         for section in sections_of(Config.model_fields[key].annotation)
         for name, field in section.model_fields.items()
-        if _may_change(field)
+        if wanted(field)
     }
     return [
-        {name: part for name, part in item.items() if name not in changeable}
+        {name: part for name, part in item.items() if name in names}
         for item in value
         if is_mapping(item)
     ]

@@ -7,6 +7,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from rlhf_ray.config.section import (
     PassThrough,
     Section,
+    adjustable,
     changeable,
     fixed,
     refuse_owned,
@@ -112,7 +113,7 @@ class ModelConfig(Section):
         description="RoPE scaling for longer sequences, in place of the base's, such as "
         "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}.",
     )
-    max_length: int = fixed(
+    max_length: int = adjustable(
         256, unit="tokens", gt=0, description="Longest sequence (prompt and response) of any stage."
     )
     kwargs: PassThrough = fixed({}, description="More arguments of from_pretrained.")

@@ -12,6 +12,7 @@ from rlhf_ray.config.section import (
     MOST_PROCESSES,
     PassThrough,
     Section,
+    adjustable,
     changeable,
     fixed,
     refuse_owned,
@@ -91,7 +92,7 @@ class CriticConfig(LearnerConfig):
     shape: ShapeConfig | None = changeable(
         None, description="Shape of critic.path, used only by the command plan; none: the policy's."
     )
-    learning_rate: float = fixed(1e-5, unit="–", gt=0, description="Constant learning rate.")
+    learning_rate: float = adjustable(1e-5, unit="–", gt=0, description="Constant learning rate.")
     lora: LoraConfig = fixed(
         LoraConfig(), description="Adapter; the value head is trained in full."
     )
@@ -154,8 +155,10 @@ class PpoConfig(Section):
     samples_per_prompt: int = fixed(
         1, unit="rollouts", ge=1, description="Rollouts of each prompt."
     )
-    epochs: int = fixed(4, unit="passes", ge=1, description="Passes over an iteration's rollouts.")
-    mini_batch_size: int = fixed(
+    epochs: int = adjustable(
+        4, unit="passes", ge=1, description="Passes over an iteration's rollouts."
+    )
+    mini_batch_size: int = adjustable(
         64, unit="rollouts", ge=1, description="Rollouts of an optimizer step, over all ranks."
     )
     max_tokens_per_micro_batch: int = changeable(
@@ -164,13 +167,13 @@ class PpoConfig(Section):
         ge=1,
         description="Most tokens (padding included) in one forward or backward pass.",
     )
-    learning_rate: float = fixed(
+    learning_rate: float = adjustable(
         1.4e-5, unit="–", gt=0, description="The policy's constant learning rate."
     )
     adam_epsilon: float = fixed(
         1e-5, unit="–", gt=0, description="Adam's epsilon; 1e-5 damps the first updates of PPO."
     )
-    max_grad_norm: float = fixed(
+    max_grad_norm: float = adjustable(
         1.0, unit="–", gt=0, description="Largest gradient norm; larger ones are clipped."
     )
     gamma: float = fixed(1.0, unit="–", ge=0, le=1, description="Discount factor.")
@@ -190,48 +193,51 @@ class PpoConfig(Section):
         "clip",
         description="clip, or module:name of a function with the signature of losses.policy_loss.",
     )
-    clip_range: float = fixed(
+    clip_range: float = adjustable(
         0.2,
         unit="–",
         gt=0,
         description="Clip range of the policy ratio; the lower one if clip_range_high is set.",
     )
-    clip_range_high: float | None = fixed(
+    clip_range_high: float | None = adjustable(
         None, unit="–", gt=0, description="Upper clip range of the ratio; none: clip_range."
     )
-    dual_clip: float | None = fixed(
+    dual_clip: float | None = adjustable(
         None,
         unit="–",
         gt=1,
         description="Bound on the ratio of tokens with negative advantage (dual clip); none: no "
         "bound.",
     )
-    importance_cap: float | None = fixed(
+    importance_cap: float | None = adjustable(
         None,
         unit="–",
         gt=0,
         description="Largest importance weight of a token: the learner's over the engine's "
         "probability; none: no weights.",
     )
-    entropy_coef: float = fixed(0.0, unit="1/nat", ge=0, description="Weight of the entropy bonus.")
-    value_clip_range: float = fixed(0.2, unit="–", gt=0, description="Clip range of values.")
-    kl_coef: float = fixed(
+    entropy_coef: float = adjustable(
+        0.0, unit="1/nat", ge=0, description="Weight of the entropy bonus."
+    )
+    value_clip_range: float = adjustable(0.2, unit="–", gt=0, description="Clip range of values.")
+    kl_coef: float = adjustable(
         0.2,
         unit="1/nat",
         ge=0,
-        description="Weight of the KL penalty; its initial value if adaptive.",
+        description="Weight of the KL penalty; its initial value if adaptive. A value changed on "
+        "resume replaces the adapted one.",
     )
-    kl_target: float | None = fixed(
+    kl_target: float | None = adjustable(
         6.0,
         unit="nats",
         gt=0,
         description="Target KL of a response for the adaptive controller; none: kl_coef is fixed, "
         "or follows kl_target_per_token.",
     )
-    kl_target_per_token: float | None = fixed(
+    kl_target_per_token: float | None = adjustable(
         None, unit="nats", gt=0, description="Target KL of a token; needs kl_target none."
     )
-    kl_horizon: int = fixed(
+    kl_horizon: int = adjustable(
         10_000, unit="rollouts", ge=1, description="Horizon of the adaptive controller."
     )
     kl_estimator: Literal["k1", "k2", "k3"] = fixed(
@@ -298,6 +304,14 @@ class PpoConfig(Section):
             raise ValueError(
                 f"ppo.kl_target {self.kl_target:g} and ppo.kl_target_per_token "
                 f"{self.kl_target_per_token:g} both control ppo.kl_coef; set one of them to null"
+            )
+        is_adaptive = (self.kl_target or self.kl_target_per_token) and self.kl_coef
+        if is_adaptive and self.batch_size >= 5 * self.kl_horizon:
+            raise ValueError(
+                f"ppo.batch_size {self.batch_size} is at least 5 times ppo.kl_horizon "
+                f"{self.kl_horizon}: a KL below its target lowers ppo.kl_coef by a fifth a "
+                "horizon, so one batch would make it zero or negative; set ppo.kl_horizon above "
+                f"{self.batch_size // 5}, or ppo.kl_target to null"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(

@@ -17,7 +17,8 @@ in `extends: other.yaml`, whose keys it overrides; `${NAME}` and `${NAME:-defaul
 from the environment.
 
 The column *resume* says whether the value *may change* when a run resumes, or is *fixed* once a
-stage that reads the key has begun. What other systems call these keys:
+stage that reads the key has begun. *recorded*: it may change, and a change is recorded in the run's
+`changes.jsonl`. What other systems call these keys:
 [other_names.md](other_names.md).
 """
 
@@ -98,6 +99,8 @@ def _class_name(entry: Schema) -> str:
 
 def _row(key: str, entry: Schema, sections: Schema) -> str:
     may_change = "may change" if entry.get("may_change") else "fixed"
+    if entry.get("recorded"):
+        may_change = "recorded"
     is_section = "$ref" in entry
     cells = (
         f"`{key}`",

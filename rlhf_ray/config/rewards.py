@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_ray.config.section import (
     PassThrough,
     Section,
+    adjustable,
     changeable,
     duplicates,
     fixed,
@@ -28,13 +29,15 @@ class SourceConfig(Section):
     """
 
     name: str = fixed("", pattern=r"^[\w.-]+$", description="Name in metrics; default: the type.")
-    weight: float = fixed(1.0, unit="–", description="Factor in the sum; negative for a penalty.")
+    weight: float = adjustable(
+        1.0, unit="–", description="Factor in the sum; negative for a penalty."
+    )
     baseline: float = fixed(0.0, unit="score", description="Subtracted from the raw score.")
-    scale: Literal["none", "running"] = fixed(
+    scale: Literal["none", "running"] = adjustable(
         "none",
         description="running: divide by the standard deviation of the run's raw scores so far.",
     )
-    clip: float | None = fixed(
+    clip: float | None = adjustable(
         None, unit="deviations", gt=0, description="Largest |score| after scaling; none: no limit."
     )
     on_bad_score: Literal["error", "skip"] = fixed(

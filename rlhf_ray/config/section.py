@@ -85,6 +85,15 @@ def changeable(default: T | EllipsisType, *, unit: str = "", **bounds: Unpack[Bo
     return _key(default, {"may_change": True}, unit, bounds)
 
 
+def adjustable(default: T | EllipsisType, *, unit: str = "", **bounds: Unpack[Bounds]) -> T:
+    """Declare a key that may change on resume though it changes what is computed.
+
+    It is what a run that goes wrong is steered by. Each change is recorded in the run's folder. The
+    arguments are those of `fixed`.
+    """
+    return _key(default, {"may_change": True, "recorded": True}, unit, bounds)
+
+
 def _key(default: object, extra: dict[str, JsonValue], unit: str, bounds: Bounds) -> Any:
     if unit:
         extra["unit"] = unit

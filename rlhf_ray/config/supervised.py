@@ -11,6 +11,7 @@ from rlhf_ray.config.section import (
     MOST_PROCESSES,
     PassThrough,
     Section,
+    adjustable,
     changeable,
     fixed,
     refuse_owned,
@@ -63,7 +64,7 @@ class SupervisedConfig(Section):
     batch_size: int = fixed(
         16, unit="sequences", ge=1, description="Global batch; for reward and dpo in pairs."
     )
-    learning_rate: float = fixed(1e-4, unit="–", gt=0, description="Peak learning rate.")
+    learning_rate: float = adjustable(1e-4, unit="–", gt=0, description="Peak learning rate.")
     scheduler: Literal["cosine", "linear", "constant"] = fixed(
         "cosine", description="Decay of the learning rate."
     )
@@ -259,7 +260,7 @@ class RewardConfig(PairsConfig, UnfreezeConfig):
 class DpoConfig(PairsConfig):
     """Direct preference optimisation of the SFT model, instead of a reward model and PPO."""
 
-    learning_rate: float = fixed(5e-5, unit="–", gt=0, description="Peak learning rate.")
+    learning_rate: float = adjustable(5e-5, unit="–", gt=0, description="Peak learning rate.")
     beta: float = fixed(
         0.1, unit="1/nat", gt=0, description="Strength of the pull towards the SFT model."
     )

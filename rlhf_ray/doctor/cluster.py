@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import ray
 
+from rlhf_ray.cluster.connection import require_cluster
 from rlhf_ray.cluster.nodes import alive_nodes, on_nodes
 from rlhf_ray.config import Config
 from rlhf_ray.doctor.bandwidth import measure
@@ -26,6 +27,7 @@ def run(config: Config | None, min_gbit_s: float) -> tuple[list[Section], bool]:
     Raises:
         PlacementError: no cluster can be reached.
     """
+    require_cluster()
     try:
         ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -10,6 +10,7 @@ import logging
 
 import ray
 
+from rlhf_ray.cluster.connection import require_cluster
 from rlhf_ray.cluster.nodes import alive_nodes, on_nodes
 from rlhf_ray.doctor.node_readings import NVIDIA_SMI_S, smallest_gpu_gb
 
@@ -19,6 +20,7 @@ NODES_TIMEOUT_S = NVIDIA_SMI_S + 5.0
 
 def main() -> None:
     """Join the cluster, read its nodes and print them."""
+    require_cluster()
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     nodes = alive_nodes()
     with_gpus = [node for node in nodes if node.entry["Resources"].get("GPU", 0)]

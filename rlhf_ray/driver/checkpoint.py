@@ -4,6 +4,7 @@
 ``state.json`` holds the rest and every file's digest; ``latest`` and ``best`` link to versions.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -45,6 +46,8 @@ class RunState:
     """Number of restarts of generators."""
     kl_coef: float = 0.0
     """KL coefficient of the next iteration."""
+    kl_coef_from: float | None = None
+    """``ppo.kl_coef`` from which it has adapted; None in commits of older versions."""
     gap_bound: float | None = None
     """Bound on the log-prob mismatch, nats per token; None until calibrated."""
     reward_moments: PlainMoments = field(default_factory=dict[str, Sequence[float]])
@@ -56,8 +59,15 @@ class RunState:
     best_score: float | None = None
     """Best held-out score so far."""
 
+    def adapted_kl_coef(self, given: float) -> float | None:
+        """Return the coefficient to continue with; None where the config's, ``given``, is new."""
+        is_same = self.kl_coef_from is None or self.kl_coef_from == given
+        return self.kl_coef if self.iteration and is_same else None
+
 
 STATE = "state.json"
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
+"""Errors of file systems without symbolic links, such as FAT or some network storage."""
 GROUPS = ("policy", "critic")
 
 
@@ -198,7 +208,12 @@ class Checkpoints:
         # A link cannot be changed in place; a new one renamed over it is there at every moment.
         temporary = self._folder / f".{name}"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(str(version), target_is_directory=True)
+        try:
+            temporary.symlink_to(str(version), target_is_directory=True)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            return  # the version is whole, and found without the link
         os.replace(temporary, self._folder / name)
 
     def _drop_old(self) -> None:

@@ -67,7 +67,7 @@ def prompt_reuse(num_drawn: int, num_prompts: int) -> Alarm | None:
         {"drawn": num_drawn, "prompts": num_prompts},
         f"The run will draw {num_drawn} prompts from a set of {num_prompts}: {passes:.1f} epochs. "
         "On repeated prompts a policy is more likely to exploit errors of the reward than to "
-        "improve; add prompts, or lower ppo.iterations",
+        "improve; lower ppo.iterations, or begin a new run with more prompts",
     )
 
 

@@ -79,9 +79,7 @@ class PpoLoop:
         )
         self._guards = Guards(config.guards, parts.recorder)
         self._whitens = _whitens(config)
-        self._kl = kl_controller(config.ppo)
-        if state.iteration:
-            self._kl.load_state_dict({"coef": state.kl_coef})
+        self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
         self._stop_requested = False
         self._at_end = state.iteration >= config.ppo.iterations
 
@@ -257,6 +255,7 @@ class PpoLoop:
             samples_generated=state.samples_generated + num_rollouts(batch),
             **self._generators_so_far(),
             kl_coef=self._kl.coef,
+            kl_coef_from=self._config.ppo.kl_coef,
             # A bound from the config is not saved: it must not outlive its key in the config.
             gap_bound=(
                 state.gap_bound if self._config.rollout.max_gap else self._mismatch_guard.bound

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import socket
 from urllib.parse import urlsplit
 
+from rlhf_ray.cluster.connection import head_problem
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.jobs.job_server import JobServer
 
@@ -55,8 +57,17 @@ def _require_reachable(address: str) -> None:
         url, port = urlsplit(address), urlsplit(address).port
     except ValueError as error:
         raise ConfigError(f"{address} is no address of a cluster: {error}") from None
+    if re.fullmatch(r"[^/@\s]+:\d+", address):  # a head's, which Ray turns into its dashboard's
+        if problem := head_problem(address):
+            raise PlacementError(
+                f"No head of a Ray cluster answers at {address}: {problem}. Give the dashboard's "
+                f"address with --address or in {ADDRESS_VARIABLES[0]}, for example "
+                f"http://head-node:8265, or unset {ADDRESS_VARIABLES[1]}; for a run on this "
+                "machine give its folder"
+            )
+        return
     if url.scheme not in ("http", "https") or url.hostname is None:
-        return  # a cluster's address, which Ray turns into its dashboard's
+        return  # another form of Ray's
     port = port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((url.hostname, port), CONNECT_TIMEOUT_S).close()

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -137,7 +137,7 @@ class Progress:
         self._stages = tuple(stages)
         shown: TextIO = stream or sys.stdout
         # rich takes FORCE_COLOR for a terminal, and a live bar would fill a job's log.
-        self._console = Console(
+        self._console = _LastingConsole(
             file=shown, highlight=False, soft_wrap=True, force_terminal=shown.isatty()
         )
         self._clock = clock
@@ -176,13 +176,21 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line, above the live bar where there is one."""
-        self._console.print(printable(redacted(text)), markup=False)
-        self._console.file.flush()
+        with suppress(OSError, ValueError):  # a stream of a caller's that is closed by now
+            self._console.print(printable(redacted(text)), markup=False)
+            self._console.file.flush()
 
     def _heading(self, name: str) -> str:
         if name not in self._stages:
             return name
         return f"[{self._stages.index(name) + 1}/{len(self._stages)}] {name}"
+
+
+class _LastingConsole(Console):
+    """A console on which a pipe without a reader ends nothing; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class _PlainView:

@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 from rlhf_ray.config import Config, dump
 from rlhf_ray.placement.hardware import GPU_KINDS
@@ -21,13 +22,9 @@ WIDTH = 100
 def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
     """Return the resolved config and the plan as text."""
     config = plan.config
-    rollouts = config.ppo.iterations * config.ppo.batch_size
-    steps = config.ppo.epochs * config.ppo.batch_size // config.ppo.mini_batch_size
     lines = [
         dump(config).rstrip(),
-        "",
-        f"{'role':<12}{'workers':>8}  what",
-        *(f"{role:<12}{count:>8}  {what}" for role, count, what in _what(config)),
+        *_roles(config),
         *_models(plan),
         *_trainings(plan),
         *_memory(plan),
@@ -37,8 +34,7 @@ def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
         "",
         f"stages: {', '.join(config.run.stages)}",
         f"folder: {Path(config.run.dir).absolute()}",
-        f"ppo: {config.ppo.iterations} iterations of {config.ppo.batch_size} rollouts "
-        f"({rollouts} in all), {steps} optimizer steps each",
+        *_ppo(config),
         *_verdict(plan, changes),
     ]
     return "\n".join(lines)
@@ -60,8 +56,8 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
         "seconds_per_iteration": time and {name: middle(ends) for name, ends in _all(time).items()},
         "seconds_range": time and {name: list(ends) for name, ends in _all(time).items()},
         "bytes_per_sync": plan.bytes_per_sync,
-        "days": middle(time.days) if time else None,
-        "days_range": list(time.days) if time else None,
+        "days": middle(time.days) if _has_days(time) else None,
+        "days_range": list(time.days) if _has_days(time) else None,
         "idle_gpu_hours": time.idle_gpu_hours if time else None,
         "layouts": [
             {
@@ -109,8 +105,35 @@ def _all(time: TimeEstimate) -> dict[str, tuple[float, float]]:
     return {**time.phases, "total": time.iteration}
 
 
+def _has_days(time: TimeEstimate | None) -> TypeGuard[TimeEstimate]:
+    """Return whether a time is known: not of prepare, nor of epochs over uncounted rows."""
+    return time is not None and time.days[1] > 0
+
+
+def _roles(config: Config) -> Iterator[str]:
+    """Yield the roles that the run has: none of PPO's in a run of supervised stages alone."""
+    stages = config.run.stages
+    needed = {"generator", "reward"} if "evaluate" in stages else set[str]()
+    rows = [row for row in _what(config) if "ppo" in stages or row[0] in needed]
+    if rows:
+        yield ""
+        yield f"{'role':<12}{'workers':>8}  what"
+    for role, count, what in rows:
+        yield f"{role:<12}{count:>8}  {what}"
+
+
+def _ppo(config: Config) -> Iterator[str]:
+    ppo = config.ppo
+    if "ppo" in config.run.stages:
+        yield (
+            f"ppo: {ppo.iterations} iterations of {ppo.batch_size} rollouts "
+            f"({ppo.iterations * ppo.batch_size} in all), "
+            f"{ppo.epochs * ppo.batch_size // ppo.mini_batch_size} optimizer steps each"
+        )
+
+
 def _what(config: Config) -> list[tuple[str, int, str]]:
-    """Return each role, its number of workers, and what they run."""
+    """Return each role of PPO, its number of workers, and what they run."""
     own_reference = config.reference.kind == "own"
     parallel = config.generators.tensor_parallel_size
     spread = f", over {parallel} GPUs each" if parallel > 1 else ""
@@ -171,6 +194,8 @@ _COLUMNS = {
 
 
 def _memory(plan: Plan) -> Iterator[str]:
+    if not plan.roles:
+        return
     unit = "GPU" if any(node.gpus for node in plan.nodes) else "process"
     columns = "".join(f"{name:>8}" for name in _COLUMNS)
     yield ""
@@ -216,13 +241,20 @@ def _time(plan: Plan) -> Iterator[str]:
     if time is None:
         return
     yield ""
+    if not _has_days(time):
+        yield "time of the run: not known"
+        return
     if time.phases:
         yield f"{'phase':<10}{'seconds of an iteration':>25}"
         for name, (best, worst) in _all(time).items():
             yield f"{name:<10}{f'{best:,.1f} to {worst:,.1f}':>25}"
         yield f"bytes of the adapter sent to each generator: {plan.bytes_per_sync:,}"
         yield f"idle GPU-hours of this layout: {time.idle_gpu_hours:,.0f}"
-    yield f"days of the run: {time.days[0]:,.2f} to {time.days[1]:,.2f}"
+    best, worst = time.days
+    if best < 0.1:
+        yield f"hours of the run: {24 * best:.2g} to {24 * worst:.2g}"
+    else:
+        yield f"days of the run: {best:,.2f} to {worst:,.2f}"
     yield "assumptions, at best and at worst:"
     yield from (f"  {assumption}" for assumption in _time_assumptions(plan))
 
@@ -241,9 +273,13 @@ def _layouts(layouts: list[Layout]) -> Iterator[str]:
 
 
 def _time_assumptions(plan: Plan) -> list[str]:
-    if plan.time is None:
+    if not _has_days(plan.time):
         return []
-    return [f"{name}: {best:g} to {worst:g}" for name, (best, worst) in ASSUMPTIONS.items()]
+    return [
+        f"{name}: {best:g} to {worst:g}"
+        for name, (best, worst) in ASSUMPTIONS.items()
+        if plan.time.phases or name.startswith("learners")
+    ]
 
 
 def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:

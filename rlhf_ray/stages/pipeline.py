@@ -1,20 +1,33 @@
 """A whole run: its stages in order, each once, resumed at the first unfinished one."""
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rlhf_ray.cluster.session import dashboard_url, ray_session
-from rlhf_ray.config import Config, dump
-from rlhf_ray.config.identity import differences
+from rlhf_ray.config import Config
+from rlhf_ray.config.identity import Change, adjustments, differences, settled
 from rlhf_ray.config.section import is_mapping
 from rlhf_ray.config.stages import STAGES
 from rlhf_ray.config.yaml_values import parsed
-from rlhf_ray.disk import full_disk_is_an_error, write_atomically
+from rlhf_ray.disk import (
+    full_disk_is_an_error,
+    temporary_folder,
+    unwritable_is_an_error,
+    write_atomically,
+)
 from rlhf_ray.doctor.inputs import files_of_roles, require_inputs
 from rlhf_ray.doctor.shared_files import require_same_files
 from rlhf_ray.errors import CheckpointError, ConfigError
+from rlhf_ray.observability.lasting_output import keep_output
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.trackers import tracking
 from rlhf_ray.runs.control import ControlFiles, reporting_status
@@ -27,8 +40,10 @@ def run(config: Config) -> Path:
     Raises:
         RlhfError: what a stage raised; finished stages stay finished.
     """
+    keep_output()
     folder = RunFolder(config)
-    open_run(folder)
+    temporary_folder()
+    open_run(folder, config.run.stages)
     require_inputs(config, [s for s in config.run.stages if not _finished(folder, s)])
     progress = Progress(config.run.stages)
     with ExitStack() as session:
@@ -61,8 +76,10 @@ def run_stage(config: Config, stage: str) -> object:
 
 def run_single(config: Config, stage: str) -> Path:
     """Run one stage as a command of its own, even if it is finished."""
+    keep_output()
     folder = RunFolder(config)
-    open_run(folder)
+    temporary_folder()
+    open_run(folder, [stage])
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
         control = session.enter_context(reporting_status(config.run.name, folder.path))
@@ -89,8 +106,13 @@ def _enter_ray(session: ExitStack, folder: RunFolder, progress: Progress) -> Non
         progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
 
 
-def open_run(folder: RunFolder) -> None:
+def open_run(folder: RunFolder, stages: Collection[str] = tuple(STAGES)) -> None:
     """Make the run's folder, or check that the run in it is this config's.
+
+    Args:
+        folder: the run's.
+        stages: the requested ones. What finished ones were run with stays in the saved config where
+            this config says nothing of it.
 
     Raises:
         CheckpointError: the folder holds another run's models, data or algorithm.
@@ -106,12 +128,15 @@ def open_run(folder: RunFolder) -> None:
         aside = folder.path.with_name(f"{folder.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.path.rename(aside)
         Progress().say(f"run.resume is never: the old run is now {aside}")
+    values = config.model_dump(mode="json")
+    adjusted: list[Change] = []
     if saved.is_file():
-        _require_same_run(folder, _read_saved(saved))
+        adjusted = _continue(folder, _read_saved(saved), stages, values)
     elif config.run.resume == "must":
         raise ConfigError(f"run.resume is must, and {folder.path} holds no run; check run.dir")
     folder.make()
-    write_atomically(saved, dump(config))
+    _record(folder, adjusted)
+    write_atomically(saved, yaml.safe_dump(values, sort_keys=False))
 
 
 def _read_saved(path: Path) -> Mapping[str, object]:
@@ -124,15 +149,45 @@ def _read_saved(path: Path) -> Mapping[str, object]:
     return saved
 
 
-def _require_same_run(folder: RunFolder, saved: Mapping[str, object]) -> None:
+def _continue(
+    folder: RunFolder, saved: Mapping[str, object], stages: Collection[str], values: dict[str, Any]
+) -> list[Change]:
+    """Refuse another run; return the adjustments to this one.
+
+    ``values``, the config that will be saved, takes over what finished stages were run with.
+    """
     begun = [stage for stage in STAGES if folder.has_begun(stage)]
-    if changes := differences(saved, folder.config, begun):
-        listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
+    active = [stage for stage in STAGES if stage in stages or folder.summary(stage) is None]
+    changes, adjusted = (find(saved, folder.config, begun) for find in (differences, adjustments))
+    kept = settled(saved, folder.config, [*changes, *adjusted], active)
+    if changed := [change for change in changes if change[0] not in kept]:
+        listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changed)
         raise CheckpointError(
             f"{folder.path} holds a run with another model, data or algorithm:\n{listed}\n"
             "Choose another run.name, set these back, or begin a new run with run.resume=never "
             "(the folder of the old one is renamed)"
         )
+    for key, value in kept.items():
+        *sections, name = key.split(".")
+        reduce(getitem, sections, values)[name] = value
+    return [change for change in adjusted if change[0] not in kept]
+
+
+def _record(folder: RunFolder, adjusted: Sequence[Change]) -> None:
+    """Append adjustments to changes.jsonl, and print them."""
+    if not adjusted:
+        return
+    done = [stage for stage in STAGES if folder.summary(stage) is not None]
+    record = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": done,
+        "changes": {key: {"before": old, "now": new} for key, old, new in adjusted},
+    }
+    path = folder.path / "changes.jsonl"
+    with unwritable_is_an_error(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    listed = "; ".join(f"{key} {old!r} -> {new!r}" for key, old, new in adjusted)
+    Progress().say(f"Changed on resume, recorded in {path.name}: {listed}")
 
 
 def _finished(folder: RunFolder, stage: str) -> bool:

@@ -21,6 +21,7 @@ from rlhf_ray.cluster.current_job import name_current_job
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.observability.lasting_output import keep_output
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.placement.layout import RUN_MODELS
@@ -43,6 +44,7 @@ def run(config: Config) -> Rehearsal | None:
         ConfigError: PPO is no stage of the run, or there is no model yet to rehearse with.
         RlhfError: whatever would fail in the run.
     """
+    keep_output()
     worst = worst_case(config)
     folder = Path(worst.run.dir)
     for path in (folder.parent, folder):

@@ -321,3 +321,20 @@ def test_samples_cost_the_time_of_all_gpus_that_the_actors_hold(tmp_path: Path) 
     cost = 1000 * 4 * 2.5 * record["timing_s/iteration"] / 3600 / 8
     assert record["cost/per_1000_samples"] == pytest.approx(cost)
     assert record["rollout/staleness"] == 0
+
+
+def test_a_changed_kl_coefficient_replaces_the_adapted_one(tmp_path: Path) -> None:
+    Harness(make_config(tmp_path, iterations=3)).run()
+    # The same coefficient again, then another one: the controller continues, then begins there.
+    Harness(make_config(tmp_path, iterations=4)).run()
+    Harness(make_config(tmp_path, iterations=5, kl_coef=0.9)).run()
+    Harness(make_config(tmp_path, iterations=6, kl_coef=0.9)).run()
+    last = Harness(make_config(tmp_path, iterations=7, kl_coef=0.4, kl_target=None))
+    last.run()
+    coefs = [record["objective/kl_coef"] for record in last.metrics()]
+    assert coefs[0] == 0.2
+    assert 0.2 not in coefs[1:4]
+    assert coefs[4] == 0.9
+    assert coefs[5] == pytest.approx(0.9, rel=0.03)
+    assert coefs[5] != 0.9, "it has adapted meanwhile"
+    assert coefs[6] == 0.4

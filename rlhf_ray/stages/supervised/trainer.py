@@ -156,6 +156,21 @@ class StageTrainer(Trainer):
         # The Trainer calls compute_metrics only where it has labels; ours reads none.
         return loss, numbers, torch.zeros_like(numbers)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, and apply the config's learning rate, which may have changed since."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        if checkpoint is None or optimizer is None or scheduler is None:
+            return
+        new = self.args.learning_rate
+        for group in optimizer.param_groups:
+            if group.get("initial_lr"):
+                group["lr"] *= new / group["initial_lr"]
+                group["initial_lr"] = new
+        scheduler.base_lrs = [new] * len(optimizer.param_groups)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
+
 
 def _num_rows(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))

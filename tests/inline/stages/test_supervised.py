@@ -78,6 +78,26 @@ def test_a_killed_stage_resumes_and_ends_as_if_never_killed(
         assert torch.equal(weight, expected[name]), name
 
 
+def test_a_learning_rate_changed_on_resume_is_the_one_that_is_used(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a linear schedule over 6 steps, step 4 has 3/6 of the peak left."""
+    few = {"steps": 6, "scheduler": "linear", "warmup_steps": 0, "trainer": {"save_steps": 3}}
+    with monkeypatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(Killed):
+            pretrain.run(make_run(pretrain=few | {"learning_rate": 1e-3}))
+    config = make_run(pretrain=few | {"learning_rate": 1e-5})
+    pretrain.run(config)
+    path = Path(config.run.dir) / "pretrain" / "metrics.jsonl"
+    records = map(json.loads, path.read_text().splitlines())
+    rates = {
+        record["step"]: record["learning_rate"] for record in records if "learning_rate" in record
+    }
+    expected = [1e-3, 1e-3 * 5 / 6, 1e-3 * 4 / 6, 1e-5 * 3 / 6, 1e-5 * 2 / 6, 1e-5 * 1 / 6]
+    assert [rates[step] for step in range(1, 7)] == pytest.approx(expected)
+
+
 def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,10 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from rlhf_ray.config import Config, load
-from rlhf_ray.config.identity import differences, fixed_keys
+from rlhf_ray.config.identity import adjustments, differences, fixed_keys, settled
 from rlhf_ray.config.stages import STAGES
 
 ALL = tuple(STAGES)[:-1]
@@ -93,3 +94,64 @@ def test_a_given_sft_model_belongs_to_what_was_trained_on_it() -> None:
         odd = changed("sft.path=/another/model", begun=(stage,))
         assert odd == [("sft.path", None, "/another/model")], stage
     assert changed("sft.path=/another/model", begun=("prepare", "pretrain")) == []
+
+
+ADJUSTABLE = (
+    "ppo.learning_rate=1e-6",
+    "critic.learning_rate=1e-6",
+    "ppo.epochs=1",
+    "ppo.mini_batch_size=16",
+    "ppo.max_grad_norm=0.5",
+    "ppo.clip_range=0.1",
+    "ppo.clip_range_high=0.3",
+    "ppo.dual_clip=3",
+    "ppo.value_clip_range=0.1",
+    "ppo.kl_coef=0.5",
+    "ppo.kl_target=3",
+    "ppo.kl_horizon=20000",
+    "ppo.entropy_coef=0.01",
+    "sft.learning_rate=1e-6",
+    "reward.learning_rate=1e-6",
+    "dpo.learning_rate=1e-6",
+    "pretrain.learning_rate=1e-6",
+    "data.overlong=truncate",
+    "model.max_length=300",
+)
+
+
+@pytest.mark.parametrize("override", ADJUSTABLE)
+def test_what_a_run_is_steered_by_may_change_and_is_recorded(override: str) -> None:
+    assert changed(override) == []
+    saved, key = Config().model_dump(mode="json"), override.partition("=")[0]
+    ((name, _, new),) = adjustments(saved, load(None, [override]), ALL)
+    assert (name, new) == (
+        key,
+        yaml.safe_load(override.partition("=")[2].replace("1e-6", "1.0e-6")),
+    )
+
+
+def test_a_sources_clip_and_scale_may_change_and_are_recorded() -> None:
+    saved = load(None, ["rewards=[{type: model}]"]).model_dump(mode="json")
+    now = load(None, ["rewards=[{type: model, clip: 2.0, scale: running}]"])
+    assert differences(saved, now, ALL) == []
+    ((key, _, new),) = adjustments(saved, now, ALL)
+    assert (key, new) == ("rewards", [{"weight": 1.0, "scale": "running", "clip": 2.0}])
+
+
+def test_a_dataset_matters_to_the_stages_that_read_it() -> None:
+    assert changed("data.eval.path=e.jsonl", begun=("sft", "reward")) == []
+    assert changed("data.eval.path=e.jsonl", begun=("sft", "ppo")) != []
+
+
+def test_values_of_stages_that_are_not_requested_stay_where_the_config_is_silent() -> None:
+    saved = load(None, ["prepare.posts=p.xml", "prepare.max_pairs=3"]).model_dump(mode="json")
+    changes = differences(saved, Config(), ("prepare",))
+    kept = {"prepare.posts": "p.xml", "prepare.max_pairs": 3}
+    assert settled(saved, Config(), changes, ("sft", "reward")) == kept
+    assert settled(saved, Config(), changes, ("prepare", "sft")) == {}, "requested again"
+    other = load(None, ["prepare.posts=q.xml"])
+    changes = differences(saved, other, ("prepare",))
+    assert settled(saved, other, changes, ("sft",)) == {"prepare.max_pairs": 3}
+    saved = load(None, ["model.path=m"]).model_dump(mode="json")
+    changes = differences(saved, Config(), ("pretrain",))
+    assert settled(saved, Config(), changes, ("sft",)) == {}, "a requested stage reads it"

@@ -31,3 +31,16 @@ def test_equal_float32_weights_need_nothing() -> None:
 def test_nothing_is_cut_off_by_default(precision: list[str]) -> None:
     rollout = load(None, precision).rollout
     assert (rollout.top_k, rollout.top_p) == (0, 1.0)
+
+
+@pytest.mark.parametrize("target", ["ppo.kl_target=6", "ppo.kl_target_per_token=0.1"])
+def test_a_batch_of_five_horizons_is_refused_because_the_coefficient_would_turn_negative(
+    target: str,
+) -> None:
+    other = [] if "per_token" not in target else ["ppo.kl_target=null"]
+    keys = [*other, target, "ppo.batch_size=640", "ppo.kl_horizon=128"]
+    with pytest.raises(ConfigError, match=r"batch_size 640 is at least 5 times ppo.kl_horizon 128"):
+        load(None, keys)
+    load(None, [*keys, "ppo.kl_horizon=129"])
+    load(None, [*keys, "ppo.kl_coef=0"])
+    load(None, ["ppo.batch_size=640", "ppo.kl_horizon=128", "ppo.kl_target=null"])

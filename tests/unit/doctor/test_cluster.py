@@ -14,6 +14,7 @@ def test_nodes_that_do_not_answer_are_reported_one_by_one(
 ) -> None:
     nodes = [ClusterNode(address, address, address) for address in ("10.0.0.1", "10.0.0.2")]
     silent = [Answer(node, None, "did not answer within 120 s") for node in nodes]
+    monkeypatch.setattr(cluster_doctor, "require_cluster", lambda: None)
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(cluster_doctor, "alive_nodes", lambda: nodes)

@@ -1,6 +1,7 @@
 """The plan of known jobs on known clusters: what fits, what does not, and why."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,30 @@ def test_a_shape_is_no_part_of_what_a_run_is() -> None:
 def test_parts_of_nothing_are_left_out() -> None:
     role = planned(STACKLLAMA, "3x8xA100-80GB").role("reference")
     assert set(memory_gb(role)) == {"libraries", "weights", "activations", "logits", "total"}
+
+
+@pytest.mark.parametrize(
+    ("path", "keys", "time"),
+    [
+        ("stackllama/sft.yaml", [], r"days of the run: 0\.49 to 1\.54"),
+        ("stackllama/prepare.yaml", [], "time of the run: not known"),
+        ("domain_pretraining.yaml", [], "time of the run: not known"),
+        ("domain_pretraining.yaml", ["pretrain.epochs=null"], r"hours of the run: 0?\.\d+ to"),
+    ],
+)
+def test_the_plan_of_supervised_stages_says_nothing_of_ppo(
+    path: str, keys: list[str], time: str
+) -> None:
+    plan = planned(path, "8xA100-80GB", *keys)
+    _, _, after = as_text(plan, [], []).partition("completions_every: 10")
+    assert re.search(time, after)
+    assert "days of the run: 0.00" not in after
+    for word in ("generator", "critic", "DeepSpeed", "ppo:", "rollouts (", "decoding"):
+        assert word not in after
+
+
+def test_the_plan_of_an_evaluation_lists_what_it_runs() -> None:
+    plan = planned("quickstart.yaml", "1xA100-80GB", "run.stages=[evaluate]")
+    _, _, after = as_text(plan, [], []).partition("completions_every: 10")
+    listed = [line.split()[0] for line in after.partition("\nmodel ")[0].splitlines() if line]
+    assert listed == ["role", "generator", "reward"]

@@ -1,0 +1,156 @@
+"""A folder is resumed by the advice of messages, and by the shipped configs one by one."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_ray.config import Config, load, resolve
+from rlhf_ray.config.identity import fixed_keys
+from rlhf_ray.config.load import keys
+from rlhf_ray.config.stages import STAGES
+from rlhf_ray.driver.guards import WATCHED, alarms, prompt_reuse
+from rlhf_ray.errors import CheckpointError
+from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.stages.pipeline import open_run
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "configs"
+
+
+def opened(folder: Path, *overrides: str, file: Path | None = None) -> Config:
+    """Open the run of a folder as the command run does."""
+    config = load(file, [*overrides, f"run.dir={folder}"])
+    open_run(RunFolder(config), config.run.stages)
+    return config
+
+
+def finish(folder: Path, *stages: str) -> None:
+    for stage in stages:
+        (folder / stage).mkdir(exist_ok=True)
+        (folder / stage / "summary.json").write_text("{}")
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+COMMAND = re.compile(r"#\s+rlhf-ray run (configs/\S+)(.*)")
+
+
+def test_the_configs_of_stackllama_run_in_one_folder_as_their_comments_say(tmp_path: Path) -> None:
+    run, done = tmp_path / "run", []
+    for name in ("prepare", "sft", "ppo_1_gpu", "ppo_1x8_a100"):
+        text = (CONFIGS / "stackllama" / f"{name}.yaml").read_text()
+        found = COMMAND.search(text)
+        assert found, name
+        file, overrides = ROOT / found[1], found[2].split()
+        config = opened(run, *overrides, file=file)
+        done += [stage for stage in STAGES if stage in config.run.stages]
+        finish(run, *done)
+        assert saved(run)["prepare"]["posts"] == "DUMP", "of which later configs say nothing"
+    assert {"prepare", "sft", "ppo", "evaluate"} <= set(done)
+    assert not (run / "changes.jsonl").exists()
+    config = load(ROOT / "configs/stackllama/prepare.yaml", [f"run.dir={run}"])
+    with pytest.raises(CheckpointError, match=r"prepare\.posts: 'DUMP' there, None now"):
+        open_run(RunFolder(config), config.run.stages)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_config_resumes_its_own_run(file: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        config = opened(tmp_path / "run", file=file)
+        finish(tmp_path / "run", *config.run.stages)
+
+
+def test_a_change_on_resume_is_recorded_and_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    opened(run)
+    finish(run, "prepare", "sft", "ppo")
+    opened(run, "ppo.learning_rate=1.0e-6", "ppo.kl_coef=0.5", "ppo.save_every=7")
+    (record,) = map(json.loads, (run / "changes.jsonl").read_text().splitlines())
+    assert record["changes"] == {
+        "ppo.learning_rate": {"before": 1.4e-5, "now": 1e-6},
+        "ppo.kl_coef": {"before": 0.2, "now": 0.5},
+    }
+    assert record["finished"] == ["prepare", "sft", "ppo"]
+    assert "ppo.learning_rate 1.4e-05 -> 1e-06" in capsys.readouterr().out
+    opened(run, "ppo.learning_rate=1.0e-6", "ppo.kl_coef=0.5")
+    assert len((run / "changes.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_refused_resume_records_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    opened(run)
+    finish(run, "ppo")
+    with pytest.raises(CheckpointError, match=r"ppo\.gamma"):
+        opened(run, "ppo.gamma=0.5", "ppo.kl_coef=0.5")
+    assert not (run / "changes.jsonl").exists()
+    assert saved(run)["ppo"]["kl_coef"] == 0.2
+
+
+HURT = {
+    "response/repeating_share": 0.9,
+    "response/distinct_bigrams": 0.1,
+    "objective/kl": -90.0,
+    "objective/entropy": 2.0,
+    "policy/ratio_exceeded": 3.0,
+    "val/ratio_minibatch_max": 99.0,
+    **dict.fromkeys(WATCHED, 1e9),
+}
+VALUES = {
+    "ppo.learning_rate": "1.0e-7",
+    "critic.learning_rate": "1.0e-7",
+    "ppo.kl_coef": "9.0",
+    "ppo.kl_target": "1.0",
+    "ppo.epochs": "1",
+    "ppo.mini_batch_size": "128",
+    "ppo.iterations": "3",
+    "guards.loss_spike.action": "rollback",
+    "rollout.engine_args": "{}",
+}
+"""What is done with each key that a guard's text names."""
+
+
+def test_the_remedies_of_every_guard_can_be_followed(tmp_path: Path) -> None:
+    found = alarms(resolve({}).guards, HURT, {name: [1.0] * 9 for name in WATCHED})
+    assert len(found) == 4
+    reuse = prompt_reuse(9, 1)
+    assert reuse is not None
+    known = set(keys())
+    run = tmp_path / "run"
+    opened(run, "ppo.batch_size=128")
+    finish(run, "ppo")
+    for alarm in [*found, reuse]:
+        named = set(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", alarm.text)) & known
+        for key in named:
+            opened(run, "ppo.batch_size=128", f"{key}={VALUES[key]}")
+
+
+FIXED_BUT_NAMED = {"ppo.advantage", "ppo.policy_loss"}
+"""Keys of functions that are refused before the first iteration."""
+
+
+@pytest.mark.parametrize("room", ["driver", "generators", "cluster", "observability", "jobs"])
+def test_no_message_of_a_running_ppo_names_a_key_that_is_fixed_by_then(room: str) -> None:
+    fixed = set(fixed_keys(Config)) - FIXED_BUT_NAMED
+    named: dict[str, set[str]] = {}
+    for file in (ROOT / "rlhf_ray" / room).rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        texts = [
+            node.value
+            for statement in ast.walk(tree)
+            if isinstance(statement, ast.Raise | ast.Return | ast.Call | ast.Assign)
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        for text in texts:
+            if found := set(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", text)) & fixed:
+                named.setdefault(file.name, set()).update(found)
+    assert named == {}
