@@ -145,6 +145,15 @@ class TestModelSource:
         assert self.chat(tokenizer, ended=False) == "<user>why<assistant>so"
         assert self.chat(tokenizer, max_length=3) == "so<|eos|>"  # the end is what is rated
 
+    def test_an_answer_that_the_template_cuts_is_read_as_it_was_sampled(
+        self, tokenizer: Any
+    ) -> None:
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "m.content", "m.content | replace('so', '')"
+        )
+        assert self.chat(tokenizer) == "<user>whyso<|eos|>"
+        assert self.chat(tokenizer, ended=False) == "<user>whyso"
+
     def test_a_chat_without_a_template_is_refused(self, tokenizer: Any) -> None:
         tokenizer.chat_template = None
         with pytest.raises(DataError, match="has no chat template, which rows with messages need"):

@@ -1,13 +1,21 @@
 """Spaces between a prompt and its answer, by tokenizers that put or drop one before each text."""
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from actors.generator import Generator
+from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.rendering.tokens import decode_after, encode, without_prefix
+from rlhf_ray.engines.fake import FakeEngine
+from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.models.stop_conditions import CONTEXT, StopConditions
+from rlhf_ray.types import Prompt, SampleRequest
 
 WORDS = ("▁Be", "▁be", "▁▁", "▁B", "▁b")
 CHAT = (
@@ -90,3 +98,25 @@ def test_a_prompt_that_ends_within_a_character(tokenizer: PreTrainedTokenizerFas
     ids = encode(tokenizer, ["é!"])[0]
     assert decode_after(tokenizer, ids[:1], ids[1:]).endswith("!")
     assert decode_after(tokenizer, [], ids) == "é!"
+
+
+@pytest.mark.parametrize("kind", ["prepend", "always", "first", "never"])
+def test_a_stop_string_may_begin_with_a_space(kind: str) -> None:
+    llama = sentencepiece(kind)
+    (given,) = encode(llama, ["Answer:"])
+    sampled = llama.convert_tokens_to_ids(["▁Be", "."])
+    spell = partial(decode_after, llama, given[-CONTEXT:])
+    stop, rule = StopConditions(9, (" Be",)), SamplingRule()
+    assert stop.finish_reason(sampled[:1], 9, rule, spell) == "stop"
+    assert StopConditions(9, ("  Be",)).finish_reason(sampled, 9, rule, spell) is None
+
+
+@pytest.mark.parametrize("kind", ["prepend", "always", "first", "never"])
+def test_a_rollout_reads_its_answer_with_the_space(kind: str) -> None:
+    llama = sentencepiece(kind)
+    (given,) = encode(llama, ["Answer:"])
+    ids = llama.convert_tokens_to_ids(["▁Be", "</s>"])
+    generator = Generator("generator-0", FakeEngine, lambda: llama)
+    request = SampleRequest(0, Prompt("0", "Answer:", tuple(given)), seed=0)
+    sampled = Sampled(np.array(ids), np.zeros(2, np.float32), "stop")
+    assert generator._rollout(request, sampled, 1).text == " Be"
