@@ -37,7 +37,9 @@ class FaultyExtension(AdapterExtension):
         """Serve as the honest one does, or with the planted fault."""
         applied = self._serve_instead(super().serve_merged, blob, peft_config)
         sent = load(blob)
-        merged = dict(self._merged_weights(sent, _scaling(peft_config)))
+        merged: TensorDict = {}
+        for _ in self._merged_weights(sent, json.loads(peft_config), merged):
+            pass
         return self._say(sent, applied, self._applied_in_weights(merged))
 
     def _serve_instead(self, serve: Any, blob: bytes, peft_config: str) -> dict[str, Any] | None:

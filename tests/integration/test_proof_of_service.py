@@ -16,6 +16,8 @@ import pytest
 import pytest_asyncio
 import torch
 from faulty_engine import LONG, TEMPERATURE, FaultyEngine
+from safetensors.torch import load_file, save_file
+from tiny_models import build_random
 from transformers import GenerationConfig
 
 from actors.generator import Generator
@@ -347,3 +349,41 @@ async def test_a_dead_engine_is_a_failure_of_its_actor(running: Setup) -> None:
         await running.generator.publish(await running.policy.zero_adapter(1))
     for file in held:  # of an engine that died outside of a run: nobody sweeps them
         file.unlink(missing_ok=True)
+
+
+def hub_checkpoint(kind: str, folder: Path, **shape: Any) -> str:
+    """A model whose files name no transformer before its modules, as the hub's gpt2 and bloom."""
+    model = build_random(kind, folder, ["why does the kettle leak?"], **shape)
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    save_file(bare, folder / "model.safetensors", {"format": "pt"})
+    return model
+
+
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 512}
+BARE = {
+    "gpt2": WIDE | {"n_embd": 64, "n_head": 2, "n_positions": 512},
+    "bloom": WIDE | {"n_head": 2},
+}
+
+
+@pytest.mark.parametrize(("kind", "shape"), BARE.items())
+async def test_weights_that_are_transposed_or_named_without_their_transformer_are_merged(
+    kind: str, shape: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    for name, value in {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    model = hub_checkpoint(kind, tmp_path / kind, **shape)
+    config = make_config("float32", "merged", 1)
+    setup = make_setup(config, model, FaultyEngine(engine_settings(config, model)))
+    await setup.generator.worker.call(Generator.start)
+    try:
+        await setup.prove()
+        move(setup.learner, seed=0)
+        await setup.publish(version=1)
+        assert (await setup.gap(version=1)).mean < 1e-3
+    finally:
+        await setup.generator.worker.call(Generator.stop)

@@ -7,7 +7,8 @@ computes with. vLLM has no public in-memory LoRA API, so this file uses its inte
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -45,7 +46,7 @@ class AdapterExtension:
 
         These are linear layers inside the blocks. Not embeddings and the output layer, where vLLM
         drops part of an adapter's effect (its issue 51594), nor fused experts, which the read-back
-        does not know.
+        does not know. Merging also needs their weights in the checkpoint, by these names.
         """
         runner = self.model_runner
         packed = getattr(runner.model, "packed_modules_mapping", {})
@@ -54,7 +55,10 @@ class AdapterExtension:
             for name, layer in runner.model.named_modules()
             if isinstance(getattr(layer, "base_layer", layer), LinearBase)
         }
-        return sorted({part.rpartition(".")[2] for name in names for part in _parts(name, packed)})
+        parts = {part for name in names for part in _parts(name, packed)}
+        if runner.lora_config is None:
+            parts &= {whole for name, _ in self._stored() if (whole := _whole(name, parts))}
+        return sorted({part.rpartition(".")[2] for part in parts})
 
     def serve_adapter(self, blob: bytes, peft_config: str) -> AppliedAdapter:
         """Serve an adapter through vLLM's LoRA layers."""
@@ -65,10 +69,11 @@ class AdapterExtension:
     def serve_merged(self, blob: bytes, peft_config: str) -> AppliedAdapter:
         """Merge an adapter into the engine's copy of the base, from the frozen base each time."""
         tensors, settings = load(blob), json.loads(peft_config)
-        merged = dict(self._merged_weights(tensors, _scaling(settings)))
+        merged: dict[str, torch.Tensor] = {}
         # Not model.load_weights: weight loaders are gone once a CPU engine has packed its layers.
         self.model_runner.reload_weights(
-            weights_iterator=iter(merged.items()), is_checkpoint_format=True
+            weights_iterator=self._merged_weights(tensors, settings, merged),
+            is_checkpoint_format=True,
         )
         return report(tensors, self._applied_in_weights(merged))
 
@@ -118,12 +123,17 @@ class AdapterExtension:
         return applied
 
     def _merged_weights(
-        self, tensors: TensorDict, scaling: float
+        self, tensors: TensorDict, settings: dict[str, Any], merged: TensorDict
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield checkpoint tensors of every layer that an adapted module is fused into.
 
         A fused layer (q, k and v in one) must be reloaded as a whole: with a part missing, vLLM
         computes with garbage (log-probs 16 nats off) and raises no error.
+
+        Args:
+            tensors: the adapter's.
+            settings: its PEFT config.
+            merged: gets each tensor under its name in the model, as outputs x inputs.
         """
         packed = getattr(self.model_runner.model, "packed_modules_mapping", {})
         adapted = {
@@ -131,28 +141,34 @@ class AdapterExtension:
         }
         reloaded = adapted | self._merged_modules  # the last adapter's modules return to the base
         self._merged_modules = adapted
+        dtype, scaling = self.model_runner.model_config.dtype, _scaling(settings)
+        transposed = bool(settings.get("fan_in_fan_out"))  # as GPT-2 stores its weights
+        for name, read in self._stored():
+            if (module := _whole(name, reloaded)) is None:
+                continue
+            weight, kind = read(), name.rpartition(".")[2]
+            down, up = (tensors.get(key) for key in _names(module))
+            if kind == "weight" and down is not None and up is not None:
+                delta = scaling * (up.float() @ down.float())
+                weight = weight.float() + (delta.T if transposed else delta)
+            weight = weight.to(dtype)
+            turned = transposed and kind == "weight"
+            merged[f"{module}.{kind}"] = weight.T if turned else weight
+            yield name, weight
+
+    def _stored(self) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+        """Yield the name of each tensor of the checkpoint, and a function that reads it."""
         for path in safetensors_files(self.model_runner.model_config.model):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)
-                    module = name.rpartition(".")[0]
-                    if module in reloaded:
-                        yield name, self._merge(name, file.get_tensor(name), tensors, scaling)
-
-    def _merge(
-        self, name: str, base: torch.Tensor, tensors: TensorDict, scaling: float
-    ) -> torch.Tensor:
-        dtype = self.model_runner.model_config.dtype
-        module, _, kind = name.rpartition(".")
-        down, up = (tensors.get(key) for key in _names(module))
-        if kind != "weight" or down is None or up is None:
-            return base.to(dtype)
-        return (base.float() + scaling * (up.float() @ down.float())).to(dtype)
+                    yield name, partial(file.get_tensor, name)
 
     def _applied_in_weights(self, merged: TensorDict) -> set[str]:
         """Return the modules whose merged weight is exactly what the engine's layer computes with.
 
         The weight is read by multiplying the identity matrix, because a CPU engine packs weights
-        into its own layout. Each output is one product plus zeros: exact in every data type.
+        into its own layout. Each output is one product plus zeros: exact in every data type. The
+        rows may be in another order, which vLLM changes in fused layers of Bloom and NeoX.
         """
         applied = set()
         model = self.model_runner.model
@@ -166,10 +182,23 @@ class AdapterExtension:
             eye = torch.eye(weights[0].shape[1], dtype=weights[0].dtype, device=device)
             fused = layer.quant_method.apply(layer, eye, None).T.cpu()
             held = fused.split([weight.shape[0] for weight in weights])
-            applied |= {
-                p for p, h, w in zip(parts, held, weights, strict=True) if torch.equal(h, w)
-            }
+            applied |= {p for p, h, w in zip(parts, held, weights, strict=True) if _same_rows(h, w)}
         return applied
+
+
+def _same_rows(held: torch.Tensor, sent: torch.Tensor) -> bool:
+    return torch.equal(held, sent) or torch.equal(held.unique(dim=0), sent.unique(dim=0))
+
+
+def _whole(name: str, modules: Set[str]) -> str | None:
+    """Return which of the modules a checkpoint's tensor belongs to.
+
+    Some checkpoints on the hub (gpt2, bloom) leave the name of the transformer out, with which the
+    names of all its modules begin.
+    """
+    module = name.rpartition(".")[0]
+    prefixes = ["", *sorted({f"{other.partition('.')[0]}." for other in modules})]
+    return next((p + module for p in prefixes if p + module in modules), None)
 
 
 def report(sent: TensorDict, applied: set[str]) -> AppliedAdapter:
