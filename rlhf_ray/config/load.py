@@ -33,6 +33,8 @@ MAX_PARENTS = 50
 _CONTAINERS = ("model_type", "dict_type", "list_type")
 """Errors of a text in place of a section, mapping or list: it may be the key of a service."""
 
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_UNCLOSED = re.compile(r"\$\{\w+(?::-[^}]*)?$")
 LONGEST_SHOWN = 200
 """Characters of a refused value that a message shows."""
 
@@ -183,7 +185,9 @@ def _interpolate(value: object, key: tuple[str, ...]) -> object:
             )
         return text
 
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", replace, value)
+    if unclosed := _UNCLOSED.search(value):
+        raise ConfigError(f"{'.'.join(key)}: {unclosed[0][:80]!r} lacks its closing brace")
+    return _VARIABLE.sub(replace, value)
 
 
 def _describe(detail: ErrorDetails) -> str:

@@ -16,7 +16,7 @@ from rlhf_ray.cluster.session import dashboard_url, ray_session
 from rlhf_ray.config import Config
 from rlhf_ray.config.identity import Change, adjustments, differences, settled
 from rlhf_ray.config.section import is_mapping
-from rlhf_ray.config.stages import STAGES
+from rlhf_ray.config.stages import STAGES, SUPERVISED
 from rlhf_ray.config.yaml_values import parsed
 from rlhf_ray.disk import (
     full_disk_is_an_error,
@@ -33,6 +33,9 @@ from rlhf_ray.observability.trackers import tracking
 from rlhf_ray.runs.control import ControlFiles, reporting_status
 from rlhf_ray.runs.folder import RunFolder, require_durable_folder
 
+MOST_SHOWN = 20
+"""Changed keys that a refusal lists."""
+
 
 def run(config: Config) -> Path:
     """Run the stages that are not finished; returns the run's folder.
@@ -44,7 +47,9 @@ def run(config: Config) -> Path:
     folder = RunFolder(config)
     temporary_folder()
     open_run(folder, config.run.stages)
-    require_inputs(config, [s for s in config.run.stages if not _finished(folder, s)])
+    pending = [stage for stage in config.run.stages if not _finished(folder, stage)]
+    require_inputs(config, pending)
+    _require_known_arguments(config, pending)
     progress = Progress(config.run.stages)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
@@ -66,6 +71,14 @@ def run(config: Config) -> Path:
                 return folder.path
         control.update(state="finished")
     return folder.path
+
+
+def _require_known_arguments(config: Config, stages: Sequence[str]) -> None:
+    for stage in stages:
+        if stage in SUPERVISED and (trainer := getattr(config, stage).trainer):
+            from rlhf_ray.stages.supervised.arguments import refuse_unknown_arguments
+
+            refuse_unknown_arguments(stage, trainer)
 
 
 def run_stage(config: Config, stage: str) -> object:
@@ -161,7 +174,10 @@ def _continue(
     changes, adjusted = (find(saved, folder.config, begun) for find in (differences, adjustments))
     kept = settled(saved, folder.config, [*changes, *adjusted], active)
     if changed := [change for change in changes if change[0] not in kept]:
-        listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changed)
+        lines = [f"  {key}: {old!r} there, {new!r} now" for key, old, new in changed[:MOST_SHOWN]]
+        if more := len(changed) - len(lines):
+            lines.append(f"  and {more} more")
+        listed = "\n".join(lines)
         raise CheckpointError(
             f"{folder.path} holds a run with another model, data or algorithm:\n{listed}\n"
             "Choose another run.name, set these back, or begin a new run with run.resume=never "

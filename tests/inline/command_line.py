@@ -30,6 +30,7 @@ PLANTED = "planted-s3cret"
 """The value of every secret in the environment of the run that went through every stage."""
 
 Refused = Callable[..., str]
+Ends = Callable[..., str]
 
 
 def command(*arguments: object) -> int:

@@ -264,7 +264,7 @@ def _rows(path: Path, on_read: Callable[[int], None]) -> Iterator[dict[str, str]
                     if num_rows % _REPORT_ROWS == 0:
                         on_read(file.tell())
             on_read(file.tell())
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: unknown encoding
         if num_rows:
             raise DataError(
                 f"{path} is broken or cut off after {num_rows} rows ({error}); unpack it again"

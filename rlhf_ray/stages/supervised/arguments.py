@@ -1,6 +1,7 @@
 """TrainingArguments of a supervised stage, from its section of the config."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -91,17 +92,17 @@ def _evaluations(settings: SupervisedConfig) -> Keywords:
     return {"eval_strategy": "steps", "eval_steps": settings.eval_every}
 
 
-def refuse_unknown_arguments(training: Training) -> None:
-    """Check the names in ``<stage>.trainer`` before any process is started.
+def refuse_unknown_arguments(stage: str, trainer: Mapping[str, object]) -> None:
+    """Check the names in ``<stage>.trainer`` before any stage or process is started.
 
     Raises:
         ConfigError: naming the unknown key and the nearest valid one.
     """
     known = [field.name for field in fields(TrainingArguments)]
-    for name in training.settings.trainer:
+    for name in trainer:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"{training.name}.trainer.{name} is not one of transformers.TrainingArguments{hint}"
+                f"{stage}.trainer.{name} is not one of transformers.TrainingArguments{hint}"
             )
