@@ -57,9 +57,11 @@ def fixed_keys(model: type[BaseModel]) -> Iterator[str]:
 def _changes(
     saved: Mapping[str, object], config: Config, wanted: Callable[[FieldInfo], bool]
 ) -> Iterator[Change]:
-    now = config.model_dump(mode="json")
+    now, defaults = (each.model_dump(mode="json") for each in (config, Config()))
     for key in _keys(Config, wanted):
-        old, new = (_part(key, _look_up(values, key), wanted) for values in (saved, now))
+        # A key that the run is older than: its default is what was done before there was the key.
+        old = _look_up(saved if _holds(saved, key) else defaults, key)
+        old, new = (_part(key, value, wanted) for value in (old, _look_up(now, key)))
         if old != new:
             yield key, old, new
 
@@ -113,6 +115,14 @@ def _part(key: str, value: object, wanted: Callable[[FieldInfo], bool]) -> objec
         for item in value
         if is_mapping(item)
     ]
+
+
+def _holds(values: object, key: str) -> bool:
+    """Return whether a key, or a section of it that is set to null, is given."""
+    first, _, rest = key.partition(".")
+    if not is_mapping(values):
+        return values is None
+    return first in values and (not rest or _holds(values[first], rest))
 
 
 def _look_up(values: Mapping[str, object], key: str) -> object:

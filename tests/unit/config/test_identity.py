@@ -78,10 +78,12 @@ def test_a_change_matters_once_a_stage_that_reads_it_has_begun() -> None:
     assert changed("model.path=x", begun=()) == []
 
 
-def test_a_key_that_the_saved_config_lacks_counts_as_changed() -> None:
+def test_a_key_that_is_newer_than_the_run_had_its_default() -> None:
     saved = Config().model_dump(mode="json")
     del saved["ppo"]["gamma"]
-    assert differences(saved, Config(), ALL) == [("ppo.gamma", None, 1.0)]
+    assert differences(saved, Config(), ALL) == []
+    now = load(None, ["ppo.gamma=0.5"])
+    assert differences(saved, now, ALL) == [("ppo.gamma", 1.0, 0.5)]
 
 
 def test_every_section_with_fixed_keys_is_read_by_a_stage() -> None:

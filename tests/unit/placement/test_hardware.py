@@ -116,6 +116,7 @@ def test_only_nodes_with_gpus_are_asked_for_their_memory(
 
     asked: list[str] = []
     entries = [entry("c", GPU=8), entry("head", CPU=4), entry("dead", GPU=8), entry("b", GPU=8)]
+    monkeypatch.setattr(live_nodes, "require_cluster", lambda: None)
     monkeypatch.setattr("ray.init", lambda **_: None)
     monkeypatch.setattr("ray.nodes", lambda: entries)
     monkeypatch.setattr(live_nodes, "on_nodes", answers)
