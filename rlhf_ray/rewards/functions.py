@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from rlhf_ray.config.rewards import FunctionSourceConfig
 from rlhf_ray.errors import DataError
@@ -20,10 +21,10 @@ class FunctionSource:
     def __init__(self, config: FunctionSourceConfig) -> None:
         self._config = config
         which = (config.name, config.function, config.signature)
-        self._function = (
-            UserFunction(*which, Blocking())
+        self._call = (
+            partial(UserFunction(*which).scores, run=Blocking())
             if config.in_process
-            else FunctionProcess(*which, config.timeout_s)
+            else FunctionProcess(*which, config.timeout_s).scores
         )
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
@@ -37,7 +38,7 @@ class FunctionSource:
         """Call the function; where it is late, call it for each response alone."""
         config = self._config
         try:
-            return await self._function.scores(*self._arguments(rollouts), len(rollouts))
+            return await self._call(*self._arguments(rollouts), len(rollouts))
         except LateError:
             prompts = ", ".join(dict.fromkeys(row.prompt.id for row in rollouts))
             alone = len(rollouts) == 1

@@ -13,21 +13,15 @@ Signature = Literal["trl", "verl", "openrlhf"]
 Run = Callable[[Callable[[], object]], Awaitable[object]]
 
 
-async def run_here(work: Callable[[], object]) -> object:
-    """Do the work in this thread."""
-    return work()
-
-
 class UserFunction:
     """A function of one of the known signatures; it may be async."""
 
-    def __init__(self, name: str, spec: str, signature: Signature, run: Run) -> None:
+    def __init__(self, name: str, spec: str, signature: Signature) -> None:
         """
         Args:
             name: the source's, for messages.
             spec: ``module:name`` or ``path/to/file.py:name``.
             signature: whose arguments it takes, and what it returns.
-            run: calls it, here or in a thread.
 
         Raises:
             ConfigError: the function cannot be loaded.
@@ -35,12 +29,17 @@ class UserFunction:
         self._function = load_function(spec, f"rewards: {name}")
         self._described = f"rewards: {name}: {spec}"
         self._signature = signature
-        self._run = run
 
     async def scores(
-        self, args: Sequence[object], named: Mapping[str, object], count: int
+        self, args: Sequence[object], named: Mapping[str, object], count: int, *, run: Run
     ) -> list[float | None]:
         """Return the scores of ``count`` responses; None where the function has none.
+
+        Args:
+            args: what the function takes by position.
+            named: what it takes by name; of TRL's arguments it takes those that it declares.
+            count: number of responses.
+            run: calls it in a thread without an event loop, as the function may run its own.
 
         Raises:
             RlhfError: the function raised or exited, or did not return scores.
@@ -48,26 +47,38 @@ class UserFunction:
         """
         if self._signature == "trl":
             named = self._taken(named)
-        result = await self._call(*args, **named)
+        result = await run(partial(self._call, *args, **named))
+        if inspect.isawaitable(result):
+            result = await self._awaited(result)
         if isinstance(result, dict):
             result = result.get("score" if self._signature == "verl" else "rewards", result)
         if self._signature == "verl":
             result = [result]
         return as_scores(result, count, self._described)
 
-    async def _call(self, *args: object, **named: object) -> object:
+    def _call(self, *args: object, **named: object) -> object:
         try:
-            result = await self._run(partial(self._function, *args, **named))
-            return await result if inspect.isawaitable(result) else result
+            return self._function(*args, **named)
+        except RlhfError:
+            raise
+        # No future takes a StopIteration, so the error is a message before it leaves this thread.
+        except BaseException as error:
+            raise self._failure(error) from None
+
+    async def _awaited(self, result: Awaitable[object]) -> object:
+        try:
+            return await result
         except (KeyboardInterrupt, asyncio.CancelledError, RlhfError):
             raise
-        # The user's own exception may not pickle, and so would never reach the driver; an exit
-        # would end this process.
         except BaseException as error:
-            raise RlhfError(
-                f"{self._described} raised {type(error).__name__}: {error} "
-                f"({users_line(error, self._function)})"
-            ) from None
+            raise self._failure(error) from None
+
+    def _failure(self, error: BaseException) -> RlhfError:
+        """Return an error's message: it may not pickle itself, and an exit would end the run."""
+        return RlhfError(
+            f"{self._described} raised {type(error).__name__}: {error} "
+            f"({users_line(error, self._function)})"
+        )
 
     def _taken(self, arguments: Mapping[str, object]) -> Mapping[str, object]:
         """Select TRL's arguments that the function takes."""

@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -111,6 +112,34 @@ async def meets(completions):
     while meets.calls < 2:
         await asyncio.sleep(0.01)
     return [1.0] * len(completions)
+
+def with_a_loop_of_its_own(completions):
+    return asyncio.run(slowly(completions))
+
+def stops(completions):
+    return [next(iter([]))]
+
+def arguments(completions):
+    return [float(len(sys.argv))] * len(completions)
+'''
+
+BESIDE = '''
+from __future__ import annotations
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+@dataclass
+class Row:
+    text: str
+
+def size(row):
+    return float(len(row.text))
+
+def pooled(completions):
+    """Looks its own module up, as pickle does, and imports one beside it."""
+    from helper_beside import bonus
+    with ProcessPoolExecutor(1) as pool:
+        return [bonus + size for size in pool.map(size, map(Row, completions))]
 '''
 
 
@@ -191,6 +220,7 @@ def test_by_module_name(file: Path, two: list[Rollout], monkeypatch: pytest.Monk
         ("broken_in_a_library", r"raised JSONDecodeError: .* \(.*my_rewards\.py, line 58\)"),
         ("leaves", r"raised SystemExit: 3 \(.*my_rewards\.py, line 61\)"),
         ("leaves_later", r"raised SystemExit: 0 \(.*my_rewards\.py, line 64\)"),
+        ("stops", r"raised StopIteration:  \(.*my_rewards\.py, line \d+\)"),
     ],
 )
 @pytest.mark.parametrize("in_process", [False, True])
@@ -216,6 +246,31 @@ def test_a_function_has_the_main_thread_of_one_process_of_its_own(
     config = FunctionSourceConfig(type="function", function=f"{file}:remembers")
     source = FunctionSource(config)
     assert [asyncio.run(source.score(two)) for _ in range(2)] == [[1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_a_function_may_run_an_event_loop(file: Path, two: list[Rollout], in_process: bool) -> None:
+    assert score(file, "with_a_loop_of_its_own", two, in_process=in_process) == [1.0, None]
+
+
+@pytest.mark.parametrize("name", ["beside.py", "datasets.py"])
+@pytest.mark.parametrize("in_process", [False, True])
+def test_a_file_is_a_module_with_others_beside_it_and_stands_for_no_library(
+    tmp_path: Path,
+    two: list[Rollout],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    in_process: bool,
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / name).write_text(BESIDE)
+    (tmp_path / "helper_beside.py").write_text("bonus = 1")
+    assert score(tmp_path / name, "pooled", two, in_process=in_process) == [4.0, 8.0]
+    assert not hasattr(importlib.import_module("datasets"), "pooled")
+
+
+def test_a_function_finds_no_arguments_of_ours(file: Path, two: list[Rollout]) -> None:
+    assert score(file, "arguments", two) == [1.0, 1.0]
 
 
 def test_async_calls_run_beside_each_other(file: Path, two: list[Rollout]) -> None:
