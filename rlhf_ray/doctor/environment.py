@@ -38,8 +38,9 @@ def check_temporary_folder() -> Check:
 def check_ray_address(config: Config | None) -> Check:
     """Check that the cluster that a run would join answers."""
     given = os.environ.get(VARIABLE)
-    if not given and not (config and config.cluster.joins_cluster):
-        return Check(VARIABLE, "not set: runs start Ray on this machine")
+    if not (config or Config()).cluster.joins_cluster:
+        state = f"{given}, not used (cluster.mode)" if given else "not set"
+        return Check(VARIABLE, f"{state}: runs start Ray on this machine")
     try:
         require_cluster()
     except RlhfError as error:

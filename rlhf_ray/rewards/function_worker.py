@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from rlhf_ray.errors import RlhfError
+from rlhf_ray.observability.lasting_output import keep_output
 from rlhf_ray.rewards.user_function import UserFunction
 
 PR_SET_PDEATHSIG = 1
@@ -96,6 +97,7 @@ def main(descriptor: int) -> None:
     """Serve calls until the socket is closed."""
     # Dies with the run, however that ends: nobody else would end a function that hangs.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    keep_output()  # a function that prints must not end a run whose output nobody reads
     connection = Connection(descriptor)
     name, spec, signature = connection.recv()
     try:

@@ -14,7 +14,12 @@ from rlhf_ray.cluster.session import LONGEST_SOCKET, SOCKET_PATH_BYTES, ray_fold
 from rlhf_ray.config import Config, load
 from rlhf_ray.disk import temporary_folder
 from rlhf_ray.doctor import environment
-from rlhf_ray.doctor.environment import check_environment, check_run_folder, check_temporary_folder
+from rlhf_ray.doctor.environment import (
+    check_environment,
+    check_ray_address,
+    check_run_folder,
+    check_temporary_folder,
+)
 from rlhf_ray.doctor.preflight import FAIL, NOTE, OK
 from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.errors import ConfigError
@@ -99,6 +104,15 @@ def test_a_dead_cluster_in_ray_address_is_a_failure(monkeypatch: pytest.MonkeyPa
     _, check = check_environment(None)
     assert (check.name, check.verdict) == ("RAY_ADDRESS", FAIL)
     assert "unset it and set cluster.mode=local" in check.remedy
+
+
+def test_a_dead_cluster_that_the_config_does_not_join_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    check = check_ray_address(load(None, ["cluster.mode=local"]))
+    assert check.verdict == OK
+    assert "127.0.0.1:1, not used (cluster.mode)" in check.reading
 
 
 def test_a_file_system_without_links_is_noted(

@@ -119,6 +119,11 @@ def with_a_loop_of_its_own(completions):
 def stops(completions):
     return [next(iter([]))]
 
+def prints(completions):
+    for _ in range(3):
+        print("scoring", flush=True)
+    return [1.0] * len(completions)
+
 def arguments(completions):
     return [float(len(sys.argv))] * len(completions)
 '''
@@ -267,6 +272,18 @@ def test_a_file_is_a_module_with_others_beside_it_and_stands_for_no_library(
     (tmp_path / "helper_beside.py").write_text("bonus = 1")
     assert score(tmp_path / name, "pooled", two, in_process=in_process) == [4.0, 8.0]
     assert not hasattr(importlib.import_module("datasets"), "pooled")
+
+
+def test_a_function_may_print_where_nobody_reads(file: Path, two: list[Rollout]) -> None:
+    ours, (reader, writer) = os.dup(1), os.pipe()
+    os.close(reader)
+    try:
+        os.dup2(writer, 1)
+        assert score(file, "prints", two) == [1.0, 1.0]
+    finally:
+        os.dup2(ours, 1)
+        os.close(ours)
+        os.close(writer)
 
 
 def test_a_function_finds_no_arguments_of_ours(file: Path, two: list[Rollout]) -> None:
