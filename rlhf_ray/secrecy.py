@@ -19,31 +19,55 @@ _ALWAYS = re.compile(
 """Words of a name whose value is secret, number or text."""
 _KEYS = re.compile(
     r"\bamz (signature|credential)\b|\b(api|access|secret|private|auth|signing|encryption|ssh"
-    r"|service|account|master|deploy) (keys?|tokens)\b"
+    r"|service|account|master|deploy) (keys?|tokens)\b|\bauth headers?\b|\bconnection string\b"
 )
 _LAST = re.compile(r"(token|auth|key|pass)$")
 _NOT_LAST = re.compile(
-    r"\b(eos|bos|pad|unk|sep|cls|mask|image|audio|video|stop|start|end|special|cache|sort|group|"
-    r"partition|primary|foreign|label|column|per|row|text|input|output|prompt|image|message|messages|"
-    r"answer|query|by) (token|key)$|(^| )(monkey|hotkey|bypass|compass)$"
+    r"\b(eos|bos|eot|eoi|boi|pad|unk|sep|cls|mask|image|audio|video|stop|start|end|special|next|new"
+    r"|chat|think|call|turn|cache|sort|group|partition|primary|foreign|public|registry|dict|id|index"
+    r"|label|column|columns|field|row|text|input|output|prompt|message|messages|content|role|turns"
+    r"|conversation|conversations|answer|response|query|question|reference|source|dataset|data|split"
+    r"|chosen|rejected|score|reward|per|by|fn|implicit) (token|key)$"
+    r"|(^| )(monkey|hotkey|pkey|bypass|compass|askpass|(first|forward|backward|num|single) pass)$"
 )
 _HARMLESS_ENDS = re.compile(
-    r" (file|path|dir|folder|env|mode|type|url|uri|sock|socket|host|port|method|timeout|s)$"
+    r" (file|path|dir|folder|env|mode|type|url|uri|sock|socket|host|port|method|timeout|s|ids|level"
+    r"|count|limit|budget|classification|name)$"
 )
+_HARMLESS_TEXT = re.compile(r"<.*>|\[\w+\]|\d+|true|false|yes|no|on|off", re.IGNORECASE | re.DOTALL)
+"""What a token or key never is: a special token of a tokenizer, a number, a switch."""
 
 _SHELLS = ("PWD", "OLDPWD")
 """The working folder, not a password."""
 
 _SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*-----|\Z)"
-    r"|\b(sk-(?=[\w-]*\d)[\w-]{16,}|hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}"
+    # Not sk-models-2024-final, as data of Slovak are called.
+    r"|\bsk-((proj|ant|or|svcacct)-|(?=[\w-]{0,99}\d)(?!([a-z]+|\d{1,8})(-([a-z]+|\d{1,8})){0,20}(?![\w-])))"
+    r"[\w-]{16,}"
+    r"|\b(hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}"
     r"|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}|A[KS]IA[A-Z0-9]{16}"
-    r"|AIza[\w-]{30,}|nvapi-[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
-    r"|(?<=\bBearer )\S{6,}|(?<=\bBasic )[A-Za-z0-9+/=]{8,}",
+    r"|AIza[\w-]{30,}|nvapi-[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
+    r"|(gsk|r8|npm|dckr_pat|dop_v1|[sr]k_live|[sr]k_test)_[A-Za-z0-9]{16,}"
+    r"|(xai|pplx|tvly|pypi)-(?=[\w-]*\d)[\w-]{24,}|ya29\.[\w-]{16,}|SG\.[\w-]{16,}\.[\w-]{16,})"
+    r"|(?<=hooks\.slack\.com/services/)\S+"
+    # In a sentence, "Bearer tokens" and "Basic questions" are words.
+    r"|(?<=\b(?i:bearer) )(?=\S*\d)\S{6,}|\A(?i:bearer) \S{6,}\Z"
+    r"|(?<=[\"'](?i:bearer) )[^\s\"']{6,}(?=[\"'])|(?<=\b(?i:authorization): )(?i:bearer|basic) \S+"
+    r"|(?<=\b(?i:basic) )(?=\S*(\d|[a-z][A-Z]))([A-Za-z0-9+/]{4})+"
+    r"([A-Za-z0-9+/]{2}(==|[A-Za-z0-9+/]=))?(?![\w+/=])",
     re.DOTALL,
 )
-_LOGIN = re.compile(r"(?<=://)[^/?#\s]+(?=@)")
-_PARAMETER = re.compile(r"(?<=[?&;])([\w.-]+)=([^&;#\s'\"]+)")
+_LOGIN = re.compile(
+    r"(?<=://)([^/?#\s:@]*:[^/?#\s]*|(?<!abfs://)(?<!abfss://)(?<!wasbs://)[^/?#\s]+)(?=@)"
+)
+"""In addresses of Azure's storage a container stands there."""
+_PARAMETER = re.compile(r"(?<=[?&;#])([\w.-]+)=([^&;#\s'\"]+)")
+_ASSIGNED = re.compile(
+    r"(?<![\w.-])(?P<name>[\w.-]+)(?P<sign>[\"']?\s*(=|:(?=[\s\"']))\s*[\"']?)"
+    r"(?P<value>(?=[^\s\"']{0,99}\d)[^\s\"',;&)}\]]{8,})"
+)
+"""``api_key: abcdefg1``, as texts of libraries quote headers, files and JSON."""
 
 _CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -78,15 +102,18 @@ def is_secret(name: str, value: object = "x") -> bool:
         return False
     if any(_ALWAYS.search(word) for word in words.split()) or _KEYS.search(words):
         return True
-    if not isinstance(value, str) or value.isdigit() or _NOT_LAST.search(words):
+    if not isinstance(value, str) or _HARMLESS_TEXT.fullmatch(value) or _NOT_LAST.search(words):
         return False
     return bool(_LAST.search(words)) or "token" in words.split()[:-1]
 
 
 def holds_secret(text: str) -> bool:
     """Return whether a text looks like a known kind of key, or is an address with a login."""
-    is_address = re.fullmatch(r"\w[\w+.-]*://\S+", text) is not None
-    return bool(_SHAPES.search(text)) or (is_address and _without_addresses(text) != text)
+    if _SHAPES.search(text):
+        return True
+    if re.fullmatch(r"\w[\w+.-]*://\S+", text):
+        return _without_addresses(text) != text
+    return _ASSIGNED.fullmatch(text) is not None and without_shapes(text) != text
 
 
 def redacted(text: str) -> str:
@@ -107,7 +134,12 @@ def printable(text: str) -> str:
 
 def without_shapes(text: str) -> str:
     """Return a text without what looks like a key, and without logins and keys in addresses."""
-    return _SHAPES.sub(HIDDEN, _without_addresses(text))
+
+    def hide(found: re.Match[str]) -> str:
+        name, sign, value = found.group("name", "sign", "value")
+        return f"{name}{sign}{HIDDEN}" if is_secret(name, value) else found.group()
+
+    return _ASSIGNED.sub(hide, _SHAPES.sub(HIDDEN, _without_addresses(text)))
 
 
 def _without_addresses(text: str) -> str:

@@ -177,27 +177,40 @@ def masked(value: Any, key: str = "", hidden: str = HIDDEN) -> Any:
     if is_mapping(value):
         if key == "env":
             return dict.fromkeys(value, hidden)
-        return {name: masked(item, _within(key, name), hidden) for name, item in value.items()}
+        return {
+            name: masked(item, _within(key, name, item), hidden) for name, item in value.items()
+        }
     if is_list(value):
         return [masked(item, key, hidden) for item in value]
     return without_shapes(value) if isinstance(value, str) else value
 
 
-def secret_keys(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of each key, at any depth, that holds a secret by its name or its value."""
+def secret_keys(
+    value: object, keys: tuple[str, ...] = (), name: str = ""
+) -> Iterator[tuple[str, ...]]:
+    """Yield the path of each key, at any depth, that holds a secret by its name or its value.
+
+    Args:
+        value: a value of the config, nested or not.
+        keys: where it stands.
+        name: the name that decides whether it is a secret.
+    """
     if is_mapping(value):
-        for name, item in value.items():
-            yield from secret_keys(item, (*keys, str(name)))  # YAML allows numbers as names
+        for key, item in value.items():  # YAML allows numbers as keys
+            yield from secret_keys(item, (*keys, str(key)), _within(name, key, item))
     elif is_list(value):
         for item in value:
-            yield from secret_keys(item, keys)
-    elif any(is_secret(key, 1) for key in keys[:-1]) or (keys and is_secret(keys[-1], value)):
-        if value not in (None, "", False, True):
-            yield keys
-    elif isinstance(value, str) and holds_secret(value):
+            yield from secret_keys(item, keys, name)
+    elif is_secret(name, value) or (isinstance(value, str) and holds_secret(value)):
         yield keys
 
 
-def _within(key: str, name: object) -> str:
-    """Return the name that decides for a nested value: ``credentials: {user: x}`` is secret."""
-    return key if key and is_secret(key, 1) else str(name)
+def _within(outer: str, name: object, value: object) -> str:
+    """Return the name that decides for a nested value; empty where none does.
+
+    ``credentials: {user: x}`` is secret. The names of columns and of a JSON schema's properties are
+    those of data: ``properties: {password: {type: string}}`` is not.
+    """
+    if outer == "columns" or (outer == "properties" and is_mapping(value)):
+        return ""
+    return outer if is_secret(outer, 1) else str(name)

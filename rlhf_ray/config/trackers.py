@@ -4,7 +4,14 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf_ray.config.section import Section, changeable, has_user_info, require_host, secret_keys
+from rlhf_ray.config.section import (
+    Section,
+    changeable,
+    has_user_info,
+    is_mapping,
+    require_host,
+    secret_keys,
+)
 from rlhf_ray.secrecy import holds_secret
 
 Samples = Literal["none", "local", "all"]
@@ -27,7 +34,7 @@ class WandbConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, values: object) -> object:
-        if secrets := [keys[-1] for keys in secret_keys(values)]:
+        if is_mapping(values) and (secrets := [keys[-1] for keys in secret_keys(values)]):
             raise ValueError(
                 f"may not contain {secrets[0]!r}, because the config is written to run.dir; "
                 "run `wandb login` or export WANDB_API_KEY"

@@ -69,11 +69,11 @@ def plain(value: object, where: str) -> object:
     Raises:
         ConfigError: it contains itself, is too large, or holds what is no number, text or list.
     """
-    return _plain(value, where, 0, itertools.count(1))
+    return _plain(value, where, (), itertools.count(1))
 
 
-def _plain(value: object, where: str, depth: int, count: Iterator[int]) -> object:
-    if depth > MAX_DEPTH:
+def _plain(value: object, where: str, keys: tuple[object, ...], count: Iterator[int]) -> object:
+    if len(keys) > MAX_DEPTH:
         raise ConfigError(
             f"{where} is nested more than {MAX_DEPTH} levels deep, or contains itself through an "
             "anchor"
@@ -84,29 +84,30 @@ def _plain(value: object, where: str, depth: int, count: Iterator[int]) -> objec
         )
     if is_mapping(value):
         return {
-            _plain(key, where, depth + 1, count): _plain(item, where, depth + 1, count)
+            _plain(key, where, (*keys, "a key"), count): _plain(item, where, (*keys, key), count)
             for key, item in value.items()
         }
     if is_list(value):
-        return [_plain(item, where, depth + 1, count) for item in value]
+        return [_plain(item, where, (*keys, i), count) for i, item in enumerate(value)]
     if problem := _problem_of(value):
-        raise ConfigError(f"{where} holds {problem}")
+        place = f" at {'.'.join(map(str, keys))}" if keys else ""
+        raise ConfigError(f"{where} holds {problem}{place}")
     return value
 
 
 def _problem_of(value: object) -> str | None:
-    """Return what is wrong with a single value, if anything."""
+    """Return what is wrong with a single value, if anything; not the value, maybe a secret."""
     if isinstance(value, str):
         if "\0" in value:
-            return f"the character NUL, in {value[:80]!r}"
+            return "the character NUL"
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            return f"half a character (a lone surrogate), in {value[:80]!r}"
+            return "half a character (a lone surrogate)"
         return None
     if isinstance(value, int) and abs(value) >= 2**63:
         return "an integer of more than 63 bits; no key takes one"
     if value is None or isinstance(value, int | float):
         return None
-    return f"a {type(value).__name__}, {str(value)[:80]!r}; write it in quotes if it is text"
+    return f"a {type(value).__name__} (text such as 2024-01-01 needs quotes)"
 
 
 def _problem(error: yaml.YAMLError) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -165,6 +166,8 @@ def _count_odd_lines(path: Path) -> int:
 
 
 def _started(spans: Sequence[Span], config: Path) -> datetime | None:
-    if spans:
-        return datetime.fromtimestamp(min(span.start_s for span in spans))
-    return datetime.fromtimestamp(config.stat().st_mtime) if config.exists() else None
+    with suppress(OSError, ValueError, OverflowError):  # no config.yaml; a time that is no date
+        return datetime.fromtimestamp(
+            min(span.start_s for span in spans) if spans else config.stat().st_mtime
+        )
+    return None

@@ -1,9 +1,11 @@
 """ROUGE: the overlap of a text with a reference (Lin 2004, aclanthology.org/W04-1013).
 
 Words are runs of letters and digits, in lower case; there is no stemming. In scripts that put no
-spaces between words, a character with its marks is a word.
+spaces between words, a character with its marks is a word. Characters composed of several equal
+the single ones.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,8 +18,12 @@ from rlhf_ray.types import Rollout
 
 _UNSPACED = "".join(
     rf"\p{{{script}}}"
-    for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
+    for script in (
+        *("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar"),
+        *("Tibetan", "Javanese", "Balinese", "Tai_Tham", "Tai_Le", "New_Tai_Lue", "Tai_Viet"),
+    )
 )
+_UNSPACED += "ーｰ"  # the mark of long vowels is of no script
 _WORD = regex.compile(rf"(?V1)[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]+")
 
 
@@ -30,7 +36,7 @@ def words(text: str) -> list[str]:
         >>> words("东京Tokyo")
         ['东', '京', 'tokyo']
     """
-    return _WORD.findall(text.lower())
+    return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def rouge_n(candidate: Sequence[str], reference: Sequence[str], n: int) -> float:

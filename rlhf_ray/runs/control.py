@@ -239,17 +239,18 @@ class ControlFiles:
     def _read(self) -> _Written:
         try:
             return _WRITTEN.validate_json(self._status.read_bytes())
-        except (ValidationError, IsADirectoryError) as error:
-            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "a folder"
-            raise ConfigError(
-                f"{self._status} is damaged ({what}). A driver that lives writes it again within "
-                f"{LIFE_SIGN_S:g} s; rlhf-ray report {self._status.parent} shows what the run has "
-                "done, and the run can be resumed"
-            ) from None
         except FileNotFoundError:
             raise ConfigError(
                 f"{self._status.parent} holds no run that was started: it has no "
                 f"{self._status.name}. For the runs of a cluster see rlhf-ray list"
+            ) from None
+        except (ValidationError, OSError) as error:
+            is_read = isinstance(error, ValidationError)
+            what = error.errors()[0]["msg"] if is_read else error.strerror
+            raise ConfigError(
+                f"{self._status} is damaged ({what}). A driver that lives writes it again within "
+                f"{LIFE_SIGN_S:g} s; rlhf-ray report {self._status.parent} shows what the run has "
+                "done, and the run can be resumed"
             ) from None
 
     def request(self, *, stop: bool = False, num_generators: int | None = None) -> None:

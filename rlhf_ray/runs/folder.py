@@ -45,7 +45,10 @@ class RunFolder:
         with unwritable_is_an_error(self.path):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.require_own()
-            if not any(self.path.iterdir()):
+            mode = self.path.stat().st_mode
+            # Files of a setgid folder that is closed to others go to a team, on purpose.
+            is_shared = mode & stat.S_ISGID and not mode & stat.S_IRWXO
+            if not (is_shared or any(self.path.iterdir())):
                 self.path.chmod(0o700)
 
     def require_own(self) -> None:
@@ -57,12 +60,15 @@ class RunFolder:
         if not os.path.exists(self.path):
             return
         found = self.path.stat()
-        if found.st_uid != os.getuid() and found.st_uid != _owner_of_new_files(self.path):
+        if found.st_uid == os.getuid() and not found.st_mode & stat.S_IWOTH:
+            return
+        new = _new_file(self.path)
+        if found.st_uid != os.getuid() and not (new and new.st_uid == found.st_uid):
             raise ConfigError(
                 f"run.dir {self.path} belongs to another user (uid {found.st_uid}, you are "
                 f"{os.getuid()}); set run.dir to a folder of yours, such as one inside it"
             )
-        if found.st_mode & stat.S_IWOTH:
+        if found.st_mode & stat.S_IWOTH and not (new and new.st_mode & stat.S_IWOTH):
             raise ConfigError(
                 f"run.dir {self.path} can be written by everybody (mode "
                 f"{stat.S_IMODE(found.st_mode):o}); set run.dir to a folder inside it, or chmod "
@@ -174,14 +180,15 @@ class RunFolder:
         return absolute(value)
 
 
-def _owner_of_new_files(folder: Path) -> int | None:
-    """Return whose files are that this process makes in a folder; None if it may make none.
+def _new_file(folder: Path) -> os.stat_result | None:
+    """Return owner and mode of a private file that this process makes; None if it may make none.
 
-    Network storage may keep root's files as nobody's, and containers map users.
+    Network storage may keep root's files as nobody's, containers map users, and where storage keeps
+    no modes, every file and folder may be written by everybody.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_uid
+            return os.fstat(file.fileno())
     except OSError:
         return None
 

@@ -48,11 +48,13 @@ def command(config: Config, models: Sequence[str] = (), further: Sequence[str] =
         DataError: no such model, or one whose weights are pickled.
         ConfigError: the models have different bases, or a key is among the arguments.
     """
-    if any(argument.startswith("--api-key") for argument in further):
-        raise ConfigError(
-            "--api-key would show the key to every user of this machine, in its list of processes; "
-            "export VLLM_API_KEY instead, which vLLM reads"
-        )
+    options = [argument.partition("=")[0].replace("_", "-") for argument in further]
+    for option, variable in (("--api-key", "VLLM_API_KEY"), ("--hf-token", "HF_TOKEN")):
+        if option in options:
+            raise ConfigError(
+                f"{option} would show the key to every user of this machine, in its list of "
+                f"processes; export {variable} instead, which vLLM reads"
+            )
     chosen = [find_model(config, name) for name in models] or policies(config)
     bases = list(dict.fromkeys(model.base for model in chosen))
     if len(bases) > 1:

@@ -1,6 +1,7 @@
 """Which names and texts are secrets, and what messages and terminals show of them."""
 
 import pickle
+import time
 
 import pytest
 
@@ -42,6 +43,9 @@ KEY = "sk-abc123DEF456ghi789jkl"
         "SENTRY_DSN",
         "SLACK_WEBHOOK",
         "X-Amz-Signature",
+        "X-Auth-Headers",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "USER_TOKEN",
     ],
 )
 def test_a_name_says_that_its_text_is_a_secret(name: str) -> None:
@@ -70,6 +74,21 @@ def test_a_name_says_that_its_text_is_a_secret(name: str) -> None:
         ("kl_target_per_token", "x"),
         ("password", None),
         ("signature", "trl"),
+        ("user_token", "<|user|>"),
+        ("mask_tokens_key", "[MASK]"),
+        ("end_of_turn_token", "x"),
+        ("token_ids", "x"),
+        ("token_level", "sum"),
+        ("reward_fn_key", "data_source"),
+        ("response_key", "x"),
+        ("dataset_key", "x"),
+        ("public_key", "x"),
+        ("forward_pass", "x"),
+        ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "YES"),
+        ("UCX_IB_PKEY", "0x7fff"),
+        ("SSH_ASKPASS", "/usr/bin/ksshaskpass"),
+        ("SECRET_NAME", "rlhf-ray-secrets"),
+        ("use_auth_token", "false"),
     ],
 )
 def test_what_only_sounds_like_a_secret_is_none(name: str, value: object) -> None:
@@ -92,6 +111,19 @@ def test_digits_are_a_password_but_no_token() -> None:
         "https://u:p@h/x",
         "https://t@h",
         "https://h/x?api_key=abc&a=1",
+        "https://h/x#access_token=abc",
+        "https://h/x?a=1#token=abc",
+        "https://hooks.slack.com/services/T000/B000/abc",
+        "abfs://user:password@account/a",
+        "authorization: bearer abcdefgh",
+        "curl -H 'Authorization: Basic dXNlcjpwYXNz'",
+        "{'Authorization': 'Bearer abcdefgh'}",
+        "send Basic dXNlcjpwYXNzd29yZA== with it",
+        "sk-proj-abcdefghijklmnopqrst",
+        "sk-ant-api03-abc-def_ghi",
+        "gsk_abcdefghijklmnopqr1",
+        "X-Api-Key: abcd1234",
+        "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG",
         "s3://key:x@bucket/a",
         "-----BEGIN RSA PRIVATE KEY-----\nabc",
     ],
@@ -110,6 +142,16 @@ def test_keys_and_logins_are_known_by_their_shape(text: str) -> None:
         "a@b",
         "task-abc-123456789",
         "sk-learn-tutorial-datasets",
+        "/data/sk-wikipedia-2024-01-dump",
+        "Basic questions about JavaScript are rated lower than Basic knowledge",
+        "Bearer authentication and Bearer tokens are explained",
+        "password: {password}",
+        "rewards/token_f1.py:token_f1_score2",
+        "token_f1.py:token_f1_score2",
+        "abfss://data@account.dfs.core.windows.net/a",
+        "a1" * 32,
+        "image@sha256:" + "a1" * 32,
+        "https://h/x?revision=0123456789abcdef&max_tokens=5",
         "a message with https://u:p@h in it",
     ],
 )
@@ -130,6 +172,32 @@ def test_a_secret_of_the_environment_reaches_no_message(
         assert not [line for line in secret.splitlines() if line in message]
     error = pickle.loads(pickle.dumps(RlhfError(f"x {secret}")))
     assert str(error) == "x ..."
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("{'api_key': 'abcdefg1', 'n': 2}", "{'api_key': '...', 'n': 2}"),
+        ('{"password": "hunter2hunter"}', '{"password": "..."}'),
+        (
+            "[line 2]: aws_secret_access_key = abcdefg1/x\nmore",
+            "[line 2]: aws_secret_access_key = ...\nmore",
+        ),
+        ("data.key: unknown key, got 12345678", "data.key: unknown key, got 12345678"),
+        ("stop_token: '<|end_1234|>'", "stop_token: '<|end_1234|>'"),
+    ],
+)
+def test_texts_of_libraries_are_shown_without_what_they_quote(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+@pytest.mark.parametrize(
+    "part", ["a=", "sk-", "?a", "Bearer ", "a.", "key: ", "A1", "://a:", "sk-1-"]
+)
+def test_a_long_text_is_looked_through_in_a_moment(part: str) -> None:
+    start = time.monotonic()
+    redacted(part * (50_000 // len(part)))
+    assert time.monotonic() - start < 5
 
 
 def test_the_working_folder_is_no_password(monkeypatch: pytest.MonkeyPatch) -> None:

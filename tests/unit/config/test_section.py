@@ -42,8 +42,20 @@ JUDGE = "type: judge, model: m, url: 'http://h/v1'"
         ("model.path='https://u:s3cret@h/model'", r"model\.path: a login or key stands here"),
         ("prepare.posts='https://u:s3cret@h/Posts.xml'", r"prepare\.posts: a login or key"),
         ("data.sft.path='s3://k:s3cret@bucket/a.jsonl'", r"data\.sft\.path: a login or key"),
+        (
+            f"rewards=[{{{JUDGE}, request: {{properties: {{password: s3cret}}}}}}]",
+            r"may not contain 'password'",
+        ),
+        (
+            f"rewards=[{{{JUDGE}, request: {{headers: ['X-Api-Key: s3cret-1']}}}}]",
+            r"may not contain 'headers'",
+        ),
+        ("data.sft.path='https://h/a.jsonl#token=s3cret'", r"data\.sft\.path: a login or key"),
         ("ppo.wandb_key=s3cret", r"ppo\.wandb_key: unknown key \(a str\)"),
         ("trackers.wandb=s3cret", r"trackers\.wandb: .*got a text of 6 characters"),
+        ("trackers.wandb=hf_s3crets3crets3crets3cret", r"got a text of 27 characters"),
+        ("ppo.password=!!binary czNjcmV0", r"ppo\.password: the value holds a bytes"),
+        ('ppo={token: [a, "s3cret\\0"]}', r"holds the character NUL at token\.1"),
         ("cluster.env=HF_TOKEN=s3cret", r"cluster\.env: .*got a text of"),
         ("rewards=s3cret", r"rewards: .*got a text of"),
         ("nothing={x: [s3cret]}", r"nothing: unknown key \(a dict\)"),
@@ -76,14 +88,21 @@ def test_neither_a_yaml_error_nor_a_bad_override_repeats_its_text(tmp_path: Path
 
 
 def test_what_only_sounds_like_a_secret_is_taken() -> None:
-    request = "{stop_token_ids: [1], skip_special_tokens: false, user: secret agent}"
+    schema = "{properties: {password: {type: string}, key: {type: string}}, required: [password]}"
+    request = (
+        "{stop_token_ids: [1], skip_special_tokens: false, user: secret agent, "
+        f"response_format: {{json_schema: {{schema: {schema}}}}}}}"
+    )
     config = load(
         None,
         [
-            f"rewards=[{{{JUDGE}, request: {request}}}]",
+            f"rewards=[{{{JUDGE}, system: Basic questions and Bearer tokens, request: {request}}}]",
             "model.kwargs={token: true}",  # the login of this machine
             "rollout.engine_args={max_num_batched_tokens: 64}",
             "trackers.mlflow={tracking_uri: 'sqlite:///a@b.db'}",
+            "data.sft={path: a.jsonl, columns: {key: answer, token: tok, password: pw}}",
+            "cluster.env={HF_HUB_DISABLE_IMPLICIT_TOKEN: 'true', UCX_IB_PKEY: '0x7fff'}",
+            "prepare.posts=data/sk-wikipedia-2024-01-dump/Posts.xml",
         ],
     )
     assert config.model.kwargs == {"token": True}

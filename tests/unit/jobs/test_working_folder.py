@@ -80,24 +80,26 @@ KEYS = [
     *("cert.p12", "Server.PEM", "prod.env", ".envrc"),
     *("my-service-account.json", "client_secret_1.json", ".ray-token-4711", "hf_token.txt"),
     *(".netrc", "state.tfstate", "kubeconfig.yaml", ".vault-token"),
-    *("Credentials.json",),
+    *("Credentials.json", "credentials.toml", "kaggle.json", "passwords.txt"),
 ]
 
 
 def test_keys_stay_and_are_named(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    write(work, "tokenizer.py", "secrets.py", "environment.yaml", "keys.md", *KEYS)
+    kept = {"tokenizer.py", "secrets.py", "environment.yaml", "keys.md", "credentials.py"}
+    kept |= {"vocabulary/tokens.txt", "added_tokens.txt", "password_questions.txt"}
+    write(work, *kept, *KEYS)
     (work / "deploy").write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{'b3BlbnNzaC1rZXk' * 3}\n")
     (work / "sa.json").write_text(
         '{"private_key": "-----BEGIN PRIVATE KEY-----\\n' + "MIIEvQIBADANBg" * 3 + '"}'
     )
     (work / "parser.py").write_text('KEY = re.compile("-----BEGIN [A-Z ]*PRIVATE KEY-----")')
     found = contents(work)
-    kept = {"tokenizer.py", "secrets.py", "environment.yaml", "keys.md", "parser.py"}
+    kept.add("parser.py")
     assert {str(path) for path in found.sizes} == kept
     assert set(packed(work, tmp_path / "a.zip")) == kept
     assert {str(path) for path in found.withheld} == {*KEYS, "deploy", "sa.json"}
-    assert "5 files travel, 0.0 MB" in str(found)
+    assert f"{len(kept)} files travel, 0.0 MB" in str(found)
     assert f"{len(KEYS) + 2} files stay here, as they hold keys: " in str(found)
 
 

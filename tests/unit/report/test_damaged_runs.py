@@ -72,6 +72,14 @@ def test_a_folder_in_place_of_a_file_is_named(run_dir: Path) -> None:
     assert "<li>ppo/metrics.jsonl: cannot be read" in build(run_dir).read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("microseconds", [9e17, -9e17])
+def test_a_trace_from_no_date_is_drawn(run_dir: Path, microseconds: float) -> None:
+    span = {"ph": "X", "name": "a", "tid": 1, "args": {}, "ts": microseconds, "dur": 1}
+    (run_dir / "trace.json").write_text(f"[\n{json.dumps(span)}\n]\n")
+    assert "<li>" not in build(run_dir).read_text()
+
+
 ODD = (None, "text", float("nan"), [1], {"a": {}}, "\ud800")
 
 

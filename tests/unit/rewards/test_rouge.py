@@ -1,6 +1,7 @@
 """ROUGE's F1, worked by hand."""
 
 import asyncio
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,12 @@ def test_scripts_without_spaces_are_compared_by_characters(
 ) -> None:
     assert rouge("rouge1", text, reference) == pytest.approx(2 * shared / total)
     assert rouge("rougeL", text, reference) == pytest.approx(2 * shared / total)
+
+
+def test_equal_texts_of_other_code_points_are_equal() -> None:
+    for text in ("café déjà vu", "がぎぐ", "한국어"):
+        assert rouge("rougeL", unicodedata.normalize("NFD", text), text) == 1
+    assert words("コーヒーabc ㄅㄆ ꀀꀁ") == ["コ", "ー", "ヒ", "ー", "abc", "ㄅ", "ㄆ", "ꀀ", "ꀁ"]
 
 
 def score(rollout: Rollout, **keys: Any) -> list[float | None]:

@@ -41,6 +41,13 @@ def test_a_damaged_status_is_one_message(run: Path, text: bytes) -> None:
     assert find_run(str(run), None).status().state == "running"
 
 
+def test_a_status_that_cannot_be_read_is_one_message(run: Path) -> None:
+    (run / "status.json").unlink()
+    (run / "status.json").symlink_to("status.json")
+    with pytest.raises(ConfigError, match=r"status\.json is damaged \(Too many levels"):
+        find_run(str(run), None).status()
+
+
 def test_fields_of_another_kind_are_named_and_the_rest_is_shown(run: Path) -> None:
     written = json.loads((run / "status.json").read_text())
     generator = {"name": "generator-0", "state": "ready", "version": 1, "restarts": 0}

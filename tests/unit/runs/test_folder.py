@@ -33,6 +33,32 @@ def test_a_folder_that_holds_something_keeps_its_mode(tmp_path: Path) -> None:
     assert mode(empty) == 0o700
 
 
+def test_an_empty_setgid_folder_stays_open_to_its_group_and_to_nobody_else(tmp_path: Path) -> None:
+    for before, after in ((0o2770, 0o2770), (0o2750, 0o2750), (0o2775, 0o2700), (0o750, 0o700)):
+        team = tmp_path / f"{before:o}"
+        team.mkdir()
+        team.chmod(before)
+        open_run(folder_at(team))
+        assert mode(team) & 0o777 == after & 0o777, f"{before:o}"
+
+
+def test_a_folder_on_storage_without_modes_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of Windows or some network storage, where files and folders all have mode 0777."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    folder.chmod(0o777)
+    file_status = os.fstat
+
+    def without_modes(descriptor: int) -> os.stat_result:
+        mode, *rest = file_status(descriptor)
+        return os.stat_result((mode | 0o777, *rest))
+
+    monkeypatch.setattr("os.fstat", without_modes)
+    folder_at(folder).require_own()
+
+
 @pytest.mark.parametrize("holds", [True, False])
 def test_a_folder_that_everybody_can_write_to_is_refused_and_keeps_its_mode(
     tmp_path: Path, holds: bool

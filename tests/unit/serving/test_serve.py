@@ -28,8 +28,8 @@ def test_a_server_that_others_can_reach_gives_a_warning(further: list[str], warn
 
 
 def test_a_key_is_read_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for argument in ("--api-key", "--api-key=s3cret"):
-        with pytest.raises(ConfigError, match="export VLLM_API_KEY instead") as error:
+    for argument in ("--api-key", "--api-key=s3cret", "--api_key=s3cret", "--hf_token=s3cret"):
+        with pytest.raises(ConfigError, match=r"export (VLLM_API_KEY|HF_TOKEN) instead") as error:
             command(load(None), further=[argument, "s3cret"])
         assert "s3cret" not in str(error.value)
     assert exposure_warning(["--host=0.0.0.0"]) is not None
