@@ -64,17 +64,20 @@ def _leak(model: nn.Module, block_size: int) -> float | None:
     first = min(PROBE_TOKENS, block_size // 2)
     positions_S = torch.cat([torch.arange(first), torch.arange(block_size - first)])
     ids_1S, positions_1S = ids_1S.to(table.device), positions_S[None].to(table.device)
+    # Of the others, the fp32 logits of a long block would fill the memory of a training.
+    num = min(PROBE_TOKENS, block_size - first)
+    compared = [*range(num), *range(-num, 0)]
     with evaluating(model):
         packed_SV, alone_SV = (
             model(
                 input_ids=ids_1S[:, start:], position_ids=positions_1S[:, start:], use_cache=False
             )
-            .logits[0, first - start :]
+            .logits[0, first - start :][compared]
             .float()
             for start in (0, first)
         )
     changes_S = (packed_SV - alone_SV).square().mean(-1).sqrt() / alone_SV.std(-1).mean()
-    ends = changes_S[:PROBE_TOKENS].mean(), changes_S[-PROBE_TOKENS:].mean()
+    ends = changes_S[:num].mean(), changes_S[num:].mean()
     rounded = getattr(base, "is_quantized", False) or base.dtype != torch.float32
     leak = float(max(ends))
     return None if leak <= (LEAK_OF_ROUNDED if rounded else LEAK) else leak

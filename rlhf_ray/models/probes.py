@@ -16,7 +16,7 @@ from rlhf_ray.errors import DataError
 PROBE_SHAPE = (8, 4)
 """Texts and tokens of the probe."""
 TOLERANCES = {torch.float32: 0.001, torch.float16: 0.03, torch.bfloat16: 0.1}
-"""Largest change of the probe's logits, as a share of their spread, that rounding explains."""
+"""Largest change of the probe's logits, as a share of their size, that rounding explains."""
 
 
 @contextmanager
@@ -46,6 +46,9 @@ def probe_logits(model: nn.Module) -> Tensor:
 def refuse_change(before: Tensor, after: Tensor, dtype: torch.dtype, what: str) -> None:
     """Refuse a model whose `probe_logits` are not those that it should have.
 
+    What all logits of a token have in common means nothing and is left out. A classifier's only
+    score is compared as it is: it may hardly differ between texts, and is rounded by its size.
+
     Args:
         before: logits of the model that it came from.
         after: its own.
@@ -55,11 +58,13 @@ def refuse_change(before: Tensor, after: Tensor, dtype: torch.dtype, what: str) 
     Raises:
         DataError: they differ by more than the data type's rounding.
     """
-    spread, tolerance = float(before.std()), TOLERANCES.get(dtype, 0.1)
+    if before.shape[-1] > 1:
+        before, after = (logits - logits.mean(-1, keepdim=True) for logits in (before, after))
+    size, tolerance = float(before.square().mean().sqrt()), TOLERANCES.get(dtype, 0.1)
     # The median of the tokens: rounding alone can send one of them to other experts.
     change = float((after - before).square().mean(-1).sqrt().median())
-    if not change <= tolerance * spread + 1e-6:
+    if not change <= tolerance * size + 1e-6:
         raise DataError(
-            f"{what}: its logits differ by {change:.3g}, of a spread of {spread:.3g}; rounding to "
+            f"{what}: its logits differ by {change:.3g}, of a size of {size:.3g}; rounding to "
             f"{str(dtype).removeprefix('torch.')} explains {tolerance:g} of that"
         )

@@ -34,6 +34,7 @@ def test_a_text_in_a_block_has_the_logits_that_it_has_alone(kind: str) -> None:
     assert (difference(model) > 1) == (kind in BY_MASK)
     isolate_texts(model, BLOCK, "sft.packing")
     assert difference(model) < 1e-4
+    isolate_texts(model, 8, "sft.packing")  # the shortest block, too
 
 
 @pytest.mark.parametrize("kind", BY_MASK)

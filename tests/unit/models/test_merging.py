@@ -12,7 +12,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.models import adapters, forward, loading, merging, tiny
 from rlhf_ray.models.adapters import merge_into_base
 from rlhf_ray.models.merging import merge_adapter, verify_saved
-from rlhf_ray.models.probes import probe_logits
+from rlhf_ray.models.probes import probe_logits, refuse_change
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
@@ -189,6 +189,21 @@ def test_a_merge_is_within_what_rounding_explains(tmp_path: Path, kind: str, dty
     targets = ["q_proj", "v_proj"] if kind == "mixtral" else "all-linear"
     adapter = peft_folder(base, tmp_path / "adapter", target_modules=targets)
     assert merge_adapter(base, adapter, tmp_path / "merged", settings) > 0.9
+
+
+def test_scores_that_hardly_differ_are_compared_by_their_size() -> None:
+    """A reward model may score random texts alike; bf16 rounds by the size of the scores."""
+    scores = 4.0 + 0.01 * torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
+    refuse_change(scores, scores + 0.02, torch.bfloat16, "Merged")
+    with pytest.raises(DataError, match="Merged: its logits differ by 2"):
+        refuse_change(scores, scores - 2, torch.bfloat16, "Merged")
+
+
+def test_what_all_logits_of_a_token_share_is_not_compared() -> None:
+    logits = torch.randn(8, 4, 50, generator=torch.Generator().manual_seed(0))
+    refuse_change(logits - 100, logits - 97, torch.float32, "Merged")
+    with pytest.raises(DataError, match=r"of a size of (0\.99|1|1\.\d+);"):  # not of 100
+        refuse_change(logits - 100, logits.flip(-1) - 100, torch.float32, "Merged")
 
 
 def test_a_folder_that_holds_another_model_is_not_passed_off_as_the_trained_one(

@@ -124,6 +124,16 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(llama: Path)
         loading.load_tokenizer(str(llama))
 
 
+def test_a_token_for_pictures_needs_no_row_of_the_embedding(llama: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(llama)
+    fill = [f"<extra{number}>" for number in range(300 - len(tokenizer))]
+    tokenizer.add_tokens([*fill, "<image_soft_token>"])
+    tokenizer.save_pretrained(llama)
+    assert "<image_soft_token>" in str(refusal("tokenizer", llama))
+    edit(llama / "tokenizer_config.json", image_token="<image_soft_token>")
+    assert refusal("tokenizer", llama) is None
+
+
 def test_a_tokenizer_keeps_the_side_on_which_it_pads(llama: Path, tmp_path: Path) -> None:
     edit(llama / "tokenizer_config.json", padding_side="left")
     tokenizer = loading.load_tokenizer(str(llama))
