@@ -8,7 +8,7 @@ from typing import overload
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
-from rlhf_ray.data.reading.draws import split_groups
+from rlhf_ray.data.reading.draws import split_groups, text_group
 from rlhf_ray.data.reading.rows import SOURCE, Row, batches, row_prompt, row_question, row_tools
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments
@@ -43,7 +43,7 @@ class Prompts(Sequence[Prompt]):
 
     def split(self, num_held_out: int, seed: int) -> "tuple[Prompts, Prompts]":
         """Split into prompts to train on, in their order, and a sample that is held out."""
-        groups = [hash(text) for text in self._table["text"]]
+        groups = [text_group(text) for text in self._table["text"]]
         parts = split_groups(groups, num_held_out, seed)
         train, held_out = (Prompts(self._table.select(rows)) for rows in parts)
         return train, held_out

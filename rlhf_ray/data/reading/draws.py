@@ -20,11 +20,13 @@ def split_groups(
     """Draw the rows that are held out; rows of one group stay together.
 
     So no prompt is held out that is trained on as well. A dataset is sorted by time more often than
-    not, so neither end of it is like the whole.
+    not, so neither end of it is like the whole. Each group has its own place in the draw, whatever
+    the others are: a run that is resumed with more or fewer rows holds the same ones out, as far as
+    the number allows.
 
     Args:
-        groups: group of each row, such as its prompt. Where all are larger than what is held out,
-            rows are drawn alone.
+        groups: group of each row, such as its prompt, spelt the same on every machine. Where all
+            are larger than what is held out, rows are drawn alone.
         num_held_out: number of rows to hold out; there may be fewer where no group fits the rest.
         seed: of the draw.
 
@@ -32,15 +34,14 @@ def split_groups(
         Rows to train on in their order, and held-out rows in the order of the draw.
 
     Example:
-        >>> split_groups("aabcd", 2, seed=1)
+        >>> split_groups("aabcd", 2, seed=0)
         ([0, 1, 4], [2, 3])
     """
     sizes: Counter[object] = Counter(groups)
     if min(sizes.values(), default=0) > num_held_out or len(sizes) == 1:
         groups = list[object](range(len(groups)))
         sizes = Counter(groups)
-    order = list(sizes)
-    random.Random(f"rows:{seed}").shuffle(order)
+    order = sorted(sizes, key=lambda group: text_group(f"rows:{seed}:{group}"))
     drawn: dict[object, int] = {}
     room = num_held_out
     for group in order:
@@ -56,7 +57,11 @@ def split_groups(
 def prompt_group(row: Row) -> int:
     """Return a number that rows of one prompt share, or of one text: the same on every machine."""
     given = [row.get(name) for name in ("messages", "prompt", "tools")]
-    text = json.dumps(given if any(given) else row.get("text"), default=str)
+    return text_group(json.dumps(given if any(given) else row.get("text"), default=str))
+
+
+def text_group(text: str) -> int:
+    """Return a number that stands for a text, the same on every machine."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 

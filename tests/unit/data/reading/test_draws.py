@@ -34,6 +34,17 @@ class TestHeldOutRows:
         train, held_out = split_groups(groups, 2, seed=0)
         assert (len(train), len(held_out)) == (len(groups) - 2, 2)
 
+    def test_stay_held_out_as_rows_come_and_go(self) -> None:
+        prompts = [f"prompt {number}" for number in range(1100)]
+
+        def held_out(rows: list[str], num: int) -> set[str]:
+            return {rows[row] for row in split_groups(rows, num, seed=3)[1]}
+
+        before = held_out(prompts[:1000], 100)
+        assert before < held_out(prompts[:1000], 150)
+        for others in (held_out(prompts, 110), held_out(prompts[50:1000], 100)):
+            assert len(before & others) > 85
+
     def test_of_nothing_are_none(self) -> None:
         assert split_groups([], 1, seed=0) == ([], [])
 
