@@ -29,11 +29,19 @@ _ROLES = {
 _ANNOTATIONS = {
     *("id", "message_id", "parent_id", "turn_identifier", "timestamp", "created_at", "language"),
     *("lang", "model", "country", "state", "header", "hashed_ip", "toxic", "redacted"),
+    *("finish_reason", "stop_reason", "uuid", "date", "source"),
 }
-"""Keys of a message that are about it; every other key is part of what was said."""
+"""Keys of a message that are about it, as numbers and truths are; every other key is part of what
+was said."""
+
+_LEARNT = ("weight", "train", "loss")
+"""Keys by which a message says whether it is to be learnt."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of an answer's reasoning; messages use the first, templates any of them."""
+
+_SPOKEN = ("tool_calls", "function_call", *REASONING)
+"""Parts of a message besides its text; a number in their place is a mistake."""
 
 
 def is_transcript(value: object) -> bool:
@@ -98,13 +106,18 @@ def _parse_message(item: object) -> Message:
     parts = {
         name: value
         for name, value in item.items()
-        if name not in ("role", "from", "content", "value", *_ANNOTATIONS) and is_said(value)
+        if name not in ("role", "from", "content", "value", *_ANNOTATIONS)
+        and is_said(value)
+        and (name in _SPOKEN or not isinstance(value, int | float))
     }
     for name in REASONING[1:]:
         if name in parts:
             parts[REASONING[0]] = parts.pop(name)
     if role == "function_call":
-        role, content, parts["tool_calls"] = "assistant", "", [_json(content, "tool_calls")]
+        role, content, parts["function_call"] = "assistant", "", content
+    if "function_call" in parts:  # one call or a list, as JSON or not
+        calls = _json(parts.pop("function_call"), "tool_calls")
+        parts["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if "tool_calls" in parts:
         parts["tool_calls"] = _parse_tool_calls(parts["tool_calls"])
     if content is None and parts.keys() & {"tool_calls", REASONING[0]}:
@@ -112,7 +125,11 @@ def _parse_message(item: object) -> Message:
     text = _parse_content(content)
     if not isinstance(role, str) or text is None:
         raise BadRow("not_messages", "a message must have a role and a content, both text")
-    return {"role": _ROLES.get(role.lower(), role.lower()), "content": text, **parts}
+    role = _ROLES.get(role.lower(), role.lower())
+    unlearnt = [name for name in _LEARNT if item.get(name) is not None and not item[name]]
+    if role == "assistant" and unlearnt:
+        raise BadRow("not_learnt", f"an answer has {unlearnt[0]} 0, and all answers are learnt")
+    return {"role": role, "content": text, **parts}
 
 
 def is_said(value: object) -> bool:
@@ -142,7 +159,7 @@ def _parse_tool_calls(calls: object) -> list[Message]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow("tool_calls", "a tool call must have a function with a name")
-        arguments = _json(function.get("arguments") or {}, "tool_calls")
+        arguments = _without_nulls(_json(function.get("arguments") or {}, "tool_calls"))
         own = {"id": call["id"]} if isinstance(call, Mapping) and call.get("id") else {}
         named = {"name": function["name"], "arguments": arguments}
         parsed.append({**own, "type": "function", "function": named})
@@ -166,7 +183,7 @@ def parse_tools(tools: object) -> list[Message]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop the keys that Arrow files add to a schema for those that other rows have."""
+    """Drop the keys that Arrow files add to a schema or arguments for those of other rows."""
     if isinstance(value, Mapping):
         return {k: _without_nulls(item) for k, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

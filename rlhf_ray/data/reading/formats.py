@@ -21,6 +21,7 @@ from rlhf_ray.data.reading.chats import (
     is_said,
     parse_messages,
     parse_prompt,
+    parse_tools,
     split_last_answer,
 )
 from rlhf_ray.data.reading.counts import BadRow, SkippedRows
@@ -138,7 +139,7 @@ def _text(row: Row, options: ReadOptions) -> Iterator[Row]:
 
 
 def _messages(row: Row, options: ReadOptions) -> Iterator[Row]:
-    prompt, answer = split_last_answer(_chat(row))
+    prompt, answer = split_last_answer(parse_messages(row.get("messages")))
     yield _row(row, prompt, _answer(answer, options))
 
 
@@ -196,7 +197,7 @@ def _preference_prompt(row: Row) -> PromptLike | None:
     both_chats = is_chat(row.get("chosen")) and is_chat(row.get("rejected"))
     if not row.get("messages") or (both_chats and len(parse_messages(row["chosen"])) > 1):
         return None
-    return split_last_answer(_chat(row))[0]
+    return split_last_answer(parse_messages(row["messages"]))[0]
 
 
 def _chat_pair(
@@ -237,9 +238,11 @@ def _prompt(row: Row) -> PromptLike:
     return parse_prompt(row.get("prompt"))
 
 
-def _chat(row: Row) -> list[Message]:
-    """Return a row's messages, after the system text that may stand in a column of its own."""
-    messages, system = parse_messages(row.get("messages")), row.get("system")
+def _with_system(row: Row, prompt: PromptLike) -> list[Message]:
+    """Return a prompt as a chat, after the row's system text where it does not begin with one."""
+    has_layout = isinstance(prompt, str) and row.get("prompt") is None and "question" in row
+    messages = _as_messages(require_text(row, "question") if has_layout else prompt)
+    system = row.get("system")
     if not is_said(system) or messages[0]["role"] == "system":
         return messages
     return [*parse_messages([{"role": "system", "content": system}]), *messages]
@@ -259,9 +262,15 @@ def _answer(value: object, options: ReadOptions) -> AnswerLike | None:
 
 
 def _row(rest: Row, prompt: PromptLike, completion: AnswerLike | None) -> Row:
-    """Return a row with its prompt as text or as messages, and with no other prompt."""
+    """Return a row with its prompt as text or as messages, and with no other prompt.
+
+    It is a chat where the row has a system text, or tools, in columns of their own.
+    """
     if not prompt:
         raise BadRow("no_prompt", "the row has an answer but no prompt")
+    tools = rest.get("tools")
+    if is_said(rest.get("system")) or (is_said(tools) and parse_tools(tools)):
+        prompt = _with_system(rest, prompt)
     answer = {} if completion is None else {"completion": completion}
     rest = _without(rest, "prompt", "messages")
     return {**rest, "prompt" if isinstance(prompt, str) else "messages": prompt, **answer}

@@ -18,7 +18,7 @@ from rlhf_ray.data import template
 from rlhf_ray.data.reading.chats import AnswerLike, Message, PromptLike
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.chat_template import PROBE, ChatTemplate
-from rlhf_ray.data.rendering.shown_parts import require_shown, with_markers
+from rlhf_ray.data.rendering.shown_parts import require_shown, untold, with_markers
 from rlhf_ray.data.rendering.tokens import encode, eos_id, without_prefix
 
 if TYPE_CHECKING:
@@ -278,28 +278,33 @@ class Renderer:
             BadRow: a part is missing, or the template does not know a role.
         """
         text = self._render(messages, generation_prompt, tools)
+        unseen = untold(tools, messages)
         for role in {message["role"] for message in messages}:
             self._require_role(role)
-        require_shown(messages, tools, text)
+        require_shown(messages, unseen, text)
         parts = [(message["role"], *sorted(filter(message.get, message))) for message in messages]
-        shape = (*parts, bool(tools), generation_prompt)
+        shape = (*parts, bool(tools), bool(unseen), generation_prompt)
         if shape not in self._probed:
-            self._probed[shape] = self._probe(messages, generation_prompt, tools)
+            self._probed[shape] = self._probe(messages, generation_prompt, tools, unseen)
         if lost := self._probed[shape]:
             raise BadRow(lost.reason, lost.explanation)
         return text
 
     def _probe(
-        self, messages: Sequence[Message], generation_prompt: bool, tools: Sequence[Message]
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool,
+        tools: Sequence[Message],
+        unseen: Sequence[Message],
     ) -> BadRow | None:
-        """Return what the template drops of a chat with these parts."""
+        """Return what the template drops of a chat with these parts; ``unseen``: see `untold`."""
         marked = with_markers(messages)
         try:
             text = self._render(marked, generation_prompt, tools)
         except BadRow:  # it takes some texts only, so the rows' own must do
             return None
         try:
-            require_shown(marked, tools, text)
+            require_shown(marked, unseen, text)
         except BadRow as lost:
             return lost
         return None

@@ -34,6 +34,17 @@ def require_shown(chat: Sequence[Message], tools: Sequence[Message], text: str) 
         raise BadRow("template_drops_tools", "the chat template does not show the row's tools")
 
 
+def untold(tools: Sequence[Message], chat: Sequence[Message]) -> list[Message]:
+    """Return the tools that no text of the chat describes; some datasets' system texts do."""
+    texts = squeezed("".join(message["content"] for message in chat)) if tools else ""
+
+    def is_told(leaf: str) -> bool:
+        forms = (repr(leaf), json.dumps(leaf), json.dumps(leaf, ensure_ascii=False))
+        return any(squeezed(form) in texts for form in forms)
+
+    return [tool for tool in tools if not all(map(is_told, _names(tool["function"])))]
+
+
 def with_markers(chat: Sequence[Message]) -> list[Message]:
     """Return the chat with a word of its own for the text and for the reasoning of each message."""
     return [
@@ -60,7 +71,9 @@ def squeezed(text: str) -> str:
 def _is_shown(leaf: object, shown: str) -> bool:
     if not isinstance(leaf, str):
         return any(squeezed(form) in shown for form in (str(leaf), json.dumps(leaf)))
-    forms = (leaf, json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1])
+    if squeezed(leaf) in shown:
+        return True
+    forms = (json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1])
     return any(squeezed(form) in shown for form in forms)
 
 
@@ -80,7 +93,7 @@ def _said(name: str, value: object) -> Iterator[object]:
         yield value
 
 
-def _names(schema: object) -> Iterator[object]:
+def _names(schema: object) -> Iterator[str]:
     """Yield names and descriptions in a tool's schema; templates write its types as they like."""
     if isinstance(schema, Mapping):
         said = (schema.get("name"), schema.get("description"))

@@ -126,6 +126,68 @@ class TestMessages:
         rows = [{"messages": [user("a"), {**assistant("b"), "tool_calls": calls}]}]
         assert read(tmp_path, rows, "sft")[1] == {"tool_calls": 1}
 
+    def test_calls_of_other_layouts(self, tmp_path: Path) -> None:
+        call = {"name": "f", "arguments": {"x": 1, "of_another_tool": None}}
+        parsed = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+        turns: Rows = [
+            {"role": "assistant", "content": None, "function_call": call},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "function_call", "value": json.dumps([call])},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        found, dropped = read(tmp_path, [{"messages": [user("a"), turn]} for turn in turns], "sft")
+        assert dropped == {}
+        assert [row["completion"] for row in found] == [
+            {**assistant(""), "tool_calls": [parsed]} for _ in turns
+        ]
+
+    def test_what_is_noted_of_a_message_is_no_part_of_it(self, tmp_path: Path) -> None:
+        noted = {"weight": 1.0, "rank": 0, "train": True, "finish_reason": "stop", "refusal": None}
+        chat = [{**user("a"), "weight": 0, "train": False}, {**assistant("b"), **noted}]
+        found, dropped = read(tmp_path, [{"messages": chat}], "sft")
+        assert (found, dropped) == ([{"messages": [user("a")], "completion": "b"}], {})
+
+    @pytest.mark.parametrize("noted", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+    def test_an_answer_that_is_not_to_be_learnt_is_not(
+        self, tmp_path: Path, noted: dict[str, Any]
+    ) -> None:
+        rows = [{"messages": [user("a"), {**assistant("b"), **noted}]}]
+        assert read(tmp_path, rows, "sft") == ([], {"not_learnt": 1})
+
+    @pytest.mark.parametrize(
+        ("row", "use"),
+        [
+            ({"question": "a", "completion": "b"}, "sft"),
+            ({"prompt": "a", "completion": "b"}, "sft"),
+            ({"prompt": [user("a")], "completion": "b", "label": True}, "ratings"),
+            ({"question": "a"}, "prompts"),
+            ({"question": "a", "chosen": "b", "rejected": "c"}, "preferences"),
+            ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences"),
+            (
+                {
+                    "prompt": "a",
+                    "chosen": [user("a"), assistant("b")],
+                    "rejected": [user("a"), assistant("c")],
+                },
+                "preferences",
+            ),
+        ],
+    )
+    def test_a_system_text_or_tools_of_their_own_columns_reach_every_layout(
+        self, tmp_path: Path, row: dict[str, Any], use: Any
+    ) -> None:
+        system = {"role": "system", "content": "Be brief."}
+        tools = json.dumps([{"name": "f", "parameters": {}}])
+        rows = [row | {"system": "Be brief."}, row | {"system": "", "tools": tools}]
+        (spoken, armed), dropped = read(tmp_path, rows, use)
+        assert spoken["messages"] == [system, user("a")]
+        assert armed["messages"] == [user("a")]
+        assert dropped == {}
+        plain = row | {"system": None, "tools": "[]"}
+        (found,), _ = read(tmp_path, [plain], use)
+        (bare,), _ = read(tmp_path, [row], use)
+        assert found.get("messages") == bare.get("messages")
+
     def test_sharegpt(self, tmp_path: Path) -> None:
         turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         call = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}

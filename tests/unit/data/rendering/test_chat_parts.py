@@ -1,5 +1,6 @@
 """A row that a chat template shows in part is a bad row, and the part is named."""
 
+import json
 from typing import Any
 
 import pytest
@@ -119,6 +120,17 @@ class TestSupported:
     def test_white_space_may_change(self, chatml: Tokenizer) -> None:
         made = renderer(chatml, AGENT.replace("message.content }}", "message.content | trim }}"))
         assert spelt(made, [USER], "  So.\n\n")[1] == "So.<|im_end|>"
+
+    @pytest.mark.parametrize("spelt_as", [json.dumps, str])
+    def test_tools_may_be_told_in_a_text_of_the_chat(
+        self, chatml: Tokenizer, spelt_as: Any
+    ) -> None:
+        made = renderer(chatml, NAMED_ROLES.replace("'user'", "'user' or message.role == 'system'"))
+        system = {"role": "system", "content": f"Tools: {spelt_as([TOOL])}"}
+        assert "Looks up" in spelt(made, [system, USER], "So.", tools=[TOOL])[0]
+        named = {"role": "system", "content": "Ask weather for a city. Looks up the weather."}
+        with pytest.raises(BadRow, match="template_drops_tools"):
+            spelt(made, [named, USER], "So.", tools=[TOOL])
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
