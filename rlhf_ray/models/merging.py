@@ -1,6 +1,7 @@
 """Merge an adapter on disk into its base on disk; load what was saved again, and compare."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -77,13 +78,37 @@ def verify_saved(model: Model, logits: Tensor, folder: str, settings: ModelConfi
     is_lm = unwrapped(model).get_output_embeddings() is not None  # type: ignore[operator]
     dtype = getattr(torch, settings.dtype)
     needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    if needed > MEMORY_SHARE * psutil.virtual_memory().available or (
+    if needed > MEMORY_SHARE * free_memory(_own_group()) or (
         settings.quantization != "none" and folders.is_adapter(folder)
     ):
         verify_names(folder, settings, is_lm=is_lm)
         return
     saved = probe_logits(_load(folder, settings, is_lm))
     refuse_change(logits, saved, dtype, f"{folder} is not the model that was saved")
+
+
+def free_memory(group: Path) -> int:
+    """Return the bytes that a process may still take.
+
+    In a container or a Slurm job that is less than the machine has left.
+
+    Args:
+        group: folder of the process's control group; limits of those above it count too.
+    """
+    free = psutil.virtual_memory().available
+    for folder in (group, *group.parents):
+        with suppress(OSError, ValueError):  # it has no limit
+            limit, used = (int((folder / f"memory.{n}").read_text()) for n in ("max", "current"))
+            free = min(free, limit - used)
+    return free
+
+
+def _own_group() -> Path:
+    with suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        names = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+        return Path("/sys/fs/cgroup", *names)
+    return Path("/sys/fs/cgroup")
 
 
 def verify_names(folder: str, settings: ModelConfig, *, is_lm: bool) -> None:

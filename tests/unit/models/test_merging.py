@@ -11,7 +11,7 @@ from rlhf_ray.config.model import LoraConfig, ModelConfig, TinyModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import adapters, forward, loading, merging, tiny
 from rlhf_ray.models.adapters import merge_into_base
-from rlhf_ray.models.merging import merge_adapter, verify_saved
+from rlhf_ray.models.merging import free_memory, merge_adapter, verify_saved
 from rlhf_ray.models.probes import probe_logits, refuse_change
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -189,6 +189,17 @@ def test_a_merge_is_within_what_rounding_explains(tmp_path: Path, kind: str, dty
     targets = ["q_proj", "v_proj"] if kind == "mixtral" else "all-linear"
     adapter = peft_folder(base, tmp_path / "adapter", target_modules=targets)
     assert merge_adapter(base, adapter, tmp_path / "merged", settings) > 0.9
+
+
+def test_the_memory_of_a_job_is_what_its_control_groups_leave(tmp_path: Path) -> None:
+    task = tmp_path / "job" / "task"
+    task.mkdir(parents=True)
+    unlimited = free_memory(task)
+    for folder, limit, used in ((task, "max", "300"), (tmp_path / "job", "1000", "400")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    assert free_memory(task) == 600
+    assert unlimited > 10**8
 
 
 def test_scores_that_hardly_differ_are_compared_by_their_size() -> None:
