@@ -164,7 +164,8 @@ def _watching(run: str) -> Iterator[None]:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(printable(text))
+    # Progress bars of libraries go back to the start of their line.
+    sys.stdout.write(printable(text.replace("\r\n", "\n").replace("\r", "\n")))
     sys.stdout.flush()
 
 

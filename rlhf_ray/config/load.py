@@ -196,7 +196,7 @@ def _describe(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         if hints := alias_hints(key, value, set(keys())):
             return f"{key}: unknown key. " + "\n    ".join(hints)
-        return f"{key}: unknown key ({_kind(value)}). {_nearest(key)}"
+        return f"{key}: unknown key ({_kind(key, value)}). {_nearest(key)}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}" if key else message
@@ -205,9 +205,10 @@ def _describe(detail: ErrorDetails) -> str:
     return f"{key}: {message}, got {shown}"
 
 
-def _kind(value: object) -> str:
-    """Describe the value of an unknown key, which may be a secret unless it is a number."""
-    return f"value {value}" if isinstance(value, int | float) else f"a {type(value).__name__}"
+def _kind(key: str, value: object) -> str:
+    """Describe the value of an unknown key, which may be a secret; so may the number of a few."""
+    is_shown = isinstance(value, int | float) and not is_secret(key.rpartition(".")[2], value)
+    return f"value {value}" if is_shown else f"a {type(value).__name__}"
 
 
 def _shown(detail: ErrorDetails) -> str:

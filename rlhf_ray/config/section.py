@@ -22,6 +22,8 @@ MOST_PROCESSES = 100_000
 
 _PATHS = ("path", "dir", "posts")
 """Names of keys that hold paths."""
+_DECLARATIONS = ("properties", "patternProperties", "$defs", "definitions")
+"""What a JSON schema declares under names."""
 LONGEST_PART, LONGEST_PATH = 255, 4095
 """Bytes of a file's name, and of a whole path, on Linux."""
 
@@ -211,6 +213,6 @@ def _within(outer: str, name: object, value: object) -> str:
     ``credentials: {user: x}`` is secret. The names of columns and of a JSON schema's properties are
     those of data: ``properties: {password: {type: string}}`` is not.
     """
-    if outer == "columns" or (outer == "properties" and is_mapping(value)):
+    if outer == "columns" or (outer in _DECLARATIONS and is_mapping(value)):
         return ""
     return outer if is_secret(outer, 1) else str(name)

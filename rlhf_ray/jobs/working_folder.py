@@ -37,10 +37,11 @@ SECRETS = (
     *(".pgpass", ".my.cnf", ".htpasswd", ".boto", ".s3cfg", ".databrickscfg", ".vault-token"),
     *(".terraform", "*.tfstate*", "*.tfvars*", ".huggingface", ".ray", ".streamlit"),
     # By what they are called.
-    *("credentials", "credentials.[!p]*", "*credentials*.json", "*service*account*.json"),
+    *("credentials", "credentials.[!p]*", "credentials.p[!y]*", "*credentials*.json"),
+    *("*service*account*.json", "kaggle.json", ".kaggle", "rclone.conf", ".mylogin.cnf"),
     *("client_secret*", "secrets.json", "secrets.y*ml", "secrets.toml", "secrets.txt", "*.secret"),
-    *("*.token", ".ray-token*", "auth_token", "api_key*.txt", "*password.txt", "passwords.txt"),
-    *("*token.txt", "*token_[0-9].txt", "kaggle.json", ".kaggle", "rclone.conf", ".mylogin.cnf"),
+    *("*.token", ".ray-token*", "auth_token", "api_key*.txt", "*password.txt", "*passwords.txt"),
+    "*token.txt",
 )
 """Patterns of names of files and folders that hold keys, whatever their case."""
 

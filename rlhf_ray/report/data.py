@@ -14,7 +14,7 @@ from rlhf_ray.config.section import is_mapping, masked
 from rlhf_ray.config.yaml_values import parsed
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.models.folders import first_line
-from rlhf_ray.observability.sinks import read_jsonl, record_of
+from rlhf_ray.observability.sinks import record_of
 from rlhf_ray.observability.tracing import Span, phase_totals, read_spans
 
 STAGES = tuple(stage for stage in stages.STAGES if stage != "report")
@@ -96,9 +96,9 @@ def read(run_dir: Path) -> RunFiles:
             odd[name] = f"cannot be read: {first_line(error)}"
             return otherwise
 
-    def lines(name: str) -> list[dict[str, Any]]:
-        records = from_file(name, read_jsonl, [])
-        if num_odd := from_file(name, _count_odd_lines, 0):
+    def lines(name: str) -> list[Record]:
+        records, num_odd = from_file(name, _read_lines, ([], 0))
+        if num_odd:
             odd[name] = f"{num_odd} lines are no JSON objects and are left out"
         return records
 
@@ -159,10 +159,12 @@ def _read_json(path: Path) -> Record:
     raise ValueError("it is no JSON object")
 
 
-def _count_odd_lines(path: Path) -> int:
-    """Count the lines that hold no record; the last one may be torn by a kill."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return sum(record_of(line) is None for line in lines if line.strip())
+def _read_lines(path: Path) -> tuple[list[Record], int]:
+    """Return the records, and how many lines hold none; the last one may be torn by a kill."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    *whole, last = [(line, record_of(line)) for line in text.split("\n")]
+    num_odd = sum(record is None for line, record in whole if line.strip())
+    return [record for _, record in (*whole, last) if record is not None], num_odd
 
 
 def _started(spans: Sequence[Span], config: Path) -> datetime | None:

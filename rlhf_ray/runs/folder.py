@@ -43,7 +43,8 @@ class RunFolder:
             ConfigError: it cannot be written, or others could have put files there.
         """
         with unwritable_is_an_error(self.path):
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Through a link whose target is missing, such as one to scratch storage.
+            Path(os.path.realpath(self.path)).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.require_own()
             mode = self.path.stat().st_mode
             # Files of a setgid folder that is closed to others go to a team, on purpose.

@@ -1,6 +1,7 @@
 """A whole run: its stages in order, each once, resumed at the first unfinished one."""
 
 import json
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -138,8 +139,10 @@ def open_run(folder: RunFolder, stages: Collection[str] = tuple(STAGES)) -> None
     if config.cluster.joins_cluster:
         require_durable_folder(config)
     if config.run.resume == "never" and saved.is_file():
-        aside = folder.path.with_name(f"{folder.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.path.rename(aside)
+        old = Path(os.path.realpath(folder.path))  # a link to other storage stays
+        aside = old.with_name(f"{old.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        with unwritable_is_an_error(old):
+            old.rename(aside)
         Progress().say(f"run.resume is never: the old run is now {aside}")
     values = config.model_dump(mode="json")
     adjusted: list[Change] = []

@@ -47,6 +47,13 @@ def test_runs_are_listed_and_shown(client: FakeJobClient) -> None:
     assert command("logs", "mine-1", *at) == "log of mine-1\n"
 
 
+def test_progress_bars_in_a_log_are_lines_and_escape_sequences_are_spelt_out(
+    client: FakeJobClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "get_job_logs", lambda _: "1%\r2%\r\n\x1b[2Jdone\n")
+    assert command("logs", "mine-1") == "1%\n2%\n\\u001b[2Jdone\n"
+
+
 def test_runs_are_scaled_and_stopped(client: FakeJobClient) -> None:
     at = ("--address", "http://head:8265")
     assert "Requested 3 generators" in command("scale", "mine", "--generators", "3", *at)

@@ -205,7 +205,8 @@ class Renderer:
 
     def _continue(self, texts: list[str]) -> list[list[int]]:
         """Tokenize texts that stand behind others."""
-        if self._plain_tokenizer is None:
+        # Prompts alone need no second tokenizer, which takes a second to build.
+        if not texts or self._plain_tokenizer is None:
             return encode(self.tokenizer, texts)
         encoded = self._plain_tokenizer.encode_batch(texts, add_special_tokens=False)
         return [each.ids for each in encoded]

@@ -51,6 +51,7 @@ JUDGE = "type: judge, model: m, url: 'http://h/v1'"
             r"may not contain 'headers'",
         ),
         ("data.sft.path='https://h/a.jsonl#token=s3cret'", r"data\.sft\.path: a login or key"),
+        ("ppo.password=123456", r"ppo\.password: unknown key \(a int\)"),
         ("ppo.wandb_key=s3cret", r"ppo\.wandb_key: unknown key \(a str\)"),
         ("trackers.wandb=s3cret", r"trackers\.wandb: .*got a text of 6 characters"),
         ("trackers.wandb=hf_s3crets3crets3crets3cret", r"got a text of 27 characters"),
@@ -88,7 +89,10 @@ def test_neither_a_yaml_error_nor_a_bad_override_repeats_its_text(tmp_path: Path
 
 
 def test_what_only_sounds_like_a_secret_is_taken() -> None:
-    schema = "{properties: {password: {type: string}, key: {type: string}}, required: [password]}"
+    schema = (
+        "{properties: {password: {type: string}, key: {type: string}}, required: [password], "
+        "$defs: {secret: {type: string}}}"
+    )
     request = (
         "{stop_token_ids: [1], skip_special_tokens: false, user: secret agent, "
         f"response_format: {{json_schema: {{schema: {schema}}}}}}}"

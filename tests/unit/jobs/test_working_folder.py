@@ -80,7 +80,13 @@ KEYS = [
     *("cert.p12", "Server.PEM", "prod.env", ".envrc"),
     *("my-service-account.json", "client_secret_1.json", ".ray-token-4711", "hf_token.txt"),
     *(".netrc", "state.tfstate", "kubeconfig.yaml", ".vault-token"),
-    *("Credentials.json", "credentials.toml", "kaggle.json", "passwords.txt"),
+    *(
+        "Credentials.json",
+        "credentials.toml",
+        "credentials.properties",
+        "kaggle.json",
+        "passwords.txt",
+    ),
 ]
 
 

@@ -42,6 +42,17 @@ def test_an_empty_setgid_folder_stays_open_to_its_group_and_to_nobody_else(tmp_p
         assert mode(team) & 0o777 == after & 0o777, f"{before:o}"
 
 
+def test_a_link_to_other_storage_is_followed_and_stays(tmp_path: Path) -> None:
+    link, scratch = tmp_path / "runs", tmp_path / "scratch"
+    link.symlink_to(scratch / "x")
+    open_run(folder_at(link))
+    assert mode(scratch / "x") == 0o700
+    open_run(RunFolder(load(None, [f"run.dir={link}", "run.resume=never"])))
+    assert link.is_symlink()
+    assert sorted(path.name[:6] for path in scratch.iterdir()) == ["x", "x.old-"]
+    assert (scratch / "x" / "config.yaml").is_file()
+
+
 def test_a_folder_on_storage_without_modes_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
