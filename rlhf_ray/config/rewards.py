@@ -40,7 +40,7 @@ class SourceConfig(Section):
     clip: float | None = adjustable(
         None, unit="deviations", gt=0, description="Largest |score| after scaling; none: no limit."
     )
-    on_bad_score: Literal["error", "skip"] = fixed(
+    on_bad_score: Literal["error", "skip"] = adjustable(
         "error",
         description="Response to a score that is NaN or infinite, and to a response that a reward "
         "server refuses: end the run, or count it as missing.",
@@ -210,26 +210,26 @@ class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
     """A language model that rates each response with a number."""
 
     type: Literal["judge"] = fixed(..., description="Kind of source.")
-    template: str = fixed(
+    template: str = adjustable(
         "Rate how well the response answers the prompt, from {lowest} (useless) to "
         "{highest} (perfect). End with one line of the form `Rating: NUMBER`.\n\n"
         "<prompt>\n{prompt}\n</prompt>\n\n<response>\n{response}\n</response>",
         description="Message to the judge; {prompt}, {response}, {lowest} and {highest} are "
         "filled in, as is {NAME} for a column NAME of the prompts.",
     )
-    pattern: str = fixed(
+    pattern: str = adjustable(
         r"(?i)rating(?:\W*\d[\d.]*\s*(?:-|–|to)\s*-?\d[\d.]*\W*?[:=)\]])?+"
         r"\W*?(-?\d+(?:\.\d+)?)",
         description="Regular expression with one group: the number; its last match counts.",
     )
     lowest: float = fixed(1.0, unit="score", description="Lowest valid rating.")
     highest: float = fixed(10.0, unit="score", description="Highest valid rating.")
-    on_bad_answer: Literal["skip", "error", "score"] = fixed(
+    on_bad_answer: Literal["skip", "error", "score"] = adjustable(
         "skip",
         description="Response to an answer without a rating in range: count the score as missing, "
         "end the run, or use bad_answer_score.",
     )
-    bad_answer_score: float | None = fixed(
+    bad_answer_score: float | None = adjustable(
         None, unit="score", description="Raw score of a bad answer, with on_bad_answer score."
     )
 

@@ -160,7 +160,7 @@ class Endpoint:
             )
         try:
             answer = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):  # nested too deeply
             raise Unavailable(f"an answer that is no JSON ({status})") from None
         return self._checked(answer)
 
@@ -170,6 +170,8 @@ class Endpoint:
                 return Refused(f"refused the request with the error {beginning(error)}")
             case {"error": error} if error:
                 raise UnusableError(f"the error {beginning(error)}")
+            case {"object": "error"}:
+                raise UnusableError(f"the error {beginning(answer)}")
         self._check(answer)
         return answer
 

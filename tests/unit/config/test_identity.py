@@ -137,7 +137,27 @@ def test_a_sources_clip_and_scale_may_change_and_are_recorded() -> None:
     now = load(None, ["rewards=[{type: model, clip: 2.0, scale: running}]"])
     assert differences(saved, now, ALL) == []
     ((key, _, new),) = adjustments(saved, now, ALL)
-    assert (key, new) == ("rewards", [{"weight": 1.0, "scale": "running", "clip": 2.0}])
+    found = {"weight": 1.0, "scale": "running", "clip": 2.0, "on_bad_score": "error"}
+    assert (key, new) == ("rewards", [found])
+
+
+@pytest.mark.parametrize(
+    "remedy",
+    [
+        "on_bad_score: skip",
+        "on_bad_answer: skip",
+        "on_bad_answer: score, bad_answer_score: 1.0",
+        "pattern: '(.)'",
+        "template: 'rate {response}'",
+    ],
+)
+def test_what_the_errors_of_a_source_advise_may_change_and_is_recorded(remedy: str) -> None:
+    judge = "type: judge, url: 'http://j/v1', model: m"
+    saved = load(None, [f"rewards=[{{{judge}, on_bad_answer: error}}]"]).model_dump(mode="json")
+    given = remedy if "on_bad_answer" in remedy else f"{remedy}, on_bad_answer: error"
+    now = load(None, [f"rewards=[{{{judge}, {given}}}]"])
+    assert differences(saved, now, ALL) == []
+    assert [key for key, _, _ in adjustments(saved, now, ALL)] == ["rewards"]
 
 
 def test_a_dataset_matters_to_the_stages_that_read_it() -> None:

@@ -264,14 +264,15 @@ class TestService:
 
     def test_it_is_asked_again_after_a_failure(self, rollout: MakeRollout) -> None:
         failures = [(500, "boom"), (429, {}), (200, "<html>"), (503, "")]
-        failures += [(200, {"error": "busy"}), (200, {"rewards": []})]
+        failures += [(200, {"error": "busy"}), (200, {"rewards": []}), (200, "[" * 200_000)]
+        failures += [(200, {"object": "error", "message": "busy", "code": 503})]  # vLLM's
 
         def answer(number: int, body: Any) -> tuple[int, Any]:
-            return failures[number] if number < 6 else (200, {"rewards": [2.0]})
+            return failures[number] if number < 8 else (200, {"rewards": [2.0]})
 
         with serve(answer) as server:
-            assert remote(server.url, [rollout("a")], retries=6) == [2.0]
-            assert len(server.requests) == 7
+            assert remote(server.url, [rollout("a")], retries=8) == [2.0]
+            assert len(server.requests) == 9
 
     def test_a_judge_is_asked_again_after_an_empty_answer(self, rollout: MakeRollout) -> None:
         failures = [{"error": {"message": "overloaded"}}, {"choices": []}, {"choices": None}]
