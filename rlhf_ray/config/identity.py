@@ -97,6 +97,8 @@ def _is_read(key: str, stages: Collection[str]) -> bool:
     dataset = rest.partition(".")[0]
     if section == "data" and any(dataset in stage.datasets for stage in STAGES.values()):
         return any(dataset in STAGES[stage].datasets for stage in stages)
+    if section in STAGES and rest != "path":
+        return section in stages  # of another stage's section a stage reads which model to take
     return any(section in STAGES[stage].sections for stage in stages)
 
 

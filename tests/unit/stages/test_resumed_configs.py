@@ -60,6 +60,23 @@ def test_the_configs_of_stackllama_run_in_one_folder_as_their_comments_say(tmp_p
         open_run(RunFolder(config), config.run.stages)
 
 
+def test_a_stage_is_asked_for_by_a_config_that_says_nothing_of_finished_ones(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        opened(run, f"run.stages=[{stage}]", f"{stage}.learning_rate=0.5", *EARLIER[stage])
+        finish(run, stage)
+    assert saved(run)["sft"]["steps"] == 7
+    assert saved(run)["reward"]["steps"] == 8
+    assert not (run / "changes.jsonl").exists()
+    with pytest.raises(CheckpointError, match=r"sft\.path: None there"):
+        opened(run, "run.stages=[ppo]", "sft.path=/another/model")
+
+
+EARLIER = {"sft": ["sft.steps=7"], "reward": ["reward.steps=8"], "dpo": [], "ppo": []}
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_config_resumes_its_own_run(file: Path, tmp_path: Path) -> None:
     for _ in range(2):
