@@ -104,16 +104,12 @@ def _listen(connection: Connection, calls: dict[int, _Call]) -> None:
     with connection, suppress(EOFError, OSError):
         while True:
             number, answer = connection.recv()
-            call = calls[number]
-            if not call.began.done():
-                call.began.set_result(None)
             if answer == function_worker.BEGAN:
-                continue
-            del calls[number]
-            if isinstance(answer, RlhfError):
-                call.scores.set_exception(answer)
+                calls[number].began.set_result(None)
+            elif isinstance(answer, RlhfError):
+                calls.pop(number).scores.set_exception(answer)
             else:
-                call.scores.set_result(answer)
+                calls.pop(number).scores.set_result(answer)
     for call in list(calls.values()):
         call.fail()
 

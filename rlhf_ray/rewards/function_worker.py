@@ -6,15 +6,13 @@ hang, exit or crash without harm to the run. Run as a module with the file descr
 
 import asyncio
 import ctypes
+import inspect
 import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
-from functools import partial
+from collections.abc import Awaitable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
 
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.observability.lasting_output import keep_output
@@ -25,72 +23,61 @@ PR_SET_PDEATHSIG = 1
 BEGAN = "began"
 """Answer that a call has begun: its deadline runs from here, not from behind those before it."""
 
-Work = tuple[Callable[[], object], Future[object]]
-
 
 class _Calls:
-    """Takes calls in a thread, so that the main thread is the function's, without an event loop.
+    """Answers calls in the main thread, which has no event loop: a function may run its own.
 
-    A function may then run a loop of its own. What an async function awaits runs in the thread.
+    What an async function returns is awaited in a thread, beside the calls that follow.
     """
 
     def __init__(self, connection: Connection, function: UserFunction) -> None:
         self._connection = connection
         self._function = function
-        self._works = SimpleQueue[Work]()
         self._sending = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
-    def work(self) -> None:
-        """Do in this thread what the calls ask for; the process ends when the socket is closed."""
-        threading.Thread(target=self._listen, daemon=True).start()
-        while True:
-            work, future = self._works.get()
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-    def _listen(self) -> None:
-        asyncio.run(self._take())
-        os._exit(0)  # the function may hang
-
-    async def _take(self) -> None:
-        loop, calls = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+    def answer_all(self) -> None:
+        """Answer calls until the socket is closed."""
         while True:
             try:
-                call = await loop.run_in_executor(None, self._connection.recv)
+                call = self._connection.recv()
             except (EOFError, OSError):
                 return
-            task = loop.create_task(self._answer(*call))
-            calls.add(task)
-            task.add_done_callback(calls.discard)
+            self._answer(*call)
 
-    async def _answer(
+    def _answer(
         self, number: int, args: Sequence[object], named: Mapping[str, object], count: int
     ) -> None:
+        self._send(number, BEGAN)
         try:
-            run = partial(self._run, number)
-            answer = await self._function.scores(args, named, count, run=run)
-        except RlhfError as error:
-            answer = error
-        except BaseException as error:  # an interrupt that an async function raised
-            answer = RlhfError(f"a reward function raised {type(error).__name__}: {error}")
+            result = self._function.call(args, named)
+            if inspect.isawaitable(result):
+                later = self._answer_later(number, result, count)
+                asyncio.run_coroutine_threadsafe(later, self._loop)
+                return
+            answer = self._function.scores(result, count)
+        except BaseException as error:
+            answer = _as_answer(error)
+        # From this thread: a next call that never lets go of the interpreter would keep it back.
         self._send(number, answer)
 
-    def _run(self, number: int, work: Callable[[], object]) -> Awaitable[object]:
-        def begin() -> object:
-            # From the main thread: a function that never lets go of the interpreter would keep
-            # every other thread from it.
-            self._send(number, BEGAN)
-            return work()
-
-        future = Future[object]()
-        self._works.put((begin, future))
-        return asyncio.wrap_future(future)
+    async def _answer_later(self, number: int, result: Awaitable[object], count: int) -> None:
+        try:
+            answer = self._function.scores(await self._function.awaited(result), count)
+        except BaseException as error:
+            answer = _as_answer(error)
+        self._send(number, answer)
 
     def _send(self, number: int, answer: object) -> None:
         with self._sending:
             self._connection.send((number, answer))
+
+
+def _as_answer(error: BaseException) -> RlhfError:
+    if isinstance(error, RlhfError):
+        return error
+    return RlhfError(f"a reward function raised {type(error).__name__}: {error}")
 
 
 def main(descriptor: int) -> None:
@@ -106,7 +93,8 @@ def main(descriptor: int) -> None:
         connection.send(error)
         return
     connection.send(None)
-    _Calls(connection, function).work()
+    _Calls(connection, function).answer_all()
+    os._exit(0)  # threads that the function left must not keep the process
 
 
 if __name__ == "__main__":

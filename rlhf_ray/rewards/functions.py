@@ -22,7 +22,7 @@ class FunctionSource:
         self._config = config
         which = (config.name, config.function, config.signature)
         self._call = (
-            partial(UserFunction(*which).scores, run=Blocking())
+            partial(_call_here, UserFunction(*which), Blocking())
             if config.in_process
             else FunctionProcess(*which, config.timeout_s).scores
         )
@@ -63,6 +63,17 @@ class FunctionSource:
                 return (), verl_arguments(rollouts[0])
             case "openrlhf":
                 return openrlhf_arguments(rollouts, self._config.label_column), {}
+
+
+async def _call_here(
+    function: UserFunction,
+    blocking: Blocking,
+    args: Sequence[object],
+    named: Mapping[str, object],
+    count: int,
+) -> list[float | None]:
+    result = await blocking(function.call, args, named)
+    return function.scores(await function.awaited(result), count)
 
 
 def trl_arguments(rollouts: Sequence[Rollout]) -> dict[str, object]:

@@ -2,15 +2,13 @@
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Literal, SupportsFloat
 
 from rlhf_ray.errors import DataError, RlhfError
 from rlhf_ray.plugins import load_function, users_line
 
 Signature = Literal["trl", "verl", "openrlhf"]
-Run = Callable[[Callable[[], object]], Awaitable[object]]
 
 
 class UserFunction:
@@ -30,33 +28,17 @@ class UserFunction:
         self._described = f"rewards: {name}: {spec}"
         self._signature = signature
 
-    async def scores(
-        self, args: Sequence[object], named: Mapping[str, object], count: int, *, run: Run
-    ) -> list[float | None]:
-        """Return the scores of ``count`` responses; None where the function has none.
+    def call(self, args: Sequence[object], named: Mapping[str, object]) -> object:
+        """Return what the function returns; of TRL's arguments it gets those that it takes.
 
-        Args:
-            args: what the function takes by position.
-            named: what it takes by name; of TRL's arguments it takes those that it declares.
-            count: number of responses.
-            run: calls it in a thread without an event loop, as the function may run its own.
+        In a thread without an event loop, as the function may run its own.
 
         Raises:
-            RlhfError: the function raised or exited, or did not return scores.
+            RlhfError: the function raised or exited.
             DataError: it needs a column that the prompts lack.
         """
         if self._signature == "trl":
             named = self._taken(named)
-        result = await run(partial(self._call, *args, **named))
-        if inspect.isawaitable(result):
-            result = await self._awaited(result)
-        if isinstance(result, dict):
-            result = result.get("score" if self._signature == "verl" else "rewards", result)
-        if self._signature == "verl":
-            result = [result]
-        return as_scores(result, count, self._described)
-
-    def _call(self, *args: object, **named: object) -> object:
         try:
             return self._function(*args, **named)
         except RlhfError:
@@ -65,13 +47,30 @@ class UserFunction:
         except BaseException as error:
             raise self._failure(error) from None
 
-    async def _awaited(self, result: Awaitable[object]) -> object:
+    async def awaited(self, result: object) -> object:
+        """Await what an async function returned; anything else is returned.
+
+        Raises:
+            RlhfError: the function raised or exited.
+        """
         try:
-            return await result
+            return await result if inspect.isawaitable(result) else result
         except (KeyboardInterrupt, asyncio.CancelledError, RlhfError):
             raise
         except BaseException as error:
             raise self._failure(error) from None
+
+    def scores(self, result: object, count: int) -> list[float | None]:
+        """Return the scores of ``count`` responses in a result; None where it has none.
+
+        Raises:
+            RlhfError: it does not hold scores.
+        """
+        if isinstance(result, dict):
+            result = result.get("score" if self._signature == "verl" else "rewards", result)
+        if self._signature == "verl":
+            result = [result]
+        return as_scores(result, count, self._described)
 
     def _failure(self, error: BaseException) -> RlhfError:
         """Return an error's message: it may not pickle itself, and an exit would end the run."""

@@ -19,6 +19,7 @@ CODE = '''
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -105,6 +106,12 @@ def hangs_at_one(data_source, solution_str, ground_truth, extra_info=None):
     while solution_str == "hang":
         pass
     return float(len(solution_str))
+
+def never_lets_go(completions):
+    """At one text, holds the interpreter: no other thread of the process runs."""
+    if "hang" in completions:
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    return [1.0] * len(completions)
 
 async def meets(completions):
     """Returns once another call has come as well."""
@@ -222,9 +229,9 @@ def test_by_module_name(file: Path, two: list[Rollout], monkeypatch: pytest.Monk
         ("none", "gave None for 2 responses"),
         ("broken", r"raised ZeroDivisionError: division by zero \(.*my_rewards\.py, line \d+\)"),
         # The user's own line, not the last one, which lies in json's decoder.
-        ("broken_in_a_library", r"raised JSONDecodeError: .* \(.*my_rewards\.py, line 58\)"),
-        ("leaves", r"raised SystemExit: 3 \(.*my_rewards\.py, line 61\)"),
-        ("leaves_later", r"raised SystemExit: 0 \(.*my_rewards\.py, line 64\)"),
+        ("broken_in_a_library", r"raised JSONDecodeError: .* \(.*my_rewards\.py, line 59\)"),
+        ("leaves", r"raised SystemExit: 3 \(.*my_rewards\.py, line 62\)"),
+        ("leaves_later", r"raised SystemExit: 0 \(.*my_rewards\.py, line 65\)"),
         ("stops", r"raised StopIteration:  \(.*my_rewards\.py, line \d+\)"),
     ],
 )
@@ -314,6 +321,19 @@ def test_a_response_at_which_a_function_hangs_alone_has_no_score(
     found = score(file, name, rows, signature=signature, timeout_s=1.0)
     assert found == [1.0, None, 3.0]
     assert "did not return within 1 s (timeout_s) for responses to the prompts 7" in caplog.text
+
+
+def test_an_answer_is_not_kept_back_by_a_call_that_never_lets_go(
+    file: Path, rollout: Callable[..., Rollout]
+) -> None:
+    rows = [rollout(text) for text in ("a", "hang", "bcd")]
+    config = FunctionSourceConfig(type="function", function=f"{file}:never_lets_go", timeout_s=1.0)
+    source = FunctionSource(config)
+
+    async def twice() -> list[list[float | None]]:
+        return list(await asyncio.gather(source.score(rows), source.score(rows)))
+
+    assert asyncio.run(twice()) == [[1.0, None, 1.0]] * 2
 
 
 def test_a_process_ends_with_its_source(file: Path, two: list[Rollout]) -> None:
