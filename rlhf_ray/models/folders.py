@@ -157,7 +157,25 @@ def base_of(folder: str) -> str:
 
     Looks relative to the folder first (``base_model.json``), then at the path in
     ``adapter_config.json``, taken as it is or relative to the folder.
+
+    Raises:
+        DataError: it names none, or one that stands on the folder itself.
     """
+    base = deeper = _named_base(folder)
+    seen = {Path(folder).resolve()}
+    while is_adapter(deeper):
+        if Path(deeper).resolve() in seen:
+            raise DataError(
+                f"{folder} is an adapter that stands on itself: the bases that it names lead back "
+                f"to {deeper}; correct base_model_name_or_path in its {ADAPTER_CONFIG}, or remove "
+                f"its {BASE_MODEL}"
+            )
+        seen.add(Path(deeper).resolve())
+        deeper = _named_base(deeper)
+    return base
+
+
+def _named_base(folder: str) -> str:
     here = Path(folder)
     recorded = str(_read_json(here / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     candidates = [Path(recorded), here / recorded] if recorded else []

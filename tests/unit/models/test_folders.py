@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.folders import cached_file, is_adapter, locate
+from rlhf_ray.models.folders import base_of, cached_file, is_adapter, locate
 from rlhf_ray.planning.model_sizes import skeleton
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16}
@@ -50,3 +50,21 @@ def test_a_path_that_no_file_system_takes_is_one_message(path: str) -> None:
 def test_what_is_no_config_is_left_to_the_loader(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     assert locate(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("bases", [{"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "b"}])
+def test_an_adapter_that_stands_on_itself_is_refused(tmp_path: Path, bases: dict[str, str]) -> None:
+    for name, base in bases.items():
+        (tmp_path / name).mkdir()
+        named = {"base_model_name_or_path": str(tmp_path / base), "task_type": "CAUSAL_LM"}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(named))
+    with pytest.raises(DataError, match="is an adapter that stands on itself"):
+        base_of(str(tmp_path / "a"))
+
+
+def test_an_adapter_may_stand_on_an_adapter(tmp_path: Path) -> None:
+    for name, base in (("a", "b"), ("b", "hub/name")):
+        (tmp_path / name).mkdir()
+        named = {"base_model_name_or_path": str(tmp_path / base) if name == "a" else base}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(named))
+    assert base_of(str(tmp_path / "a")) == str(tmp_path / "b")
