@@ -66,6 +66,11 @@ def text_group(text: str) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
+def share_of_sample(share: float, num: int) -> float:
+    """Return the share that a sample of ``num`` rows may have: four standard errors more."""
+    return share + 4 * math.sqrt(share * (1 - share) / max(num, 1))
+
+
 def try_sample(
     rows: Iterable[Row | SkippedRows],
     load: Callable[..., object],
@@ -77,7 +82,7 @@ def try_sample(
     Args:
         rows: of the whole dataset; nothing is tried where they are few.
         load: a loader, called with rows, ``max_bad_share`` and ``name``.
-        max_bad_share: of the whole; the sample may have four standard errors more.
+        max_bad_share: of the whole; the sample's is `share_of_sample`.
         name: the dataset, for messages.
 
     Raises:
@@ -89,7 +94,10 @@ def try_sample(
     num_skipped_bad = sum(skipped.num for skipped in rows.skipped if skipped.is_bad)
     num_all = num_rows + sum(skipped.num for skipped in rows.skipped)
     share = min(1.0, max(0.0, (max_bad_share * num_all - num_skipped_bad) / num_rows))
-    share += 4 * math.sqrt(share * (1 - share) / SAMPLE)
     drawn = sorted(random.Random(name).sample(range(num_rows), SAMPLE))
     sample = StoredRows(rows.table.select(drawn))
-    load(sample, max_bad_share=share, name=f"a sample of {SAMPLE} rows of {name}")
+    load(
+        sample,
+        max_bad_share=share_of_sample(share, SAMPLE),
+        name=f"a sample of {SAMPLE} rows of {name}",
+    )

@@ -242,10 +242,14 @@ def _with_system(row: Row, prompt: PromptLike) -> list[Message]:
     """Return a prompt as a chat, after the row's system text where it does not begin with one."""
     has_layout = isinstance(prompt, str) and row.get("prompt") is None and "question" in row
     messages = _as_messages(require_text(row, "question") if has_layout else prompt)
-    system = row.get("system")
-    if not is_said(system) or messages[0]["role"] == "system":
+    if not _has_system(row) or messages[0]["role"] == "system":
         return messages
-    return [*parse_messages([{"role": "system", "content": system}]), *messages]
+    return [*parse_messages([{"role": "system", "content": row["system"]}]), *messages]
+
+
+def _has_system(row: Row) -> bool:
+    system = row.get("system")
+    return is_said(system) and not isinstance(system, int | float)  # a number is no text
 
 
 def _as_messages(prompt: PromptLike) -> list[Message]:
@@ -269,7 +273,7 @@ def _row(rest: Row, prompt: PromptLike, completion: AnswerLike | None) -> Row:
     if not prompt:
         raise BadRow("no_prompt", "the row has an answer but no prompt")
     tools = rest.get("tools")
-    if is_said(rest.get("system")) or (is_said(tools) and parse_tools(tools)):
+    if _has_system(rest) or (is_said(tools) and parse_tools(tools)):
         prompt = _with_system(rest, prompt)
     answer = {} if completion is None else {"completion": completion}
     rest = _without(rest, "prompt", "messages")

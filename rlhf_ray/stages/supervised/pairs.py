@@ -14,7 +14,12 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PairsConfig
 from rlhf_ray.data.datasets.preferences import load_pairs
 from rlhf_ray.data.reading.counts import SkippedRows
-from rlhf_ray.data.reading.draws import prompt_group, split_groups, try_sample
+from rlhf_ray.data.reading.draws import (
+    prompt_group,
+    share_of_sample,
+    split_groups,
+    try_sample,
+)
 from rlhf_ray.data.reading.rows import Row, StoredRows, unpack_row
 from rlhf_ray.data.reading.tables import TokenRow
 from rlhf_ray.data.rendering.render import Renderer
@@ -106,7 +111,10 @@ def load_parts(
     for part, rows in parts.items():
         name = f"{what} ({part.replace(HELD_OUT, 'held-out')})"
         try_sample(rows, load, share, name)
-        data[part], counts[part] = load(rows, max_bad_share=share, name=name)
+        allowed = share
+        if part == HELD_OUT and isinstance(rows, StoredRows):  # few of the rows, drawn
+            allowed = share_of_sample(share, len(rows.table))
+        data[part], counts[part] = load(rows, max_bad_share=allowed, name=name)
     return data, counts
 
 

@@ -183,10 +183,10 @@ class TestMessages:
         assert spoken["messages"] == [system, user("a")]
         assert armed["messages"] == [user("a")]
         assert dropped == {}
-        plain = row | {"system": None, "tools": "[]"}
-        (found,), _ = read(tmp_path, [plain], use)
         (bare,), _ = read(tmp_path, [row], use)
-        assert found.get("messages") == bare.get("messages")
+        nothing: Rows = [row | {"system": None, "tools": "[]"}, row | {"system": 3}]
+        found, _ = read(tmp_path, nothing, use)
+        assert [each.get("messages") for each in found] == [bare.get("messages")] * 2
 
     def test_sharegpt(self, tmp_path: Path) -> None:
         turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_models import build_tiny
 
 from rlhf_ray.config import resolve
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.config.supervised import RewardConfig
+from rlhf_ray.data.datasets.preferences import load_pairs
 from rlhf_ray.data.reading.counts import RowTally
-from rlhf_ray.data.reading.rows import StoredRows, batches
+from rlhf_ray.data.reading.rows import StoredRows, batches, store_rows
 from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.errors import DataError
-from rlhf_ray.stages.supervised.pairs import _pair_rows, split_rows
+from rlhf_ray.stages.supervised.pairs import _pair_rows, load_parts, split_rows
 from rlhf_ray.stages.supervised.reward import RewardTraining
 from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN
 
@@ -71,3 +73,20 @@ def test_the_held_out_pairs_are_a_sample_with_prompts_of_their_own(tmp_path: Pat
 
 def test_without_usable_rows_both_parts_are_empty(tmp_path: Path) -> None:
     assert parts_of(tmp_path, BAD) == {TRAIN: (0, {"empty": 10}), HELD_OUT: (0, {})}
+
+
+def test_a_few_bad_rows_may_meet_in_a_small_held_out_part(tmp_path: Path) -> None:
+    """Of 100 rows 15 may be bad, so 2 of the 5 held out often are."""
+    tokenizer = build_tiny(tmp_path / "tiny", ["a q b"])
+
+    def pairs(num: int, num_bad: int) -> StoredRows:
+        answers = ["b"] * (num - num_bad) + ["a"] * num_bad  # of equal answers none is better
+        return store_rows({"prompt": "q", "chosen": "a", "rejected": other} for other in answers)
+
+    def counts(num_bad: int) -> dict[str, dict[str, int]]:
+        parts = {TRAIN: pairs(95, 13), HELD_OUT: pairs(5, num_bad)}
+        return load_parts(parts, load_pairs, resolve({}), tokenizer, "pairs")[1]
+
+    assert counts(2) == {TRAIN: {"kept": 82, "equal": 13}, HELD_OUT: {"kept": 3, "equal": 2}}
+    with pytest.raises(DataError, match=r"pairs \(held-out\): 5 of 5 rows are bad"):
+        counts(5)
