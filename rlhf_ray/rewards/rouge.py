@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import regex
 
 from rlhf_ray.config.rewards import RougeSourceConfig
+from rlhf_ray.data.reading.rows import given_values
 from rlhf_ray.errors import DataError
 from rlhf_ray.rewards.source import column_of
 from rlhf_ray.types import Rollout
@@ -71,11 +72,9 @@ class RougeSource:
     def _score(self, rollout: Rollout) -> float:
         config = self._config
         value = column_of(rollout.prompt, config.column, config.name)
-        listed = value if isinstance(value, (list, tuple)) else [value]
-        # NaN stands for nothing in tables, as null does elsewhere.
-        references = [text for text in listed if text is not None and text == text]
+        references = given_values(value)
         if not references:
-            found = "an empty list" if not listed else f"{value!r}"
+            found = "an empty list" if value in ([], ()) else f"{value!r}"
             raise DataError(
                 f"rewards: {config.name} reads the column {config.column!r}, which is {found} for "
                 f"prompt {rollout.prompt.id}; give it a reference text or leave its row out"

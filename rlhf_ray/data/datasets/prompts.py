@@ -2,14 +2,22 @@
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import overload
 
 import datasets
 
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
 from rlhf_ray.data.reading.draws import split_groups, text_group
-from rlhf_ray.data.reading.rows import SOURCE, Row, batches, row_prompt, row_question, row_tools
+from rlhf_ray.data.reading.rows import (
+    SOURCE,
+    Row,
+    batches,
+    given_values,
+    row_prompt,
+    row_question,
+    row_tools,
+)
 from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
@@ -62,6 +70,7 @@ def load_prompts(
     overlong: Overlong = "drop",
     max_bad_share: float = 0.2,
     name: str = "prompts",
+    needed: Collection[str] = (),
 ) -> tuple[Prompts, dict[str, int]]:
     """Render the prompt of each row; the other columns become ``Prompt.fields``.
 
@@ -76,6 +85,7 @@ def load_prompts(
         overlong: what to do with a longer one; ``truncate`` keeps its end, which the model
             continues.
         max_bad_share: share of bad rows (such as empty ones) above which loading stops.
+        needed: columns that a reward reads from every row; a row without one is a bad row.
 
     Returns:
         Prompts in the order of the rows, and counts: ``kept``, dropped rows by reason, and
@@ -85,7 +95,7 @@ def load_prompts(
         DataError: too many bad rows, nothing left, or an over-long one with ``overlong="error"``.
     """
     tally = RowTally(name, max_bad_share)
-    prompts = _rendered(rows, renderer, max_prompt_tokens, overlong, tally)
+    prompts = _rendered(rows, renderer, max_prompt_tokens, overlong, tally, needed)
     return Prompts(write_table(prompts, _PROMPTS)), tally.finish()
 
 
@@ -95,11 +105,12 @@ def _rendered(
     max_prompt_tokens: int,
     overlong: Overlong,
     tally: RowTally,
+    needed: Collection[str],
 ) -> Iterator[Row]:
     """Yield rows with the columns `_PROMPTS`."""
     seen: dict[str, set[int]] = {}
     for batch in batches(rows, tally):
-        fresh = _usable(batch, renderer, seen, tally)
+        fresh = _usable(batch, renderer, seen, tally, needed)
         rendered = renderer.tokenize([texts for *_, texts in fresh], ended=False)
         for (index, row_id, row, texts), tokens in zip(fresh, rendered, strict=True):
             token_ids = tokens.token_ids
@@ -124,6 +135,7 @@ def _usable(
     renderer: Renderer,
     seen: dict[str, set[int]],
     tally: RowTally,
+    needed: Collection[str],
 ) -> list[tuple[int, str, Row, TextSegments]]:
     """Return (index, id, row, texts) of the rows with a prompt that is not repeated.
 
@@ -132,10 +144,12 @@ def _usable(
         renderer: of the policy's tokenizer.
         seen: id -> hashes of the rendered prompts with it; new ones are added.
         tally: counts the others.
+        needed: as in `load_prompts`.
     """
     fresh: list[tuple[int, str, Row, TextSegments]] = []
     for index, row in batch:
         try:
+            _require(row, needed)
             texts = renderer.prompt(row_prompt(row), row_question(row), row_tools(row))
         except BadRow as bad:
             tally.drop_row(bad)
@@ -154,6 +168,16 @@ def _usable(
             tally.note("without_identity")
         fresh.append((index, row_id or str(index), row, texts))
     return fresh
+
+
+def _require(row: Row, needed: Collection[str]) -> None:
+    for column in needed:
+        if not given_values(row.get(column)):
+            raise BadRow(
+                f"no_{column}",
+                f"a reward reads the column {column!r}, which they lack or which is empty there; "
+                "name another one in the source, or map it in the data set's columns",
+            )
 
 
 def _fields(row: Row, renderer: Renderer) -> Row:

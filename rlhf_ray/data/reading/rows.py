@@ -198,3 +198,12 @@ def parse_bool(value: object) -> bool | None:
     if isinstance(value, str):
         return _TRUTHS.get(value.strip().lower())
     return bool(value) if value in (True, False) else None
+
+
+def given_values(value: object) -> list[object]:
+    """Return a column's value, or each of a list, without what stands for nothing.
+
+    NaN is what tables hold there, and null what JSON does.
+    """
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [item for item in listed if item is not None and item == item]

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.runs.datasets import user_rows
+from rlhf_ray.runs.datasets import ppo_prompts, user_rows
+from rlhf_ray.runs.folder import RunFolder
 
 
 @pytest.fixture
@@ -31,6 +34,21 @@ def test_a_changed_file_is_warned_of(config: Config, capfd: pytest.CaptureFixtur
     said = " ".join("".join(capfd.readouterr()).split())
     assert "Warning: data.prompts" in said
     assert "holds other rows than when this run read it before" in said
+
+
+def test_rows_without_the_text_that_rouge_reads_are_counted_before_training(
+    config: Config,
+) -> None:
+    words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    assert config.data.prompts is not None
+    rows = [{"prompt": f"{n}", "reference": "x"} for n in range(9)]
+    lines = [json.dumps(row) for row in [*rows, {"prompt": "a", "reference": None}]]
+    Path(config.data.prompts[0].path).write_text("\n".join(lines), encoding="utf-8")
+    values = config.model_dump() | {"rewards": [{"type": "rouge"}]}
+    prompts, held_out, counts = ppo_prompts(resolve(values), RunFolder(config), tokenizer)
+    assert counts == {"kept": 9, "no_reference": 1}
+    assert len(prompts) + len(held_out) == 9
 
 
 def test_other_uses_of_the_same_rows_are_no_change(

@@ -64,6 +64,21 @@ def test_bad_rows_are_dropped_and_counted(tokenizer: PreTrainedTokenizerFast) ->
         load_prompts(rows, Renderer(tokenizer), 4, max_bad_share=0.2, name="my set")
 
 
+def test_a_row_without_what_a_reward_reads_is_a_bad_row(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    values = ("x", ["y", None], 0, None, [], [None], math.nan, [math.nan])
+    rows = [{"prompt": str(n), "answer": value} for n, value in enumerate(values)]
+    prompts, counts = load_prompts(
+        [*rows, {"prompt": "a"}], Renderer(tokenizer), 4, max_bad_share=0.8, needed=["answer"]
+    )
+    assert [prompt.text for prompt in prompts] == ["0", "1", "2"]
+    assert counts == {"kept": 3, "no_answer": 6}
+    with pytest.raises(DataError, match=r"5 of 8 rows .*a reward reads the column 'answer'"):
+        load_prompts(rows, Renderer(tokenizer), 4, needed=["answer"])
+    assert load_prompts(rows, Renderer(tokenizer), 4)[1] == {"kept": 8}
+
+
 def test_long_prompts_are_left_out_and_not_bad(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "abcdef"}] * 9 + [{"prompt": "abc"}]
     assert load_prompts(rows, Renderer(tokenizer), 4, max_bad_share=0.0)[1] == {
