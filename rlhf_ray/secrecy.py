@@ -65,7 +65,7 @@ _LOGIN = re.compile(
 _PARAMETER = re.compile(r"(?<=[?&;#])([\w.-]+)=([^&;#\s'\"]+)")
 _ASSIGNED = re.compile(
     r"(?<![\w.-])(?P<name>[\w.-]+)(?P<sign>[\"']?\s*(=|:(?=[\s\"']))\s*[\"']?)"
-    r"(?P<value>(?=[^\s\"']{0,99}\d)[^\s\"',;&)}\]]{8,})"
+    r"((?=[^\s\"']{0,99}\d)[^\s\"',;&)}\]]{8,})"
 )
 """``api_key: abcdefg1``, as texts of libraries quote headers, files and JSON."""
 
@@ -136,8 +136,9 @@ def without_shapes(text: str) -> str:
     """Return a text without what looks like a key, and without logins and keys in addresses."""
 
     def hide(found: re.Match[str]) -> str:
-        name, sign, value = found.group("name", "sign", "value")
-        return f"{name}{sign}{HIDDEN}" if is_secret(name, value) else found.group()
+        name, sign = found.group("name", "sign")
+        # Of names such as key and token, which rows of data have as well, no text is judged.
+        return f"{name}{sign}{HIDDEN}" if is_secret(name, 1) else found.group()
 
     return _ASSIGNED.sub(hide, _SHAPES.sub(HIDDEN, _without_addresses(text)))
 

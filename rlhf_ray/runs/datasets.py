@@ -130,7 +130,7 @@ def _load(
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         overlong=config.data.overlong,
         # Found by the reward itself, the first such row would end the run, maybe days later.
-        needed=[source.column for source in config.rewards if source.type == "rouge"],
+        needed={each.column: each.name for each in config.rewards if each.type == "rouge"},
     )
     try_sample(rows, load, config.data.max_bad_share, name)
     return load(rows, max_bad_share=config.data.max_bad_share, name=name)

@@ -185,6 +185,7 @@ def test_a_secret_of_the_environment_reaches_no_message(
         ),
         ("data.key: unknown key, got 12345678", "data.key: unknown key, got 12345678"),
         ("stop_token: '<|end_1234|>'", "stop_token: '<|end_1234|>'"),
+        ("{'key': 'question_0001'}", "{'key': 'question_0001'}"),
     ],
 )
 def test_texts_of_libraries_are_shown_without_what_they_quote(text: str, shown: str) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import overload
 
 import datasets
@@ -70,7 +71,7 @@ def load_prompts(
     overlong: Overlong = "drop",
     max_bad_share: float = 0.2,
     name: str = "prompts",
-    needed: Collection[str] = (),
+    needed: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Prompts, dict[str, int]]:
     """Render the prompt of each row; the other columns become ``Prompt.fields``.
 
@@ -85,7 +86,8 @@ def load_prompts(
         overlong: what to do with a longer one; ``truncate`` keeps its end, which the model
             continues.
         max_bad_share: share of bad rows (such as empty ones) above which loading stops.
-        needed: columns that a reward reads from every row; a row without one is a bad row.
+        needed: column that a reward reads from every row -> the reward's name; a row without one is
+            a bad row.
 
     Returns:
         Prompts in the order of the rows, and counts: ``kept``, dropped rows by reason, and
@@ -105,7 +107,7 @@ def _rendered(
     max_prompt_tokens: int,
     overlong: Overlong,
     tally: RowTally,
-    needed: Collection[str],
+    needed: Mapping[str, str],
 ) -> Iterator[Row]:
     """Yield rows with the columns `_PROMPTS`."""
     seen: dict[str, set[int]] = {}
@@ -135,7 +137,7 @@ def _usable(
     renderer: Renderer,
     seen: dict[str, set[int]],
     tally: RowTally,
-    needed: Collection[str],
+    needed: Mapping[str, str],
 ) -> list[tuple[int, str, Row, TextSegments]]:
     """Return (index, id, row, texts) of the rows with a prompt that is not repeated.
 
@@ -170,12 +172,12 @@ def _usable(
     return fresh
 
 
-def _require(row: Row, needed: Collection[str]) -> None:
-    for column in needed:
+def _require(row: Row, needed: Mapping[str, str]) -> None:
+    for column, source in needed.items():
         if not given_values(row.get(column)):
             raise BadRow(
                 f"no_{column}",
-                f"a reward reads the column {column!r}, which they lack or which is empty there; "
+                f"rewards: {source} reads the column {column!r}, which prompts lack or have empty; "
                 "name another one in the source, or map it in the data set's columns",
             )
 

@@ -70,12 +70,18 @@ def test_a_row_without_what_a_reward_reads_is_a_bad_row(
     values = ("x", ["y", None], 0, None, [], [None], math.nan, [math.nan])
     rows = [{"prompt": str(n), "answer": value} for n, value in enumerate(values)]
     prompts, counts = load_prompts(
-        [*rows, {"prompt": "a"}], Renderer(tokenizer), 4, max_bad_share=0.8, needed=["answer"]
+        [*rows, {"prompt": "a"}],
+        Renderer(tokenizer),
+        4,
+        max_bad_share=0.8,
+        needed={"answer": "rouge"},
     )
     assert [prompt.text for prompt in prompts] == ["0", "1", "2"]
     assert counts == {"kept": 3, "no_answer": 6}
-    with pytest.raises(DataError, match=r"5 of 8 rows .*a reward reads the column 'answer'"):
-        load_prompts(rows, Renderer(tokenizer), 4, needed=["answer"])
+    with pytest.raises(
+        DataError, match=r"5 of 8 rows .*rouge reads the column 'answer', which prompts"
+    ):
+        load_prompts(rows, Renderer(tokenizer), 4, needed={"answer": "rouge"})
     assert load_prompts(rows, Renderer(tokenizer), 4)[1] == {"kept": 8}
 
 
