@@ -233,8 +233,9 @@ def _cause(training: Training, error: Exception) -> RlhfError:
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
     return ActorFailure(
         f"{training.name}: training process {rank} failed: {lines[-1]}\nRun the same command again "
-        "to resume from its last checkpoint; if it ran out of memory, lower "
-        f"{training.name}.batch_size or set {training.name}.gradient_checkpointing=true"
+        "to resume from its last checkpoint; if it ran out of memory, set "
+        f"{training.name}.gradient_checkpointing=true, or begin a new run (run.resume=never) with "
+        f"a lower {training.name}.batch_size"
     )
 
 

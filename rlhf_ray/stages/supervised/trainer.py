@@ -221,7 +221,8 @@ class StepLog(TrainerCallback):
         if not math.isfinite(values["loss"]):
             raise DivergenceError(
                 f"{name}: the loss of step {state.global_step} is {values['loss']}; lower "
-                f"{name}.learning_rate {settings.learning_rate:g} or add {name}.warmup_steps"
+                f"{name}.learning_rate {settings.learning_rate:g} and resume, or begin a new run "
+                f"(run.resume=never) with more {name}.warmup_steps"
             )
 
     def _write(self, sink: JsonlSink, state: TrainerState, values: Mapping[str, float]) -> None:

@@ -2,8 +2,11 @@
 
 import ast
 import json
+import math
 import re
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +15,13 @@ import yaml
 from rlhf_ray.config import Config, load, resolve
 from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.config.load import keys
-from rlhf_ray.config.stages import STAGES
+from rlhf_ray.config.stages import STAGES, SUPERVISED
 from rlhf_ray.driver.guards import WATCHED, alarms, prompt_reuse
-from rlhf_ray.errors import CheckpointError
+from rlhf_ray.errors import CheckpointError, DivergenceError
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.pipeline import open_run
+from rlhf_ray.stages.supervised.launcher import _cause
+from rlhf_ray.stages.supervised.trainer import StepLog
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
@@ -148,6 +153,27 @@ def test_the_remedies_of_every_guard_can_be_followed(tmp_path: Path) -> None:
         named = set(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", alarm.text)) & known
         for key in named:
             opened(run, "ppo.batch_size=128", f"{key}={VALUES[key]}")
+
+
+@pytest.mark.parametrize("stage", SUPERVISED)
+def test_the_remedies_of_a_failed_training_can_be_followed(stage: str, tmp_path: Path) -> None:
+    training: Any = SimpleNamespace(
+        name=stage,
+        settings=getattr(Config(), stage),
+        metrics_file=tmp_path / "metrics.jsonl",
+        evaluations_file=tmp_path / "eval.jsonl",
+    )
+    state: Any = SimpleNamespace(global_step=3, is_world_process_zero=False)
+    logs = {"loss": math.nan, "learning_rate": 1.0, "grad_norm": 1.0}
+    with closing(StepLog(training)) as log, pytest.raises(DivergenceError) as diverged:
+        log.on_log(Any, state, Any, logs)  # type: ignore[arg-type]
+    fixed = set(fixed_keys(Config))
+    for error in (diverged.value, _cause(training, RuntimeError("CUDA out of memory"))):
+        now, begins_anew, _ = str(error).partition("or begin a new run (run.resume=never)")
+        assert begins_anew
+        named = set(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", now)) & set(keys())
+        assert named
+        assert not named & fixed
 
 
 FIXED_BUT_NAMED = {"ppo.advantage", "ppo.policy_loss"}
