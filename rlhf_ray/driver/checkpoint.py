@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,14 @@ class RunState:
     """Number of rollbacks in a row up to this iteration."""
     best_score: float | None = None
     """Best held-out score so far."""
+    weights: Sequence[float] | None = None
+    """Weights of the reward sources in it; None in commits of older versions."""
+
+    def weighing(self, weights: Sequence[float]) -> "RunState":
+        """Return the state with these weights; a best score by others compares with none."""
+        is_same = self.weights is None or list(self.weights) == list(weights)
+        best = self.best_score if is_same else None
+        return replace(self, weights=list(weights), best_score=best)
 
     def adapted_kl_coef(self, given: float) -> float | None:
         """Return the coefficient to continue with; None where the config's, ``given``, is new."""

@@ -48,7 +48,7 @@ def run(config: Config) -> dict[str, object]:
     prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer)
     checkpoints = _checkpoints(folder, tokenizer, {"policy": policy_model, "critic": critic_model})
     saved = checkpoints.latest()
-    state = _state_of(saved)
+    state = _state_of(saved).weighing([source.weight for source in config.rewards])
     tracer = Tracer(folder.path / "trace.json", config.run.name)
     sinks = ray_sinks(config.run.name, "driver")
     resumed_at = state.iteration if saved else None

@@ -2,12 +2,13 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit
+from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.errors import CheckpointError
 
 
@@ -191,3 +192,12 @@ def test_the_state_names_every_file(store: Checkpoints, tmp_path: Path) -> None:
         "policy/adapter_config.json",
         "critic/learner.safetensors",
     }
+
+
+def test_a_best_score_counts_only_under_the_weights_that_it_was_reached_with() -> None:
+    new = RunState().weighing([1.0, 0.5])
+    assert replace(new, best_score=2.0).weighing([1.0, 0.5]).best_score == 2.0
+    other = replace(new, best_score=2.0).weighing([0.5, 0.5])
+    assert (other.best_score, other.weights) == (None, [0.5, 0.5])
+    of_an_older_version = RunState(best_score=2.0)
+    assert of_an_older_version.weighing([1.0]).best_score == 2.0
