@@ -34,7 +34,10 @@ _ANNOTATIONS = {
 """Keys of a message that are about it, as numbers and truths are; every other key is part of what
 was said."""
 
-_LEARNT = ("weight", "train", "loss")
+LEARNT = "learnt"
+"""Key of an answer that is not to be learnt; it is False there."""
+
+_WEIGHTS = ("weight", "train", "loss", LEARNT)
 """Keys by which a message says whether it is to be learnt."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -126,9 +129,8 @@ def _parse_message(item: object) -> Message:
     if not isinstance(role, str) or text is None:
         raise BadRow("not_messages", "a message must have a role and a content, both text")
     role = _ROLES.get(role.lower(), role.lower())
-    unlearnt = [name for name in _LEARNT if item.get(name) is not None and not item[name]]
-    if role == "assistant" and unlearnt:
-        raise BadRow("not_learnt", f"an answer has {unlearnt[0]} 0, and all answers are learnt")
+    if role == "assistant" and any(item.get(name) in (0, False) for name in _WEIGHTS):
+        parts[LEARNT] = False
     return {"role": role, "content": text, **parts}
 
 

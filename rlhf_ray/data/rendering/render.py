@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.config.data import TemplateConfig
 from rlhf_ray.data import template
-from rlhf_ray.data.reading.chats import AnswerLike, Message, PromptLike
+from rlhf_ray.data.reading.chats import LEARNT, AnswerLike, Message, PromptLike
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.chat_template import PROBE, ChatTemplate
 from rlhf_ray.data.rendering.shown_parts import require_shown, untold, with_markers
@@ -136,7 +136,7 @@ class Renderer:
             answer: text, or a message where it is more than text.
             question: as in `messages`.
             every_answer: separate the assistant's earlier turns too, so that ``answer_mask``
-                covers them.
+                covers them, but for those that are not to be learnt.
             tools: that the chat may call.
 
         Raises:
@@ -147,13 +147,16 @@ class Renderer:
         if messages is None:
             return TextSegments((str(prompt), str(answer)), self._eos_id, is_plain=True)
         last_turn = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        if LEARNT in last_turn:
+            raise BadRow("not_learnt", "the answer has weight 0, so there is nothing to learn")
         chat = [*messages, last_turn]
         whole = self._render_whole(chat, False, tools)
         last = len(chat) - 1
         texts: list[str] = []
         cut = 0
         for index, message in enumerate(chat):
-            if message["role"] != "assistant" or not (every_answer or index == last):
+            is_learnt = index == last or (every_answer and LEARNT not in message)
+            if message["role"] != "assistant" or not is_learnt:
                 continue
             start, end, ended = self._span(chat, index, whole, cut, tools)
             # The end token of the last answer is added by `tokenize`, if at all.

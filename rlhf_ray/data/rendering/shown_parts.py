@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from rlhf_ray.data.reading.chats import REASONING, Message
+from rlhf_ray.data.reading.chats import LEARNT, REASONING, Message
 from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.chat_template import PROBE
 
-_UNSAID = ("role", "tool_call_id", "id", "type")
-"""Keys that say how parts belong together; templates show that by their order."""
+_UNSAID = ("role", "tool_call_id", "id", "type", LEARNT)
+"""Keys that say how parts belong together, which templates show by their order, or what is learnt.
+"""
 
 _MARKED = ("content", REASONING[0])
 _REASONS = {"user": "template_drops_prompt", "assistant": "template_drops_answer"}

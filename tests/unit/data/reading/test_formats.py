@@ -10,7 +10,7 @@ import pytest
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.reading.formats import Use
-from rlhf_ray.data.reading.rows import batches
+from rlhf_ray.data.reading.rows import batches, row_prompt
 from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.errors import DataError
 
@@ -148,11 +148,18 @@ class TestMessages:
         assert (found, dropped) == ([{"messages": [user("a")], "completion": "b"}], {})
 
     @pytest.mark.parametrize("noted", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
-    def test_an_answer_that_is_not_to_be_learnt_is_not(
+    def test_an_answer_that_is_not_to_be_learnt_is_marked(
         self, tmp_path: Path, noted: dict[str, Any]
     ) -> None:
-        rows = [{"messages": [user("a"), {**assistant("b"), **noted}]}]
-        assert read(tmp_path, rows, "sft") == ([], {"not_learnt": 1})
+        marked = {**assistant("b"), "learnt": False}
+        chat = [user("a"), {**assistant("b"), **noted}]
+        rows: Rows = [{"messages": chat}, {"messages": [*chat, user("c"), assistant("d")]}]
+        found, _ = read(tmp_path, rows, "sft")
+        assert found == [
+            {"messages": [user("a")], "completion": marked},
+            {"messages": [user("a"), marked, user("c")], "completion": "d"},
+        ]
+        assert row_prompt(found[1]) == found[1]["messages"]
 
     @pytest.mark.parametrize(
         ("row", "use"),

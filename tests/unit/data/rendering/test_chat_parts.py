@@ -96,6 +96,17 @@ class TestSupported:
         assert learnt.startswith("<call>weather")
         assert learnt.endswith("<|im_end|><think>\n4 is cold.\n</think>\n\nCold.<|im_end|>")
 
+    def test_an_answer_without_weight_is_given_and_not_learnt(self, chatml: Tokenizer) -> None:
+        made = renderer(chatml)
+        unlearnt = {"role": "assistant", "content": "Wrong.", "learnt": False}
+        earlier = [USER, {"role": "assistant", "content": "Yes."}, USER, unlearnt, USER]
+        given, learnt = spelt(made, earlier, "Right.", every_answer=True)
+        assert "Wrong.<|im_end|>" in given
+        assert "learnt" not in given
+        assert learnt == "Yes.<|im_end|>Right.<|im_end|>"
+        with pytest.raises(BadRow, match="not_learnt"):
+            spelt(made, [USER], unlearnt)
+
     def test_a_template_may_take_arguments_as_json(self, chatml: Tokenizer) -> None:
         made = renderer(chatml, AGENT.replace("arguments | tojson", "arguments"))
         _, learnt = spelt(made, [USER], CALLING)
