@@ -18,6 +18,9 @@ def centred(rewards_BT, mask_BT, *, values_BT, gamma):
     return (to_go - values_BT) * mask_BT
 """
 
+NUM_ITERATIONS = 20
+"""Enough for the reward to rise by three times the bound, whichever prompts are drawn first."""
+
 
 def make_config(folder: Path, model: str, iterations: int, **ppo: Any) -> Config:
     """Iterations of 32 rollouts, four of a prompt."""
@@ -44,11 +47,11 @@ def make_config(folder: Path, model: str, iterations: int, **ppo: Any) -> Config
     ],
 )
 def test_the_reward_rises(tmp_path: Path, model: str, ppo: dict[str, Any]) -> None:
-    config = make_config(tmp_path, model, 12, **ppo)
+    config = make_config(tmp_path, model, NUM_ITERATIONS, **ppo)
     pipeline.run(config)
     summary = json.loads((Path(config.run.dir) / "ppo" / "summary.json").read_text())
     assert summary["reward_last"] > summary["reward_first"] + 0.05
-    assert summary["samples_generated"] == summary["samples_learnt"] == 12 * 32
+    assert summary["samples_generated"] == summary["samples_learnt"] == NUM_ITERATIONS * 32
     has_critic = ppo.get("advantage", "gae") == "gae"
     assert ("loss/value_avg" in records(config)[0]) == has_critic
     folder = Path(config.run.dir) / "checkpoints" / "latest"
