@@ -46,6 +46,11 @@ def temporary_folder() -> Path:
         ) from error
 
 
+def private_name() -> str:
+    """Return the name of this user's own folder in one for temporary files."""
+    return f"rlhf_ray-{os.getuid()}"
+
+
 def takes_links(folder: Path) -> bool:
     """Return whether a file system takes symbolic links; some network and FAT ones do not."""
     probe = folder / f".link-{os.getpid()}"

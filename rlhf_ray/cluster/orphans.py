@@ -26,7 +26,13 @@ from rlhf_ray.cluster.process_identity import (
     is_visible,
     living_process,
 )
-from rlhf_ray.disk import is_private, make_private, temporary_folder, write_atomically
+from rlhf_ray.disk import (
+    is_private,
+    make_private,
+    private_name,
+    temporary_folder,
+    write_atomically,
+)
 
 SHARED_MEMORY = "/dev/shm/"
 _OUR_NAMES = re.compile(
@@ -52,7 +58,7 @@ _RECORD = TypeAdapter(_Record)
 
 def records_folder() -> Path:
     """Return the folder of records, one for each user of the machine; it may not exist."""
-    return temporary_folder() / f"rlhf_ray-{os.getuid()}"
+    return temporary_folder() / private_name()
 
 
 class ProcessRecord:

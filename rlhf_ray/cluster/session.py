@@ -23,10 +23,10 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 from rlhf_ray.cluster.connection import require_cluster
 from rlhf_ray.cluster.life_signs import LIMIT
-from rlhf_ray.cluster.orphans import ProcessRecord, clean_up, records_folder
+from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
 from rlhf_ray.cluster.role_clients import LOOPBACK
 from rlhf_ray.config import Config
-from rlhf_ray.disk import make_private, temporary_folder
+from rlhf_ray.disk import make_private, private_name, temporary_folder
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
@@ -95,14 +95,17 @@ def dashboard_url() -> str | None:
 def ray_folder() -> Path:
     """Return a private folder for Ray's files whose path leaves room for the names of its sockets.
 
-    TMPDIR may be too long for that, such as a job's on Slurm; the next one is then another.
+    It lies in RAY_TMPDIR, else in TMPDIR. These may be too long for that, such as a job's on Slurm;
+    then it lies in the system's.
 
     Raises:
         ConfigError: no folder is short and writable.
     """
     refused = "none is short enough"
-    for base in (temporary_folder(), Path("/tmp"), Path("/var/tmp")):
-        folder = base / records_folder().name / "ray"
+    for base in (os.environ.get("RAY_TMPDIR"), temporary_folder(), "/tmp", "/var/tmp"):
+        if not base:
+            continue
+        folder = Path(base) / private_name() / "ray"
         if len(os.fsencode(folder)) + len(LONGEST_SOCKET) > SOCKET_PATH_BYTES:
             continue
         try:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from rlhf_ray.cluster.role_clients import LOOPBACK
+from rlhf_ray.disk import private_name
 from rlhf_ray.observability.dashboards.files import write
 from rlhf_ray.observability.dashboards.prometheus import Bounds
 from rlhf_ray.observability.metrics import METRICS, registered_as
@@ -82,7 +83,9 @@ def watched(
         environment.setenv("RAY_metrics_report_interval_ms", "1000")
         environment.setenv("FORCE_COLOR", "1")
         run = Watched(
-            new_command_line(scratch, Path(temporary)), scratch / "run", Path(temporary) / "ray"
+            new_command_line(scratch, Path(temporary)),
+            scratch / "run",
+            Path(temporary) / private_name() / "ray",
         )
         try:
             _start(run, scratch, llama, prompts_file)

@@ -2,22 +2,27 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from textwrap import dedent
 
 import yaml
 
+from rlhf_ray.disk import private_name
 from rlhf_ray.observability.dashboards.grafana import dashboard
 from rlhf_ray.observability.dashboards.prometheus import Bounds, alert_rules, configuration
 
 DISCOVERY = "prom_metrics_service_discovery.json"
-"""Ray's list of its nodes' metrics ports, kept up to date by the head."""
+"""Ray's list of its nodes' metrics ports, kept up to date by the head; a run on one machine that
+starts Ray itself has it in the user's own folder."""
 
 
 def write(folder: Path, bounds: Bounds) -> str:
     """Write all files; return instructions for using them."""
     folder = folder.absolute()
-    ray_folder = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+    temporary = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    ray_folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray"
+    discoveries = (ray_folder / DISCOVERY, temporary / private_name() / "ray" / DISCOVERY)
     shown = folder / "grafana" / "dashboards" / "rlhf_ray.json"
     alerts = folder / "prometheus" / "alerts.yml"
     config = folder / "prometheus" / "prometheus.yml"
@@ -25,7 +30,7 @@ def write(folder: Path, bounds: Bounds) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
     shown.write_text(json.dumps(dashboard(), indent=2) + "\n", encoding="utf-8")
     alerts.write_text(_yaml(alert_rules(bounds)), encoding="utf-8")
-    config.write_text(_yaml(configuration(alerts, ray_folder / DISCOVERY)), encoding="utf-8")
+    config.write_text(_yaml(configuration(alerts, discoveries)), encoding="utf-8")
     session = ray_folder / "session_latest" / "metrics" / "grafana"
     return dedent(f"""\
         Wrote {shown}

@@ -1,5 +1,6 @@
 """Prometheus's configuration: which endpoints it scrapes, and its alert rules."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,18 @@ class Bounds:
     """Share of the disk."""
 
 
-def configuration(alerts: Path, discovery: Path) -> dict[str, object]:
-    """Return the contents of ``prometheus.yml``."""
+def configuration(alerts: Path, discoveries: Sequence[Path]) -> dict[str, object]:
+    """Return the contents of ``prometheus.yml``.
+
+    Args:
+        alerts: file of alert rules.
+        discoveries: where Ray may list its nodes' metrics ports.
+    """
+    files = [str(path) for path in discoveries]
     return {
         "global": {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL},
         "rule_files": [str(alerts)],
-        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)]}]}],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": files}]}],
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf_ray.cluster import session
 from rlhf_ray.observability.dashboards.files import write
 from rlhf_ray.observability.dashboards.grafana import dashboard
 from rlhf_ray.observability.dashboards.panels import ROWS, panels
@@ -143,9 +144,10 @@ def test_the_files_refer_to_each_other_and_to_ray(
     alerts = tmp_path / "out" / "prometheus" / "alerts.yml"
     assert config["rule_files"] == [str(alerts)]
     (job,) = config["scrape_configs"]
-    assert job["file_sd_configs"] == [
-        {"files": ["/scratch/ray/prom_metrics_service_discovery.json"]}
-    ]
+    of_cluster, of_one_machine = job["file_sd_configs"][0]["files"]
+    assert of_cluster == "/scratch/ray/prom_metrics_service_discovery.json"
+    monkeypatch.setattr(session, "make_private", lambda folder: folder)
+    assert of_one_machine == f"{session.ray_folder()}/prom_metrics_service_discovery.json"
     assert yaml.safe_load(alerts.read_text()) == alert_rules(BOUNDS)
     shown = tmp_path / "out" / "grafana" / "dashboards" / "rlhf_ray.json"
     assert json.loads(shown.read_text()) == dashboard()
