@@ -32,7 +32,7 @@ from rlhf_ray.stages.pipeline import run_single
 from rlhf_ray.stages.ppo import stage as ppo
 from rlhf_ray.types import Shard, ShardRequest
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(590)]
 
 ITERATIONS, BATCH_SIZE, SHARD_SIZE = 4, 48, 2
 VARIES = ("timing_s/", "throughput/", "generators/")
