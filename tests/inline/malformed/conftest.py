@@ -20,7 +20,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secrets that no message may show, and no network: a name of a hub would be waited for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "DB_PWD"):
         monkeypatch.setenv(name, PLANTED)
 

@@ -132,24 +132,21 @@ ADAPTER: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("how", ADAPTER)
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(pytest.param("adapter_config.json", ADAPTER[how], id=how) for how in ADAPTER),
+        *(
+            pytest.param("adapter_model.safetensors", TORN[how], id=f"weights_{how}")
+            for how in TORN
+        ),
+    ],
+)
 def test_a_torn_adapter_is_refused(
-    ends: Ends, config_file: Path, whole_run: Path, tmp_path: Path, how: str
+    ends: Ends, config_file: Path, whole_run: Path, tmp_path: Path, file: str, content: bytes
 ) -> None:
     adapter = Path(shutil.copytree(whole_run / "reward" / "model", tmp_path / "adapter"))
-    (adapter / "adapter_config.json").write_bytes(ADAPTER[how])
-    ends(
-        *("ppo", config_file, f"run.dir={tmp_path}/run", f"sft.path={whole_run}/sft/model"),
-        *(f"reward.path={adapter}", f"data.prompts.path={prompts(tmp_path)}"),
-    )
-
-
-@pytest.mark.parametrize("how", TORN)
-def test_torn_adapter_weights_are_refused(
-    ends: Ends, config_file: Path, whole_run: Path, tmp_path: Path, how: str
-) -> None:
-    adapter = Path(shutil.copytree(whole_run / "reward" / "model", tmp_path / "adapter"))
-    (adapter / "adapter_model.safetensors").write_bytes(TORN[how])
+    (adapter / file).write_bytes(content)
     ends(
         *("ppo", config_file, f"run.dir={tmp_path}/run", f"sft.path={whole_run}/sft/model"),
         *(f"reward.path={adapter}", f"data.prompts.path={prompts(tmp_path)}"),
