@@ -197,6 +197,11 @@ class TemplateConfig(Section):
         description="chat: the tokenizer's chat template; question_answer: `Question: ... Answer: "
         "...`; auto: chat for rows with messages, else prompts as they are.",
     )
+    instruction: str = fixed(
+        "",
+        description="Appended, after a space, to each plain prompt that kind chat makes a user's "
+        "message; chats are left as they are.",
+    )
     kwargs: PassThrough = fixed(
         {}, description="More variables for the chat template, such as {enable_thinking: false}."
     )
@@ -207,3 +212,12 @@ class TemplateConfig(Section):
         names = ["add_generation_prompt", "continue_final_message", "tokenize", "messages"]
         owned = dict.fromkeys(names, "the renderer")
         return refuse_owned("template.kwargs", kwargs, owned)
+
+    @model_validator(mode="after")
+    def _instruction_is_used(self) -> "TemplateConfig":
+        if self.instruction and self.kind != "chat":
+            raise ValueError(
+                f"template.instruction has no effect with template.kind {self.kind}; set "
+                "template.kind=chat, or write the instruction into the prompts"
+            )
+        return self

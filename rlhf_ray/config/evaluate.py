@@ -22,6 +22,13 @@ class EvaluateConfig(Section):
         "another run's policy; none: sft, and dpo and ppo if the run has them.",
     )
     num_prompts: int = changeable(200, unit="prompts", ge=1, description="Held-out prompts.")
+    temperature: float | None = changeable(
+        None,
+        unit="–",
+        gt=0,
+        description="Sampling temperature of the compared models; none: rollout.temperature. Near "
+        "0 (0.01) is what others publish as greedy.",
+    )
     judged_by: list[JudgedBy] | None = changeable(
         None,
         min_length=1,
@@ -45,7 +52,8 @@ class EvaluateConfig(Section):
     @property
     def asked(self) -> dict[str, object]:
         """The measurements as plain values; a saved evaluation of anything else is not reused."""
-        return self.model_dump(mode="json", include={"models", "judged_by", "instructions"})
+        asked = self.model_dump(mode="json", include={"models", "judged_by", "instructions"})
+        return asked if self.temperature is None else {**asked, "temperature": self.temperature}
 
     @field_validator("models", "judged_by")
     @classmethod

@@ -224,7 +224,7 @@ def _nearest(key: str) -> str:
     known = sorted(set(keys()), key=lambda name: (name.count("."), name))
     leaf = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    near += [name for name in known if name.rpartition(".")[2] == leaf][:2]
+    near += [name for name in known if name.rpartition(".")[2] == leaf][:3]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     unique = list(dict.fromkeys(near))
     return f"Did you mean {' or '.join(unique)}?" if unique else "See docs/config.md"

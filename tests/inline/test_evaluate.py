@@ -151,3 +151,15 @@ def test_a_line_of_metrics_for_each_policy_that_was_evaluated(
     records = lines(run / "evaluate" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2]
     assert all({"win_rate/ppo", "elo/ppo", "gold_mean/sft"} <= set(record) for record in records)
+
+
+def test_models_are_compared_at_a_temperature_of_their_own(whole_run: Path, tmp_path: Path) -> None:
+    """Near zero only the likeliest tokens are drawn, whatever the temperature is exactly."""
+    run = copy_of(whole_run, tmp_path)
+    answers = {}
+    for temperature in ("null", "0.001", "0.0005"):
+        asked = (run, f"run.dir={run}", f"evaluate.temperature={temperature}")
+        assert command("run", *asked) == 0  # evaluates again where another temperature is asked for
+        rows = lines(run / "evaluate" / "samples.jsonl")
+        answers[temperature] = [row["sft"]["text"] for row in rows]
+    assert answers["0.001"] == answers["0.0005"] != answers["null"]

@@ -1,14 +1,17 @@
 """The recipe's configs run for two steps in this process, a tiny model in the place of theirs."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from tiny_models import build_tiny
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_ray.config import load
+from rlhf_ray.config import Config, load
 from rlhf_ray.models.loading import load_tokenizer, save_model
+from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.stages import pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -20,6 +23,17 @@ PPO = (
     *("policy.num_ranks=1", "critic.num_ranks=1", "reference.num_workers=1", "generators.num=1"),
     *("reward.num_workers=1", "rollout.shard_size=4", "evaluate.num_prompts=4"),
 )
+
+
+SUMS = [
+    {
+        "question": f"Ann has {n} boxes of 1,000 nails. How many nails has she?",
+        "answer": f"{n} x 1,000 is <<{n}*1000={n}000>>{n},000 nails.\n#### {n},000",
+    }
+    for n in range(2, 22)
+]
+"""Rows of GSM8K's columns and form."""
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|eos|>{% endfor %}assistant: "
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +55,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for text in TEXTS
     ]
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = CHAT
+    shutil.copytree(base, folder / "chat")
+    tokenizer.save_pretrained(folder / "chat")
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
     for name, columns in {
         "texts": ("text",),
         "prompts": ("prompt", "label"),
@@ -60,7 +79,14 @@ STACKLLAMA_PPO = (
     *("sft.path={files}/llama", "reward.path={files}/reward"),
     "data.prompts.path={files}/prompts.jsonl",
 )
+GSM8K = (
+    *PPO,
+    *("model.path={files}/chat", "model.max_length=256", "rollout.max_prompt_tokens=200"),
+    *("data.prompts={{path: {files}/sums.jsonl}}", "data.eval={{path: {files}/sums.jsonl}}"),
+    "rollout.max_tokens=16",
+)
 CASES = {
+    "gsm8k_qwen25_0_5b.yaml": GSM8K,
     "stackllama/prepare.yaml": ("prepare.num_questions=60",),
     "stackllama/sft.yaml": (
         *small("sft"),
@@ -111,11 +137,16 @@ def test_every_config_of_the_recipe_is_here() -> None:
     assert names == set(CASES)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_config_runs_for_two_steps(name: str, files: Path, tmp_path: Path) -> None:
+def small_config(name: str, files: Path, folder: Path, *more: str) -> Config:
+    """Load a config, with ``more`` of its own before what makes it small."""
     given = [override.format(files=files) for override in CASES[name]]
     model = [f"model.path={files}/llama"]
-    config = load(CONFIGS / name, [f"run.dir={tmp_path}/run", *INLINE, *model, *given])
+    return load(CONFIGS / name, [*more, f"run.dir={folder}/run", *INLINE, *model, *given])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_runs_for_two_steps(name: str, files: Path, tmp_path: Path) -> None:
+    config = small_config(name, files, tmp_path)
     pipeline.run(config)
     for stage in config.run.stages:
         if stage != "report":
@@ -124,3 +155,24 @@ def test_a_config_runs_for_two_steps(name: str, files: Path, tmp_path: Path) -> 
         summary = json.loads((tmp_path / "run" / "ppo" / "summary.json").read_text())
         assert summary["iterations"] == 2
         assert summary["samples_learnt"] == summary["samples_generated"] == 8
+
+
+def test_gsm8k_is_asked_and_judged_as_published(files: Path, tmp_path: Path) -> None:
+    """With the overrides for GRPO that stand at the top of the file."""
+    name = "gsm8k_qwen25_0_5b.yaml"
+    comment = (CONFIGS / name).read_text().partition("GRPO")[2].partition("#\n")[0]
+    words = shlex.split(comment.replace("\\\n#", " ").partition(f"{name} ")[2])
+    assert {"ppo.advantage=grpo", "ppo.samples_per_prompt=5"} <= set(words)
+    sizes = ("ppo.samples_per_prompt=2", "ppo.batch_size=4")
+    config = small_config(name, files, tmp_path, *words, *sizes)
+    assert config.ppo.advantage == "grpo"
+    pipeline.run(config)
+    folder = tmp_path / "run"
+    (sample, *_) = read_jsonl(folder / "evaluate" / "samples.jsonl")
+    assert sample["prompt"].startswith("user: Ann has ")
+    assert sample["prompt"].endswith('answer after "####".<|eos|>assistant: ')
+    records = read_jsonl(folder / "ppo" / "metrics.jsonl")
+    assert {r["objective/scores/right"] for r in records} == {0.0}, "a tiny model cannot count"
+    summary = json.loads((folder / "evaluate" / "summary.json").read_text())
+    assert summary["models"]["sft"]["reward_mean"] == 0.0
+    assert summary["asked"]["temperature"] == 0.01

@@ -106,7 +106,9 @@ class Renderer:
             return list(prompt)
         if self._settings.kind == "auto":
             return None
-        return [{"role": "user", "content": question or prompt}]
+        instruction = self._settings.instruction
+        ending = f" {instruction}" if instruction else ""
+        return [{"role": "user", "content": f"{question or prompt}{ending}"}]
 
     def prompt(
         self, prompt: PromptLike, question: str | None = None, tools: Sequence[Message] = ()

@@ -52,7 +52,7 @@ async def answers_of_models(
     inputs: Inputs, bar: Bar, say: Callable[[str], None]
 ) -> dict[str, Answers]:
     """Serve one model after the other, and sample its answers to every prompt."""
-    config, seed = inputs.config, inputs.config.run.seed
+    config, seed = _at_its_temperature(inputs.config), inputs.config.run.seed
     held_out = sample_requests(inputs.prompts, 1, seed, "evaluate")
     instructed = sample_requests(
         inputs.instruction_prompts, SAMPLES_PER_INSTRUCTION, seed, "instructions"
@@ -141,6 +141,13 @@ async def perplexities(inputs: Inputs, answers: Sequence[Rollout], bar: Bar) -> 
 def _update(version: int, files: AdapterFiles) -> AdapterUpdate:
     state = digest(tensors_from_bytes(files[WEIGHTS]))
     return AdapterUpdate(version, state, json.loads(files[ADAPTER_CONFIG]), files[WEIGHTS])
+
+
+def _at_its_temperature(config: Config) -> Config:
+    """Sample at ``evaluate.temperature`` where it is set."""
+    temperature = config.evaluate.temperature or config.rollout.temperature
+    rollout = config.rollout.model_copy(update={"temperature": temperature})
+    return config.model_copy(update={"rollout": rollout})
 
 
 def _for_largest(config: Config, adapters: Mapping[str, AdapterFiles]) -> Config:

@@ -99,6 +99,17 @@ class TestChat:
         assert learnt(renderer, full.token_ids, full.answer_mask) == "So.<|im_end|>"
         assert renderer.full([user("Why?")], "So.", ended=False).token_ids == full.token_ids[:-1]
 
+    def test_an_instruction_ends_plain_prompts_and_no_chats(self, chatml: Tokenizer) -> None:
+        settings = TemplateConfig(kind="chat", instruction="Be sure.")
+        renderer = Renderer(chatml, settings)
+        assert renderer.messages("Question: Why?", "Why?") == [user("Why? Be sure.")]
+        assert renderer.full("Why?", "So.") == Renderer(chatml).full([user("Why? Be sure.")], "So.")
+        assert renderer.messages([user("Why?")]) == [user("Why?")]
+
+    def test_an_instruction_without_a_chat_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"template\.instruction has no effect"):
+            TemplateConfig(instruction="Be sure.")
+
     def test_llama3_begins_once(self, llama3: Tokenizer) -> None:
         renderer = Renderer(llama3)
         full = renderer.full([user(" Why? ")], "So.")
