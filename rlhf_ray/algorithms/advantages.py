@@ -102,7 +102,8 @@ def grpo(scores_B: Tensor, group_size: int, sizes_B: Tensor | None = None) -> Te
 
     Source: Shao et al. 2024 (arXiv:2402.03300) section 4.1.2. Arguments, result and errors as for
     `rloo`. A group whose scores differ by rounding alone gets 0: divided by its own deviation,
-    rounding would become advantages of order one.
+    rounding would become advantages of order one. Rounding is up to 1e-6 of a score's size, and
+    that at least 1: a model adds up its score, however small, from products of that size.
 
     Args:
         scores_B: scores.
@@ -115,7 +116,7 @@ def grpo(scores_B: Tensor, group_size: int, sizes_B: Tensor | None = None) -> Te
     centred_GN = scores_GN - scores_GN.mean(1, keepdim=True)
     std_G1 = scores_GN.std(1, keepdim=True, unbiased=True)
     range_G1 = scores_GN.amax(1, keepdim=True) - scores_GN.amin(1, keepdim=True)
-    is_rounding_G1 = range_G1 <= ROUNDING * sizes_GN.amax(1, keepdim=True)
+    is_rounding_G1 = range_G1 <= ROUNDING * sizes_GN.amax(1, keepdim=True).clamp(min=1.0)
     return torch.where(is_rounding_G1, 0.0, centred_GN / (std_G1 + 1e-8)).flatten().float()
 
 

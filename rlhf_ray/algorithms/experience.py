@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     Rows = Sequence[np.ndarray]
 
 
+SMALLEST_NATS = 4.0
+"""Size to which the rounding of two log-probs of a token is relative at least. They are differences
+of logits, which reach 16 to 32 where both are near 0: in fp32, 4e-6 apart by rounding."""
+
+
 @dataclass(frozen=True)
 class Experience:
     """Rollouts with everything computed on them; one row per sample.
@@ -219,7 +224,8 @@ class Assembler:
         penalty = kl_coef if self.kl_in == "reward" else 0.0
         rewards_BT = token_rewards(batch.scores_B, kl_BT, mask_BT, penalty, self.position)
         # Where policy and reference agree, their KL is the rounding of their log-probs.
-        nats_B = zero_padding(old_BT.abs() + ref_BT.abs(), mask_BT).sum(1)
+        nats_BT = (old_BT.abs() + ref_BT.abs()).clamp(min=SMALLEST_NATS)
+        nats_B = zero_padding(nats_BT, mask_BT).sum(1)
         sizes_B = batch.scores_B.abs() + penalty * nats_B
         advantages_BT = self._advantages(rewards_BT, value_mask_BT, values_BT, sizes_B)
         has_critic = self.estimator.needs_critic

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import ray
 from ray._private import ray_constants
@@ -49,6 +49,9 @@ LONGEST_SOCKET = "/session_2026-11-30_04-33-12_123456_4194304/sockets/plasma_sto
 """The longest name of a socket below Ray's folder."""
 LONG_TMPDIR = 60
 """Length of a temporary folder from which on sockets of vLLM and PyTorch in it may not fit."""
+
+ROOTS_PORT = 1
+"""A port on which only root can listen."""
 
 RAY_PRINT_HANDLER = "ray_print_logs"
 """The handler with which Ray prints actors' output; Ray removes it by this name at shutdown."""
@@ -151,7 +154,7 @@ def _require_free_name(name: str) -> None:
 
 
 def _connect(config: Config, joined: bool) -> None:
-    shared = {
+    shared: dict[str, Any] = {
         "logging_level": logging.ERROR,
         "log_to_driver": True,  # filtered by `show_warnings`
         "namespace": f"rlhf_ray-{config.run.name}",
@@ -162,6 +165,7 @@ def _connect(config: Config, joined: bool) -> None:
             require_cluster()
             ray.init(address="auto", **shared)
             return
+        shared["runtime_env"]["worker_process_setup_hook"] = _address_setter()
         with _on_loopback():
             ray.init(
                 address="local",
@@ -170,6 +174,9 @@ def _connect(config: Config, joined: bool) -> None:
                 num_cpus=num_logical_cpus(config),
                 include_dashboard=config.cluster.dashboard,
                 dashboard_host=LOOPBACK,
+                # Ray's processes send requests, and the token, to this port also where no dashboard
+                # listens: another user's server may.
+                **({} if config.cluster.dashboard else {"dashboard_port": ROOTS_PORT}),
                 object_store_memory=config.cluster.object_store_mb * 2**20,
                 **shared,
             )
@@ -192,6 +199,24 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _address_setter() -> Callable[[], None]:
+    """Return what each process of a cluster of our own runs first: it sets RAY_ADDRESS.
+
+    Ray Train watches its controller through Ray's state API, which without RAY_ADDRESS looks for
+    clusters on the machine: among several it raises, or asks the wrong one and takes the training
+    for dead. The function is nested so that Ray sends its code instead of importing this module.
+    """
+
+    def set_address() -> None:
+        import os
+
+        import ray
+
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+    return set_address
 
 
 def num_logical_cpus(config: Config) -> int:

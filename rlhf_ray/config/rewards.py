@@ -265,7 +265,8 @@ class PairJudgeConfig(ChatEndpointConfig):
         "Which response answers the prompt better? Weigh them in a few sentences, then end "
         "with one line: `Better: A` or `Better: B`.\n\n<prompt>\n{prompt}\n</prompt>\n\n"
         "<response A>\n{a}\n</response A>\n\n<response B>\n{b}\n</response B>",
-        description="Message to the judge; {prompt}, {a} and {b} are filled in.",
+        description="Message to the judge; {prompt}, {a} and {b} are filled in, as is {NAME} for "
+        "a column NAME of the pairs.",
     )
     pattern: str = fixed(
         r"(?i)better\W*\b([AB])\b",

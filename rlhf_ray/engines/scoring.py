@@ -1,6 +1,7 @@
 """Build the reward sources of a config, with the models that some of them run."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, assert_never
 
 import numpy as np
@@ -18,6 +19,7 @@ from rlhf_ray.config.rewards import (
     RewardSourceConfig,
     RougeSourceConfig,
 )
+from rlhf_ray.data.datasets.prompts import Check
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.folders import first_line, locate
@@ -28,7 +30,7 @@ from rlhf_ray.rewards.functions import FunctionSource
 from rlhf_ray.rewards.judge import JudgeSource
 from rlhf_ray.rewards.remote import RemoteSource
 from rlhf_ray.rewards.rouge import RougeSource
-from rlhf_ray.rewards.source import ClassifierSource, ModelSource, Source
+from rlhf_ray.rewards.source import ClassifierSource, ModelSource, Source, require_template
 
 
 def reward_sources(
@@ -79,13 +81,23 @@ def _source(
 
 def model_source(config: Config, path: str, policy_model: str) -> ModelSource:
     """Load a reward model as a source."""
+    renderer = _renderer(config, path, policy_model)
+    return ModelSource(SequenceScorer(path, config), renderer, config.model.max_length)
+
+
+def template_checks(config: Config, reward_model: str | None, policy_model: str) -> list[Check]:
+    """Return checks that reward models of other tokenizers than the policy's can read a prompt."""
+    sources = [source for source in config.rewards if isinstance(source, ModelSourceConfig)]
+    paths = dict.fromkeys(source.path or reward_model for source in sources)
+    renderers = [_renderer(config, path, policy_model) for path in paths if path]
+    return [partial(require_template, renderer) for renderer in renderers if renderer]
+
+
+def _renderer(config: Config, path: str, policy_model: str) -> Renderer | None:
+    """Return a reward model's renderer; None where it reads the policy's own tokens."""
     tokenizer = load_tokenizer(path, config.model)
     same_tokens = tokenizer.get_vocab() == load_tokenizer(policy_model, config.model).get_vocab()
-    return ModelSource(
-        SequenceScorer(path, config),
-        None if same_tokens else Renderer(tokenizer),
-        config.model.max_length,
-    )
+    return None if same_tokens else Renderer(tokenizer)
 
 
 class SequenceScorer:

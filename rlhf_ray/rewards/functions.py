@@ -105,8 +105,7 @@ def verl_arguments(rollout: Rollout) -> dict[str, object]:
         DataError: the row has neither that nor a column ``ground_truth``.
     """
     fields = rollout.prompt.fields
-    nested = fields.get("reward_model")
-    truths = nested if isinstance(nested, dict) else fields
+    truths = ground_truths(fields)
     if "ground_truth" not in truths:
         raise DataError(
             f"rewards: verl's signature needs a ground truth, and prompt {rollout.prompt.id} has "
@@ -118,6 +117,12 @@ def verl_arguments(rollout: Rollout) -> dict[str, object]:
         "ground_truth": truths["ground_truth"],
         "extra_info": fields.get("extra_info") or {},
     }
+
+
+def ground_truths(fields: Mapping[str, object]) -> Mapping[str, object]:
+    """Return what may hold ``ground_truth``: the column ``reward_model``, else the row."""
+    nested = fields.get("reward_model")
+    return nested if isinstance(nested, dict) else fields
 
 
 def openrlhf_arguments(

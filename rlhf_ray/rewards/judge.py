@@ -15,6 +15,10 @@ Side = Literal["a", "b"]
 Verdict = Literal["a", "b", "order", "unread"]
 """The better answer; order: the verdict follows the position; unread: no A or B was found."""
 
+_PLACE = re.compile(r"\{(\w+)\}")
+_RATING, _PAIR = ("prompt", "response", "lowest", "highest"), ("prompt", "a", "b")
+"""Places of a template that are no columns: of a judge that rates, and of one that compares."""
+
 
 class Chat:
     """A chat endpoint that is asked many questions at once."""
@@ -197,7 +201,13 @@ def fill(template: str, values: Mapping[str, str], prompt: Prompt, source: str) 
         name = match.group(1)
         return values[name] if name in values else str(column_of(prompt, name, source))
 
-    return re.sub(r"\{(\w+)\}", value, template)
+    return _PLACE.sub(value, template)
+
+
+def columns_in(judge: JudgeSourceConfig | PairJudgeConfig) -> list[str]:
+    """Return the columns of the data that a judge's template names."""
+    filled = _PAIR if isinstance(judge, PairJudgeConfig) else _RATING
+    return [name for name in dict.fromkeys(_PLACE.findall(judge.template)) if name not in filled]
 
 
 def last_match(pattern: str, answer: str) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_ray.data.reading.chats import Message
 from rlhf_ray.data.reading.counts import BadRow
-from rlhf_ray.data.reading.rows import row_tools
+from rlhf_ray.data.reading.rows import Row, row_tools
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.types import Prompt, Rollout
@@ -85,6 +85,24 @@ def column_of(prompt: Prompt, column: str, source: str) -> object:
             "source, or map it in the data set's columns"
         )
     return value
+
+
+def require_template(renderer: Renderer, fields: Row) -> None:
+    """Require that a reward model's chat template takes a prompt, given by its fields.
+
+    Raises:
+        BadRow: it does not.
+    """
+    if not (messages := fields.get("messages")):
+        return
+    try:
+        renderer.prompt(messages, tools=row_tools(fields))
+    except BadRow as bad:
+        raise BadRow(
+            f"reward_{bad.reason}",
+            "the reward model, whose tokenizer is not the policy's, cannot read the chat: "
+            + bad.explanation,
+        ) from None
 
 
 class ModelSource:

@@ -5,6 +5,7 @@ Rows are read with a progress bar, and statistics of their texts are written for
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.datasets.prompts import Prompts, load_prompts
+from rlhf_ray.data.datasets.prompts import Check, Prompts, load_prompts
 from rlhf_ray.data.reading.draws import try_sample
 from rlhf_ray.data.reading.formats import Use
 from rlhf_ray.data.reading.rows import Row, StoredRows
@@ -21,6 +22,7 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Progress
+from rlhf_ray.rewards.required_columns import require_read_columns
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.quality import RowStats
 from rlhf_ray.types import Prompt
@@ -72,38 +74,46 @@ def _digests(path: Path) -> dict[str, str]:
 
 
 def ppo_prompts(
-    config: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    folder: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    checks: Sequence[Check] = (),
 ) -> tuple[Prompts, list[Prompt], dict[str, int]]:
     """Return the prompts to train on, the held-out ones, and counts of dropped rows.
 
-    They come from data.prompts, else from prepare's rl set.
+    They come from data.prompts, else from prepare's rl set. ``checks`` are as in `load_prompts`.
     """
+    load = partial(_load, config, tokenizer, checks)
     if config.data.prompts is None:
-        prompts, counts = _load(config, StoredRows(folder.rows("rl")), tokenizer, "prompts")
+        prompts, counts = load("prompts", StoredRows(folder.rows("rl")))
     else:
-        rows = user_rows(config, "prompts", "prompts")
-        prompts, counts = _load(config, rows, tokenizer, "prompts")
+        prompts, counts = load("prompts", user_rows(config, "prompts", "prompts"))
         if config.data.eval is None:
             prompts, held_out = _split(config, prompts)
             return prompts, held_out.sample(config.ppo.eval_prompts, config.run.seed), counts
-    return prompts, held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts), counts
+    held_out = held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts, checks)
+    return prompts, held_out, counts
 
 
 def held_out_prompts(
-    config: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, limit: int
+    config: Config,
+    folder: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    checks: Sequence[Check] = (),
 ) -> list[Prompt]:
     """Return prompts that no stage trains on.
 
     They are a sample of data.eval, else of what data.prompts holds out, else of prepare's set.
     """
+    load = partial(_load, config, tokenizer, checks)
     if config.data.eval is not None:
-        prompts, _ = _load(config, user_rows(config, "eval", "prompts"), tokenizer, "eval")
+        prompts, _ = load("eval", user_rows(config, "eval", "prompts"))
     elif config.data.prompts is not None:
-        prompts, _ = _load(config, user_rows(config, "prompts", "prompts"), tokenizer, "prompts")
+        prompts, _ = load("prompts", user_rows(config, "prompts", "prompts"))
         _, prompts = _split(config, prompts)
     else:
-        rows = StoredRows(folder.rows("evaluation"))
-        prompts, _ = _load(config, rows, tokenizer, "evaluation")
+        prompts, _ = load("evaluation", StoredRows(folder.rows("evaluation")))
     return prompts.sample(limit, config.run.seed)
 
 
@@ -122,15 +132,18 @@ def _split(config: Config, prompts: Prompts) -> tuple[Prompts, Prompts]:
 
 
 def _load(
-    config: Config, rows: StoredRows, tokenizer: PreTrainedTokenizerBase, name: str
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    checks: Sequence[Check],
+    name: str,
+    rows: StoredRows,
 ) -> tuple[Prompts, dict[str, int]]:
     load = partial(
         load_prompts,
         renderer=Renderer(tokenizer, config.template),
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         overlong=config.data.overlong,
-        # Found by the reward itself, the first such row would end the run, maybe days later.
-        needed={each.column: each.name for each in config.rewards if each.type == "rouge"},
+        checks=[partial(require_read_columns, config.rewards), *checks],
     )
     try_sample(rows, load, config.data.max_bad_share, name)
     return load(rows, max_bad_share=config.data.max_bad_share, name=name)

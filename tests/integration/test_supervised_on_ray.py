@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,25 @@ def test_an_error_in_a_worker_reaches_the_user(
         pretrain.run(make_config("many", "local", train_workers=400, batch_size=400))
 
 
+def test_processes_of_a_local_run_ask_its_own_cluster_beside_others(workplace: Path) -> None:
+    # Ray's state API, with which Ray Train watches its controller, looks for processes like this.
+    other = 'exec -a raylet "$0" -c "import time; time.sleep(60)" --gcs-address=127.0.0.1:1'
+    raylet = subprocess.Popen(["bash", "-c", other, sys.executable])
+
+    @ray.remote(num_cpus=0)
+    def addresses() -> tuple[str, str]:
+        from ray._private.services import canonicalize_bootstrap_address_or_die as find
+
+        return find(None), ray.get_runtime_context().gcs_address
+
+    try:
+        found, own = ray.get(addresses.remote())
+    finally:
+        raylet.kill()
+        raylet.wait()
+    assert found == own
+
+
 class KilledTraining(PretrainTraining):
     """A stage whose process dies as by the kernel's out-of-memory killer."""
 
@@ -89,8 +110,6 @@ class KilledTraining(PretrainTraining):
 
 
 def test_a_killed_worker_ends_the_stage_with_a_remedy(workplace: Path) -> None:
-    import sys
-
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     config = make_config("killed", "local")
     work = supervised.open_training(KilledTraining, config, str(workplace / "inline/pretrain/base"))

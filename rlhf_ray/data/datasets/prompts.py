@@ -2,8 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
 import datasets
@@ -14,7 +13,6 @@ from rlhf_ray.data.reading.rows import (
     SOURCE,
     Row,
     batches,
-    given_values,
     row_prompt,
     row_question,
     row_tools,
@@ -23,6 +21,9 @@ from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
 from rlhf_ray.types import Prompt
+
+Check = Callable[[Row], None]
+"""Raises `BadRow` for the fields of a prompt that its reader could not use."""
 
 _ID_COLUMNS = ("id", "question_id")
 _NO_FIELDS = ("prompt", "messages", SOURCE)
@@ -71,7 +72,7 @@ def load_prompts(
     overlong: Overlong = "drop",
     max_bad_share: float = 0.2,
     name: str = "prompts",
-    needed: Mapping[str, str] = MappingProxyType({}),
+    checks: Sequence[Check] = (),
 ) -> tuple[Prompts, dict[str, int]]:
     """Render the prompt of each row; the other columns become ``Prompt.fields``.
 
@@ -86,8 +87,7 @@ def load_prompts(
         overlong: what to do with a longer one; ``truncate`` keeps its end, which the model
             continues.
         max_bad_share: share of bad rows (such as empty ones) above which loading stops.
-        needed: column that a reward reads from every row -> the reward's name; a row without one is
-            a bad row.
+        checks: of those who read the prompts later; a row that one of them refuses is a bad row.
 
     Returns:
         Prompts in the order of the rows, and counts: ``kept``, dropped rows by reason, and
@@ -97,7 +97,7 @@ def load_prompts(
         DataError: too many bad rows, nothing left, or an over-long one with ``overlong="error"``.
     """
     tally = RowTally(name, max_bad_share)
-    prompts = _rendered(rows, renderer, max_prompt_tokens, overlong, tally, needed)
+    prompts = _rendered(rows, renderer, max_prompt_tokens, overlong, tally, checks)
     return Prompts(write_table(prompts, _PROMPTS)), tally.finish()
 
 
@@ -107,14 +107,14 @@ def _rendered(
     max_prompt_tokens: int,
     overlong: Overlong,
     tally: RowTally,
-    needed: Mapping[str, str],
+    checks: Sequence[Check],
 ) -> Iterator[Row]:
     """Yield rows with the columns `_PROMPTS`."""
     seen: dict[str, set[int]] = {}
     for batch in batches(rows, tally):
-        fresh = _usable(batch, renderer, seen, tally, needed)
+        fresh = _usable(batch, renderer, seen, tally, checks)
         rendered = renderer.tokenize([texts for *_, texts in fresh], ended=False)
-        for (index, row_id, row, texts), tokens in zip(fresh, rendered, strict=True):
+        for (index, row_id, fields, texts), tokens in zip(fresh, rendered, strict=True):
             token_ids = tokens.token_ids
             text = renderer.visible_text(texts)
             if len(token_ids) > max_prompt_tokens:
@@ -127,9 +127,9 @@ def _rendered(
                     continue
                 token_ids = token_ids[-max_prompt_tokens:]
                 text = renderer.strip_bos(str(renderer.tokenizer.decode(token_ids)))
-            fields = json.dumps(_fields(row, renderer), default=str)
             tally.keep()
-            yield {"id": row_id, "text": text, "token_ids": token_ids, "fields": fields}
+            stored = json.dumps(fields, default=str)
+            yield {"id": row_id, "text": text, "token_ids": token_ids, "fields": stored}
 
 
 def _usable(
@@ -137,22 +137,24 @@ def _usable(
     renderer: Renderer,
     seen: dict[str, set[int]],
     tally: RowTally,
-    needed: Mapping[str, str],
+    checks: Sequence[Check],
 ) -> list[tuple[int, str, Row, TextSegments]]:
-    """Return (index, id, row, texts) of the rows with a prompt that is not repeated.
+    """Return (index, id, fields, texts) of the rows with a prompt that is not repeated.
 
     Args:
         batch: rows with their indices.
         renderer: of the policy's tokenizer.
         seen: id -> hashes of the rendered prompts with it; new ones are added.
         tally: counts the others.
-        needed: as in `load_prompts`.
+        checks: as in `load_prompts`.
     """
     fresh: list[tuple[int, str, Row, TextSegments]] = []
     for index, row in batch:
         try:
-            _require(row, needed)
             texts = renderer.prompt(row_prompt(row), row_question(row), row_tools(row))
+            fields = _fields(row, renderer)
+            for check in checks:
+                check(fields)
         except BadRow as bad:
             tally.drop_row(bad)
             continue
@@ -168,18 +170,8 @@ def _usable(
             prompts.add(text)
         elif row_id is not None:
             tally.note("without_identity")
-        fresh.append((index, row_id or str(index), row, texts))
+        fresh.append((index, row_id or str(index), fields, texts))
     return fresh
-
-
-def _require(row: Row, needed: Mapping[str, str]) -> None:
-    for column, source in needed.items():
-        if not given_values(row.get(column)):
-            raise BadRow(
-                f"no_{column}",
-                f"rewards: {source} reads the column {column!r}, which prompts lack or have empty; "
-                "name another one in the source, or map it in the data set's columns",
-            )
 
 
 def _fields(row: Row, renderer: Renderer) -> Row:

@@ -9,6 +9,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.instructions import Instruction, load_instructions
 from rlhf_ray.data.datasets.reference_answers import reference_answers
 from rlhf_ray.driver.checkpoint import Checkpoints
+from rlhf_ray.engines.scoring import template_checks
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.runs.datasets import held_out_prompts
@@ -48,18 +49,19 @@ def load_inputs(folder: RunFolder) -> Inputs:
         DataError: there is no trained policy, or something that the config asks for is missing.
     """
     config, settings = folder.config, folder.config.evaluate
-    sft_model = folder.sft_model()
+    sft_model, reward_model = folder.sft_model(), folder.reward_model()
     tokenizer = load_tokenizer(sft_model, config.model)
     newest = Checkpoints(folder.path / "checkpoints", config.ppo.keep_checkpoints, {}).latest()
     adapters = compared_models(folder, newest)
-    prompts = held_out_prompts(config, folder, tokenizer, settings.num_prompts)
+    checks = template_checks(config, reward_model, sft_model)
+    prompts = held_out_prompts(config, folder, tokenizer, settings.num_prompts, checks)
     has_gold = _is_synthetic(folder)
     judged_by = _judged_by(config, has_gold, prompts)
     instructions = load_instructions(settings.instructions) if settings.instructions else ()
     return Inputs(
         config=config,
         sft_model=sft_model,
-        reward_model=folder.reward_model(),
+        reward_model=reward_model,
         tokenizer=tokenizer,
         policy_version=newest.version if newest else None,
         adapters=adapters,

@@ -17,6 +17,7 @@ from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.ppo_loop import LoopParts, PpoLoop
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests
+from rlhf_ray.engines.scoring import template_checks
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
 from rlhf_ray.models.folders import BASE_MODEL
@@ -45,7 +46,8 @@ def run(config: Config) -> dict[str, object]:
     folders.require_whole(policy_model, "ppo")
     tokenizer = load_tokenizer(policy_model, config.model)
     critic_model = _critic_model(folder, tokenizer)
-    prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer)
+    checks = template_checks(config, reward_model, policy_model)
+    prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer, checks)
     checkpoints = _checkpoints(folder, tokenizer, {"policy": policy_model, "critic": critic_model})
     saved = checkpoints.latest()
     state = _state_of(saved).weighing([source.weight for source in config.rewards])

@@ -8,7 +8,8 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from rlhf_ray.data.reading.rows import (
 )
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
-from rlhf_ray.rewards.judge import Pair, PairJudge
+from rlhf_ray.rewards.judge import Pair, PairJudge, columns_in
+from rlhf_ray.rewards.required_columns import require_columns
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.types import Prompt
@@ -53,35 +55,44 @@ def ai_labelled_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Stor
     """
     rows = user_rows(config, "preferences", "prompts")
     path = RunFolder(config).stage(stage) / f"verdicts-{_digest(config, judge)}.jsonl"
-    asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), rows, path, config))
+    pairs = partial(_pairs, rows, f"{stage}.judge", columns_in(judge))
+    asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), pairs, path, config))
     verdicts = iter(record["verdict"] for record in read_jsonl(path))
-    return store_rows(_labelled(_pairs(rows), verdicts))
+    return store_rows(_labelled(pairs(), verdicts))
 
 
-def _pairs(rows: StoredRows) -> Iterator[Pair | SkippedRows]:
-    return (row if isinstance(row, SkippedRows) else _pair(unpack_row(row)) for row in rows)
+def _pairs(rows: StoredRows, judge: str, columns: Sequence[str]) -> Iterator[Pair | SkippedRows]:
+    for row in rows:
+        yield row if isinstance(row, SkippedRows) else _pair(unpack_row(row), judge, columns)
 
 
-def _pair(row: Row) -> Pair | SkippedRows:
-    """Return the pair in a row, or the record of a skipped row."""
+def _pair(row: Row, judge: str, columns: Sequence[str]) -> Pair | SkippedRows:
+    """Return the pair in a row, or the record of a skipped row, such as one without a column."""
     try:
+        require_columns(columns, row, judge)
         prompt = row_prompt(row)
         a, b = require_text(row, "completion_a"), require_text(row, "completion_b")
     except BadRow as bad:
-        return SkippedRows(bad.reason, True, "prompt, completion_a or completion_b has no text")
+        missing = "prompt, completion_a or completion_b has no text"
+        return SkippedRows(bad.reason, True, bad.explanation or missing)
     if a == b:
         return SkippedRows("equal", True)
     text = prompt if isinstance(prompt, str) else ""
     return Pair(Prompt("", text, (), row), a, b)
 
 
-async def _judge(judge: PairJudge, rows: StoredRows, path: Path, config: Config) -> None:
+async def _judge(
+    judge: PairJudge,
+    pairs: Callable[[], Iterator[Pair | SkippedRows]],
+    path: Path,
+    config: Config,
+) -> None:
     """Ask for the verdicts that the file lacks."""
     sink = JsonlSink(path)
     sink.truncate_after("pair", math.inf)  # drops a line that a kill cut short
     done = len(read_jsonl(path))
-    total = sum(isinstance(pair, Pair) for pair in _pairs(rows))
-    remaining = islice((pair for pair in _pairs(rows) if isinstance(pair, Pair)), done, None)
+    total = sum(isinstance(pair, Pair) for pair in pairs())
+    remaining = islice((pair for pair in pairs() if isinstance(pair, Pair)), done, None)
     try:
         with Progress(config.run.stages).stage("judge", total, "pair", done) as bar:
             while chunk := list(islice(remaining, CHUNK)):

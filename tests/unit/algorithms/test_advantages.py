@@ -176,6 +176,16 @@ def test_a_score_that_cancels_is_compared_with_what_it_was_added_up_from() -> No
     assert grpo(scores_B, 4)[0] > 1
 
 
+@pytest.mark.parametrize("score", [0.1, 0.01, 0.0])
+def test_small_scores_of_a_model_apart_by_rounding_give_no_advantage(score: float) -> None:
+    # A score of .1 is a sum of products of about 1, each with the rounding of its own size.
+    scores_B = torch.full((4,), score)
+    scores_B[0] -= 1.2e-7
+    assert torch.equal(grpo(scores_B, 4), torch.zeros(4))
+    scores_B[0] -= 1e-5
+    assert grpo(scores_B, 4)[0].item() == pytest.approx(-1.5, rel=1e-2)
+
+
 @pytest.mark.parametrize("estimator", [rloo, grpo])
 def test_groups_must_divide_the_batch(estimator: Any) -> None:
     with pytest.raises(ValueError, match=r"\(5,\) do not divide into groups of 2"):

@@ -123,18 +123,19 @@ def test_rows_takes_every_field_along(data: st.DataObject) -> None:
         assert torch.equal(got, getattr(expected, field.name)), field.name
 
 
-@pytest.mark.parametrize(("noise", "advantage"), [(1e-6, 0.0), (1e-3, 1.5)])
+@pytest.mark.parametrize(("logprob", "kl_coef"), [(-2.0, 0.05), (-2.0, 20.0), (-1e-3, 20.0)])
+@pytest.mark.parametrize(("noise", "advantage"), [(1e-6, 0.0), (3e-6, 0.0), (1e-3, 1.5)])
 def test_the_kl_of_log_probs_that_agree_up_to_rounding_is_no_advantage(
-    noise: float, advantage: float
+    noise: float, advantage: float, logprob: float, kl_coef: float
 ) -> None:
     # Four identical answers, all scored 0; the first one's log-probs differ from the reference's.
     config = {"gamma": 1.0, "lam": 1.0, "group_size": 4, "kl_kind": "k1", "kl_in": "reward"}
     assemble = Assembler(resolve("grpo"), position="last_token", max_tokens=9, **config)  # type: ignore[arg-type]
-    ref = [np.full(3, -2.0, np.float32) for _ in range(4)]
+    ref = [np.full(3, logprob, np.float32) for _ in range(4)]
     old = [ref[0] - np.float32(noise), *ref[1:]]
     tokens = [np.arange(3) for _ in range(4)]
     batch = Collected(tokens, [1] * 4, tokens, old, old, ref, None, torch.zeros(4))
-    advantages_BT = assemble(batch, kl_coef=0.05).experience.advantages_BT
+    advantages_BT = assemble(batch, kl_coef=kl_coef).experience.advantages_BT
     assert advantages_BT[0].tolist() == pytest.approx([advantage] * 3, rel=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import (
 
 from rlhf_ray.config import resolve
 from rlhf_ray.config.model import ModelConfig, TinyModelConfig
+from rlhf_ray.data.datasets.prompts import load_prompts
 from rlhf_ray.data.rendering.render import Renderer
-from rlhf_ray.engines.scoring import TextClassifier, model_source
+from rlhf_ray.engines.scoring import TextClassifier, model_source, template_checks
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import tiny
 from rlhf_ray.models.forward import initialise_head
@@ -26,6 +28,7 @@ from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, sa
 from rlhf_ray.rewards.source import ClassifierSource, ModelSource
 from rlhf_ray.types import Prompt, Rollout
 
+END = "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
 SHAPE = TinyModelConfig(
     vocab_size=300, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=1
 )
@@ -166,6 +169,31 @@ class TestModelSource:
         )
         with pytest.raises(DataError, match=r"Prompt 9 cannot be rendered .* refuses it: not why"):
             self.chat(tokenizer)
+
+
+@pytest.mark.parametrize("path", [None, "own"])
+def test_prompts_that_a_reward_models_template_refuses_are_counted_before_training(
+    base: str, tmp_path: Path, path: str | None
+) -> None:
+    policy = load_tokenizer(base)
+    policy.chat_template = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ eos_token }}" + END
+    reward = tmp_path / "reward"
+    tiny.build(reward, ["other words here"], SHAPE, max_length=64, seed=1)
+    tokenizer = load_tokenizer(str(reward))
+    system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = system + policy.chat_template
+    tokenizer.save_pretrained(reward)
+    user = {"role": "user", "content": "why"}
+    rows = [{"messages": [{"role": "system", "content": "Be kind."}, user]}]
+    rows += [{"messages": [user], "id": n} for n in range(3)]
+    config = resolve({"rewards": [{"type": "model", "path": path and str(reward)}]})
+    checks = template_checks(config, str(reward), base)
+    load = partial(load_prompts, rows, Renderer(policy), 64)
+    assert load(max_bad_share=0.25)[1] == {"kept": 4}
+    assert load(max_bad_share=0.25, checks=checks)[1] == {"kept": 3, "reward_template_refuses": 1}
+    with pytest.raises(DataError, match=r"the reward model, .*, cannot read the chat: .*no system"):
+        load(max_bad_share=0.0, checks=checks)
+    assert template_checks(resolve({}), base, base) == []  # one tokenizer
 
 
 def spelt(texts: Sequence[str]) -> list[dict[str, float]]:

@@ -1,6 +1,7 @@
 """A data file that changed under the same path is noticed when a run reads it again."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.runs.datasets import ppo_prompts, user_rows
 from rlhf_ray.runs.folder import RunFolder
+
+VERL = {"type": "function", "function": "f:g", "signature": "verl"}
+JUDGE = {"type": "judge", "template": "{response} {hint}", "url": "http://x", "model": "m"}
 
 
 @pytest.fixture
@@ -36,18 +40,30 @@ def test_a_changed_file_is_warned_of(config: Config, capfd: pytest.CaptureFixtur
     assert "holds other rows than when this run read it before" in said
 
 
-def test_rows_without_the_text_that_rouge_reads_are_counted_before_training(
-    config: Config,
+@pytest.mark.parametrize(
+    ("source", "row", "reason"),
+    [
+        ({"type": "rouge"}, {"reference": None}, "no_reference"),
+        (JUDGE, {"hint": None}, "no_hint"),
+        (JUDGE, {}, "no_hint"),
+        (JUDGE, {"hint": math.nan}, "no_hint"),
+        (VERL, {"reward_model": {"style": "rule"}}, "no_ground_truth"),
+        (VERL, {}, "no_ground_truth"),
+    ],
+)
+def test_rows_without_what_a_reward_reads_are_counted_before_training(
+    config: Config, source: dict[str, str], row: dict[str, object], reason: str
 ) -> None:
     words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
     assert config.data.prompts is not None
-    rows = [{"prompt": f"{n}", "reference": "x"} for n in range(9)]
-    lines = [json.dumps(row) for row in [*rows, {"prompt": "a", "reference": None}]]
+    whole = {"reference": "x", "hint": [], "reward_model": {"ground_truth": "1"}}
+    rows = [{"prompt": f"{n}", **whole} for n in range(9)]
+    lines = [json.dumps(row) for row in [*rows, {"prompt": "a", **row}]]
     Path(config.data.prompts[0].path).write_text("\n".join(lines), encoding="utf-8")
-    values = config.model_dump() | {"rewards": [{"type": "rouge"}]}
+    values = config.model_dump() | {"rewards": [source]}
     prompts, held_out, counts = ppo_prompts(resolve(values), RunFolder(config), tokenizer)
-    assert counts == {"kept": 9, "no_reference": 1}
+    assert counts == {"kept": 9, reason: 1}
     assert len(prompts) + len(held_out) == 9
 
 

@@ -1,14 +1,17 @@
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config.data import DataSource, TemplateConfig
+from rlhf_ray.config.rewards import RougeSourceConfig
 from rlhf_ray.data.datasets.prompts import load_prompts
 from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
+from rlhf_ray.rewards.required_columns import require_read_columns
 from rlhf_ray.types import Prompt
 
 
@@ -69,19 +72,21 @@ def test_a_row_without_what_a_reward_reads_is_a_bad_row(
 ) -> None:
     values = ("x", ["y", None], 0, None, [], [None], math.nan, [math.nan])
     rows = [{"prompt": str(n), "answer": value} for n, value in enumerate(values)]
+    source = RougeSourceConfig(type="rouge", column="answer")
+    checks = [partial(require_read_columns, [source])]
     prompts, counts = load_prompts(
         [*rows, {"prompt": "a"}],
         Renderer(tokenizer),
         4,
         max_bad_share=0.8,
-        needed={"answer": "rouge"},
+        checks=checks,
     )
     assert [prompt.text for prompt in prompts] == ["0", "1", "2"]
     assert counts == {"kept": 3, "no_answer": 6}
     with pytest.raises(
-        DataError, match=r"5 of 8 rows .*rouge reads the column 'answer', which prompts"
+        DataError, match=r"5 of 8 rows .*rouge reads the column 'answer', which rows lack"
     ):
-        load_prompts(rows, Renderer(tokenizer), 4, needed={"answer": "rouge"})
+        load_prompts(rows, Renderer(tokenizer), 4, checks=checks)
     assert load_prompts(rows, Renderer(tokenizer), 4)[1] == {"kept": 8}
 
 

@@ -1,6 +1,7 @@
 """Pairs that a judge labels, as rows for the stages that train on pairs."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,16 @@ def test_labelled_rows_have_prompt_chosen_and_rejected(data: Path) -> None:
     ]
     assert dropped == {"empty": 1, "equal": 1, "no_verdict": 1, "verdict_follows_order": 1}
     assert len(server.requests) == 2 * 5  # equal and empty ones are not asked about
+
+
+def test_a_pair_without_a_column_of_the_template_is_a_bad_row(data: Path) -> None:
+    rows = [{**ROWS[0], "hint": hint} for hint in ("yes", None, [], math.nan)] + [ROWS[2]]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    template = "{hint}<response A>\n{a}\n</response A>\n<response B>\n{b}\n</response B>"
+    with serve(judge) as server:
+        kept, dropped = labelled(config_of(data, server.url, template=template))
+    assert [row["chosen"] for row in kept] == ["longer", "longer"]
+    assert dropped == {"no_hint": 3}
 
 
 def test_a_resumed_stage_asks_only_for_missing_verdicts(
