@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -93,7 +93,8 @@ def require_template(renderer: Renderer, fields: Row) -> None:
     Raises:
         BadRow: it does not.
     """
-    if not (messages := fields.get("messages")):
+    messages = cast("list[Message] | None", fields.get("messages"))
+    if not messages:
         return
     try:
         renderer.prompt(messages, tools=row_tools(fields))
