@@ -7,14 +7,19 @@ from another one (an actor's second concurrency group) hangs.
 import asyncio
 import itertools
 import json
+import os
 import re
+import shutil
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
@@ -25,6 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.vllm import versions
 from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
 from rlhf_ray.models.adapters import servable_rank
@@ -34,6 +40,8 @@ from rlhf_ray.observability.phases import report
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 _EXTENSION = "rlhf_ray.engines.vllm.worker_extension.AdapterExtension"
+SYSTEM_CUDA = Path("/usr/local/cuda")
+"""Where CUDA is installed by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +90,12 @@ class VllmEngine:
         """Start the engine's process and load the base.
 
         Raises:
-            ConfigError: the engine must be able to sleep, and vLLM cannot on this platform.
+            ConfigError: vLLM cannot sleep, or serve this data type, on this platform.
         """
-        # On CPU vLLM accepts sleep and ignores it with a warning.
-        if self._settings.can_sleep and not current_platform.is_sleep_mode_available():
-            raise ConfigError(
-                "placement.turns needs an engine that can sleep, and vLLM cannot on "
-                f"{current_platform.device_type}; leave it out, or set rollout.engine=transformers"
-            )
+        self._refuse_what_the_platform_lacks()
+        versions.prefer_exact_runner(self._settings.rule.temperature, self._settings.dtype)
+        if home := packaged_cuda():
+            os.environ["CUDA_HOME"] = home
         report("starting vLLM's engine, which loads the weights")
         with _lost_start_is_a_failure():
             self._engine = AsyncLLM.from_engine_args(self._engine_args())
@@ -99,6 +105,25 @@ class VllmEngine:
         self._engine.input_processor.generation_config_fields = {}
         per_worker = await self._engine.collective_rpc("servable_modules")
         self._servable = set.intersection(*map(set, per_worker))
+        facts = await self._engine.collective_rpc("engine_facts")
+        print(_described(facts, self._settings), flush=True)
+
+    def _refuse_what_the_platform_lacks(self) -> None:
+        settings, device = self._settings, current_platform.device_type
+        # On CPU vLLM accepts sleep and ignores it with a warning.
+        if settings.can_sleep and not current_platform.is_sleep_mode_available():
+            raise ConfigError(
+                "placement.turns needs an engine that can sleep, and vLLM cannot on "
+                f"{device}; leave it out, or set rollout.engine=transformers"
+            )
+        # An assertion of vLLM's LoRA kernels would end its start otherwise.
+        if device == "cuda" and settings.serving == "adapter" and settings.dtype == "float32":
+            merged = settings.tensor_parallel_size == 1
+            raise ConfigError(
+                "vLLM's LoRA kernels for GPUs take bfloat16 and float16, but rollout.dtype is "
+                "float32; set rollout.dtype=bfloat16"
+                + (" or rollout.serving=merged" if merged else "")
+            )
 
     def _engine_args(self) -> AsyncEngineArgs:
         settings = self._settings
@@ -240,6 +265,32 @@ class VllmEngine:
     async def stop(self) -> None:
         """Stop the engine's process."""
         self._engine.shutdown()
+
+
+def _described(facts: Sequence[versions.EngineFacts], settings: VllmSettings) -> str:
+    """Return a line about what an engine's workers compute with, for the log."""
+    first = facts[0]
+    return (
+        f"vLLM {vllm.__version__}: model runner {first['runner']}, attention "
+        f"{', '.join(first['attention']) or 'none'}, {settings.dtype} weights with the policy as "
+        f"{settings.serving}, {len(facts)} x {first['device']}"
+    )
+
+
+def packaged_cuda() -> str | None:
+    """Return the CUDA toolkit among our packages, if it can build and no other is found first.
+
+    On Blackwell vLLM takes FlashInfer's attention, which is compiled at the first start: it looks
+    for nvcc where this function does, and ends the engine if there is none.
+    """
+    found = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc")
+    if found or (SYSTEM_CUDA / "bin" / "nvcc").exists():
+        return None
+    for home in sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu1*")):
+        # scripts/setup.sh adds the name by which the linker looks for the library.
+        if (home / "bin" / "nvcc").exists() and (home / "lib64" / "libcudart.so").exists():
+            return str(home)
+    return None
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 The generator names this class as ``worker_extension_cls``; its methods are called through
 ``collective_rpc`` with plain bytes and strings, since vLLM's RPC does not decode tensors in untyped
 arguments. Reports are never copied from the input: they are read from the layers that the model
-computes with. vLLM has no public in-memory LoRA API, so this file uses its internals (0.32).
+computes with. vLLM has no public in-memory LoRA API, so this file uses its internals, which both of
+its model runners have; `versions` holds what differs.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from typing import Any, TypedDict
 
@@ -17,7 +18,9 @@ from safetensors.torch import load
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.platforms import current_platform
 
+from rlhf_ray.engines.vllm import versions
 from rlhf_ray.models.adapters import TensorDict, digest
 from rlhf_ray.models.folders import safetensors_files
 
@@ -41,6 +44,10 @@ class AdapterExtension:
     _merged_modules: Set[str] = frozenset()
     """Modules whose weights may differ from the base."""
 
+    def engine_facts(self) -> versions.EngineFacts:
+        """Return what this worker computes with."""
+        return versions.engine_facts(self.model_runner)
+
     def servable_modules(self) -> list[str]:
         """Return the checkpoint names of the layer kinds that an adapter can be applied to.
 
@@ -49,10 +56,11 @@ class AdapterExtension:
         does not know. Merging also needs their weights in the checkpoint, by these names.
         """
         runner = self.model_runner
-        packed = getattr(runner.model, "packed_modules_mapping", {})
+        model = runner.get_model()
+        packed = getattr(model, "packed_modules_mapping", {})
         names = {
             name
-            for name, layer in runner.model.named_modules()
+            for name, layer in model.named_modules()
             if isinstance(getattr(layer, "base_layer", layer), LinearBase)
         }
         parts = {part for name in names for part in _parts(name, packed)}
@@ -71,17 +79,14 @@ class AdapterExtension:
         tensors, settings = load(blob), json.loads(peft_config)
         merged: dict[str, torch.Tensor] = {}
         # Not model.load_weights: weight loaders are gone once a CPU engine has packed its layers.
-        self.model_runner.reload_weights(
-            weights_iterator=self._merged_weights(tensors, settings, merged),
-            is_checkpoint_format=True,
-        )
+        weights = self._merged_weights(tensors, settings, merged)
+        versions.reload_weights(self.model_runner, weights)
         return report(tensors, self._applied_in_weights(merged))
 
     def _activate(self, tensors: TensorDict, settings: dict[str, Any]) -> None:
         runner = self.model_runner
         helper = PEFTHelper.from_dict(settings)
         helper.validate_legal(runner.lora_config)
-        mapper = getattr(runner.model, "hf_to_vllm_mapper", None)
         adapter = LoRAModel.from_lora_tensors(
             ADAPTER_ID,
             # Loading scales lora_B in place, and the read-back needs the tensors as sent.
@@ -90,7 +95,7 @@ class AdapterExtension:
             device="cpu",
             dtype=runner.lora_config.lora_dtype,
             model_vocab_size=runner.model_config.get_vocab_size(),
-            weights_mapper=mapper.get_rename_mapper() if mapper else None,
+            weights_mapper=versions.rename_mapper(runner.get_model()),
         )
         manager = runner.lora_manager._adapter_manager
         manager.remove_adapter(ADAPTER_ID)
@@ -98,7 +103,7 @@ class AdapterExtension:
         manager.activate_adapter(ADAPTER_ID)
 
     def _applied_in_lora_layers(self, tensors: TensorDict, scaling: float) -> set[str]:
-        """Return the modules whose active slot holds exactly the sent tensors (cast, scaled).
+        """Return the modules whose layer holds exactly the sent tensors (cast, scaled), no others.
 
         With tensor parallelism a worker's layers hold shards; each worker checks its own.
         """
@@ -107,19 +112,13 @@ class AdapterExtension:
             return set()
         dtype = self.model_runner.lora_config.lora_dtype
         slot = manager.lora_index_to_id.index(ADAPTER_ID)
-        applied = set()
+        applied: set[str] = set()
         for name, layer in manager.modules.items():
             parts = _parts(name, manager.packed_modules_mapping)
             downs, ups = zip(*(map(tensors.get, _names(part)) for part in parts), strict=True)
-            for index, (down, up) in enumerate(_own_shards(layer, downs, ups)):
-                if down is None or up is None:
-                    continue
-                held_down = layer.lora_a_stacked[index][slot, 0, : down.shape[0]].cpu()
-                held_up = layer.lora_b_stacked[index][slot, 0, :, : up.shape[1]].cpu()
-                if torch.equal(held_down, down.to(dtype)) and torch.equal(
-                    held_up, up.to(dtype) * scaling
-                ):
-                    applied.add(parts[index])
+            scaled = [None if up is None else up.to(dtype) * scaling for up in ups]
+            if any(up is not None for up in ups) and _holds(layer, slot, downs, scaled):
+                applied |= {part for part, up in zip(parts, ups, strict=True) if up is not None}
         return applied
 
     def _merged_weights(
@@ -135,7 +134,7 @@ class AdapterExtension:
             settings: its PEFT config.
             merged: gets each tensor under its name in the model, as outputs x inputs.
         """
-        packed = getattr(self.model_runner.model, "packed_modules_mapping", {})
+        packed = getattr(self.model_runner.get_model(), "packed_modules_mapping", {})
         adapted = {
             sibling for module in _adapted_modules(tensors) for sibling in _siblings(module, packed)
         }
@@ -166,24 +165,34 @@ class AdapterExtension:
     def _applied_in_weights(self, merged: TensorDict) -> set[str]:
         """Return the modules whose merged weight is exactly what the engine's layer computes with.
 
-        The weight is read by multiplying the identity matrix, because a CPU engine packs weights
-        into its own layout. Each output is one product plus zeros: exact in every data type. The
-        rows may be in another order, which vLLM changes in fused layers of Bloom and NeoX.
+        The rows may be in another order, which vLLM changes in fused layers of Bloom and NeoX.
         """
         applied = set()
-        model = self.model_runner.model
+        model = self.model_runner.get_model()
         packed = getattr(model, "packed_modules_mapping", {})
         for name, layer in model.named_modules():
             parts = _parts(name, packed)
             if f"{parts[0]}.weight" not in merged or not hasattr(layer, "quant_method"):
                 continue
             weights = [merged[f"{part}.weight"] for part in parts]
-            device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-            eye = torch.eye(weights[0].shape[1], dtype=weights[0].dtype, device=device)
-            fused = layer.quant_method.apply(layer, eye, None).T.cpu()
-            held = fused.split([weight.shape[0] for weight in weights])
-            applied |= {p for p, h, w in zip(parts, held, weights, strict=True) if _same_rows(h, w)}
+            sizes, fused = [weight.shape[0] for weight in weights], _weight_of(layer, weights[0])
+            if fused.dtype == weights[0].dtype and fused.shape[0] == sum(sizes):
+                held = zip(parts, fused.split(sizes), weights, strict=True)
+                applied |= {part for part, h, w in held if _same_rows(h, w)}
         return applied
+
+
+def _weight_of(layer: Any, like: torch.Tensor) -> torch.Tensor:
+    """Return the matrix that a layer multiplies with, outputs x inputs.
+
+    A CPU engine packs it into its own layout, so there the identity matrix is multiplied: each
+    output is one product plus zeros, exact in every data type. On a GPU that would take the memory
+    of a large matrix, and TF32 would round; the layer has the matrix itself.
+    """
+    if not current_platform.is_cpu():
+        return layer.weight.cpu()
+    eye = torch.eye(like.shape[1], dtype=like.dtype)
+    return layer.quant_method.apply(layer, eye, None).T
 
 
 def _same_rows(held: torch.Tensor, sent: torch.Tensor) -> bool:
@@ -216,16 +225,34 @@ def _names(module: str) -> tuple[str, str]:
     return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
 
 
-def _own_shards(
-    layer: Any, downs: Sequence[torch.Tensor | None], ups: Sequence[torch.Tensor | None]
-) -> Iterable[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Return the shards of each part's two matrices that this worker's layer must hold."""
-    if getattr(layer, "tp_size", 1) > 1:
-        if len(downs) > 1:
-            downs, ups = layer.slice_lora_a(list(downs)), layer.slice_lora_b(list(ups))
-        elif downs[0] is not None and ups[0] is not None:
-            downs, ups = [layer.slice_lora_a(downs[0])], [layer.slice_lora_b(ups[0])]
-    return zip(downs, ups, strict=True)
+def _holds(
+    layer: Any, slot: int, downs: Sequence[torch.Tensor | None], ups: Sequence[torch.Tensor | None]
+) -> bool:
+    """Return whether a layer's slot holds these matrices and zeros elsewhere.
+
+    Args:
+        layer: one of vLLM's; its own rule says which shard of each matrix this worker holds.
+        slot: the adapter's.
+        downs: of each part that the layer fuses; None for one that is not adapted.
+        ups: likewise, scaled.
+    """
+    downs, ups = list(downs), list(ups)
+    if layer.n_slices != len(ups):  # a part that vLLM holds in several slices
+        downs, ups = layer.expand_packed_lora(downs, ups)
+    if layer.tp_size > 1 and layer.n_slices > 1:
+        downs, ups = layer.slice_lora_a(downs), layer.slice_lora_b(ups)
+    elif layer.tp_size > 1:
+        downs, ups = [layer.slice_lora_a(downs[0])], [layer.slice_lora_b(ups[0])]
+    held = [stack[slot, 0] for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+    return all(_is_padded(h, sent) for h, sent in zip(held, (*downs, *ups), strict=True))
+
+
+def _is_padded(held: torch.Tensor, sent: torch.Tensor | None) -> bool:
+    """Return whether a matrix is the sent one with zeros up to the engine's largest rank."""
+    expected = torch.zeros_like(held)
+    if sent is not None:
+        expected[: sent.shape[0], : sent.shape[1]] = sent
+    return torch.equal(held, expected)
 
 
 def _scaling(settings: dict[str, Any]) -> float:
