@@ -139,7 +139,8 @@ TEXTS = [
 def uses() -> list[Use]:
     """Return every use; imports, keywords and variables are read from our own code."""
     engine, extension = (ast.parse(path.read_text()) for path in sources_of_ours())
-    return [*CALLS, *ATTRIBUTES, *TEXTS, *_imported(engine), *_imported(extension)] + [
+    return [
+        *(*CALLS, *ATTRIBUTES, *TEXTS, *_imported(engine), *_imported(extension)),
         *attributes("vllm.engine.arg_utils", "AsyncEngineArgs", *_engine_args(engine)),
         *attributes("vllm.sampling_params", "SamplingParams", *_keywords(engine, "SamplingParams")),
         *(Use("vllm.envs", "text", f'"{name}"') for name in sorted(_variables())),

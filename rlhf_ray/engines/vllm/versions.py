@@ -31,9 +31,8 @@ class EngineFacts(TypedDict):
 def engine_facts(runner: Any) -> EngineFacts:
     """Return what a model runner computes with, read from its own objects."""
     layers = runner.vllm_config.compilation_config.static_forward_context.values()
-    backends = {
-        layer.get_attn_backend().get_name() for layer in layers if hasattr(layer, "get_attn_backend")
-    }
+    attentions = [layer for layer in layers if hasattr(layer, "get_attn_backend")]
+    backends = {attention.get_attn_backend().get_name() for attention in attentions}
     device = runner.device
     return {
         "runner": "V2" if any(base.__module__ == _V2 for base in type(runner).__mro__) else "V1",
