@@ -272,7 +272,5 @@ def test_merged_weights_are_read_from_a_gpu_layer_as_they_are(
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     layer = GpuLayer(weight)
     assert not torch.equal(worker_extension._weight_of(layer, weight), weight)
-    monkeypatch.setattr(
-        worker_extension, "current_platform", SimpleNamespace(is_cpu=lambda: False)
-    )
+    monkeypatch.setattr(worker_extension, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     assert torch.equal(worker_extension._weight_of(layer, weight), weight)
