@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors import torch as safetensors
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rlhf_ray.config.model import LoraConfig
@@ -93,6 +94,26 @@ def _wrapped(base: nn.Module, settings: PeftLoraConfig) -> PeftModel:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def compute_in_base_dtype(model: nn.Module) -> None:
+    """Let fp32 adapters compute in their base's data type, as an engine does with rounded ones.
+
+    peft computes in the adapter's data type: a pass would keep an fp32 copy of each layer's input.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or layer.lora_variant:
+            continue
+        parts = [*layer.lora_A.values(), *layer.lora_B.values()]
+        if all(type(part) is nn.Linear and part.bias is None for part in parts):
+            layer.cast_input_dtype_enabled = False
+            for part in parts:
+                part.__class__ = _ComputesInInputDtype
+
+
+class _ComputesInInputDtype(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight.to(input.dtype))
 
 
 def adapter_state(model: PeftModel) -> TensorDict:

@@ -199,12 +199,32 @@ def initialise_head(model: nn.Module, seed: int | None) -> None:
 
 
 def keep_head_in_fp32(model: nn.Module) -> None:
-    """Compute scores in fp32 over a half-precision base: bf16 scores of close answers tie."""
-    _, head = backbone_and_head(model)
-    head.float()
-    head.register_forward_pre_hook(_cast_input_to_weight)
+    """Hold the head's weights and compute its output in fp32, whatever the base's data type."""
+    names = [name for name, _ in model.named_modules() if f"{name}.".startswith(HEAD_NAMES)]
+    for module in map(model.get_submodule, names):
+        if type(module) is nn.Linear:
+            module.__class__ = Fp32Linear  # keeps its name, its hooks and its place in the model
+        module.float()
 
 
-def _cast_input_to_weight(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    hidden, *rest = inputs
-    return (hidden.to(head.get_parameter("weight").dtype), *rest)
+class Fp32Linear(nn.Linear):
+    """A linear layer of a head over a half-precision base: bf16 scores of close answers tie.
+
+    Casting the model leaves its weights in fp32, and it computes in fp32 inside ``autocast``, too.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fp32Linear":
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == torch.float32 else tensor.float().to(result.device)
+
+        return super()._apply(moved, recurse)
+
+
+def has_fp32_head(model: nn.Module) -> bool:
+    """Return whether a part of the model stays in fp32 (`keep_head_in_fp32`)."""
+    return any(isinstance(module, Fp32Linear) for module in model.modules())

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,10 +31,10 @@ from rlhf_ray.models.folders import (
     is_adapter,
     locate,
     record_base,
+    safetensors_files,
 )
 from rlhf_ray.models.forward import (
     HEAD_NAMES,
-    has_token_head,
     initialise_head,
     keep_head_in_fp32,
 )
@@ -82,8 +83,8 @@ def load_sequence_classifier(
     """Load a model with a scalar head (reward model or critic) in evaluation mode.
 
     A causal LM gets a new head: normal with deviation 1 / sqrt(width + 1) (Stiennon et al. 2020,
-    arXiv:2009.01325, appendix C), no bias. A linear head over tokens stays in fp32 whatever the
-    base's data type. An encoder keeps its head: it can score, but it cannot be a critic.
+    arXiv:2009.01325, appendix C), no bias. Heads are in fp32 whatever the base's data type. An
+    encoder keeps its head: it can score, but it cannot be a critic.
 
     Args:
         path: model folder, PEFT folder or hub name.
@@ -121,13 +122,24 @@ def load_sequence_classifier(
             f"{path} is not a whole sequence-classification model: its files lack {missing[0]}; "
             "name a model with a trained head"
         )
-    if has_token_head(model):
-        keep_head_in_fp32(model)
+    keep_head_in_fp32(model)
+    if not new_head:
+        _restore_head(model, path)
     if new_head or zero_head:
         initialise_head(model, seed=None if zero_head else seed)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(path, settings).pad_token_id
     return model.eval()
+
+
+@torch.no_grad()
+def _restore_head(model: nn.Module, path: str) -> None:
+    """Read the head once more: with the base, it was rounded to the base's data type."""
+    heads = {name: p for name, p in model.named_parameters() if name.startswith(HEAD_NAMES)}
+    for file in safetensors_files(path):
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in heads.keys() & set(tensors.keys()):
+                heads[name].copy_(tensors.get_tensor(name))
 
 
 def on_gpu(model: ModelT) -> ModelT:

@@ -151,9 +151,9 @@ def deepspeed_parts(
 
     Args:
         frozen: bytes of the weights that are not trained.
-        trainable: parameters that are trained; in ``dtype``, because DeepSpeed casts the whole
-            module.
-        dtype: data type of weights and gradients.
+        trainable: parameters that are trained.
+        dtype: data type of their weights and gradients: fp32 where one of them is a head, else the
+            base's, because DeepSpeed casts the whole module.
         stage: ZeRO stage, 0 to 3.
         ranks: size of the group.
         zero: keys of DeepSpeed's ``zero_optimization``.

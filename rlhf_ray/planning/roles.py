@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.model import LoraConfig
+from rlhf_ray.config.model import Dtype, LoraConfig
 from rlhf_ray.config.ppo import LearnerConfig
 from rlhf_ray.placement.hardware import GpuKind
 from rlhf_ray.placement.layout import RUN_MODELS, demands
@@ -129,11 +129,13 @@ def ppo_roles(setting: Setting) -> list[PlannedRole]:
 
 def state_bytes(config: Config, models: Models) -> float:
     """Return the bytes of the learners' state in a commit: trained weights and their optimizers."""
-    trained = models.tuned.shape.adapter_parameters(config.lora)
+    policy = models.tuned.shape.adapter_parameters(config.lora)
+    critic = 0
     if config.may_have_critic:
-        critic = models.critic.shape
-        trained += critic.adapter_parameters(config.critic.lora) + critic.hidden_size
-    return trained * (4 + ADAM_BYTES + BYTES[config.model.dtype])
+        shape = models.critic.shape
+        critic = shape.adapter_parameters(config.critic.lora) + shape.hidden_size
+    saved = policy * BYTES[config.model.dtype] + critic * BYTES["float32"]
+    return (policy + critic) * (4 + ADAM_BYTES) + saved
 
 
 def engine(setting: Setting) -> Engine:
@@ -146,7 +148,7 @@ def _policy(setting: Setting) -> tuple[Parts, float]:
     config, shape = setting.config, setting.models.tuned.shape
     micro = setting.learnt(config.policy)
     trained = shape.adapter_parameters(config.lora)
-    parts, start = _learner(setting, "policy", config.policy, shape, trained)
+    parts, start = _learner(setting, "policy", config.policy, shape, trained, config.model.dtype)
     tokens = micro.rows * config.rollout.max_tokens
     return {
         **parts,
@@ -159,12 +161,12 @@ def _critic(setting: Setting) -> tuple[Parts, float]:
     config, shape = setting.config, setting.models.critic.shape.with_scalar_head()
     micro = setting.learnt(config.critic)
     trained = shape.adapter_parameters(config.critic.lora) + shape.hidden_size
-    parts, start = _learner(setting, "critic", config.critic, shape, trained)
+    parts, start = _learner(setting, "critic", config.critic, shape, trained, "float32")
     return {**parts, "activations": _activations(setting, shape, config.critic.lora, micro)}, start
 
 
 def _learner(
-    setting: Setting, role: str, group: LearnerConfig, shape: Shape, trained: int
+    setting: Setting, role: str, group: LearnerConfig, shape: Shape, trained: int, dtype: Dtype
 ) -> tuple[Parts, float]:
     """Return everything but activations, and the bytes before ZeRO-3 has sharded the weights."""
     model = setting.config.model
@@ -173,13 +175,13 @@ def _learner(
     state = deepspeed_parts(
         frozen,
         trained,
-        model.dtype,
+        dtype,
         group.zero_stage,
         group.num_ranks,
         group.deepspeed.get("zero", {}),
         role in setting.kinds,
     )
-    whole = frozen + trained * BYTES[model.dtype] + libraries
+    whole = frozen + trained * BYTES[dtype] + libraries
     return {"libraries": libraries, **state}, whole
 
 

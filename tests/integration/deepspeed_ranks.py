@@ -1,15 +1,20 @@
 """The code of each rank of the DeepSpeed test; a module of its own, so that processes find it."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from prepared_runs import make_config
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_ray.algorithms.experience import response_logits
 from rlhf_ray.config.model import LoraConfig
 from rlhf_ray.models import token_logprobs
-from rlhf_ray.models.adapters import attach
+from rlhf_ray.models.adapters import adapter_state, attach
+from rlhf_ray.models.forward import ValueModel, initialise_head, keep_head_in_fp32
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 from rlhf_ray.models.trainable import recompute_activations
 
@@ -20,20 +25,31 @@ PROMPT_LENGTHS_B = torch.tensor([1, 3, 5, 2])
 """Unequal responses: at two ranks, each makes another number of chunks of its head's output."""
 
 
+SHAPE: Any = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+LORA = LoraConfig(r=4)
+
+
 def build(recompute: bool = False) -> Any:
     torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    lora = LoraConfig(r=4)
-    base = answer_with_logprobs(LlamaForCausalLM(shape))
-    model = attach(base, lora, "CAUSAL_LM", seed=0, dropout=0.0).eval()
+    base = answer_with_logprobs(LlamaForCausalLM(LlamaConfig(**SHAPE)))
+    model = attach(base, LORA, "CAUSAL_LM", seed=0, dropout=0.0).eval()
     return recompute_activations(model) if recompute else model
+
+
+def build_critic(dtype: torch.dtype) -> Any:
+    """A critic over a base of a data type, with a trained head."""
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1)).to(dtype)
+    keep_head_in_fp32(base)
+    initialise_head(base, seed=0)
+    return ValueModel(attach(base, LORA, "SEQ_CLS", seed=0, dropout=0.0).eval())
 
 
 def take_steps(engine: Any, first: int, discarding: bool = False) -> list[float]:
@@ -67,6 +83,61 @@ def backward(engine: Any, number: int, scale: float = 1.0) -> None:
         logprobs_BT = response_logprobs(engine.model, ids_BS[rows], PROMPT_LENGTHS_B[rows])
         loss = -logprobs_BT.sum() / (num_tokens / engine.world_size)
         engine.backward(scale * loss, last=index == len(micro_batches) - 1)
+
+
+def values(engine: Any) -> Tensor:
+    """The critic's values of one sequence, `_BS`; all ranks together."""
+    ids_BS = torch.randint(0, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        return engine.model(ids_BS, torch.ones_like(ids_BS))
+
+
+def learn_values(engine: Any) -> dict[str, Tensor]:
+    """Learn the number of each token for three steps; values before and after, norms and state."""
+    before_BS, norms = values(engine), []
+    for number in range(STEPS):
+        generator = torch.Generator().manual_seed(number)
+        ids_BS = torch.randint(0, VOCABULARY, (4, LENGTH), generator=generator)
+        norm = None
+        while norm is None:  # in float16 gradients may overflow, until the loss's scale is lower
+            for row in range(engine.rank, 4, engine.world_size):
+                values_BS = engine.model(ids_BS[row, None], torch.ones(1, LENGTH, dtype=torch.long))
+                loss = (values_BS - ids_BS[row] / VOCABULARY).square().sum()
+                engine.backward(loss * engine.world_size / ids_BS.numel(), last=False)
+            norm = engine.step()
+        norms.append(norm)
+    with engine.whole_parameters():
+        saved = adapter_state(engine.module.classifier)
+    return engine.export_state() | {
+        "before": before_BS,
+        "after": values(engine),
+        "norms": torch.tensor(norms),
+        "head": next(tensor for name, tensor in saved.items() if "score" in name),
+    }
+
+
+def critic_rank_main(
+    rank: int, world_size: int, port: int, zero_stage: int, dtype: str, queue: Any
+) -> None:
+    torch.set_num_threads(1)
+    from rlhf_ray.engines.deepspeed.engine import DeepSpeedEngine, join_group
+
+    join_group(rank, world_size, "127.0.0.1", port, 120.0)
+    settings = {"zero": {"stage3_param_persistence_threshold": 0}} if zero_stage == 3 else {}
+    engine = DeepSpeedEngine(
+        build_critic(getattr(torch, dtype)),
+        **OPTIMIZER,
+        zero_stage=zero_stage,
+        dtype=dtype,
+        settings=settings,
+    )
+    learnt = {name: value.float().numpy() for name, value in learn_values(engine).items()}
+    engine.import_state(engine.export_state())
+    learnt["restored"] = values(engine).numpy()
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    if rank == 0:
+        queue.put(({str(p.dtype) for p in trained}, learnt))
+    torch.distributed.barrier()
 
 
 def my_prompts(engine: Any) -> Tensor:
@@ -112,3 +183,52 @@ def rank_main(
     if rank == 0:
         queue.put((norms, exported))
     torch.distributed.barrier()
+
+
+def reward_stage_main(rank: int, world_size: int, port: int, run_dir: str, queue: Any) -> None:
+    """Train a whole reward model in bf16, inside accelerate's DeepSpeed."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        LOCAL_SIZE=str(world_size),
+    )
+    from rlhf_ray.engines.deepspeed.engine import _unlink_buffer
+    from rlhf_ray.stages.supervised import pretrain, reward
+
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    deepspeed = dict.fromkeys(auto, "auto") | {
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    config = make_config(
+        Path(run_dir),
+        model={"max_length": 64, "dtype": "bfloat16", "tiny": {"vocab_size": 300}},
+        pretrain={"steps": 1},
+        sft={"path": f"{run_dir}/pretrain/model"},
+        reward={
+            "tuning": "full",
+            "steps": 2,
+            "batch_size": 8,
+            "eval_rows": 15,
+            "trainer": {"deepspeed": deepspeed},
+        },
+    )
+    pretrain.run(config)
+    seen = []
+    predict = reward.RewardTraining.predict_rows
+
+    def predict_rows(training: Any, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+        loss, scores_BP = predict(training, model, inputs)
+        weights = {name: str(p.dtype) for name, p in model.named_parameters() if "score" in name}
+        seen.append((*weights.values(), bool((scores_BP != scores_BP.bfloat16()).any())))
+        return loss, scores_BP
+
+    reward.RewardTraining.predict_rows = predict_rows  # type: ignore[method-assign]
+    reward.run(config)
+    saved = load_file(f"{run_dir}/reward/model/model.safetensors")
+    _unlink_buffer(rank, "127.0.0.1", port)
+    queue.put((set(seen), {name: str(weight.dtype) for name, weight in saved.items()}))

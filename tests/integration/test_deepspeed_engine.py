@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_ranks import OPTIMIZER, STEPS, build, rank_main, take_steps
+from deepspeed_ranks import (
+    OPTIMIZER,
+    STEPS,
+    build,
+    build_critic,
+    critic_rank_main,
+    learn_values,
+    rank_main,
+    reward_stage_main,
+    take_steps,
+)
+from prepared_runs import write_prepared
 
 from rlhf_ray.engines.torch_engine import TorchEngine
 
@@ -35,15 +46,17 @@ def learn(
     discarding: bool = False,
 ) -> tuple[list[float], Any]:
     """Run a group of ranks in processes; gradient norms and state of rank 0."""
+    return in_group(rank_main, world_size, zero_stage, recompute, state, first, discarding)
+
+
+def in_group(main: Any, world_size: int, *arguments: Any) -> tuple[Any, Any]:
+    """Run a group of ranks in processes; what rank 0 puts into its queue."""
     queue = RANKS.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = [
-        RANKS.Process(
-            target=rank_main,
-            args=(rank, world_size, port, zero_stage, recompute, state, first, discarding, queue),
-        )
+        RANKS.Process(target=main, args=(rank, world_size, port, *arguments, queue))
         for rank in range(world_size)
     ]
     for rank in ranks:
@@ -105,3 +118,39 @@ def test_gradients_that_are_discarded_leave_nothing_behind(zero_stage: int) -> N
         torch.testing.assert_close(
             torch.from_numpy(state[name]), value, rtol=1e-4, atol=2e-5, msg=name
         )
+
+
+TOLERANCES = {"norms": 0.01, "after": 0.02, "head": 0.001}
+"""Of a critic that learns with adapters in half precision, against fp32 adapters."""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "dtype"),
+    [(ranks, stage, "bfloat16") for ranks in (1, 2) for stage in (1, 2, 3)]
+    + [(1, 2, "float16"), (2, 3, "float16")],
+)
+def test_a_half_precision_critic_keeps_its_head_in_fp32_and_learns_as_in_plain_pytorch(
+    ranks: int, zero_stage: int, dtype: str
+) -> None:
+    engine = TorchEngine(build_critic(getattr(torch, dtype)), **OPTIMIZER)
+    expected = learn_values(engine)
+    dtypes, arrays = in_group(critic_rank_main, ranks, zero_stage, dtype)
+    learnt = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    assert dtypes == {"torch.float32"}
+    # An adapter that has learnt nothing changes nothing, so the head alone makes the difference.
+    torch.testing.assert_close(learnt["before"], expected["before"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(learnt["restored"], learnt["after"], rtol=0, atol=0)
+    head = next(name for name in learnt if name.startswith("weight/") and "score" in name)
+    torch.testing.assert_close(learnt["head"], learnt[head], rtol=0, atol=0)
+    for name, tolerance in TOLERANCES.items():
+        torch.testing.assert_close(learnt[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
+def test_a_whole_reward_model_keeps_its_head_in_fp32_in_accelerates_deepspeed(
+    tmp_path: Path,
+) -> None:
+    write_prepared(tmp_path)
+    seen, saved = in_group(reward_stage_main, 1, str(tmp_path))
+    assert seen == {("torch.float32", True)}
+    assert saved.pop("score.weight") == "torch.float32"
+    assert set(saved.values()) == {"torch.bfloat16"}

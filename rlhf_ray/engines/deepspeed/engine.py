@@ -14,6 +14,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  (public; n
 
 from rlhf_ray.engines.deepspeed.build_locks import wait_for_builds
 from rlhf_ray.engines.torch_engine import MOMENTS, adam_state, load_adam_state, move_frozen
+from rlhf_ray.models.adapters import compute_in_base_dtype
+from rlhf_ray.models.forward import has_fp32_head
+
+FLOAT16_LOSS_SCALE = 2.0**12
+"""Under it the gradients that pass through a float16 base do not vanish; halved by an overflow.
+DeepSpeed's own scaling is for parameters in float16 alone."""
 
 
 def join_group(
@@ -81,6 +87,8 @@ def _meeting_point(
 class DeepSpeedEngine:
     """One rank; AdamW over the trainable parameters, sharded as the ZeRO stage says."""
 
+    _scales_loss = False  # by itself, where DeepSpeed doesn't know of the base's float16
+
     def __init__(
         self,
         module: nn.Module,
@@ -95,6 +103,8 @@ class DeepSpeedEngine:
         import deepspeed
 
         self._zero_stage = zero_stage
+        if keeps_fp32 := has_fp32_head(module):
+            compute_in_base_dtype(module)
         trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=learning_rate, eps=epsilon, weight_decay=0.0)
         initialize: Any = deepspeed.initialize  # its annotations are too narrow
@@ -102,8 +112,15 @@ class DeepSpeedEngine:
             model=module,
             model_parameters=trainable,
             optimizer=optimizer,
-            config=_deepspeed_config(zero_stage, dtype, max_grad_norm, settings),
+            # In bf16 and fp16 DeepSpeed would cast all parameters; at stage 3 all that are trained
+            # must have one data type.
+            config=_deepspeed_config(
+                zero_stage, "float32" if keeps_fp32 else dtype, max_grad_norm, settings
+            ),
         )
+        self._scales_loss = keeps_fp32 and dtype == "float16"
+        if self._scales_loss:
+            self._optimizer.override_loss_scale(FLOAT16_LOSS_SCALE)
         self.model = self._engine  # ZeRO 3 counts micro-batches in the engine's own forward
         self.module = self._engine.module
         self.rank = torch.distributed.get_rank()
@@ -140,6 +157,8 @@ class DeepSpeedEngine:
         num_skipped = self._engine.skipped_steps
         self._engine.step()
         if self._engine.skipped_steps > num_skipped:
+            if self._scales_loss:
+                self._optimizer.override_loss_scale(self._optimizer.loss_scale / 2)
             return None
         self._num_steps += 1
         norm = self._engine.get_global_grad_norm()

@@ -1,8 +1,10 @@
 """TrainingArguments of a supervised stage, from its section of the config."""
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,12 +66,39 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
         "label_names": ["labels"],
         "report_to": [],
     }
-    if training.autocast:
-        owned[training.autocast] = True
+    owned |= _half_precision(training)
     try:
         return TrainingArguments(**{**defaults, **settings.trainer, **owned})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{training.name}.trainer: {error}") from error
+
+
+def _half_precision(training: Training) -> Keywords:
+    """Return how to compute in half precision over fp32 weights.
+
+    DeepSpeed's bf16 and fp16 would cast every weight, a reward model's head too; autocast doesn't.
+    """
+    deepspeed = _deepspeed(training.name, training.settings.trainer)
+    if training.autocast is None or deepspeed is None:
+        return {training.autocast: True} if training.autocast else {}
+    autocast = {"enabled": True, "dtype": training.config.model.dtype}
+    return {"deepspeed": {**deepspeed, "torch_autocast": autocast}}
+
+
+def _deepspeed(stage: str, trainer: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return DeepSpeed's config in ``<stage>.trainer``, which may be the path of a JSON file."""
+    key, given = f"{stage}.trainer.deepspeed", trainer.get("deepspeed")
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{key} {given} cannot be read as JSON: {error}") from error
+    if given is None or isinstance(given, Mapping):
+        owned = [name for name in ("bf16", "fp16", "torch_autocast") if name in (given or {})]
+        if owned:
+            raise ConfigError(f"{key} may not contain {', '.join(owned)} (set by model.dtype)")
+        return given
+    raise ConfigError(f"{key}: expected a mapping or the path of a JSON file, got {given!r}")
 
 
 def _schedule(settings: SupervisedConfig) -> Keywords:
@@ -96,7 +125,8 @@ def refuse_unknown_arguments(stage: str, trainer: Mapping[str, object]) -> None:
     """Check the names in ``<stage>.trainer`` before any stage or process is started.
 
     Raises:
-        ConfigError: naming the unknown key and the nearest valid one.
+        ConfigError: naming the unknown key and the nearest valid one, or DeepSpeed's key that the
+            config sets itself.
     """
     known = [field.name for field in fields(TrainingArguments)]
     for name in trainer:
@@ -106,3 +136,4 @@ def refuse_unknown_arguments(stage: str, trainer: Mapping[str, object]) -> None:
             raise ConfigError(
                 f"{stage}.trainer.{name} is not one of transformers.TrainingArguments{hint}"
             )
+    _deepspeed(stage, trainer)

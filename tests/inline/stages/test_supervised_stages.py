@@ -23,6 +23,7 @@ from rlhf_ray.models import adapters, forward, loading, tiny
 from rlhf_ray.serving import merge
 from rlhf_ray.stages.supervised import pretrain, sft
 from rlhf_ray.stages.supervised import reward as reward_model
+from rlhf_ray.stages.supervised.arguments import refuse_unknown_arguments
 from rlhf_ray.stages.supervised.pairs import load_training_pairs
 from rlhf_ray.stages.supervised.reward import RewardTraining
 from rlhf_ray.stages.supervised.sft import SftTraining
@@ -188,6 +189,39 @@ def test_full_tuning_is_in_fp32_and_computes_in_half_precision(make_run: Any) ->
     assert (training.model_settings.dtype, training.autocast) == ("float32", "bf16")
     over_adapter = RewardTraining(config, folder_of(config), "base")
     assert (over_adapter.model_settings.dtype, over_adapter.autocast) == ("bfloat16", None)
+
+
+def test_a_reward_models_head_is_trained_and_saved_in_fp32(
+    trained_run: Trained, make_run: Any
+) -> None:
+    source, _ = trained_run
+    config = make_run(
+        model={
+            "path": str(folder_of(source) / "pretrain" / "model"),
+            "max_length": 64,
+            "dtype": "bfloat16",
+        },
+        sft={"path": str(folder_of(source) / "sft" / "model")},
+        reward={"tuning": "full", "steps": 2, "batch_size": 8, "eval_rows": 15},
+    )
+    reward_model.run(config)
+    weights = load_file(folder_of(config) / "reward" / "model" / "model.safetensors")
+    head = weights.pop("score.weight")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16())
+
+
+def test_deepspeed_in_a_stage_leaves_the_data_type_to_the_config(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"bf16": {"enabled": true}}')
+    for given in (str(file), {"bf16": {"enabled": True}}):
+        with pytest.raises(ConfigError, match=r"reward\.trainer\.deepspeed may not contain bf16"):
+            refuse_unknown_arguments("reward", {"deepspeed": given})
+    with pytest.raises(
+        ConfigError, match=r"reward\.trainer\.deepspeed .*none\.json cannot be read"
+    ):
+        refuse_unknown_arguments("reward", {"deepspeed": str(tmp_path / "none.json")})
 
 
 def test_user_rows_replace_the_prepared_ones(make_run: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import adapters
 from rlhf_ray.models.forward import (
+    Fp32Linear,
     ValueModel,
     backbone_and_head,
     initialise_head,
@@ -113,6 +114,23 @@ def test_values_are_head_times_hidden_in_fp32(base: Path, dtype: str) -> None:
     torch.testing.assert_close(values_BS, expected_BS)
 
 
+def test_a_head_stays_in_fp32_when_its_model_is_cast_or_computes_in_autocast(base: Path) -> None:
+    model = load_sequence_classifier(str(base), ModelConfig())
+    wrapped = adapters.attach(model, LoraConfig(r=2), "SEQ_CLS", seed=0, dropout=0.0)
+    weights = {name: p.clone() for name, p in wrapped.named_parameters() if "score" in name}
+    for cast in (torch.nn.Module.half, torch.nn.Module.bfloat16):
+        cast(wrapped)
+        for name, weight in weights.items():
+            assert torch.equal(wrapped.get_parameter(name), weight), name
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected_BS = token_values(wrapped, IDS_BS, ATTENTION_BS)
+        with torch.autocast("cpu", torch.bfloat16):
+            computed_B = wrapped(IDS_BS, attention_mask=ATTENTION_BS).logits[:, 0]
+    assert computed_B.dtype == torch.float32
+    torch.testing.assert_close(computed_B[0], expected_BS[0, 4], rtol=0.02, atol=0.02)
+
+
 def test_score_is_the_value_at_the_last_real_token(base: Path, settings: ModelConfig) -> None:
     model = load_sequence_classifier(str(base), settings)
     with torch.no_grad():
@@ -171,6 +189,12 @@ def test_an_encoder_scores_but_is_no_critic(tmp_path: Path, base: Path) -> None:
         ]
         scores_B = sequence_scores(model, IDS_BS, ATTENTION_BS)
     torch.testing.assert_close(scores_B, torch.tensor(expected_B))
+    half = load_sequence_classifier(str(tmp_path), ModelConfig(dtype="bfloat16"), require_head=True)
+    assert isinstance(half.classifier, Fp32Linear)
+    assert torch.equal(half.classifier.weight, encoder.classifier.weight)
+    with torch.no_grad():
+        halves_B = sequence_scores(half, IDS_BS, ATTENTION_BS)
+    torch.testing.assert_close(halves_B, scores_B, rtol=0.02, atol=0.02)
     with pytest.raises(DataError, match="BertForSequenceClassification has no linear head `score`"):
         load_sequence_classifier(str(tmp_path), ModelConfig(), zero_head=True)
 

@@ -89,6 +89,20 @@ def test_head_is_kept_in_fp32_over_a_bf16_base(base: Path) -> None:
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_whole_reward_models_head_is_saved_and_loaded_in_fp32(
+    base: Path, tmp_path: Path, settings: ModelConfig, dtype: Any
+) -> None:
+    model = loading.load_sequence_classifier(str(base), settings)
+    head = model.score.weight.clone()
+    assert not torch.equal(head, head.to(getattr(torch, dtype)))
+    model.to(getattr(torch, dtype))
+    loading.save_model(model, loading.load_tokenizer(str(base)), tmp_path)
+    for half in (settings, ModelConfig(dtype=dtype)):
+        loaded = loading.load_sequence_classifier(str(tmp_path), half, require_head=True)
+        assert torch.equal(loaded.score.weight, head)
+
+
 def test_zero_head_gives_value_zero_also_over_a_trained_one(
     base: Path, tmp_path: Path, settings: ModelConfig
 ) -> None:
