@@ -24,6 +24,7 @@ from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import TrainingEngine
 from rlhf_ray.models import adapters
+from rlhf_ray.models.loading import on_device
 from rlhf_ray.observability.metrics import metric
 from rlhf_ray.observability.phases import report
 from rlhf_ray.types import AssembledStats, Rollout, StepReport
@@ -86,16 +87,15 @@ class Learner(ABC):
         if self._engine_kind == "torch":
             from rlhf_ray.engines.torch_engine import TorchEngine
 
-            self._engine = TorchEngine(self._build_model(), **optimizer)
+            self._engine = TorchEngine(on_device(self._build_model()), **optimizer)
             return
         from rlhf_ray.engines.deepspeed.engine import DeepSpeedEngine, join_group
 
-        timeout = self._config.cluster.call_timeout_s
         report(f"meeting the other ranks at {address}:{port}")
-        device = join_group(rank, world_size, address, port, timeout)
+        join_group(rank, world_size, address, port, self._config.cluster.call_timeout_s)
         report("loading the model and making the optimizer")
         self._engine = DeepSpeedEngine(
-            self._build_model().to(device),
+            on_device(self._build_model()),
             **optimizer,
             zero_stage=zero_stage,
             dtype=self._config.model.dtype,

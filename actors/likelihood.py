@@ -8,7 +8,7 @@ import numpy as np
 from rlhf_ray.config import Config
 from rlhf_ray.models.adapters import AdapterSlot, tensors_from_bytes
 from rlhf_ray.models.forward import response_logprobs
-from rlhf_ray.models.loading import load_causal_lm, on_gpu
+from rlhf_ray.models.loading import load_causal_lm, on_device
 from rlhf_ray.models.token_logprobs import PLAIN, answer_with_logprobs
 from rlhf_ray.types import Rollout
 
@@ -20,7 +20,7 @@ class Likelihood:
         self._name = name
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
         model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
-        self._slot = AdapterSlot(on_gpu(model))
+        self._slot = AdapterSlot(on_device(model))
 
     def __repr__(self) -> str:
         return self._name

@@ -6,7 +6,7 @@ import numpy as np
 
 from rlhf_ray.config import Config
 from rlhf_ray.models.forward import response_logprobs, sampling_rule
-from rlhf_ray.models.loading import load_causal_lm, on_gpu
+from rlhf_ray.models.loading import load_causal_lm, on_device
 from rlhf_ray.models.stop_conditions import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs
 from rlhf_ray.types import Rollout
@@ -22,7 +22,7 @@ class Reference:
         )
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
         model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
-        self._model = on_gpu(model)
+        self._model = on_device(model)
 
     def __repr__(self) -> str:
         return self._name

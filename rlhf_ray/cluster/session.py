@@ -37,6 +37,13 @@ NAME_FREE_WITHIN_S = 10.0
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
+_OWN_GPUS_ALONE = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0",
+}
+"""Ray then sets CUDA_VISIBLE_DEVICES in each process: to the GPUs that it was given, to none where
+it was given none. By default a process without GPUs sees all of its node's."""
+
 _SLOW_STARTS = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
@@ -263,6 +270,7 @@ def role_environment(config: Config, joined: bool) -> dict[str, str]:
         # An engine never spans nodes: its processes meet on loopback.
         "VLLM_HOST_IP": LOOPBACK,
         **environment(),
+        **_OWN_GPUS_ALONE,
         "PATH": os.environ["PATH"],
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,

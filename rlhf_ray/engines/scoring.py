@@ -24,7 +24,8 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.folders import first_line, locate
 from rlhf_ray.models.forward import sequence_scores
-from rlhf_ray.models.loading import load_sequence_classifier, on_gpu
+from rlhf_ray.models.load_arguments import own_device
+from rlhf_ray.models.loading import load_sequence_classifier, on_device
 from rlhf_ray.models.tokenizers import STRICT, load_tokenizer
 from rlhf_ray.rewards.functions import FunctionSource
 from rlhf_ray.rewards.judge import JudgeSource
@@ -105,7 +106,7 @@ class SequenceScorer:
 
     def __init__(self, path: str, config: Config) -> None:
         self._max_tokens = config.ppo.max_tokens_per_micro_batch
-        self._model = on_gpu(load_sequence_classifier(path, config.model, require_head=True))
+        self._model = on_device(load_sequence_classifier(path, config.model, require_head=True))
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[np.ndarray]) -> list[float]:
@@ -132,12 +133,11 @@ class TextClassifier:
         from transformers import pipeline
 
         path = locate(path)
-        device = 0 if torch.cuda.is_available() else -1
         try:
             self._pipeline: Any = pipeline(
                 "text-classification",
                 model=path,
-                device=device,
+                device=own_device(),
                 trust_remote_code=settings.trust_remote_code,
                 model_kwargs={"use_safetensors": True},
             )

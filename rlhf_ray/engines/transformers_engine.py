@@ -19,7 +19,7 @@ from rlhf_ray.data.rendering.tokens import decode_after
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.adapters import AdapterSlot, adapter_state, digest, tensors_from_bytes
-from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_gpu
+from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_device
 from rlhf_ray.models.stop_conditions import CONTEXT, StopConditions
 from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAdapter
 
@@ -72,8 +72,8 @@ class TransformersEngine:
         await self.wake()
 
     async def wake(self) -> None:
-        """Move the model to the GPU, if there is one."""
-        on_gpu(self._slot.model)
+        """Move the model to where this process computes."""
+        on_device(self._slot.model)
 
     async def sleep(self) -> None:
         """Move the model to main memory."""

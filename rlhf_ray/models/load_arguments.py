@@ -15,6 +15,13 @@ _UNQUANTIZED = ["lm_head", "score", "classifier"]
 """Output layers stay in full precision: they are trained, or their small differences matter."""
 
 
+def own_device() -> torch.device:
+    """Return where this process computes: its GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def load_arguments(path: str, settings: ModelConfig, *, quantized: bool) -> dict[str, Any]:
     """Return the keyword arguments that settings and the model's own config.json ask for.
 
@@ -33,6 +40,7 @@ def load_arguments(path: str, settings: ModelConfig, *, quantized: bool) -> dict
     }
     if quantized and settings.quantization != "none":
         arguments["quantization_config"] = quantization_config(settings)
+        arguments["device_map"] = {"": own_device()}  # it cannot be moved later
     return {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -38,7 +38,12 @@ from rlhf_ray.models.forward import (
     initialise_head,
     keep_head_in_fp32,
 )
-from rlhf_ray.models.load_arguments import keep_differentiable, load_arguments, writable
+from rlhf_ray.models.load_arguments import (
+    keep_differentiable,
+    load_arguments,
+    own_device,
+    writable,
+)
 from rlhf_ray.models.tokenizers import attempt, load_tokenizer, save_tokenizer
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -142,10 +147,14 @@ def _restore_head(model: nn.Module, path: str) -> None:
                 heads[name].copy_(tensors.get_tensor(name))
 
 
-def on_gpu(model: ModelT) -> ModelT:
-    """Move a model to this process's GPU, in place, if there is one."""
-    if torch.cuda.is_available():
-        nn.Module.cuda(model)  # PreTrainedModel.cuda has no usable signature
+def on_device(model: ModelT) -> ModelT:
+    """Move a model to where this process computes, in place.
+
+    A quantised base was loaded there and stays: bitsandbytes keeps its scales beside the weights,
+    where a move of the weights leaves them behind, and transformers refuses to move int8.
+    """
+    if not any(getattr(part, "is_quantized", False) for part in model.modules()):
+        nn.Module.to(model, own_device())  # PreTrainedModel.to has no usable signature
     return model
 
 

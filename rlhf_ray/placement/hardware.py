@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_ray.config import Config
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.placement.layout import Node
 
@@ -138,6 +139,12 @@ def gpu_kind(ray_name: str, memory_gb: float | None) -> str | None:
 def _of_size(family: Iterable[str], memory_gb: float) -> str | None:
     """Return the kind whose memory is closest; None if there are no kinds."""
     return min(family, key=lambda kind: abs(GPU_KINDS[kind].memory_gb - memory_gb), default=None)
+
+
+def hide_gpus(config: Config) -> None:
+    """Let this process and those that it starts see no GPU where ``placement.gpus`` is 0."""
+    if config.placement.gpus == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def this_machine() -> Node:

@@ -16,6 +16,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.adapters import servable_rank
 from rlhf_ray.models.folders import adapter_rank, safetensors_files
 from rlhf_ray.models.load_arguments import rope_parameters
+from rlhf_ray.placement.hardware import hide_gpus
 from rlhf_ray.runs.models import RunModel, find_model, policies
 
 LOOPBACK = "127.0.0.1"
@@ -55,6 +56,7 @@ def command(config: Config, models: Sequence[str] = (), further: Sequence[str] =
                 f"{option} would show the key to every user of this machine, in its list of "
                 f"processes; export {variable} instead, which vLLM reads"
             )
+    hide_gpus(config)
     chosen = [find_model(config, name) for name in models] or policies(config)
     bases = list(dict.fromkeys(model.base for model in chosen))
     if len(bases) > 1:

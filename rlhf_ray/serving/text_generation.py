@@ -18,8 +18,9 @@ from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.rendering.tokens import decode_after
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_gpu
+from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_device
 from rlhf_ray.models.stop_conditions import CONTEXT, StopConditions, stop_token_ids
+from rlhf_ray.placement.hardware import hide_gpus
 from rlhf_ray.runs.models import RunModel
 
 
@@ -52,7 +53,7 @@ class TextGenerator:
 
     def __init__(self, path: str, settings: ModelConfig, sampling: Sampling) -> None:
         self.tokenizer = load_tokenizer(path, settings)
-        self._model: Any = on_gpu(load_causal_lm(path, settings))  # generate() has no types
+        self._model: Any = on_device(load_causal_lm(path, settings))  # generate() has no types
         # generate() fills in what is not set below from the folder's generation config, such as
         # penalties that rollouts do not have.
         self._model.generation_config = GenerationConfig()
@@ -178,6 +179,7 @@ def load_generator(
     Raises:
         DataError: it cannot be loaded.
     """
+    hide_gpus(config)
     sampling = Sampling(
         temperature=config.rollout.temperature if temperature is None else temperature,
         max_tokens=max_tokens or config.rollout.max_tokens,

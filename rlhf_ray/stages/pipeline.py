@@ -31,6 +31,7 @@ from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.lasting_output import keep_output
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.trackers import tracking
+from rlhf_ray.placement.hardware import hide_gpus
 from rlhf_ray.runs.control import ControlFiles, reporting_status
 from rlhf_ray.runs.folder import RunFolder, require_durable_folder
 
@@ -45,6 +46,7 @@ def run(config: Config) -> Path:
         RlhfError: what a stage raised; finished stages stay finished.
     """
     keep_output()
+    hide_gpus(config)
     folder = RunFolder(config)
     temporary_folder()
     open_run(folder, config.run.stages)
@@ -91,6 +93,7 @@ def run_stage(config: Config, stage: str) -> object:
 def run_single(config: Config, stage: str) -> Path:
     """Run one stage as a command of its own, even if it is finished."""
     keep_output()
+    hide_gpus(config)
     folder = RunFolder(config)
     temporary_folder()
     open_run(folder, [stage])

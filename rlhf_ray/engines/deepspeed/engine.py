@@ -22,10 +22,8 @@ FLOAT16_LOSS_SCALE = 2.0**12
 DeepSpeed's own scaling is for parameters in float16 alone."""
 
 
-def join_group(
-    rank: int, world_size: int, address: str, port: int, timeout_s: float
-) -> torch.device:
-    """Join the process group of this learner group; return the device of this rank.
+def join_group(rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+    """Join the process group of this learner group.
 
     Call it before anything else imports DeepSpeed, which reads these variables at import.
     """
@@ -41,14 +39,13 @@ def join_group(
         os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(world_size))
     backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
     store = _meeting_point(rank, world_size, address, port, timeout)
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     torch.distributed.init_process_group(
         backend,
         store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device if cuda and world_size > 1 else None,
+        device_id=torch.device("cuda", 0) if cuda and world_size > 1 else None,
     )
     import deepspeed
 
@@ -58,7 +55,6 @@ def join_group(
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if not cuda:
         _unlink_buffer(rank, address, port)
-    return device
 
 
 def _unlink_buffer(rank: int, address: str, port: int) -> None:

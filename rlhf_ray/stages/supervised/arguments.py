@@ -68,7 +68,7 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
     }
     owned |= _half_precision(training)
     try:
-        return TrainingArguments(**{**defaults, **settings.trainer, **owned})
+        return _on_one_gpu(TrainingArguments(**{**defaults, **settings.trainer, **owned}))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{training.name}.trainer: {error}") from error
 
@@ -99,6 +99,15 @@ def _deepspeed(stage: str, trainer: Mapping[str, Any]) -> Mapping[str, Any] | No
             raise ConfigError(f"{key} may not contain {', '.join(owned)} (set by model.dtype)")
         return given
     raise ConfigError(f"{key}: expected a mapping or the path of a JSON file, got {given!r}")
+
+
+def _on_one_gpu(made: TrainingArguments) -> TrainingArguments:
+    """Keep one process that sees several GPUs (inline) out of DataParallel.
+
+    That gives each GPU a whole batch: ``batch_size`` would be multiplied.
+    """
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def _schedule(settings: SupervisedConfig) -> Keywords:

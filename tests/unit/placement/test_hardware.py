@@ -1,6 +1,7 @@
 """Clusters as people write them."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
 from rlhf_ray.cluster.nodes import Answer, ClusterNode
+from rlhf_ray.config import load
 from rlhf_ray.doctor import live_nodes
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.placement import hardware
@@ -141,3 +143,12 @@ def test_a_cluster_that_does_not_answer_is_reported_in_time(
     answering(monkeypatch, tmp_path, body)
     with pytest.raises(PlacementError, match=rf"\({why}\)\. Set RAY_ADDRESS, or describe"):
         hardware.live_cluster()
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [("0", ""), ("0.5", "3"), ("1", "3")])
+def test_without_gpus_for_roles_this_process_sees_none(
+    gpus: str, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    hardware.hide_gpus(load(None, [f"placement.gpus={gpus}"]))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
