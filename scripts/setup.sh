@@ -91,6 +91,28 @@ install_torch_cpu() {
   fi
 }
 
+# torch alone and before the other gigabytes: a build without CUDA may come from a link or an index
+# that pip or uv is configured with.
+install_torch_gpu() {
+  lock_entries torch >"$VENV/requirements.txt"
+  package_install --require-hashes -r "$VENV/requirements.txt"
+  "$VENV/bin/python" rlhf_ray/doctor/nvidia_driver.py --torch ||
+    fail "it came from a link or an index that pip or uv is configured with (pip config list;" \
+      "UV_FIND_LINKS, UV_INDEX_URL). Run $0 again without that, or set up without GPU support:" \
+      "RLHF_RAY_LOCK=cpu $0"
+}
+
+# The names by which compilers look for the library of CUDA that comes as a package.
+link_cuda() {
+  local home
+  for home in "$VENV"/lib/python3*/site-packages/nvidia/cu1*; do
+    [[ ! -x $home/bin/nvcc ]] || {
+      ln -sfn lib "$home/lib64"
+      (cd "$home/lib" && ln -sf libcudart.so.1? libcudart.so)
+    }
+  done
+}
+
 install_lock() {
   local wanted=$VENV/requirements.txt
   lock_entries "setuptools|wheel" >"$wanted" # what builds the rest
@@ -109,9 +131,14 @@ install_packages() {
   trap 'echo; echo "setup: not finished. Run $0 again: it starts over." >&2' EXIT
   echo "Installing into $VENV"
   step "virtual environment ($("$python" -V))" make_venv
-  [[ $lock == gpu ]] || step "PyTorch without CUDA" install_torch_cpu
+  if [[ $lock == gpu ]]; then
+    step "PyTorch with CUDA" install_torch_gpu
+  else
+    step "PyTorch without CUDA" install_torch_cpu
+  fi
   [[ $vllm == vllm ]] || echo "  without vLLM, whose CPU build cannot run here"
   step "$(grep -c == "$lock_file") packages of $lock_file" install_lock
+  [[ $lock != gpu ]] || link_cuda
   step "first import of PyTorch" "$VENV/bin/python" -c '
 import sys, torch
 if (sys.argv[1] == "gpu") != (torch.version.cuda is not None):
@@ -124,7 +151,7 @@ if (sys.argv[1] == "gpu") != (torch.version.cuda is not None):
 python=$(find_python)
 decision=$("$python" -I rlhf_ray/doctor/preflight.py --decide ${RLHF_RAY_LOCK:+--lock "$RLHF_RAY_LOCK"})
 read -r lock vllm <<<"$decision"
-packages=$lock # which of the GPU locks, the driver says
+packages=$lock # which of the GPU locks, the driver and the GPUs say
 [[ $lock != gpu ]] || packages=$("$python" -I rlhf_ray/doctor/nvidia_driver.py) ||
   fail "no set of GPU packages fits this machine"
 lock_file=scripts/requirements/$packages.txt

@@ -56,6 +56,7 @@ CALLS = [
     call(ASYNC, "AsyncLLM.shutdown"),
     call("vllm.platforms.interface", "Platform.is_cpu"),
     call("vllm.platforms.interface", "Platform.is_sleep_mode_available"),
+    call("vllm.platforms.interface", "Platform.get_device_capability"),
     call("vllm.config.model", "ModelConfig.get_vocab_size"),
     call("vllm.lora.peft_helper", "PEFTHelper.from_dict", 1),
     call("vllm.lora.peft_helper", "PEFTHelper.validate_legal", 1),

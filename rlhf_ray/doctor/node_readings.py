@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
 from rlhf_ray.cluster.orphans import count_orphans
+from rlhf_ray.doctor.nvidia_driver import cuda_of_torch, read_capabilities
 from rlhf_ray.doctor.preflight import Machine, read_machine
 from rlhf_ray.doctor.shared_files import requires_token
 
@@ -61,6 +62,10 @@ class NodeReading:
     """Why no port can be opened at the node's address in Ray; empty if one can."""
     requires_token: bool
     """Whether Ray accepts only clients that have the cluster's token."""
+    capabilities: Mapping[str, str] = field(default_factory=dict)
+    """Name -> compute capability of each kind of GPU."""
+    torch_cuda: str | None = None
+    """CUDA version that torch is built for; empty for a CPU build, None without torch."""
 
 
 def read_node(address: str) -> NodeReading:
@@ -82,6 +87,8 @@ def read_node(address: str) -> NodeReading:
         listening=_listening(),
         binding=_binding(address),
         requires_token=requires_token(),
+        capabilities=read_capabilities(),
+        torch_cuda=cuda_of_torch(),
     )
 
 

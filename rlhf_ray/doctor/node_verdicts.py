@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rlhf_ray.doctor.bandwidth import Link
 from rlhf_ray.doctor.node_readings import NOT_INSTALLED, NodeReading
-from rlhf_ray.doctor.nvidia_driver import lock_for, oldest_driver
+from rlhf_ray.doctor.nvidia_driver import LOCKS, has_kernels, lock_for, oldest_driver
 from rlhf_ray.doctor.preflight import (
     FAIL,
     GB,
@@ -35,6 +35,7 @@ def checks_of(reading: NodeReading, interface: str | None) -> list[Check]:
     return [
         check_system(machine),
         _check_driver(reading),
+        *_check_kernels(reading),
         *_check_gpus(reading),
         check_compiler(machine),
         _check_ninja(reading),
@@ -57,6 +58,28 @@ def _check_driver(reading: NodeReading) -> Check:
     return Check(
         "driver", reading.driver, FAIL, f"install NVIDIA driver {oldest_driver()} or newer"
     )
+
+
+def _check_kernels(reading: NodeReading) -> Iterator[Check]:
+    """Check that the packages have kernels for the GPUs: an image is built without seeing them."""
+    if not reading.driver or reading.torch_cuda is None:
+        return
+    cuda = reading.torch_cuda.partition(".")[0]
+    text = f"built for CUDA {cuda}" if cuda else "built without CUDA"
+    lock = next((name for name, built_for, _ in LOCKS if built_for == f"CUDA {cuda}"), None)
+    without = [
+        f"{name} ({capability})"
+        for name, capability in reading.capabilities.items()
+        if lock and not has_kernels(lock, capability)
+    ]
+    if lock and not without:
+        yield Check("torch", text)
+        return
+    missing = f", no kernels for {', '.join(without)}" if without else ""
+    best = lock_for(reading.driver, reading.capabilities.values())
+    remedy = "run scripts/setup.sh there, or build the image with"
+    fitting = f"{remedy} scripts/requirements/{best}.txt" if best else "these GPUs are not served"
+    yield Check("torch", f"{text}{missing}", FAIL, fitting)
 
 
 def _check_gpus(reading: NodeReading) -> Iterator[Check]:

@@ -94,8 +94,8 @@ class VllmEngine:
         """
         self._refuse_what_the_platform_lacks()
         versions.prefer_exact_runner(self._settings.rule.temperature, self._settings.dtype)
-        if home := packaged_cuda():
-            os.environ["CUDA_HOME"] = home
+        if current_platform.device_type == "cuda" and (home := find_cuda()):
+            os.environ["CUDA_HOME"] = str(home)  # where FlashInfer looks first
         report("starting vLLM's engine, which loads the weights")
         with _lost_start_is_a_failure():
             self._engine = AsyncLLM.from_engine_args(self._engine_args())
@@ -124,6 +124,15 @@ class VllmEngine:
                 "float32; set rollout.dtype=bfloat16"
                 + (" or rollout.serving=merged" if merged else "")
             )
+        chosen = {"attention_backend", "attention_config"} & settings.engine_args.keys()
+        if device == "cuda" and settings.dtype != "float32" and not chosen and find_cuda() is None:
+            capability = current_platform.get_device_capability()
+            if capability is not None and capability.major == 10:
+                raise ConfigError(
+                    "On this GPU vLLM compiles its attention (FlashInfer) when it starts, and no "
+                    "nvcc was found; install CUDA's toolkit and export CUDA_HOME, or set "
+                    "rollout.engine_args.attention_config.backend=FLASH_ATTN"
+                )
 
     def _engine_args(self) -> AsyncEngineArgs:
         settings = self._settings
@@ -277,20 +286,16 @@ def _described(facts: Sequence[versions.EngineFacts], settings: VllmSettings) ->
     )
 
 
-def packaged_cuda() -> str | None:
-    """Return the CUDA toolkit among our packages, if it can build and no other is found first.
-
-    On Blackwell vLLM takes FlashInfer's attention, which is compiled at the first start: it looks
-    for nvcc where this function does, and ends the engine if there is none.
-    """
-    found = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc")
-    if found or (SYSTEM_CUDA / "bin" / "nvcc").exists():
-        return None
-    for home in sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu1*")):
-        # scripts/setup.sh adds the name by which the linker looks for the library.
-        if (home / "bin" / "nvcc").exists() and (home / "lib64" / "libcudart.so").exists():
-            return str(home)
-    return None
+def find_cuda() -> Path | None:
+    """Return the folder of CUDA's compiler, where FlashInfer looks for it or among our packages."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    candidates = [Path(named)] if named else [Path(on_path).parents[1]] if on_path else []
+    packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu1*"))
+    # scripts/setup.sh adds the name by which the linker looks for the library.
+    linked = [home for home in packages if (home / "lib64" / "libcudart.so").exists()]
+    candidates += [] if named else [SYSTEM_CUDA, *linked]
+    return next((home for home in candidates if (home / "bin" / "nvcc").exists()), None)
 
 
 @contextmanager

@@ -62,6 +62,12 @@ def test_a_good_node_passes() -> None:
     ("change", "found"),
     [
         ({"driver": "470.256.02"}, {"driver": FAIL}),
+        ({"torch_cuda": "13.0", "capabilities": {"NVIDIA B200": "10.0"}}, {}),
+        ({"torch_cuda": "12.8", "capabilities": {"Tesla V100": "7.0"}}, {}),
+        ({"torch_cuda": "13.0", "capabilities": {"Tesla V100": "7.0"}}, {"torch": FAIL}),
+        ({"torch_cuda": "12.8", "capabilities": {"Tesla P100": "6.0"}}, {"torch": FAIL}),
+        ({"torch_cuda": ""}, {"torch": FAIL}),
+        ({"driver": "", "torch_cuda": ""}, {}),
         ({"gpus": (Gpu(40_000, 81_920),)}, {"GPU memory": NOTE}),
         ({"ninja": None}, {"ninja": NOTE}),
         ({"open_files": 1024}, {"limits": NOTE}),

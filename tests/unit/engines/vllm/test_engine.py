@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.vllm import engine as engine_module
-from rlhf_ray.engines.vllm.engine import VllmEngine, VllmSettings, packaged_cuda
+from rlhf_ray.engines.vllm.engine import VllmEngine, VllmSettings, find_cuda
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.stop_conditions import StopConditions
 
@@ -29,7 +29,7 @@ def settings(**given: object) -> VllmSettings:
 async def test_an_adapter_in_float32_is_refused_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, size: int, offers_merging: bool
 ) -> None:
-    gpu = SimpleNamespace(device_type="cuda", is_sleep_mode_available=lambda: True)
+    gpu = SimpleNamespace(device_type="cuda")
     monkeypatch.setattr(engine_module, "current_platform", gpu)
     with pytest.raises(ConfigError, match=r"set rollout\.dtype=bfloat16") as refusal:
         await VllmEngine(settings(tensor_parallel_size=size)).start()
@@ -63,20 +63,52 @@ def complete(home: Path) -> None:
 
 
 def test_the_compiler_among_our_packages_is_found(site_packages: Path) -> None:
-    assert packaged_cuda() is None
+    assert find_cuda() is None
     home = install_nvcc(site_packages)
-    assert packaged_cuda() is None, "nothing could be linked"
+    assert find_cuda() is None, "nothing could be linked"
     complete(home)
-    assert packaged_cuda() == str(home)
+    assert find_cuda() == home
 
 
 def test_a_toolkit_of_the_machine_comes_first(
     site_packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete(install_nvcc(site_packages))
-    (site_packages / "bin").mkdir()
-    (site_packages / "bin" / "nvcc").touch(mode=0o755)
-    assert packaged_cuda() is None
+    for root in ("cuda", "other", ""):
+        (site_packages / root / "bin").mkdir(parents=True, exist_ok=True)
+        (site_packages / root / "bin" / "nvcc").touch(mode=0o755)
+    assert find_cuda() == site_packages, "the one on PATH"
     (site_packages / "bin" / "nvcc").unlink()
-    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
-    assert packaged_cuda() is None
+    assert find_cuda() == site_packages / "cuda", "where CUDA is installed by default"
+    monkeypatch.setenv("CUDA_HOME", str(site_packages / "other"))
+    assert find_cuda() == site_packages / "other"
+    monkeypatch.setenv("CUDA_HOME", "/nowhere/cuda")
+    assert find_cuda() is None, "FlashInfer would not look elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("major", "given", "refused"),
+    [
+        (10, {}, True),
+        (10, {"dtype": "float32", "serving": "merged"}, False),
+        (10, {"engine_args": {"attention_config": {"backend": "FLASH_ATTN"}}}, False),
+        (9, {}, False),
+    ],
+)
+async def test_blackwell_without_a_compiler_is_refused(
+    site_packages: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    major: int,
+    given: dict[str, object],
+    refused: bool,
+) -> None:
+    gpu = SimpleNamespace(
+        device_type="cuda", get_device_capability=lambda: SimpleNamespace(major=major)
+    )
+    monkeypatch.setattr(engine_module, "current_platform", gpu)
+    engine = VllmEngine(settings(**({"dtype": "bfloat16"} | given)))
+    if refused:
+        with pytest.raises(ConfigError, match="no nvcc was found"):
+            await engine.start()
+    complete(install_nvcc(site_packages))
+    engine._refuse_what_the_platform_lacks()
