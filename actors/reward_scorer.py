@@ -1,10 +1,11 @@
 """The reward scorer: hosts the reward sources, each of which scores whole responses."""
 
+import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_ray.config.rewards import SourceConfig
-from rlhf_ray.errors import DivergenceError
+from rlhf_ray.errors import DivergenceError, RlhfError
 from rlhf_ray.rewards.source import Source, together
 from rlhf_ray.types import RawScores, Rollout
 
@@ -17,16 +18,19 @@ class RewardScorer:
         name: str,
         settings: Sequence[SourceConfig],
         make_sources: Callable[[], Mapping[str, Source]],
+        limit_s: float | None = None,
     ) -> None:
         """
         Args:
             name: name of this worker.
             settings: settings of the sources.
             make_sources: makes the sources, by name; `start` calls it in this process.
+            limit_s: deadline of a source for one shard, within the deadline of the whole call.
         """
         self._name = name
         self._settings = settings
         self._make_sources = make_sources
+        self._limit_s = limit_s
         self._sources: Mapping[str, Source] = {}
 
     def __repr__(self) -> str:
@@ -41,15 +45,28 @@ class RewardScorer:
 
         Raises:
             DivergenceError: a score is NaN or infinite, and on_bad_score is not skip.
-            RlhfError: raised by a source.
+            RlhfError: raised by a source, or it took too long.
         """
-        columns = await together(
-            self._sources[setting.name].score(rollouts) for setting in self._settings
-        )
+        columns = await together(self._scores(setting.name, rollouts) for setting in self._settings)
         return {
             setting.name: tuple(_finite(setting, rollouts, column))
             for setting, column in zip(self._settings, columns, strict=True)
         }
+
+    async def _scores(self, name: str, rollouts: Sequence[Rollout]) -> list[float | None]:
+        deadline = asyncio.timeout(self._limit_s)
+        try:
+            async with deadline:
+                return await self._sources[name].score(rollouts)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise RlhfError(
+                f"rewards: {name} did not score a shard of {len(rollouts)} responses within "
+                f"{self._limit_s:g} s, the part of cluster.call_timeout_s that it has. Raise "
+                "cluster.call_timeout_s, or lower rollout.shard_size or the source's own "
+                "timeouts; then run again: the run resumes at its last commit"
+            ) from None
 
 
 def _finite(

@@ -38,9 +38,12 @@ def _future() -> Future[Any]:
     return future
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
     """One call of the function, in one process."""
+
+    process: "_Process | None" = None
+    """None: not sent."""
 
     began: Future[None] = field(default_factory=_future)
     scores: Future[Scores] = field(default_factory=_future)
@@ -50,6 +53,11 @@ class _Call:
         for future in (self.began, self.scores):
             with suppress(InvalidStateError):
                 future.set_exception(_GoneError())
+
+    def abandon(self) -> None:
+        """End its process, where nobody waits any more; other calls are then made again."""
+        if self.process and not self.scores.done():
+            self.process.kill()
 
 
 class _Process:
@@ -146,29 +154,31 @@ class FunctionProcess:
         while True:
             call = _Call()
             send = partial(self._send, call, (args, named, num_responses))
-            process = await loop.run_in_executor(self._thread, send)
             try:
+                await loop.run_in_executor(self._thread, send)
                 await asyncio.wrap_future(call.began)
                 return await asyncio.wait_for(asyncio.wrap_future(call.scores), self._timeout_s)
             except TimeoutError:
-                process.kill()
+                call.abandon()
                 raise LateError from None
+            except asyncio.CancelledError:
+                self._thread.submit(call.abandon)  # once it is sent, if it still is
+                raise
             except _GoneError:
                 # Killed because of another call, which waited before or ran beside: once more.
-                if not process.was_killed:
-                    raise RlhfError(f"{self._described}: {process.ending()}") from None
+                if call.process and not call.process.was_killed:
+                    raise RlhfError(f"{self._described}: {call.process.ending()}") from None
 
-    def _send(self, call: _Call, message: tuple[object, ...]) -> _Process:
+    def _send(self, call: _Call, message: tuple[object, ...]) -> None:
         """Send a call to the process, to a fresh one if it has ended."""
         if self._process[0].popen.poll() is not None:
             self._process[0] = self._start()
         process, number = self._process[0], next(self._numbers)
-        process.calls[number] = call
+        process.calls[number], call.process = call, process
         try:
             process.connection.send((number, *message))
         except OSError:
             call.fail()
-        return process
 
 
 def _kill_all(processes: Sequence[_Process]) -> None:

@@ -1,5 +1,6 @@
 """User functions as reward sources, with the signatures of TRL, verl or OpenRLHF."""
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,8 +19,14 @@ NOT_COLUMNS = {"messages", "prompt", "prompts", "completion", "completions", "co
 class FunctionSource:
     """Scores by calling a function, in a process of its own unless ``in_process`` is set."""
 
-    def __init__(self, config: FunctionSourceConfig) -> None:
+    def __init__(self, config: FunctionSourceConfig, limit_s: float | None = None) -> None:
+        """
+        Args:
+            config: the function.
+            limit_s: deadline of all calls for a shard; scores that are missing then stay missing.
+        """
         self._config = config
+        self._limit_s = None if config.in_process else limit_s
         which = (config.name, config.function, config.signature)
         self._call = (
             partial(_call_here, UserFunction(*which), Blocking())
@@ -29,16 +36,33 @@ class FunctionSource:
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return [N] scores of the function; None where it does not apply, or is late."""
+        limit_s = self._limit_s
+        ends = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
         if self._config.signature == "verl":
-            rows = await together(self._scores([row]) for row in rollouts)
+            rows = await together(self._scores([row], ends) for row in rollouts)
             return [score for row in rows for score in row]
-        return await self._scores(rollouts)
+        return await self._scores(rollouts, ends)
 
-    async def _scores(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Call the function; where it is late, call it for each response alone."""
-        config = self._config
+    async def _scores(self, rollouts: Sequence[Rollout], ends: float | None) -> list[float | None]:
+        """Call the function; where it is late, call it for each response alone.
+
+        Args:
+            rollouts: responses.
+            ends: when to stop, by the clock of the event loop.
+        """
+        config, deadline = self._config, asyncio.timeout_at(ends)
         try:
-            return await self._call(*self._arguments(rollouts), len(rollouts))
+            async with deadline:
+                return await self._call(*self._arguments(rollouts), len(rollouts))
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            logging.warning(
+                f"rewards: {config.name}: {config.function} took more than {self._limit_s:g} s for "
+                f"a shard; {len(rollouts)} scores are missing. Raise cluster.call_timeout_s, or "
+                "lower the source's timeout_s or rollout.shard_size"
+            )
+            return [None] * len(rollouts)
         except LateError:
             prompts = ", ".join(dict.fromkeys(row.prompt.id for row in rollouts))
             alone = len(rollouts) == 1
@@ -50,7 +74,7 @@ class FunctionSource:
             )
             if alone:
                 return [None]
-            return [score for row in rollouts for score in await self._scores([row])]
+            return [score for row in rollouts for score in await self._scores([row], ends)]
 
     def _arguments(
         self, rollouts: Sequence[Rollout]

@@ -1,6 +1,7 @@
 """Reward servers: JSON over HTTP with deadlines and retries, and OpenRLHF's protocol on top."""
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -120,6 +121,7 @@ class Endpoint:
             stop=stop_after_attempt(1 + settings.retries),
             wait=lambda state: max(backoff(state), _requested_wait_s(state)),
             retry=retry_if_exception(_may_succeed_later),
+            before_sleep=self._warn_of_a_long_wait,
             reraise=True,
         )
         async with self._free:
@@ -138,6 +140,13 @@ class Endpoint:
                     f"{error}. See that the service runs and can be reached from here, or raise "
                     "its timeout_s or retries; then run again: the run resumes at its last commit"
                 ) from None
+
+    def _warn_of_a_long_wait(self, state: RetryCallState) -> None:
+        if (wait_s := state.upcoming_sleep) > LONGEST_WAIT_S and state.outcome:
+            logging.warning(
+                f"{self._name}: {self._url} asks to be left alone for {wait_s:.0f} s "
+                f"({state.outcome.exception()})"
+            )
 
     async def _attempt(self, client: httpx.AsyncClient, body: object) -> object | Refused:
         timeout_s = self._settings.timeout_s

@@ -27,6 +27,9 @@ from rlhf_ray.roles import Roles
 from rlhf_ray.runs.folder import located
 from rlhf_ray.stages.ppo.generators import spawn_generators
 
+SHARE_OF_CALL = 0.9
+"""Share of a call's deadline that a reward source has: after it there is time for its message."""
+
 
 def spawn_scorers(
     spawner: RoleSpawner, config: Config, reward_model: str | None, policy_model: str
@@ -40,6 +43,7 @@ def spawn_scorers(
         config.reward.num_workers,
         sources,
         partial(reward_sources, config, reward_model, policy_model),
+        SHARE_OF_CALL * config.cluster.call_timeout_s,
     )
     return ScorerClient(workers)
 

@@ -14,7 +14,7 @@ from actors.reward_scorer import RewardScorer
 from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import RougeSourceConfig
 from rlhf_ray.engines.fake import FakeEngine
-from rlhf_ray.errors import DivergenceError, WeightSyncError
+from rlhf_ray.errors import DivergenceError, RlhfError, WeightSyncError
 from rlhf_ray.models.adapters import digest, tensors_to_bytes
 from rlhf_ray.types import (
     AdapterUpdate,
@@ -155,6 +155,21 @@ class TestRewardScorer:
         ):
             self.score(sources, rollouts[:2])
         assert self.score(sources, rollouts[:2], on_bad_score="skip") == {"a": (1.0, None)}
+
+    def test_a_source_that_takes_too_long_is_named(self, rollouts: list[Rollout]) -> None:
+        class SlowSource:
+            async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+                await asyncio.sleep(60)
+                return []
+
+        settings = [RougeSourceConfig(type="rouge", name="slow")]
+        scorer = RewardScorer("reward-0", settings, lambda: {"slow": SlowSource()}, limit_s=0.05)
+        scorer.start()
+        says = (
+            r"slow did not score a shard of 2 responses within 0\.05 s, .*cluster\.call_timeout_s"
+        )
+        with pytest.raises(RlhfError, match=says):
+            asyncio.run(scorer.score(rollouts[:2]))
 
 
 def test_the_reference_is_the_base_at_the_rollouts_temperature(

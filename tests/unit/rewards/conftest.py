@@ -1,10 +1,12 @@
-"""Rollouts of given texts."""
+"""Rollouts of given texts, and a file of reward functions."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import user_functions
 
 from rlhf_ray.types import Prompt, Rollout
 
@@ -25,3 +27,16 @@ def rollout() -> Callable[..., Rollout]:
         )
 
     return make
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_rewards.py"
+    path.write_text(user_functions.CODE)
+    return path
+
+
+@pytest.fixture
+def two(rollout: Callable[..., Rollout]) -> list[Rollout]:
+    """Two rollouts; the second's row lacks the first's columns."""
+    return [rollout("yes", "a", level=2), rollout("skip it", "bc", level=3)]
