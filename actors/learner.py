@@ -23,6 +23,7 @@ from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import TrainingEngine
+from rlhf_ray.engines.served_adapters import TensorDict, tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.models import adapters
 from rlhf_ray.models.loading import on_device
 from rlhf_ray.observability.metrics import metric
@@ -238,16 +239,15 @@ class Learner(ABC):
 
     def state(self) -> tuple[dict[str, bytes], None]:
         """Return optimizer state and PEFT folder as files. All ranks must call; keep rank 0's."""
-        state = self._engine.export_state()
-        files = {LEARNER_STATE: adapters.tensors_to_bytes(state)} | self._peft_files()
-        return files, None
+        files = {LEARNER_STATE: tensors_to_bytes(self._engine.export_state())}
+        return files | self._peft_files(), None
 
     @property
     @abstractmethod
     def _adapted(self) -> Any:
         """The model with its adapter, as PEFT wraps it."""
 
-    def _read_adapter(self) -> adapters.TensorDict:
+    def _read_adapter(self) -> TensorDict:
         with self._engine.whole_parameters():
             return adapters.adapter_state(self._adapted)
 
@@ -257,13 +257,13 @@ class Learner(ABC):
             "base_model_name_or_path": self._model_path
         }
         return {
-            "adapter_model.safetensors": adapters.tensors_to_bytes(self._read_adapter()),
+            "adapter_model.safetensors": tensors_to_bytes(self._read_adapter()),
             "adapter_config.json": json.dumps(settings, indent=2).encode(),
         }
 
     def load(self, files: Mapping[str, bytes]) -> None:
         """Restore a state, which may come from another number of ranks."""
-        self._engine.import_state(adapters.tensors_from_bytes(files[LEARNER_STATE]))
+        self._engine.import_state(tensors_from_bytes(files[LEARNER_STATE]))
 
 
 class Tally:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_ray.config import Config
-from rlhf_ray.models.adapters import AdapterSlot, tensors_from_bytes
+from rlhf_ray.engines.served_adapters import tensors_from_bytes
+from rlhf_ray.models.adapters import AdapterSlot
 from rlhf_ray.models.forward import response_logprobs
 from rlhf_ray.models.loading import load_causal_lm, on_device
 from rlhf_ray.models.token_logprobs import PLAIN, answer_with_logprobs

@@ -14,19 +14,18 @@ from actors.learner import EngineKind, Learner, Tally
 from rlhf_ray.algorithms.correction import truncated_importance_weights
 from rlhf_ray.algorithms.experience import Assembled, Experience
 from rlhf_ray.algorithms.kl import kl_estimate
+from rlhf_ray.algorithms.logprobs import sampling_rule
 from rlhf_ray.algorithms.losses import resolve_policy_loss
 from rlhf_ray.algorithms.whitening import masked_mean, masked_sum, whiten, zero_padding
 from rlhf_ray.config import Config
-from rlhf_ray.models.adapters import (
+from rlhf_ray.engines.served_adapters import (
     TensorDict,
-    attach,
     digest,
-    load_adapter_state,
-    peft_config,
     tensors_from_bytes,
     tensors_to_bytes,
 )
-from rlhf_ray.models.forward import causal_lm_logits, response_logprobs, sampling_rule
+from rlhf_ray.models.adapters import attach, load_adapter_state, peft_config
+from rlhf_ray.models.forward import causal_lm_logits, response_logprobs
 from rlhf_ray.models.loading import load_causal_lm
 from rlhf_ray.models.stop_conditions import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlhf_ray.algorithms.logprobs import sampling_rule
 from rlhf_ray.config import Config
-from rlhf_ray.models.forward import response_logprobs, sampling_rule
+from rlhf_ray.models.forward import response_logprobs
 from rlhf_ray.models.loading import load_causal_lm, on_device
 from rlhf_ray.models.stop_conditions import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs

@@ -227,7 +227,7 @@ class AdapterUpdate:
     version: int
     """Policy version; grows by one each iteration."""
     digest: str
-    """Identity of its tensors (see models.adapters.digest)."""
+    """Identity of its tensors (see engines.served_adapters.digest)."""
     peft_config: Mapping[str, Any]
     """The adapter's PEFT config as plain values."""
     tensors: Handle[bytes] | bytes | None

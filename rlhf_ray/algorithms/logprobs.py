@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_ray.config.rollout import RolloutConfig
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingRule:
@@ -84,6 +86,17 @@ class SamplingRule:
             dropped_BTV[..., -1] = False
             kept_BTV &= ~torch.empty_like(dropped_BTV).scatter(-1, order_BTV, dropped_BTV)
         return kept_BTV
+
+
+def sampling_rule(rollout: RolloutConfig, stop_token_ids: tuple[int, ...]) -> SamplingRule:
+    """Return the rule that engines sample by; every log-prob of a run is of its distribution."""
+    return SamplingRule(
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_tokens=rollout.min_tokens,
+        stop_token_ids=() if rollout.ignore_eos else stop_token_ids,
+    )
 
 
 def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float = 1.0) -> Tensor:

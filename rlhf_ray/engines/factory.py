@@ -1,8 +1,8 @@
 """Build a generation engine from the config; only the chosen engine's library is imported."""
 
+from rlhf_ray.algorithms.logprobs import sampling_rule
 from rlhf_ray.config import Config
 from rlhf_ray.engines.protocols import GenerationEngine
-from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.load_arguments import rope_parameters
 from rlhf_ray.models.stop_conditions import StopConditions
 

@@ -15,8 +15,8 @@ import torch
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
 from rlhf_ray.errors import ActorFailure, WeightSyncError
-from rlhf_ray.models.adapters import digest, tensors_from_bytes
 from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 

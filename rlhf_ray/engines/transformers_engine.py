@@ -17,8 +17,9 @@ from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.data.rendering.tokens import decode_after
 from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
 from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.models.adapters import AdapterSlot, adapter_state, digest, tensors_from_bytes
+from rlhf_ray.models.adapters import AdapterSlot, adapter_state
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_device
 from rlhf_ray.models.stop_conditions import CONTEXT, StopConditions
 from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAdapter

@@ -1,6 +1,5 @@
 """LoRA adapters: attach, read, write, identify, merge into the base in memory."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as _set_state
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -31,14 +29,9 @@ from rlhf_ray.models.targets import (
 
 Model = PreTrainedModel | PeftModel
 """A transformers model, with or without an adapter around it."""
-TensorDict = dict[str, Tensor]
-tensors_from_bytes, tensors_to_bytes = safetensors.load, safetensors.save
-"""Tensors as the bytes of a safetensors file, and back."""
 
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys of peft.LoraConfig that take modules out of ``target_modules``."""
-_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM takes as ``max_lora_rank``; adapters of any lower rank fit."""
 
 
 def attach(
@@ -116,7 +109,7 @@ class _ComputesInInputDtype(nn.Linear):
         return functional.linear(input, self.weight.to(input.dtype))
 
 
-def adapter_state(model: PeftModel) -> TensorDict:
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """Copy the adapter (and saved head) under PEFT's own names, on CPU, contiguous."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
@@ -219,18 +212,6 @@ def _add(weight: Tensor, delta: Tensor) -> tuple[int, int]:
     return int((delta != 0).sum()), int(((weight != before) & (delta != 0)).sum())
 
 
-def servable_rank(rank: int) -> int:
-    """Return the least ``max_lora_rank`` of vLLM that holds adapters of ``rank``.
-
-    Raises:
-        ConfigError: ``rank`` is above vLLM's limit.
-    """
-    for served in _SERVED_RANKS:
-        if served >= rank:
-            return served
-    raise ConfigError(f"vLLM serves adapters of rank {_SERVED_RANKS[-1]} at most, got {rank}")
-
-
 def refuse_misfit(model: PeftModel, folder: str | Path) -> None:
     """Refuse a PEFT folder whose adapter fits its base only in part; peft loads it without a word.
 
@@ -272,13 +253,3 @@ def _plain(value: object) -> object:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return getattr(value, "value", str(value))
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits of SHA-256 over names, shapes, types and bytes, in order of names."""
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]

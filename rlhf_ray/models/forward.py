@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rlhf_ray.algorithms.experience import micro_batches, pad, response_logits
 from rlhf_ray.algorithms.logprobs import SamplingRule
-from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.adapters import unwrapped
 from rlhf_ray.models.token_logprobs import chunked_logprobs, position_ids
@@ -24,17 +23,6 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 
 HEAD_NAMES = ("score.", "classifier.")
 """How the weights of a sequence-classification head begin, in decoders and in encoders."""
-
-
-def sampling_rule(rollout: RolloutConfig, stop_token_ids: tuple[int, ...]) -> SamplingRule:
-    """Return the rule that engines sample by; every log-prob of a run is of its distribution."""
-    return SamplingRule(
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        min_tokens=rollout.min_tokens,
-        stop_token_ids=() if rollout.ignore_eos else stop_token_ids,
-    )
 
 
 def causal_lm_logits(model: nn.Module, last: int = 0) -> Forward:

@@ -5,7 +5,6 @@ is refused before the first step.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -130,24 +129,6 @@ def recorded_targets(model: PeftModel) -> list[str]:
         if not any(".".join(parts[:depth]) in whole for depth in range(1, len(parts))):
             return sorted(adapted)
     return sorted(leaves)
-
-
-def refuse_unservable(targets: Iterable[str], servable: Collection[str]) -> None:
-    """Refuse an adapter on modules that the generators' engine cannot serve.
-
-    Args:
-        targets: names of the adapted modules, as in `recorded_targets`.
-        servable: names, last parts only, of the modules that the engine can apply an adapter to.
-
-    Raises:
-        ConfigError: an adapted module is not servable.
-    """
-    if unservable := sorted(set(map(leaf, targets)) - set(servable)):
-        raise ConfigError(
-            f"lora.target_modules: the generators' engine cannot serve an adapter on "
-            f"{', '.join(unservable)} in this architecture; it can on "
-            f"{', '.join(sorted(servable))}. Set lora.target_modules to a list of these"
-        )
 
 
 def _module(model: PeftModel, name: str) -> LoraLayer:

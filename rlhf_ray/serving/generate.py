@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.tokenizers import load_tokenizer
 from rlhf_ray.runs.datasets import held_out_prompts
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.models import find_model, policies

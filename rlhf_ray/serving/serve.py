@@ -12,8 +12,8 @@ from typing import NoReturn
 import torch
 
 from rlhf_ray.config import Config
+from rlhf_ray.engines.served_adapters import servable_rank
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.adapters import servable_rank
 from rlhf_ray.models.folders import adapter_rank, safetensors_files
 from rlhf_ray.models.load_arguments import rope_parameters
 from rlhf_ray.placement.hardware import hide_gpus

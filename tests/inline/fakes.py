@@ -14,7 +14,7 @@ import torch
 
 from actors.policy_learner import compare_shifts
 from rlhf_ray.engines.fake import VOCAB_SIZE, adapted_logits
-from rlhf_ray.models.adapters import digest, tensors_from_bytes, tensors_to_bytes
+from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,

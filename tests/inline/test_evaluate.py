@@ -12,7 +12,7 @@ from command_line import Refused, command, copy_of
 from json_server import chat_completion, serve
 
 from rlhf_ray.config import load
-from rlhf_ray.models.adapters import tensors_from_bytes, tensors_to_bytes
+from rlhf_ray.engines.served_adapters import tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.models.folders import base_of, record_base
 from rlhf_ray.stages import pipeline
 

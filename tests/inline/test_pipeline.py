@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.config.stages import DEFAULT_STAGES
 from rlhf_ray.driver.checkpoint import Checkpoints
+from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
 from rlhf_ray.errors import CheckpointError, ConfigError
-from rlhf_ray.models.adapters import adapter_state, digest, tensors_from_bytes
+from rlhf_ray.models.adapters import adapter_state
 from rlhf_ray.stages import pipeline
 
 TINY = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}

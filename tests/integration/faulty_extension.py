@@ -5,8 +5,8 @@ from typing import Any
 
 from safetensors.torch import load
 
+from rlhf_ray.engines.served_adapters import TensorDict, tensors_to_bytes
 from rlhf_ray.engines.vllm.worker_extension import AdapterExtension, report
-from rlhf_ray.models.adapters import TensorDict, tensors_to_bytes
 
 
 class FaultyExtension(AdapterExtension):

@@ -26,7 +26,7 @@ from rlhf_ray.cluster.role_clients import (
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.models.adapters import tensors_from_bytes
+from rlhf_ray.engines.served_adapters import tensors_from_bytes
 from rlhf_ray.placement.layout import Demand
 from rlhf_ray.types import Mismatch, Prompt, Rollout, ScoredShard, Shard, ShardInfo, StepReport
 

@@ -22,13 +22,13 @@ from transformers import GenerationConfig
 
 from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
+from rlhf_ray.algorithms.logprobs import sampling_rule
 from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker, PolicyClient
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.guards import MismatchGuard
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.vllm.engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
-from rlhf_ray.models.forward import sampling_rule
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stop_conditions import StopConditions, stop_token_ids
 from rlhf_ray.types import AdapterUpdate, Mismatch, Prompt, ScoredShard, ShardRequest

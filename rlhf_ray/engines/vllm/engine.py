@@ -27,15 +27,15 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.served_adapters import refuse_unservable, servable_rank
 from rlhf_ray.engines.vllm import versions
 from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
-from rlhf_ray.models.adapters import servable_rank
 from rlhf_ray.models.stop_conditions import StopConditions
-from rlhf_ray.models.targets import refuse_unservable
 from rlhf_ray.observability.phases import report
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
@@ -170,6 +170,11 @@ class VllmEngine:
                 # Otherwise vLLM reserves 92% of the machine's memory.
                 "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
             }
+            if settings.tensor_parallel_size == 1:
+                # As on a GPU: the engine's process is the worker. vLLM turns "uni" into "mp" on
+                # CPUs, to set a worker's OpenMP threads, which `Session` has set already; another
+                # process would import everything once more and spin while it waits.
+                args["distributed_executor_backend"] = UniProcExecutor
         args |= settings.engine_args
         if settings.rope_parameters is not None:
             rope = {"rope_parameters": settings.rope_parameters}

@@ -20,8 +20,8 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
+from rlhf_ray.engines.served_adapters import TensorDict, digest
 from rlhf_ray.engines.vllm import versions
-from rlhf_ray.models.adapters import TensorDict, digest
 from rlhf_ray.models.folders import safetensors_files
 
 _PREFIX = "base_model.model."

@@ -11,8 +11,8 @@ from rlhf_ray.cluster.role_clients import GeneratorClient, ScorerClient, fetch
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import sample_requests, shard_requests
+from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
 from rlhf_ray.generators.pool import GeneratorPool
-from rlhf_ray.models.adapters import digest, tensors_from_bytes
 from rlhf_ray.models.folders import ADAPTER_CONFIG
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.placement.layout import Demand, demands

@@ -11,7 +11,7 @@ from rlhf_ray.data.datasets.reference_answers import reference_answers
 from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.engines.scoring import template_checks
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.tokenizers import load_tokenizer
 from rlhf_ray.runs.datasets import held_out_prompts
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.serving.text_generation import prompt_ids

@@ -4,9 +4,9 @@ import hashlib
 from pathlib import Path
 
 from rlhf_ray.driver.checkpoint import SavedCommit
+from rlhf_ray.engines.served_adapters import tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
-from rlhf_ray.models.adapters import tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.models.folders import safetensors_files
 from rlhf_ray.runs.folder import RunFolder
 

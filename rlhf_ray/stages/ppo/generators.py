@@ -11,8 +11,8 @@ from rlhf_ray.config.rollout import AutoscaleConfig
 from rlhf_ray.driver.weight_sync import publish_to
 from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.generators.pool import GeneratorPool
-from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stop_conditions import stop_token_ids
+from rlhf_ray.models.tokenizers import load_tokenizer
 from rlhf_ray.placement.layout import demands
 from rlhf_ray.roles import GeneratorProcess
 

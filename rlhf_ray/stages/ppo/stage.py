@@ -21,9 +21,9 @@ from rlhf_ray.engines.scoring import template_checks
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
 from rlhf_ray.models.folders import BASE_MODEL
-from rlhf_ray.models.loading import load_tokenizer, save_tokenizer
 from rlhf_ray.models.merging import verify_names
 from rlhf_ray.models.stop_conditions import generation_config
+from rlhf_ray.models.tokenizers import load_tokenizer, save_tokenizer
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer

@@ -23,7 +23,7 @@ from rlhf_ray.data.rendering.packing import IGNORED, Block, concatenated, isolat
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.isolation import isolate_texts
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.tokenizers import load_tokenizer
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.launcher import run_training

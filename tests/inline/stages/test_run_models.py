@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from rlhf_ray import cli
 from rlhf_ray.config import Config, dump
 from rlhf_ray.config.data import DataSource
+from rlhf_ray.engines.served_adapters import servable_rank
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models import adapters, folders, forward, loading
+from rlhf_ray.models import folders, forward, loading
 from rlhf_ray.runs.lineage import lineage, model_licence
 from rlhf_ray.runs.models import find_model, policies
 from rlhf_ray.serving import chat, export, generate, serve
@@ -280,7 +281,7 @@ def test_serve_names_base_and_adapters(policy_run: Config) -> None:
 
 
 def test_ranks_are_rounded_up_to_what_vllm_takes() -> None:
-    assert [adapters.servable_rank(rank) for rank in (1, 2, 8, 9, 300, 512)] == [
+    assert [servable_rank(rank) for rank in (1, 2, 8, 9, 300, 512)] == [
         1,
         8,
         8,
@@ -289,7 +290,7 @@ def test_ranks_are_rounded_up_to_what_vllm_takes() -> None:
         512,
     ]
     with pytest.raises(ConfigError, match="rank 512 at most, got 513"):
-        adapters.servable_rank(513)
+        servable_rank(513)
 
 
 @pytest.mark.usefixtures("gpu_build")

@@ -14,8 +14,8 @@ from actors.reward_scorer import RewardScorer
 from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import RougeSourceConfig
 from rlhf_ray.engines.fake import FakeEngine
+from rlhf_ray.engines.served_adapters import digest, tensors_to_bytes
 from rlhf_ray.errors import DivergenceError, RlhfError, WeightSyncError
-from rlhf_ray.models.adapters import digest, tensors_to_bytes
 from rlhf_ray.types import (
     AdapterUpdate,
     Prompt,

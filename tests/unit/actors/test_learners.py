@@ -13,7 +13,8 @@ from actors.policy_learner import PROBE_SHIFT, PolicyLearner, compare_shifts
 from actors.reference import Reference
 from rlhf_ray.cluster.role_clients import merge_reports
 from rlhf_ray.driver.weight_sync import probe_requests
-from rlhf_ray.models.adapters import adapter_state, digest, tensors_from_bytes
+from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
+from rlhf_ray.models.adapters import adapter_state
 from rlhf_ray.types import AssembledStats, Prompt, Rollout, StepReport
 
 Columns = tuple[list[tuple[float, ...]], list[Any]]

@@ -11,7 +11,8 @@ from tiny_models import with_random_adapter
 from actors.likelihood import Likelihood
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import ModelConfig
-from rlhf_ray.models.adapters import adapter_state, peft_config, tensors_to_bytes
+from rlhf_ray.engines.served_adapters import tensors_to_bytes
+from rlhf_ray.models.adapters import adapter_state, peft_config
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, save_model
 from rlhf_ray.types import Rollout
 

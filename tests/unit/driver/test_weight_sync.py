@@ -14,8 +14,8 @@ from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker
 from rlhf_ray.driver.weight_sync import NUM_PROBE_PROMPTS, WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine
 from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.served_adapters import digest
 from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.models.adapters import digest
 from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest, ServedAdapter
 

@@ -8,16 +8,10 @@ import torch
 from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.engines.protocols import Sampled
+from rlhf_ray.engines.served_adapters import TensorDict, digest, tensors_to_bytes
 from rlhf_ray.engines.transformers_engine import TransformersEngine, TransformersSettings
 from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.models.adapters import (
-    TensorDict,
-    adapter_state,
-    attach,
-    digest,
-    peft_config,
-    tensors_to_bytes,
-)
+from rlhf_ray.models.adapters import adapter_state, attach, peft_config
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer
 from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest

@@ -5,9 +5,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.config.model import LoraConfig, ModelConfig
+from rlhf_ray.engines.served_adapters import (
+    digest,
+    refuse_unservable,
+    tensors_from_bytes,
+    tensors_to_bytes,
+)
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import adapters, loading
-from rlhf_ray.models.targets import refuse_unservable
 
 
 def attached(base: Path, **lora: object) -> object:
@@ -37,10 +42,10 @@ def test_state_and_digest_round_trip(base: Path) -> None:
         for weight in first.parameters():  # type: ignore[attr-defined]
             weight.add_(0.1 * weight.requires_grad)
     state = adapters.adapter_state(first)  # type: ignore[arg-type]
-    assert adapters.digest(adapters.adapter_state(second)) != adapters.digest(state)  # type: ignore[arg-type]
-    sent = adapters.tensors_from_bytes(adapters.tensors_to_bytes(state))
+    assert digest(adapters.adapter_state(second)) != digest(state)  # type: ignore[arg-type]
+    sent = tensors_from_bytes(tensors_to_bytes(state))
     adapters.load_adapter_state(second, sent)  # type: ignore[arg-type]
-    assert adapters.digest(adapters.adapter_state(second)) == adapters.digest(state)  # type: ignore[arg-type]
+    assert digest(adapters.adapter_state(second)) == digest(state)  # type: ignore[arg-type]
 
 
 def test_adapter_of_another_shape_is_refused(base: Path) -> None:

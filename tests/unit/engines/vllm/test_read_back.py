@@ -23,9 +23,9 @@ from vllm.lora.layers import (
     RowParallelLinearWithLoRA,
 )
 
+from rlhf_ray.engines.served_adapters import TensorDict, digest
 from rlhf_ray.engines.vllm import worker_extension
 from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID, AdapterExtension, report
-from rlhf_ray.models.adapters import TensorDict, digest
 
 WIDTH, HEAD, HEADS, KV_HEADS, INNER = 32, 8, 8, 2, 48
 RANK, LARGEST_RANK, SCALING = 5, 8, 0.5
