@@ -27,7 +27,9 @@ _NOT_LAST = re.compile(
     r"|chat|think|call|turn|cache|sort|group|partition|primary|foreign|public|registry|dict|id|index"
     r"|label|column|columns|field|row|text|input|output|prompt|message|messages|content|role|turns"
     r"|conversation|conversations|answer|response|query|question|reference|source|dataset|data|split"
-    r"|chosen|rejected|score|reward|per|by|fn|implicit) (token|key)$"
+    r"|chosen|rejected|score|reward|per|by|fn|implicit|assistant|system|human|tool|function"
+    r"|observation|thinking|reasoning|generation|placeholder|separator|delimiter|boundary|prefix"
+    r"|suffix|middle|fim|newline|vision|patch|frame|sink|attention|lookup) (token|key)$"
     r"|(^| )(monkey|hotkey|pkey|bypass|compass|askpass|(first|forward|backward|num|single) pass)$"
 )
 _HARMLESS_ENDS = re.compile(

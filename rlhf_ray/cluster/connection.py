@@ -3,7 +3,6 @@
 import os
 import socket
 from contextlib import closing
-from urllib.parse import urlsplit
 
 import grpc
 from ray._private.services import canonicalize_bootstrap_address
@@ -27,7 +26,7 @@ def require_cluster() -> None:
     """
     given = os.environ.get(VARIABLE)
     state = f"{VARIABLE} is {given}" if given else f"{VARIABLE} is not set"
-    if given and urlsplit(given).scheme in ("http", "https"):
+    if given and given.lower().startswith(("http:", "https:")):
         raise PlacementError(
             f"{state}, the address of a dashboard, which takes jobs (rlhf-ray submit); a run joins "
             f"a cluster by the address of its head. {_REMEDY}"

@@ -134,7 +134,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
 
 
 def _path(name: str) -> Path:
-    return located(name) if name.startswith("@") else Path(name)
+    return located(name) if name.startswith("@") else Path(os.path.expanduser(name))
 
 
 def _merge(below: Values, above: Values) -> Values:

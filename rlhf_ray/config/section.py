@@ -1,6 +1,8 @@
 """The base of config sections: keys with units, and the refusal of owned keys and secrets."""
 
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
 from typing import Any, TypedDict, TypeGuard, TypeVar, Unpack
@@ -20,8 +22,10 @@ PassThrough = dict[str, Any]
 MOST_PROCESSES = 100_000
 """Most processes of a role; the plan counts them one by one."""
 
-_PATHS = ("path", "dir", "posts")
+_PATHS = ("path", "dir", "posts", "instructions")
 """Names of keys that hold paths."""
+_FROM_HOME = (*_PATHS, "function", "advantage", "policy_loss", "tracking_uri", "models")
+"""Names of keys, or of lists, whose text may begin with a path."""
 _DECLARATIONS = ("properties", "patternProperties", "$defs", "definitions")
 """What a JSON schema declares under names."""
 LONGEST_PART, LONGEST_PATH = 255, 4095
@@ -38,6 +42,17 @@ class Section(BaseModel):
     def _is_finite(cls, value: object) -> object:
         if (number := _not_finite(value)) is not None:
             raise ValueError(f"Input should be a finite number, got {number}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _from_home(cls, value: object, info: ValidationInfo) -> object:
+        """Replace the ``~`` of a path, which only shells do: else a folder would have that name."""
+        if info.field_name in _FROM_HOME:
+            if isinstance(value, str):
+                return os.path.expanduser(value)
+            if is_list(value):
+                return [os.path.expanduser(item) for item in value if isinstance(item, str)]
         return value
 
     @field_validator("*")
@@ -149,7 +164,10 @@ def refuse_secrets(section: str, given: M, remedy: str) -> M:
 
 def has_user_info(url: str) -> bool:
     """Return whether a URL carries a login, ``scheme://user:password@host``."""
-    return "@" in urlsplit(url).netloc
+    try:
+        return "@" in urlsplit(url).netloc
+    except ValueError:  # half an IPv6 address
+        return "@" in re.split("[/?#]", url.partition("//")[2])[0]
 
 
 def require_host(url: str) -> str:
@@ -158,9 +176,14 @@ def require_host(url: str) -> str:
     Raises:
         ValueError: the address cannot be reached as it is written.
     """
-    parts = urlsplit(url)  # raises for half an IPv6 address, as `port` does for 99999
-    if not parts.hostname or parts.port == 0 or any(c.isspace() for c in url):
-        raise ValueError("is no address with a host, such as http://localhost:8000/v1")
+    wrong = "is no address with a host, such as http://localhost:8000/v1"
+    try:
+        parts = urlsplit(url)
+        is_wrong = not parts.hostname or parts.port == 0 or any(c.isspace() for c in url)
+    except ValueError as error:  # half an IPv6 address, port 99999
+        raise ValueError(f"{wrong}: {error}") from None
+    if is_wrong:
+        raise ValueError(wrong)
     return url
 
 

@@ -71,6 +71,44 @@ def test_secrets_are_refused_and_not_repeated(override: str, says: str) -> None:
     assert "s3cret" not in str(error.value)
 
 
+@pytest.mark.parametrize("login", ["//u:s3cret@[a", "http://u:s3cret@[::1/x"])
+def test_a_login_in_half_an_address_is_refused(login: str) -> None:
+    with pytest.raises(ConfigError, match="'A password'") as error:
+        load(None, [f"cluster.env={{A: '{login}'}}"])
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://[a", "http://h:99999", "http://h:x", "http://"])
+def test_an_impossible_address_says_how_one_looks(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"url: is no address with a host, such as http://local"):
+        load(None, [f"rewards=[{{type: remote, url: '{url}'}}]"])
+
+
+def test_the_tilde_of_every_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(
+        None,
+        [
+            "run.dir=~/r",
+            "model.path=~/m",
+            "prepare.posts=~/p.xml",
+            "data.sft=[{path: ~/a.jsonl, filter: {function: '~/f.py:f'}}]",
+            "sft.path=~/s",
+            "rewards=[{type: function, function: '~/g.py:g'}, {type: model, path: ~/w}]",
+            "ppo.advantage=~/h.py:h",
+            "ppo.policy_loss=~/l.py:l",
+            "critic.path=~/c",
+            "evaluate={instructions: ~/i.jsonl, models: [sft, ~/o]}",
+            "trackers.mlflow={tracking_uri: ~/t}",
+            "rollout.stop=['~/']",
+        ],
+    )
+    dumped = str(config.model_dump())
+    assert dumped.count("/home/me/") == 14
+    assert dumped.count("~") == 1
+    assert load(None, ["run.dir=a~/b"]).run.dir == "a~/b"
+
+
 def test_a_secret_of_the_environment_is_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", "s3cret")
     monkeypatch.setenv("MODEL", "m")
@@ -106,6 +144,8 @@ def test_what_only_sounds_like_a_secret_is_taken() -> None:
             "trackers.mlflow={tracking_uri: 'sqlite:///a@b.db'}",
             "data.sft={path: a.jsonl, columns: {key: answer, token: tok, password: pw}}",
             "cluster.env={HF_HUB_DISABLE_IMPLICIT_TOKEN: 'true', UCX_IB_PKEY: '0x7fff'}",
+            "cluster.env={RULE: '//[a', LIST: 'a //[b]@c'}",
+            "rollout.engine_args={assistant_token: 'ASSISTANT:'}",
             "prepare.posts=data/sk-wikipedia-2024-01-dump/Posts.xml",
         ],
     )
