@@ -22,8 +22,8 @@ from rlhf_ray.algorithms.experience import (
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
+from rlhf_ray.engines import served_adapters
 from rlhf_ray.engines.protocols import TrainingEngine
-from rlhf_ray.engines.served_adapters import TensorDict, tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.models import adapters
 from rlhf_ray.models.loading import on_device
 from rlhf_ray.observability.metrics import metric
@@ -237,33 +237,31 @@ class Learner(ABC):
         """Move back to the GPU."""
         self._engine.wake()
 
-    def state(self) -> tuple[dict[str, bytes], None]:
-        """Return optimizer state and PEFT folder as files. All ranks must call; keep rank 0's."""
-        files = {LEARNER_STATE: tensors_to_bytes(self._engine.export_state())}
-        return files | self._peft_files(), None
+    def state(self) -> tuple[dict[str, bytes], str]:
+        """Return the adapter's digest, and rank 0 the state as files. All ranks must call."""
+        state, adapter = self._engine.export_state(), self._read_adapter()
+        if self._engine.rank:
+            return {}, served_adapters.digest(adapter)
+        settings = adapters.peft_config(self._adapted)
+        settings["base_model_name_or_path"] = self._model_path
+        return {
+            LEARNER_STATE: served_adapters.tensors_to_bytes(state),
+            "adapter_model.safetensors": served_adapters.tensors_to_bytes(adapter),
+            "adapter_config.json": json.dumps(settings, indent=2).encode(),
+        }, served_adapters.digest(adapter)
 
     @property
     @abstractmethod
     def _adapted(self) -> Any:
         """The model with its adapter, as PEFT wraps it."""
 
-    def _read_adapter(self) -> TensorDict:
+    def _read_adapter(self) -> served_adapters.TensorDict:
         with self._engine.whole_parameters():
             return adapters.adapter_state(self._adapted)
 
-    def _peft_files(self) -> dict[str, bytes]:
-        """Return the contents of the PEFT folder, by file name."""
-        settings = adapters.peft_config(self._adapted) | {
-            "base_model_name_or_path": self._model_path
-        }
-        return {
-            "adapter_model.safetensors": tensors_to_bytes(self._read_adapter()),
-            "adapter_config.json": json.dumps(settings, indent=2).encode(),
-        }
-
     def load(self, files: Mapping[str, bytes]) -> None:
         """Restore a state, which may come from another number of ranks."""
-        self._engine.import_state(tensors_from_bytes(files[LEARNER_STATE]))
+        self._engine.import_state(served_adapters.tensors_from_bytes(files[LEARNER_STATE]))
 
 
 class Tally:

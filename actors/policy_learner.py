@@ -175,7 +175,7 @@ class PolicyLearner(Learner):
         }
 
     def adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:
-        """Return the current adapter's bytes and description. All ranks must call."""
+        """Return the current adapter's description, and rank 0 its bytes. All ranks must call."""
         self.version = version
         return self._update(version, self._read_adapter())
 
@@ -274,7 +274,8 @@ class PolicyLearner(Learner):
 
     def _update(self, version: int, state: TensorDict) -> tuple[bytes, AdapterUpdate]:
         settings = peft_config(self._adapted)
-        return tensors_to_bytes(state), AdapterUpdate(version, digest(state), settings, None)
+        sent = tensors_to_bytes(state) if self._engine.rank == 0 else b""
+        return sent, AdapterUpdate(version, digest(state), settings, None)
 
 
 def compare_shifts(engine: np.ndarray, learner: np.ndarray, base: np.ndarray) -> ProbeComparison:

@@ -168,6 +168,7 @@ def spawn(
     num_gpus: float,
     strategy: SchedulingStrategyT,
     concurrency: int,
+    environment: Mapping[str, str],
     start_timeout_s: float,
     timeout_s: float,
     on_call: OnCall,
@@ -180,6 +181,8 @@ def spawn(
         "num_gpus": num_gpus,
         "scheduling_strategy": strategy,
     }
+    if environment:  # on top of the run's
+        options["runtime_env"] = {"env_vars": dict(environment)}
     if concurrency > 1:
         options["max_concurrency"] = concurrency
     actor = ray.remote(titled(role_class)).options(**options).remote(name, *args)

@@ -224,9 +224,19 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         method: Method[LearnerT_co, P, tuple[DataT, ScalarsT]],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> tuple[Handle[DataT], ScalarsT]:
+    ) -> list[tuple[Handle[DataT], ScalarsT]]:
         calls = (rank.call_split(method, *args, **kwargs) for rank in self._ranks)
-        return (await asyncio.gather(*calls))[0]
+        return list(await asyncio.gather(*calls))
+
+    def _rank_0s(
+        self, sent: Sequence[tuple[Handle[DataT], ScalarsT]]
+    ) -> tuple[Handle[DataT], ScalarsT]:
+        """Return what rank 0 sent, it alone data; ranks that disagree are a failed group."""
+        digests = [getattr(scalars, "digest", scalars) for _, scalars in sent]
+        if digests.count(digests[0]) < len(digests):
+            ranks = ", ".join(f"{r.name} {d}" for r, d in zip(self._ranks, digests, strict=True))
+            raise ActorFailure(f"The adapters of a group's ranks differ, by digest: {ranks}")
+        return sent[0]
 
     async def _any_split(
         self,
@@ -235,7 +245,7 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         **kwargs: P.kwargs,
     ) -> tuple[Handle[DataT], ScalarsT]:
         if self._sharded:
-            return await self._all_split(method, *args, **kwargs)
+            return (await self._all_split(method, *args, **kwargs))[0]
         return await next(self._in_turn).call_split(method, *args, **kwargs)
 
     async def assemble(self, batch: Sequence[ScoredShard], kl_coef: float) -> AssembledStats:
@@ -256,8 +266,8 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         return merge_reports(await self._all(LearnerProcess.learn, advantage_mean, advantage_std))
 
     async def state(self) -> Handle[StateFiles]:
-        """Export the group's state: all ranks gather, rank 0's files are kept."""
-        handle, _ = await self._all_split(LearnerProcess.state)
+        """Export the group's state: all ranks gather, rank 0 sends the files."""
+        handle, _ = self._rank_0s(await self._all_split(LearnerProcess.state))
         return handle
 
     async def load(self, state: Handle[StateFiles] | StateFiles) -> None:
@@ -282,17 +292,21 @@ class PolicyClient(LearnerGroupClient[PolicyProcess]):
         rollouts = arriving(shard.rollouts)
         return (await self._all(PolicyProcess.sample_kl, rollouts, arriving(ref_logprobs)))[0]
 
+    def _update(self, sent: Sequence[tuple[Handle[bytes], AdapterUpdate]]) -> AdapterUpdate:
+        tensors, update = self._rank_0s(sent)
+        return replace(update, tensors=tensors)
+
     async def adapter(self, version: int) -> AdapterUpdate:
         """Export the current adapter."""
-        return _with_tensors(*await self._all_split(PolicyProcess.adapter, version))
+        return self._update(await self._all_split(PolicyProcess.adapter, version))
 
     async def zero_adapter(self, version: int) -> AdapterUpdate:
         """Make an adapter that changes nothing."""
-        return _with_tensors(*await self._all_split(PolicyProcess.zero_adapter, version))
+        return self._update(await self._all_split(PolicyProcess.zero_adapter, version))
 
     async def probe(self, version: int, prompts: Sequence[SampleRequest]) -> AdapterUpdate:
         """Make an adapter that moves the log-probs of the probe prompts."""
-        return _with_tensors(*await self._all_split(PolicyProcess.probe, version, prompts))
+        return self._update(await self._all_split(PolicyProcess.probe, version, prompts))
 
     async def compare(self, update: AdapterUpdate, shard: Shard) -> ProbeComparison:
         """Compare the engine with the learner on a shard sampled under an adapter."""
@@ -319,10 +333,6 @@ class CriticClient(LearnerGroupClient[CriticProcess]):
         """Compute values."""
         handle, _ = await self._any_split(CriticProcess.values, arriving(shard.rollouts))
         return handle
-
-
-def _with_tensors(tensors: Handle[bytes], update: AdapterUpdate) -> AdapterUpdate:
-    return replace(update, tensors=tensors)
 
 
 def merge_reports(reports: Sequence[StepReport]) -> StepReport:

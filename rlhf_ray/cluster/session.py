@@ -26,6 +26,7 @@ from rlhf_ray.cluster.life_signs import LIMIT
 from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
 from rlhf_ray.cluster.role_clients import LOOPBACK
 from rlhf_ray.config import Config
+from rlhf_ray.config.cluster import THREADS
 from rlhf_ray.disk import make_private, private_name, temporary_folder
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.observability.progress import Progress
@@ -272,8 +273,7 @@ def role_environment(config: Config, joined: bool) -> dict[str, str]:
         **environment(),
         **_OWN_GPUS_ALONE,
         "PATH": os.environ["PATH"],
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
+        **dict.fromkeys(THREADS, threads),
         # vLLM on CPU binds its threads to the first cores: several engines would share one core.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Ours renews by progress; a shorter one of vLLM's would end a slow start all the same.

@@ -131,6 +131,8 @@ class RoleSpawner:
             timeout_s = self._config.cluster.call_timeout_s
             return InlineWorker(name, make(name, *args), self._on_call, timeout_s)
         slot = self._placement.slot(name)
+        num_gpus = slot.num_gpus if slot else 0
+        role = name.rpartition("-")[0]
         return spawn(
             role_class,
             name,
@@ -138,9 +140,10 @@ class RoleSpawner:
             # A machine of the run's own has too few cores for one per role, and generators may be
             # added: there roles share them. A cluster that others use must count each of ours.
             num_cpus=1 if slot or self._joins else 0,
-            num_gpus=slot.num_gpus if slot else 0,
+            num_gpus=num_gpus,
             strategy=slot.strategy if slot else None,
             concurrency=ASYNC_CONCURRENCY if _is_async(role_class) else 1,
+            environment=self._config.cluster.environment_of(role, on_gpu=num_gpus > 0),
             start_timeout_s=self._config.cluster.start_timeout_s,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,

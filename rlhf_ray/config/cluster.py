@@ -10,7 +10,48 @@ from rlhf_ray.config.section import Section, changeable, duplicates, has_user_in
 
 Role = Literal["policy", "critic", "reference", "reward", "generator"]
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables that set a process's CPU threads."""
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""Variables that set PyTorch's allocator of GPU memory; the second is the older name."""
+
 _LABELS = "Ray labels of its nodes; if no node has such a label, nodes without it."
+
+
+def _plain_variables(key: str, env: dict[str, str]) -> dict[str, str]:
+    if wrong := [name for name in env if not name or "=" in name]:
+        raise ValueError(f"{wrong[0]!r} is no name of an environment variable")
+    remedy = (
+        "export it where you start the command, or on a cluster where Ray starts on each node: "
+        "the roles' processes inherit it"
+    )
+    logins = {f"{name} password": url for name, url in env.items() if has_user_info(url)}
+    refuse_secrets(key, env | logins, remedy)
+    return env
+
+
+class ProcessConfig(Section):
+    """One role's processes."""
+
+    threads: int | None = changeable(
+        None, unit="threads", ge=1, description="CPU threads of each; none: threads_per_actor."
+    )
+    env: dict[str, str] = changeable({}, description="Environment variables besides cluster.env.")
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        return _plain_variables("cluster.roles.*.env", env)
+
+
+class ProcessesConfig(Section):
+    """Processes of single roles, where they differ from the others."""
+
+    policy: ProcessConfig = changeable(ProcessConfig(), description="Policy ranks.")
+    critic: ProcessConfig = changeable(ProcessConfig(), description="Critic ranks.")
+    reference: ProcessConfig = changeable(ProcessConfig(), description="Reference workers.")
+    reward: ProcessConfig = changeable(ProcessConfig(), description="Scorers.")
+    generator: ProcessConfig = changeable(ProcessConfig(), description="Generators.")
 
 
 class ClusterConfig(Section):
@@ -22,7 +63,7 @@ class ClusterConfig(Section):
         "ray: the cluster that this process belongs to; auto: ray inside a Ray job, else local.",
     )
     threads_per_actor: int = changeable(
-        1, unit="threads", ge=1, description="CPU threads of each role's process (local mode)."
+        1, unit="threads", ge=1, description="CPU threads of each role's process."
     )
     start_timeout_s: float = changeable(
         300.0,
@@ -59,6 +100,9 @@ class ClusterConfig(Section):
     env: dict[str, str] = changeable(
         {}, description="Environment variables of every role's process; secrets are refused."
     )
+    roles: ProcessesConfig = changeable(
+        ProcessesConfig(), description="Threads and environment of single roles' processes."
+    )
 
     @property
     def runs_on_ray(self) -> bool:
@@ -75,15 +119,18 @@ class ClusterConfig(Section):
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        if wrong := [name for name in env if not name or "=" in name]:
-            raise ValueError(f"{wrong[0]!r} is no name of an environment variable")
-        remedy = (
-            "export it where you start the command, or on a cluster where Ray starts on each "
-            "node: the roles' processes inherit it"
-        )
-        logins = {f"{name} password": url for name, url in env.items() if has_user_info(url)}
-        refuse_secrets("cluster.env", env | logins, remedy)
-        return env
+        return _plain_variables("cluster.env", env)
+
+    def environment_of(self, role: str, *, on_gpu: bool) -> dict[str, str]:
+        """Return a role's own environment variables, besides those of all roles."""
+        own = getattr(self.roles, role, ProcessConfig())
+        threads = {} if own.threads is None else dict.fromkeys(THREADS, str(own.threads))
+        learns = role in ("policy", "critic") and on_gpu
+        # Learners' micro-batches differ in size, and other memory of the GPU may be the engine's.
+        # vLLM's processes keep PyTorch's default, which its sleep requires.
+        has_own = ALLOCATOR & {*self.env, *own.env, *os.environ}
+        grows = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if learns and not has_own else {}
+        return grows | threads | own.env
 
 
 class RolePlacement(Section):

@@ -5,6 +5,7 @@ oracle is the same learner in this process, over plain PyTorch.
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,7 @@ class Learnt:
 def learnt(llama: str) -> Iterator[dict[str, Learnt]]:
     # Room for every rank of the scenario.
     session = make_config(policy={"num_ranks": 4}, critic={"num_ranks": 2}, generators={"num": 4})
+    session.cluster.roles.critic.env["MARK"] = "mine"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with ray_session(session):
@@ -96,6 +98,8 @@ async def scenario(session: Config, model: str) -> dict[str, Learnt]:
         )
     }
     critics = spawner.spawn(CriticLearner, "critic", 2, plain, model, "deepspeed")
+    marks = [await rank.actor.__ray_call__.remote(_mark) for rank in (*critics, *policies["two"])]
+    assert marks == ["mine", "mine", None, None]
     try:
         await spawner.start_all([*policies.values(), critics])
         groups: dict[str, LearnerGroupClient] = {
@@ -111,6 +115,10 @@ async def scenario(session: Config, model: str) -> dict[str, Learnt]:
         )
     finally:
         await spawner.stop_all()
+
+
+def _mark(_: object) -> str | None:
+    return os.environ.get("MARK")
 
 
 def inline(role_class: type, config: Config, model: str) -> LearnerGroupClient:

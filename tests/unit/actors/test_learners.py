@@ -185,6 +185,16 @@ def test_a_state_takes_a_learner_back(
         assert torch.equal(tensor, learnt_state(other)[name]), name
 
 
+def test_rank_0_alone_returns_what_is_the_same_on_all_ranks(policy: PolicyLearner) -> None:
+    files, digest = policy.state()
+    tensors, update = policy.adapter(1)
+    policy._engine.rank = 1
+    assert policy.state() == ({}, digest)
+    assert policy.adapter(1) == (b"", update)
+    assert update.digest == digest
+    assert files["adapter_model.safetensors"] == tensors
+
+
 def test_the_base_is_the_reference_whatever_was_learnt(
     policy: PolicyLearner, rollouts: list[Rollout], make_config: Callable[..., Any], base: str
 ) -> None:

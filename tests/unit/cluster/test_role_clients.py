@@ -139,6 +139,18 @@ def test_what_changes_or_reads_the_group_goes_to_every_rank(zero_stage: int) -> 
     assert ("compare", update, "bytes", "rollouts") in workers[0].calls
 
 
+@pytest.mark.parametrize("method", ["state", "adapter", "zero_adapter", "probe"])
+def test_ranks_whose_adapters_differ_are_a_failure_of_the_group(method: str) -> None:
+    workers = [
+        FakeWorker(f"policy-{rank}", **{method: ("", f"{rank}a" if method == "state" else update)})
+        for rank, update in enumerate(AdapterUpdate(1, f"{rank}a", {}, None) for rank in range(2))
+    ]
+    call = getattr(PolicyClient(workers, zero_stage=2), method)
+    arguments = {"state": (), "probe": (1, [])}.get(method, (1,))
+    with pytest.raises(ActorFailure, match=r"differ, by digest: policy-0 0a, policy-1 1a"):
+        asyncio.run(call(*arguments))
+
+
 def test_a_batch_is_passed_by_column_and_sums_are_added() -> None:
     stats = AssembledStats(1, 10, 0.5, 1.5, 2.0, 3.0, 4.0)
     workers = ranks(assemble=stats)

@@ -27,6 +27,7 @@ JUDGE = "type: judge, model: m, url: 'http://h/v1'"
             r"trainer may not .*'hub_token'.*export HF_TOKEN",
         ),
         ("cluster.env={HF_TOKEN: s3cret}", r"cluster\.env may not contain 'HF_TOKEN'.*export it"),
+        ("cluster.roles.policy.env={DB_PWD: s3cret}", r"roles\.\*\.env may not contain 'DB_PWD'"),
         ("cluster.env={AWS_SECRET_ACCESS_KEY: s3cret}", r"env .*'AWS_SECRET_ACCESS_KEY'"),
         ("cluster.env={HTTPS_PROXY: 'http://u:s3cret@h'}", r"env .*'HTTPS_PROXY password'"),
         ("trackers.mlflow={tracking_uri: 'http://s3cret@h'}", r"holds a login.*MLFLOW_TRACKING_U"),

@@ -142,3 +142,38 @@ def test_roles_of_a_local_run_reserve_no_cpu(
     spawner = RoleSpawner(resolve({"cluster": {"mode": mode}}), lambda *_: None)
     spawner.spawn_one(Spawner, "generator-9")
     assert asked == [num_cpus]
+
+
+THREADS = {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}
+GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "cluster", "expected"),
+    [
+        ("generator-0", 1.0, {}, {}),
+        ("generator-0", 1.0, {"roles": {"generator": {"threads": 4}}}, THREADS),
+        ("policy-1", 0.0, {"roles": {"generator": {"threads": 4, "env": {"A": "b"}}}}, {}),
+        ("policy-1", 0.0, {"roles": {"policy": {"env": {"A": "b"}}}}, {"A": "b"}),
+        ("policy-1", 0.5, {"roles": {"policy": {"env": {"A": "b"}}}}, GROWS | {"A": "b"}),
+        ("critic-0", 1.0, {}, GROWS),
+        ("reference-0", 1.0, {}, {}),
+        ("likelihood-0", 1.0, {}, {}),
+        # Whoever sets the allocator sets all of it.
+        ("critic-0", 1.0, {"env": {"PYTORCH_CUDA_ALLOC_CONF": "x:1"}}, {}),
+    ],
+)
+def test_each_role_has_its_own_threads_environment_and_allocator(
+    name: str,
+    num_gpus: float,
+    cluster: dict[str, Any],
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(spawner_module, "spawn", lambda *_, **keys: given.append(keys))
+    spawner = RoleSpawner(resolve({"cluster": {"mode": "local"} | cluster}), lambda *_: None)
+    slot = SimpleNamespace(num_gpus=num_gpus, strategy=None)
+    monkeypatch.setattr(spawner._placement, "slot", lambda _: slot)
+    spawner._make(Spawner, name)
+    assert given[0]["environment"] == expected
