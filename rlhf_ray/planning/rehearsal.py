@@ -121,7 +121,7 @@ def calibrated(plan: Plan, rehearsal: Rehearsal) -> Plan:
     """
     notes, shortages = [], []
     for role in plan.roles:
-        peak, planned = rehearsal.peak_of(role.role), _planned(plan, role)
+        peak, planned = rehearsal.peak_of(role.role), planned_bytes(plan, role)
         if peak is None:
             continue
         in_use = f"{gb(peak)} were in use where {role.role} is, in the rehearsal"
@@ -140,7 +140,7 @@ def calibrated(plan: Plan, rehearsal: Rehearsal) -> Plan:
     )
 
 
-def _planned(plan: Plan, role: PlannedRole) -> float:
+def planned_bytes(plan: Plan, role: PlannedRole) -> float:
     """Return the planned bytes of its process, or of all processes on its GPU."""
     sharing = on_gpus(plan.roles, plan.places).values()
     turns = plan.config.placement.turns
@@ -185,7 +185,7 @@ def as_text(rehearsal: Rehearsal, plan: Plan) -> str:
     for role in plan.roles:
         peak = rehearsal.peak_of(role.role)
         if peak is not None:
-            lines.append(f"{role.role:<12}{gb(_planned(plan, role)):>12}{gb(peak):>12}")
+            lines.append(f"{role.role:<12}{gb(planned_bytes(plan, role)):>12}{gb(peak):>12}")
     lines += ["", f"{'phase':<12}{'predicted':>20}{'measured':>12}"]
     for phase, seconds in rehearsal.seconds.items():
         known = plan.time.phases.get(phase) if plan.time else None

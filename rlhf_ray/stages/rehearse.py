@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,12 @@ PHASES = ("gen", "score", "learn", "commit", "sync", "save")
 VICTIM = "generator-0"
 
 
-def run(config: Config) -> Rehearsal | None:
+def run(config: Config, *, kills: bool = True) -> Rehearsal | None:
     """Rehearse, and write the measurements to the run's folder; None: stopped on request.
+
+    Args:
+        config: of the run.
+        kills: whether a generator is killed on the way.
 
     Raises:
         ConfigError: PPO is no stage of the run, or there is no model yet to rehearse with.
@@ -54,8 +58,9 @@ def run(config: Config) -> Rehearsal | None:
     RunFolder(worst).make()
     _write_prompts(folder / "prompts.jsonl", worst)
     name_current_job(config.run.name, folder.parent)  # list the job under the name of the run
-    Progress().say("rehearsal: two iterations of the longest rollouts, and the loss of a generator")
-    with _killing_a_generator(worst):
+    loss = ", and the loss of a generator" if kills else ""
+    Progress().say(f"rehearsal: two iterations of the longest rollouts{loss}")
+    with _killing_a_generator(worst) if kills else nullcontext():
         run_pipeline(worst)
     if ControlFiles(folder).requested().stop:
         return None
