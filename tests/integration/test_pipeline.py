@@ -65,6 +65,33 @@ def test_every_stage_runs_once(command_line: "CommandLine", tmp_path: Path) -> N
     command_line.wait_until_nothing_left()
 
 
+def test_a_generator_of_two_workers_samples_for_ppo(
+    command_line: "CommandLine", tmp_path: Path, qwen: str, reward_model: str, prompts_file: Path
+) -> None:
+    """Each worker has half of every layer, and proves its half of each adapter."""
+    config = tmp_path / "parallel.yaml"
+    config.write_text(SMALL_RUN, encoding="utf-8")
+    run = tmp_path / "run"
+    command_line.run(
+        "run",
+        str(config),
+        f"run.dir={run}",
+        "run.stages=[ppo]",
+        f"model.path={qwen}",
+        f"reward.path={reward_model}",
+        f"data.prompts.path={prompts_file}",
+        "generators.tensor_parallel_size=2",
+    )
+
+    ppo = summary(run, "ppo")
+    assert ppo["iterations"] == ppo["adapter_version"] == 2
+    assert ppo["samples_generated"] == ppo["samples_learnt"] == 16
+    assert ppo["samples_requeued"] == ppo["generator_restarts"] == 0
+    records = [json.loads(line) for line in (run / "ppo" / "metrics.jsonl").open(encoding="utf-8")]
+    assert all(record["sampler/gap_mean"] < 1e-4 for record in records)
+    command_line.wait_until_nothing_left()
+
+
 @pytest.mark.slow
 def test_own_models_on_two_ranks_and_two_generators(
     command_line: "CommandLine", tmp_path: Path, qwen: str, reward_model: str, prompts_file: Path
