@@ -1,9 +1,11 @@
 """An engine's extension with faults that a test switches on; imported by the engine's process."""
 
 import json
+import os
 from typing import Any
 
 from safetensors.torch import load
+from vllm.v1.sample.ops import topk_topp_sampler
 
 from rlhf_ray.engines.served_adapters import TensorDict, tensors_to_bytes
 from rlhf_ray.engines.vllm.worker_extension import AdapterExtension, report
@@ -22,9 +24,13 @@ class FaultyExtension(AdapterExtension):
     def plant(self, fault: str | None, lies: bool) -> None:
         """Switch a fault on, or all of them off with None."""
         self.fault, self.lies = fault, lies
+        if "TRITON_INTERPRET" in os.environ:  # which cannot run this one kernel
+            topk_topp_sampler.HAS_TRITON = False
         mode = "raw_logprobs" if fault == "raw logprobs" else "processed_logprobs"
         sampler = self.model_runner.sampler
-        sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = mode
+        sampler.logprobs_mode = mode
+        if hasattr(sampler, "topk_topp_sampler"):  # of model runner V1
+            sampler.topk_topp_sampler.logprobs_mode = mode
 
     def serve_adapter(self, blob: bytes, peft_config: str) -> dict[str, Any]:
         """Serve as the honest one does, or with the planted fault."""

@@ -2,9 +2,14 @@
 
 One vLLM engine for each data type and way of serving; faults are planted in it one after the other.
 The learner is a PolicyLearner in this process, with the same base and data type.
+
+vLLM's model runner V2, which runs on GPUs, needs Triton. Its kernels run on a CPU in Triton's
+interpreter: TRITON_FOLDER names a folder with the package (`pip install --no-deps --target FOLDER
+triton==3.7.1`; the CPU lock leaves it out).
 """
 
 import dataclasses
+import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -77,12 +82,19 @@ class Setup:
         return gap
 
 
+TRITON_FOLDER = os.environ.get("TRITON_FOLDER")
+NEEDS_TRITON = pytest.mark.skipif(not TRITON_FOLDER, reason="TRITON_FOLDER names no package")
 COMBINATIONS = [
-    pytest.param((dtype, serving, 1), id=f"{dtype}-{serving}")
+    pytest.param(
+        (dtype, serving, 1, runner),
+        id=f"{dtype}-{serving}" + ("" if runner == "V1" else f"-{runner}"),
+        marks=[] if runner == "V1" else NEEDS_TRITON,
+    )
+    for runner in ("V1", "V2")
     for dtype in ("float32", "bfloat16")
     for serving in ("adapter", "merged")
 ]
-COMBINATIONS.append(pytest.param(("float32", "adapter", 2), id="float32-adapter-parallel"))
+COMBINATIONS.append(pytest.param(("float32", "adapter", 2, "V1"), id="float32-adapter-parallel"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +111,7 @@ async def running(
     request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Setup]:
     """The engine's folder also lists the pad id, which is never a stop token."""
-    dtype, serving, parallel = request.param
+    dtype, serving, parallel, runner = request.param
     folder = str(shutil.copytree(llama, tmp_path_factory.mktemp("models") / "served"))
     GenerationConfig(eos_token_id=pad_and_end(llama)).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -109,13 +121,26 @@ async def running(
         patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
         patch.setenv("VLLM_NO_USAGE_STATS", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
+        if runner == "V2":
+            run_v2(patch)
         config = make_config(dtype, serving, parallel)
         setup = make_setup(config, llama, FaultyEngine(engine_settings(config, folder)))
         await setup.generator.worker.call(Generator.start)
+        facts = await setup.engine._engine.collective_rpc("engine_facts")
+        assert [fact["runner"] for fact in facts] == [runner] * parallel
     try:
         yield setup
     finally:
         await setup.generator.worker.call(Generator.stop)
+
+
+def run_v2(patch: pytest.MonkeyPatch) -> None:
+    """Have the next engine's processes use model runner V2, with Triton's interpreter."""
+    folders = [str(TRITON_FOLDER), str(Path(__file__).parent / "triton_on_cpu")]
+    patch.setenv("PYTHONPATH", os.pathsep.join([*folders, os.environ["PYTHONPATH"]]))
+    patch.setenv("TRITON_INTERPRET", "1")
+    patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    patch.setattr("vllm.config.vllm.HAS_TRITON", True)  # of this process, where it is not needed
 
 
 @pytest_asyncio.fixture(loop_scope="module")

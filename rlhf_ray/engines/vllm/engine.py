@@ -116,23 +116,31 @@ class VllmEngine:
                 "placement.turns needs an engine that can sleep, and vLLM cannot on "
                 f"{device}; leave it out, or set rollout.engine=transformers"
             )
+        if device != "cuda":
+            return
+        capability = current_platform.get_device_capability()
+        major = 8 if capability is None else capability.major
+        half = "bfloat16" if major >= 8 else "float16"
+        if settings.dtype == "bfloat16" != half:
+            raise ConfigError(
+                "vLLM has no bfloat16 on GPUs before Ampere, but rollout.dtype is bfloat16; set "
+                f"rollout.dtype={half}"
+            )
         # An assertion of vLLM's LoRA kernels would end its start otherwise.
-        if device == "cuda" and settings.serving == "adapter" and settings.dtype == "float32":
+        if settings.serving == "adapter" and settings.dtype == "float32":
             merged = settings.tensor_parallel_size == 1
             raise ConfigError(
                 "vLLM's LoRA kernels for GPUs take bfloat16 and float16, but rollout.dtype is "
-                "float32; set rollout.dtype=bfloat16"
+                f"float32; set rollout.dtype={half}"
                 + (" or rollout.serving=merged" if merged else "")
             )
         chosen = {"attention_backend", "attention_config"} & settings.engine_args.keys()
-        if device == "cuda" and settings.dtype != "float32" and not chosen and find_cuda() is None:
-            capability = current_platform.get_device_capability()
-            if capability is not None and capability.major == 10:
-                raise ConfigError(
-                    "On this GPU vLLM compiles its attention (FlashInfer) when it starts, and no "
-                    "nvcc was found; install CUDA's toolkit and export CUDA_HOME, or set "
-                    "rollout.engine_args.attention_config.backend=FLASH_ATTN"
-                )
+        if major == 10 and settings.dtype != "float32" and not chosen and find_cuda() is None:
+            raise ConfigError(
+                "On this GPU vLLM compiles its attention (FlashInfer) when it starts, and no nvcc "
+                "was found; install CUDA's toolkit and export CUDA_HOME, or set "
+                "rollout.engine_args.attention_config.backend=FLASH_ATTN"
+            )
 
     def _engine_args(self) -> AsyncEngineArgs:
         settings = self._settings

@@ -25,15 +25,39 @@ def settings(**given: object) -> VllmSettings:
     return VllmSettings(**(defaults | given))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("size", "offers_merging"), [(1, True), (2, False)])
-async def test_an_adapter_in_float32_is_refused_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, size: int, offers_merging: bool
+def gpu(major: int) -> SimpleNamespace:
+    """vLLM's platform with a GPU of this compute capability."""
+    return SimpleNamespace(
+        device_type="cuda", get_device_capability=lambda: SimpleNamespace(major=major)
+    )
+
+
+@pytest.mark.parametrize(
+    ("major", "given", "remedies"),
+    [
+        (9, {}, ["rollout.dtype=bfloat16", "rollout.serving=merged"]),
+        (9, {"tensor_parallel_size": 2}, ["rollout.dtype=bfloat16"]),
+        (7, {}, ["rollout.dtype=float16", "rollout.serving=merged"]),
+        (7, {"dtype": "bfloat16"}, ["rollout.dtype=float16"]),
+        (9, {"dtype": "bfloat16"}, []),
+        (7, {"dtype": "float16"}, []),
+        (9, {"serving": "merged"}, []),
+    ],
+)
+async def test_a_data_type_that_a_gpu_cannot_serve_is_refused(
+    monkeypatch: pytest.MonkeyPatch, major: int, given: dict[str, object], remedies: list[str]
 ) -> None:
-    gpu = SimpleNamespace(device_type="cuda")
-    monkeypatch.setattr(engine_module, "current_platform", gpu)
-    with pytest.raises(ConfigError, match=r"set rollout\.dtype=bfloat16") as refusal:
-        await VllmEngine(settings(tensor_parallel_size=size)).start()
-    assert ("rollout.serving=merged" in str(refusal.value)) == offers_merging
+    monkeypatch.setattr(engine_module, "current_platform", gpu(major))
+    engine = VllmEngine(settings(**given))
+    if not remedies:
+        engine._refuse_what_the_platform_lacks()
+        return
+    with pytest.raises(ConfigError) as refusal:
+        await engine.start()
+    said = str(refusal.value)
+    assert [
+        word for word in said.split() if word.startswith("rollout.") and "=" in word
+    ] == remedies
 
 
 @pytest.fixture
@@ -102,10 +126,7 @@ async def test_blackwell_without_a_compiler_is_refused(
     given: dict[str, object],
     refused: bool,
 ) -> None:
-    gpu = SimpleNamespace(
-        device_type="cuda", get_device_capability=lambda: SimpleNamespace(major=major)
-    )
-    monkeypatch.setattr(engine_module, "current_platform", gpu)
+    monkeypatch.setattr(engine_module, "current_platform", gpu(major))
     engine = VllmEngine(settings(**({"dtype": "bfloat16"} | given)))
     if refused:
         with pytest.raises(ConfigError, match="no nvcc was found"):
