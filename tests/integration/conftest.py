@@ -23,6 +23,9 @@ from rlhf_ray.models.loading import load_tokenizer, save_model
 SHARED_MEMORY = Path("/dev/shm")
 MARK = "RLHF_RAY_TEST_MARK"
 
+# vLLM compiles a kernel as it starts; by torch's default it would do so for each temporary folder.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_tests")
+
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -33,6 +33,17 @@ rollout:
   max_prompt_tokens: 64
   max_tokens: 16
   shard_size: 4
+rewards:
+  - {{type: model}}
+  - {{type: function, name: pace, function: "pace.py:wait", in_process: true}}
+"""
+# Iterations that mostly wait leave the processors to the commands that are tried meanwhile.
+PACE = """
+import time
+
+def wait(completions, **_):
+    time.sleep(0.3)
+    return [0.0 for _ in completions]
 """
 CHEAP = """
 run: {stages: [prepare]}
@@ -46,6 +57,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
     folder = tmp_path_factory.mktemp("work")
     (folder / "quickstart.yaml").write_text(QUICKSTART.read_text(encoding="utf-8"))
     (folder / "ppo.yaml").write_text(CONFIG.format(iterations=ITERATIONS), encoding="utf-8")
+    (folder / "pace.py").write_text(PACE, encoding="utf-8")
     (folder / "cheap.yaml").write_text(CHEAP, encoding="utf-8")
     with job_cluster(folder) as started:
         yield started
