@@ -28,6 +28,7 @@ class CriticLearner(Learner):
     """
 
     grad_norm_name = "val/grad_norm"
+    skipped_name = "val/steps_skipped"
 
     def _build_model(self) -> Any:
         config = self._config

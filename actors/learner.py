@@ -1,16 +1,17 @@
 """The base of policy and critic learners: set-up, experience, optimizer steps, and state."""
 
 import json
+import math
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from operator import add
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from actors.tally import Tally
 from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.experience import (
     Assembled,
@@ -26,7 +27,6 @@ from rlhf_ray.engines import served_adapters
 from rlhf_ray.engines.protocols import TrainingEngine
 from rlhf_ray.models import adapters
 from rlhf_ray.models.loading import on_device
-from rlhf_ray.observability.metrics import metric
 from rlhf_ray.observability.phases import report
 from rlhf_ray.types import AssembledStats, Rollout, StepReport
 
@@ -39,6 +39,8 @@ class Learner(ABC):
 
     grad_norm_name: str
     """Name of the metric for its gradient norm."""
+    skipped_name: str
+    """Name of the metric for steps that were not taken."""
 
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         self._name = name
@@ -184,20 +186,23 @@ class Learner(ABC):
             advantage_std: unbiased standard deviation over the whole batch, all ranks.
         """
         self._whiten(advantage_mean, advantage_std)
-        stepped, norms = Tally(), []
+        stepped, norms, num_skipped = Tally(), [], 0
         for _ in range(self._config.ppo.epochs):
             for index, num_tokens in enumerate(self._mini_batch_tokens):
                 mini_batch = self._backward(self._micro_batches(index), num_tokens)
                 if self._moves_weights(mini_batch, num_tokens):
                     norm = self._engine.step()
-                    if norm is not None:  # else float16 overflowed, and no step was taken
-                        norms.append(norm)
+                    if norm is None and mini_batch.is_finite():
+                        num_skipped += 1  # no step: gradients overflowed, not the loss
+                    else:
+                        norms.append(math.nan if norm is None else norm)
                         stepped.merge(mini_batch)
                 else:  # otherwise the next mini-batch would add to these gradients
                     self._engine.discard()
-        norm = {self.grad_norm_name: fmean(norms)} if norms else {}
+        own = {self.grad_norm_name: fmean(norms)} if norms else {}
+        own |= {self.skipped_name: float(num_skipped)} if num_skipped else {}
         return StepReport(
-            metrics=stepped.means() | norm | self._report(),
+            metrics=stepped.means() | own | self._report(),
             samples_learnt=sum(len(rows) for rows in self._my_rows),
             num_tokens=stepped.num_tokens,
         )
@@ -212,7 +217,7 @@ class Learner(ABC):
             batch = self._experience.rows(torch.tensor([first + row for row in rows]))
             yield to_device(batch, self._engine.device)
 
-    def _backward(self, batches: Iterator[Experience], num_tokens: int) -> "Tally":
+    def _backward(self, batches: Iterator[Experience], num_tokens: int) -> Tally:
         """Accumulate the gradients of a mini-batch that has ``num_tokens`` over all ranks.
 
         The denominator is the mini-batch's token count divided by the number of ranks, because the
@@ -225,7 +230,7 @@ class Learner(ABC):
             tally.add(means, batch.num_tokens)
         return tally
 
-    def _moves_weights(self, mini_batch: "Tally", num_tokens: int) -> bool:
+    def _moves_weights(self, mini_batch: Tally, num_tokens: int) -> bool:
         """Return whether to step on a mini-batch; every rank must return the same."""
         return True
 
@@ -262,46 +267,6 @@ class Learner(ABC):
     def load(self, files: Mapping[str, bytes]) -> None:
         """Restore a state, which may come from another number of ranks."""
         self._engine.import_state(served_adapters.tensors_from_bytes(files[LEARNER_STATE]))
-
-
-class Tally:
-    """Metrics of micro-batches, reduced as registered: token-weighted means, or maxima."""
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        """Tokens added so far, those of each epoch: the weights of the means."""
-        self._totals: dict[str, float] = {}
-
-    def add(self, metrics: Mapping[str, Tensor], num_tokens: int) -> None:
-        """Add the metrics of a micro-batch of ``num_tokens``."""
-        self.num_tokens += num_tokens
-        for name, value in metrics.items():
-            self._count(name, float(value) * (1 if _is_maximum(name) else num_tokens))
-
-    def merge(self, other: "Tally") -> None:
-        """Add another tally."""
-        self.num_tokens += other.num_tokens
-        for name, total in other._totals.items():
-            self._count(name, total)
-
-    def _count(self, name: str, total: float) -> None:
-        merge = max if _is_maximum(name) else add
-        self._totals[name] = merge(self._totals[name], total) if name in self._totals else total
-
-    def total(self, name: str) -> float:
-        """Return a metric's sum over tokens."""
-        return self._totals[name]
-
-    def means(self) -> dict[str, float]:
-        """Return every metric; none if nothing was added."""
-        return {
-            name: total if _is_maximum(name) else total / self.num_tokens
-            for name, total in self._totals.items()
-        }
-
-
-def _is_maximum(name: str) -> bool:
-    return metric(name).reduction.how == "maximum"
 
 
 def assembler(config: Config) -> Assembler:

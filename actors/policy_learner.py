@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.learner import EngineKind, Learner, Tally
+from actors.learner import EngineKind, Learner
+from actors.tally import Tally
 from rlhf_ray.algorithms.correction import truncated_importance_weights
 from rlhf_ray.algorithms.experience import Assembled, Experience
 from rlhf_ray.algorithms.kl import kl_estimate
@@ -47,6 +48,7 @@ class PolicyLearner(Learner):
     """
 
     grad_norm_name = "policy/grad_norm"
+    skipped_name = "policy/steps_skipped"
 
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         super().__init__(name, config, model_path, engine)

@@ -179,8 +179,8 @@ class RolloutConfig(Section):
         unit="nats",
         gt=0,
         description="Largest log-prob mismatch between engine and learner, mean |difference| per "
-        "token, at start-up and in every shard; none: by data types, calibrated on the first "
-        "iteration.",
+        "token, at start-up and in every shard; none: by data types, quantisation and devices, "
+        "calibrated on the first iteration.",
     )
     autoscale: AutoscaleConfig | None = changeable(
         None,

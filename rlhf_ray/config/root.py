@@ -66,7 +66,10 @@ class Config(Section):
 
     @property
     def engine_is_exact(self) -> bool:
-        """True if engine and learner have the same fp32 weights, so that only rounding differs."""
+        """True if engine and learner have the same fp32 weights, so that only rounding differs.
+
+        On CPUs; on GPUs fp32 products are rounded to TF32 (`stages.ppo`, which knows the devices).
+        """
         dtypes = {self.engine_dtype, self.model.dtype}
         return dtypes == {"float32"} and self.model.quantization == "none"
 
@@ -193,7 +196,7 @@ class Config(Section):
             self._generators_can_be_parallel()
         if self.placement.turns:
             self._colocation_is_possible()
-        self._truncation_is_corrected()
+        self.require_corrected_truncation(self.engine_is_exact)
         self._responses_can_end()
         if self.rollout.autoscale is not None:
             self._generators_start_within_bounds(self.rollout.autoscale)
@@ -294,7 +297,7 @@ class Config(Section):
                 "learners and engine must agree; set model.rope_scaling"
             )
 
-    def _truncation_is_corrected(self) -> None:
+    def require_corrected_truncation(self, engine_is_exact: bool) -> None:
         """Require importance weights if engine and learner may truncate to different tokens."""
         rollout = self.rollout
         cut = [
@@ -302,12 +305,12 @@ class Config(Section):
             for key, value, off in (("top_k", rollout.top_k, 0), ("top_p", rollout.top_p, 1))
             if value != off
         ]
-        if cut and not self.engine_is_exact and self.ppo.importance_cap is None:
+        if cut and not engine_is_exact and self.ppo.importance_cap is None:
             raise ValueError(
                 f"{' and '.join(cut)} would bias the update: engine ({self.engine_dtype}) and "
                 f"learner ({self.model.dtype}, quantization {self.model.quantization}) round "
                 "differently and may keep different tokens. Set ppo.importance_cap (usually 2) to "
-                "correct for it, or use float32 on both sides, or leave them out"
+                "correct for it, or use float32 on both sides and CPUs, or leave them out"
             )
 
     def _responses_can_end(self) -> None:

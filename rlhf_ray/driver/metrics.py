@@ -8,6 +8,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from rlhf_ray.algorithms.whitening import Moments
+from rlhf_ray.config.ppo import PpoConfig
 from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.driver.checkpoint import PlainMoments, RunState
 from rlhf_ray.driver.guards import GUARDS
@@ -187,3 +188,12 @@ def run_summary(
         "guards": dict.fromkeys(GUARDS, 0) | Counter(record["guard"] for record in warnings),
         "seconds": seconds | {"total": total},
     }
+
+
+def num_stepped_on(num_samples: int, metrics: Mapping[str, float], ppo: PpoConfig) -> int:
+    """Return the samples of the policy's steps, without those of steps that float16 skipped.
+
+    The KL coefficient adapts by them: to samples that could not move the policy it must not.
+    """
+    skipped = metrics.get("policy/steps_skipped", 0.0) * ppo.mini_batch_size / ppo.epochs
+    return num_samples - round(skipped)

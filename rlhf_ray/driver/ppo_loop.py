@@ -30,10 +30,11 @@ from rlhf_ray.driver.batches import (
 )
 from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.guards import Guards, MismatchGuard, remembered
+from rlhf_ray.driver.guards import Guards, remembered
 from rlhf_ray.driver.metrics import (
     generator_metrics,
     iteration_metrics,
+    num_stepped_on,
     pace_metrics,
     run_summary,
     with_scores,
@@ -74,9 +75,8 @@ class PpoLoop:
         self._parts = parts
         self._state = state
         self._last_commit: Commit | None = None
-        self._mismatch_guard = MismatchGuard(
-            config.engine_is_exact, config.rollout.max_gap or state.gap_bound
-        )
+        bound = config.rollout.max_gap or state.gap_bound
+        self._mismatch_guard = parts.sync.mismatch_guard(bound)
         self._guards = Guards(config.guards, parts.recorder)
         self._whitens = _whitens(config)
         self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
@@ -213,7 +213,8 @@ class PpoLoop:
         """Commit the iteration; a later failure restores this state."""
         per_token = self._config.ppo.kl_target_per_token is not None
         num_kls = stats.num_tokens if per_token else stats.num_samples
-        self._kl.update(stats.kl_total / num_kls, stats.num_samples)
+        num_samples = num_stepped_on(stats.num_samples, metrics, self._config.ppo)
+        self._kl.update(stats.kl_total / num_kls, num_samples)
         state, window = self._state, self._config.guards.loss_spike.window
         self._state = replace(
             self._state_behind(batch, iteration),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.driver.batches import sample_requests
+from rlhf_ray.driver.guards import MismatchGuard
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.roles import Generator, Policy, Proof
 from rlhf_ray.types import AdapterUpdate, ProbeComparison, Prompt, SampleRequest, ShardRequest
@@ -53,7 +54,12 @@ class WeightSync:
     probe_prompts: Sequence[SampleRequest]
     engine_is_exact: bool
     max_gap: float | None = None
-    """``rollout.max_gap``, nats per token; None: the tolerance for the engine's precision."""
+    """``rollout.max_gap`` or what an nf4 base needs, nats per token; None: the tolerance for the
+    engine's precision."""
+
+    def mismatch_guard(self, bound: float | None) -> MismatchGuard:
+        """Return the guard of what is sampled after the proof; ``bound``: None calibrates it."""
+        return MismatchGuard(self.engine_is_exact, bound, self.max_gap)
 
     async def proof(self) -> Proof:
         """Make the proof that a generator applies adapters as the learner does."""

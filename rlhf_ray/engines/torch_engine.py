@@ -29,6 +29,7 @@ class TorchEngine:
         self.model = self.module = module
         self._trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._max_grad_norm = max_grad_norm
+        self._overflows = any(p.dtype == torch.float16 for p in module.parameters())
         self._optimizer = torch.optim.AdamW(
             self._trainable.values(), lr=learning_rate, eps=epsilon, weight_decay=0.0
         )
@@ -47,9 +48,14 @@ class TorchEngine:
         """Accumulate gradients; ``last`` matters to sharding engines alone."""
         loss.backward()
 
-    def step(self) -> float:
-        """Clip, step and clear the gradients; return their norm before clipping."""
+    def step(self) -> float | None:
+        """Clip, step and clear the gradients; return their norm before clipping.
+
+        None: the gradients overflowed in float16, so no step was taken.
+        """
         norm = nn.utils.clip_grad_norm_(self._trainable.values(), self._max_grad_norm)
+        if self._overflows and not norm.isfinite():
+            return self.discard()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)

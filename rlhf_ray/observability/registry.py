@@ -70,6 +70,11 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
      "guards.ratio.action is warn."),
     ("policy/grad_norm", "1", _BATCHES, "Gradient norm of the policy before clipping."),
     ("val/grad_norm", "1", _BATCHES, "Gradient norm of the critic before clipping."),
+    ("policy/steps_skipped", "1", ("count", "the iteration's mini-batches"),
+     "Optimizer steps of the policy that were not taken, because gradients overflowed in float16; "
+     "logged where there are any, and counted nowhere else."),
+    ("val/steps_skipped", "1", ("count", "the iteration's mini-batches"),
+     "The same of the critic."),
     ("response_length/mean", "tokens", _SAMPLES, "Response length."),
     ("response_length/max", "tokens", _MAX_SAMPLES, "Longest response."),
     ("response_length/eos_share", "share", _SAMPLES,

@@ -83,6 +83,7 @@ def _meeting_point(
 class DeepSpeedEngine:
     """One rank; AdamW over the trainable parameters, sharded as the ZeRO stage says."""
 
+    _overflows = True  # as gradients in float16 may
     _scales_loss = False  # by itself, where DeepSpeed doesn't know of the base's float16
 
     def __init__(
@@ -114,6 +115,7 @@ class DeepSpeedEngine:
                 zero_stage, "float32" if keeps_fp32 else dtype, max_grad_norm, settings
             ),
         )
+        self._overflows = dtype == "float16"
         self._scales_loss = keeps_fp32 and dtype == "float16"
         if self._scales_loss:
             self._optimizer.override_loss_scale(FLOAT16_LOSS_SCALE)
@@ -147,12 +149,15 @@ class DeepSpeedEngine:
     def step(self) -> float | None:
         """Clip, step and clear the gradients; return their norm before clipping.
 
-        None: the gradients overflowed in float16, so DeepSpeed has taken no step but lowered its
-        loss scale.
+        None: the gradients overflowed in float16, so there was no step but the loss scale is lower.
+        In other data types DeepSpeed takes none either where gradients are not finite, but that is
+        no matter of scale: the norm is then infinite.
         """
         num_skipped = self._engine.skipped_steps
         self._engine.step()
         if self._engine.skipped_steps > num_skipped:
+            if not self._overflows:
+                return float("inf")
             if self._scales_loss:
                 self._optimizer.override_loss_scale(self._optimizer.loss_scale / 2)
             return None

@@ -14,13 +14,15 @@ from rlhf_ray.data.datasets.prompts import Prompts
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
+from rlhf_ray.driver.guards import NF4_CEILING
 from rlhf_ray.driver.ppo_loop import LoopParts, PpoLoop
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests
 from rlhf_ray.engines.scoring import template_checks
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import folders
 from rlhf_ray.models.folders import BASE_MODEL
+from rlhf_ray.models.load_arguments import own_device
 from rlhf_ray.models.merging import verify_names
 from rlhf_ray.models.stop_conditions import generation_config
 from rlhf_ray.models.tokenizers import load_tokenizer, save_tokenizer
@@ -101,7 +103,17 @@ def _finish(folder: RunFolder, summary: dict[str, object]) -> dict[str, object]:
 
 def _weight_sync(config: Config, roles: Roles, prompts: Prompts) -> WeightSync:
     probe_prompts = probe_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
-    return WeightSync(roles.policy, probe_prompts, config.engine_is_exact, config.rollout.max_gap)
+    on_gpu = roles.num_gpus() > 0 or (
+        not config.cluster.runs_on_ray and own_device().type == "cuda"
+    )
+    # Triton and cuBLAS may round fp32 to TF32: exactness is a matter of devices, too.
+    is_exact = config.engine_is_exact and not on_gpu
+    try:
+        config.require_corrected_truncation(is_exact)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    nf4 = NF4_CEILING if config.model.quantization == "nf4" else None
+    return WeightSync(roles.policy, probe_prompts, is_exact, config.rollout.max_gap or nf4)
 
 
 def _with_located_functions(config: Config) -> Config:

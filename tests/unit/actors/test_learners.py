@@ -1,5 +1,6 @@
 """Tests of policy and critic learners in one process: steps, and the split of rows over ranks."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ from actors.critic_learner import CriticLearner
 from actors.policy_learner import PROBE_SHIFT, PolicyLearner, compare_shifts
 from actors.reference import Reference
 from rlhf_ray.cluster.role_clients import merge_reports
+from rlhf_ray.driver.guards import refuse_non_finite
 from rlhf_ray.driver.weight_sync import probe_requests
 from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
+from rlhf_ray.errors import DivergenceError
 from rlhf_ray.models.adapters import adapter_state
 from rlhf_ray.types import AssembledStats, Prompt, Rollout, StepReport
 
@@ -183,6 +186,49 @@ def test_a_state_takes_a_learner_back(
         learner.learn(0.0, 1.0)
     for name, tensor in learnt_state(one).items():
         assert torch.equal(tensor, learnt_state(other)[name]), name
+
+
+@pytest.mark.parametrize(("overflows", "skipped"), [([True, False], 1), ([True, True], 2)])
+def test_steps_that_float16_skips_are_no_steps(
+    make_learner: Callable[..., Any],
+    rollouts: list[Rollout],
+    monkeypatch: pytest.MonkeyPatch,
+    overflows: list[bool],
+    skipped: int,
+) -> None:
+    policy = make_learner(PolicyLearner, ppo={"mini_batch_size": 4})
+    assemble(policy, policy, rollouts)
+    engine: Any = policy._engine
+    engine._overflows = True
+    clip, left = torch.nn.utils.clip_grad_norm_, iter(overflows)
+
+    def clipped(weights: Any, largest: float) -> torch.Tensor:
+        norm = clip(weights, largest)
+        return torch.tensor(math.inf) if next(left) else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    report = policy.learn(0.0, 1.0)
+    assert report.metrics["policy/steps_skipped"] == skipped
+    assert report.samples_learnt == 8
+    assert engine._num_steps() == 2 - skipped
+    assert ("policy/grad_norm" in report.metrics) == (skipped < 2)
+    assert report.num_tokens == sum(policy._mini_batch_tokens[skipped:])
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow(
+    make_learner: Callable[..., Any], rollouts: list[Rollout]
+) -> None:
+    policy = make_learner(PolicyLearner, guards={"ratio": {"action": "off"}})
+    assemble(policy, policy, rollouts)
+    engine: Any = policy._engine
+    engine._overflows = True
+    with torch.no_grad():
+        for param in engine._trainable.values():
+            param.fill_(math.nan)
+    report = policy.learn(0.0, 1.0)
+    assert "policy/steps_skipped" not in report.metrics
+    with pytest.raises(DivergenceError, match="not finite"):
+        refuse_non_finite(report.metrics, 1)
 
 
 def test_rank_0_alone_returns_what_is_the_same_on_all_ranks(policy: PolicyLearner) -> None:

@@ -12,6 +12,7 @@ from rlhf_ray.config import load, resolve
 from rlhf_ray.config.guards import GuardsConfig
 from rlhf_ray.driver.guards import (
     GUARDS,
+    NF4_CEILING,
     WATCHED,
     Alarm,
     MismatchGuard,
@@ -264,6 +265,16 @@ class TestRoundedEngines:
             except WeightSyncError:
                 caught += 1
         assert caught == 20
+
+    def test_an_nf4_base_may_differ_by_more_than_a_rounded_one(self) -> None:
+        honest = self.batch(np.random.default_rng(4), 64, 0.15, 1.0)
+        MismatchGuard(False, ceiling=NF4_CEILING).check(honest)
+        with pytest.raises(WeightSyncError):
+            MismatchGuard(False).check(honest)
+        with pytest.raises(WeightSyncError):
+            MismatchGuard(False, ceiling=NF4_CEILING).check(
+                self.batch(np.random.default_rng(4), 64, 0.5, 1.0)
+            )
 
     def test_a_faulty_engine_is_caught_in_the_first_batch(self) -> None:
         with pytest.raises(WeightSyncError, match="engine and learner differ"):

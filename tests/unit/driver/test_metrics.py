@@ -4,11 +4,13 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.ppo import PpoConfig
 from rlhf_ray.config.rewards import RougeSourceConfig
 from rlhf_ray.driver.checkpoint import RunState
 from rlhf_ray.driver.metrics import (
     iteration_metrics,
     joined,
+    num_stepped_on,
     pace_metrics,
     run_summary,
     score_metrics,
@@ -218,3 +220,10 @@ def test_running_moments_and_raw_scores_do_not_know_of_it() -> None:
     assert gone == pytest.approx([0, 5, 5, 5, 0])
     raw = joined([scored.raw_scores for scored in penalised])
     assert score_metrics(source(), raw)["objective/scores"] == 4.5
+
+
+def test_the_kl_coefficient_adapts_by_samples_of_steps_alone() -> None:
+    ppo = PpoConfig(batch_size=64, mini_batch_size=16, epochs=2)
+    assert num_stepped_on(64, {}, ppo) == 64
+    assert num_stepped_on(64, {"policy/steps_skipped": 2.0}, ppo) == 48
+    assert num_stepped_on(64, {"policy/steps_skipped": 8.0}, ppo) == 0

@@ -30,6 +30,13 @@ def test_a_step_that_overflowed_in_float16_is_none_and_does_not_count() -> None:
     assert engine._num_steps == 1
 
 
+def test_gradients_that_are_not_finite_without_float16_are_no_overflow() -> None:
+    engine: Any = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    engine._engine, engine._num_steps, engine._overflows = Overflowing(), 0, False
+    assert engine.step() == float("inf")
+    assert engine._num_steps == 0
+
+
 def test_torchs_optimizer_may_be_offloaded() -> None:
     offload = {"zero": {"offload_optimizer": {"device": "cpu"}}}
     config: Any = _deepspeed_config(2, "bfloat16", 1.0, offload)
