@@ -68,6 +68,19 @@ class RoleSpawner:
             self._release_capacity()
             raise
 
+    async def await_capacity(self, demands: Sequence[Demand]) -> None:
+        """Wait until the cluster has GPUs for all workers, whoever uses them; reserve nothing.
+
+        Raises:
+            PlacementError: it does not get them in time.
+        """
+        self._demands = demands
+        try:
+            await self._placement.await_capacity(demands)
+        finally:
+            if self._request is not None:
+                self._release_capacity()
+
     async def place_one(self, demand: Demand, rank: int) -> None:
         """Reserve a slot for a worker that is spawned later, or again."""
         if self._on_ray:

@@ -159,15 +159,17 @@ class PlacementConfig(Section):
     How many workers a role has is set in its own section.
     """
 
-    gpus: float = changeable(
-        1.0,
+    gpus: float | None = changeable(
+        None,
         unit="GPUs",
         ge=0,
         le=1,
-        description="GPUs of each role's worker. Below 1 several workers share a GPU, and "
-        "rollout.engine_args.gpu_memory_utilization limits a generator's share of its memory. 0: "
-        "every role and stage runs on CPUs. A run waits for the GPUs of a cluster that it joins; "
-        "on its own machine without GPUs it uses CPUs.",
+        description="GPUs of each role's worker. Below 1 several workers share a GPU; a generator "
+        "of vLLM then takes what the others leave of its memory, unless rollout.engine_args sets "
+        "gpu_memory_utilization or kv_cache_memory_bytes. none: 1; in local mode on a machine with "
+        "fewer GPUs than workers, the largest part that fits. 0: every role and stage runs on CPUs "
+        "and sees no GPU. A run waits for the GPUs of a cluster that it joins; on its own machine "
+        "without GPUs it uses CPUs.",
     )
     policy: RolePlacement = changeable(RolePlacement(), description="Placement of policy ranks.")
     critic: RolePlacement = changeable(RolePlacement(), description="Placement of critic ranks.")
@@ -211,8 +213,10 @@ class PlacementConfig(Section):
 
     def gpus_of(self, role: Role) -> float:
         """Return the GPUs of one of a role's workers, a generator's without tensor parallelism."""
-        gpus = self.of(role).gpus
-        return self.gpus if gpus is None or not self.gpus else gpus
+        if self.gpus == 0:
+            return 0.0
+        gpus = self.gpus if (own := self.of(role).gpus) is None else own
+        return 1.0 if gpus is None else gpus
 
     def sharers(self, role: Role) -> frozenset[str]:
         """Return the roles that may share a GPU with a role, itself included."""

@@ -126,6 +126,20 @@ class Placement:
             for _ in range(demand.workers)
         ]
 
+    async def await_capacity(self, demands: Sequence[Demand]) -> None:
+        """Wait until the nodes have GPUs for all workers, in use or not.
+
+        Raises:
+            PlacementError: see `reserve`.
+        """
+        if self._needs_gpus(demands):
+            deadline = time.monotonic() + self._timeout_s
+            await self._lay_out(demands, deadline, lambda live: live.node.gpus)
+
+    def _needs_gpus(self, demands: Sequence[Demand]) -> bool:
+        may_have_gpus = self._may_grow or any(live.node.gpus for live in live_nodes())
+        return may_have_gpus and any(demand.gpus for demand in demands)
+
     async def reserve(self, demands: Sequence[Demand]) -> None:
         """Reserve a slot for every worker.
 
@@ -134,8 +148,7 @@ class Placement:
         Raises:
             PlacementError: says what is requested, what the cluster has, and what would fit.
         """
-        may_have_gpus = self._may_grow or any(live.node.gpus for live in live_nodes())
-        self._on_gpus = may_have_gpus and any(demand.gpus for demand in demands)
+        self._on_gpus = self._needs_gpus(demands)
         if self._on_gpus:
             await self._reserve(demands, 0)
 
@@ -183,7 +196,7 @@ class Placement:
         self, demands: Sequence[Demand], first_rank: int, deadline: float
     ) -> bool:
         """Lay out and reserve; return False, and hold nothing, if Ray could not reserve all."""
-        layout, nodes = await self._lay_out_on_free(demands, deadline)
+        layout, nodes = await self._lay_out(demands, deadline, lambda live: live.free)
         slots = [replace(slot, rank=slot.rank + first_rank) for slot in layout]
         groups = [self._create(bundles, nodes, slots) for bundles in placement_groups(slots)]
         until, is_reserved = min(time.monotonic() + PATIENCE_S, deadline), False
@@ -197,13 +210,13 @@ class Placement:
                 self.release(worker_name(slot))
         return is_reserved
 
-    async def _lay_out_on_free(
-        self, demands: Sequence[Demand], deadline: float
+    async def _lay_out(
+        self, demands: Sequence[Demand], deadline: float, usable: Callable[[LiveNode], int]
     ) -> tuple[list[Slot], list[LiveNode]]:
-        """Return slots on free GPUs, as soon as there are enough."""
+        """Return slots as soon as there are enough GPUs, of which each node has ``usable``."""
         while True:
             nodes = live_nodes()
-            free = [replace(live.node, gpus=live.free) for live in nodes]
+            free = [replace(live.node, gpus=usable(live)) for live in nodes]
             slots = fit(demands, free)
             if slots is not None:
                 return slots, nodes

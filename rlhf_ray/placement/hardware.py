@@ -122,7 +122,18 @@ def node_of(entry: Mapping[str, Any], gpu_memory_gb: float | None = None) -> Nod
         gpus=int(entry["Resources"].get("GPU", 0)),
         labels=entry["Labels"],
         gpu_kind=gpu_kind(entry["Labels"].get("ray.io/accelerator-type", ""), gpu_memory_gb),
+        gpu_memory_gb=gpu_memory_gb,
     )
+
+
+def kind_of(node: Node) -> GpuKind | None:
+    """Return the data of a node's GPUs; of an unknown kind its memory alone, None if unknown too.
+
+    Such a kind has the speed 0.
+    """
+    if node.gpu_kind is not None:
+        return GPU_KINDS[node.gpu_kind]
+    return None if node.gpu_memory_gb is None else GpuKind(node.gpu_memory_gb, 0, 0, 0, ())
 
 
 def gpu_kind(ray_name: str, memory_gb: float | None) -> str | None:
@@ -158,7 +169,9 @@ def this_machine() -> Node:
     family = [
         kind for kind in GPU_KINDS if kind.partition("-")[0] in properties.name.replace(" ", "")
     ]
-    return Node("this machine", count, gpu_kind=_of_size(family, properties.total_memory / 1e9))
+    memory_gb = properties.total_memory / 1e9
+    kind = _of_size(family, memory_gb)
+    return Node("this machine", count, gpu_kind=kind, gpu_memory_gb=memory_gb)
 
 
 def memory_of_machine() -> int:

@@ -6,12 +6,13 @@ the most of its workers and has the least free capacity.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.cluster import Role
 from rlhf_ray.config.rewards import ClassifierSourceConfig, ModelSourceConfig
+from rlhf_ray.config.stages import SUPERVISED
 from rlhf_ray.errors import PlacementError
 
 RUN_MODELS = (ModelSourceConfig, ClassifierSourceConfig)
@@ -23,11 +24,18 @@ WORKERS_KEY: Mapping[str, str] = {
     "reference": "reference.num_workers",
     "reward": "reward.num_workers",
     "generator": "generators.num",
+    "pretrain": "pretrain.train_workers",
+    "sft": "sft.train_workers",
+    "reward_model": "reward.train_workers",
+    "dpo": "dpo.train_workers",
 }
-"""Role -> the config key with its number of workers."""
+"""Role, or what a supervised stage trains -> the config key with its number of workers."""
 
 WHOLE = 10_000
 """One GPU in the smallest fractions that Ray counts; integers, so that fractions add up exactly."""
+
+PARTS = tuple(int(WHOLE / sharers) / WHOLE for sharers in range(2, 11))
+"""Parts of a GPU for 2 to 10 workers, rounded down: three of 0.3334 would not fit on one."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Node:
     """Ray's node labels, e.g. ``{"role": "rollout"}``."""
     gpu_kind: str | None = None
     """A key of `hardware.GPU_KINDS`, such as ``A100-80GB``; None if unknown."""
+    gpu_memory_gb: float | None = None
+    """Memory of the smallest of its GPUs, 10^9 bytes, as measured; None if it was not."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,26 @@ def demands(config: Config) -> list[Demand]:
         for role, count in workers.items()
         if count
     ]
+
+
+def held_at_once(config: Config, stages: Collection[str]) -> dict[str, list[Demand]]:
+    """Return what holds GPUs together, in order; each frees them before the next begins."""
+    trained = {"reward": "reward_model"}  # the scorers are called reward
+    whole = float(config.placement.gpus != 0)
+    held = {
+        stage: [Demand(trained.get(stage, stage), getattr(config, stage).train_workers, whole)]
+        for stage in SUPERVISED
+        if stage in stages and config.external_model(stage) is None
+    }
+    asked = demands(config)
+    if "ppo" in stages:
+        held["ppo"] = asked
+    if "evaluate" in stages:
+        held["evaluate"] = [d for d in asked if d.role in ("generator", "reward")]
+        placement = config.placement  # the worker needs what a reference needs
+        gpus, labels = placement.gpus_of("reference"), placement.reference.labels
+        held["perplexity"] = [Demand("likelihood", 1, gpus, labels)]
+    return held
 
 
 def lay_out(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[Slot]:
@@ -275,8 +305,7 @@ def _with_smaller(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | Non
     largest = max(demand.gpus for demand in demands)
     options = [largest / 2**halvings for halvings in range(1, int(largest).bit_length())]
     if largest <= 1:
-        # Rounded down: three shares of 0.3334 would not fit on one GPU.
-        options = [int(WHOLE / sharers) / WHOLE for sharers in range(2, 11)]
+        options = [*PARTS]
     key = "placement.gpus" if largest <= 1 else "generators.tensor_parallel_size"
     for gpus in options:
         if fit([replace(d, gpus=min(d.gpus, gpus)) for d in demands], nodes):

@@ -1,13 +1,17 @@
 """The command plan: the resolved config, what it needs of a cluster, and whether it fits."""
 
 import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
-from rlhf_ray.placement.hardware import live_cluster, parse_cluster, this_machine
-from rlhf_ray.placement.layout import Node
-from rlhf_ray.planning.prediction import Plan, prediction
+from rlhf_ray.placement.hardware import kind_of, live_cluster, parse_cluster, this_machine
+from rlhf_ray.placement.layout import PARTS, Node, demands, fit
+from rlhf_ray.planning.memory import GB
+from rlhf_ray.planning.prediction import Plan, left_for_engine, on_gpus, prediction
 from rlhf_ray.planning.rehearsal import calibrated, load
+from rlhf_ray.planning.roles import CACHE_KEY, UTILIZATION, UTILIZATION_KEY, engine_of
 from rlhf_ray.planning.suggestions import Change, Layout, fitting_changes, layouts
 
 LIVE = "live"
@@ -28,7 +32,10 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], l
         DataError: a model is neither a folder here nor described by a shape.
     """
     nodes, note = _nodes(config, cluster)
-    plan = prediction(config, nodes)
+    settled = arranged(config, nodes)
+    chosen = choices(config, settled)
+    shared = (f"roles share GPUs, so these are chosen: {chosen}",) if chosen else ()
+    plan = prediction(settled, nodes)
     # From the prediction, before calibration: other configs have not been rehearsed.
     changes, side_by_side = [] if plan.fits else fitting_changes(plan), layouts(plan)
     # A rehearsal says nothing about a cluster that is only named.
@@ -37,13 +44,105 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], l
         plan = calibrated(plan, rehearsal)
         note = (*note, f"seconds are from the rehearsal of {rehearsal.when}")
     late = (plan.late_calls,) if plan.late_calls else ()
-    noted = dataclasses.replace(plan, assumptions=(*note, *late, *plan.assumptions))
+    noted = dataclasses.replace(plan, assumptions=(*note, *late, *plan.assumptions, *shared))
     return noted, changes, side_by_side if noted.fits else []
+
+
+def arranged(config: Config, nodes: Sequence[Node]) -> Config:
+    """Choose what the config leaves open where roles share GPUs: their parts, and vLLM's memory.
+
+    Parts (placement.gpus) on a machine of its own with fewer GPUs than workers: the largest that
+    fit. A vLLM engine that shares its GPU gets its KV cache in bytes: otherwise it would measure
+    what is free, while others load, and take what they allocate for its own. What is set stays.
+
+    Raises:
+        DataError: an engine shares its GPU, and the size of a model is not known.
+    """
+    samples = {"ppo", "evaluate"} & {*config.run.stages}
+    if not samples or config.cluster.mode == "inline" or not any(node.gpus for node in nodes):
+        return config
+    options = [_with_engine_memory(option, nodes) for option in _in_parts(config, nodes)]
+    fitting = (option for option in options if prediction(option, nodes).fits)
+    return options[0] if len(options) == 1 else next(fitting, options[0])
+
+
+def _in_parts(config: Config, nodes: Sequence[Node]) -> list[Config]:
+    """Return the config with each part of a GPU with which its workers fit, the largest first."""
+    is_open = config.placement.gpus is None and not config.cluster.joins_cluster
+    if not is_open or len(nodes) > 1 or fit(demands(config), nodes):
+        return [config]
+    further: dict[str, object] = {}
+    if config.generators.tensor_parallel_size > 1:  # it has whole ones
+        generator = config.placement.generator.model_copy(update={"gpus": 1.0})
+        further["generator"] = generator
+    options = [
+        config.model_copy(
+            update={"placement": config.placement.model_copy(update={"gpus": part, **further})}
+        )
+        for part in PARTS
+    ]
+    return [option for option in options if fit(demands(option), nodes)] or [config]
+
+
+def _with_engine_memory(config: Config, nodes: Sequence[Node]) -> Config:
+    """Return the config with the memory of a vLLM engine that shares its GPU."""
+    args = dict(config.rollout.engine_args)
+    has_parts = config.placement.gpus_of("generator") not in (0, 1)
+    if config.rollout.engine != "vllm" or not has_parts or {UTILIZATION_KEY, CACHE_KEY} <= {*args}:
+        return config
+    plan = prediction(with_stages(config, ["ppo"]), nodes)
+    shared = [
+        (kind_of(nodes[node]), held)
+        for (node, _), held in on_gpus(plan.roles, plan.places).items()
+        if len(held) > 1 and any(role.role == "generator" for role in held)
+    ]
+    known = [(kind, held) for kind, held in shared if kind is not None]
+    if not shared or len(known) < len(shared):
+        return config
+    smallest = min((kind for kind, _ in known), key=lambda kind: kind.memory_gb)
+    shape = plan.models.tuned.shape
+    if CACHE_KEY not in args:
+        left = min(left_for_engine(held, kind, config.placement.turns) for kind, held in known)
+        most = {UTILIZATION_KEY: max(1e-3, min(left, UTILIZATION))} | args
+        largest = engine_of(_with_engine_args(config, most), shape, smallest)
+        cache = largest.parts["KV cache"]
+        if UTILIZATION_KEY not in args:
+            # No more than can be in flight: what the others need is an estimate.
+            rollouts = config.generators.max_in_flight * config.rollout.shard_size
+            cache = min(cache, rollouts * config.model.max_length * largest.token_bytes)
+        args[CACHE_KEY] = int(cache)
+    needed = sum(engine_of(_with_engine_args(config, args), shape, smallest).parts.values())
+    # vLLM ends its start where less than this share is free, also with a cache in bytes.
+    share = math.ceil(1000 * needed / (smallest.memory_gb * GB)) / 1000
+    return _with_engine_args(config, {UTILIZATION_KEY: share, **args})
+
+
+def _with_engine_args(config: Config, args: Mapping[str, object]) -> Config:
+    rollout = config.rollout.model_copy(update={"engine_args": dict(args)})
+    return config.model_copy(update={"rollout": rollout})
+
+
+def with_stages(config: Config, stages: Collection[str]) -> Config:
+    """Return the config of a run of these stages alone."""
+    run = config.run.model_copy(update={"stages": [*stages]})
+    return config.model_copy(update={"run": run})
+
+
+def choices(config: Config, settled: Config) -> str:
+    """Return the keys that `arranged` has chosen, as overrides; empty where it chose none."""
+    given, found = config.rollout.engine_args, dict[str, object]()
+    if settled.placement.gpus != config.placement.gpus:
+        found["placement.gpus"] = settled.placement.gpus
+    for key, value in settled.rollout.engine_args.items():
+        if key not in given:
+            found[f"rollout.engine_args.{key}"] = value
+    return " ".join(f"{key}={value}" for key, value in found.items())
 
 
 def prediction_for(config: Config) -> Plan:
     """Return the predicted plan, without measurements from a rehearsal."""
-    return prediction(config, nodes_of(config))
+    nodes = nodes_of(config)
+    return prediction(arranged(config, nodes), nodes)
 
 
 def nodes_of(config: Config) -> tuple[Node, ...]:

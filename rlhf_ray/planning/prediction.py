@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
-from rlhf_ray.placement.hardware import GPU_KINDS, GpuKind, memory_of_machine
+from rlhf_ray.placement.hardware import GpuKind, kind_of, memory_of_machine
 from rlhf_ray.placement.layout import (
     Demand,
     Node,
@@ -54,8 +55,8 @@ def _unplaced(demands: Sequence[Demand], nodes: Sequence[Node]) -> Shortage:
 
 def smallest_kind(nodes: Iterable[Node]) -> GpuKind | None:
     """Return the kind of GPU with the least memory; None if any kind is unknown."""
-    kinds = {node.gpu_kind for node in nodes if node.gpus}
-    known = [GPU_KINDS[kind] for kind in kinds if kind is not None]
+    kinds = [kind_of(node) for node in nodes if node.gpus]
+    known = [kind for kind in kinds if kind is not None]
     is_known = bool(known) and len(known) == len(kinds)
     return min(known, key=lambda kind: kind.memory_gb) if is_known else None
 
@@ -91,6 +92,18 @@ def together(held: Iterable[PlannedRole], turns: bool) -> float:
     return always + max(awake.values())
 
 
+def left_for_engine(held: Sequence[PlannedRole], kind: GpuKind, turns: bool) -> float:
+    """Return the share of a GPU that each of its generators may take beside its other workers."""
+    others = [role for role in held if role.role != "generator"]
+    taken = sum(
+        sum(role.parts.get(part, 0) for part in KEPT_ASLEEP)
+        if turns and role.role in COLOCATED_GROUPS
+        else role.peak
+        for role in others
+    )
+    return (usable_bytes(kind) - taken) / (len(held) - len(others)) / (kind.memory_gb * GB)
+
+
 def usable_bytes(kind: GpuKind) -> float:
     """Return the bytes of a GPU of this kind that tensors can use."""
     return USABLE * kind.memory_gb * GB
@@ -102,17 +115,17 @@ def _crowded_gpus(
     """Return the GPUs whose workers need more than there is, one for each set of roles."""
     by_roles: dict[tuple[str, ...], Shortage] = {}
     for (node, _), held in on_gpus(roles, places).items():
-        kind = nodes[node].gpu_kind
-        if kind is not None and (shortage := _over(kind, held, turns)):
-            by_roles.setdefault((*sorted(role.role for role in held), kind), shortage)
+        if shortage := _over(nodes[node], held, turns):
+            names = sorted(role.role for role in held)
+            by_roles.setdefault((*names, str(nodes[node].gpu_kind)), shortage)
     return list(by_roles.values())
 
 
 def _stage_shortages(stages: Iterable[PlannedRole], nodes: Sequence[Node]) -> Iterator[Shortage]:
     """Yield supervised stages with too few GPUs or too little memory; each runs alone."""
     gpus = sum(node.gpus for node in nodes)
-    kinds = {node.gpu_kind for node in nodes if node.gpus and node.gpu_kind}
-    smallest = min(kinds, key=lambda kind: GPU_KINDS[kind].memory_gb, default=None)
+    kinds = [(kind.memory_gb, node) for node in nodes if node.gpus and (kind := kind_of(node))]
+    _, smallest = min(kinds, key=itemgetter(0), default=(0, None))
     for role in stages:
         if role.workers > gpus:
             section = "reward" if role.role == "reward_model" else role.role
@@ -152,15 +165,15 @@ def _cache_shortage(config: Config, engine: Engine) -> Shortage:
     )
 
 
-def _over(kind: str, held: Sequence[PlannedRole], turns: bool) -> Shortage | None:
-    usable, needed = usable_bytes(GPU_KINDS[kind]), together(held, turns)
-    if needed <= usable:
+def _over(node: Node, held: Sequence[PlannedRole], turns: bool) -> Shortage | None:
+    kind, needed = kind_of(node), together(held, turns)
+    if kind is None or needed <= (usable := usable_bytes(kind)):
         return None
     largest = max(held, key=lambda role: role.peak)
     return Shortage(
         f"{', '.join(role.role for role in held)} need{'s' if len(held) == 1 else ''} "
-        f"{needed / GB:,.1f} GB on one {kind}, which has {usable / GB:,.1f} GB for tensors: "
-        f"{_largest_parts(largest)}",
+        f"{needed / GB:,.1f} GB on one {node.gpu_kind or 'GPU'}, which has {usable / GB:,.1f} GB "
+        f"for tensors: {_largest_parts(largest)}",
         needed - usable,
     )
 
@@ -278,7 +291,7 @@ def _kinds(
 
 
 def _unknown_kinds(nodes: Iterable[Node]) -> list[str]:
-    unknown = [node.name for node in nodes if node.gpus and node.gpu_kind is None]
+    unknown = [node.name for node in nodes if node.gpus and kind_of(node) is None]
     if not unknown:
         return []
     return [f"the kind of GPUs of {', '.join(unknown)} is unknown: their memory is not checked"]

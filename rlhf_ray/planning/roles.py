@@ -29,8 +29,10 @@ NCCL = 0.5e9
 CPU_LIBRARIES = 0.37e9
 """Bytes of an idle role's process on a CPU (measured)."""
 
+UTILIZATION_KEY, CACHE_KEY = "gpu_memory_utilization", "kv_cache_memory_bytes"
+"""Keys of rollout.engine_args for vLLM's share of a GPU, and for its KV cache alone."""
 UTILIZATION = 0.92
-"""Share of a GPU that vLLM takes, without rollout.engine_args.gpu_memory_utilization."""
+"""Share of a GPU that vLLM takes where neither is set."""
 ENGINE_LIBRARIES = 2.5e9
 """Bytes of vLLM's CUDA context, its CUDA graphs, and buffers of its largest prefill."""
 CPU_ENGINE = 1.4e9
@@ -247,12 +249,14 @@ def engine_of(config: Config, shape: Shape, kind: GpuKind | None) -> Engine:
         weights["adapter"] = adapter * number / size
     if rollout.engine == "transformers" or kind is None:
         return Engine(_unbounded(config, shape, token) | weights, token)
-    utilization = rollout.engine_args.get("gpu_memory_utilization", UTILIZATION)
     held = {
         "libraries": ENGINE_LIBRARIES,
         **weights,
         "logits": SAMPLER_ROWS * shape.vocab_size * SAMPLER_BYTES,
     }
+    if (cache := rollout.engine_args.get(CACHE_KEY)) is not None:
+        return Engine({**held, "KV cache": cache}, token)
+    utilization = rollout.engine_args.get(UTILIZATION_KEY, UTILIZATION)
     left = utilization * kind.memory_gb * 1e9 - sum(held.values())
     return Engine({**held, "KV cache": max(0.0, left)}, token, lacking=max(0.0, -left))
 

@@ -150,7 +150,7 @@ def _fewer(config: Config) -> Iterator[Change]:
             count //= 2
             yield {key: count}
     for share in (0.5, 0.25):
-        if learners and share < config.placement.gpus:
+        if learners and share < config.placement.gpus_of("policy"):
             utilization = {"rollout.engine_args.gpu_memory_utilization": share}
             yield {"placement.gpus": share, **utilization}
 

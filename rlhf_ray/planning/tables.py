@@ -8,9 +8,10 @@ from typing import TypeGuard
 
 from rlhf_ray.config import Config, dump
 from rlhf_ray.placement.hardware import GPU_KINDS
+from rlhf_ray.placement.layout import held_at_once
 from rlhf_ray.planning.memory import GB, gb, weights_bytes
 from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb
-from rlhf_ray.planning.roles import PlannedRole
+from rlhf_ray.planning.roles import CACHE_KEY, PlannedRole
 from rlhf_ray.planning.suggestions import Change, Layout
 from rlhf_ray.planning.throughput import ASSUMPTIONS, TimeEstimate, middle
 from rlhf_ray.planning.trainings import planned_training, trained_parts
@@ -29,6 +30,7 @@ def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
         *_trainings(plan),
         *_memory(plan),
         *_placement(plan),
+        *_order(plan),
         *_time(plan),
         *_layouts(layouts),
         "",
@@ -53,6 +55,7 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
             for p in plan.places
             for gpu in p.gpus
         ],
+        "order": _held(config),
         "seconds_per_iteration": time and {name: middle(ends) for name, ends in _all(time).items()},
         "seconds_range": time and {name: list(ends) for name, ends in _all(time).items()},
         "bytes_per_sync": plan.bytes_per_sync,
@@ -90,6 +93,14 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
         "stages": list(config.run.stages),
         "folder": str(Path(config.run.dir).absolute()),
     }
+
+
+def _held(config: Config) -> list[dict[str, object]]:
+    """Return what holds GPUs at once, in order."""
+    return [
+        {"stage": what, "workers": {role.role: role.workers for role in asked}}
+        for what, asked in held_at_once(config, config.run.stages).items()
+    ]
 
 
 def _role(role: PlannedRole) -> dict[str, object]:
@@ -226,6 +237,23 @@ def _placement(plan: Plan) -> Iterator[str]:
         kind = node.gpu_kind or "GPUs of unknown kind"
         yield f"{node.name}, {node.gpus} x {kind}:"
         yield from _rows([f"{gpu}: {' + '.join(held) or '-'}" for gpu, held in enumerate(slots)])
+
+
+def _order(plan: Plan) -> Iterator[str]:
+    """Yield what is loaded when: a line holds GPUs at once, and frees them before the next."""
+    held = held_at_once(plan.config, plan.config.run.stages)
+    if not held or not any(node.gpus for node in plan.nodes):
+        return
+    yield ""
+    yield "loaded in this order, each line at once, workers x GPUs:"
+    for what, asked in held.items():
+        listed = ", ".join(f"{role.role} {role.workers} x {role.gpus:g}" for role in asked)
+        yield f"  {what:<12}{listed}"
+    if cache := plan.config.rollout.engine_args.get(CACHE_KEY):
+        yield (
+            f"  a generator reserves {gb(cache)} of KV cache and measures no free memory, so roles "
+            "on its GPU may load before, beside or after it"
+        )
 
 
 def _rows(cells: list[str]) -> Iterator[str]:

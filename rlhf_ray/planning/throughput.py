@@ -69,7 +69,7 @@ def middle(ends: Range) -> float:
 
 def estimate_time(setting: Setting, sharing: Sharing) -> TimeEstimate | None:
     """Estimate the time of a run; None where the speed of a GPU is unknown."""
-    kinds = [kind for kind in setting.kinds.values() if kind is not None]
+    kinds = [kind for kind in setting.kinds.values() if kind is not None and kind.bf16_tflops]
     if not kinds or len(kinds) < len(setting.kinds):
         return None
     config = setting.config

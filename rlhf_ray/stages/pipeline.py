@@ -34,6 +34,7 @@ from rlhf_ray.observability.trackers import tracking
 from rlhf_ray.placement.hardware import hide_gpus
 from rlhf_ray.runs.control import ControlFiles, reporting_status
 from rlhf_ray.runs.folder import RunFolder, require_durable_folder
+from rlhf_ray.stages.gpu_layout import require_capacity, settle_layout
 
 MOST_SHOWN = 20
 """Changed keys that a refusal lists."""
@@ -54,6 +55,7 @@ def run(config: Config) -> Path:
     require_inputs(config, pending)
     _require_known_arguments(config, pending)
     progress = Progress(config.run.stages)
+    config = settle_layout(config, pending, progress.say)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
         control = session.enter_context(reporting_status(config.run.name, folder.path))
@@ -64,7 +66,7 @@ def run(config: Config) -> Path:
                 progress.say(f"{stage}: {_why_skipped(config, stage)}")
                 continue
             if STAGES[stage].needs_ray and not on_ray:
-                _enter_ray(session, folder, progress)
+                _enter_ray(session, folder, progress, pending)
                 on_ray = True
             control.begin_stage(stage)
             run_stage(config, stage)
@@ -97,18 +99,21 @@ def run_single(config: Config, stage: str) -> Path:
     folder = RunFolder(config)
     temporary_folder()
     open_run(folder, [stage])
+    config = settle_layout(config, [stage], Progress().say)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
         control = session.enter_context(reporting_status(config.run.name, folder.path))
         control.begin_stage(stage)
         if STAGES[stage].needs_ray:
-            _enter_ray(session, folder, Progress())
+            _enter_ray(session, folder, Progress(), [stage])
         run_stage(config, stage)
         control.update(state="stopped" if control.requested().stop else "finished")
     return folder.path
 
 
-def _enter_ray(session: ExitStack, folder: RunFolder, progress: Progress) -> None:
+def _enter_ray(
+    session: ExitStack, folder: RunFolder, progress: Progress, stages: Collection[str]
+) -> None:
     """Start or join Ray for the length of a session; check the nodes of a joined cluster."""
     config = folder.config
     session.enter_context(ray_session(config))
@@ -119,6 +124,7 @@ def _enter_ray(session: ExitStack, folder: RunFolder, progress: Progress) -> Non
                 f"Warning: Ray requires no token on {', '.join(unguarded)}: anyone who reaches "
                 "its ports can run code; start it with RAY_AUTH_MODE=token (docs/security.md)"
             )
+        require_capacity(config, stages)
     if url := dashboard_url():
         progress.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
 

@@ -15,7 +15,7 @@ from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
 from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.models.folders import ADAPTER_CONFIG
 from rlhf_ray.observability.progress import Bar
-from rlhf_ray.placement.layout import Demand, demands
+from rlhf_ray.placement.layout import held_at_once
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.stages.evaluate.inputs import Inputs
 from rlhf_ray.stages.evaluate.models import WEIGHTS, AdapterFiles
@@ -58,7 +58,7 @@ async def answers_of_models(
         inputs.instruction_prompts, SAMPLES_PER_INSTRUCTION, seed, "instructions"
     )
     spawner = RoleSpawner(config, lambda *_: None)
-    await spawner.place([d for d in demands(config) if d.role in ("generator", "reward")])
+    await spawner.place(held_at_once(config, ["evaluate"])["evaluate"])
     roles = _Roles(
         config,
         spawn_generators(spawner, _for_largest(config, inputs.adapters), inputs.sft_model, say),
@@ -117,9 +117,7 @@ class _Roles:
 async def perplexities(inputs: Inputs, answers: Sequence[Rollout], bar: Bar) -> dict[str, float]:
     """Return exp of each model's mean loss over the tokens of ``answers``, at temperature 1."""
     spawner = RoleSpawner(inputs.config, lambda *_: None)
-    placement = inputs.config.placement  # the worker needs what a reference needs
-    gpus, labels = placement.gpus_of("reference"), placement.reference.labels
-    await spawner.place([Demand("likelihood", 1, gpus, labels)])
+    await spawner.place(held_at_once(inputs.config, ["evaluate"])["perplexity"])
     (worker,) = spawner.spawn(Likelihood, "likelihood", 1, inputs.config, inputs.sft_model)
     results = {}
     try:

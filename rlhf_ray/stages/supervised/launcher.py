@@ -202,7 +202,7 @@ def _on_gpu(training: Training) -> bool:
 
     may_grow, settings = training.config.cluster.joins_cluster, training.config.placement
     has_gpus = may_grow or bool(ray.cluster_resources().get("GPU"))
-    kind = "GPU" if settings.gpus and has_gpus else "CPU"
+    kind = "GPU" if settings.gpus != 0 and has_gpus else "CPU"
     needed, deadline = training.settings.train_workers, time.monotonic() + settings.timeout_s
     available = int(ray.cluster_resources().get(kind, 0))
     if may_grow and available < needed:

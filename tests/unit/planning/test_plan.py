@@ -204,7 +204,8 @@ def test_too_few_gpus_are_told_with_what_would_fit() -> None:
     plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB")
     assert "The roles do not fit on the cluster" in reasons(plan)
     assert plan.time is None
-    arguments = ["plan", str(CONFIGS / "stackllama/ppo_1x8_a100.yaml"), "--cluster", "4xA100-80GB"]
+    path = str(CONFIGS / "stackllama/ppo_1x8_a100.yaml")
+    arguments = ["plan", path, "placement.gpus=1", "--cluster", "4xA100-80GB"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 1
     assert result.output.count("It would fit with") == 1

@@ -31,6 +31,7 @@ def test_a_joined_cluster_without_a_token_causes_a_warning(
 
     monkeypatch.setattr(pipeline, "ray_session", session)
     monkeypatch.setattr(pipeline, "require_same_files", lambda *_: unguarded)
+    monkeypatch.setattr(pipeline, "require_capacity", lambda *_: None)
     monkeypatch.setattr(pipeline, "run_stage", lambda *_: None)
     config = {"run": {"dir": str(tmp_path / "run")}, "cluster": {"mode": "ray"}}
     pipeline.run_single(resolve(config), "ppo")

@@ -10,8 +10,8 @@ from rlhf_ray.cluster import spawner as spawner_module
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import resolve
 from rlhf_ray.errors import PlacementError
-from rlhf_ray.placement.groups import Placement
-from rlhf_ray.placement.layout import Demand
+from rlhf_ray.placement.groups import LiveNode, Placement
+from rlhf_ray.placement.layout import Demand, Node
 from rlhf_ray.stages.ppo import roles as ppo_roles
 from rlhf_ray.stages.ppo.roles import spawn_scorers
 
@@ -177,3 +177,24 @@ def test_each_role_has_its_own_threads_environment_and_allocator(
     monkeypatch.setattr(spawner._placement, "slot", lambda _: slot)
     spawner._make(Spawner, name)
     assert given[0]["environment"] == expected
+
+
+async def test_capacity_for_a_later_stage_is_requested_only_where_it_lacks(
+    requests: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is released at once: the stages before it need none of it."""
+    nodes: list[LiveNode] = []
+
+    def live() -> list[LiveNode]:
+        found = [*nodes]
+        nodes[:] = [LiveNode("n", Node("10.0.0.1", 4), free=0)]  # all in use by others now
+        return found
+
+    monkeypatch.setattr("rlhf_ray.placement.groups.live_nodes", live)
+    monkeypatch.setattr("rlhf_ray.placement.groups.POLL_S", 0.0)
+    spawner = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
+    await spawner.await_capacity(ASKED)
+    assert requests == [[POLICY, POLICY, REWARD, GENERATOR], []]
+    again = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
+    await again.await_capacity(ASKED)
+    assert len(requests) == 2

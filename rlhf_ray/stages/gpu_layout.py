@@ -1,0 +1,108 @@
+"""The layout of a run's GPUs, settled and checked before its first stage begins."""
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from rlhf_ray.cluster.spawner import RoleSpawner
+from rlhf_ray.config import Config
+from rlhf_ray.config.stages import STAGES
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.placement.hardware import kind_of
+from rlhf_ray.placement.layout import Node, fit, held_at_once, shortage
+from rlhf_ray.planning.plan import arranged, choices, nodes_of, with_stages
+from rlhf_ray.planning.prediction import prediction
+from rlhf_ray.planning.roles import CACHE_KEY, UTILIZATION_KEY
+
+SAMPLES = {"ppo", "evaluate"}
+"""Stages with generators."""
+
+
+def settle_layout(config: Config, stages: Collection[str], say: Callable[[str], None]) -> Config:
+    """Return the config with what it leaves open of GPUs chosen; refuse what cannot start.
+
+    Of a cluster that is joined, only what its generators share is read: capacity is waited for.
+
+    Args:
+        config: the whole config.
+        stages: those that are to run.
+        say: prints what was chosen, and warnings.
+
+    Raises:
+        ConfigError: a stage cannot start on this machine; nothing has begun.
+    """
+    if config.cluster.mode == "inline" or not any(STAGES[stage].needs_ray for stage in stages):
+        return config
+    joins, samples = config.cluster.joins_cluster, bool(SAMPLES & {*stages})
+    if joins and (not samples or config.placement.gpus_of("generator") in (0, 1)):
+        return config
+    nodes = nodes_of(config)
+    if not joins and not any(node.gpus for node in nodes):
+        if samples:
+            _refuse_engine_without_gpu(config)
+        return config
+    _fetch_shape(config)
+    settled = arranged(config, nodes)
+    if samples:
+        _refuse_unknown_memory(settled, nodes)
+    if chosen := choices(config, settled):
+        say(f"Roles share GPUs, so these are chosen: {chosen}")
+    for what, asked in {} if joins else held_at_once(settled, stages).items():
+        if fit(asked, nodes) is None:
+            raise ConfigError(f"{what} cannot start: {shortage(asked, nodes)}. No stage has begun")
+    with suppress(DataError):  # a model's size is not known
+        plan = prediction(with_stages(settled, stages), nodes)
+        if plan.shortages and not plan.sequences and SAMPLES & {*stages}:
+            raise ConfigError(f"ppo cannot start: {plan.shortages[-1].reason}. No stage has begun")
+        for short in plan.shortages:
+            say(f"Warning: by the plan, {short.reason} (rlhf-ray plan shows what would fit)")
+    return settled
+
+
+def require_capacity(config: Config, stages: Collection[str]) -> None:
+    """Wait until the cluster has the GPUs of every stage, whoever uses them now.
+
+    Raises:
+        PlacementError: it does not get them within ``placement.timeout_s``.
+    """
+    for asked in held_at_once(config, stages).values():
+        asyncio.run(RoleSpawner(config, lambda *_: None).await_capacity(asked))
+
+
+def _refuse_engine_without_gpu(config: Config) -> None:
+    """Refuse vLLM's build for GPUs where generators run on CPUs."""
+    builds = [*metadata.distributions(name="vllm")]
+    if config.rollout.engine == "vllm" and builds and "+cpu" not in builds[0].version:
+        raise ConfigError(
+            f"vLLM {builds[0].version} is a build for GPUs, and generators get none here "
+            f"(placement.gpus={config.placement.gpus}); set rollout.engine=transformers, or "
+            "install the packages for CPUs: RLHF_RAY_LOCK=cpu scripts/setup.sh"
+        )
+
+
+def _refuse_unknown_memory(config: Config, nodes: Sequence[Node]) -> None:
+    """Refuse vLLM's default of nearly a whole GPU where generators share theirs."""
+    unknown = [node.name for node in nodes if node.gpus and kind_of(node) is None]
+    is_set = {UTILIZATION_KEY, CACHE_KEY} & {*config.rollout.engine_args}
+    has_parts = config.placement.gpus_of("generator") not in (0, 1)
+    if config.rollout.engine != "vllm" or not has_parts or is_set:
+        return
+    if unknown or not any(node.gpus for node in nodes):
+        raise ConfigError(
+            "Generators share their GPUs, and the memory of those is not known yet "
+            f"({', '.join(unknown) or 'no node has GPUs'}): set rollout.engine_args.{CACHE_KEY}, "
+            f"the bytes of each generator's KV cache, and {UTILIZATION_KEY}, the share of a GPU "
+            "for its weights and cache"
+        )
+
+
+def _fetch_shape(config: Config) -> None:
+    """Bring the config.json of a model on the hub here, from which its size is known."""
+    path = config.model.path
+    if path is not None and config.model.shape is None and not Path(path).is_dir():
+        with suppress(OSError):
+            PretrainedConfig.get_config_dict(path)

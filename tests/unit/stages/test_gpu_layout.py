@@ -1,0 +1,264 @@
+"""The GPU layout of a run: what is chosen on shared GPUs, and what is refused before any stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import Config, load
+from rlhf_ray.config.stages import STAGES
+from rlhf_ray.engines.factory import generation_engine
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.placement.layout import Node, demands, fit, held_at_once
+from rlhf_ray.planning.plan import arranged, plan_for
+from rlhf_ray.planning.prediction import left_for_engine, on_gpus, prediction
+from rlhf_ray.planning.tables import as_text
+from rlhf_ray.stages import gpu_layout, pipeline
+from rlhf_ray.stages.gpu_layout import settle_layout
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+QUICK, QWEN = CONFIGS / "quickstart.yaml", CONFIGS / "models" / "qwen25_0_5b_1gpu.yaml"
+CACHE, SHARE = "kv_cache_memory_bytes", "gpu_memory_utilization"
+A10G = Node("this machine", 1, gpu_kind="A10G-24GB", gpu_memory_gb=24.1)
+
+
+@pytest.fixture(autouse=True)
+def outside_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
+    monkeypatch.setattr("rlhf_ray.planning.plan.this_machine", lambda: node)
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, node: Node, path: Path, *keys: str) -> Config:
+    machine(monkeypatch, node)
+    config = load(path, keys)
+    said: list[str] = []
+    found = settle_layout(config, config.run.stages, said.append)
+    assert not [line for line in said if line.startswith("Warning")]
+    return found
+
+
+@pytest.mark.parametrize("path", [QUICK, QWEN])
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+def test_every_stage_of_a_run_fits_a_machine_with_few_gpus(
+    path: Path, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five roles on one GPU of 24 GB; the engine takes what the others leave."""
+    node = Node("this machine", gpus, gpu_kind="A10G-24GB", gpu_memory_gb=24.1)
+    config = settled(monkeypatch, node, path)
+    assert all(fit(asked, [node]) for asked in held_at_once(config, config.run.stages).values())
+    plan = prediction(config, [node])
+    assert plan.fits
+    assert plan.sequences >= 1
+    shared = [held for held in on_gpus(plan.roles, plan.places).values() if len(held) > 1]
+    is_shared = any(role.role == "generator" for held in shared for role in held)
+    assert (CACHE in config.rollout.engine_args) == is_shared
+
+
+def test_a_machine_with_a_gpu_for_each_worker_gives_it_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Alone on its GPU, vLLM may measure what is free."""
+    node = Node("this machine", 5, gpu_kind="A10G-24GB")
+    config = settled(monkeypatch, node, QUICK)
+    assert config == load(QUICK)
+    assert {demand.gpus for demand in demands(config)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        ([f"rollout.engine_args={{{SHARE}: 0.3}}"], {SHARE: 0.3}),
+        ([f"rollout.engine_args={{{CACHE}: 1000000000}}"], {CACHE: 10**9}),
+        (
+            [f"rollout.engine_args={{{CACHE}: 1000000000, {SHARE}: 0.25, enforce_eager: true}}"],
+            {CACHE: 10**9, SHARE: 0.25, "enforce_eager": True},
+        ),
+    ],
+)
+def test_what_is_set_of_an_engines_memory_stays(
+    keys: list[str], kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = settled(monkeypatch, A10G, QUICK, *keys).rollout.engine_args
+    assert kept.items() <= args.items()
+    assert {CACHE, SHARE} <= args.keys()
+    if SHARE in kept and CACHE not in kept:  # the cache is what the share leaves
+        held = 2.5e9 + 256 * 16 * load(QUICK).model.tiny.vocab_size
+        assert 0.3 * 24.1e9 - held - 1e7 < args[CACHE] < 0.3 * 24.1e9 - held
+    if CACHE in kept and SHARE not in kept:  # vLLM would ask for 92% of the GPU to be free
+        assert 10**9 / 24.1e9 < args[SHARE] < 0.2
+
+
+def test_a_part_that_is_set_for_roles_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["placement.reward.gpus=0.05", "placement.policy.gpus=0.4"]
+    found = {d.role: d.gpus for d in demands(settled(monkeypatch, A10G, QUICK, *keys))}
+    assert (found["reward"], found["policy"]) == (0.05, 0.4)
+    assert found["critic"] == found["generator"]
+    assert sum(found.values()) <= 1
+
+
+def test_engines_that_share_a_gpu_with_each_other_divide_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = ["generators.num=2", "rollout.shard_size=4096", "model.max_length=4096"]
+    config = settled(monkeypatch, A10G, QUICK, "ppo.max_tokens_per_micro_batch=4096", *keys)
+    plan = prediction(config, [A10G])
+    held = plan.role("generator").total
+    others = sum(role.peak for role in plan.roles[:4])
+    assert 2 * held + others <= 0.95 * 24.1e9
+    assert 2 * held + others > 0.9 * 24.1e9  # so much can be in flight that none is left over
+
+
+def test_an_engine_that_takes_turns_leaves_what_sleeping_learners_keep() -> None:
+    keys = ["placement.gpus=0.2", "rollout.shard_size=4096", "model.max_length=4096"]
+    keys += ["ppo.max_tokens_per_micro_batch=4096"]
+    awake = arranged(load(QUICK, [*keys]), [A10G]).rollout.engine_args
+    turns = arranged(load(QUICK, [*keys, "placement.turns=true"]), [A10G])
+    assert turns.rollout.engine_args[CACHE] > awake[CACHE]
+    assert prediction(turns, [A10G]).fits
+
+
+def test_a_gpu_of_an_unknown_kind_is_divided_by_its_measured_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = Node("this machine", 1, gpu_memory_gb=25.4)
+    config = settled(monkeypatch, node, QUICK)
+    assert 0 < config.rollout.engine_args[SHARE] < 1
+    plan = prediction(config, [node])
+    assert plan.fits
+    assert plan.time is None
+    small = Node("this machine", 1, gpu_memory_gb=4.0)
+    machine(monkeypatch, small)
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"ppo cannot start: a generator has 0\.00 GB left"):
+        settle_layout(load(QUICK), STAGES, said.append)
+
+
+def test_a_cluster_that_was_joined_keeps_its_parts_and_gets_the_engines_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = (Node("10.0.0.1", 1, gpu_kind="A100-80GB"),)
+    monkeypatch.setattr("rlhf_ray.planning.plan.live_cluster", lambda: nodes)
+    whole = load(QUICK, ["cluster.mode=ray"])
+    assert settle_layout(whole, STAGES, print) == whole
+    shared = settle_layout(load(QUICK, ["cluster.mode=ray", "placement.gpus=0.2"]), STAGES, print)
+    assert {CACHE, SHARE} == shared.rollout.engine_args.keys()
+
+
+def test_memory_that_is_not_known_must_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["cluster.mode=ray", "placement.gpus=0.2"]
+    for nodes, what in (((Node("10.0.0.1", 1),), "10.0.0.1"), ((), "no node has GPUs")):
+        monkeypatch.setattr("rlhf_ray.planning.plan.live_cluster", lambda nodes=nodes: nodes)
+        with pytest.raises(ConfigError, match=rf"not known yet \({what}\): set rollout.engine_a"):
+            settle_layout(load(QUICK, keys), STAGES, print)
+        is_set = [*keys, f"rollout.engine_args={{{SHARE}: 0.3}}"]
+        assert settle_layout(load(QUICK, is_set), STAGES, print) == load(QUICK, is_set)
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        (["placement.gpus=1"], "ppo cannot start: .*in total 5. Available: this machine 1"),
+        (["placement.policy.gpus=1"], "ppo cannot start: "),
+        (
+            ["sft.train_workers=2", "sft.batch_size=8"],
+            r"sft cannot start: .*sft 2 x 1.* with sft\.train_workers=1",
+        ),
+        (["reward.train_workers=4"], r"reward cannot start: .*reward\.train_workers=1"),
+        (["policy.num_ranks=2"], "ppo cannot start: .*policy 2 x 1 "),
+        (["generators.tensor_parallel_size=2", "rollout.serving=adapter"], "ppo cannot start: "),
+    ],
+)
+def test_a_layout_that_cannot_start_is_refused_before_any_stage(
+    keys: list[str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, A10G)
+    begun: list[str] = []
+    monkeypatch.setattr(pipeline, "run_stage", lambda _, stage: begun.append(stage))
+    with pytest.raises(ConfigError, match=what) as refused:
+        pipeline.run(load(QUICK, [f"run.dir={tmp_path / 'run'}", *keys]))
+    assert "No stage has begun" in str(refused.value)
+    assert begun == []
+    stage = what.partition("ppo")[1] or what.split()[0]
+    with pytest.raises(ConfigError, match=what):
+        pipeline.run_single(load(QUICK, [f"run.dir={tmp_path / 'run'}", *keys]), stage)
+
+
+def test_the_stages_of_a_run_get_what_was_chosen_and_its_folder_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, the run may resume with other parts."""
+    machine(monkeypatch, A10G)
+    run: dict[str, Config] = {}
+    monkeypatch.setattr(pipeline, "run_stage", lambda config, stage: run.update({stage: config}))
+    monkeypatch.setattr(pipeline, "_enter_ray", lambda *_: None)
+    folder = pipeline.run(load(QUICK, [f"run.dir={tmp_path / 'run'}"]))
+    assert run["ppo"].placement.gpus == run["evaluate"].placement.gpus == 0.2
+    assert CACHE in run["ppo"].rollout.engine_args
+    saved = load(folder / "config.yaml")
+    assert saved.placement.gpus is None
+    assert saved.rollout.engine_args == {}
+
+
+def test_an_engine_starts_and_restarts_with_the_chosen_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's own process gets it, so that it measures no memory."""
+    pytest.importorskip("vllm")
+    from rlhf_ray.models import tiny
+
+    config = settled(monkeypatch, A10G, QUICK)
+    base = tmp_path / "base"
+    tiny.build(base, ["some text"] * 20, config.model.tiny, max_length=64, seed=0)
+    engine: Any = generation_engine(config, str(base), (2,))
+    made = engine._engine_args()
+    assert made.kv_cache_memory_bytes == config.rollout.engine_args[CACHE]
+    assert made.gpu_memory_utilization == config.rollout.engine_args[SHARE]
+
+
+def test_vllms_build_for_gpus_is_refused_where_generators_have_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from types import SimpleNamespace
+
+    machine(monkeypatch, Node("this machine", 0))
+    assert settle_layout(load(QUICK), STAGES, print) == load(QUICK)
+    build = SimpleNamespace(version="0.32.0")
+    monkeypatch.setattr(gpu_layout.metadata, "distributions", lambda name: [build])
+    with pytest.raises(ConfigError, match=r"vLLM 0.32.0 is a build for GPUs, .*placement.gpus=0"):
+        settle_layout(load(QUICK, ["placement.gpus=0"]), STAGES, print)
+    settle_layout(load(QUICK, ["rollout.engine=transformers"]), STAGES, print)
+    settle_layout(load(QUICK), ["pretrain", "sft"], print)
+
+
+def test_the_plan_says_what_is_loaded_when_and_what_was_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, changes, layouts = plan_for(load(QUICK), "1xA10G-24GB")
+    text = as_text(plan, changes, layouts)
+    _, _, order = text.partition("loaded in this order")
+    lines = [line.split() for line in order.splitlines()[1:7]]
+    assert [line[0] for line in lines] == [
+        "pretrain",
+        "sft",
+        "reward",
+        "ppo",
+        "evaluate",
+        "perplexity",
+    ]
+    assert "generator 1 x 0.2" in order
+    assert "measures no free memory" in order
+    assert "placement.gpus=0.2" in "".join(plan.assumptions)
+
+
+def test_a_generator_gets_what_awake_neighbours_leave() -> None:
+    plan = prediction(load(QUICK, ["placement.gpus=0.2"]), [A10G])
+    (held,) = on_gpus(plan.roles, plan.places).values()
+    from rlhf_ray.placement.hardware import GPU_KINDS
+
+    left = left_for_engine(held, GPU_KINDS["A10G-24GB"], turns=False)
+    others = sum(role.peak for role in held if role.role != "generator")
+    assert left * 24.1e9 + others == pytest.approx(0.95 * 24.1e9)
