@@ -136,6 +136,19 @@ TEXTS = [
     ),
 ]
 
+MAPPER = "vllm.model_executor.models.utils"
+NOT_EVERYWHERE = [
+    call(MAPPER, "WeightsMapper.get_rename_mapper"),
+    call(MAPPER, "WeightsMapper.get_unstacked_mapper"),
+    call(V2, "GPUModelRunner.reload_weights"),
+    call(
+        f"{LAYERS}.column_parallel_linear",
+        "MergedColumnParallelLinearWithLoRA.expand_packed_lora",
+        2,
+    ),
+]
+"""What `versions` and the read-back use only where it is."""
+
 
 def uses() -> list[Use]:
     """Return every use; imports, keywords and variables are read from our own code."""
@@ -196,7 +209,8 @@ class Sources:
 
     def names(self) -> set[str]:
         """Return a line for each use of ours that these sources have, calls with parameters."""
-        return {line for use in uses() if (line := self.line(use)) is not None}
+        every = [*uses(), *NOT_EVERYWHERE]
+        return {line for use in every if (line := self.line(use)) is not None}
 
     def line(self, use: Use) -> str | None:
         if use.owner == "text":

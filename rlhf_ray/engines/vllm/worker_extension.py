@@ -238,6 +238,8 @@ def _holds(
     """
     downs, ups = list(downs), list(ups)
     if layer.n_slices != len(ups):  # a part that vLLM holds in several slices
+        if not hasattr(layer, "expand_packed_lora"):  # 0.19: how it cuts is not known
+            return False
         downs, ups = layer.expand_packed_lora(downs, ups)
     if layer.tp_size > 1 and layer.n_slices > 1:
         downs, ups = layer.slice_lora_a(downs), layer.slice_lora_b(ups)

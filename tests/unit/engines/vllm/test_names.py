@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-from vllm_names import Sources, Use, fits, uses
+from vllm_names import NOT_EVERYWHERE, Sources, Use, fits, uses
 
 RECORDED = Path(__file__).parents[3] / "fixtures" / "vllm_names"
 VERSIONS = sorted(path.stem for path in RECORDED.glob("*.txt"))
@@ -47,6 +47,20 @@ def test_the_versions_of_the_locks_and_of_a_bare_gpu_machine_are_recorded() -> N
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_version_has_every_name_that_is_used(version: str) -> None:
     assert missing(set((RECORDED / f"{version}.txt").read_text().splitlines())) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "has"),
+    [
+        ("0.19.1", set()),
+        ("0.26.0", {"get_unstacked_mapper", "reload_weights", "expand_packed_lora"}),
+        ("0.32.0", {"get_rename_mapper", "reload_weights", "expand_packed_lora"}),
+    ],
+)
+def test_what_differs_between_versions_is_known(version: str, has: set[str]) -> None:
+    lines = (RECORDED / f"{version}.txt").read_text().splitlines()
+    found = {name.partition("(")[0] for name in lines}
+    assert {use.name for use in NOT_EVERYWHERE if str(use) in found} == has
 
 
 def folders() -> list[Path]:

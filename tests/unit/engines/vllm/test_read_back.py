@@ -256,6 +256,11 @@ def test_layers_without_an_adapter_are_passed_over(monkeypatch: pytest.MonkeyPat
     assert report(adapter, found)["digest"] == digest(adapter)
 
 
+def test_a_layer_whose_slices_are_not_known_is_not_counted() -> None:
+    layer = SimpleNamespace(n_slices=3, tp_size=1, lora_a_stacked=(), lora_b_stacked=())
+    assert not worker_extension._holds(layer, 0, [torch.ones(1, 2)], [torch.ones(6, 1)])
+
+
 class GpuLayer:
     """A layer whose product rounds, as TF32 does; the weight is on its device as it is."""
 
