@@ -42,6 +42,11 @@ def would(what: str) -> Line:
     return Line(WOULD, what)
 
 
+def goal(place: "Place", what: str, holds: bool, **numbers: Number) -> Line:
+    """Return a line about a goal for GPUs; without one the numbers are only shown."""
+    return checked(what, holds, **numbers) if place.has_gpu else Line(WOULD, what, numbers)
+
+
 def append(path: Path, line: Line) -> None:
     """Write a line to a file of results; each is whole, so that a cut-off file can be read."""
     with path.open("a", encoding="utf-8") as file:

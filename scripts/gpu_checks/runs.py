@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import rlhf_ray
-from gpu_checks.lines import WOULD, Line, Number, Place, checked
+from gpu_checks.lines import Line, Place, checked, goal
 from gpu_checks.models import MAX_LENGTH, large, prompts, reward_model, small
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.observability.sinks import read_jsonl
@@ -68,7 +68,7 @@ def compared(place: Place, config: Config, measured: Rehearsal | None) -> Iterat
         peak = measured.peak_of(role.role)
         if peak is not None and (role.gpus or not place.has_gpu):
             planned = planned_bytes(plan, role)
-            yield _goal(
+            yield goal(
                 place,
                 f"peak memory where {role.role} is, within {MEMORY_GOAL:.0%} of the plan",
                 abs(peak / planned - 1) < MEMORY_GOAL,
@@ -79,7 +79,7 @@ def compared(place: Place, config: Config, measured: Rehearsal | None) -> Iterat
     seconds = {name: s for name, s in measured.seconds.items() if name != "save"}
     best, worst = (sum(phases[name][end] for name in phases if name in seconds) for end in (0, 1))
     iteration = sum(seconds.values())
-    yield _goal(
+    yield goal(
         place,
         f"seconds of an iteration, within {SECONDS_GOAL:.0%} of the planned range",
         best * (1 - SECONDS_GOAL) < iteration < worst * (1 + SECONDS_GOAL),
@@ -89,7 +89,7 @@ def compared(place: Place, config: Config, measured: Rehearsal | None) -> Iterat
         **{f"{name}_s": each for name, each in seconds.items()},
     )
     share = ASSUMPTIONS[MFU][0] * phases["learn"][0] / seconds["learn"] if phases else None
-    yield _goal(
+    yield goal(
         place,
         "the learners' share of peak FLOP/s is at least the assumed",
         share is None or share > min(ASSUMPTIONS[MFU]),
@@ -128,8 +128,3 @@ def results(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     folder = Path(config.run.dir) / "ppo"
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary, read_jsonl(folder / "metrics.jsonl")
-
-
-def _goal(place: Place, what: str, holds: bool, **numbers: Number) -> Line:
-    """Return a line; without a GPU the plan is another, so that the numbers are only shown."""
-    return checked(what, holds, **numbers) if place.has_gpu else Line(WOULD, what, numbers)
