@@ -21,6 +21,7 @@ from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.engines.protocols import GenerationEngine, Sampled
 from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.models.load_arguments import own_device
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stop_conditions import stop_token_ids
 from rlhf_ray.types import AdapterUpdate, Prompt, SampleRequest, ServedAdapter, ShardRequest
@@ -260,7 +261,9 @@ async def _served(config: Config) -> AsyncIterator[Served]:
         learner.start(0, 1, "127.0.0.1", learner.free_port())
         policy = PolicyClient([InlineWorker("policy-0", learner, lambda *_: None)], zero_stage=2)
         probes = probe_requests(_prompts(model), PROBE_TOKENS, seed=0)
-        sync = WeightSync(policy, probes, config.engine_is_exact)
+        # On GPUs fp32 products are rounded as well.
+        is_exact = config.engine_is_exact and own_device().type == "cpu"
+        sync = WeightSync(policy, probes, is_exact)
         yield Served(engine, generator, learner, policy, sync)
     finally:
         await generator.worker.call(Generator.stop)

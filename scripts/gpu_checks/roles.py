@@ -68,8 +68,6 @@ def learnt(place: Place, role: str, zero_stage: int) -> Iterator[Line]:
     rollouts, norms, updates, dtypes = _rollouts(), {}, {}, {}
     for engine in ("deepspeed", "torch"):
         learner = _started(role, config, base, engine)
-        if engine == "torch" and place.has_gpu:
-            learner._engine.module.cuda()
         before = learner._engine.export_state()
         norms[engine] = _learn(learner, rollouts).metrics[learner.grad_norm_name]
         after = learner._engine.export_state()
