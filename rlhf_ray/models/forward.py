@@ -6,6 +6,7 @@ left-aligned and right-padded.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -202,7 +203,9 @@ class Fp32Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+        kind = input.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
             return super().forward(input.float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fp32Linear":
