@@ -146,6 +146,9 @@ class RoleSpawner:
         slot = self._placement.slot(name)
         num_gpus = slot.num_gpus if slot else 0
         role = name.rpartition("-")[0]
+        environment = self._config.cluster.environment_of(role, on_gpu=num_gpus > 0)
+        if role == "generator" and num_gpus and self._config.rollout.batch_invariant:
+            environment["VLLM_BATCH_INVARIANT"] = "1"
         return spawn(
             role_class,
             name,
@@ -156,7 +159,7 @@ class RoleSpawner:
             num_gpus=num_gpus,
             strategy=slot.strategy if slot else None,
             concurrency=ASYNC_CONCURRENCY if _is_async(role_class) else 1,
-            environment=self._config.cluster.environment_of(role, on_gpu=num_gpus > 0),
+            environment=environment,
             start_timeout_s=self._config.cluster.start_timeout_s,
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,

@@ -182,6 +182,12 @@ class RolloutConfig(Section):
         "token, at start-up and in every shard; none: by data types, quantisation and devices, "
         "calibrated on the first iteration.",
     )
+    batch_invariant: bool = changeable(
+        False,
+        description="Have vLLM on GPUs compute a response in the same way in any batch "
+        "(VLLM_BATCH_INVARIANT): samples don't depend on which generator works on them, or when; "
+        "slower. On CPUs it is so anyway.",
+    )
     autoscale: AutoscaleConfig | None = changeable(
         None,
         description="Changes the number of generators while PPO runs; none: generators.num, "

@@ -198,3 +198,24 @@ async def test_capacity_for_a_later_stage_is_requested_only_where_it_lacks(
     again = RoleSpawner(resolve({"cluster": {"mode": "ray"}}), lambda *_: None)
     await again.await_capacity(ASKED)
     assert len(requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "expected"),
+    [
+        ("generator-0", 1.0, {"VLLM_BATCH_INVARIANT": "1"}),
+        ("generator-0", 0.0, {}),
+        ("reference-0", 1.0, {}),
+    ],
+)
+def test_generators_on_gpus_compute_alike_in_any_batch_if_asked(
+    name: str, num_gpus: float, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(spawner_module, "spawn", lambda *_, **keys: given.append(keys))
+    config = resolve({"cluster": {"mode": "local"}, "rollout": {"batch_invariant": True}})
+    spawner = RoleSpawner(config, lambda *_: None)
+    slot = SimpleNamespace(num_gpus=num_gpus, strategy=None)
+    monkeypatch.setattr(spawner._placement, "slot", lambda _: slot)
+    spawner._make(Spawner, name)
+    assert given[0]["environment"] == expected
