@@ -46,7 +46,8 @@ def settle_layout(config: Config, stages: Collection[str], say: Callable[[str], 
             _refuse_engine_without_gpu(config)
         return config
     _fetch_shape(config)
-    settled = arranged(config, nodes)
+    # A single stage may run that run.stages does not name.
+    settled = arranged(with_stages(config, stages), nodes).model_copy(update={"run": config.run})
     if samples:
         _refuse_unknown_memory(settled, nodes)
     if chosen := choices(config, settled):

@@ -203,6 +203,21 @@ def test_the_stages_of_a_run_get_what_was_chosen_and_its_folder_what_was_asked(
     assert saved.rollout.engine_args == {}
 
 
+def test_a_single_stage_is_settled_whatever_the_stages_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, A10G)
+    seen: list[Config] = []
+    monkeypatch.setattr(pipeline, "run_stage", lambda config, _: seen.append(config))
+    monkeypatch.setattr(pipeline, "_enter_ray", lambda *_: None)
+    config = load(QUICK, [f"run.dir={tmp_path / 'run'}", "run.stages=[sft]"])
+    for stage in ("ppo", "evaluate"):
+        pipeline.run_single(config, stage)
+        assert seen[-1].placement.gpus == 0.2
+        assert CACHE in seen[-1].rollout.engine_args
+        assert seen[-1].run == config.run
+
+
 def test_an_engine_starts_and_restarts_with_the_chosen_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
