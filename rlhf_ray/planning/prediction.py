@@ -165,6 +165,23 @@ def _cache_shortage(config: Config, engine: Engine) -> Shortage:
     )
 
 
+def unservable(config: Config, nodes: Iterable[Node]) -> Shortage | None:
+    """Return why generators on GPUs cannot serve the policy; None if they can.
+
+    vLLM's LoRA kernels for GPUs assert half precision.
+    """
+    on_gpus_of_theirs = config.placement.gpus_of("generator") and any(node.gpus for node in nodes)
+    is_float = config.engine_dtype == "float32" and config.serving == "adapter"
+    if config.rollout.engine != "vllm" or not (on_gpus_of_theirs and is_float):
+        return None
+    parallel = config.generators.tensor_parallel_size > 1
+    return Shortage(
+        "generators serve adapters on GPUs in bfloat16 or float16, and rollout.dtype is float32",
+        MISSING_GPU,
+        "set rollout.dtype=bfloat16" + ("" if parallel else " or rollout.serving=merged"),
+    )
+
+
 def _over(node: Node, held: Sequence[PlannedRole], turns: bool) -> Shortage | None:
     kind, needed = kind_of(node), together(held, turns)
     if kind is None or needed <= (usable := usable_bytes(kind)):
@@ -254,6 +271,8 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     sequences = generator.sequences(config.model.max_length) if is_known else 0
     if runs_ppo and is_known and not sequences:
         short.append(_cache_shortage(config, generator))
+    if runs_ppo and (refused := unservable(config, nodes)):
+        short.append(refused)
     is_placed = has_gpus and (bool(places) or not runs_ppo)
     time = estimate_time(setting, on_gpus(ppo, places).values()) if is_placed else None
     return Plan(

@@ -15,7 +15,7 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.placement.hardware import kind_of
 from rlhf_ray.placement.layout import Node, fit, held_at_once, shortage
 from rlhf_ray.planning.plan import arranged, choices, nodes_of, with_stages
-from rlhf_ray.planning.prediction import prediction
+from rlhf_ray.planning.prediction import prediction, unservable
 from rlhf_ray.planning.roles import CACHE_KEY, UTILIZATION_KEY
 
 SAMPLES = {"ppo", "evaluate"}
@@ -45,6 +45,10 @@ def settle_layout(config: Config, stages: Collection[str], say: Callable[[str], 
         if samples:
             _refuse_engine_without_gpu(config)
         return config
+    if samples and (refused := unservable(config, nodes)):
+        raise ConfigError(
+            f"ppo cannot start: {refused.reason}; {refused.remedy}. No stage has begun"
+        )
     _fetch_shape(config)
     # A single stage may run that run.stages does not name.
     settled = arranged(with_stages(config, stages), nodes).model_copy(update={"run": config.run})

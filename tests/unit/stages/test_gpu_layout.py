@@ -11,7 +11,7 @@ from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.placement.layout import Node, demands, fit, held_at_once
 from rlhf_ray.planning.plan import arranged, plan_for
-from rlhf_ray.planning.prediction import left_for_engine, on_gpus, prediction
+from rlhf_ray.planning.prediction import left_for_engine, on_gpus, prediction, unservable
 from rlhf_ray.planning.tables import as_text
 from rlhf_ray.stages import gpu_layout, pipeline
 from rlhf_ray.stages.gpu_layout import settle_layout
@@ -277,3 +277,24 @@ def test_a_generator_gets_what_awake_neighbours_leave() -> None:
     left = left_for_engine(held, GPU_KINDS["A10G-24GB"], turns=False)
     others = sum(role.peak for role in held if role.role != "generator")
     assert left * 24.1e9 + others == pytest.approx(0.95 * 24.1e9)
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"),
+    [
+        (["rollout.serving=adapter"], "rollout.dtype=bfloat16 or rollout.serving=merged"),
+        (["generators.tensor_parallel_size=2"], "set rollout.dtype=bfloat16. No stage"),
+    ],
+)
+def test_an_adapter_in_float32_on_gpus_is_refused_before_any_stage(
+    keys: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node("this machine", 8, gpu_kind="A10G-24GB", gpu_memory_gb=24.1)
+    with pytest.raises(ConfigError, match=r"rollout\.dtype is float32") as refusal:
+        settled(monkeypatch, node, QUICK, "model.dtype=float32", *keys)
+    assert remedy in str(refusal.value)
+    config = load(QUICK, ["model.dtype=float32", *keys])
+    assert any("float32" in short.reason for short in prediction(config, [node]).shortages)
+    settled(monkeypatch, node, QUICK, "model.dtype=bfloat16", *keys)
+    on_cpus = load(QUICK, ["model.dtype=float32", *keys])
+    assert unservable(on_cpus, [Node("this machine", 0)]) is None
