@@ -29,6 +29,14 @@ def plan(
             "machine.",
         ),
     ] = None,
+    optimize: Annotated[
+        bool,
+        typer.Option(
+            "--optimize",
+            help="Search the layouts that fit for the fewest days and the fewest GPU-hours. "
+            "Overrides given here stay as they are.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory, placement and run time of a config.
@@ -38,7 +46,8 @@ def plan(
     from rlhf_ray.planning import tables
     from rlhf_ray.planning.plan import plan_for
 
-    estimate, changes, layouts = plan_for(read_config(config, overrides), cluster)
+    kept = [override.partition("=")[0] for override in overrides or []] if optimize else None
+    estimate, changes, layouts = plan_for(read_config(config, overrides), cluster, kept)
     if as_json:
         print_json(tables.as_json(estimate, changes, layouts))
     else:

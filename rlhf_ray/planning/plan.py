@@ -8,23 +8,27 @@ from rlhf_ray.config import Config
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.placement.hardware import kind_of, live_cluster, parse_cluster, this_machine
 from rlhf_ray.placement.layout import PARTS, Node, demands, fit
+from rlhf_ray.planning.layout_options import Change
 from rlhf_ray.planning.memory import GB
 from rlhf_ray.planning.prediction import Plan, left_for_engine, on_gpus, prediction
 from rlhf_ray.planning.rehearsal import calibrated, load
 from rlhf_ray.planning.roles import CACHE_KEY, UTILIZATION, UTILIZATION_KEY, engine_of
-from rlhf_ray.planning.suggestions import Change, Layout, fitting_changes, layouts
+from rlhf_ray.planning.suggestions import Layout, best_layouts, fitting_changes
 
 LIVE = "live"
 """Value of --cluster for the running Ray cluster."""
 
 
-def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], list[Layout]]:
-    """Return the plan, the changes that would make it fit, and other layouts if it fits.
+def plan_for(
+    config: Config, cluster: str | None, kept: Collection[str] | None = None
+) -> tuple[Plan, list[Change], list[Layout] | None]:
+    """Return the plan, the changes that would make it fit, and the best layouts if asked for.
 
     Args:
         config: the whole config.
         cluster: as `parse_cluster` reads it, or ``live``; None: the Ray cluster that the run
             joins, else this machine.
+        kept: keys that the best layouts leave as they are; None: layouts are not searched.
 
     Raises:
         ConfigError: ``cluster`` is malformed.
@@ -37,15 +41,35 @@ def plan_for(config: Config, cluster: str | None) -> tuple[Plan, list[Change], l
     shared = (f"roles share GPUs, so these are chosen: {chosen}",) if chosen else ()
     plan = prediction(settled, nodes)
     # From the prediction, before calibration: other configs have not been rehearsed.
-    changes, side_by_side = [] if plan.fits else fitting_changes(plan), layouts(plan)
+    changes = [] if plan.fits else fitting_changes(plan)
+    layouts = None if kept is None else _best_layouts(config, settled, nodes, kept)
     # A rehearsal says nothing about a cluster that is only named.
     rehearsal = load(config, nodes) if cluster in (None, LIVE) else None
     if rehearsal is not None:
         plan = calibrated(plan, rehearsal)
-        note = (*note, f"seconds are from the rehearsal of {rehearsal.when}")
+        note = (*note, f"seconds are from {plan.confirmed_by}")
     late = (plan.late_calls,) if plan.late_calls else ()
     noted = dataclasses.replace(plan, assumptions=(*note, *late, *plan.assumptions, *shared))
-    return noted, changes, side_by_side if noted.fits else []
+    return noted, changes, layouts
+
+
+def _best_layouts(
+    config: Config, settled: Config, nodes: Sequence[Node], kept: Collection[str]
+) -> list[Layout]:
+    """Return the best layouts of a config, as changes of what it was before it was settled.
+
+    The share of an engine is searched, which its cache in bytes follows: so that stays out.
+    """
+    args = dict(settled.rollout.engine_args)
+    if CACHE_KEY not in config.rollout.engine_args:
+        args.pop(CACHE_KEY, None)
+    start = _with_engine_args(settled, args)
+    chosen: dict[str, object] = {}
+    if start.placement.gpus != config.placement.gpus:
+        chosen["placement.gpus"] = start.placement.gpus
+    if args.get(UTILIZATION_KEY) != config.rollout.engine_args.get(UTILIZATION_KEY):
+        chosen[f"rollout.engine_args.{UTILIZATION_KEY}"] = args[UTILIZATION_KEY]
+    return best_layouts(prediction(start, nodes), kept, chosen)
 
 
 def arranged(config: Config, nodes: Sequence[Node]) -> Config:

@@ -54,11 +54,21 @@ def _unplaced(demands: Sequence[Demand], nodes: Sequence[Node]) -> Shortage:
 
 
 def smallest_kind(nodes: Iterable[Node]) -> GpuKind | None:
-    """Return the kind of GPU with the least memory; None if any kind is unknown."""
+    """Return a kind with the least of each number of the GPUs; None if any kind is unknown.
+
+    The one with the least memory may be the fastest, and the slowest one counts for time.
+    """
     kinds = [kind_of(node) for node in nodes if node.gpus]
     known = [kind for kind in kinds if kind is not None]
-    is_known = bool(known) and len(known) == len(kinds)
-    return min(known, key=lambda kind: kind.memory_gb) if is_known else None
+    if not known or len(known) < len(kinds):
+        return None
+    return GpuKind(
+        min(kind.memory_gb for kind in known),
+        min(kind.bf16_tflops for kind in known),
+        min(kind.memory_gb_per_s for kind in known),
+        min(kind.link_gb_per_s for kind in known),
+        (),
+    )
 
 
 def on_gpus(
@@ -232,6 +242,8 @@ class Plan:
     """See `late_calls`; None if no call is late, or after a rehearsal, whose calls were in time."""
     assumptions: tuple[str, ...]
     """Assumptions besides those of the times."""
+    confirmed_by: str | None = None
+    """What measured its seconds; None: they are predicted, and no GPU has confirmed them."""
 
     @property
     def fits(self) -> bool:
@@ -299,7 +311,7 @@ def _places(config: Config, nodes: Sequence[Node]) -> tuple[list[Slot], list[Sho
 def _kinds(
     config: Config, nodes: Sequence[Node], places: Iterable[Slot]
 ) -> dict[str, GpuKind | None]:
-    """Return each role's smallest kind of GPU, of the whole cluster where it is not placed."""
+    """Return each role's `smallest_kind`, of the whole cluster where it is not placed."""
     kinds: dict[str, GpuKind | None] = {}
     placed = list(places)
     for demand in demands(config):

@@ -18,8 +18,9 @@ from rlhf_ray.planning.prediction import (
     together,
     usable_bytes,
 )
+from rlhf_ray.planning.role_times import Range
 from rlhf_ray.planning.roles import PlannedRole, state_bytes
-from rlhf_ray.planning.throughput import SECONDS_PER_DAY, Range, TimeEstimate
+from rlhf_ray.planning.throughput import SECONDS_PER_DAY, TimeEstimate
 from rlhf_ray.runs.folder import RunFolder
 
 RESULT = "rehearsal.json"
@@ -137,6 +138,7 @@ def calibrated(plan: Plan, rehearsal: Rehearsal) -> Plan:
         late_calls=None,
         assumptions=(*notes, *plan.assumptions),
         shortages=(*plan.shortages, *shortages),
+        confirmed_by=f"the rehearsal of {rehearsal.when}",
     )
 
 

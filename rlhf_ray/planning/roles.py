@@ -7,7 +7,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.model import Dtype, LoraConfig
 from rlhf_ray.config.ppo import LearnerConfig
 from rlhf_ray.placement.hardware import GpuKind
-from rlhf_ray.placement.layout import RUN_MODELS, demands
+from rlhf_ray.placement.layout import RUN_MODELS, Demand, demands
 from rlhf_ray.planning.memory import (
     ADAM_BYTES,
     BYTES,
@@ -117,16 +117,19 @@ class Setting:
 
 def ppo_roles(setting: Setting) -> list[PlannedRole]:
     """Return the roles that the config needs, the driver included."""
-    parts = {"policy": _policy, "critic": _critic, "reference": _reference, "reward": _reward}
-    roles = []
-    for demand in demands(setting.config):
-        gpus = demand.gpus if demand.role in setting.kinds else 0
-        if demand.role == "generator":
-            held, start = engine(setting).parts, 0.0
-        else:
-            held, start = parts[demand.role](setting)
-        roles.append(PlannedRole(demand.role, demand.workers, gpus, held, start))
+    roles = [planned_role(setting, demand) for demand in demands(setting.config)]
     return [*roles, PlannedRole("driver", 1, 0, _driver(setting))]
+
+
+def planned_role(setting: Setting, demand: Demand) -> PlannedRole:
+    """Return the workers of one role."""
+    role = demand.role
+    gpus = demand.gpus if role in setting.kinds else 0
+    if role == "generator":
+        return PlannedRole(role, demand.workers, gpus, engine(setting).parts)
+    parts = {"policy": _policy, "critic": _critic, "reference": _reference, "reward": _reward}
+    held, start = parts[role](setting)
+    return PlannedRole(role, demand.workers, gpus, held, start)
 
 
 def state_bytes(config: Config, models: Models) -> float:

@@ -1,61 +1,60 @@
-"""Other configs for the same job: the smallest changes that make it fit, and other layouts."""
+"""Other configs for the same job: the smallest changes that make it fit, and the best layouts."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.load import resolve
+from rlhf_ray.config.section import is_list, is_mapping
 from rlhf_ray.config.stages import SUPERVISED
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.placement.layout import Node, Slot, demands
-from rlhf_ray.planning.prediction import Plan, prediction
-from rlhf_ray.planning.throughput import Range, TimeEstimate
-
-Change = Mapping[str, object]
-"""Config key -> its new value."""
+from rlhf_ray.planning.layout_options import Change, Space, changed, copied
+from rlhf_ray.planning.layouts import (
+    Costs,
+    Found,
+    costs_of,
+    front,
+    gpus_of,
+    is_valid,
+    no_worse,
+    planned,
+)
+from rlhf_ray.planning.memory import GB
+from rlhf_ray.planning.prediction import Plan, on_gpus, prediction, together
+from rlhf_ray.planning.role_times import Range
 
 BASE_AS_REFERENCE: Change = {"reference.kind": "policy_base", "reference.num_workers": 1}
 """The policy's base also serves as the reference."""
 
+WHOLE_BASE: Change = {"model.quantization": "none"}
+"""Lets learners compute faster and take turns; it changes what is learnt."""
+MOST_LAYOUTS = 5
+"""Most layouts that are listed for a base."""
+LEAST_SAVED = 0.05
+"""Share of the days or GPU-hours that a layout, or one of its changes, must save to be listed: the
+assumptions are no finer."""
 
 MAX_SINGLE_CHANGES = 4
 """Most single changes that are suggested, where each alone makes it fit."""
-
-POLICY_PART, GENERATOR_PART = 0.4, 0.6
-"""Shares of a GPU for colocated roles: one of each fills it, and two generators never share one."""
-SMALLER_ENGINE = 0.8
-"""rollout.engine_args.gpu_memory_utilization that leaves memory for what learners keep asleep."""
-
-
-def changed(config: Config, change: Change) -> Config:
-    """Return the config with a change.
-
-    Raises:
-        ConfigError: the changed config is not valid.
-    """
-    values = config.model_dump(mode="json")
-    for key, value in change.items():
-        section = values
-        *path, name = key.split(".")
-        for part in path:
-            section = section[part]
-        section[name] = value
-    return resolve(values)
 
 
 def fitting_changes(plan: Plan) -> list[Change]:
     """Return changes that each make the config fit, the cheapest first; each has been planned.
 
     Single changes where any is enough; else one that joins several, none of which can be left out;
-    none where no change tried here is enough.
+    else the fastest layout with the same base; none where that does not fit either.
     """
     candidates = list(_change_candidates(plan.config))
     single = [change for change in candidates if _missing(plan, [change]) == 0]
     if single:
         return single[:MAX_SINGLE_CHANGES]
     helpful, still_missing = _helping(plan, candidates)
-    return [] if still_missing else [_joined(_needed(plan, helpful))]
+    if still_missing:
+        layouts = [layout for layout in best_layouts(plan) if layout.learns_the_same]
+        return [layout.changes for layout in layouts[:1]]
+    return [_joined(_needed(plan, helpful))]
 
 
 def _helping(plan: Plan, candidates: Sequence[Change]) -> tuple[list[Change], float]:
@@ -201,82 +200,138 @@ class Layout:
     """Number of GPUs with a role on them."""
     days: Range
     """See `TimeEstimate`."""
+    gpu_hours: float
+    """Hours of PPO times those GPUs; at the range's midpoint."""
     idle_gpu_hours: float
     """See `TimeEstimate`."""
+    fullest: float
+    """Bytes that are in use at a time on the GPU with most of them."""
+    free: int
+    """GPUs of the cluster that no role is on."""
+    learns_the_same: bool = True
+    """Whether what is learnt does not change."""
 
 
-def layouts(plan: Plan) -> list[Layout]:
-    """Return the given layout and others that fit; none if it doesn't fit or has no known time."""
-    if not plan.fits or plan.time is None or not plan.places:
+def best_layouts(
+    plan: Plan, kept: Collection[str] = (), chosen: Change | None = None
+) -> list[Layout]:
+    """Return the given layout if it fits, then layouts that cost fewer days or fewer GPU-hours.
+
+    Those with the same base come first, then those with one that is not quantised; the fastest
+    first. None where the speed of the GPUs is unknown, or without PPO.
+
+    Args:
+        plan: of the given layout, as predicted.
+        kept: keys that stay as they are.
+        chosen: keys that the given layout has beyond the config; all others list them as well.
+    """
+    config, nodes = plan.config, plan.nodes
+    kinds = [node.gpu_kind for node in nodes if node.gpus]
+    is_ppo = "ppo" in config.run.stages and config.cluster.runs_on_ray
+    if not is_ppo or not kinds or None in kinds:
         return []
-    others = (_first(plan, variants) for variants in _layout_candidates(plan.config, plan.nodes))
-    return [_layout({}, plan, plan.time), *(other for other in others if other)]
-
-
-def _layout(changes: Change, plan: Plan, time: TimeEstimate) -> Layout:
-    return Layout(changes, len(_gpus(plan.places)), time.days, time.idle_gpu_hours)
-
-
-def _gpus(places: Sequence[Slot], *roles: str) -> set[tuple[int, int]]:
-    """Return (node, index) of the GPUs of some roles, or of all roles if none is named."""
-    return {(p.node, gpu) for p in places if not roles or p.role in roles for gpu in p.gpus}
-
-
-def _first(plan: Plan, variants: Sequence[Change]) -> Layout | None:
-    """Return the first variant that is valid and fits."""
-    for variant in variants:
-        try:
-            other = prediction(changed(plan.config, variant), plan.nodes)
-        except ConfigError:
+    known = [costs_of(plan)] if plan.fits and plan.time else []
+    limit = known[0][0] if known else math.inf
+    found = [_layout({}, plan) for _ in known]
+    for base in ({}, WHOLE_BASE):
+        space = Space(copied(config, base), plan.models, nodes, kept)
+        if base and not Space(config, plan.models, nodes, kept).differing(base):
             continue
-        if other.fits and other.time and _sleepers_share(other):
-            return _layout(variant, other, other.time)
-    return None
+        may_be_late = plan.late_calls is not None
+        few = _few(front(space, known, LEAST_SAVED, may_be_late), limit)
+        for each in few:
+            rivals = [costs_of(other) for _, other in few if other is not each[1]]
+            change, other = _plainer(space, each, known, rivals, may_be_late)
+            if not any(no_worse(costs, costs_of(other), LEAST_SAVED) for costs in known):
+                known.append(costs_of(other))
+                found.append(_layout({**(chosen or {}), **base, **change}, other))
+    return found
 
 
-def _sleepers_share(plan: Plan) -> bool:
-    """True unless colocated generators are on GPUs without a learner."""
-    if not plan.config.placement.turns:
-        return True
-    return _gpus(plan.places, "generator") <= _gpus(plan.places, "policy", "critic")
+def _few(found: Sequence[Found], limit: float) -> list[Found]:
+    """Return some layouts: the fastest, the one with the fewest GPU-hours, and some between.
+
+    Args:
+        found: the fastest first.
+        limit: seconds of an iteration of the given layout, which only the last may exceed.
+    """
+    chosen: list[Found] = []
+    for each in found:
+        costs = [costs_of(other) for _, other in chosen]
+        if not any(no_worse(other, costs_of(each[1]), LEAST_SAVED) for other in costs):
+            chosen.append(each)
+    quick = [each for each in chosen if costs_of(each[1])[0] <= limit]
+    slots = min(len(quick), MOST_LAYOUTS - 1)
+    some = [quick[round(n * (len(quick) - 1) / max(1, slots - 1))] for n in range(slots)]
+    return some + [each for each in chosen[-1:] if each not in some]
 
 
-def _layout_candidates(config: Config, nodes: Sequence[Node]) -> Iterator[list[Change]]:
-    """Yield the variants of each kind of layout, in the order in which they are tried."""
-    if config.reference.kind == "policy_base":
-        yield [{"reference.kind": "own"}]
-    elif config.reference.num_workers == 1:
-        yield [{"reference.kind": "policy_base"}]
-    else:
-        yield [BASE_AS_REFERENCE]
-    if any(demand.role == "reward" and demand.gpus for demand in demands(config)):
-        workers = config.reward.num_workers
-        for count in (workers // 2, workers * 2):
-            if count:
-                yield [{"reward.num_workers": count}]
-    if config.placement.turns:
-        yield _without_turns(config)
-    elif config.rollout.engine == "vllm":
-        yield _with_turns(config, nodes)
+def _plainer(
+    space: Space, found: Found, known: Sequence[Costs], rivals: Sequence[Costs], may_be_late: bool
+) -> Found:
+    """Return a layout without the changes that save little, whole sections first.
+
+    It stays better than the known ones, and no rival becomes better in both costs.
+    """
+    change, best = found[0], costs_of(found[1])
+    sections = dict.fromkeys(key.partition(".")[0] for key in change)
+    for name in (*sections, *change):
+        rest = {k: value for k, value in found[0].items() if not f"{k}.".startswith(f"{name}.")}
+        plan = planned(space, rest, may_be_late) if len(rest) < len(found[0]) else None
+        if plan is None or not no_worse(costs_of(plan), best, LEAST_SAVED):
+            continue
+        beaten = any(no_worse(costs, costs_of(plan), LEAST_SAVED) for costs in known)
+        beaten = beaten or any(no_worse(costs, costs_of(plan)) for costs in rivals)
+        if not beaten and is_valid(space, rest):
+            found = (rest, plan)
+    return found
 
 
-def _without_turns(config: Config) -> list[Change]:
-    """Return variants without sleeping: on separate GPUs, or else together on shared ones."""
-    turns = {"placement.turns": False}
-    return [{**turns, "placement.policy.gpus": 1.0, "placement.generator.gpus": 1.0}, turns]
+def _layout(changes: Change, plan: Plan) -> Layout:
+    assert plan.time is not None
+    gpus, hours = len(gpus_of(plan.places)), plan.config.ppo.iterations / 3600
+    held = on_gpus(plan.roles, plan.places).values()
+    return Layout(
+        changes,
+        gpus,
+        plan.time.days,
+        costs_of(plan)[1] * hours,
+        plan.time.idle_gpu_hours,
+        max(together(roles, plan.config.placement.turns) for roles in held),
+        sum(node.gpus for node in plan.nodes) - gpus,
+        WHOLE_BASE.items().isdisjoint(changes.items()),
+    )
 
 
-def _with_turns(config: Config, nodes: Sequence[Node]) -> list[Change]:
-    """Return variants in which each generator sleeps and wakes on a policy rank's GPU."""
-    placement = config.placement
-    change: dict[str, object] = {"placement.turns": True}
-    if 1 in (placement.gpus_of("policy"), placement.gpus_of("generator")):
-        change["placement.policy.gpus"] = POLICY_PART
-        change["placement.generator.gpus"] = GENERATOR_PART
-    if config.generators.num > config.policy.num_ranks:
-        change["generators.num"] = config.policy.num_ranks
-    labels = placement.generator.labels
-    if any(key in node.labels for key in labels for node in nodes):
-        change["placement.generator.labels"] = placement.policy.labels
-    smaller = {**change, "rollout.engine_args.gpu_memory_utilization": SMALLER_ENGINE}
-    return [change, smaller]
+def layout_table(layouts: Sequence[Layout], width: int) -> Iterator[str]:
+    """Yield the lines of a table of layouts, each with its overrides."""
+    yield ""
+    if not layouts:
+        yield "no layouts to compare: that takes PPO, and enough GPUs of a known kind"
+        return
+    columns = f"{'days of the run':>18}{'GPU-hours':>12}{'GPUs':>7}{'free':>7}{'GB a GPU':>12}"
+    yield f"{'layout, as predicted':<44}{columns}"
+    for number, layout in enumerate(layouts, start=bool(layouts[0].changes)):
+        name = f"{number}" if layout.changes else "as configured"
+        name += "" if layout.learns_the_same else ", which changes what is learnt"
+        days = f"{layout.days[0]:,.2f} to {layout.days[1]:,.2f}"
+        cells = f"{days:>18}{layout.gpu_hours:>12,.0f}{layout.gpus:>7}{layout.free:>7}"
+        yield f"{name:<44}{cells}{layout.fullest / GB:>12,.1f}"
+        keys = " ".join(override.replace(" ", "\0") for override in overrides(layout.changes))
+        for line in textwrap.wrap(keys, width - 2, break_long_words=False, break_on_hyphens=False):
+            yield "  " + line.replace("\0", " ")
+    if not any(layout.changes for layout in layouts):
+        yield f"no other saves {LEAST_SAVED:.0%} of the days or of the GPU-hours"
+
+
+def overrides(change: Change) -> list[str]:
+    """Return a change as command-line overrides, for a shell."""
+    return [shlex.quote(f"{key}={_yaml(value)}") for key, value in change.items()]
+
+
+def _yaml(value: object) -> str:
+    if is_list(value):
+        return f"[{','.join(map(_yaml, value))}]"
+    if is_mapping(value):
+        return f"{{{', '.join(f'{key}: {_yaml(each)}' for key, each in value.items())}}}"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,19 +9,21 @@ from typing import TypeGuard
 from rlhf_ray.config import Config, dump
 from rlhf_ray.placement.hardware import GPU_KINDS
 from rlhf_ray.placement.layout import held_at_once
+from rlhf_ray.planning.layout_options import Change
 from rlhf_ray.planning.memory import GB, gb, weights_bytes
 from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb
+from rlhf_ray.planning.role_times import ASSUMPTIONS
 from rlhf_ray.planning.roles import CACHE_KEY, PlannedRole
-from rlhf_ray.planning.suggestions import Change, Layout
-from rlhf_ray.planning.throughput import ASSUMPTIONS, TimeEstimate, middle
+from rlhf_ray.planning.suggestions import Layout, layout_table, overrides
+from rlhf_ray.planning.throughput import TimeEstimate, middle
 from rlhf_ray.planning.trainings import planned_training, trained_parts
 
 WIDTH = 100
 """Longest line, characters."""
 
 
-def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
-    """Return the resolved config and the plan as text."""
+def as_text(plan: Plan, changes: list[Change], layouts: list[Layout] | None = None) -> str:
+    """Return the resolved config and the plan as text; no layouts: they were not searched."""
     config = plan.config
     lines = [
         dump(config).rstrip(),
@@ -32,7 +34,7 @@ def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
         *_placement(plan),
         *_order(plan),
         *_time(plan),
-        *_layouts(layouts),
+        *([] if layouts is None else layout_table(layouts, WIDTH)),
         "",
         f"stages: {', '.join(config.run.stages)}",
         f"folder: {Path(config.run.dir).absolute()}",
@@ -42,7 +44,9 @@ def as_text(plan: Plan, changes: list[Change], layouts: list[Layout]) -> str:
     return "\n".join(lines)
 
 
-def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[str, object]:
+def as_json(
+    plan: Plan, changes: list[Change], layouts: list[Layout] | None = None
+) -> dict[str, object]:
     """Return the plan as JSON values; names that end in ``_gb`` are in 10^9 bytes."""
     config, time = plan.config, plan.time
     return {
@@ -62,15 +66,8 @@ def as_json(plan: Plan, changes: list[Change], layouts: list[Layout]) -> dict[st
         "days": middle(time.days) if _has_days(time) else None,
         "days_range": list(time.days) if _has_days(time) else None,
         "idle_gpu_hours": time.idle_gpu_hours if time else None,
-        "layouts": [
-            {
-                "changes": layout.changes,
-                "gpus": layout.gpus,
-                "days": middle(layout.days),
-                "idle_gpu_hours": layout.idle_gpu_hours,
-            }
-            for layout in layouts
-        ],
+        "confirmed_by": plan.confirmed_by,
+        "layouts": [_layout(layout) for layout in layouts or ()],
         "sequences_per_generator": plan.sequences,
         "assumptions": [*plan.assumptions, *_time_assumptions(plan)],
         "cluster": [
@@ -109,6 +106,21 @@ def _role(role: PlannedRole) -> dict[str, object]:
         "gpus_per_worker": role.gpus,
         "memory_gb": memory_gb(role),
         "start_gb": role.start / GB,
+    }
+
+
+def _layout(layout: Layout) -> dict[str, object]:
+    return {
+        "changes": layout.changes,
+        "overrides": overrides(layout.changes),
+        "learns_the_same": layout.learns_the_same,
+        "days": middle(layout.days),
+        "days_range": list(layout.days),
+        "gpu_hours": layout.gpu_hours,
+        "idle_gpu_hours": layout.idle_gpu_hours,
+        "gpus": layout.gpus,
+        "free_gpus": layout.free,
+        "fullest_gpu_gb": layout.fullest / GB,
     }
 
 
@@ -283,21 +295,10 @@ def _time(plan: Plan) -> Iterator[str]:
         yield f"hours of the run: {24 * best:.2g} to {24 * worst:.2g}"
     else:
         yield f"days of the run: {best:,.2f} to {worst:,.2f}"
+    if plan.confirmed_by is None:
+        yield "predicted, and confirmed by no GPU: rlhf-ray rehearse measures it on the cluster"
     yield "assumptions, at best and at worst:"
     yield from (f"  {assumption}" for assumption in _time_assumptions(plan))
-
-
-def _layouts(layouts: list[Layout]) -> Iterator[str]:
-    if not layouts:
-        return
-    yield ""
-    yield f"{'layout, as predicted':<60}{'GPUs':>6}{'days of the run':>18}{'idle GPU-hours':>16}"
-    for layout in layouts:
-        keys = _overrides(layout.changes) or "as configured"
-        first, *rest = textwrap.wrap(keys, 60, break_long_words=False, break_on_hyphens=False)
-        days = f"{layout.days[0]:,.2f} to {layout.days[1]:,.2f}"
-        yield f"{first:<60}{layout.gpus:>6}{days:>18}{layout.idle_gpu_hours:>16,.0f}"
-        yield from (f"  {line}" for line in rest)
 
 
 def _time_assumptions(plan: Plan) -> list[str]:
@@ -324,7 +325,7 @@ def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
     if changes:
         yield "It would fit with" + (" any of these:" if len(changes) > 1 else ":")
     for change in changes:
-        yield _wrapped(f"  {_overrides(change)}")
+        yield _wrapped(f"  {' '.join(overrides(change))}")
 
 
 def _reason(shortage: Shortage, changes: list[Change]) -> str:
@@ -333,16 +334,7 @@ def _reason(shortage: Shortage, changes: list[Change]) -> str:
     return shortage.reason if is_enough else f"{shortage.reason}. {shortage.remedy}"
 
 
-def _overrides(change: Change) -> str:
-    """Return a change as command-line overrides."""
-    return " ".join(f"{key}={_yaml(value)}" for key, value in change.items())
-
-
 def _wrapped(line: str) -> str:
     return textwrap.fill(
         line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
-
-
-def _yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,45 +1,33 @@
-"""Estimate how long an iteration takes: a roofline model with stated ranges, not a measurement.
+"""Estimate how long an iteration takes: phases in sequence, each as long as its slowest GPU works.
 
-A pass over a token costs two operations a parameter, its backward pass through a frozen base two
-more (four where the weights are trained), recomputing two (Kaplan et al. 2020, arXiv:2001.08361,
-section 2.1). Sampling a token reads all weights and the caches of its batch once.
+A prediction with stated ranges, not a measurement. The phases are those of `driver.ppo_loop`:
+policy and critic learn at the same time, and scores of a shard are computed while others are
+sampled.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
-from rlhf_ray.config.ppo import LearnerConfig
-from rlhf_ray.placement.hardware import NETWORK_GB_PER_S, GpuKind
+from rlhf_ray.placement.hardware import GpuKind
 from rlhf_ray.planning.memory import BYTES, Shape
-from rlhf_ray.planning.roles import PlannedRole, Setting, engine, state_bytes
+from rlhf_ray.planning.role_times import (
+    ASSUMPTIONS,
+    WORKING_PHASES,
+    Range,
+    as_range,
+    learners_mfu,
+    longest_shard,
+    role_seconds,
+)
+from rlhf_ray.planning.roles import PlannedRole, Setting, state_bytes
 from rlhf_ray.planning.trainings import section, tokens_per_step, trained_parts
-
-Range = tuple[float, float]
-"""The best and the worst case."""
 
 Sharing = Collection[Collection[PlannedRole]]
 """For each GPU, the role of each worker on it."""
 
-ASSUMPTIONS: dict[str, Range] = {
-    "learners, share of the GPU's peak bf16 FLOP/s (MFU)": (0.45, 0.2),
-    "learners on an int8 or nf4 base, MFU": (0.25, 0.08),
-    "scorers and prefill, MFU": (0.55, 0.25),
-    "decoding, share of the GPU's memory bandwidth": (0.8, 0.4),
-    "decoding, fixed seconds per step": (0.003, 0.015),
-    "response length as a share of rollout.max_tokens": (0.5, 1.0),
-    "share of scoring that does not overlap generation": (0.1, 1.0),
-    "GB/s from a learner through the object store": (2.0, 0.4),
-    "publishing an adapter, fixed seconds": (0.2, 2.0),
-    "GB/s to run.dir": (1.0, 0.1),
-    "GB/s between GPU and host memory for sleep and wake": (20.0, 2.0),
-}
-"""Name of an assumption -> its best and worst case."""
-
-SEQUENCES_AT_A_TIME = 256
-"""Most sequences that vLLM samples together (its max_num_seqs)."""
 SECONDS_PER_DAY = 86_400
 
 
@@ -91,31 +79,57 @@ def sync_bytes(config: Config, shape: Shape) -> int:
 
 
 def _phases(setting: Setting, sharing: Sharing) -> dict[str, Range]:
-    config, models = setting.config, setting.models
-    ends = (0, 1)
-    phases = {
-        "gen": _range(_generate(setting, end) for end in ends),
-        "score": _range(_on_slowest_gpu(_score(setting, end), sharing) for end in ends),
-        "learn": _range(_on_slowest_gpu(_learn(setting, end), sharing) for end in ends),
-    }
+    phases = _working_phases(setting, sharing) | fixed_phases(setting)
+    if setting.config.placement.turns:
+        phases["turns"] = turn_seconds(_moved_bytes(sharing))
+    return phases
+
+
+def fixed_phases(setting: Setting) -> dict[str, Range]:
+    """Return the phases that are the same in every layout."""
+    config, models, ends = setting.config, setting.models, (0, 1)
     state = state_bytes(config, models) / 1e9
     sent = sync_bytes(config, models.tuned.shape) / 1e9
     rates = ASSUMPTIONS["GB/s from a learner through the object store"]
     fixed = ASSUMPTIONS["publishing an adapter, fixed seconds"]
     disk = ASSUMPTIONS["GB/s to run.dir"]
-    phases["commit"] = _range(state / rates[end] for end in ends)
-    phases["sync"] = _range(fixed[end] + sent / rates[end] for end in ends)
-    phases["save"] = _range(state / disk[end] / config.ppo.save_every for end in ends)
-    if config.placement.turns:
-        moved = _moved_bytes(sharing) / 1e9
-        link = ASSUMPTIONS["GB/s between GPU and host memory for sleep and wake"]
-        phases["turns"] = _range(moved / link[end] for end in ends)
-    return phases
+    return {
+        "commit": as_range(state / rates[end] for end in ends),
+        "sync": as_range(fixed[end] + sent / rates[end] for end in ends),
+        "save": as_range(state / disk[end] / config.ppo.save_every for end in ends),
+    }
+
+
+def turn_seconds(moved: float) -> Range:
+    """Return the seconds in which a GPU moves so many bytes to main memory or back."""
+    link = ASSUMPTIONS["GB/s between GPU and host memory for sleep and wake"]
+    return as_range(moved / 1e9 / rate for rate in link)
+
+
+def _working_phases(setting: Setting, sharing: Sharing) -> dict[str, Range]:
+    """Return the phases in which roles compute; each lasts until the slowest GPU is done."""
+    beside = {
+        role.role
+        for held in sharing
+        for role in held
+        if any(other.role == "generator" for other in held)
+    }
+    alone = {
+        role: role_seconds(setting, role, is_beside_generator=role in beside)
+        for role in setting.kinds
+    }
+    return {
+        phase: as_range(
+            _on_slowest_gpu({role: alone[role][phase][end] for role in alone}, sharing)
+            for end in (0, 1)
+        )
+        for phase in WORKING_PHASES
+    }
 
 
 def _on_slowest_gpu(seconds: Mapping[str, float], sharing: Sharing) -> float:
     """Return the seconds of the slowest GPU: roles run in parallel, but share their GPU."""
-    return max(sum(seconds.get(role.role, 0.0) for role in held) for held in sharing)
+    return max(sum(seconds[role.role] for role in held) for held in sharing)
 
 
 def _moved_bytes(sharing: Sharing) -> float:
@@ -132,128 +146,6 @@ def _moved_bytes(sharing: Sharing) -> float:
     return 2 * sum(largest.values())
 
 
-def _range(ends: Iterable[float]) -> Range:
-    best, worst = ends
-    return best, worst
-
-
-def _generate(setting: Setting, end: int) -> float:
-    config = setting.config
-    rollouts = math.ceil(config.ppo.batch_size / config.generators.num)
-    return _sample(setting, rollouts, _response_tokens(config, end), end)
-
-
-def longest_shard(setting: Setting) -> float:
-    """Return the worst seconds of a call for one shard: until all rollouts in flight at its
-    generator are done, each of full length."""
-    config = setting.config
-    rollouts = math.ceil(config.ppo.batch_size / config.generators.num)
-    sampler = config.rollout.length_sampler
-    longest = sampler.max - 1 if sampler else config.rollout.max_tokens
-    return _sample(setting, min(rollouts, _in_flight(config)), longest, end=1)
-
-
-def _in_flight(config: Config) -> int:
-    """Return how many rollouts a generator has in flight."""
-    return config.generators.max_in_flight * config.rollout.shard_size
-
-
-def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
-    """Return the seconds of a generator's rollouts of ``steps`` tokens each."""
-    config, shape = setting.config, setting.models.tuned.shape
-    kind, generator = setting.kinds["generator"], engine(setting)
-    assert kind is not None
-    size = config.generators.tensor_parallel_size
-    cached = generator.sequences(setting.longest())
-    together = max(1, min(rollouts, _in_flight(config), cached, SEQUENCES_AT_A_TIME))
-    prompt = config.rollout.max_prompt_tokens
-    read = generator.parts["weights"] + together * (prompt + steps / 2) * generator.token_bytes
-    bandwidth = ASSUMPTIONS["decoding, share of the GPU's memory bandwidth"][end]
-    flops = kind.bf16_tflops * 1e12 * ASSUMPTIONS["scorers and prefill, MFU"][end]
-    operations = 2 * shape.size.parameters / size
-    of_token = max(read / (kind.memory_gb_per_s * 1e9 * bandwidth), operations * together / flops)
-    beside = ASSUMPTIONS["decoding, fixed seconds per step"][end]
-    waves = math.ceil(rollouts / together)
-    return waves * steps * (of_token + beside) + rollouts * prompt * operations / flops
-
-
-def _response_tokens(config: Config, end: int) -> float:
-    """Return the mean length of a response."""
-    sampler = config.rollout.length_sampler
-    longest = (sampler.min + sampler.max - 1) / 2 if sampler else config.rollout.max_tokens
-    if config.rollout.ignore_eos:
-        return longest
-    return longest * ASSUMPTIONS["response length as a share of rollout.max_tokens"][end]
-
-
-def _iteration_tokens(config: Config, end: int) -> float:
-    return config.ppo.batch_size * (
-        config.rollout.max_prompt_tokens + _response_tokens(config, end)
-    )
-
-
-def _score(setting: Setting, end: int) -> dict[str, float]:
-    """Return role -> seconds of its scoring after generation has ended.
-
-    A role that sleeps while others generate scores everything afterwards.
-    """
-    config, models = setting.config, setting.models
-    tokens = _iteration_tokens(config, end)
-    shapes = {
-        "policy": (models.tuned.shape, config.policy.num_ranks),
-        "critic": (models.critic.shape, config.critic.num_ranks),
-        "reference": (models.tuned.shape, config.reference.num_processes),
-        "reward": (models.reward.shape, config.reward.num_workers),
-    }
-    reached = ASSUMPTIONS["scorers and prefill, MFU"][end]
-    after = ASSUMPTIONS["share of scoring that does not overlap generation"][end]
-    seconds = {}
-    for role, kind in setting.kinds.items():
-        if role in shapes and kind is not None:
-            shape, workers = shapes[role]
-            passes = 2 if role == "policy" and config.reference.kind == "policy_base" else 1
-            share = 1.0 if config.placement.turns and role in COLOCATED_GROUPS else after
-            operations = 2 * passes * tokens * shape.size.parameters * share
-            seconds[role] = operations / (workers * kind.bf16_tflops * 1e12 * reached)
-    return seconds
-
-
-def _learn(setting: Setting, end: int) -> dict[str, float]:
-    """Return role -> seconds of its updates."""
-    config, models = setting.config, setting.models
-    groups: dict[str, tuple[LearnerConfig, Shape]] = {"policy": (config.policy, models.tuned.shape)}
-    if config.may_have_critic:
-        groups["critic"] = (config.critic, models.critic.shape)
-    return {
-        role: _group_learns(setting, role, group, shape, end)
-        for role, (group, shape) in groups.items()
-    }
-
-
-def _group_learns(
-    setting: Setting, role: str, group: LearnerConfig, shape: Shape, end: int
-) -> float:
-    config, kind = setting.config, setting.kinds[role]
-    assert kind is not None
-    tokens = config.ppo.epochs * _iteration_tokens(config, end)
-    passes = 4 + 2 * group.gradient_checkpointing
-    operations = passes * tokens * shape.size.parameters / group.num_ranks
-    seconds = operations / (kind.bf16_tflops * 1e12 * _reached(config, end))
-    if group.zero_stage == 3 and group.num_ranks > 1:
-        micro_batches = math.ceil(tokens / group.num_ranks / setting.learnt(group).tokens)
-        gathers = micro_batches * (2 + group.gradient_checkpointing)
-        weights = shape.size.parameters * BYTES[config.model.dtype] / 1e9
-        rate = kind.link_gb_per_s if end == 0 else min(NETWORK_GB_PER_S, kind.link_gb_per_s)
-        seconds += gathers * weights / rate
-    return seconds
-
-
-def _reached(config: Config, end: int) -> float:
-    is_whole = config.model.quantization == "none"
-    learners = "learners, share of the GPU's peak bf16 FLOP/s (MFU)"
-    return ASSUMPTIONS[learners if is_whole else "learners on an int8 or nf4 base, MFU"][end]
-
-
 def _supervised(setting: Setting, kind: GpuKind, end: int) -> float:
     """Return the seconds of the supervised stages in sequence; stages with epochs are left out."""
     config, seconds = setting.config, 0.0
@@ -265,7 +157,7 @@ def _supervised(setting: Setting, kind: GpuKind, end: int) -> float:
             continue
         passes = (6 if part.lora is None else 4) + 2 * settings.gradient_checkpointing
         operations = passes * tokens_per_step(config, part) * part.shape.size.parameters
-        rate = settings.train_workers * kind.bf16_tflops * 1e12 * _reached(config, end)
+        rate = settings.train_workers * kind.bf16_tflops * 1e12 * learners_mfu(config, end)
         seconds += settings.steps * operations / rate
     return seconds
 

@@ -12,7 +12,7 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.planning.plan import prediction_for
 from rlhf_ray.planning.rehearsal import Rehearsal, planned_bytes
-from rlhf_ray.planning.throughput import ASSUMPTIONS
+from rlhf_ray.planning.role_times import ASSUMPTIONS
 from rlhf_ray.stages import rehearse
 
 MEMORY_GOAL, SECONDS_GOAL = 0.15, 0.25

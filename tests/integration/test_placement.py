@@ -85,7 +85,7 @@ def three_by_eight(by_value: None) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("three_by_eight")
-async def test_24_actors_sit_where_the_layout_says_and_generators_come_and_go() -> None:
+async def test_32_actors_sit_where_the_layout_says_and_generators_come_and_go() -> None:
     config = config_of()
     asked = demands(config)
     with ray_session(config):
@@ -97,12 +97,14 @@ async def test_24_actors_sit_where_the_layout_says_and_generators_come_and_go() 
             spawner.spawn(Sitter, demand.role, demand.workers)
         found = await seats(spawner.workers)
         assert found == expected(asked, nodes)
-        assert len({(node, *gpus) for node, gpus in found.values()}) == 24, "a GPU has two actors"
+        alone = {(node, *gpus) for name, (node, gpus) in found.items() if "reward" not in name}
+        assert len(alone) == 24, "a GPU has two actors that do not share it"
         assert nodes_of(found, "generator") == [rollout_node] * 8
         policy_node, other_node = nodes_of(found, "policy")[0], nodes_of(found, "critic")[0]
         assert nodes_of(found, "policy") == [policy_node] * 8
-        for role, count in (("critic", 4), ("reference", 2), ("reward", 2)):
-            assert nodes_of(found, role) == [other_node] * count
+        for rank in range(8):
+            assert found[f"reward-{rank}"] == found[f"critic-{rank}"]
+            assert found[f"critic-{rank}"][0] == other_node
         assert len({policy_node, rollout_node, other_node}) == 3
 
         generator = next(demand for demand in asked if demand.role == "generator")
@@ -129,7 +131,7 @@ def test_the_plan_of_the_live_cluster_is_that_of_its_nodes() -> None:
         places = lay_out(demands(config), [live.node for live in live_nodes()])
     found = [(place["role"], place["rank"]) for place in planned["placement"]]
     assert found == [(place.role, place.rank) for place in places]
-    assert len(found) == 24
+    assert len(found) == 32
 
 
 @pytest.mark.usefixtures("three_by_eight")
@@ -208,6 +210,8 @@ def test_ppo_takes_two_iterations_on_three_nodes_of_eight(
         "rollout={engine: transformers, max_prompt_tokens: 64, max_tokens: 8, "
         "length_sampler: null, shard_size: 2}",
         "ppo={iterations: 2, batch_size: 16, mini_batch_size: 16, epochs: 1, eval_prompts: 8}",
+        *("placement.critic={}", "placement.reward={}", "critic.num_ranks=4"),
+        *("reward.num_workers=2", "reference={kind: own, num_workers: 2}"),
     )
     found: Seats = {}
     start_all = RoleSpawner.start_all

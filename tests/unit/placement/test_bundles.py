@@ -21,8 +21,7 @@ def test_groups_of_three_nodes_of_eight() -> None:
     names = [[worker for bundle in group for worker in bundle.workers] for group in found]
     assert names == [
         [f"policy-{rank}" for rank in range(8)],
-        [f"critic-{rank}" for rank in range(4)],
-        ["reference-0", "reference-1", "reward-0", "reward-1"],
+        [f"{role}-{rank}" for rank in range(8) for role in ("critic", "reward")],
         *([f"generator-{index}"] for index in range(8)),
     ]
     assert found[0] == [Bundle(0, (rank,), (f"policy-{rank}",)) for rank in range(8)]

@@ -51,7 +51,10 @@ def generators(workers: int, gpus: float = 1, **labels: str) -> Demand:
 
 CASES = {
     "three nodes of eight: a node for the policy, one for generators, one for the rest": (
-        placed(),
+        placed(
+            *("placement={}", "critic.num_ranks=4", "reward.num_workers=2"),
+            *("reference.kind=own", "reference.num_workers=2"),
+        ),
         nodes(8, 8, 8),
         {
             "policy": one_each(0, 0, 8),
@@ -61,13 +64,32 @@ CASES = {
             "reward": one_each(1, 6, 2),
         },
     ),
+    "three nodes of eight: a scorer beside each rank of the critic": (
+        placed(),
+        nodes(8, 8, 8),
+        {
+            "policy": one_each(0, 0, 8),
+            "generator": one_each(2, 0, 8),
+            "critic": one_each(1, 0, 8),
+            "reward": one_each(1, 0, 8),
+        },
+    ),
     "one GPU: four roles have a quarter each": (
         placed(file="stackllama/ppo_1_gpu"),
         nodes(1),
         {role: [(0, (0,))] for role in ("policy", "critic", "reward", "generator")},
     ),
-    "one node of eight": (
+    "one node of eight: one worker of each role on every GPU": (
         placed(file="stackllama/ppo_1x8_a100"),
+        nodes(8),
+        dict.fromkeys(("policy", "critic", "reward", "generator"), one_each(0, 0, 8)),
+    ),
+    "one node of eight, a GPU for every worker": (
+        placed(
+            *("placement={}", "generators.num=3", "policy.num_ranks=2", "critic.num_ranks=1"),
+            *("reference.kind=own", "reward.num_workers=1"),
+            file="stackllama/ppo_1x8_a100",
+        ),
         nodes(8),
         {
             "policy": one_each(0, 0, 2),

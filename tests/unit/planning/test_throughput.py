@@ -11,14 +11,20 @@ from typer.testing import CliRunner
 from rlhf_ray import cli
 from rlhf_ray.config import load
 from rlhf_ray.placement.hardware import parse_cluster
+from rlhf_ray.planning.layout_options import changed
 from rlhf_ray.planning.plan import Plan
 from rlhf_ray.planning.prediction import prediction
+from rlhf_ray.planning.role_times import Range
 from rlhf_ray.planning.roles import PlannedRole
-from rlhf_ray.planning.suggestions import changed
-from rlhf_ray.planning.throughput import Range, idle_seconds
+from rlhf_ray.planning.throughput import idle_seconds
 
 STACKLLAMA = Path(__file__).parents[3] / "configs" / "stackllama"
 WHOLE_WEIGHTS = "model.quantization=none"  # those of int8 cannot be moved
+APART = (
+    *("placement={}", "critic.num_ranks=4", "reward.num_workers=2"),
+    *("reference.kind=own", "reference.num_workers=2"),
+)
+"""No two roles on a GPU."""
 TURNS = {
     "placement.turns": True,
     "placement.policy.gpus": 0.4,
@@ -51,7 +57,7 @@ def test_a_gpu_is_idle_while_no_role_on_it_works() -> None:
 
 
 def test_turns_move_the_weights_of_both_sides_twice_an_iteration() -> None:
-    config = load(STACKLLAMA / "ppo_3x8_a100.yaml", [WHOLE_WEIGHTS])
+    config = load(STACKLLAMA / "ppo_3x8_a100.yaml", [WHOLE_WEIGHTS, *APART])
     nodes = parse_cluster("3x8xA100-80GB")
     assert "turns" not in phases(prediction(config, nodes))
     turns = prediction(changed(config, TURNS), nodes)
@@ -68,7 +74,7 @@ def test_turns_move_what_learners_have_on_one_gpu_together() -> None:
 
 
 def test_generation_does_not_hide_the_scoring_of_a_side_that_sleeps() -> None:
-    config = load(STACKLLAMA / "ppo_3x8_a100.yaml", [WHOLE_WEIGHTS])
+    config = load(STACKLLAMA / "ppo_3x8_a100.yaml", [WHOLE_WEIGHTS, *APART])
     nodes = parse_cluster("3x8xA100-80GB")
     operations = 2 * TOKENS * LLAMA_7B
     # At best 0.55 of 312 TFLOP/s: two references, a tenth of it after generation; four critics.
@@ -86,7 +92,39 @@ def test_roles_on_one_gpu_take_as_long_as_all_of_them() -> None:
     assert phases(plan)["learn"][0] == pytest.approx(2 * group, rel=1e-3)
     # The policy twice, as its base is the reference; the critic; the reward model.
     pass_s = 2 * TOKENS * LLAMA_7B / (312e12 * 0.55)
-    assert phases(plan)["score"][0] == pytest.approx(0.1 * 4 * pass_s, rel=1e-3)
+    assert phases(plan)["score"][0] == pytest.approx(4 * pass_s, rel=1e-3)
+
+
+def on_eight(*keys: str) -> Mapping[str, Range]:
+    config = load(STACKLLAMA / "ppo_3x8_a100.yaml", [WHOLE_WEIGHTS, *APART, *keys])
+    return phases(prediction(config, parse_cluster("4x8xA100-80GB")))
+
+
+def test_workers_divide_whole_shards() -> None:
+    # Of eight shards one of five workers has two, as one of four has.
+    assert on_eight("generators.num=5")["gen"] == on_eight("generators.num=4")["gen"]
+    assert on_eight("generators.num=5")["gen"] > on_eight("generators.num=8")["gen"]
+    others = ("reward.num_workers=8", "critic.num_ranks=8", "generators.num=1")
+    five, four = (on_eight(*others, f"reference.num_workers={count}") for count in (5, 4))
+    assert five["score"] == four["score"]
+
+
+def test_at_zero_3_every_rank_computes_every_score() -> None:
+    few, many = (on_eight("policy.zero_stage=3", f"policy.num_ranks={ranks}") for ranks in (2, 8))
+    assert few["score"] == many["score"]
+    assert few["score"] > on_eight("policy.num_ranks=2")["score"]
+
+
+def test_a_generator_of_several_gpus_waits_for_their_sums_twice_a_layer() -> None:
+    def step(size: int) -> float:
+        fast = ("generators.num=1", f"generators.tensor_parallel_size={size}")
+        return on_eight(*fast)["gen"][0]
+
+    # Of the 159 / 2 steps of a token each takes 32 layers x 2 x 10 microseconds, and the bytes of
+    # 64 rows of 4096 numbers 1.5 times at 300 GB/s.
+    sums = 79.5 * 32 * 2 * (1e-5 + 1.5 * 64 * 4096 * 2 / 300e9)
+    assert step(4) > step(1) / 4 + sums
+    assert step(4) < step(1)
 
 
 MODELS = Path(__file__).parents[3] / "configs" / "models"
