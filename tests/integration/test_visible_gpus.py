@@ -1,4 +1,4 @@
-"""Which GPUs the processes of a run see, on simulated nodes with declared GPUs."""
+"""Which GPUs the processes of a run see, and a run that finds too few, on simulated nodes."""
 
 import asyncio
 import os
@@ -16,7 +16,9 @@ from simulated_clusters import simulated_cluster
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import load
+from rlhf_ray.errors import PlacementError
 from rlhf_ray.placement.layout import demands
+from rlhf_ray.stages import pipeline
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -78,3 +80,15 @@ def test_a_stage_that_trains_on_cpus_sees_no_gpu(two_gpus: None, tmp_path: Any) 
         run = ray.train.RunConfig(storage_path=str(tmp_path))
         found = TorchTrainer(visible, scaling_config=scaling, run_config=run).fit().return_value
     assert found == NONE
+
+
+def test_a_cluster_that_is_too_small_for_ppo_is_refused_before_pretraining(
+    two_gpus: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(pipeline, "run_stage", lambda _, stage: begun.append(stage))
+    monkeypatch.setattr(pipeline, "require_same_files", lambda *_: [])
+    keys = ["cluster.mode=ray", f"run.dir={tmp_path / 'run'}", "placement.timeout_s=2"]
+    with pytest.raises(PlacementError, match=r"in total 5\. Available: .* Waited 2 s for free"):
+        pipeline.run(load("@quickstart", keys))
+    assert begun == ["prepare"]  # it needs no GPU
