@@ -49,7 +49,12 @@ class Running:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, str(self.folder), str(self.lines)],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(paths),
+                    # Cases look at the GPU before they start vLLM, whose forks could not use it.
+                    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
