@@ -5,7 +5,7 @@
 #   --out      results.json, logs, models; default: runs/gpu_check
 #   --steps    these steps alone
 #   --nodes    the part for several nodes, on a node of a Ray cluster (export RAY_ADDRESS)
-#   --limit-s  seconds of all steps together; default: 600, with --nodes 7200
+#   --limit-s  seconds of all steps together; default: 600, without a GPU 1800, with --nodes 7200
 #   PYTHON=/path/to/python   default: .venv/bin/python if scripts/setup.sh was run, else python3
 # Without a GPU what needs none runs on tiny models, and the rest says what it would do.
 set -euo pipefail

@@ -85,9 +85,14 @@ class TransformersEngine:
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
         """Put the adapter into the model; report what is read back from the model."""
         started = time.perf_counter()
-        self._slot.put(update.peft_config, tensors_from_bytes(update.data))
+        sent = tensors_from_bytes(update.data)
+        self._slot.put(update.peft_config, sent)
         assert isinstance(self._slot.model, PeftModel)
-        held = adapter_state(self._slot.model)
+        # PEFT holds in fp32 what a bfloat16 learner sends: cast back, nothing is lost.
+        held = {
+            name: tensor.to(sent[name].dtype)
+            for name, tensor in adapter_state(self._slot.model).items()
+        }
         return ServedAdapter(
             version=update.version,
             num_modules=sum(name.endswith("lora_A.weight") for name in held),

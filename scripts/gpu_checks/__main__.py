@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gpu_checks.cases import ONE_NODE, SEVERAL_NODES
-from gpu_checks.lines import FAIL, PASS, WOULD, Line
+from gpu_checks.lines import FAIL, PASS, WOULD, Line, Place
 from gpu_checks.running import run
 
 
@@ -52,7 +52,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes", action="store_true", help="the part for a running Ray cluster")
     parser.add_argument("--limit-s", type=float, help="seconds of the whole check")
     options = parser.parse_args(arguments)
-    options.limit_s = options.limit_s or (7200.0 if options.nodes else 600.0)
+    if options.limit_s is None:
+        alone = 600.0 if Place(options.out).has_gpu else 1800.0
+        options.limit_s = 7200.0 if options.nodes else alone
     return options
 
 

@@ -45,7 +45,7 @@ def _one_node() -> Iterator[Case]:
     for quantization in ("none", "int8", "nf4"):
         for role in ("frozen", "policy", "critic"):
             yield Case(
-                "2", f"{role}-{quantization}", "gpu_checks.roles:placed", (role, quantization), 100
+                "2", f"{role}-{quantization}", "gpu_checks.roles:placed", (role, quantization), 150
             )
     for runner in ("V1", "V2"):
         for dtype, serving in (
@@ -65,7 +65,7 @@ def _one_node() -> Iterator[Case]:
             )
     for stage in (1, 2, 3):
         for role in ("policy", "critic"):
-            yield Case("4", f"{role}-zero{stage}", "gpu_checks.roles:learnt", (role, stage))
+            yield Case("4", f"{role}-zero{stage}", "gpu_checks.roles:learnt", (role, stage), 150)
     yield Case("5", "sleep", "gpu_checks.engines:sleep")
     yield Case("6", "five-roles", "gpu_checks.runs:two_iterations", limit_s=200, alone=True)
     yield Case("7", "7b-engine", "gpu_checks.engines:speed", limit_s=240, alone=True)

@@ -120,8 +120,7 @@ async def _facts(served: Served) -> dict[str, str]:
 def sleep(place: Place) -> Iterator[Line]:
     """Sample, sleep, wake and sample again under one adapter."""
     # Without a GPU transformers samples: vLLM cannot sleep there.
-    dtype = "bfloat16" if place.has_gpu else "float32"
-    config = _config(place, small(place), dtype=dtype, sleeps=True)
+    config = _config(place, small(place), sleeps=True)
     yield from asyncio.run(_sleep(place, config))
 
 

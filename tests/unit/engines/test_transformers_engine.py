@@ -256,3 +256,9 @@ def test_a_zero_adapter_is_the_base(base: str) -> None:
 def test_sampling_before_an_adapter_is_refused(base: str) -> None:
     with pytest.raises(WeightSyncError, match="must serve an adapter before it samples"):
         Served(base).sample(REQUESTS)
+
+
+def test_an_adapter_of_a_bfloat16_learner_is_read_back_as_it_was_sent(base: str) -> None:
+    served = Served(base)
+    state = {name: tensor.bfloat16() for name, tensor in served.state(scale=0.1).items()}
+    assert served.serve(state).digest == digest(state)
