@@ -192,7 +192,7 @@ class Learner(ABC):
                 mini_batch = self._backward(self._micro_batches(index), num_tokens)
                 if self._moves_weights(mini_batch, num_tokens):
                     norm = self._engine.step()
-                    if norm is None and mini_batch.is_finite():
+                    if norm is None and self._is_finite_everywhere(mini_batch):
                         num_skipped += 1  # no step: gradients overflowed, not the loss
                     else:
                         norms.append(math.nan if norm is None else norm)
@@ -229,6 +229,10 @@ class Learner(ABC):
             self._engine.backward(loss, last=number == len(remaining))
             tally.add(means, batch.num_tokens)
         return tally
+
+    def _is_finite_everywhere(self, mini_batch: Tally) -> bool:
+        """Return whether a mini-batch's metrics are finite on every rank; all ranks must call."""
+        return self._engine.sum_over_ranks(float(not mini_batch.is_finite())) == 0
 
     def _moves_weights(self, mini_batch: Tally, num_tokens: int) -> bool:
         """Return whether to step on a mini-batch; every rank must return the same."""

@@ -210,7 +210,9 @@ class PolicyLearner(Learner):
 
         shifts: dict[float, float] = {}
         for scale in PROBE_SCALES:
-            shifts[scale] = self._mean_shift(scaled(scale), prompts)
+            # The group's mean: ranks whose kernels differ a little must choose the same scale.
+            shift = self._engine.sum_over_ranks(self._mean_shift(scaled(scale), prompts))
+            shifts[scale] = shift / self._engine.world_size
             if shifts[scale] >= PROBE_SHIFT:
                 return self._update(version, scaled(scale))
         half = max(shifts.values()) / 2

@@ -1,7 +1,9 @@
 """Tests of policy and critic learners in one process: steps, and the split of rows over ranks."""
 
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -231,6 +233,55 @@ def test_a_loss_that_is_not_finite_is_no_overflow(
         refuse_non_finite(report.metrics, 1)
 
 
+def as_group(learners: list[Any], call: Callable[[Any], Any]) -> list[Any]:
+    """Call the learners as the ranks of one group, which wait for each other in sums."""
+    values, meeting = [0.0] * len(learners), threading.Barrier(len(learners), timeout=60)
+    computing = threading.Lock()  # one at a time: models are patched while they compute
+
+    def at(rank: int) -> Any:
+        def sum_over_ranks(value: float) -> float:
+            values[rank] = value
+            computing.release()
+            meeting.wait()
+            total = sum(values)
+            meeting.wait()
+            computing.acquire()
+            return total
+
+        engine = learners[rank]._engine
+        engine.rank, engine.world_size = rank, len(learners)
+        engine.sum_over_ranks = sum_over_ranks
+        with computing:
+            return call(learners[rank])
+
+    with ThreadPoolExecutor(len(learners)) as pool:
+        return list(pool.map(at, range(len(learners))))
+
+
+@pytest.mark.parametrize("kind", [CriticLearner, PolicyLearner])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_loss_that_is_not_finite_on_one_rank_is_no_overflow_on_any(
+    make_learner: Callable[..., Any],
+    policy: PolicyLearner,
+    rollouts: list[Rollout],
+    kind: type[Any],
+    broken: int,
+) -> None:
+    def learn(learner: Any) -> StepReport:
+        assemble(learner, policy, rollouts)
+        if learner._engine.rank == broken:
+            learner._experience.returns_BT.fill_(math.nan)
+            learner._experience.old_logprobs_BT.fill_(math.nan)
+        learner._engine.step = learner._engine.discard  # the group's gradients are not finite
+        return learner.learn(0.0, 1.0)
+
+    learners = [make_learner(kind, guards={"ratio": {"action": "off"}}) for _ in range(2)]
+    report = merge_reports(as_group(learners, learn))
+    assert kind.skipped_name not in report.metrics
+    with pytest.raises(DivergenceError, match="not finite"):
+        refuse_non_finite(report.metrics, 1)
+
+
 def test_rank_0_alone_returns_what_is_the_same_on_all_ranks(policy: PolicyLearner) -> None:
     files, digest = policy.state()
     tensors, update = policy.adapter(1)
@@ -345,6 +396,18 @@ class TestProbe:
         assemble(policy, policy, rollouts)
         policy.learn(0.0, 1.0)
         assert policy.probe(-1, canaries)[1].digest == before.digest
+
+    def test_ranks_whose_shifts_differ_make_the_same_probe(
+        self, make_learner: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, canaries: Any
+    ) -> None:
+        """Kernels that are not deterministic may put them on two sides of PROBE_SHIFT."""
+        shifts = [iter([0.1, 0.9999, 2.0]), iter([0.1, 1.0002, 2.0])]
+        monkeypatch.setattr(
+            PolicyLearner, "_mean_shift", lambda learner, *_: next(shifts[learner._engine.rank])
+        )
+        ranks = [make_learner(PolicyLearner) for _ in shifts]
+        one, other = as_group(ranks, lambda learner: learner.probe(-1, canaries)[1].digest)
+        assert one == other
 
     def test_comparing_gives_the_policy_back(
         self, policy: PolicyLearner, rollouts: list[Rollout], canaries: Any
