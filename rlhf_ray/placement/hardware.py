@@ -33,6 +33,8 @@ class GpuKind:
     ray_names: tuple[str, ...]
     """Its names in Ray: from the driver's name and without the memory size, unless nodes are
     labelled by hand (``ray.util.accelerators``)."""
+    has_bf16: bool = True
+    """Whether it computes in bfloat16, as all do since Ampere."""
 
 
 GPU_KINDS: dict[str, GpuKind] = {
@@ -45,9 +47,9 @@ GPU_KINDS: dict[str, GpuKind] = {
     "A6000-48GB": GpuKind(51.5, 155, 768, 56, ("RTX-A6000",)),
     "A10G-24GB": GpuKind(24.1, 70, 600, 32, ("A10G",)),
     "L4-24GB": GpuKind(24.2, 121, 300, 32, ("L4",)),
-    "V100-16GB": GpuKind(17.2, 125, 900, 150, ("V100",)),
-    "V100-32GB": GpuKind(34.4, 125, 900, 150, ("V100",)),
-    "T4-16GB": GpuKind(16.1, 65, 320, 16, ("T4",)),
+    "V100-16GB": GpuKind(17.2, 125, 900, 150, ("V100",), has_bf16=False),
+    "V100-32GB": GpuKind(34.4, 125, 900, 150, ("V100",), has_bf16=False),
+    "T4-16GB": GpuKind(16.1, 65, 320, 16, ("T4",), has_bf16=False),
     "RTX4090-24GB": GpuKind(25.8, 165, 1008, 32, ("GeForce-RTX-4090",)),
 }
 """From the makers' data sheets: NVIDIA A100 (2021), H100 and H200 (SXM), B200 (HGX), L40S, L4, V100
@@ -133,7 +135,11 @@ def kind_of(node: Node) -> GpuKind | None:
     """
     if node.gpu_kind is not None:
         return GPU_KINDS[node.gpu_kind]
-    return None if node.gpu_memory_gb is None else GpuKind(node.gpu_memory_gb, 0, 0, 0, ())
+    return (
+        None
+        if node.gpu_memory_gb is None
+        else GpuKind(node.gpu_memory_gb, 0, 0, 0, (), node.has_bf16)
+    )
 
 
 def gpu_kind(ray_name: str, memory_gb: float | None) -> str | None:
@@ -171,7 +177,7 @@ def this_machine() -> Node:
     ]
     memory_gb = properties.total_memory / 1e9
     kind = _of_size(family, memory_gb)
-    return Node("this machine", count, gpu_kind=kind, gpu_memory_gb=memory_gb)
+    return Node("this machine", count, {}, kind, memory_gb, has_bf16=properties.major >= 8)
 
 
 def memory_of_machine() -> int:

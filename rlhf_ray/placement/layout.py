@@ -51,6 +51,8 @@ class Node:
     """A key of `hardware.GPU_KINDS`, such as ``A100-80GB``; None if unknown."""
     gpu_memory_gb: float | None = None
     """Memory of the smallest of its GPUs, 10^9 bytes, as measured; None if it was not."""
+    has_bf16: bool = True
+    """Whether GPUs of an unknown kind compute in bfloat16; True if that was not measured."""
 
 
 @dataclass(frozen=True)

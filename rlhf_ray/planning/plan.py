@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 from rlhf_ray.config import Config
-from rlhf_ray.errors import PlacementError
+from rlhf_ray.errors import DataError, PlacementError
 from rlhf_ray.placement.hardware import kind_of, live_cluster, parse_cluster, this_machine
 from rlhf_ray.placement.layout import PARTS, Node, demands, fit
 from rlhf_ray.planning.layout_options import Change
@@ -38,8 +39,8 @@ def plan_for(
     nodes, note = _nodes(config, cluster)
     settled = arranged(config, nodes)
     chosen = choices(config, settled)
-    shared = (f"roles share GPUs, so these are chosen: {chosen}",) if chosen else ()
     plan = prediction(settled, nodes)
+    shared = (f"roles share GPUs, so these are chosen: {chosen}",) if chosen and plan.fits else ()
     # From the prediction, before calibration: other configs have not been rehearsed.
     changes = [] if plan.fits else fitting_changes(plan)
     layouts = None if kept is None else _best_layouts(config, settled, nodes, kept)
@@ -86,8 +87,12 @@ def arranged(config: Config, nodes: Sequence[Node]) -> Config:
     if not samples or config.cluster.mode == "inline" or not any(node.gpus for node in nodes):
         return config
     options = [_with_engine_memory(option, nodes) for option in _in_parts(config, nodes)]
-    fitting = (option for option in options if prediction(option, nodes).fits)
-    return options[0] if len(options) == 1 else next(fitting, options[0])
+    if len(options) > 1:
+        with suppress(DataError):  # without the sizes of models, the largest part
+            return next(
+                (option for option in options if prediction(option, nodes).fits), options[0]
+            )
+    return options[0]
 
 
 def _in_parts(config: Config, nodes: Sequence[Node]) -> list[Config]:
@@ -114,7 +119,12 @@ def _with_engine_memory(config: Config, nodes: Sequence[Node]) -> Config:
     has_parts = config.placement.gpus_of("generator") not in (0, 1)
     if config.rollout.engine != "vllm" or not has_parts or {UTILIZATION_KEY, CACHE_KEY} <= {*args}:
         return config
-    plan = prediction(with_stages(config, ["ppo"]), nodes)
+    try:
+        plan = prediction(with_stages(config, ["ppo"]), nodes)
+    except DataError:
+        if UTILIZATION_KEY in args:  # enough for vLLM to start, which measures the rest
+            return config
+        raise
     shared = [
         (kind_of(nodes[node]), held)
         for (node, _), held in on_gpus(plan.roles, plan.places).items()
@@ -129,11 +139,13 @@ def _with_engine_memory(config: Config, nodes: Sequence[Node]) -> Config:
         left = min(left_for_engine(held, kind, config.placement.turns) for kind, held in known)
         most = {UTILIZATION_KEY: max(1e-3, min(left, UTILIZATION))} | args
         largest = engine_of(_with_engine_args(config, most), shape, smallest)
-        cache = largest.parts["KV cache"]
+        cache, longest = largest.parts["KV cache"], config.model.max_length
+        if not largest.sequences(longest):
+            return _with_engine_args(config, most)  # 0 bytes would be as if not set
         if UTILIZATION_KEY not in args:
             # No more than can be in flight: what the others need is an estimate.
             rollouts = config.generators.max_in_flight * config.rollout.shard_size
-            cache = min(cache, rollouts * config.model.max_length * largest.token_bytes)
+            cache = min(cache, largest.cache_bytes(rollouts, longest))
         args[CACHE_KEY] = int(cache)
     needed = sum(engine_of(_with_engine_args(config, args), shape, smallest).parts.values())
     # vLLM ends its start where less than this share is free, also with a cache in bytes.

@@ -167,7 +167,7 @@ def _machine_shortages(
 def _cache_shortage(config: Config, engine: Engine) -> Shortage:
     """Return the shortage of a KV cache that holds no whole sequence, which vLLM refuses."""
     longest, cache = config.model.max_length, engine.parts["KV cache"]
-    needed = longest * engine.token_bytes
+    needed = engine.cache_bytes(1, longest)
     return Shortage(
         f"a generator has {cache / GB:,.2f} GB left for its KV cache, and one sequence of "
         f"model.max_length {longest} needs {needed / GB:,.2f} GB on each of its GPUs",
@@ -176,20 +176,35 @@ def _cache_shortage(config: Config, engine: Engine) -> Shortage:
 
 
 def unservable(config: Config, nodes: Iterable[Node]) -> Shortage | None:
-    """Return why generators on GPUs cannot serve the policy; None if they can.
+    """Return why the policy cannot be sampled on these nodes' GPUs; None if it can, or not there.
 
-    vLLM's LoRA kernels for GPUs assert half precision.
+    vLLM's LoRA kernels for GPUs assert half precision, which is float16 before Ampere.
     """
-    on_gpus_of_theirs = config.placement.gpus_of("generator") and any(node.gpus for node in nodes)
-    is_float = config.engine_dtype == "float32" and config.serving == "adapter"
-    if config.rollout.engine != "vllm" or not (on_gpus_of_theirs and is_float):
+    kinds = [kind_of(node) for node in nodes if node.gpus]
+    if not config.placement.gpus_of("generator") or not (kinds or config.cluster.joins_cluster):
         return None
-    parallel = config.generators.tensor_parallel_size > 1
-    return Shortage(
-        "generators serve adapters on GPUs in bfloat16 or float16, and rollout.dtype is float32",
-        MISSING_GPU,
-        "set rollout.dtype=bfloat16" + ("" if parallel else " or rollout.serving=merged"),
-    )
+    dtype, on_vllm = config.engine_dtype, config.rollout.engine == "vllm"
+    lacks_bf16 = bool(kinds) and all(kind is not None and not kind.has_bf16 for kind in kinds)
+    half = "float16" if lacks_bf16 else "bfloat16"
+    if on_vllm and dtype == "bfloat16" and lacks_bf16:
+        return Shortage(
+            "vLLM has no bfloat16 on GPUs before Ampere, and rollout.dtype is bfloat16",
+            MISSING_GPU,
+            f"set rollout.dtype={half}",
+        )
+    if on_vllm and dtype == "float32" and config.serving == "adapter":
+        parallel = config.generators.tensor_parallel_size > 1
+        return Shortage(
+            "generators serve adapters on GPUs in half precision, and rollout.dtype is float32",
+            MISSING_GPU,
+            f"set rollout.dtype={half}" + ("" if parallel else " or rollout.serving=merged"),
+        )
+    try:
+        if "ppo" in config.run.stages:
+            config.require_corrected_truncation(engine_is_exact=False)
+    except ValueError as error:
+        return Shortage(f"on GPUs, {error}", MISSING_GPU)
+    return None
 
 
 def _over(node: Node, held: Sequence[PlannedRole], turns: bool) -> Shortage | None:
@@ -281,9 +296,10 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     generator = engine(setting)
     is_known = setting.kinds.get("generator") is not None or not has_gpus
     sequences = generator.sequences(config.model.max_length) if is_known else 0
-    if runs_ppo and is_known and not sequences:
+    samples = runs_ppo or "evaluate" in config.run.stages
+    if samples and is_known and not sequences:
         short.append(_cache_shortage(config, generator))
-    if runs_ppo and (refused := unservable(config, nodes)):
+    if samples and (refused := unservable(config, nodes)):
         short.append(refused)
     is_placed = has_gpus and (bool(places) or not runs_ppo)
     time = estimate_time(setting, on_gpus(ppo, places).values()) if is_placed else None

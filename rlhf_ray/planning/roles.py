@@ -1,5 +1,6 @@
 """Memory of a worker of each role of PPO, part by part."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,8 @@ UTILIZATION_KEY, CACHE_KEY = "gpu_memory_utilization", "kv_cache_memory_bytes"
 """Keys of rollout.engine_args for vLLM's share of a GPU, and for its KV cache alone."""
 UTILIZATION = 0.92
 """Share of a GPU that vLLM takes where neither is set."""
+BLOCK = 16
+"""Tokens of a block of vLLM's KV cache, unless engine_args.block_size is set."""
 ENGINE_LIBRARIES = 2.5e9
 """Bytes of vLLM's CUDA context, its CUDA graphs, and buffers of its largest prefill."""
 CPU_ENGINE = 1.4e9
@@ -52,10 +55,19 @@ class Engine:
     """Bytes of a token in its KV cache, on each of its GPUs."""
     lacking: float = 0.0
     """Bytes that it needs beyond its share of a GPU before it has any cache."""
+    block: int | None = None
+    """Tokens of a block of its KV cache; None: any number, as far as is known."""
 
     def sequences(self, tokens: int) -> int:
         """Return how many sequences of a length its KV cache holds at a time."""
-        return max(0, int(self.parts["KV cache"] // (self.token_bytes * tokens)))
+        none, one = (self.cache_bytes(number, tokens) for number in (0, 1))
+        return max(0, int((self.parts["KV cache"] - none) // (one - none)))
+
+    def cache_bytes(self, sequences: int, tokens: int) -> float:
+        """Return the bytes of a KV cache for so many sequences: whole blocks, and vLLM's own."""
+        block = self.block or 1
+        blocks = sequences * math.ceil(tokens / block) + (self.block is not None)
+        return blocks * block * self.token_bytes
 
 
 @dataclass(frozen=True)
@@ -257,11 +269,12 @@ def engine_of(config: Config, shape: Shape, kind: GpuKind | None) -> Engine:
         **weights,
         "logits": SAMPLER_ROWS * shape.vocab_size * SAMPLER_BYTES,
     }
-    if (cache := rollout.engine_args.get(CACHE_KEY)) is not None:
-        return Engine({**held, "KV cache": cache}, token)
+    block = rollout.engine_args.get("block_size") or BLOCK
+    if cache := rollout.engine_args.get(CACHE_KEY):  # vLLM takes 0 for not set
+        return Engine({**held, "KV cache": cache}, token, block=block)
     utilization = rollout.engine_args.get(UTILIZATION_KEY, UTILIZATION)
     left = utilization * kind.memory_gb * 1e9 - sum(held.values())
-    return Engine({**held, "KV cache": max(0.0, left)}, token, lacking=max(0.0, -left))
+    return Engine({**held, "KV cache": max(0.0, left)}, token, max(0.0, -left), block)
 
 
 def _unbounded(config: Config, shape: Shape, token: float) -> Parts:

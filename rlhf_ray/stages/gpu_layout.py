@@ -13,10 +13,11 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.stages import STAGES
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.placement.hardware import kind_of
-from rlhf_ray.placement.layout import Node, fit, held_at_once, shortage
+from rlhf_ray.placement.layout import Node, demands, fit, held_at_once, shortage
 from rlhf_ray.planning.plan import arranged, choices, nodes_of, with_stages
 from rlhf_ray.planning.prediction import prediction, unservable
 from rlhf_ray.planning.roles import CACHE_KEY, UTILIZATION_KEY
+from rlhf_ray.planning.shapes import models_of
 
 SAMPLES = {"ppo", "evaluate"}
 """Stages with generators."""
@@ -35,36 +36,39 @@ def settle_layout(config: Config, stages: Collection[str], say: Callable[[str], 
     Raises:
         ConfigError: a stage cannot start on this machine; nothing has begun.
     """
-    if config.cluster.mode == "inline" or not any(STAGES[stage].needs_ray for stage in stages):
+    if not any(STAGES[stage].needs_ray for stage in stages):
         return config
     joins, samples = config.cluster.joins_cluster, bool(SAMPLES & {*stages})
-    if joins and (not samples or config.placement.gpus_of("generator") in (0, 1)):
+    sampler = "ppo" if "ppo" in stages else "evaluate"
+    is_open = not joins or (samples and config.placement.gpus_of("generator") not in (0, 1))
+    nodes = nodes_of(config) if is_open else ()
+    if samples and (refused := unservable(with_stages(config, stages), nodes)):
+        why = "; ".join(filter(None, (refused.reason, refused.remedy)))
+        raise ConfigError(f"{sampler} cannot start: {why}. No stage has begun")
+    if config.cluster.mode == "inline" or not is_open:
         return config
-    nodes = nodes_of(config)
     if not joins and not any(node.gpus for node in nodes):
         if samples:
             _refuse_engine_without_gpu(config)
         return config
-    if samples and (refused := unservable(config, nodes)):
-        raise ConfigError(
-            f"ppo cannot start: {refused.reason}; {refused.remedy}. No stage has begun"
-        )
-    _fetch_shape(config)
+    _fetch_shapes(config)
     # A single stage may run that run.stages does not name.
     settled = arranged(with_stages(config, stages), nodes).model_copy(update={"run": config.run})
+    settled = _with_known_sizes(config, settled)
     if samples:
         _refuse_unknown_memory(settled, nodes)
-    if chosen := choices(config, settled):
-        say(f"Roles share GPUs, so these are chosen: {chosen}")
     for what, asked in {} if joins else held_at_once(settled, stages).items():
         if fit(asked, nodes) is None:
             raise ConfigError(f"{what} cannot start: {shortage(asked, nodes)}. No stage has begun")
     with suppress(DataError):  # a model's size is not known
         plan = prediction(with_stages(settled, stages), nodes)
-        if plan.shortages and not plan.sequences and SAMPLES & {*stages}:
-            raise ConfigError(f"ppo cannot start: {plan.shortages[-1].reason}. No stage has begun")
+        if plan.shortages and not plan.sequences and samples:
+            reason = plan.shortages[-1].reason
+            raise ConfigError(f"{sampler} cannot start: {reason}. No stage has begun")
         for short in plan.shortages:
             say(f"Warning: by the plan, {short.reason} (rlhf-ray plan shows what would fit)")
+    if chosen := choices(config, settled):
+        say(f"Roles share GPUs, so these are chosen: {chosen}")
     return settled
 
 
@@ -105,9 +109,28 @@ def _refuse_unknown_memory(config: Config, nodes: Sequence[Node]) -> None:
         )
 
 
-def _fetch_shape(config: Config) -> None:
-    """Bring the config.json of a model on the hub here, from which its size is known."""
-    path = config.model.path
-    if path is not None and config.model.shape is None and not Path(path).is_dir():
-        with suppress(OSError):
-            PretrainedConfig.get_config_dict(path)
+def _with_known_sizes(config: Config, settled: Config) -> Config:
+    """Return the settled config; an engine's memory is not chosen by the size of another model."""
+    if settled.rollout == config.rollout:
+        return settled
+    models = models_of(with_stages(config, ["ppo"]))
+    of_roles = {"reward": models.reward, "critic": models.critic}
+    used = [of_roles.get(demand.role, models.tuned) for demand in demands(config) if demand.gpus]
+    assumed = {model.assumed_for for model in used if model.assumed_for}
+    if assumed and UTILIZATION_KEY in config.rollout.engine_args:
+        return settled.model_copy(update={"rollout": config.rollout})
+    if assumed:
+        raise ConfigError(
+            f"Generators share their GPUs, and the size of {', '.join(sorted(assumed))} is not "
+            f"known here: set rollout.engine_args.{UTILIZATION_KEY}, the share of a GPU for each "
+            "generator's weights and cache"
+        )
+    return settled
+
+
+def _fetch_shapes(config: Config) -> None:
+    """Bring the config.json of models on the hub here, from which their sizes are known."""
+    for path in (config.model.path, config.sft.path, config.reward.path, config.critic.path):
+        if path is not None and not Path(path).is_dir():
+            with suppress(OSError):
+                PretrainedConfig.get_config_dict(path)

@@ -298,3 +298,96 @@ def test_an_adapter_in_float32_on_gpus_is_refused_before_any_stage(
     settled(monkeypatch, node, QUICK, "model.dtype=bfloat16", *keys)
     on_cpus = load(QUICK, ["model.dtype=float32", *keys])
     assert unservable(on_cpus, [Node("this machine", 0)]) is None
+
+
+T4 = Node("this machine", 8, gpu_kind="T4-16GB", gpu_memory_gb=15.8)
+OLD = Node("this machine", 8, gpu_memory_gb=22.0, has_bf16=False)
+MANY = Node("this machine", 8, gpu_kind="A10G-24GB", gpu_memory_gb=24.1)
+
+
+@pytest.mark.parametrize(
+    ("node", "keys", "what"),
+    [
+        (T4, ["model.dtype=bfloat16"], "no bfloat16 on GPUs before Ampere.*rollout.dtype=float16"),
+        (OLD, ["rollout.dtype=bfloat16", "ppo.importance_cap=2"], "no bfloat16 on GPUs"),
+        (T4, ["rollout.serving=adapter"], "float32; set rollout.dtype=float16"),
+        (MANY, ["rollout.top_k=50"], "rollout.top_k 50 would bias .*Set ppo.importance_cap"),
+        (
+            MANY,
+            ["rollout.top_p=0.9", "rollout.engine=transformers"],
+            "rollout.top_p 0.9 would bias",
+        ),
+        (
+            MANY,
+            ["rollout.top_k=50", "rollout.engine=transformers", "cluster.mode=inline"],
+            "rollout.top_k 50 would bias",
+        ),
+    ],
+)
+def test_what_the_kind_of_gpu_cannot_do_is_refused_before_any_stage(
+    node: Node, keys: list[str], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ["model.dtype=float32", *keys]
+    with pytest.raises(ConfigError, match=f"ppo cannot start: .*{what}.*No stage has begun"):
+        settled(monkeypatch, node, QUICK, *keys)
+    assert not prediction(load(QUICK, keys), [node]).fits
+    on_cpus = load(QUICK, [*keys, "placement.gpus=0"])
+    assert unservable(on_cpus, [node]) is None
+    assert unservable(load(QUICK, keys), [Node("this machine", 0)]) is None
+
+
+def test_a_joined_cluster_with_whole_gpus_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["cluster.mode=ray", "model.dtype=float32"]
+    for refused in ("rollout.top_k=50", "rollout.serving=adapter"):
+        with pytest.raises(ConfigError, match="ppo cannot start"):
+            settle_layout(load(QUICK, [*keys, refused]), STAGES, print)
+    on_cpus = load(QUICK, [*keys, "rollout.top_k=50", "placement.gpus=0"])
+    assert settle_layout(on_cpus, ["ppo"], print) == on_cpus
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+@pytest.mark.parametrize("keys", [[], ["placement.gpus=0.2"]])
+def test_an_engine_whose_share_is_set_starts_with_models_of_unknown_size(
+    gpus: int, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_layout, "_fetch_shapes", lambda _: None)
+    node = Node("this machine", gpus, gpu_kind="A10G-24GB", gpu_memory_gb=24.1)
+    share = {SHARE: 0.3}
+    for model in ("model.path=some/7B", "sft.path=some/7B", "reward.path=some/8B"):
+        found = settled(monkeypatch, node, QUICK, model, f"rollout.engine_args={share}", *keys)
+        assert found.rollout.engine_args == share
+        assert all(fit(asked, [node]) for asked in held_at_once(found, found.run.stages).values())
+    for model in ("sft.path=some/7B", "reward.path=some/8B", "critic.path=some/8B"):
+        with pytest.raises(ConfigError, match=rf"size of {model} is not known here: set rollout"):
+            settled(monkeypatch, A10G, QUICK, model, *keys)
+
+
+def test_the_size_of_every_model_on_the_hub_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(gpu_layout.PretrainedConfig, "get_config_dict", fetched.append)
+    paths = [f"{part}.path=some/{part}" for part in ("model", "sft", "reward", "critic")]
+    keys = [*paths, f"rollout.engine_args={{{SHARE}: 0.3}}"]
+    settled(monkeypatch, A10G, QUICK, *keys)
+    assert fetched == [path.partition("=")[2] for path in paths]
+
+
+def test_no_cache_is_chosen_that_holds_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM takes 0 bytes for not set, and would measure what is free."""
+    small = Node("this machine", 1, gpu_memory_gb=4.0)
+    machine(monkeypatch, small)
+    assert CACHE not in arranged(load(QUICK), [small]).rollout.engine_args
+    for stage in ("ppo", "evaluate"):
+        said: list[str] = []
+        with pytest.raises(ConfigError, match=f"{stage} cannot start: a generator has 0.00 GB"):
+            settle_layout(load(QUICK), [stage], said.append)
+        assert not said
+
+
+def test_a_chosen_cache_is_of_whole_blocks_and_vllms_own() -> None:
+    keys = ["placement.gpus=0.2", "generators.max_in_flight=1", "rollout.shard_size=1"]
+    config = arranged(load(QUICK, [*keys, "model.max_length=200"]), [A10G])
+    plan = prediction(config, [A10G])
+    shape = plan.models.tuned.shape
+    token = shape.kv_values_per_token * (2 if config.engine_dtype != "float32" else 4)
+    assert config.rollout.engine_args[CACHE] == (208 + 16) * token
+    assert plan.sequences == 1
