@@ -86,7 +86,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
 def on_top_of(base: str, stage: str, keys: dict) -> dict[str, dict]:
     """Sections of a run whose one stage starts from a model that is there."""
     given = {"sft": {"path": base}} if stage == "reward" else {}
-    own = keys | ({"block_size": 32} if stage == "sft" else {"eval_rows": 20})
+    own = keys | ({"block_size": 32} if stage == "sft" else {"eval_rows": 19})
     return {"model": {"path": base, "max_length": 64}, **given, stage: own}
 
 

@@ -44,14 +44,21 @@ class DpoTraining(PairTraining):
         log_ratios_BP = logprobs_BP - ref_BP
         if settings.per_token:
             log_ratios_BP = log_ratios_BP / completion_lengths(inputs)
-        loss = dpo_loss(
+        return self._loss(log_ratios_BP), settings.beta * log_ratios_BP
+
+    def mean_loss(self, scores_BP: Tensor) -> Tensor:
+        """Return the loss, given implicit rewards."""
+        return self._loss(scores_BP / self.config.dpo.beta)
+
+    def _loss(self, log_ratios_BP: Tensor) -> Tensor:
+        settings = self.config.dpo
+        return dpo_loss(
             log_ratios_BP[:, CHOSEN],
             log_ratios_BP[:, REJECTED],
             settings.beta,
             settings.loss,
             settings.label_smoothing,
         )
-        return loss, settings.beta * log_ratios_BP
 
 
 def completion_logprobs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -31,8 +31,8 @@ from rlhf_ray.stages.supervised.pairs import padded_texts
 from rlhf_ray.stages.supervised.trainer import Trained
 from rlhf_ray.stages.supervised.training import (
     HELD_OUT,
+    HELD_OUT_LOSS,
     HELD_OUT_SHARE,
-    TOKEN_LOSS,
     TRAIN,
     Counts,
     Training,
@@ -89,7 +89,7 @@ class LanguageModelTraining(Training):
     def measure(self, rows: np.ndarray) -> dict[str, float]:
         """Compute the mean loss of all labels, nats a token, and its perplexity."""
         loss = float(rows[:, 0].sum() / rows[:, 1].sum())
-        return {TOKEN_LOSS: loss, "perplexity": math.exp(loss)}
+        return {HELD_OUT_LOSS: loss, "perplexity": math.exp(loss)}
 
 
 def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> StoredRows:

@@ -1,5 +1,6 @@
 """The base of reward and dpo: pairs of answers of which people preferred one."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +30,14 @@ from rlhf_ray.models.token_logprobs import position_ids
 from rlhf_ray.runs.datasets import user_rows
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.ai_labels import ai_labelled_rows
-from rlhf_ray.stages.supervised.training import HELD_OUT, HELD_OUT_SHARE, TRAIN, Counts, Training
+from rlhf_ray.stages.supervised.training import (
+    HELD_OUT,
+    HELD_OUT_LOSS,
+    HELD_OUT_SHARE,
+    TRAIN,
+    Counts,
+    Training,
+)
 
 CHOSEN, REJECTED = 0, 1
 """Indices in the pair dimension, P, of every batch."""
@@ -56,8 +64,17 @@ class PairTraining(Training):
         return texts | {"prompt_lengths": prompts_B}
 
     def measure(self, rows: np.ndarray) -> dict[str, float]:
-        """Compute the share of pairs whose chosen answer scores higher; a tie counts as wrong."""
-        return {"accuracy": float((rows[:, CHOSEN] > rows[:, REJECTED]).mean())}
+        """Compute the loss, and the share of pairs whose chosen answer scores higher.
+
+        A tie counts as wrong.
+        """
+        accuracy = float((rows[:, CHOSEN] > rows[:, REJECTED]).mean())
+        loss = float(self.mean_loss(torch.from_numpy(rows)))
+        return {HELD_OUT_LOSS: loss, "accuracy": accuracy}
+
+    @abstractmethod
+    def mean_loss(self, scores_BP: Tensor) -> Tensor:
+        """Return the mean loss of pairs, given the numbers of each that `predict_rows` returns."""
 
 
 def padded_texts(token_lists: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:

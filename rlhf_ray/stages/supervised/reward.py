@@ -31,7 +31,7 @@ from rlhf_ray.stages.supervised.pairs import (
     split_rows,
 )
 from rlhf_ray.stages.supervised.reward_benchmark import benchmark
-from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN, Counts, Training
+from rlhf_ray.stages.supervised.training import HELD_OUT, HELD_OUT_LOSS, TRAIN, Counts, Training
 
 TARGETS: dict[PointwiseLoss, TargetColumn] = {"bce": "label", "mse": "score"}
 """Loss -> the column that is learnt."""
@@ -64,10 +64,13 @@ class RewardTraining(_RewardModel, PairTraining):
         texts = {name: tensor for name, tensor in inputs.items() if name != "prompt_lengths"}
         flat = {name: tensor.flatten(0, 1) for name, tensor in texts.items()}
         scores_BP = model(**flat).logits.float().view(-1, 2)
+        return self.mean_loss(scores_BP), scores_BP
+
+    def mean_loss(self, scores_BP: Tensor) -> Tensor:
+        """Return the pairwise loss."""
         chosen_B, rejected_B = scores_BP[:, CHOSEN], scores_BP[:, REJECTED]
         settings = self.config.reward
-        loss = pairwise_reward_loss(chosen_B, rejected_B, settings.margin, settings.centre)
-        return loss, scores_BP
+        return pairwise_reward_loss(chosen_B, rejected_B, settings.margin, settings.centre)
 
 
 class RatedRewardTraining(_RewardModel):
@@ -94,11 +97,13 @@ class RatedRewardTraining(_RewardModel):
         return loss, torch.stack([scores_B, inputs["targets"]], dim=1)
 
     def measure(self, rows: np.ndarray) -> dict[str, float]:
-        """Compute ``auc`` of labels, or Pearson's ``correlation`` of ratings, with the scores."""
+        """Compute the loss, and ``auc`` of labels or Pearson's ``correlation`` of ratings."""
         scores_B, targets_B = rows.astype(np.float64).T
+        given = torch.tensor(scores_B), torch.tensor(targets_B)
+        loss = {HELD_OUT_LOSS: float(pointwise_reward_loss(*given, self.loss))}
         if self.loss == "bce":
-            return {"auc": auc(scores_B[targets_B == 1], scores_B[targets_B == 0])}
-        return {"correlation": correlation(scores_B, targets_B)}
+            return loss | {"auc": auc(scores_B[targets_B == 1], scores_B[targets_B == 0])}
+        return loss | {"correlation": correlation(scores_B, targets_B)}
 
 
 def auc(liked: np.ndarray, disliked: np.ndarray) -> float:

@@ -30,8 +30,8 @@ from rlhf_ray.observability.sinks import JsonlSink
 from rlhf_ray.stages.supervised.arguments import arguments
 from rlhf_ray.stages.supervised.training import (
     HELD_OUT,
+    HELD_OUT_LOSS,
     HELD_OUT_METRICS,
-    TOKEN_LOSS,
     TRAIN,
     Training,
 )
@@ -236,10 +236,10 @@ class StepLog(TrainerCallback):
 
 
 def held_out_numbers(evaluation: Mapping[str, float]) -> dict[str, float]:
-    """Return an evaluation's ``loss`` (a mean over tokens where that is known) and metrics."""
+    """Return an evaluation's ``loss`` (a mean over tokens for language models) and metrics."""
     numbers = {
         name: evaluation[f"eval_{name}"]
-        for name in ("loss", *HELD_OUT_METRICS)
+        for name in HELD_OUT_METRICS
         if evaluation.get(f"eval_{name}") is not None
     }
-    return numbers | {"loss": numbers.pop(TOKEN_LOSS, numbers["loss"])}
+    return {"loss": numbers.pop(HELD_OUT_LOSS), **numbers}

@@ -33,11 +33,12 @@ TRAIN, HELD_OUT = "train", "held_out"
 HELD_OUT_SHARE = 0.05
 """Share of the rows, the last ones, that is held out where the data has no held-out set."""
 
-TOKEN_LOSS = "token_loss"
-"""Name under which `Training.measure` gives a loss that is a mean over tokens, not over rows."""
+HELD_OUT_LOSS = "held_out_loss"
+"""Name under which `Training.measure` gives the loss of all held-out rows. The Trainer's own counts
+rows twice that fill up the last batch of several processes."""
 
-HELD_OUT_METRICS = (TOKEN_LOSS, "perplexity", "accuracy", "auc", "correlation")
-"""What `Training.measure` may give besides the loss of a held-out row."""
+HELD_OUT_METRICS = (HELD_OUT_LOSS, "perplexity", "accuracy", "auc", "correlation")
+"""What `Training.measure` may give."""
 
 Counts = dict[str, int]
 """Rows kept, and rows dropped by reason."""
@@ -101,7 +102,7 @@ class Training(ABC):
 
     @abstractmethod
     def measure(self, rows: np.ndarray) -> dict[str, float]:
-        """Compute some of `HELD_OUT_METRICS` from the numbers of all held-out rows."""
+        """Compute some of `HELD_OUT_METRICS` from the numbers of all held-out rows, each once."""
 
     def partly_frozen(self, model: Model, *also_trained: str) -> Model:
         """Freeze what ``<stage>.unfreeze`` leaves out, but never the modules ``also_trained``."""

@@ -57,7 +57,11 @@ def test_reward_loss_and_scores_of_a_padded_batch(trained_run: Trained) -> None:
 
 def test_ties_count_as_wrong(make_run: Any, tmp_path: Path) -> None:
     scores_BP = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [2.0, 1.0]]).numpy()
-    assert RewardTraining(make_run(), tmp_path, "base").measure(scores_BP) == {"accuracy": 0.5}
+    measured = RewardTraining(make_run(), tmp_path, "base").measure(scores_BP)
+    # -log sigmoid of the gaps 1, 0, -1, 1.
+    gaps = (1, 0, -1, 1)
+    loss = sum(math.log(1 + math.exp(-gap)) for gap in gaps) / 4
+    assert measured == {"accuracy": 0.5, "held_out_loss": pytest.approx(loss, rel=1e-6)}
 
 
 def test_blocks_hold_out_the_last_twentieth() -> None:
