@@ -20,6 +20,8 @@ from rlhf_ray.models.forward import has_fp32_head
 FLOAT16_LOSS_SCALE = 2.0**12
 """Under it the gradients that pass through a float16 base do not vanish; halved by an overflow.
 DeepSpeed's own scaling is for parameters in float16 alone."""
+GROWTH_STEPS = 1000
+"""Steps after which a scale that overflows have lowered is doubled."""
 
 
 def join_group(rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
@@ -118,7 +120,7 @@ class DeepSpeedEngine:
         self._overflows = dtype == "float16"
         self._scales_loss = keeps_fp32 and dtype == "float16"
         if self._scales_loss:
-            self._optimizer.override_loss_scale(FLOAT16_LOSS_SCALE)
+            self._set_loss_scale(FLOAT16_LOSS_SCALE)
         self.model = self._engine  # ZeRO 3 counts micro-batches in the engine's own forward
         self.module = self._engine.module
         self.rank = torch.distributed.get_rank()
@@ -159,11 +161,16 @@ class DeepSpeedEngine:
             if not self._overflows:
                 return float("inf")
             if self._scales_loss:
-                self._optimizer.override_loss_scale(self._optimizer.loss_scale / 2)
+                self._set_loss_scale(self._optimizer.loss_scale / 2)
             return None
         self._num_steps += 1
+        if self._scales_loss and self._num_steps % GROWTH_STEPS == 0:
+            self._set_loss_scale(self._optimizer.loss_scale * 2)
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def _set_loss_scale(self, scale: float) -> None:
+        self._optimizer.override_loss_scale(min(max(scale, 1.0), FLOAT16_LOSS_SCALE))
 
     def discard(self) -> None:
         """Drop the gradients. DeepSpeed frees them only in a step, so take one and undo it."""
@@ -190,9 +197,12 @@ class DeepSpeedEngine:
 
         DeepSpeed's own ZeRO checkpoints do not load at another number of ranks.
         """
-        return adam_state(
+        state = adam_state(
             self._trainable, weight=self._weight, moment=self._moment, num_steps=self._num_steps
         )
+        if self._scales_loss:
+            state["loss_scale"] = torch.tensor(self._optimizer.loss_scale)
+        return state
 
     def import_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore a state from `export_state`, of any number of ranks."""
@@ -202,6 +212,8 @@ class DeepSpeedEngine:
             self._trainable, state, set_weight=self._set_weight, set_moments=self._set_moments
         )
         self._num_steps = int(state["num_steps"])
+        if self._scales_loss:  # a state of another engine or data type has none
+            self._set_loss_scale(float(state.get("loss_scale", FLOAT16_LOSS_SCALE)))
         for entry in self._adam().state.values():
             if "step" in entry:
                 entry["step"] = torch.tensor(float(self._num_steps))
