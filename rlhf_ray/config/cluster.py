@@ -128,7 +128,9 @@ class ClusterConfig(Section):
         learns = role in ("policy", "critic") and on_gpu
         # Learners' micro-batches differ in size, and other memory of the GPU may be the engine's.
         # vLLM's processes keep PyTorch's default, which its sleep requires.
-        has_own = ALLOCATOR & {*self.env, *own.env, *os.environ}
+        # This process's variables reach roles on its own machine only.
+        inherited = () if self.joins_cluster else os.environ
+        has_own = ALLOCATOR & {*self.env, *own.env, *inherited}
         grows = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if learns and not has_own else {}
         return grows | threads | own.env
 

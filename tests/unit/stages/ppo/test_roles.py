@@ -179,6 +179,17 @@ def test_each_role_has_its_own_threads_environment_and_allocator(
     assert given[0]["environment"] == expected
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("local", {}), ("ray", GROWS)])
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_drivers_allocator_counts_where_roles_inherit_its_variables(
+    mode: str, variable: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Roles on the nodes of a cluster that the run joins have their nodes' variables."""
+    monkeypatch.setenv(variable, "expandable_segments:False")
+    cluster = resolve({"cluster": {"mode": mode}}).cluster
+    assert cluster.environment_of("policy", on_gpu=True) == expected
+
+
 async def test_capacity_for_a_later_stage_is_requested_only_where_it_lacks(
     requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
