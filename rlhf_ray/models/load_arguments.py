@@ -41,6 +41,9 @@ def load_arguments(path: str, settings: ModelConfig, *, quantized: bool) -> dict
     if quantized and settings.quantization != "none":
         arguments["quantization_config"] = quantization_config(settings)
         arguments["device_map"] = {"": own_device()}  # it cannot be moved later
+    elif getattr(config, "quantization_config", None) and own_device().type == "cuda":
+        # The same of a folder that is quantised (GPTQ, compressed-tensors, fp8).
+        arguments["device_map"] = {"": own_device()}
     return {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -150,8 +150,8 @@ def _restore_head(model: nn.Module, path: str) -> None:
 def on_device(model: ModelT) -> ModelT:
     """Move a model to where this process computes, in place.
 
-    A quantised base was loaded there and stays: bitsandbytes keeps its scales beside the weights,
-    where a move of the weights leaves them behind, and transformers refuses to move int8.
+    What is quantised was loaded there and stays: bitsandbytes keeps its scales beside the
+    weights, where a move of the weights leaves them behind, and transformers refuses to move int8.
     """
     if not any(getattr(part, "is_quantized", False) for part in model.modules()):
         nn.Module.to(model, own_device())  # PreTrainedModel.to has no usable signature

@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf_ray.placement.layout import Node
 LIVE_NODES_MODULE = "rlhf_ray.doctor.live_nodes"
 """Run as a process, so this room need not import doctor, which is above it."""
 LIVE_NODES_TIMEOUT_S = 45.0
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,18 @@ def _of_size(family: Iterable[str], memory_gb: float) -> str | None:
 def hide_gpus(config: Config) -> None:
     """Let this process and those that it starts see no GPU where ``placement.gpus`` is 0."""
     if config.placement.gpus == 0:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ[VISIBLE] = ""
+
+
+@contextmanager
+def restored_gpus() -> Iterator[None]:
+    """Let this process see at the end what it saw before: another run may follow."""
+    before = os.environ.get(VISIBLE)
+    try:
+        yield
+    finally:
+        os.environ.pop(VISIBLE, None)
+        os.environ |= {} if before is None else {VISIBLE: before}
 
 
 def this_machine() -> Node:

@@ -31,7 +31,7 @@ from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.lasting_output import keep_output
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.trackers import tracking
-from rlhf_ray.placement.hardware import hide_gpus
+from rlhf_ray.placement.hardware import hide_gpus, restored_gpus
 from rlhf_ray.runs.control import ControlFiles, reporting_status
 from rlhf_ray.runs.folder import RunFolder, require_durable_folder
 from rlhf_ray.stages.gpu_layout import require_capacity, settle_layout
@@ -40,6 +40,7 @@ MOST_SHOWN = 20
 """Changed keys that a refusal lists."""
 
 
+@restored_gpus()
 def run(config: Config) -> Path:
     """Run the stages that are not finished; returns the run's folder.
 
@@ -92,6 +93,7 @@ def run_stage(config: Config, stage: str) -> object:
         return STAGES[stage].load()(config)
 
 
+@restored_gpus()
 def run_single(config: Config, stage: str) -> Path:
     """Run one stage as a command of its own, even if it is finished."""
     keep_output()

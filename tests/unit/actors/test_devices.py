@@ -1,6 +1,8 @@
 """Where models are placed on a machine with a GPU, by each role, stage and kind of base."""
 
 import asyncio
+import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.engines.scoring import SequenceScorer, TextClassifier
+from rlhf_ray.models.load_arguments import load_arguments
 from rlhf_ray.models.loading import load_sequence_classifier, load_tokenizer, save_model
 from rlhf_ray.serving.text_generation import Sampling, TextGenerator
 from rlhf_ray.stages.supervised.arguments import arguments
@@ -129,6 +132,21 @@ def test_scorers_load_onto_the_gpu(
     classifier = TextClassifier(str(tmp_path / "2"), 4)
     assert classifier._pipeline.device == GPU
     assert gpu.holds(classifier._pipeline.model)
+
+
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors", "fp8"])
+def test_a_folder_that_is_quantised_is_loaded_onto_the_gpu_for_it_stays_where_it_is(
+    gpu: Gpu, wide_base: str, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(wide_base, tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = load_arguments(str(folder), ModelConfig(), quantized=False)
+    assert found["device_map"] == {"": GPU}
+    assert "device_map" not in load_arguments(wide_base, ModelConfig(), quantized=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "device_map" not in load_arguments(str(folder), ModelConfig(), quantized=False)
 
 
 @pytest.mark.parametrize("kind", [SftTraining, RewardTraining, DpoTraining])

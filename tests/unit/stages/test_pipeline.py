@@ -1,10 +1,11 @@
 """The beginning of a run: its folder, and its messages as it enters Ray."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import pytest
 
 from rlhf_ray.cluster.process_identity import identity
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.runs.control import ControlFiles
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import pipeline
@@ -38,6 +39,32 @@ def test_a_joined_cluster_without_a_token_causes_a_warning(
     said = " ".join(capsys.readouterr().out.split())
     assert ("no token on 10.0.0.2, 10.0.0.3: anyone who reaches" in said) == bool(unguarded)
     assert ("Warning: " in said) == bool(unguarded)
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_without_gpus_leaves_them_to_the_next_one_of_its_process(
+    before: str | None, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    seen: list[str | None] = []
+
+    def run_stage(*_: object) -> None:
+        seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if fails:
+            raise DataError("no rows")
+
+    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    run = {"dir": str(tmp_path / "run"), "stages": ["report"]}
+    for start in (pipeline.run, lambda config: pipeline.run_single(config, "report")):
+        for gpus, visible in ((0, ""), (None, before)):
+            config = resolve({"run": run, "placement": {"gpus": gpus}})
+            with suppress(DataError):
+                start(config)
+            assert seen.pop() == visible
+            assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
