@@ -124,6 +124,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
     monkeypatch.setattr(life_signs, "internal_kv", kv)
     monkeypatch.setattr(life_signs, "_key", str.encode)
     monkeypatch.setattr(life_signs, "INTERVAL_S", 0.01)
+    report("")  # other tests of this process may have left a phase
     return store
 
 
