@@ -133,16 +133,14 @@ def test_a_busy_process_reports_its_phase_and_its_work(store: dict[bytes, bytes]
     with signs_of_life("policy-0", "starting"):
         first = last_sign("policy-0")
         report("loading the model")
-        deadline = time.process_time() + 0.2
-        while time.process_time() < deadline:
-            pass
-        second = last_sign("policy-0")
+        assert first is not None
+        deadline = time.monotonic() + 30
+        while (second := last_sign("policy-0")) and second.cpu_s - first.cpu_s < 0.1:
+            assert time.monotonic() < deadline, second  # busy until a sign says so
     report("")
-    assert first is not None
     assert second is not None
     assert first.phase == "starting"
     assert second.phase == "starting: loading the model"
-    assert second.cpu_s - first.cpu_s >= 0.1
     assert second.memory_mb > 10
 
 
