@@ -32,6 +32,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
     monkeypatch.setattr("rlhf_ray.planning.plan.this_machine", lambda: node)
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a hub to answer, each of its models would be asked for until a time-out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def settled(monkeypatch: pytest.MonkeyPatch, node: Node, path: Path, *keys: str) -> Config:
     machine(monkeypatch, node)
     config = load(path, keys)
