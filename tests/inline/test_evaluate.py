@@ -125,7 +125,8 @@ def test_what_a_judge_or_an_instruction_needs_is_refused_before_anything_is_samp
     rows.write_text("".join(json.dumps({"prompt": f"Question: {i}?"}) + "\n" for i in range(9)))
     own = tmp_path / "own"
     shutil.copytree(run / "checkpoints", own / "checkpoints")
-    theirs = (run, f"run.dir={own}", f"sft.path={run}/sft/model", f"data.eval.path={rows}")
+    models = (f"sft.path={run}/sft/model", f"reward.path={run}/reward/model")
+    theirs = (run, f"run.dir={own}", *models, f"data.eval.path={rows}")
     refused("evaluate", *theirs, "evaluate.judged_by=[gold]", says="known of the synthetic site's")
     refused(
         "evaluate", *theirs, "evaluate.judged_by=[rouge]", says="none of the 8 held-out prompts"

@@ -187,4 +187,6 @@ def test_what_a_source_needs_and_is_not_there(
     says({"type": "model", "path": "/nowhere"}, "Model folder /nowhere does not exist")
     says({"type": "classifier", "path": "/nowhere"}, "Model folder /nowhere does not exist")
     says({"type": "function", "function": "functions_of_mine:f"}, "cannot be loaded .*No module")
-    says({"type": "rouge", "column": "summary"}, "rouge reads the column 'summary', which prompt")
+    says(
+        {"type": "rouge", "column": "summary"}, "rouge reads the column 'summary', which rows lack"
+    )
