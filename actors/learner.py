@@ -249,15 +249,16 @@ class Learner(ABC):
     def state(self) -> tuple[dict[str, bytes], str]:
         """Return the adapter's digest, and rank 0 the state as files. All ranks must call."""
         state, adapter = self._engine.export_state(), self._read_adapter()
+        digest = served_adapters.digest(adapter)
         if self._engine.rank:
-            return {}, served_adapters.digest(adapter)
+            return {}, digest
         settings = adapters.peft_config(self._adapted)
         settings["base_model_name_or_path"] = self._model_path
         return {
             LEARNER_STATE: served_adapters.tensors_to_bytes(state),
             "adapter_model.safetensors": served_adapters.tensors_to_bytes(adapter),
             "adapter_config.json": json.dumps(settings, indent=2).encode(),
-        }, served_adapters.digest(adapter)
+        }, digest
 
     @property
     @abstractmethod

@@ -19,6 +19,9 @@ from rlhf_ray.planning.suggestions import Layout, best_layouts, fitting_changes
 LIVE = "live"
 """Value of --cluster for the running Ray cluster."""
 
+SAMPLES = {"ppo", "evaluate"}
+"""Stages with generators."""
+
 
 def plan_for(
     config: Config, cluster: str | None, kept: Collection[str] | None = None
@@ -83,8 +86,11 @@ def arranged(config: Config, nodes: Sequence[Node]) -> Config:
     Raises:
         DataError: an engine shares its GPU, and the size of a model is not known.
     """
-    samples = {"ppo", "evaluate"} & {*config.run.stages}
-    if not samples or config.cluster.mode == "inline" or not any(node.gpus for node in nodes):
+    if (
+        not SAMPLES & {*config.run.stages}
+        or config.cluster.mode == "inline"
+        or not any(node.gpus for node in nodes)
+    ):
         return config
     options = [_with_engine_memory(option, nodes) for option in _in_parts(config, nodes)]
     if len(options) > 1:

@@ -14,13 +14,10 @@ from rlhf_ray.config.stages import STAGES
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.placement.hardware import kind_of
 from rlhf_ray.placement.layout import Node, demands, fit, held_at_once, shortage
-from rlhf_ray.planning.plan import arranged, choices, nodes_of, with_stages
+from rlhf_ray.planning.plan import SAMPLES, arranged, choices, nodes_of, with_stages
 from rlhf_ray.planning.prediction import prediction, unservable
 from rlhf_ray.planning.roles import CACHE_KEY, UTILIZATION_KEY
 from rlhf_ray.planning.shapes import models_of
-
-SAMPLES = {"ppo", "evaluate"}
-"""Stages with generators."""
 
 
 def settle_layout(config: Config, stages: Collection[str], say: Callable[[str], None]) -> Config:
