@@ -29,6 +29,7 @@ from rlhf_ray.driver.batches import (
     shard_requests,
 )
 from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
+from rlhf_ray.driver.commits import Commits
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.guards import Guards, remembered
 from rlhf_ray.driver.metrics import (
@@ -44,7 +45,7 @@ from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.roles import Roles
-from rlhf_ray.types import AssembledStats, Commit, Handle, ScoredShard, Shard, StepReport, TokenRows
+from rlhf_ray.types import AssembledStats, Handle, ScoredShard, Shard, StepReport, TokenRows
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class PpoLoop:
         self._recorder = parts.recorder
         self._parts = parts
         self._state = state
-        self._last_commit: Commit | None = None
+        self._commits = Commits(parts.roles, parts.checkpoints, parts.recorder)
         bound = config.rollout.max_gap or state.gap_bound
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
         self._guards = Guards(config.guards, parts.recorder)
@@ -98,7 +99,7 @@ class PpoLoop:
         num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
         self._guards.check_prompts(num_drawn, len(self._parts.cursor))
         if config.guards.loss_spike.action == "rollback":
-            await self._hold_commit()  # what a rollback of the first iteration restores
+            await self._commits.hold(self._state)  # what a rollback of the first iteration restores
         self._recorder.committed()
         # Prove before the first publication: the proof leaves probe adapters in the engines.
         await self._roles.generators.prove(await self._parts.sync.proof())
@@ -140,7 +141,7 @@ class PpoLoop:
         await self._record(batch, metrics, iteration)
         self._at_end = self._stop_requested or iteration == self._config.ppo.iterations
         if self._at_end or iteration % self._config.ppo.save_every == 0:
-            await self._save()
+            await self._commits.save(iteration)
         if self._evaluation_is_due():
             await self._evaluate()
 
@@ -224,7 +225,7 @@ class PpoLoop:
             rollbacks_in_a_row=0,
         )
         with self._recorder.phase("commit", iteration):
-            await self._hold_commit()
+            await self._commits.hold(self._state)
 
     async def _roll_back(self, batch: Sequence[ScoredShard], iteration: int) -> None:
         """Restore the last commit under the next version; the batch is discarded.
@@ -232,18 +233,14 @@ class PpoLoop:
         A new version, because versions grow by one each iteration: the version of a shard then
         always identifies its batch.
         """
-        state, groups = self._state, self._held_commit().groups
+        state = self._state
         self._state = replace(
             self._state_behind(batch, iteration),
             samples_set_aside=state.samples_set_aside + num_rollouts(batch),
             rollbacks_in_a_row=state.rollbacks_in_a_row + 1,
         )
         with self._recorder.phase("commit", iteration):
-            learners = self._roles.learners
-            await asyncio.gather(
-                *(learner.load(groups[name]) for name, learner in learners.items())
-            )
-            self._last_commit = Commit(self._state.version, groups, asdict(self._state))
+            await self._commits.restore(self._state)
 
     def _state_behind(self, batch: Sequence[ScoredShard], iteration: int) -> RunState:
         """Return the state after an iteration, whether its batch was committed or discarded."""
@@ -270,28 +267,6 @@ class PpoLoop:
             "samples_requeued": before.samples_requeued + report.samples_requeued,
             "generator_restarts": before.generator_restarts + report.restarts,
         }
-
-    async def _hold_commit(self) -> None:
-        """Collect the learners' state, which stays in the object store, as the last commit."""
-        learners = self._roles.learners
-        states = await asyncio.gather(*(learner.state() for learner in learners.values()))
-        groups = dict(zip(learners, states, strict=True))
-        self._last_commit = Commit(self._state.version, groups, asdict(self._state))
-
-    def _held_commit(self) -> Commit:
-        assert self._last_commit is not None, "nothing was committed yet"
-        return self._last_commit
-
-    async def _save(self) -> None:
-        """Write the last commit to the run's folder, as the last step of its iteration.
-
-        A resumed run cuts its records back to the commit, so this iteration's records must be
-        written before the commit is.
-        """
-        commit = self._held_commit()
-        with self._recorder.phase("save", self._state.iteration):
-            groups = {name: await self._roles.fetch(state) for name, state in commit.groups.items()}
-            self._parts.checkpoints.save(commit.version, groups, commit.progress)
 
     async def _publish(self) -> None:
         adapter = await self._roles.policy.adapter(self._state.version)
@@ -330,19 +305,8 @@ class PpoLoop:
         if state.best_score is None or record["eval/score"] > state.best_score:
             self._state = replace(state, best_score=record["eval/score"])
             if state.iteration:
-                await self._keep_best()
+                await self._commits.keep_best(self._state)
         self._recorder.evaluation({"iteration": state.iteration, **record})
-
-    async def _keep_best(self) -> None:
-        """Save the current version unless it is saved, and mark it as best.
-
-        The score is written last: a run killed before that evaluates and marks again.
-        """
-        version = self._state.version
-        if not self._parts.checkpoints.has(version):
-            await self._save()
-        self._parts.checkpoints.mark_best(version)
-        self._parts.checkpoints.set_progress(version, asdict(self._state))
 
 
 def _whitens(config: Config) -> bool:
