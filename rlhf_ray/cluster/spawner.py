@@ -13,6 +13,7 @@ from rlhf_ray.cluster.life_signs import Watch
 from rlhf_ray.cluster.ray_workers import RayWorker, kill, request_capacity, spawn
 from rlhf_ray.cluster.role_clients import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
+from rlhf_ray.observability.outages import Outages
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.placement.layout import Demand
 from rlhf_ray.roles import GeneratorProcess, LearnerProcess, Process, Sleeper
@@ -32,7 +33,8 @@ END_TIMEOUT_S = 20.0
 class RoleSpawner:
     """Starts role classes where the config places them, and ends them."""
 
-    def __init__(self, config: Config, on_call: OnCall) -> None:
+    def __init__(self, config: Config, on_call: OnCall, outages: Outages | None = None) -> None:
+        self.outages = outages or Outages()
         self._config = config
         self._on_call = on_call
         self._on_ray = config.cluster.runs_on_ray

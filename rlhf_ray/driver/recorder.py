@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.trackers import TrackersConfig
+from rlhf_ray.observability.outages import Outages
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink
 from rlhf_ray.observability.tracing import BusyTime, Tracer
 from rlhf_ray.observability.trackers import current, numbers
@@ -41,6 +42,7 @@ class Recorder:
             JsonlSink(folder / name)
             for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl", "warnings.jsonl")
         )
+        self.outages = Outages(folder / "outages.jsonl")
         # Iterations after the commit are run again: without the cut they would be recorded twice.
         kept = -1 if resume_after is None else resume_after
         for sink in (self._metrics, self._evals, self._completions, self._warnings):
@@ -154,3 +156,4 @@ class Recorder:
         self._evals.close()
         self._completions.close()
         self._warnings.close()
+        self.outages.close()

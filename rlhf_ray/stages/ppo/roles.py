@@ -11,7 +11,6 @@ from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
 from rlhf_ray.cluster.role_clients import (
     CriticClient,
-    OnCall,
     PolicyBaseClient,
     PolicyClient,
     ReferenceClient,
@@ -20,6 +19,7 @@ from rlhf_ray.cluster.role_clients import (
 )
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
+from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.engines.scoring import reward_sources
 from rlhf_ray.generators.member import cancel
 from rlhf_ray.placement.layout import demands
@@ -54,11 +54,11 @@ async def ppo_roles(
     policy_model: str,
     reward_model: str | None,
     critic_model: str | None,
-    on_call: OnCall,
+    recorder: Recorder,
     say: Callable[[str], None],
 ) -> AsyncIterator[Roles]:
     """Start every role that the config needs; end them on the way out."""
-    spawner = RoleSpawner(config, on_call)
+    spawner = RoleSpawner(config, recorder.span, recorder.outages)
     engine = spawner.learner_engine
     needed = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
     async with AsyncExitStack() as stack:

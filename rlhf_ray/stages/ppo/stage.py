@@ -61,7 +61,7 @@ def run(config: Config) -> dict[str, object]:
 
     async def train(bar: Bar) -> dict[str, object]:
         async with ppo_roles(
-            config, policy_model, reward_model, critic_model, recorder.span, progress.say
+            config, policy_model, reward_model, critic_model, recorder, progress.say
         ) as roles:
             await _restore(roles, saved)
             progress.say(

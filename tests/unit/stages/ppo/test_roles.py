@@ -10,6 +10,7 @@ from rlhf_ray.cluster import spawner as spawner_module
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import resolve
 from rlhf_ray.errors import PlacementError
+from rlhf_ray.observability.outages import Outages
 from rlhf_ray.placement.groups import LiveNode, Placement
 from rlhf_ray.placement.layout import Demand, Node
 from rlhf_ray.stages.ppo import roles as ppo_roles
@@ -87,8 +88,9 @@ async def test_a_run_that_cannot_be_placed_releases_its_request_for_capacity(
     config = resolve(
         {"cluster": {"mode": "ray"}, "ppo": {"advantage": "rloo", "samples_per_prompt": 2}}
     )
+    recorder: Any = SimpleNamespace(span=lambda *_: None, outages=Outages())
     with pytest.raises(PlacementError):
-        async with ppo_roles.ppo_roles(config, "model", None, None, lambda *_: None, print):
+        async with ppo_roles.ppo_roles(config, "model", None, None, recorder, print):
             pass
     assert requests[0]
     assert requests[-1] == []
