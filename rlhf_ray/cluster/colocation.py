@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
-from rlhf_ray.cluster.role_clients import DataT, Method, P, ResultT, ScalarsT, Worker
+from rlhf_ray.cluster.workers import DataT, Method, P, ResultT, ScalarsT, Worker
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.roles import Sleeper
 from rlhf_ray.types import Handle

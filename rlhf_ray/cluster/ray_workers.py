@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from rlhf_ray.cluster.life_signs import INTERVAL_S, Watch
 from rlhf_ray.cluster.process_titles import titled
-from rlhf_ray.cluster.role_clients import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
+from rlhf_ray.cluster.workers import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
 from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.types import Handle
 

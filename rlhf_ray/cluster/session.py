@@ -24,7 +24,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from rlhf_ray.cluster.connection import require_cluster
 from rlhf_ray.cluster.life_signs import LIMIT
 from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
-from rlhf_ray.cluster.role_clients import LOOPBACK
+from rlhf_ray.cluster.workers import LOOPBACK
 from rlhf_ray.config import Config
 from rlhf_ray.config.cluster import THREADS
 from rlhf_ray.disk import make_private, private_name, temporary_folder

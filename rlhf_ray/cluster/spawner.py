@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS, ColocatedWorker, Colocation
 from rlhf_ray.cluster.life_signs import Watch
 from rlhf_ray.cluster.ray_workers import RayWorker, kill, request_capacity, spawn
-from rlhf_ray.cluster.role_clients import InlineWorker, OnCall, Worker
+from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.placement.groups import Placement

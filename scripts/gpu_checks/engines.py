@@ -15,7 +15,9 @@ from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
 from gpu_checks.lines import Line, Number, Place, checked, goal
 from gpu_checks.models import MAX_LENGTH, TEXTS, large, small
-from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker, PolicyClient
+from rlhf_ray.cluster.learner_groups import PolicyClient
+from rlhf_ray.cluster.role_clients import GeneratorClient
+from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.factory import generation_engine

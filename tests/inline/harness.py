@@ -10,7 +10,8 @@ from typing import Any
 from fakes import Events, FakeCritic, FakePolicy, FakeReference, FakeScorer, Tokenizer
 
 from actors.generator import Generator
-from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker
+from rlhf_ray.cluster.role_clients import GeneratorClient
+from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit

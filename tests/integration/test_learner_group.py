@@ -18,14 +18,10 @@ import torch
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
 from rlhf_ray.algorithms.whitening import Moments
-from rlhf_ray.cluster.role_clients import (
-    CriticClient,
-    InlineWorker,
-    LearnerGroupClient,
-    PolicyClient,
-)
+from rlhf_ray.cluster.learner_groups import CriticClient, LearnerGroupClient, PolicyClient
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.cluster.spawner import RoleSpawner
+from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.engines.served_adapters import tensors_from_bytes
 from rlhf_ray.placement.layout import Demand

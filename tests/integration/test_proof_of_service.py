@@ -28,7 +28,9 @@ from transformers import GenerationConfig
 from actors.generator import Generator
 from actors.policy_learner import PolicyLearner
 from rlhf_ray.algorithms.logprobs import sampling_rule
-from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker, PolicyClient
+from rlhf_ray.cluster.learner_groups import PolicyClient
+from rlhf_ray.cluster.role_clients import GeneratorClient
+from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.driver.guards import MismatchGuard
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to

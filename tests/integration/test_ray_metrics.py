@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from rlhf_ray.cluster.role_clients import LOOPBACK
+from rlhf_ray.cluster.workers import LOOPBACK
 from rlhf_ray.disk import private_name
 from rlhf_ray.observability.dashboards.files import write
 from rlhf_ray.observability.dashboards.prometheus import Bounds

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.likelihood import Likelihood
-from rlhf_ray.cluster.role_clients import GeneratorClient, ScorerClient, fetch
+from rlhf_ray.cluster.role_clients import GeneratorClient, ScorerClient
 from rlhf_ray.cluster.spawner import RoleSpawner
+from rlhf_ray.cluster.workers import fetch
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import sample_requests, shard_requests
 from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes

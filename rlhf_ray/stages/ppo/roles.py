@@ -9,15 +9,10 @@ from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
-from rlhf_ray.cluster.role_clients import (
-    CriticClient,
-    PolicyBaseClient,
-    PolicyClient,
-    ReferenceClient,
-    ScorerClient,
-    fetch,
-)
+from rlhf_ray.cluster.learner_groups import CriticClient, PolicyBaseClient, PolicyClient
+from rlhf_ray.cluster.role_clients import ReferenceClient, ScorerClient
 from rlhf_ray.cluster.spawner import RoleSpawner
+from rlhf_ray.cluster.workers import fetch
 from rlhf_ray.config import Config
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.engines.scoring import reward_sources

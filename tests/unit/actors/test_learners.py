@@ -14,7 +14,7 @@ import torch
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PROBE_SHIFT, PolicyLearner, compare_shifts
 from actors.reference import Reference
-from rlhf_ray.cluster.role_clients import merge_reports
+from rlhf_ray.cluster.learner_groups import merge_reports
 from rlhf_ray.driver.guards import refuse_non_finite
 from rlhf_ray.driver.weight_sync import probe_requests
 from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.cluster.role_clients import (
+from rlhf_ray.cluster.learner_groups import (
     CriticClient,
-    GeneratorClient,
-    InlineWorker,
     PolicyBaseClient,
     PolicyClient,
-    ReferenceClient,
-    ScorerClient,
     merge_reports,
 )
+from rlhf_ray.cluster.role_clients import GeneratorClient, ReferenceClient, ScorerClient
+from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.types import (
     AdapterUpdate,

@@ -10,7 +10,8 @@ from fakes import FakePolicy, Tokenizer
 
 from actors.generator import Generator
 from rlhf_ray.algorithms.logprobs import SamplingRule
-from rlhf_ray.cluster.role_clients import GeneratorClient, InlineWorker
+from rlhf_ray.cluster.role_clients import GeneratorClient
+from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.driver.weight_sync import NUM_PROBE_PROMPTS, WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.fake import STOP_TOKEN, VOCAB_SIZE, FakeEngine
 from rlhf_ray.engines.protocols import Sampled
