@@ -13,6 +13,8 @@ from rlhf_ray.errors import ConfigError, RlhfError
 
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged JSON file raises: torn, nested too deeply, or of another kind."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk and an exhausted quota."""
 LEAST_FREE_BYTES = 2**20
 """Less free space than this counts as a full disk."""
 
@@ -120,7 +122,7 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         is_clear = isinstance(error, RlhfError) and error.exit_code == 2
-        if is_clear or not (_says_full(error) or shutil.disk_usage(folder).free < LEAST_FREE_BYTES):
+        if is_clear or not (says_full(error) or shutil.disk_usage(folder).free < LEAST_FREE_BYTES):
             raise
         raise ConfigError(
             f"The disk is full ({folder}): {type(error).__name__}: {error}. Free space or choose "
@@ -128,6 +130,8 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _says_full(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or os.strerror(errno.ENOSPC) in str(error)
+def says_full(error: BaseException) -> bool:
+    """Return whether an error, or its message, says that a disk or a quota is full."""
+    full = isinstance(error, OSError) and error.errno in FULL
+    named = any(os.strerror(code) in str(error) for code in FULL)
+    return full or named or (error.__cause__ is not None and says_full(error.__cause__))

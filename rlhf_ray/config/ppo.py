@@ -270,7 +270,11 @@ class PpoConfig(Section):
         description="Most versions that a rollout may lag behind; 0: on-policy.",
     )
     save_every: int = changeable(
-        10, unit="iterations", ge=1, description="Iterations between commits to run.dir."
+        1,
+        unit="iterations",
+        ge=1,
+        description="Iterations between commits to run.dir, each written beside the next "
+        "iteration; fewer are written where the disk is slower than that.",
     )
     eval_every: int = changeable(
         20, unit="iterations", ge=1, description="Iterations between held-out evaluations."

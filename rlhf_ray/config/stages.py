@@ -155,6 +155,12 @@ class RunConfig(Section):
         description="auto: resume the folder's run if there is one; never: move an old run aside "
         "and start a new one; must: fail if there is no run to resume.",
     )
+    full_disk_wait_s: float = changeable(
+        3600.0,
+        unit="s",
+        ge=0,
+        description="Longest time for which PPO waits for space on the full disk of run.dir.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -138,6 +138,7 @@ class Checkpoints:
                 # folder that is not empty cannot be replaced.
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(temporary, target)
+                _sync_folder(self._folder)
             except OSError:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -234,6 +235,18 @@ class Checkpoints:
 
 def _json(state: Mapping[str, object]) -> bytes:
     return json.dumps(state, indent=2).encode()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, *NO_LINKS}:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,29 +1,68 @@
 """The last commit of a run: collected from the learners, restored to them, written to disk.
 
-It is held as handles, which stay in the object store; the driver fetches the bytes when it writes
-them to the run's folder.
+It is held as handles, which stay in the object store; the bytes are fetched and written beside the
+next iteration. A commit is on disk before the next one that is due is made.
 """
 
 import asyncio
+import math
+import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
+from rlhf_ray.config import Config
+from rlhf_ray.disk import says_full
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState
+from rlhf_ray.driver.guards import Alarm
 from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.errors import CheckpointError
 from rlhf_ray.roles import Roles
 from rlhf_ray.types import Commit
+
+SLOW_S = 1.0
+"""A run that waits longer than this for its previous commit has a disk that is too slow."""
+RETRY_S = 10.0
+"""Seconds between two looks for space on a full disk."""
 
 
 class Commits:
     """Holds the commit that every failure restores; saves it and marks the best one."""
 
-    def __init__(self, roles: Roles, checkpoints: Checkpoints, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        config: Config,
+        roles: Roles,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        warn: Callable[[int, Alarm], None],
+    ) -> None:
+        """
+        Args:
+            config: the run's.
+            roles: whose learners are committed.
+            checkpoints: the commits on disk.
+            recorder: of the run; its records of an iteration are on disk before the commit.
+            warn: records and prints a warning about an iteration.
+        """
+        self._every = config.ppo.save_every
+        self._patience_s = config.run.full_disk_wait_s
         self._roles = roles
         self._checkpoints = checkpoints
         self._recorder = recorder
+        self._warn = warn
         self._last: Commit | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._began_s = 0.0
+        self._was_full = False
+
+    def is_due(self, iteration: int) -> bool:
+        """Return whether the commit of an iteration is to be saved."""
+        return iteration % self._every == 0
 
     async def hold(self, state: RunState) -> None:
         """Collect the learners' state as the last commit."""
+        await self._catch_up(state.iteration)
         learners = self._roles.learners
         states = await asyncio.gather(*(learner.state() for learner in learners.values()))
         groups = dict(zip(learners, states, strict=True))
@@ -31,32 +70,107 @@ class Commits:
 
     async def restore(self, state: RunState) -> None:
         """Load the last commit into the learners, and hold it as that of ``state``."""
+        await self._catch_up(state.iteration)
         groups = self._held().groups
         learners = self._roles.learners
         await asyncio.gather(*(learner.load(groups[name]) for name, learner in learners.items()))
         self._last = Commit(state.version, groups, asdict(state))
 
-    async def save(self, iteration: int) -> None:
-        """Write the last commit to the run's folder, as the last step of its iteration.
+    def save_beside(self, iteration: int) -> None:
+        """Begin to write the last commit to the run's folder, while the next iteration runs.
 
         A resumed run cuts its records back to the commit, so this iteration's records must be
-        written before the commit is.
+        written before. `hold` waits for it where the next commit is due.
         """
-        commit = self._held()
-        with self._recorder.phase("save", iteration):
-            groups = {name: await self._roles.fetch(state) for name, state in commit.groups.items()}
-            self._checkpoints.save(commit.version, groups, commit.progress)
+        assert self._writing is None, "the previous commit is still being written"
+        self._began_s = time.monotonic()
+        self._writing = asyncio.ensure_future(self._write(self._held(), iteration))
+
+    async def save(self, iteration: int) -> None:
+        """Write the last commit, and return when it is on disk."""
+        await self.written()
+        self.save_beside(iteration)
+        await self.written()
+
+    async def written(self) -> None:
+        """Wait until the commit that is being written, if any, is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._writing is not None:
+            await asyncio.wait([self._writing])  # what cancels the caller must not cancel this
+            writing, self._writing = self._writing, None
+            writing.result()
 
     async def keep_best(self, state: RunState) -> None:
         """Save the current version unless it is saved, and mark it as best.
 
         The score is written last: a run killed before that evaluates and marks again.
         """
-        if not self._checkpoints.has(state.version):
+        await self.written()
+        version = state.version
+        if not self._checkpoints.has(version):
             await self.save(state.iteration)
-        self._checkpoints.mark_best(state.version)
-        self._checkpoints.set_progress(state.version, asdict(state))
+        await self._patiently(state.iteration, partial(self._checkpoints.mark_best, version))
+        progress = partial(self._checkpoints.set_progress, version, asdict(state))
+        await self._patiently(state.iteration, progress)
+
+    async def _write(self, commit: Commit, iteration: int) -> None:
+        with self._recorder.phase("save", iteration):
+            groups = {name: await self._roles.fetch(state) for name, state in commit.groups.items()}
+            await self._patiently(
+                iteration,
+                partial(self._checkpoints.save, commit.version, groups, commit.progress),
+            )
+
+    async def _patiently(self, iteration: int, write: Callable[[], None]) -> None:
+        """Write in a thread; where the disk is full, wait for space and write again."""
+        began_s, self._was_full = time.monotonic(), False
+        while True:
+            try:
+                return await asyncio.to_thread(write)
+            except CheckpointError as error:
+                waited_s = time.monotonic() - began_s
+                if not says_full(error) or waited_s >= self._patience_s:
+                    raise
+                self._was_full = True
+                self._warn(iteration, _disk_full(error, waited_s, self._patience_s))
+            await asyncio.sleep(RETRY_S)
+
+    async def _catch_up(self, iteration: int) -> None:
+        """Wait for the previous commit where this one is due; save fewer if the disk is slow."""
+        if self._writing is None or not (self._writing.done() or self.is_due(iteration)):
+            return
+        waited_from_s = time.monotonic()
+        await self.written()
+        now_s = time.monotonic()
+        if now_s - waited_from_s > SLOW_S and not self._was_full:
+            seconds, interval = now_s - self._began_s, waited_from_s - self._began_s
+            self._every *= math.ceil(seconds / interval)
+            self._warn(iteration, _slow_disk(seconds, interval, self._every))
 
     def _held(self) -> Commit:
         assert self._last is not None, "nothing was committed yet"
         return self._last
+
+
+def _slow_disk(seconds: float, interval: float, every: int) -> Alarm:
+    return Alarm(
+        "slow_disk",
+        "save fewer",
+        {"save_s": seconds, "interval_s": interval},
+        f"Writing a commit to run.dir took {seconds:.0f} s, and the next one was due after "
+        f"{interval:.0f} s. From now on one iteration in {every} is saved: a driver that "
+        "dies repeats up to that many. Put run.dir on a faster disk, or set ppo.save_every",
+    )
+
+
+def _disk_full(error: CheckpointError, waited_s: float, patience_s: float) -> Alarm:
+    return Alarm(
+        "disk_full",
+        "wait",
+        {"waited_s": waited_s},
+        f"{error}. The run waits for space, {patience_s - waited_s:.0f} s more at most "
+        "(run.full_disk_wait_s)",
+    )

@@ -36,9 +36,9 @@ class Alarm:
     """A guard that fired."""
 
     guard: str
-    """Its name, one of `GUARDS`."""
+    """Its name: one of `GUARDS`, or ``slow_disk``, ``disk_full`` and ``damaged_commit``."""
     action: str
-    """The response that its config sets: warn, skip, rollback or stop."""
+    """The response, such as warn, skip, rollback or stop for those that a config sets."""
     numbers: Mapping[str, float]
     """The metrics that it fired on, by name."""
     text: str
@@ -275,7 +275,7 @@ class Guards:
         alarm = prompt_reuse(num_drawn, num_prompts)
         known = any(record["guard"] == "prompt_reuse" for record in self._recorder.warnings())
         if alarm is not None and not known:
-            self._warn(0, alarm)
+            self.warn(0, alarm)
 
     def require_rollback(
         self, iteration: int, metrics: Mapping[str, float], losses: Losses, num_rollbacks: int
@@ -291,7 +291,7 @@ class Guards:
             refuse_non_finite(metrics, iteration)
         found = alarms(self._guards, metrics, losses)
         for alarm in found:
-            self._warn(iteration, alarm)
+            self.warn(iteration, alarm)
             if alarm.action == "stop":
                 raise DivergenceError(
                     f"Iteration {iteration}: {alarm.text}. It was not committed; to resume from "
@@ -307,7 +307,8 @@ class Guards:
             )
         return bool(spikes)
 
-    def _warn(self, iteration: int, alarm: Alarm) -> None:
+    def warn(self, iteration: int, alarm: Alarm) -> None:
+        """Record a warning, and print it unless the same guard's was printed lately."""
         self._recorder.warning(
             {
                 "iteration": iteration,

@@ -7,8 +7,9 @@
 
 Each finished shard is scored while others still generate. An iteration starts from the last
 commit and ends in the next one, which the driver holds; generators only ever serve committed
-adapters. Every `ppo.save_every` iterations the commit is also written to the run's folder. The
-guards check an iteration before it is committed: they may stop the run or roll the iteration back.
+adapters. Every `ppo.save_every` iterations the commit is also written to the run's folder, beside
+the next iteration. The guards check an iteration before it is committed: they may stop the run or
+roll the iteration back.
 """
 
 import asyncio
@@ -75,10 +76,12 @@ class PpoLoop:
         self._recorder = parts.recorder
         self._parts = parts
         self._state = state
-        self._commits = Commits(parts.roles, parts.checkpoints, parts.recorder)
         bound = config.rollout.max_gap or state.gap_bound
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
         self._guards = Guards(config.guards, parts.recorder)
+        self._commits = Commits(
+            config, parts.roles, parts.checkpoints, parts.recorder, self._guards.warn
+        )
         self._whitens = _whitens(config)
         self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
         self._stop_requested = False
@@ -106,8 +109,11 @@ class PpoLoop:
         await self._publish()
         if self._evaluation_is_due():
             await self._evaluate()
-        while not self._at_end:
-            await self._iterate()
+        try:
+            while not self._at_end:
+                await self._iterate()
+        finally:
+            await self._commits.written()
         self._state = replace(self._state, **self._generators_so_far())
         recorder = self._recorder
         summary = run_summary(recorder.history(), asdict(self._state), recorder.warnings())
@@ -140,8 +146,10 @@ class PpoLoop:
         metrics |= pace_metrics(stats, time.time() - started, self._price_per_hour())
         await self._record(batch, metrics, iteration)
         self._at_end = self._stop_requested or iteration == self._config.ppo.iterations
-        if self._at_end or iteration % self._config.ppo.save_every == 0:
+        if self._at_end:
             await self._commits.save(iteration)
+        elif self._commits.is_due(iteration):
+            self._commits.save_beside(iteration)
         if self._evaluation_is_due():
             await self._evaluate()
 

@@ -65,14 +65,15 @@ class Recorder:
     @contextmanager
     def phase(self, name: str, iteration: int) -> Generator[None]:
         """Time a phase of an iteration, for the iteration's metrics and the trace."""
-        self._iteration = iteration
+        # A commit is saved beside the next iteration: its phase begins and ends in that one.
+        self._iteration = max(self._iteration, iteration)
         started = time.time()
         try:
             yield
         finally:
             ended = time.time()
             self._seconds[name] = self._seconds.get(name, 0.0) + ended - started
-            self._tracer.add("driver", name, started, ended, iteration=self._iteration)
+            self._tracer.add("driver", name, started, ended, iteration=iteration)
 
     def span(self, actor: str, name: str, started: float, ended: float) -> None:
         """Record an actor's call from ``started`` to ``ended``, Unix seconds."""

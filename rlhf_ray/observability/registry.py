@@ -92,9 +92,11 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
     ("timing_s/gen", "s", _SUM, "Wall time until the batch's last rollout arrived."),
     ("timing_s/score", "s", _SUM, "Wall time of scoring that did not overlap with generation."),
     ("timing_s/learn", "s", _SUM, "Wall time of the policy's and the critic's updates."),
-    ("timing_s/commit", "s", _SUM, "Wall time of collecting the learners' state."),
+    ("timing_s/commit", "s", _SUM,
+     "Wall time of collecting the learners' state, and of waiting until the commit before it is "
+     "in the run's folder."),
     ("timing_s/save", "s", _SUM,
-     "Wall time of writing the previous iteration's commit to the run's folder."),
+     "Wall time of writing an earlier iteration's commit to the run's folder, beside this one."),
     ("timing_s/sync", "s", _SUM,
      "Wall time of publishing the adapter and proving that it is served."),
     ("timing_s/iteration", "s", _SUM, "Wall time of the whole iteration."),

@@ -7,7 +7,7 @@ continues there, and the last step of each stream, so that no step is recorded t
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NotRequired
@@ -129,7 +129,8 @@ class Memory:
         self._write()
 
     def _write(self) -> None:
-        write_atomically(self._path, json.dumps(self._values, indent=2) + "\n")
+        with suppress(ConfigError):  # the disk is full: the next one holds all of this
+            write_atomically(self._path, json.dumps(self._values, indent=2) + "\n")
 
 
 class TrackerSink:

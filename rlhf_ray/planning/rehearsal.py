@@ -20,7 +20,7 @@ from rlhf_ray.planning.prediction import (
 )
 from rlhf_ray.planning.role_times import Range
 from rlhf_ray.planning.roles import PlannedRole, state_bytes
-from rlhf_ray.planning.throughput import SECONDS_PER_DAY, TimeEstimate
+from rlhf_ray.planning.throughput import SECONDS_PER_DAY, TimeEstimate, save_seconds
 from rlhf_ray.runs.folder import RunFolder
 
 RESULT = "rehearsal.json"
@@ -160,8 +160,9 @@ def calibrated_time(
 ) -> TimeEstimate:
     """Return measured seconds as the worst case; the best is better by the predicted ratio."""
     phases: dict[str, Range] = {}
-    for name, measured in rehearsal.seconds.items():
-        worst = measured / config.ppo.save_every if name == "save" else measured
+    for name, worst in rehearsal.seconds.items():
+        if name == "save":  # beside the iteration
+            continue
         best, slowest = (
             predicted.phases[name] if predicted and name in predicted.phases else (1.0, 1.0)
         )
@@ -189,8 +190,10 @@ def as_text(rehearsal: Rehearsal, plan: Plan) -> str:
         if peak is not None:
             lines.append(f"{role.role:<12}{gb(planned_bytes(plan, role)):>12}{gb(peak):>12}")
     lines += ["", f"{'phase':<12}{'predicted':>20}{'measured':>12}"]
+    beside = {"save": save_seconds(plan.config, plan.models)}
+    predicted = {**plan.time.phases, **beside} if plan.time else {}
     for phase, seconds in rehearsal.seconds.items():
-        known = plan.time.phases.get(phase) if plan.time else None
+        known = predicted.get(phase)
         ends = f"{known[0]:.3g} to {known[1]:.3g} s" if known else "not known"
         lines.append(f"{phase:<12}{ends:>20}{f'{seconds:.3g} s':>12}")
     state = state_bytes(plan.config, plan.models)

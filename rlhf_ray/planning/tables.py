@@ -13,9 +13,9 @@ from rlhf_ray.planning.layout_options import Change
 from rlhf_ray.planning.memory import GB, gb, weights_bytes
 from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb
 from rlhf_ray.planning.role_times import ASSUMPTIONS
-from rlhf_ray.planning.roles import CACHE_KEY, PlannedRole
+from rlhf_ray.planning.roles import CACHE_KEY, PlannedRole, state_bytes
 from rlhf_ray.planning.suggestions import Layout, layout_table, overrides
-from rlhf_ray.planning.throughput import TimeEstimate, middle
+from rlhf_ray.planning.throughput import TimeEstimate, middle, save_seconds
 from rlhf_ray.planning.trainings import planned_training, trained_parts
 
 WIDTH = 100
@@ -48,7 +48,7 @@ def as_json(
     plan: Plan, changes: list[Change], layouts: list[Layout] | None = None
 ) -> dict[str, object]:
     """Return the plan as JSON values; names that end in ``_gb`` are in 10^9 bytes."""
-    config, time = plan.config, plan.time
+    config, time, stages = plan.config, plan.time, plan.config.run.stages
     return {
         "fits": plan.fits,
         "reasons": [_reason(shortage, changes) for shortage in plan.shortages],
@@ -63,6 +63,8 @@ def as_json(
         "seconds_per_iteration": time and {name: middle(ends) for name, ends in _all(time).items()},
         "seconds_range": time and {name: list(ends) for name, ends in _all(time).items()},
         "bytes_per_sync": plan.bytes_per_sync,
+        "bytes_per_commit": round(state_bytes(config, plan.models)) if "ppo" in stages else 0,
+        "seconds_per_commit": list(save_seconds(config, plan.models)) if "ppo" in stages else None,
         "days": middle(time.days) if _has_days(time) else None,
         "days_range": list(time.days) if _has_days(time) else None,
         "idle_gpu_hours": time.idle_gpu_hours if time else None,
@@ -87,7 +89,7 @@ def as_json(
             dataclasses.asdict(planned_training(config, part))
             for part in trained_parts(config, plan.models)
         ],
-        "stages": list(config.run.stages),
+        "stages": list(stages),
         "folder": str(Path(config.run.dir).absolute()),
     }
 
@@ -289,6 +291,7 @@ def _time(plan: Plan) -> Iterator[str]:
         for name, (best, worst) in _all(time).items():
             yield f"{name:<10}{f'{best:,.1f} to {worst:,.1f}':>25}"
         yield f"bytes of the adapter sent to each generator: {plan.bytes_per_sync:,}"
+        yield from _commit(plan, time)
         yield f"idle GPU-hours of this layout: {time.idle_gpu_hours:,.0f}"
     best, worst = time.days
     if best < 0.1:
@@ -299,6 +302,15 @@ def _time(plan: Plan) -> Iterator[str]:
         yield "predicted, and confirmed by no GPU: rlhf-ray rehearse measures it on the cluster"
     yield "assumptions, at best and at worst:"
     yield from (f"  {assumption}" for assumption in _time_assumptions(plan))
+
+
+def _commit(plan: Plan, time: TimeEstimate) -> Iterator[str]:
+    best, worst = save_seconds(plan.config, plan.models)
+    size = state_bytes(plan.config, plan.models)
+    seconds = f"{best:,.2g} to {worst:,.2g} s"
+    yield f"bytes of a commit: {size:,.0f}, written beside the next iteration in {seconds}"
+    if worst > time.iteration[0] * plan.config.ppo.save_every:
+        yield "  longer at worst than iterations: then fewer commits are written"
 
 
 def _time_assumptions(plan: Plan) -> list[str]:

@@ -23,6 +23,7 @@ from rlhf_ray.planning.role_times import (
     role_seconds,
 )
 from rlhf_ray.planning.roles import PlannedRole, Setting, state_bytes
+from rlhf_ray.planning.shapes import Models
 from rlhf_ray.planning.trainings import section, tokens_per_step, trained_parts
 
 Sharing = Collection[Collection[PlannedRole]]
@@ -92,12 +93,16 @@ def fixed_phases(setting: Setting) -> dict[str, Range]:
     sent = sync_bytes(config, models.tuned.shape) / 1e9
     rates = ASSUMPTIONS["GB/s from a learner through the object store"]
     fixed = ASSUMPTIONS["publishing an adapter, fixed seconds"]
-    disk = ASSUMPTIONS["GB/s to run.dir"]
     return {
         "commit": as_range(state / rates[end] for end in ends),
         "sync": as_range(fixed[end] + sent / rates[end] for end in ends),
-        "save": as_range(state / disk[end] / config.ppo.save_every for end in ends),
     }
+
+
+def save_seconds(config: Config, models: Models) -> Range:
+    """Return the seconds in which a commit is written to run.dir, beside the next iteration."""
+    state = state_bytes(config, models) / 1e9
+    return as_range(state / rate for rate in ASSUMPTIONS["GB/s to run.dir"])
 
 
 def turn_seconds(moved: float) -> Range:

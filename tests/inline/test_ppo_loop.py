@@ -152,8 +152,9 @@ def test_a_kill_before_the_commit_is_on_disk_leaves_each_iteration_once(
     monkeypatch.setattr(broken.checkpoints, "save", die_in_the_second)
     with pytest.raises(ActorFailure):
         broken.run()
-    # Iteration 4 was recorded, and published, but not saved: it is done again.
-    assert [record["iteration"] for record in broken.metrics()] == [1, 2, 3, 4]
+    # Iteration 4 was recorded, and published, but not saved: it is done again. The commit after it
+    # that is due, 6, waits for it, so at most iteration 5 was done meanwhile.
+    assert [record["iteration"] for record in broken.metrics()] in ([1, 2, 3, 4], [1, 2, 3, 4, 5])
     resumed = Harness(make_config(tmp_path / "run"))
     resumed.run()
     assert resumed.metrics() == whole.metrics()

@@ -74,6 +74,12 @@ def test_stackllama_fits_three_nodes_of_eight_and_programs_can_read_it() -> None
     seconds = dict(found["seconds_per_iteration"])
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
     assert found["bytes_per_sync"] == 2 * 8_388_608
+    # Policy and critic in fp32 with Adam's two moments; the saved adapters in bf16 and in fp32.
+    policy, critic = 8_388_608, 8_388_608 + 4_096
+    assert found["bytes_per_commit"] == 12 * (policy + critic) + 2 * policy + 4 * critic
+    assert found["seconds_per_commit"] == [
+        pytest.approx(found["bytes_per_commit"] / rate) for rate in (1e9, 1e8)
+    ]
     best, worst = found["days_range"]
     assert best < found["days"] < worst < 20 / 24  # published: 20 hours
 

@@ -218,19 +218,17 @@ def test_measured_memory_replaces_the_estimate(
 
 def test_measured_seconds_are_the_worst_case_and_scale_the_best(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    predicted = TimeEstimate(
-        {"gen": (1.0, 2.0), "save": (0.1, 1.0)}, (1.0, 2.0), idle_gpu_hours=6.0
-    )
+    predicted = TimeEstimate({"gen": (1.0, 2.0)}, (1.0, 2.0), idle_gpu_hours=6.0)
     found = calibrated_time(predicted, rehearsal_of(config), config)
-    # Four seconds instead of two; a save of 20 s every tenth iteration.
-    assert found.phases == {"gen": (2.0, 4.0), "save": (0.2, 2.0)}
-    # 100 iterations of 2.2 instead of 1.1 s, and of 6 instead of 3 s.
+    # Four seconds instead of two; a save of 20 s is beside the iterations.
+    assert found.phases == {"gen": (2.0, 4.0)}
+    # 100 iterations of 2 instead of 1 s, and of 4 instead of 2 s.
     day = 86_400
-    assert found.days == pytest.approx((1 + 110 / day, 2 + 300 / day))
-    assert found.idle_gpu_hours == pytest.approx(6.0 * 8.2 / 4.1)
+    assert found.days == pytest.approx((1 + 100 / day, 2 + 200 / day))
+    assert found.idle_gpu_hours == pytest.approx(6.0 * 6 / 3)
     unknown = calibrated_time(None, rehearsal_of(config), config)
-    assert unknown.phases == {"gen": (4.0, 4.0), "save": (2.0, 2.0)}
-    assert unknown.days == pytest.approx((600 / day, 600 / day))
+    assert unknown.phases == {"gen": (4.0, 4.0)}
+    assert unknown.days == pytest.approx((400 / day, 400 / day))
 
 
 def test_measured_peaks_are_shown_beside_the_plan() -> None:

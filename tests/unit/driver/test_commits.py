@@ -1,0 +1,224 @@
+"""Commits are written beside the next iteration, by a disk that is slow, full or gone."""
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import resolve
+from rlhf_ray.driver import commits
+from rlhf_ray.driver.checkpoint import Checkpoints, RunState
+from rlhf_ray.driver.commits import Commits
+from rlhf_ray.driver.guards import Alarm
+from rlhf_ray.errors import CheckpointError
+
+
+class Learner:
+    """A learner whose state is the number of times that it was asked."""
+
+    asked = 0
+
+    async def state(self) -> dict[str, bytes]:
+        self.asked += 1
+        return {"learner.safetensors": str(self.asked).encode()}
+
+
+class Roles:
+    """One group of learners."""
+
+    def __init__(self) -> None:
+        self.learners = {"policy": Learner()}
+
+    async def fetch(self, state: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        return state
+
+
+class Disk(Checkpoints):
+    """Commits in a folder, whose writes begin once ``gate`` is open, and are noted in ``order``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, 3, {})
+        self.gate = threading.Event()
+        self.gate.set()
+        self.order: list[str] = []
+
+    def save(self, version: int, *args: Any) -> None:
+        self.gate.wait(20)
+        super().save(version, *args)
+        self.order.append(f"saved {version}")
+
+
+class Records:
+    """A recorder of phases alone."""
+
+    def phase(self, name: str, iteration: int) -> Any:
+        return nullcontext()
+
+    def require_written(self) -> None:
+        """Every record is on disk."""
+
+
+class Run:
+    """Commits over a disk, and the warnings about it."""
+
+    def __init__(self, folder: Path, **keys: Any) -> None:
+        self.disk = Disk(folder)
+        self.warnings: list[tuple[int, Alarm]] = []
+        config = resolve({"run": {"full_disk_wait_s": keys.pop("wait_s", 60)}, "ppo": keys})
+        roles: Any = Roles()
+        records: Any = Records()
+        self.commits = Commits(
+            config, roles, self.disk, records, lambda *warning: self.warnings.append(warning)
+        )
+
+    async def iterate(self, iteration: int) -> None:
+        """Commit and begin to save as the loop does."""
+        await self.commits.hold(RunState(iteration=iteration, version=iteration))
+        self.disk.order.append(f"committed {iteration}")
+        if self.commits.is_due(iteration):
+            self.commits.save_beside(iteration)
+
+
+def played(scene: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scene(), 20))  # type: ignore[arg-type]
+
+
+def test_an_iteration_runs_while_the_commit_before_it_is_written(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    async def scene() -> None:
+        run.disk.gate.clear()
+        await run.iterate(1)
+        await asyncio.sleep(0.05)  # the next iteration's generation
+        assert not run.disk.has(1)
+        asyncio.get_running_loop().call_later(0.05, run.disk.gate.set)
+        await run.iterate(2)
+        await run.commits.written()
+
+    played(scene)
+    assert run.disk.order == ["committed 1", "saved 1", "committed 2", "saved 2"]
+    assert run.warnings == []
+
+
+def test_a_commit_that_is_not_due_waits_for_no_disk(tmp_path: Path) -> None:
+    run = Run(tmp_path, save_every=2)
+
+    async def scene() -> None:
+        await run.iterate(1)
+        run.disk.gate.clear()
+        for iteration in (2, 3):
+            await run.iterate(iteration)
+        run.disk.gate.set()
+        await run.iterate(4)
+        await run.commits.written()
+
+    played(scene)
+    committed = [f"committed {number}" for number in (1, 2, 3)]
+    assert run.disk.order == [*committed, "saved 2", "committed 4", "saved 4"]
+
+
+def test_a_slow_disk_gets_fewer_commits_and_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "SLOW_S", 0.02)
+    run = Run(tmp_path)
+
+    async def scene() -> None:
+        run.disk.gate.clear()
+        await run.iterate(1)
+        await asyncio.sleep(0.04)
+        asyncio.get_running_loop().call_later(0.06, run.disk.gate.set)
+        await run.iterate(2)  # 0.1 s of writing in iterations of 0.04 s
+        await run.commits.written()
+
+    played(scene)
+    ((iteration, warning),) = run.warnings
+    assert (iteration, warning.guard) == (2, "slow_disk")
+    every = next(number for number in range(2, 9) if run.commits.is_due(number))
+    assert every >= 3
+    assert f"one iteration in {every} is saved" in warning.text
+
+
+def test_a_run_waits_for_space_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "RETRY_S", 0.01)
+    run = Run(tmp_path)
+    real, attempts = os.fsync, 0
+
+    def full_at_first(descriptor: int) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= 3:
+            raise OSError((errno.ENOSPC, errno.EDQUOT)[attempts % 2], "")
+        real(descriptor)
+
+    async def scene() -> None:
+        monkeypatch.setattr(os, "fsync", full_at_first)
+        await run.iterate(1)
+        await run.iterate(2)
+        await run.commits.written()
+
+    played(scene)
+    assert run.disk.order == ["committed 1", "saved 1", "committed 2", "saved 2"]
+    assert [(at, warning.guard) for at, warning in run.warnings] == [(1, "disk_full")] * 3
+    assert "waits for space" in run.warnings[0][1].text
+
+
+def test_a_disk_that_stays_full_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "RETRY_S", 0.01)
+    run = Run(tmp_path, wait_s=0.03)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def scene() -> None:
+        monkeypatch.setattr(os, "fsync", full)
+        await run.iterate(1)
+        with pytest.raises(CheckpointError, match="No space left"):
+            await run.iterate(2)
+
+    played(scene)
+    assert run.warnings
+
+
+def test_what_cannot_be_written_for_another_reason_ends_the_run_at_the_next_commit(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path / "file", save_every=2)
+    (tmp_path / "file").write_text("")
+
+    async def scene() -> None:
+        for iteration in (1, 2):
+            await run.iterate(iteration)
+        await asyncio.sleep(0.2)
+        with pytest.raises(CheckpointError, match="Cannot write version 2"):
+            await run.iterate(3)  # not due itself
+
+    played(scene)
+
+
+def test_what_cancels_the_run_leaves_the_write(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    async def scene() -> None:
+        run.disk.gate.clear()
+        await run.iterate(1)
+        second = asyncio.ensure_future(run.iterate(2))
+        await asyncio.sleep(0.02)
+        second.cancel()
+        with suppress(asyncio.CancelledError):
+            await second
+        run.disk.gate.set()
+        await run.commits.written()
+
+    played(scene)
+    assert run.disk.order == ["committed 1", "saved 1"]
