@@ -279,7 +279,7 @@ def _rows(cells: list[str]) -> Iterator[str]:
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    time = plan.time
+    config, time = plan.config, plan.time
     if time is None:
         return
     yield ""
@@ -291,7 +291,9 @@ def _time(plan: Plan) -> Iterator[str]:
         for name, (best, worst) in _all(time).items():
             yield f"{name:<10}{f'{best:,.1f} to {worst:,.1f}':>25}"
         yield f"bytes of the adapter sent to each generator: {plan.bytes_per_sync:,}"
-        yield from _commit(plan, time)
+        size, seconds = state_bytes(config, plan.models), save_seconds(config, plan.models)
+        took = f"{seconds[0]:,.2g} to {seconds[1]:,.2g} s"
+        yield f"bytes of a commit: {size:,.0f}, written beside the next iteration in {took}"
         yield f"idle GPU-hours of this layout: {time.idle_gpu_hours:,.0f}"
     best, worst = time.days
     if best < 0.1:
@@ -302,15 +304,6 @@ def _time(plan: Plan) -> Iterator[str]:
         yield "predicted, and confirmed by no GPU: rlhf-ray rehearse measures it on the cluster"
     yield "assumptions, at best and at worst:"
     yield from (f"  {assumption}" for assumption in _time_assumptions(plan))
-
-
-def _commit(plan: Plan, time: TimeEstimate) -> Iterator[str]:
-    best, worst = save_seconds(plan.config, plan.models)
-    size = state_bytes(plan.config, plan.models)
-    seconds = f"{best:,.2g} to {worst:,.2g} s"
-    yield f"bytes of a commit: {size:,.0f}, written beside the next iteration in {seconds}"
-    if worst > time.iteration[0] * plan.config.ppo.save_every:
-        yield "  longer at worst than iterations: then fewer commits are written"
 
 
 def _time_assumptions(plan: Plan) -> list[str]:
