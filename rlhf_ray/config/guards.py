@@ -67,13 +67,24 @@ class RatioGuard(Guard):
     )
 
 
+class NonFiniteGuard(Guard):
+    """Detects losses, gradients or a KL that are not finite: they never enter a commit."""
+
+    action: Literal["rollback", "stop"] = changeable(
+        "rollback",
+        description="rollback: policy and critic return to the last commit and the iteration's "
+        "rollouts are discarded, guards.loss_spike.max_in_a_row times at most; stop: before the "
+        "commit.",
+    )
+
+
 class LossSpikeGuard(Guard):
     """Detects an iteration whose losses or gradient norms jump."""
 
     action: Literal["off", "warn", "rollback", "stop"] = changeable(
         "warn",
         description="rollback: policy and critic return to the last commit and the iteration's "
-        "rollouts are discarded, also if a loss is not finite; stop: before the commit.",
+        "rollouts are discarded; stop: before the commit.",
     )
     factor: float = changeable(
         10.0,
@@ -92,7 +103,8 @@ class LossSpikeGuard(Guard):
         3,
         unit="iterations",
         ge=1,
-        description="Most consecutive rollbacks; if one more is needed, the run stops.",
+        description="Most consecutive rollbacks, those of guards.non_finite included; if one more "
+        "is needed, the run stops.",
     )
 
 
@@ -102,6 +114,9 @@ class GuardsConfig(Section):
     repetition: RepetitionGuard = fixed(RepetitionGuard(), description="Repetition and gibberish.")
     negative_kl: NegativeKlGuard = fixed(NegativeKlGuard(), description="Negative KL.")
     ratio: RatioGuard = fixed(RatioGuard(), description="Runaway importance ratio.")
+    non_finite: NonFiniteGuard = fixed(
+        NonFiniteGuard(), description="Losses and gradients that are not finite."
+    )
     loss_spike: LossSpikeGuard = fixed(LossSpikeGuard(), description="Loss spikes.")
     remind_every: int = changeable(
         20,

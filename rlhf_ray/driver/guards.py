@@ -1,4 +1,4 @@
-"""Guards over every iteration: detectors, the log-prob mismatch bound, and the response.
+"""Guards over every iteration: detectors, and the response.
 
 A detector is a pure function of an iteration's metrics. `Guards` runs them before the iteration is
 committed, and warns, stops the run, or requires a rollback.
@@ -13,20 +13,22 @@ from rlhf_ray.config.guards import (
     GuardsConfig,
     LossSpikeGuard,
     NegativeKlGuard,
+    NonFiniteGuard,
     RatioGuard,
     RepetitionGuard,
 )
 from rlhf_ray.driver.checkpoint import Losses
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.errors import DivergenceError, WeightSyncError
+from rlhf_ray.errors import DivergenceError
 from rlhf_ray.observability.progress import Progress
-from rlhf_ray.types import REPETITION, ScoredShard
+from rlhf_ray.types import REPETITION
 
-GUARDS = ("repetition", "negative_kl", "ratio", "loss_spike", "prompt_reuse")
+GUARDS = ("repetition", "negative_kl", "ratio", "non_finite", "loss_spike", "prompt_reuse")
 WATCHED = ("loss/policy_avg", "policy/grad_norm", "loss/value_avg", "val/grad_norm")
 """Metrics that the loss-spike guard compares with their medians."""
 MIN_HISTORY = 5
 """Number of past iterations that a median needs."""
+GOES_BACK = "policy and critic go back to the last commit, and the batch is discarded"
 
 Metrics = Mapping[str, float]
 
@@ -51,6 +53,7 @@ def alarms(guards: GuardsConfig, metrics: Metrics, losses: Losses) -> list[Alarm
         _repetition(guards.repetition, metrics),
         _negative_kl(guards.negative_kl, metrics),
         _ratio(guards.ratio, metrics),
+        _non_finite(guards.non_finite, metrics),
         _loss_spike(guards.loss_spike, metrics, losses),
     )
     return [alarm for alarm in found if alarm is not None and alarm.action != "off"]
@@ -99,7 +102,7 @@ def _repetition(guard: RepetitionGuard, metrics: Metrics) -> Alarm | None:
 
 def _negative_kl(guard: NegativeKlGuard, metrics: Metrics) -> Alarm | None:
     kl = metrics["objective/kl"]
-    if kl >= guard.min_kl:
+    if not kl < guard.min_kl:  # NaN is `_non_finite`'s
         return None
     return Alarm(
         "negative_kl",
@@ -128,19 +131,44 @@ def _ratio(guard: RatioGuard, metrics: Metrics) -> Alarm | None:
     )
 
 
+def non_finite(metrics: Metrics) -> list[str]:
+    """Return the names of the losses, gradient norms and KL that are not finite.
+
+    Other metrics may be undefined: constant returns have no variance to explain.
+    """
+    return [
+        name
+        for name, value in metrics.items()
+        if name.startswith("loss/") or name.endswith("/grad_norm") or name == "objective/kl"
+        if not math.isfinite(value)
+    ]
+
+
+def _non_finite(guard: NonFiniteGuard, metrics: Metrics) -> Alarm | None:
+    broken = non_finite(metrics)
+    if not broken:
+        return None
+    return Alarm(
+        "non_finite",
+        guard.action,
+        _picked(metrics, broken),
+        f"{', '.join(f'{name} is not finite' for name in broken)}; {GOES_BACK}. If it comes back, "
+        "lower ppo.learning_rate or critic.learning_rate, or raise ppo.kl_coef",
+    )
+
+
 def _loss_spike(guard: LossSpikeGuard, metrics: Metrics, losses: Losses) -> Alarm | None:
     jumps = {name: text for name in WATCHED if (text := _jump(name, guard, metrics, losses))}
     if not jumps:
         return None
-    back = "policy and critic go back to the last commit, and the batch is discarded"
     offer = "guards.loss_spike.action=rollback keeps such iterations out of the policy"
     return Alarm(
         "loss_spike",
         guard.action,
         _picked(metrics, tuple(jumps)),
         f"{', '.join(jumps.values())} (bound {guard.factor:g} times); "
-        f"{back if guard.action == 'rollback' else offer}. Look at objective/scores: against a "
-        "reward that jumps, set clip or scale: running of its source; else lower "
+        f"{GOES_BACK if guard.action == 'rollback' else offer}. Look at objective/scores: against "
+        "a reward that jumps, set clip or scale: running of its source; else lower "
         "ppo.learning_rate or critic.learning_rate",
     )
 
@@ -149,7 +177,7 @@ def _jump(name: str, guard: LossSpikeGuard, metrics: Metrics, losses: Losses) ->
     """Describe the jump of a metric; return an empty string if there is none."""
     value, known = abs(metrics.get(name, 0.0)), losses.get(name, ())
     if not math.isfinite(value):
-        return f"{name} is not finite"
+        return ""  # `_non_finite` has it
     usual = median(known) if len(known) >= MIN_HISTORY else 0.0
     if not usual or value <= guard.factor * usual:
         return ""
@@ -161,105 +189,6 @@ def _jump(name: str, guard: LossSpikeGuard, metrics: Metrics, losses: Losses) ->
 
 def _picked(metrics: Metrics, names: Sequence[str]) -> dict[str, float]:
     return {name: metrics[name] for name in names}
-
-
-CALIBRATION_FACTOR = 10.0
-FLOOR, CEILING = 1e-4, 0.01
-"""Limits of the bound, nats per token, if engine and learner hold equal fp32 weights."""
-ROUNDED_FLOOR, ROUNDED_CEILING = 0.02, 0.1
-"""Limits of the bound if one of them rounds its weights, or quantises them to int8."""
-NF4_CEILING = 0.3
-"""Largest bound, and mean error in the proof, of a learner over an nf4 base. Measured on CPU with
-the quick start's model: nf4 differs from a bf16 engine by 0.015 nats a token, bf16 from fp32 by
-0.003, int8 by 0.002, a temperature of 0.7 by 0.07. It has not been measured on GPUs."""
-OUTLIER = 7
-"""Bounds by which one token of a shard may exceed the bound, where weights are rounded.
-
-Rounding has heavy tails: the mean of n honest tokens that is far too high is so by one of them, so
-the bound widens with 1 / n. Of 200 simulated runs of honest engines 198 broke the bare bound with
-shards of a token and 25 with shards of four; none breaks this one."""
-JOINED_TOKENS = 32
-"""Shards of fewer tokens are checked together as well, where a faulty engine shows all the same."""
-
-
-class MismatchGuard:
-    """Bounds the mean |engine's - learner's log-prob| of every shard.
-
-    The first batch, sampled right after the proof, calibrates the bound: ten times its mean
-    mismatch, at least what rounding can cause, at most what a wrong adapter or temperature would.
-    """
-
-    def __init__(
-        self, engine_is_exact: bool, bound: float | None = None, ceiling: float | None = None
-    ) -> None:
-        """
-        Args:
-            engine_is_exact: whether engine and learner compute with the same fp32 weights on CPUs.
-            bound: a bound from the config or an earlier process, nats per token; None: calibrate.
-            ceiling: largest calibrated bound; None: by ``engine_is_exact``.
-        """
-        self._is_exact = engine_is_exact
-        self._floor = FLOOR if engine_is_exact else ROUNDED_FLOOR
-        self._ceiling = ceiling or (CEILING if engine_is_exact else ROUNDED_CEILING)
-        self.bound = bound
-
-    def check(self, batch: Sequence[ScoredShard]) -> None:
-        """Refuse a batch with a shard over the bound; calibrate the bound on the first batch."""
-        if self.bound is None:
-            mean, _ = _mean_mismatch(batch)
-            self.bound = min(max(CALIBRATION_FACTOR * mean, self._floor), self._ceiling)
-        for scored in batch:
-            self._refuse_beyond(self.bound, [scored])
-        if not self._is_exact:
-            for group in _joined(batch):
-                self._refuse_beyond(self.bound, group)
-
-    def _refuse_beyond(self, bound: float, shards: Sequence[ScoredShard]) -> None:
-        mean, num_tokens = _mean_mismatch(shards)
-        limit = bound if self._is_exact else bound * (1 + OUTLIER / num_tokens)
-        if not mean <= limit:  # `not <=` also refuses NaN
-            info = shards[0].shard.info
-            others = f" and {len(shards) - 1} other short ones" if len(shards) > 1 else ""
-            raise WeightSyncError(
-                f"Shard {info.index} (version {info.versions[0]}){others}: engine and learner "
-                f"differ by {mean:.2g} nats a token, the bound is {limit:.2g} for {num_tokens} "
-                "tokens. The generator does not sample from the policy: check adapter, base model "
-                "and temperature"
-            )
-
-
-def _mean_mismatch(shards: Sequence[ScoredShard]) -> tuple[float, int]:
-    """Return the mean over the tokens of some shards, and their number."""
-    num_tokens = sum(scored.mismatch.num_tokens for scored in shards)
-    total = sum(scored.mismatch.mean * scored.mismatch.num_tokens for scored in shards)
-    return total / num_tokens, num_tokens
-
-
-def _joined(batch: Sequence[ScoredShard]) -> list[list[ScoredShard]]:
-    """Join the shards with few tokens to groups with enough of them, as far as there are any."""
-    groups: list[list[ScoredShard]] = []
-    for scored in batch:
-        if scored.mismatch.num_tokens >= JOINED_TOKENS:
-            continue
-        if not groups or _mean_mismatch(groups[-1])[1] >= JOINED_TOKENS:
-            groups.append([])
-        groups[-1].append(scored)
-    return groups
-
-
-def refuse_non_finite(metrics: Mapping[str, float], iteration: int) -> None:
-    """Refuse to commit an iteration whose losses or gradient norms are not finite."""
-    broken = [
-        name
-        for name, value in metrics.items()
-        if name.startswith("loss/") or name.endswith("/grad_norm")
-        if not math.isfinite(value)
-    ]
-    if broken:
-        raise DivergenceError(
-            f"Iteration {iteration}: {', '.join(broken)} not finite. The last commit is whole; "
-            "lower ppo.learning_rate or critic.learning_rate, or raise ppo.kl_coef, and resume"
-        )
 
 
 class Guards:
@@ -277,35 +206,36 @@ class Guards:
         if alarm is not None and not known:
             self.warn(0, alarm)
 
-    def require_rollback(
-        self, iteration: int, metrics: Mapping[str, float], losses: Losses, num_rollbacks: int
-    ) -> bool:
+    def check(
+        self, iteration: int, metrics: Mapping[str, float], losses: Losses
+    ) -> Sequence[Alarm]:
+        """Warn of whatever the detectors find in an iteration; return it."""
+        found = alarms(self._guards, metrics, losses)
+        for alarm in found:
+            self.warn(iteration, alarm)
+        return found
+
+    def require_rollback(self, iteration: int, found: Sequence[Alarm], num_rollbacks: int) -> bool:
         """Return whether an iteration must be rolled back instead of committed.
 
         Raises:
             DivergenceError: a guard stops the run.
         """
-        spike = self._guards.loss_spike
-        # A rollback restores weights that are finite; otherwise NaN would enter the commit.
-        if spike.action != "rollback":
-            refuse_non_finite(metrics, iteration)
-        found = alarms(self._guards, metrics, losses)
         for alarm in found:
-            self.warn(iteration, alarm)
             if alarm.action == "stop":
+                other = "rollback" if alarm.guard == "non_finite" else "warn"
                 raise DivergenceError(
                     f"Iteration {iteration}: {alarm.text}. It was not committed; to resume from "
-                    "the last commit and only warn about this, set "
-                    f"guards.{alarm.guard}.action=warn"
+                    f"the last commit and not stop at this, set guards.{alarm.guard}.action={other}"
                 )
-        spikes = [alarm for alarm in found if alarm.action == "rollback"]
-        if spikes and num_rollbacks >= spike.max_in_a_row:
+        undone = [alarm for alarm in found if alarm.action == "rollback"]
+        if undone and num_rollbacks >= self._guards.loss_spike.max_in_a_row:
             raise DivergenceError(
-                f"Iteration {iteration}: {spikes[0].text}. It is the iteration after "
+                f"Iteration {iteration}: {undone[0].text}. It is the iteration after "
                 f"{num_rollbacks} that were rolled back already (guards.loss_spike.max_in_a_row): "
                 "other prompts do not help"
             )
-        return bool(spikes)
+        return bool(undone)
 
     def warn(self, iteration: int, alarm: Alarm) -> None:
         """Record a warning, and print it unless the same guard's was printed lately."""

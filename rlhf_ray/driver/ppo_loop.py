@@ -101,8 +101,7 @@ class PpoLoop:
         config = self._config
         num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
         self._guards.check_prompts(num_drawn, len(self._parts.cursor))
-        if config.guards.loss_spike.action == "rollback":
-            await self._commits.hold(self._state)  # what a rollback of the first iteration restores
+        await self._commits.hold(self._state)  # what a rollback of the first iteration restores
         self._recorder.committed()
         # Prove before the first publication: the proof leaves probe adapters in the engines.
         await self._roles.generators.prove(await self._parts.sync.proof())
@@ -131,9 +130,8 @@ class PpoLoop:
         metrics = iteration_metrics(
             self._config.rewards, batch, stats, reports, self._kl.coef, state.version
         )
-        if self._guards.require_rollback(
-            iteration, metrics, state.losses, state.rollbacks_in_a_row
-        ):
+        found = self._guards.check(iteration, metrics, state.losses)
+        if self._guards.require_rollback(iteration, found, state.rollbacks_in_a_row):
             await self._roll_back(batch, iteration)
         else:
             await self._commit(batch, reward_moments, stats, metrics, iteration)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.driver.batches import sample_requests
-from rlhf_ray.driver.guards import MismatchGuard
+from rlhf_ray.driver.mismatch import MismatchGuard
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.roles import Generator, Policy, Proof
 from rlhf_ray.types import AdapterUpdate, ProbeComparison, Prompt, SampleRequest, ShardRequest

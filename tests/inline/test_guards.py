@@ -12,7 +12,7 @@ from harness import Harness, make_config
 
 from rlhf_ray.engines.fake import VOCAB_SIZE
 from rlhf_ray.errors import DivergenceError
-from rlhf_ray.types import RawScores, Shard
+from rlhf_ray.types import RawScores, Shard, StepReport
 
 SPIKE = 7
 """Iteration whose scores jump."""
@@ -131,14 +131,52 @@ def test_a_spike_that_comes_back_with_every_batch_ends_the_run(tmp_path: Path) -
     assert learner(harness, 8, "policy") == learner(harness, SPIKE - 1, "policy")
 
 
+@dataclass
+class _BrokenOnce(FakePolicy):
+    """Reports a broken loss the first time that it learns the iteration ``fault_at``."""
+
+    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+        is_next = self.learnt + 1 == self.fault_at
+        report = await super().learn(advantage_mean, advantage_std)
+        if is_next:
+            self.fault_at = 0
+        return report
+
+
 @pytest.mark.parametrize("first", [1, 3])
-def test_what_is_not_finite_is_rolled_back_as_well(tmp_path: Path, first: int) -> None:
+@pytest.mark.parametrize("loss", [math.nan, -math.inf])
+def test_a_broken_iteration_is_rolled_back_unless_told_otherwise(
+    tmp_path: Path, first: int, loss: float
+) -> None:
+    """Also the first one: the commit that it returns to is held from the start."""
+    policy = _BrokenOnce(fault_at=first, loss=loss)
+    config = make_config(tmp_path, save_every=1, keep_checkpoints=20, eval_every=1000)
+    harness = Harness(config, policy=policy)
+    summary = harness.run()
+    assert policy.learnt == summary["iterations"] - 1 == 5
+    assert (summary["samples_learnt"], summary["samples_set_aside"]) == (40, 8)
+    (record,) = warnings(harness, "non_finite")
+    assert (record["iteration"], record["action"]) == (first, "rollback")
+    assert summary["guards"]["non_finite"] == 1
+    assert summary["guards"]["loss_spike"] == 0
+    published = [version for what, version in harness.events if what == "publish" and version >= 0]
+    assert published == list(range(7))
+    if first > 1:
+        assert learner(harness, first, "policy") == learner(harness, first - 1, "policy")
+    assert all(np.isfinite(policy.b_V))
+
+
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("spike", ["off", "warn", "rollback"])
+def test_what_stays_broken_ends_the_run(tmp_path: Path, first: int, spike: str) -> None:
     policy = FakePolicy(fault_at=first, loss=math.nan)
-    harness = spiking(tmp_path, "rollback", scorer=FakeScorer, policy=policy)
-    with pytest.raises(DivergenceError, match="loss/policy_avg is not finite"):
+    harness = spiking(tmp_path, spike, scorer=FakeScorer, policy=policy)
+    with pytest.raises(
+        DivergenceError, match=r"loss/policy_avg is not finite.*after 2 that were rolled back"
+    ):
         harness.run()
     assert policy.learnt == first, "learnt, and gone back from, twice before"
-    assert [record["iteration"] for record in warnings(harness, "loss_spike")] == [
+    assert [record["iteration"] for record in warnings(harness, "non_finite")] == [
         first,
         first + 1,
         first + 2,

@@ -74,8 +74,8 @@ def test_a_batch_that_is_not_whole_is_refused(
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [
-        ({"loss": math.nan}, DivergenceError, r"Iteration 3: loss/policy_avg not finite"),
-        ({"loss": math.inf}, DivergenceError, r"Iteration 3: loss/policy_avg not finite"),
+        ({"loss": math.nan}, DivergenceError, r"Iteration 3: loss/policy_avg is not finite"),
+        ({"loss": math.inf}, DivergenceError, r"Iteration 3: loss/policy_avg is not finite"),
         ({"gap": 0.02}, WeightSyncError, r"Shard 0 \(version 2\): .* differ by 0.02 nats"),
         ({"gap": math.nan}, WeightSyncError, r"Shard 0 \(version 2\): .* differ by nan nats"),
         ({"lose": 1}, RlhfError, r"7 of the 8 samples"),
@@ -84,7 +84,8 @@ def test_a_batch_that_is_not_whole_is_refused(
 def test_an_iteration_that_goes_wrong_is_not_committed(
     fault: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    harness = Harness(make_config(tmp_path), policy=FakePolicy(fault_at=3, **fault))
+    config = make_config(tmp_path, guards={"non_finite": {"action": "stop"}})
+    harness = Harness(config, policy=FakePolicy(fault_at=3, **fault))
     with pytest.raises(error, match=message):
         harness.run()
     _assert_stopped_after_two(harness)

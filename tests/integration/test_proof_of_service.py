@@ -32,7 +32,7 @@ from rlhf_ray.cluster.learner_groups import PolicyClient
 from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.cluster.workers import InlineWorker
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.driver.guards import MismatchGuard
+from rlhf_ray.driver.mismatch import MismatchGuard
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
 from rlhf_ray.engines.vllm.engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError

@@ -14,7 +14,7 @@ from rlhf_ray.data.datasets.prompts import Prompts
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
-from rlhf_ray.driver.guards import NF4_CEILING
+from rlhf_ray.driver.mismatch import NF4_CEILING
 from rlhf_ray.driver.ppo_loop import LoopParts, PpoLoop
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.weight_sync import WeightSync, probe_requests

@@ -15,10 +15,9 @@ from actors.critic_learner import CriticLearner
 from actors.policy_learner import PROBE_SHIFT, PolicyLearner, compare_shifts
 from actors.reference import Reference
 from rlhf_ray.cluster.learner_groups import merge_reports
-from rlhf_ray.driver.guards import refuse_non_finite
+from rlhf_ray.driver.guards import non_finite
 from rlhf_ray.driver.weight_sync import probe_requests
 from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
-from rlhf_ray.errors import DivergenceError
 from rlhf_ray.models.adapters import adapter_state
 from rlhf_ray.types import AssembledStats, Prompt, Rollout, StepReport
 
@@ -229,8 +228,7 @@ def test_a_loss_that_is_not_finite_is_no_overflow(
             param.fill_(math.nan)
     report = policy.learn(0.0, 1.0)
     assert "policy/steps_skipped" not in report.metrics
-    with pytest.raises(DivergenceError, match="not finite"):
-        refuse_non_finite(report.metrics, 1)
+    assert non_finite(report.metrics)
 
 
 def as_group(learners: list[Any], call: Callable[[Any], Any]) -> list[Any]:
@@ -278,8 +276,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_no_overflow_on_any(
     learners = [make_learner(kind, guards={"ratio": {"action": "off"}}) for _ in range(2)]
     report = merge_reports(as_group(learners, learn))
     assert kind.skipped_name not in report.metrics
-    with pytest.raises(DivergenceError, match="not finite"):
-        refuse_non_finite(report.metrics, 1)
+    assert non_finite(report.metrics)
 
 
 def test_rank_0_alone_returns_what_is_the_same_on_all_ranks(policy: PolicyLearner) -> None:

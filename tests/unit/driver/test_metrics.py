@@ -142,6 +142,7 @@ def test_a_run_in_numbers() -> None:
             "repetition": 0,
             "negative_kl": 0,
             "ratio": 2,  # iterations
+            "non_finite": 0,
             "loss_spike": 0,
             "prompt_reuse": 1,
         },

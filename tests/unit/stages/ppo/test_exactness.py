@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.load import load
-from rlhf_ray.driver.guards import NF4_CEILING
+from rlhf_ray.driver.mismatch import NF4_CEILING
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.stages.ppo import stage
 from rlhf_ray.types import Prompt
