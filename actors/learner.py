@@ -147,6 +147,7 @@ class Learner(ABC):
         )
         mine = torch.tensor([row for mini_batch in self._my_rows for row in mini_batch])
         self._experience = experience.rows(mine)
+        self._positions = tuple(rollouts[row].position for row in mine.tolist())
         self._kl_coef = kl_coef
         return _stats(self._experience, whole.rewards_BT[mine])
 
@@ -203,7 +204,7 @@ class Learner(ABC):
         own |= {self.skipped_name: float(num_skipped)} if num_skipped else {}
         return StepReport(
             metrics=stepped.means() | own | self._report(),
-            samples_learnt=sum(len(rows) for rows in self._my_rows),
+            positions=self._positions,
             num_tokens=stepped.num_tokens,
         )
 

@@ -46,5 +46,9 @@ class ActorFailure(RlhfError):
     """A role's process died, or did not answer before its deadline."""
 
 
+class LedgerError(RlhfError):
+    """A sample was lost, is there twice, or is of another version than it should be."""
+
+
 class DivergenceError(RlhfError):
     """Training left the numbers in which it means anything (non-finite loss, sampler gap)."""

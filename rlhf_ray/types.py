@@ -213,11 +213,16 @@ class StepReport:
 
     metrics: Mapping[str, float]
     """Metric name -> value, reduced over mini-batches and ranks as it is registered."""
-    samples_learnt: int
-    """Number of rollouts learnt from, each counted once for all epochs."""
+    positions: tuple[int, ...]
+    """Positions of the rollouts learnt from, each once for all epochs."""
     num_tokens: int
     """Tokens that the metrics are means over, of every epoch but of no skipped mini-batch: their
     weight when ranks are merged."""
+
+    @property
+    def samples_learnt(self) -> int:
+        """Number of rollouts learnt from."""
+        return len(self.positions)
 
 
 @dataclass(frozen=True, slots=True)

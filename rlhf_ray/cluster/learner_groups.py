@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import chain
 from operator import add
 from typing import Generic, TypeVar, cast
 
@@ -173,6 +174,6 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
             )
             for name in reports[0].metrics
         },
-        samples_learnt=sum(report.samples_learnt for report in reports),
+        positions=tuple(chain.from_iterable(report.positions for report in reports)),
         num_tokens=sum(num_tokens),
     )

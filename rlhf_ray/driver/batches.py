@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_ray.errors import RlhfError
-from rlhf_ray.types import Prompt, SampleRequest, ScoredShard, ShardRequest, StepReport
+from rlhf_ray.types import Prompt, SampleRequest, ShardRequest
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -62,40 +61,3 @@ def shard_requests(
         ShardRequest(index, tuple(samples[first : first + shard_size]), version)
         for index, first in enumerate(range(0, len(samples), shard_size))
     ]
-
-
-def num_rollouts(batch: Sequence[ScoredShard]) -> int:
-    """Return the number of samples in a batch."""
-    return sum(len(scored.shard.info.positions) for scored in batch)
-
-
-def require_whole(batch: Sequence[ScoredShard], batch_size: int, version: int) -> None:
-    """Check that a batch has each sample once, and all of the current policy version.
-
-    Raises:
-        RlhfError: a sample is missing, duplicated, or of another version.
-    """
-    positions = sorted(position for scored in batch for position in scored.shard.info.positions)
-    if positions != list(range(batch_size)):
-        raise RlhfError(
-            f"The batch holds {len(positions)} samples ({len(set(positions))} distinct) where "
-            f"{batch_size} were requested: a shard was lost or arrived twice"
-        )
-    stale = {v for scored in batch for v in scored.shard.info.versions} - {version}
-    if stale:
-        raise RlhfError(
-            f"The batch holds samples of versions {sorted(stale)}, {version} is current"
-        )
-
-
-def require_all_learnt(report: StepReport, num_samples: int) -> None:
-    """Check that a learner group has learnt every sample once.
-
-    Raises:
-        RlhfError: it learnt fewer or more.
-    """
-    if report.samples_learnt != num_samples:
-        raise RlhfError(
-            f"A learner group learnt {report.samples_learnt} of the {num_samples} samples that "
-            "were generated: its ranks did not share the batch out once"
-        )

@@ -33,9 +33,14 @@ class RunState:
     version: int = 0
     """Adapter version."""
     prompts_drawn: int = 0
-    """Data cursor: number of prompts drawn, whether learnt from or discarded."""
+    """Data cursor: number of prompts learnt from or discarded."""
+    in_flight: Sequence[Mapping[str, int]] = ()
+    """Batches drawn behind the cursor and not learnt yet, as `ledger.Draw`; a resumed run draws
+    them again, at the same positions."""
+    samples_drawn: int | None = None
+    """Number of rollouts requested, those in flight included; None in commits of older versions."""
     samples_generated: int = 0
-    """Number of rollouts in all batches."""
+    """Number of rollouts in all batches that were learnt from or discarded."""
     samples_learnt: int = 0
     """Number of rollouts that were learnt from."""
     samples_set_aside: int = 0

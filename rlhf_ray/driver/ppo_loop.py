@@ -23,9 +23,6 @@ from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import (
     PromptCursor,
-    num_rollouts,
-    require_all_learnt,
-    require_whole,
     sample_requests,
     shard_requests,
 )
@@ -33,6 +30,7 @@ from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
 from rlhf_ray.driver.commits import Commits
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.guards import Guards, remembered
+from rlhf_ray.driver.ledger import Draw, Ledger
 from rlhf_ray.driver.metrics import (
     generator_metrics,
     iteration_metrics,
@@ -76,6 +74,7 @@ class PpoLoop:
         self._recorder = parts.recorder
         self._parts = parts
         self._state = state
+        self._ledger = Ledger(state)
         bound = config.rollout.max_gap or state.gap_bound
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
         self._guards = Guards(config.guards, parts.recorder)
@@ -117,24 +116,28 @@ class PpoLoop:
         recorder = self._recorder
         summary = run_summary(recorder.history(), asdict(self._state), recorder.warnings())
         return summary | {
+            "ledger": self._ledger.counts(),
             "stopped": self._state.iteration < config.ppo.iterations,
             "peak_memory_bytes": await self._roles.peak_memory(),
         }
 
     async def _iterate(self) -> None:
-        iteration = self._state.iteration + 1
+        config, state = self._config, self._state
         started = time.time()
-        batch, reward_moments = await self._rollout(iteration)
-        stats, reports = await self._learn(batch, iteration)
-        state = self._state
+        draw = self._ledger.draw(
+            config.num_prompts_per_iteration, config.ppo.batch_size, state.version
+        )
+        iteration = draw.batch
+        batch, reward_moments = await self._rollout(draw)
+        stats, reports = await self._learn(batch, draw)
         metrics = iteration_metrics(
-            self._config.rewards, batch, stats, reports, self._kl.coef, state.version
+            config.rewards, batch, stats, reports, self._kl.coef, state.version
         )
         found = self._guards.check(iteration, metrics, state.losses)
         if self._guards.require_rollback(iteration, found, state.rollbacks_in_a_row):
-            await self._roll_back(batch, iteration)
+            await self._roll_back(draw)
         else:
-            await self._commit(batch, reward_moments, stats, metrics, iteration)
+            await self._commit(draw, reward_moments, stats, metrics)
         self._recorder.committed()
         # Only what is committed is published: were a generator ahead of the commit, samples of a
         # policy that a failure has undone would be learnt from after the restore.
@@ -143,7 +146,7 @@ class PpoLoop:
         metrics |= generator_metrics(self._roles.generators.report(), self._state)
         metrics |= pace_metrics(stats, time.time() - started, self._price_per_hour())
         await self._record(batch, metrics, iteration)
-        self._at_end = self._stop_requested or iteration == self._config.ppo.iterations
+        self._at_end = self._stop_requested or iteration == config.ppo.iterations
         if self._at_end:
             await self._commits.save(iteration)
         elif self._commits.is_due(iteration):
@@ -151,20 +154,18 @@ class PpoLoop:
         if self._evaluation_is_due():
             await self._evaluate()
 
-    async def _rollout(self, iteration: int) -> tuple[list[ScoredShard], PlainMoments]:
+    async def _rollout(self, draw: Draw) -> tuple[list[ScoredShard], PlainMoments]:
         """Generate a batch, scoring each shard as it arrives; then combine the reward sources.
 
         Returns:
             The batch in prompt order, and the reward moments to store when it is committed.
         """
-        config = self._config
-        prompts = self._parts.cursor.take(
-            self._state.prompts_drawn, config.num_prompts_per_iteration
-        )
+        config, iteration = self._config, draw.batch
+        prompts = self._parts.cursor.take(draw.first_prompt, draw.num_prompts)
         samples = sample_requests(
             prompts, config.ppo.samples_per_prompt, config.run.seed, iteration
         )
-        requests = shard_requests(samples, config.rollout.shard_size, self._state.version)
+        requests = shard_requests(samples, config.rollout.shard_size, draw.version)
         scoring: list[asyncio.Task[ScoredShard]] = []
         with self._recorder.phase("gen", iteration):
             async for shard in self._roles.generators.generate(requests):
@@ -172,7 +173,7 @@ class PpoLoop:
         with self._recorder.phase("score", iteration):
             # Prompt order, not order of arrival: results must not depend on generators' speeds.
             batch = sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
-        require_whole(batch, config.ppo.batch_size, self._state.version)
+        self._ledger.arrived(draw, [scored.shard.info for scored in batch])
         # Before learning: a batch of another policy than the learner's would poison the commit.
         self._mismatch_guard.check(batch)
         return with_scores(
@@ -193,11 +194,12 @@ class PpoLoop:
         return await self._roles.critic.values(shard) if self._roles.critic else None
 
     async def _learn(
-        self, batch: Sequence[ScoredShard], iteration: int
+        self, batch: Sequence[ScoredShard], draw: Draw
     ) -> tuple[AssembledStats, Sequence[StepReport]]:
         """Assemble, whiten over the whole batch, learn; policy and critic at the same time."""
-        learners = self._roles.learners.values()
-        with self._recorder.phase("learn", iteration):
+        groups = self._roles.learners
+        learners = groups.values()
+        with self._recorder.phase("learn", draw.batch):
             stats, *_ = await asyncio.gather(
                 *(learner.assemble(batch, self._kl.coef) for learner in learners)
             )
@@ -205,17 +207,15 @@ class PpoLoop:
             largest = max(abs(score) for scored in batch for score in scored.scores)
             whitening = (moments.mean, moments.std(size=largest)) if self._whitens else (0.0, 1.0)
             reports = await asyncio.gather(*(learner.learn(*whitening) for learner in learners))
-        for report in reports:
-            require_all_learnt(report, num_rollouts(batch))
+        self._ledger.learnt(draw, dict(zip(groups, reports, strict=True)))
         return stats, reports
 
     async def _commit(
         self,
-        batch: Sequence[ScoredShard],
+        draw: Draw,
         reward_moments: PlainMoments,
         stats: AssembledStats,
         metrics: Mapping[str, float],
-        iteration: int,
     ) -> None:
         """Commit the iteration; a later failure restores this state."""
         per_token = self._config.ppo.kl_target_per_token is not None
@@ -224,39 +224,35 @@ class PpoLoop:
         self._kl.update(stats.kl_total / num_kls, num_samples)
         state, window = self._state, self._config.guards.loss_spike.window
         self._state = replace(
-            self._state_behind(batch, iteration),
-            samples_learnt=state.samples_learnt + num_rollouts(batch),
+            self._state_behind(draw, is_learnt=True),
             reward_moments=reward_moments,
             losses=remembered(state.losses, metrics, window),
             rollbacks_in_a_row=0,
         )
-        with self._recorder.phase("commit", iteration):
+        with self._recorder.phase("commit", draw.batch):
             await self._commits.hold(self._state)
 
-    async def _roll_back(self, batch: Sequence[ScoredShard], iteration: int) -> None:
+    async def _roll_back(self, draw: Draw) -> None:
         """Restore the last commit under the next version; the batch is discarded.
 
         A new version, because versions grow by one each iteration: the version of a shard then
         always identifies its batch.
         """
-        state = self._state
         self._state = replace(
-            self._state_behind(batch, iteration),
-            samples_set_aside=state.samples_set_aside + num_rollouts(batch),
-            rollbacks_in_a_row=state.rollbacks_in_a_row + 1,
+            self._state_behind(draw, is_learnt=False),
+            rollbacks_in_a_row=self._state.rollbacks_in_a_row + 1,
         )
-        with self._recorder.phase("commit", iteration):
+        with self._recorder.phase("commit", draw.batch):
             await self._commits.restore(self._state)
 
-    def _state_behind(self, batch: Sequence[ScoredShard], iteration: int) -> RunState:
+    def _state_behind(self, draw: Draw, *, is_learnt: bool) -> RunState:
         """Return the state after an iteration, whether its batch was committed or discarded."""
-        state = self._state
+        state, version = self._state, self._state.version + 1
         return replace(
             state,
-            iteration=iteration,
-            version=state.version + 1,
-            prompts_drawn=state.prompts_drawn + self._config.num_prompts_per_iteration,
-            samples_generated=state.samples_generated + num_rollouts(batch),
+            iteration=draw.batch,
+            version=version,
+            **self._ledger.settle(draw, version, is_learnt=is_learnt),
             **self._generators_so_far(),
             kl_coef=self._kl.coef,
             kl_coef_from=self._config.ppo.kl_coef,

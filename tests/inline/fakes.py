@@ -146,8 +146,9 @@ class FakePolicy:
             "loss/policy_avg": self.loss if faulty else -1.0,
             "policy/grad_norm": float(np.linalg.norm(gradient_V)),
         }
-        samples = len(self._rollouts) - (self.lose if faulty else 0)
-        return StepReport(metrics, samples, sum(len(r.response_ids) for r in self._rollouts))
+        learnt = self._rollouts[: len(self._rollouts) - (self.lose if faulty else 0)]
+        positions = tuple(rollout.position for rollout in learnt)
+        return StepReport(metrics, positions, sum(len(r.response_ids) for r in self._rollouts))
 
     async def state(self) -> dict[str, bytes]:
         self.events.append(("commit", self.learnt))
@@ -196,12 +197,13 @@ class FakeCritic:
 
     async def assemble(self, batch: Sequence[ScoredShard], kl_coef: float) -> AssembledStats:
         self._scores = [score for scored in batch for score in scored.scores]
+        self._positions = tuple(p for scored in batch for p in scored.shard.info.positions)
         return AssembledStats(len(self._scores), 0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
         loss = 0.5 * float(np.mean((np.array(self._scores) - self.value) ** 2))
         self.value += 0.5 * (float(np.mean(self._scores)) - self.value)
-        return StepReport({"loss/value_avg": loss, "val/grad_norm": loss}, len(self._scores), 1)
+        return StepReport({"loss/value_avg": loss, "val/grad_norm": loss}, self._positions, 1)
 
     async def state(self) -> dict[str, bytes]:
         return {"value": np.float64(self.value).tobytes()}

@@ -351,7 +351,7 @@ def test_ranks_report_the_explained_variance_of_the_whole_batch(
     for rank in range(4):
         critic._engine = SimpleNamespace(rank=rank, world_size=4)  # type: ignore[assignment]
         critic.assemble(0.0, scores, *parts)
-        reports.append(StepReport(critic._report(), 2, critic._experience.num_tokens))
+        reports.append(StepReport(critic._report(), (0, 1), critic._experience.num_tokens))
     merged = merge_reports(reports).metrics["val/explained_variance"]
     assert merged == pytest.approx(1 - errors.var() / returns.var(), rel=1e-5)
 

@@ -109,7 +109,7 @@ def test_the_policys_ranks_answer_for_the_reference(zero_stage: int, num_calls: 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_what_changes_or_reads_the_group_goes_to_every_rank(zero_stage: int) -> None:
     update = AdapterUpdate(1, "d", {}, None)
-    report = StepReport({}, 1, 1)
+    report = StepReport({}, (0,), 1)
     workers = ranks(
         learn=report,
         state=("files", None),
@@ -173,8 +173,8 @@ def test_a_batch_is_passed_by_column_and_sums_are_added() -> None:
 def test_reports_are_merged_by_tokens_and_maxima_by_maximum() -> None:
     merged = merge_reports(
         [
-            StepReport({"loss/policy_avg": 1.0, "val/ratio_max": 1.5}, 3, 10),
-            StepReport({"loss/policy_avg": 4.0, "val/ratio_max": 1.2}, 5, 30),
+            StepReport({"loss/policy_avg": 1.0, "val/ratio_max": 1.5}, (0, 2, 4), 10),
+            StepReport({"loss/policy_avg": 4.0, "val/ratio_max": 1.2}, (1, 3, 5, 6, 7), 30),
         ]
     )
     assert merged.metrics == {"loss/policy_avg": 3.25, "val/ratio_max": 1.5}  # (10 + 120) / 40

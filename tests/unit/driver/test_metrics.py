@@ -57,8 +57,8 @@ def test_an_iteration_in_numbers() -> None:
         neg_logprob_sum=30.0,
     )
     reports = [
-        StepReport({"loss/policy_avg": -0.5}, 3, 15),
-        StepReport({"loss/value_avg": 0.25}, 3, 15),
+        StepReport({"loss/policy_avg": -0.5}, (0, 1, 2), 15),
+        StepReport({"loss/value_avg": 0.25}, (0, 1, 2), 15),
     ]
     sources = Config().rewards
     metrics = iteration_metrics(sources, batch, stats, reports, kl_coef=0.2, version=5)
