@@ -82,6 +82,8 @@ STATE = "state.json"
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 """Errors of file systems without symbolic links, such as FAT or some network storage."""
 GROUPS = ("policy", "critic")
+WRITING = ".writing-"
+"""Beginning of the name of a version's folder while it is being written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
         """
-        temporary = self._folder / f".writing-{version}"
+        temporary = self._folder / f"{WRITING}{version}"
         with self._unwritable_is_an_error(version):
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -232,10 +234,13 @@ class Checkpoints:
 
     def _drop_old(self) -> None:
         best = self._folder / "best"
-        kept = {os.readlink(best)} if best.is_symlink() else set[str]()
-        for version in self._versions()[: -self._keep]:
-            if str(version) not in kept:
-                shutil.rmtree(self._folder / str(version), ignore_errors=True)
+        kept = {str(version) for version in self._versions()[-self._keep :]}
+        kept |= {os.readlink(best)} if best.is_symlink() else set()
+        for path in self._folder.iterdir():
+            # Also what a kill left: a version that was half written, or half deleted.
+            is_ours = path.name.isdigit() or path.name.startswith(WRITING)
+            if is_ours and path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _json(state: Mapping[str, object]) -> bytes:

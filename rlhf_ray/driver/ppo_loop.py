@@ -303,7 +303,8 @@ class PpoLoop:
     async def _evaluate(self) -> None:
         """Score the served version on held-out prompts; keep the best version."""
         state = self._state
-        record = await self._parts.evaluator.evaluate(self._roles, state.version)
+        with self._recorder.phase("eval", state.iteration):
+            record = await self._parts.evaluator.evaluate(self._roles, state.version)
         if state.best_score is None or record["eval/score"] > state.best_score:
             self._state = replace(state, best_score=record["eval/score"])
             if state.iteration:

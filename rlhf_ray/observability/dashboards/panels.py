@@ -36,6 +36,7 @@ _NOT_ALWAYS: Mapping[str, str] = {
     "cost/per_1000_samples": "where cluster.gpu_hour_price is set",
     "loss/kl_avg": "where ppo.kl_in is loss",
     "eval/gold": "where the data has a gold score",
+    "timing_s/eval": "after an evaluation",
     "timing_s/save": "where a commit was written meanwhile",
     "data/skipped": "where prompts were discarded",
 }
