@@ -46,6 +46,10 @@ class ActorFailure(RlhfError):
     """A role's process died, or did not answer before its deadline."""
 
 
+class DataLost(ActorFailure):
+    """What a call works on is gone: another process could not do it either."""
+
+
 class LedgerError(RlhfError):
     """A sample was lost, is there twice, or is of another version than it should be."""
 

@@ -1,6 +1,7 @@
 """Ray actors as workers: spawned by name, called with a deadline, with our own errors."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import (
+    ActorDiedError,
     ActorUnschedulableError,
     NodeDiedError,
+    ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayError,
@@ -24,15 +27,32 @@ from ray.util.scheduling_strategies import SchedulingStrategyT
 from rlhf_ray.cluster.life_signs import INTERVAL_S, Watch
 from rlhf_ray.cluster.process_titles import titled
 from rlhf_ray.cluster.workers import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
-from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
+from rlhf_ray.errors import ActorFailure, DataLost, PlacementError, RlhfError
 from rlhf_ray.types import Handle
 
 RoleT = TypeVar("RoleT")
 
 STARTING = {"address", "free_port", "start"}
 """Calls that wait for a process to come up and for its model to load."""
-DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError)
-"""Ray's errors for a dead process: crashed, killed by the memory monitor, lost with its node."""
+DEATHS = (
+    RayActorError,
+    OutOfMemoryError,
+    NodeDiedError,
+    ActorUnschedulableError,
+    ObjectLostError,
+)
+"""Ray's errors for a dead process: crashed, killed by the memory monitor, lost with its node; and
+for its answer, where that was lost before a copy reached the driver's node."""
+BROKEN = (
+    torch.OutOfMemoryError,
+    torch.AcceleratorError,
+    torch.distributed.DistError,
+    MemoryError,
+    ConnectionError,
+)
+"""What a process raises whose memory, GPU or connection to the other ranks of its group failed."""
+BROKEN_WORDS = re.compile(r"gloo|NCCL|process group|CUDA error|cuBLAS|cuDNN|allocate memory", re.I)
+"""Words of PyTorch's plain RuntimeErrors that mean the same."""
 
 
 class RayWorker(Generic[ProcessT_co]):
@@ -91,15 +111,15 @@ class RayWorker(Generic[ProcessT_co]):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> tuple[Handle[DataT], ScalarsT]:
-        """Call a method that returns (data, scalars); bring the scalars and the data's handle."""
+        """Call a method that returns (data, scalars); bring the scalars and the data's handle.
+
+        Raises:
+            ActorFailure: as `call`; or the data was lost before the driver's node had a copy.
+        """
         name = method.__name__
         call = getattr(self.actor, name).options(num_returns=2)
         data, scalars = call.remote(*args, **kwargs)
-        result = await self._await(name, scalars)
-        # Starts a copy to the driver's node without waiting for it. Without the copy the data
-        # would be lost with the node that made it, though the driver still holds its reference.
-        ray.wait([data], fetch_local=True, timeout=0)
-        return data, result
+        return data, await self._await(name, _arrived(data, scalars))
 
     async def _await(self, method: str, reference: Awaitable[ResultT]) -> ResultT:
         started = time.time()
@@ -108,17 +128,14 @@ class RayWorker(Generic[ProcessT_co]):
                 result = await self._await_start(method, reference)
             else:
                 result = await asyncio.wait_for(_resolve(reference), self._timeout_s)
+        except RayError as error:
+            meaning = _meaning(error, self.name, method)
+            raise meaning from (error if isinstance(meaning, ActorFailure) else None)
         except TimeoutError:
             raise ActorFailure(
                 f"{self.name} did not answer {method} within {self._timeout_s:g} s "
                 "(cluster.call_timeout_s)"
             ) from None
-        except RayTaskError as error:
-            if isinstance(error.cause, RlhfError):
-                raise error.cause from None
-            raise
-        except DEATHS as error:
-            raise ActorFailure(f"{self.name} died during {method}: {_first_line(error)}") from error
         ended = time.time()
         # Calls to an actor that takes one at a time queue behind each other: queueing is not work.
         began = max(started, self._last_end_s) if self._one_at_a_time else started
@@ -154,6 +171,41 @@ def _is_unplaced(actor: ActorHandle) -> bool:
     """Return whether no node has started the actor's process yet."""
     info = ray._private.state.actors(actor._actor_id.hex())  # type: ignore[attr-defined]
     return info.get("State") == "PENDING_CREATION" and not info["Address"]["IPAddress"]
+
+
+async def _arrived(data: Awaitable[object], scalars: Awaitable[ScalarsT]) -> ScalarsT:
+    """Return the scalars once a copy of the data is on the driver's node.
+
+    Without it the data would be lost with the node that made it, though the driver holds its
+    reference. Only looking at the data tells whether it is there: `ray.wait` calls lost data ready.
+    """
+    result = await scalars
+    await data
+    return result
+
+
+def _meaning(error: RayError, worker: str, method: str) -> Exception:
+    """Return what the error of a call means: ours, a lost process, or what the method raised."""
+    raised = error
+    if isinstance(error, ActorDiedError) and error.actor_init_failed:
+        (raised,) = error.args  # by the constructor: as good as by the call
+    if isinstance(raised, RayTaskError):
+        cause = raised.cause
+        if isinstance(cause, RlhfError):
+            return cause
+        if isinstance(cause, ObjectLostError):
+            return DataLost(
+                f"What {worker} needed for {method} was lost: {_first_line(cause)}. Run again: the "
+                "run resumes at its last commit"
+            )
+        words = BROKEN_WORDS.search(str(cause)) if isinstance(cause, RuntimeError) else None
+        if isinstance(cause, BROKEN) or words:
+            what = f"{type(cause).__name__}: {_first_line(cause)}"
+            return ActorFailure(f"{worker} failed during {method}: {what}")
+        return raised.as_instanceof_cause()
+    if isinstance(error, DEATHS):
+        return ActorFailure(f"{worker} died during {method}: {_first_line(error)}")
+    return error
 
 
 async def _resolve(reference: Awaitable[ResultT]) -> ResultT:
@@ -222,8 +274,8 @@ def request_capacity(
     )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def peak_memory(_actor: object, holds_gpus: bool) -> int:

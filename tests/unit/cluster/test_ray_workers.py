@@ -5,12 +5,27 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.autoscaler._private import commands
-from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayTaskError,
+)
 
 from rlhf_ray.cluster import ray_workers
 from rlhf_ray.cluster.ray_workers import RayWorker
-from rlhf_ray.errors import ActorFailure, PlacementError
+from rlhf_ray.errors import (
+    ActorFailure,
+    ConfigError,
+    DataLost,
+    DivergenceError,
+    PlacementError,
+    RlhfError,
+)
 
 
 class _Scorer:
@@ -98,6 +113,15 @@ class Broken:
         raise self._error
 
 
+def worker_over(handle: Any) -> RayWorker:
+    return RayWorker(
+        *("reference-0", handle, 600.0, lambda *_: None),
+        start_timeout_s=300.0,
+        num_gpus=0.0,
+        one_at_a_time=True,
+    )
+
+
 def broken(error: Exception | None, has_slot: bool = True) -> RayWorker:
     actor: Any = Broken(error)
     return RayWorker(
@@ -122,6 +146,105 @@ async def test_a_process_that_is_gone_is_a_failure_of_its_actor_whoever_ended_it
 ) -> None:
     with pytest.raises(ActorFailure, match="generator-0 died during score"):
         await broken(death).call(_Scorer.score)
+
+
+class Answers:
+    """A handle whose method answers with data and scalars, each when it is told."""
+
+    def __init__(self, data: Awaitable[Any], scalars: Awaitable[Any]) -> None:
+        self.logprobs = self
+        self._answer = data, scalars
+
+    def options(self, num_returns: int) -> "Answers":
+        assert num_returns == 2
+        return self
+
+    def remote(self) -> tuple[Awaitable[Any], Awaitable[Any]]:
+        return self._answer
+
+
+class _Reference:
+    def logprobs(self) -> tuple[list[float], str]: ...
+
+
+async def test_data_counts_once_a_copy_is_on_the_drivers_node() -> None:
+    data, scalars = (asyncio.get_running_loop().create_future() for _ in range(2))
+    call = asyncio.ensure_future(
+        worker_over(Answers(data, scalars)).call_split(_Reference.logprobs)
+    )
+    scalars.set_result("scalars")
+    await asyncio.sleep(0.01)
+    assert not call.done()
+    data.set_result([0.0])
+    assert await call == (data, "scalars")
+
+
+@pytest.mark.parametrize("lost", [ObjectLostError("a1", "", ""), OwnerDiedError("a1", "", "")])
+async def test_data_that_is_lost_on_its_way_is_a_failure_of_its_actor(lost: Exception) -> None:
+    data, scalars = (asyncio.get_running_loop().create_future() for _ in range(2))
+    scalars.set_result("scalars")
+    data.set_exception(lost)
+    with pytest.raises(ActorFailure, match="reference-0 died during logprobs"):
+        await worker_over(Answers(data, scalars)).call_split(_Reference.logprobs)
+
+
+def task_error(cause: Exception) -> RayTaskError:
+    return RayTaskError("score", "Traceback", cause, "actor", 1, "127.0.0.1")
+
+
+def raised(cause: Exception) -> RayTaskError:
+    """As Ray hands over what an actor's method raised."""
+    return task_error(cause).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1"),
+        torch.distributed.DistNetworkError("the client socket has timed out"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+async def test_a_process_whose_memory_gpu_or_group_fails_is_lost(cause: Exception) -> None:
+    message = f"generator-0 failed during score: {type(cause).__name__}"
+    with pytest.raises(ActorFailure, match=message):
+        await broken(raised(cause)).call(_Scorer.score)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ConfigError("a key"),
+        DivergenceError("a loss is not finite"),
+        RlhfError("rewards: mine raised RuntimeError"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        TimeoutError("of a user's own"),
+        KeyError("column"),
+    ],
+)
+async def test_what_a_method_raises_of_its_own_is_raised_here(cause: Exception) -> None:
+    with pytest.raises(type(cause)) as error:
+        await broken(raised(cause)).call(_Scorer.score)
+    assert not isinstance(error.value, ActorFailure)
+
+
+async def test_what_a_constructor_raises_is_no_death() -> None:
+    """A model that cannot be read cannot be read by the next process either."""
+    with pytest.raises(ConfigError, match="a key"):
+        await broken(ActorDiedError(task_error(ConfigError("a key")))).call(_Scorer.score)
+    with pytest.raises(FileNotFoundError):
+        await broken(ActorDiedError(task_error(FileNotFoundError()))).call(_Scorer.score)
+    with pytest.raises(ActorFailure, match="failed during score: OutOfMemoryError"):
+        await broken(ActorDiedError(task_error(torch.OutOfMemoryError("m")))).call(_Scorer.score)
+
+
+async def test_a_call_whose_argument_is_lost_is_no_fault_of_its_process() -> None:
+    with pytest.raises(DataLost, match=r"What generator-0 needed for score was lost: .*resumes"):
+        await broken(raised(ObjectLostError("a1", "", ""))).call(_Scorer.score)
 
 
 @pytest.mark.parametrize(
