@@ -5,14 +5,14 @@ what they run when they run, so that help answers at once. May import every room
 `training` first.
 """
 
-import signal
 import sys
 import traceback
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Annotated
 
 import typer
 
+from rlhf_ray import interruption
 from rlhf_ray.cli import inspection, jobs, models, training
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.secrecy import printable, redacted
@@ -28,10 +28,6 @@ app = typer.Typer(
 )
 for _commands in (training, inspection, jobs, models):
     app.add_typer(_commands.app)
-
-INTERRUPTED = 130
-"""Exit code that typer gives to KeyboardInterrupt."""
-
 
 def _print_version(requested: bool) -> None:
     if requested:
@@ -65,31 +61,40 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; an `RlhfError` becomes one message and its exit code."""
+    """Run the command line; an `RlhfError` becomes one message and its exit code.
+
+    After SIGTERM the exit code is 143, after Ctrl-C 130, whatever they made fail.
+    """
     from rlhf_ray.observability.quiet import silence_dependencies
 
     silence_dependencies()
-    signal.signal(signal.SIGTERM, _interrupt)
     sys.excepthook = _print_fault
+    with interruption.handled():
+        code = _run()
+        if code and (interrupted := interruption.exit_code()) is not None:
+            typer.echo(interruption.explanation(), err=True)
+            code = interrupted
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; returns its exit code."""
     try:
         app(prog_name="rlhf-ray")
     except RlhfError as error:
         typer.echo(f"Error: {printable(str(error))}", err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            typer.echo(
-                "Interrupted. What was committed is kept; run the command again to resume", err=True
-            )
-        raise
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as fault:
+        if interruption.exit_code() is None:
+            raise
+        _print_fault(type(fault), fault, fault.__traceback__)
+        return 1
+    return 0
 
 
 def _print_fault(kind: type[BaseException], fault: BaseException, at: TracebackType | None) -> None:
     """Print the traceback of an error that is not ours, without what no message may show."""
     lines = "".join(traceback.format_exception(kind, fault, at))
     typer.echo(printable(redacted(lines)), err=True, nl=False)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Treat SIGTERM as Ctrl-C, so that every part of a command cleans up as it unwinds."""
-    raise KeyboardInterrupt
