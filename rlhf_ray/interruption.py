@@ -47,7 +47,7 @@ class _State:
     is_late: bool = False
     deferring: list[Stop] = field(default_factory=list)
     cleaners: list[Callable[[], None]] = field(default_factory=list)
-    kept: str = "What was written is kept; the command can be run again"
+    kept: Callable[[], str] = lambda: "What was written is kept; the command can be run again"
 
 
 _state = _State()
@@ -84,14 +84,14 @@ def exit_code() -> int | None:
     return None if _state.first is None else 128 + _state.first
 
 
-def explain(kept: str) -> None:
-    """Set what the command says last: what was kept, and how to resume."""
+def explain(kept: Callable[[], str]) -> None:
+    """Set what finds out, at the end, what was kept and how to resume."""
     _state.kept = kept
 
 
 def explanation() -> str:
     """Return what the command says last."""
-    return f"Interrupted. {_state.kept}"
+    return f"Interrupted. {_state.kept()}"
 
 
 @contextmanager
@@ -144,6 +144,30 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         raise KeyboardInterrupt from None
 
 
+class Droppable:
+    """The work of a coroutine that an interruption drops; what it does outside ends by itself."""
+
+    def __init__(self) -> None:
+        self.is_dropped = False
+        self._task: asyncio.Task[Any] | None = None
+
+    async def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await work that `drop` cancels, before or after it begins."""
+        task = self._task = asyncio.ensure_future(work)
+        if self.is_dropped:
+            task.cancel()
+        try:
+            return await task
+        finally:
+            self._task = None
+
+    def drop(self) -> None:
+        """Cancel the present work, and all that comes."""
+        self.is_dropped = True
+        if self._task is not None:
+            self._task.cancel()
+
+
 def _handle(number: int) -> None:
     """Begin the end in the main thread, or call it late."""
     _state.first = _state.first or number
@@ -164,7 +188,9 @@ def _keep_times(reader: int) -> None:
     _state.first = number
     started = time.monotonic()
     name = signal.Signals(number).name
-    message = f"\n{name}: ending within {LIMIT_S + CLEAN_UP_S:.0f} s; a second signal ends at once\n"
+    message = (
+        f"\n{name}: ending within {LIMIT_S + CLEAN_UP_S:.0f} s; a second signal ends at once\n"
+    )
     with suppress(OSError):
         os.write(2, message.encode())
     for limit_s in (GRACE_S, LIMIT_S):
@@ -194,18 +220,16 @@ def _next_signal(reader: int, until: float | None) -> int | None:
 def _exit_at_once(code: int) -> None:
     """Exit without unwinding the main thread, but leave no process and no shared memory."""
 
-    def clean_up() -> None:
-        for each in reversed(_state.cleaners):
-            with suppress(Exception):
-                each()
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                child.kill()
-
-    cleaning = threading.Thread(target=clean_up, daemon=True)
-    cleaning.start()
-    cleaning.join(CLEAN_UP_S)
-    with suppress(OSError):
+    deadline = time.monotonic() + CLEAN_UP_S
+    cleaning = [threading.Thread(target=each, daemon=True) for each in _state.cleaners]
+    for thread in cleaning:
+        thread.start()
+    for thread in cleaning:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+    with suppress(Exception):
         os.write(2, f"{explanation()}\n".encode())
     os._exit(code)
 

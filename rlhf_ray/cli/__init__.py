@@ -29,6 +29,7 @@ app = typer.Typer(
 for _commands in (training, inspection, jobs, models):
     app.add_typer(_commands.app)
 
+
 def _print_version(requested: bool) -> None:
     if requested:
         typer.echo(f"rlhf-ray {__version__}")

@@ -8,12 +8,10 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -29,6 +27,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.cluster import THREADS
 from rlhf_ray.disk import make_private, private_name, temporary_folder
 from rlhf_ray.errors import ConfigError, PlacementError
+from rlhf_ray.interruption import cleaned_up_by
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import environment
 
@@ -83,17 +82,18 @@ def ray_session(config: Config) -> Iterator[None]:
     os.environ.update(_driver_environment() | dict(os.environ))
     joined = config.cluster.joins_cluster
     record = None if joined else ProcessRecord()
-    try:
-        with _keep_sigterm_handler():
-            _connect(config, joined)
-        if joined:
-            _require_free_name(config.run.name)
-        show_warnings(Progress().say)
-        yield
-    finally:
-        ray.shutdown()
-        if record is not None:
-            record.close()
+    with cleaned_up_by(record.close) if record else nullcontext():
+        try:
+            with _without_rays_sigterm_handler():
+                _connect(config, joined)
+            if joined:
+                _require_free_name(config.run.name)
+            show_warnings(Progress().say)
+            yield
+        finally:
+            ray.shutdown()
+            if record is not None:
+                record.close()
 
 
 def dashboard_url() -> str | None:
@@ -134,15 +134,17 @@ def ray_folder() -> Path:
 
 
 @contextmanager
-def _keep_sigterm_handler() -> Iterator[None]:
-    """Restore this process's SIGTERM handler, which `ray.init` replaces by a bare exit.
+def _without_rays_sigterm_handler() -> Iterator[None]:
+    """Keep `ray.init` from replacing this process's handler by a bare exit.
 
-    Without it a stopped run would not report its state nor release its actors.
+    With that a stopped run would neither commit nor report its state.
     """
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    before = ray._private.utils.set_sigterm_handler  # type: ignore[attr-defined]
+    ray._private.utils.set_sigterm_handler = lambda _: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = before  # type: ignore[attr-defined]
 
 
 def _require_free_name(name: str) -> None:

@@ -103,6 +103,13 @@ class Commits:
             writing, self._writing = self._writing, None
             writing.result()
 
+    async def save_last(self, newer_than: int) -> None:
+        """Save the last commit, unless it is saved or was there when this process began."""
+        await self.written()
+        last = self._last
+        if last and last.version > newer_than and not self._checkpoints.has(last.version):
+            await self.save(last.progress["iteration"])
+
     async def keep_best(self, state: RunState) -> None:
         """Save the current version unless it is saved, and mark it as best.
 

@@ -41,6 +41,7 @@ from rlhf_ray.driver.metrics import (
 )
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.weight_sync import WeightSync
+from rlhf_ray.interruption import Droppable
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.roles import Roles
@@ -84,6 +85,8 @@ class PpoLoop:
         self._whitens = _whitens(config)
         self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
         self._stop_requested = False
+        self._droppable = Droppable()
+        self._recorded = state.iteration
         self._at_end = state.iteration >= config.ppo.iterations
 
     @property
@@ -95,23 +98,42 @@ class PpoLoop:
         """End the run after the current iteration, with its commit saved."""
         self._stop_requested = True
 
+    def interrupt(self) -> None:
+        """End the run without what can be sampled again; learning ends, and is committed."""
+        self._stop_requested = True
+        self._droppable.drop()
+
     async def run(self) -> dict[str, object]:
-        """Prove the generators, then iterate to the end; return the summary."""
+        """Prove the generators, then iterate to the end; return the summary.
+
+        Raises:
+            asyncio.CancelledError: interrupted, or cancelled; the last commit is saved.
+        """
+        try:
+            return await self._run()
+        except asyncio.CancelledError:
+            if self._recorded == self._state.iteration:  # a commit without its records is none
+                await self._commits.save_last(newer_than=self._parts.state.version)
+            raise
+        finally:
+            await self._commits.written()
+
+    async def _run(self) -> dict[str, object]:
         config = self._config
         num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
         self._guards.check_prompts(num_drawn, len(self._parts.cursor))
         await self._commits.hold(self._state)  # what a rollback of the first iteration restores
         self._recorder.committed()
         # Prove before the first publication: the proof leaves probe adapters in the engines.
-        await self._roles.generators.prove(await self._parts.sync.proof())
-        await self._publish()
+        proof = await self._parts.sync.proof()
+        await self._droppable.wait(self._roles.generators.prove(proof))
+        await self._droppable.wait(self._publish())
         if self._evaluation_is_due():
-            await self._evaluate()
-        try:
-            while not self._at_end:
-                await self._iterate()
-        finally:
-            await self._commits.written()
+            await self._droppable.wait(self._evaluate())
+        while not self._at_end:
+            await self._iterate()
+        if self._droppable.is_dropped and self._state.iteration < config.ppo.iterations:
+            raise asyncio.CancelledError
         self._state = replace(self._state, **self._generators_so_far())
         recorder = self._recorder
         summary = run_summary(recorder.history(), asdict(self._state), recorder.warnings())
@@ -128,7 +150,7 @@ class PpoLoop:
             config.num_prompts_per_iteration, config.ppo.batch_size, state.version
         )
         iteration = draw.batch
-        batch, reward_moments = await self._rollout(draw)
+        batch, reward_moments = await self._droppable.wait(self._rollout(draw))
         stats, reports = await self._learn(batch, draw)
         metrics = iteration_metrics(
             config.rewards, batch, stats, reports, self._kl.coef, state.version
@@ -142,7 +164,8 @@ class PpoLoop:
         # Only what is committed is published: were a generator ahead of the commit, samples of a
         # policy that a failure has undone would be learnt from after the restore.
         with self._recorder.phase("sync", iteration):
-            await self._publish()
+            if not self._droppable.is_dropped:
+                await self._publish()
         metrics |= generator_metrics(self._roles.generators.report(), self._state)
         metrics |= pace_metrics(stats, time.time() - started, self._price_per_hour())
         await self._record(batch, metrics, iteration)
@@ -152,7 +175,7 @@ class PpoLoop:
         elif self._commits.is_due(iteration):
             self._commits.save_beside(iteration)
         if self._evaluation_is_due():
-            await self._evaluate()
+            await self._droppable.wait(self._evaluate())
 
     async def _rollout(self, draw: Draw) -> tuple[list[ScoredShard], PlainMoments]:
         """Generate a batch, scoring each shard as it arrives; then combine the reward sources.
@@ -288,6 +311,7 @@ class PpoLoop:
         rollouts = await self._roles.fetch(batch[0].shard.rollouts)
         scores = raw_sums(self._config.rewards, batch[0].raw_scores)
         self._recorder.completions(iteration, rollouts, scores)
+        self._recorded = iteration
         self._parts.bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
 
     def _price_per_hour(self) -> float | None:

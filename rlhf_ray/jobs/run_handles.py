@@ -103,7 +103,7 @@ class LocalRun:
             say(STOPPING)
             return
         self._require_here()
-        self._files.request(stop=True)
+        self._files.request(stop=True, now=now)
         self._interrupt()
         say(ended_at_once(status))
 

@@ -32,6 +32,7 @@ from rlhf_ray.cluster.process_identity import (
 )
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.interruption import cleaned_up_by
 from rlhf_ray.observability.progress import Bar, Progress, watched_by
 from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.types import GeneratorStatus
@@ -126,6 +127,8 @@ class Request:
 
     stop: bool = False
     """End after the current iteration."""
+    now: bool = False
+    """Do not finish that either; a signal follows."""
     num_generators: int | None = None
     """New number of generators; None: as it is."""
     scalings: int = 0
@@ -253,10 +256,12 @@ class ControlFiles:
                 "done, and the run can be resumed"
             ) from None
 
-    def request(self, *, stop: bool = False, num_generators: int | None = None) -> None:
+    def request(
+        self, *, stop: bool = False, now: bool = False, num_generators: int | None = None
+    ) -> None:
         """Leave a request for the driver, in addition to earlier ones."""
         before = self.requested()
-        request = replace(before, stop=stop or before.stop)
+        request = replace(before, stop=stop or before.stop, now=now or before.now)
         if num_generators is not None:
             request = replace(request, num_generators=num_generators, scalings=before.scalings + 1)
         write_atomically(self._requests, json.dumps(asdict(request)))
@@ -282,7 +287,11 @@ def reporting_status(name: str, folder: Path) -> Iterator[ControlFiles]:
 
     try:
         # An unchanged update is a sign of life for other hosts in long phases without progress.
-        with watched_by(report_progress), repeated(files.update, LIFE_SIGN_S, "signs of life"):
+        with (
+            watched_by(report_progress),
+            repeated(files.update, LIFE_SIGN_S, "signs of life"),
+            cleaned_up_by(lambda: files.update(state="stopped")),
+        ):
             yield files
     except Exception:
         files.update(state="failed")

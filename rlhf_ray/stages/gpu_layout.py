@@ -1,6 +1,5 @@
 """The layout of a run's GPUs, settled and checked before its first stage begins."""
 
-import asyncio
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from rlhf_ray import interruption
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
 from rlhf_ray.config.stages import STAGES
@@ -76,7 +76,7 @@ def require_capacity(config: Config, stages: Collection[str]) -> None:
         PlacementError: it does not get them within ``placement.timeout_s``.
     """
     for asked in held_at_once(config, stages).values():
-        asyncio.run(RoleSpawner(config, lambda *_: None).await_capacity(asked))
+        interruption.run(RoleSpawner(config, lambda *_: None).await_capacity(asked))
 
 
 def _refuse_engine_without_gpu(config: Config) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_ray import interruption
 from rlhf_ray.cluster.session import dashboard_url, ray_session
 from rlhf_ray.config import Config
 from rlhf_ray.config.identity import Change, adjustments, differences, settled
@@ -50,6 +51,7 @@ def run(config: Config) -> Path:
     keep_output()
     hide_gpus(config)
     folder = RunFolder(config)
+    interruption.explain(lambda: f"Finished stages are kept. {_resume(folder)}")
     temporary_folder()
     open_run(folder, config.run.stages)
     pending = [stage for stage in config.run.stages if not _finished(folder, stage)]
@@ -69,9 +71,7 @@ def run(config: Config) -> Path:
             if STAGES[stage].needs_ray and not on_ray:
                 _enter_ray(session, folder, progress, pending)
                 on_ray = True
-            control.begin_stage(stage)
-            run_stage(config, stage)
-            if control.requested().stop:
+            if _stopped_in(stage, config, folder, control):
                 control.update(state="stopped")
                 progress.say(f"Stopped on request; run or submit {folder.path} again to resume")
                 return folder.path
@@ -87,6 +87,46 @@ def _require_known_arguments(config: Config, stages: Sequence[str]) -> None:
             refuse_unknown_arguments(stage, trainer)
 
 
+def _stopped_in(stage: str, config: Config, folder: RunFolder, control: ControlFiles) -> bool:
+    """Run a stage; return whether the run was stopped on request.
+
+    Raises:
+        KeyboardInterrupt: by a signal without a request; the run is to be started again.
+    """
+    control.begin_stage(stage)
+    interruption.explain(lambda: _kept(folder, stage))
+    try:
+        run_stage(config, stage)
+        if interruption.exit_code() is not None:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if not control.requested().stop:
+            raise
+    return control.requested().stop
+
+
+def _kept(folder: RunFolder, stage: str) -> str:
+    """Say what a stage that was interrupted has kept, and how to resume."""
+    kept = {
+        "ppo": ("checkpoints/[0-9]*/state.json", "version"),
+        **dict.fromkeys(SUPERVISED, (f"{stage}/trainer/*/trainer_state.json", "step")),
+    }
+    pattern, unit = kept.get(stage, ("", ""))
+    found = folder.path.glob(pattern) if pattern else []
+    saved = max((int(path.parent.name.rpartition("-")[2]) for path in found), default=None)
+    if folder.summary(stage) is not None:
+        what = f"The stage {stage} is finished"
+    elif saved is None:
+        what = f"The stage {stage} has saved nothing yet and begins again; finished ones are kept"
+    else:
+        what = f"The stage {stage} is saved up to {unit} {saved}"
+    return f"{what}. {_resume(folder)}"
+
+
+def _resume(folder: RunFolder) -> str:
+    return f"To resume, run or submit {folder.path} again"
+
+
 def run_stage(config: Config, stage: str) -> object:
     """Run one stage, in the Ray session that the caller opened."""
     with full_disk_is_an_error(RunFolder(config).path):
@@ -99,17 +139,17 @@ def run_single(config: Config, stage: str) -> Path:
     keep_output()
     hide_gpus(config)
     folder = RunFolder(config)
+    interruption.explain(lambda: f"Finished stages are kept. {_resume(folder)}")
     temporary_folder()
     open_run(folder, [stage])
     config = settle_layout(config, [stage], Progress().say)
     with ExitStack() as session:
         session.enter_context(tracking(config, folder.path))
         control = session.enter_context(reporting_status(config.run.name, folder.path))
-        control.begin_stage(stage)
         if STAGES[stage].needs_ray:
             _enter_ray(session, folder, Progress(), [stage])
-        run_stage(config, stage)
-        control.update(state="stopped" if control.requested().stop else "finished")
+        stopped = _stopped_in(stage, config, folder, control)
+        control.update(state="stopped" if stopped else "finished")
     return folder.path
 
 

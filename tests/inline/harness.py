@@ -164,6 +164,7 @@ class Harness:
             bar=Bar("ppo", config.ppo.iterations, "iteration", 0, lambda: 0.0),
         )
         self.loop = PpoLoop(parts)
+        self.task = asyncio.current_task()
         try:
             return await self.loop.run()
         finally:

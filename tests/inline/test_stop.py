@@ -1,7 +1,9 @@
 """A run that is asked to stop ends after its iteration, committed, and goes on as if it had not."""
 
+import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes import FakePolicy
 from harness import Harness, make_config
@@ -10,7 +12,7 @@ from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.runs.control import ControlFiles
 from rlhf_ray.stages import pipeline
-from rlhf_ray.types import StepReport
+from rlhf_ray.types import Mismatch, Shard, StepReport
 
 
 class StoppedPolicy(FakePolicy):
@@ -72,3 +74,63 @@ def test_a_relative_folder_is_refused_inside_a_cluster(
     with pytest.raises(ConfigError, match=r"run\.dir runs/run is relative.*run\.dir=/mnt/shared"):
         pipeline.run(resolve({"run": {"stages": ["prepare"]}}))
     assert not (tmp_path / "runs").exists()
+
+
+class InterruptedPolicy(FakePolicy):
+    """Interrupts its loop while it learns its third batch, or scores the fourth."""
+
+    harness: Harness
+    phase = "learn"
+
+    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+        if self.learnt == 2 and self.phase == "learn":
+            self.harness.loop.interrupt()
+            await asyncio.sleep(0)
+        return await super().learn(advantage_mean, advantage_std)
+
+    async def logprobs(self, shard: Shard) -> tuple[list[np.ndarray], Mismatch]:
+        if self.learnt == 3 and self.phase == "score":
+            self.harness.loop.interrupt()
+            await asyncio.sleep(0)
+        return await super().logprobs(shard)
+
+
+@pytest.mark.parametrize("phase", ["learn", "score"])
+def test_an_interruption_keeps_what_is_learnt_and_drops_what_is_sampled(
+    tmp_path: Path, phase: str
+) -> None:
+    whole = Harness(make_config(tmp_path / "whole", save_every=4))
+    whole.run()
+    config = make_config(tmp_path / "stopped", save_every=4)
+    policy = InterruptedPolicy()
+    policy.phase = phase
+    first = policy.harness = Harness(config, policy=policy)
+    with pytest.raises(asyncio.CancelledError):
+        first.run()
+    assert first.saved() == [3]
+    assert [kind for kind, _ in first.events].count("learn") == 3
+    again = Harness(config)
+    assert again.run()["iterations"] == 6
+    assert again.metrics() == whole.metrics()
+    assert again.records("eval") == whole.records("eval")
+
+
+def test_learning_that_is_late_is_dropped_and_learnt_again(tmp_path: Path) -> None:
+    class LatePolicy(InterruptedPolicy):
+        async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+            if self.learnt == 2:
+                self.harness.task.cancel()
+                await asyncio.sleep(60)
+            return await super().learn(advantage_mean, advantage_std)
+
+    whole = Harness(make_config(tmp_path / "whole", save_every=4))
+    whole.run()
+    config = make_config(tmp_path / "stopped", save_every=4)
+    policy = LatePolicy()
+    first = policy.harness = Harness(config, policy=policy)
+    with pytest.raises(asyncio.CancelledError):
+        first.run()
+    assert first.saved() == [2]
+    again = Harness(config)
+    again.run()
+    assert again.metrics() == whole.metrics()

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from typer.testing import CliRunner
 
 from rlhf_ray import cli
 from rlhf_ray.cli.arguments import read_config
-from rlhf_ray.doctor import preflight
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.version import __version__
 
@@ -170,19 +168,6 @@ def test_errors_are_one_message_and_their_exit_code(
     assert err.startswith("Error: ")
     assert "ppo.gama: unknown key (value 0.5). Did you mean ppo.gamma" in err
     assert "Traceback" not in err
-
-
-def test_sigterm_ends_a_command_as_ctrl_c_does(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(preflight, "main", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    monkeypatch.setattr(sys, "argv", ["rlhf-ray", "doctor"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    signal.signal(signal.SIGTERM, before)
-    assert end.value.code == 130
-    assert "What was committed is kept" in capsys.readouterr().err
 
 
 FAULT = """

@@ -3,7 +3,6 @@
 Every model answers the same prompts under the same seeds; judges say which answers are better.
 """
 
-import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from statistics import fmean
 import numpy as np
 from rich.console import Console
 
+from rlhf_ray import interruption
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.reference_answers import reference_answers, reference_rollouts
 from rlhf_ray.data.rendering.render import Renderer
@@ -52,7 +52,7 @@ def run(config: Config) -> Summary:
     per_model = num_prompts + SAMPLES_PER_INSTRUCTION * len(inputs.instructions)
     progress = Progress(config.run.stages)
     with progress.stage("evaluate", len(inputs.adapters) * per_model, "sample") as bar:
-        answers = asyncio.run(answers_of_models(inputs, bar, progress.say))
+        answers = interruption.run(answers_of_models(inputs, bar, progress.say))
         samples = {name: each.held_out for name, each in answers.items()}
         _add_scores(samples, inputs)
         outcomes = {judge: _outcomes(config, judge, samples, bar) for judge in inputs.judged_by}
@@ -95,7 +95,7 @@ def _outcomes(config: Config, judge: str, samples: Samples, bar: Bar) -> np.ndar
     assert config.evaluate.judge is not None, "refused when the config is read"
     num_pairs = comb(len(samples), 2) * len(next(iter(samples.values())))
     bar.restart(num_pairs, "verdict")
-    return asyncio.run(outcomes_by_judge(config.evaluate.judge, samples, bar))
+    return interruption.run(outcomes_by_judge(config.evaluate.judge, samples, bar))
 
 
 def _perplexities(inputs: Inputs, bar: Bar) -> dict[str, float]:
@@ -106,7 +106,7 @@ def _perplexities(inputs: Inputs, bar: Bar) -> dict[str, float]:
     if not answers:
         return {}
     bar.restart(len(inputs.adapters) * len(answers), "reference answer")
-    return asyncio.run(perplexities(inputs, answers, bar))
+    return interruption.run(perplexities(inputs, answers, bar))
 
 
 def _side_by_side(samples: Samples, inputs: Inputs) -> list[dict[str, object]]:

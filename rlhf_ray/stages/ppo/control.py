@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from rlhf_ray import interruption
 from rlhf_ray.driver.ppo_loop import PpoLoop
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.observability.progress import Bar
@@ -21,8 +22,17 @@ async def controlled(
     recorder: Recorder,
     say: Callable[[str], None],
 ) -> AsyncIterator[None]:
-    """Write the status and serve requests, through the run's control files, until the loop ends."""
+    """Write the status and serve requests, through the run's control files, until the loop ends.
+
+    A signal interrupts the loop; work that doesn't end in time, or may not, is cancelled.
+    """
     files = ControlFiles(folder)
+    running, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def stop(is_late: bool) -> None:
+        is_now = is_late or files.requested().now
+        running.call_soon_threadsafe(task.cancel if is_now else loop.interrupt)
 
     def write_status() -> None:
         files.update(
@@ -49,11 +59,12 @@ async def controlled(
                 last_error = str(error)
             await asyncio.sleep(INTERVAL_S)
 
-    task = asyncio.ensure_future(exchange())
+    exchanging = asyncio.ensure_future(exchange())
     try:
-        yield
+        with interruption.deferred(stop):
+            yield
     finally:
-        task.cancel()
+        exchanging.cancel()
         write_status()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ray import interruption
 from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.config import Config
 from rlhf_ray.data.datasets.prompts import Prompts
@@ -86,7 +87,7 @@ def run(config: Config) -> dict[str, object]:
 
     try:
         with progress.stage("ppo", config.ppo.iterations, "iteration", done=state.iteration) as bar:
-            summary = asyncio.run(train(bar)) | {"prompts_dropped": dropped}
+            summary = interruption.run(train(bar)) | {"prompts_dropped": dropped}
     finally:
         recorder.close()
         tracer.close()

@@ -4,7 +4,6 @@ Verdicts are written as they come to ``verdicts-<digest of the settings>.jsonl``
 folder: a resumed stage asks for the missing ones alone, and other settings ask for all again.
 """
 
-import asyncio
 import hashlib
 import json
 import math
@@ -13,6 +12,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from rlhf_ray import interruption
 from rlhf_ray.config import Config
 from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.config.rewards import PairJudgeConfig
@@ -56,7 +56,7 @@ def ai_labelled_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Stor
     rows = user_rows(config, "preferences", "prompts")
     path = RunFolder(config).stage(stage) / f"verdicts-{_digest(config, judge)}.jsonl"
     pairs = partial(_pairs, rows, f"{stage}.judge", columns_in(judge))
-    asyncio.run(_judge(PairJudge(f"{stage}.judge", judge), pairs, path, config))
+    interruption.run(_judge(PairJudge(f"{stage}.judge", judge), pairs, path, config))
     verdicts = iter(record["verdict"] for record in read_jsonl(path))
     return store_rows(_labelled(pairs(), verdicts))
 

@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 from datasets import Dataset
 
+from rlhf_ray import interruption
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import ModelSourceConfig
@@ -41,7 +42,7 @@ def benchmark(config: Config, model: str) -> dict[str, object]:
     pairs, counts = load_parts(_by_subset(config), load_pairs, config, model, what)
     total = sum(map(len, pairs.values()))
     with Progress(config.run.stages).stage("benchmark", total, "pair") as bar:
-        wins = asyncio.run(_wins(config, model, pairs, bar))
+        wins = interruption.run(_wins(config, model, pairs, bar))
     subsets = {
         name: {"accuracy": sum(won) / len(won), "pairs": len(won), "rows": counts[name]}
         for name, won in wins.items()

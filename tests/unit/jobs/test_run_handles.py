@@ -135,8 +135,8 @@ def test_a_driver_that_ends_while_it_is_stopped_is_not_on_another_machine(
 ) -> None:
     ask = ControlFiles.request
 
-    def ask_too_late(files: ControlFiles, *, stop: bool) -> None:
-        ask(files, stop=stop)
+    def ask_too_late(files: ControlFiles, *, stop: bool, now: bool) -> None:
+        ask(files, stop=stop, now=now)
         files.update(state="finished")
         driver.kill()
         driver.wait(10)
