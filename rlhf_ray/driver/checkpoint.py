@@ -59,6 +59,10 @@ class RunState:
     """Running moments of the reward sources with ``scale: running``."""
     losses: Losses = field(default_factory=dict[str, Sequence[float]])
     """Latest losses and gradient norms; the loss-spike guard compares with their medians."""
+    useful_s: float = 0.0
+    """Useful seconds up to this commit, see `useful_time`."""
+    committed_at: float = 0.0
+    """Unix time of this commit; 0 before the first, and in commits of older versions."""
     rollbacks_in_a_row: int = 0
     """Number of rollbacks in a row up to this iteration."""
     best_score: float | None = None

@@ -21,11 +21,7 @@ from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.kl_controller import kl_controller
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
-from rlhf_ray.driver.batches import (
-    PromptCursor,
-    sample_requests,
-    shard_requests,
-)
+from rlhf_ray.driver.batches import PromptCursor, sample_requests, shard_requests
 from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
 from rlhf_ray.driver.commits import Commits
 from rlhf_ray.driver.evaluation import Evaluator
@@ -40,6 +36,7 @@ from rlhf_ray.driver.metrics import (
     with_scores,
 )
 from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.useful_time import UsefulTime
 from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.interruption import Droppable
 from rlhf_ray.observability.progress import Bar
@@ -76,6 +73,7 @@ class PpoLoop:
         self._parts = parts
         self._state = state
         self._ledger = Ledger(state)
+        self._time = UsefulTime(parts.recorder.outages, state, parts.recorder.seen_at)
         bound = config.rollout.max_gap or state.gap_bound
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
         self._guards = Guards(config.guards, parts.recorder)
@@ -123,22 +121,25 @@ class PpoLoop:
         num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
         self._guards.check_prompts(num_drawn, len(self._parts.cursor))
         await self._commits.hold(self._state)  # what a rollback of the first iteration restores
-        self._recorder.committed()
+        self._show_commit()
         # Prove before the first publication: the proof leaves probe adapters in the engines.
         proof = await self._parts.sync.proof()
         await self._droppable.wait(self._roles.generators.prove(proof))
         await self._droppable.wait(self._publish())
+        self._time.ready()
         if self._evaluation_is_due():
             await self._droppable.wait(self._evaluate())
         while not self._at_end:
             await self._iterate()
         if self._droppable.is_dropped and self._state.iteration < config.ppo.iterations:
             raise asyncio.CancelledError
+        self._time.stopped()
         self._state = replace(self._state, **self._generators_so_far())
         recorder = self._recorder
         summary = run_summary(recorder.history(), asdict(self._state), recorder.warnings())
         return summary | {
             "ledger": self._ledger.counts(),
+            **self._time.summary(self._state.generator_restarts),
             "stopped": self._state.iteration < config.ppo.iterations,
             "peak_memory_bytes": await self._roles.peak_memory(),
         }
@@ -160,7 +161,7 @@ class PpoLoop:
             await self._roll_back(draw)
         else:
             await self._commit(draw, reward_moments, stats, metrics)
-        self._recorder.committed()
+        self._show_commit()
         # Only what is committed is published: were a generator ahead of the commit, samples of a
         # policy that a failure has undone would be learnt from after the restore.
         with self._recorder.phase("sync", iteration):
@@ -276,6 +277,7 @@ class PpoLoop:
             iteration=draw.batch,
             version=version,
             **self._ledger.settle(draw, version, is_learnt=is_learnt),
+            **self._time.settle(time.time(), is_learnt=is_learnt),
             **self._generators_so_far(),
             kl_coef=self._kl.coef,
             kl_coef_from=self._config.ppo.kl_coef,
@@ -292,6 +294,10 @@ class PpoLoop:
             "samples_requeued": before.samples_requeued + report.samples_requeued,
             "generator_restarts": before.generator_restarts + report.restarts,
         }
+
+    def _show_commit(self) -> None:
+        counts = {f"ledger/{name}": num for name, num in self._ledger.counts().items()}
+        self._recorder.committed({**counts, "effective_time_ratio": self._time.ratio})
 
     async def _publish(self) -> None:
         adapter = await self._roles.policy.adapter(self._state.version)

@@ -59,6 +59,7 @@ class Recorder:
         self._busy = BusyTime(time.time())
         self._completions_every = settings.completions_every
         self._tracer = tracer
+        self.seen_at = tracer.seen_at
         self._iteration = max(kept, 0)
         self._seconds: dict[str, float] = {}
 
@@ -80,9 +81,12 @@ class Recorder:
         self._tracer.add(actor, name, started, ended, iteration=self._iteration)
         self._busy.add(actor, started, ended)
 
-    def committed(self) -> None:
-        """Show the current time as that of the last commit."""
-        self._live.log(self._iteration, {"commit/time": time.time()})
+    def committed(self, account: Mapping[str, float]) -> None:
+        """Show the current time as that of the last commit, with the run's account so far."""
+        restarts = {f"restarts/{role}": num for role, num in self.outages.restarts.items()}
+        lost_s = {f"lost_s/{cause}": seconds for cause, seconds in self.outages.lost_s.items()}
+        now = {"commit/time": time.time()}
+        self._live.log(self._iteration, {**now, **restarts, **lost_s, **account})
 
     def generators(self, report: GeneratorsReport, names: Collection[str]) -> None:
         """Show the number of generators now; stop showing those that are not among ``names``."""

@@ -128,6 +128,24 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
      "Share of the time in which an actor was busy. Only in Ray's metrics."),
     ("commit/time", "s", _LAST,
      "Unix time of the last commit, or of the start. Only in Ray's metrics."),
+    ("effective_time_ratio", "share", _TOTAL,
+     "Useful over wall seconds, over all processes of the run. Useful is the time of iterations "
+     "whose commit lasted; the rest is lost: iterations redone after a crash or rolled back, the "
+     "time between a crash and the next process, its start, and waits for roles that are "
+     "restarted, placement and disk space. The first start and pauses on request count as "
+     "neither. Only in Ray's metrics and the summary."),
+    ("lost_s/<cause>", "s", _TOTAL,
+     "Lost seconds by role and cause; each second counts once. While other processes of a role "
+     "continue, the restart of one costs none. Only in Ray's metrics and the summary."),
+    ("restarts/<role>", "1", _TOTAL,
+     "Restarts of a role's processes, or of a whole learner group. Only in Ray's metrics and the "
+     "summary."),
+    ("ledger/drawn", "1", _TOTAL,
+     "Samples requested: those learnt, discarded and in flight. Only in Ray's metrics and the "
+     "summary, as are the next three."),
+    ("ledger/learnt", "1", _TOTAL, "Samples whose learning is in a commit."),
+    ("ledger/discarded", "1", _TOTAL, "Samples discarded by rollbacks."),
+    ("ledger/in_flight", "1", _LAST, "Samples requested and not settled yet."),
     ("disk/free", "bytes", _LAST, "Free space on the disk of run.dir. Only in Ray's metrics."),
     ("disk/free_share", "share", _LAST, "Free share of that disk. Only in Ray's metrics."),
     ("data/skipped", "1", _TOTAL, "Prompts discarded as unusable."),

@@ -55,6 +55,9 @@ class Tracer:
         self._lanes: dict[str, list[_Lane]] = {}
         self._num_lanes = 0
         events = _reopen(path)
+        ends_us = (event["ts"] + event["dur"] for event in events if event["ph"] == "X")
+        self.seen_at = max(ends_us, default=0) / 1e6
+        """Unix time at which the last span of earlier processes ended; 0 without any."""
         for thread_id, row in _row_names(events).items():
             self._lanes.setdefault(row, []).append(_Lane(thread_id))
             self._num_lanes = max(self._num_lanes, thread_id)

@@ -79,6 +79,8 @@ def test_a_spike_is_rolled_back_and_its_batch_set_aside(tmp_path: Path) -> None:
     assert summary["samples_generated"] == 80
     assert summary["samples_learnt"] == summary["episodes"] == 72
     assert summary["samples_set_aside"] == 8
+    assert summary["ledger"] == {"drawn": 80, "learnt": 72, "discarded": 8, "in_flight": 0}
+    assert summary["seconds_lost"]["driver: rolled back"] > 0
     assert summary["guards"]["loss_spike"] == 1
     aside = [record["episode_set_aside"] for record in harness.metrics()]
     assert aside == [0] * (SPIKE - 1) + [8] * 4

@@ -63,6 +63,9 @@ def test_counts_and_version_add_up(tmp_path: Path) -> None:
     assert summary["iterations"] == summary["adapter_version"] == 6
     assert summary["samples_generated"] == summary["samples_learnt"] == summary["episodes"] == 48
     assert summary["samples_requeued"] == summary["generator_restarts"] == 0
+    assert summary["ledger"] == {"drawn": 48, "learnt": 48, "discarded": 0, "in_flight": 0}
+    assert summary["effective_time_ratio"] == 1.0
+    assert set(summary["restarts"].values()) == {0}
     assert [record["policy/version"] for record in harness.metrics()] == [1, 2, 3, 4, 5, 6]
     assert [record["episode"] for record in harness.metrics()] == [8, 16, 24, 32, 40, 48]
     scores = [record["objective/scores"] for record in harness.metrics()]
@@ -134,6 +137,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(stop_after: int, tmp_pa
     assert resumed.records("eval") == whole.records("eval")
     assert resumed.records("completions") == whole.records("completions")
     assert _without_times(summary) == _without_times(expected)
+    assert 0 < summary["effective_time_ratio"] < expected["effective_time_ratio"] == 1
+    assert set(summary["seconds_lost"]) == {"driver: redone", "driver: down", "driver: start"}
+    assert summary["restarts"] == expected["restarts"] | {"driver": 1}
 
 
 def test_a_kill_before_the_commit_is_on_disk_leaves_each_iteration_once(
@@ -310,7 +316,8 @@ def _last_rollout(events: list[Any]) -> list[Any]:
 
 
 def _without_times(summary: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in summary.items() if k not in ("seconds", "episodes_per_s")}
+    times = ("seconds", "seconds_lost", "episodes_per_s", "effective_time_ratio", "restarts")
+    return {k: v for k, v in summary.items() if k not in times}
 
 
 def test_samples_cost_the_time_of_all_gpus_that_the_actors_hold(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rlhf_ray.observability.metrics import METRICS, Metric
 from rlhf_ray.observability.series import exported
 
-ROWS = ("Training", "Generation", "Roles", "Cluster", "Supervised stages")
+ROWS = ("Training", "Generation", "Roles", "Reliability", "Cluster", "Supervised stages")
 
 RUN = 'run=~"$run"'
 """Selects the runs that the dashboard's variable names."""
@@ -20,7 +20,11 @@ _ROW_OF = {
     "throughput/": "Roles",
     "actors/": "Roles",
     "cost/": "Cluster",
-    "commit/": "Cluster",
+    "commit/": "Reliability",
+    "effective_time_ratio": "Reliability",
+    "ledger/": "Reliability",
+    "lost_s/": "Reliability",
+    "restarts/": "Reliability",
     "disk/": "Cluster",
     "loss": "Supervised stages",
     "eval_": "Supervised stages",
@@ -39,6 +43,8 @@ _NOT_ALWAYS: Mapping[str, str] = {
     "timing_s/eval": "after an evaluation",
     "timing_s/save": "where a commit was written meanwhile",
     "data/skipped": "where prompts were discarded",
+    "lost_s/<cause>": "where time was lost",
+    "restarts/<role>": "where something was restarted",
 }
 """When a metric that a PPO run may lack has values. A run without supervised stages also lacks the
 metrics of that row."""

@@ -47,7 +47,7 @@ def test_who_watches_is_told_of_all_metrics_and_of_what_no_file_keeps(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=400, free=100))
     recorder = make(tmp_path, live)
     now = 1004.0
-    recorder.committed()
+    recorder.committed({})
     assert live.shown == {"commit/time": 1004.0}
     recorder.span("policy-0", "learn", 1001.0, 1003.0)
     now = 1008.0
