@@ -1,12 +1,14 @@
 """Write files whole or not at all, keep folders private, and report a full disk as one message."""
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from rlhf_ray.errors import ConfigError, RlhfError
@@ -30,6 +32,69 @@ def write_atomically(path: Path, text: str) -> None:
     with unwritable_is_an_error(path):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+class AppendedFile:
+    """A text file that grows; what a full disk refuses is kept, and written with the next text."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: FileIO | None = None
+        self._rest = b""
+
+    def write(self, text: str) -> None:
+        """Append a text; readers see it at once, unless the disk is full."""
+        self._rest += text.encode()
+        try:
+            self.flush()
+        except OSError as error:
+            if not says_full(error):
+                raise
+
+    def flush(self) -> None:
+        """Write what the disk has refused so far.
+
+        Raises:
+            OSError: it still does.
+        """
+        while self._rest:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = FileIO(self._path, "a")
+            self._rest = self._rest[self._file.write(self._rest) :]
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write the rest and close the file; a later text opens it again."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Lock a file for this process in the block; yield False if another process has the lock.
+
+    The system releases it when the process dies. On a file system without locks all get it.
+
+    Raises:
+        ConfigError: the file cannot be made.
+    """
+    with unwritable_is_an_error(path):
+        file = path.open("a")
+    with file:
+        try:
+            # Of the process: a lock of the open file would be kept by children that outlive it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        except OSError as error:
+            is_ours = error.errno not in (errno.EACCES, errno.EAGAIN)
+        yield is_ours
 
 
 def temporary_folder() -> Path:

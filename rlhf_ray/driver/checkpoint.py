@@ -102,6 +102,8 @@ class SavedCommit:
     """Files of the critic's folder; empty if the run has no critic."""
     progress: dict[str, Any]
     """The fields of `RunState`."""
+    damaged: tuple[str, ...] = ()
+    """Newer versions that were passed over, each with what is wrong with it."""
 
 
 class Checkpoints:
@@ -186,7 +188,7 @@ class Checkpoints:
         damage: list[str] = []
         for version in reversed(versions):
             try:
-                return self._read(version)
+                return replace(self._read(version), damaged=tuple(damage))
             except (*DAMAGE, OSError) as error:
                 damage.append(f"{version} ({error})")
         if damage:

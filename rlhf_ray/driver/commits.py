@@ -7,7 +7,7 @@ next iteration. A commit is on disk before the next one that is due is made.
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 
@@ -18,7 +18,7 @@ from rlhf_ray.driver.guards import Alarm
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.roles import Roles
-from rlhf_ray.types import Commit
+from rlhf_ray.types import Commit, StateFiles
 
 SLOW_S = 1.0
 """A run that waits longer than this for its previous commit has a disk that is too slow."""
@@ -99,7 +99,11 @@ class Commits:
             CheckpointError: it could not be written.
         """
         if self._writing is not None:
+            waited_from_s = time.monotonic()
             await asyncio.wait([self._writing])  # what cancels the caller must not cancel this
+            if self._was_full:
+                waited_s = time.monotonic() - waited_from_s
+                self._recorder.outages.lost("driver", "full disk", waited_s)
             writing, self._writing = self._writing, None
             writing.result()
 
@@ -126,18 +130,20 @@ class Commits:
     async def _write(self, commit: Commit, iteration: int) -> None:
         with self._recorder.phase("save", iteration):
             groups = {name: await self._roles.fetch(state) for name, state in commit.groups.items()}
-            await self._patiently(
-                iteration,
-                partial(self._checkpoints.save, commit.version, groups, commit.progress),
-            )
+            await self._patiently(iteration, partial(self._save, commit, groups))
+
+    def _save(self, commit: Commit, groups: Mapping[str, StateFiles]) -> None:
+        self._recorder.sync()  # a commit without its records would leave a gap in them
+        self._checkpoints.save(commit.version, groups, commit.progress)
 
     async def _patiently(self, iteration: int, write: Callable[[], None]) -> None:
         """Write in a thread; where the disk is full, wait for space and write again."""
         began_s, self._was_full = time.monotonic(), False
         while True:
             try:
+                self._recorder.flush()
                 return await asyncio.to_thread(write)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 waited_s = time.monotonic() - began_s
                 if not says_full(error) or waited_s >= self._patience_s:
                     raise
@@ -155,6 +161,7 @@ class Commits:
         if now_s - waited_from_s > SLOW_S and not self._was_full:
             seconds, interval = now_s - self._began_s, waited_from_s - self._began_s
             self._every *= math.ceil(seconds / interval)
+            self._recorder.outages.lost("driver", "slow disk", now_s - waited_from_s)
             self._warn(iteration, _slow_disk(seconds, interval, self._every))
 
     def _held(self) -> Commit:
@@ -173,7 +180,7 @@ def _slow_disk(seconds: float, interval: float, every: int) -> Alarm:
     )
 
 
-def _disk_full(error: CheckpointError, waited_s: float, patience_s: float) -> Alarm:
+def _disk_full(error: Exception, waited_s: float, patience_s: float) -> Alarm:
     return Alarm(
         "disk_full",
         "wait",

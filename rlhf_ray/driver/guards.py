@@ -17,7 +17,7 @@ from rlhf_ray.config.guards import (
     RatioGuard,
     RepetitionGuard,
 )
-from rlhf_ray.driver.checkpoint import Losses
+from rlhf_ray.driver.checkpoint import Losses, SavedCommit
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.errors import DivergenceError
 from rlhf_ray.observability.progress import Progress
@@ -71,6 +71,17 @@ def prompt_reuse(num_drawn: int, num_prompts: int) -> Alarm | None:
         f"The run will draw {num_drawn} prompts from a set of {num_prompts}: {passes:.1f} epochs. "
         "On repeated prompts a policy is more likely to exploit errors of the reward than to "
         "improve; lower ppo.iterations, or begin a new run with more prompts",
+    )
+
+
+def damaged_commits(saved: SavedCommit) -> Alarm:
+    """Return the alarm of a run that resumes from a commit before a damaged one."""
+    return Alarm(
+        "damaged_commit",
+        "resume before it",
+        {"version": saved.version},
+        f"Of the commits on disk these are damaged: {', '.join(saved.damaged)}. The run resumes "
+        f"from version {saved.version} and does the iterations after it again; check the disk",
     )
 
 

@@ -155,6 +155,20 @@ class Recorder:
         """Return the metrics of all iterations so far."""
         return self._metrics.records()
 
+    def flush(self) -> None:
+        """Write the records that a full disk has refused.
+
+        Raises:
+            OSError: it still does.
+        """
+        for sink in (self._metrics, self._evals, self._completions, self._warnings):
+            sink.flush()
+
+    def sync(self) -> None:
+        """Make the records so far durable; may be called in another thread."""
+        for sink in (self._metrics, self._evals, self._completions, self._warnings):
+            sink.sync()
+
     def close(self) -> None:
         """Flush and close all files and trackers."""
         self._sinks.close()

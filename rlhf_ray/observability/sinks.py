@@ -4,10 +4,11 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
-from rlhf_ray.disk import write_atomically
+from rlhf_ray.disk import AppendedFile, says_full, write_atomically
 from rlhf_ray.observability.metrics import check
 
 
@@ -37,7 +38,7 @@ class JsonlSink:
     def __init__(self, path: str | Path, step_key: str = "iteration") -> None:
         self._path = Path(path)
         self._step_key = step_key
-        self._file: TextIO | None = None
+        self._file: AppendedFile | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append ``{step_key: step, **metrics}``."""
@@ -45,11 +46,22 @@ class JsonlSink:
 
     def append(self, record: Mapping[str, object]) -> None:
         """Append a record; non-finite numbers, which JSON lacks, become null."""
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
         if self._file is None:
-            self._file = _open_for_append(self._path)
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+            self._file = AppendedFile(self._path)
+            # A torn last line is ended first, so that this one is whole.
+            line = "\n" * _is_torn(self._path) + line
+        self._file.write(line)
+
+    def sync(self) -> None:
+        """Make the records so far durable."""
+        if self._file is not None:
+            self._file.sync()
+
+    def flush(self) -> None:
+        """Write the records that a full disk has refused; raises OSError if it still does."""
+        if self._file is not None:
+            self._file.flush()
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records so far, without lines torn by a kill."""
@@ -75,22 +87,33 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Writes scalars for TensorBoard, which hides those of earlier processes from purge_step on."""
+    """Writes scalars for TensorBoard, which hides those of earlier processes from purge_step on.
+
+    A full disk leaves a gap in its curves.
+    """
 
     def __init__(self, folder: str | Path, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer: SummaryWriter | None = self._open(purge_step=purge_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write each metric as a scalar at ``step``."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        try:
+            self._writer = self._writer or self._open()
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        except OSError as error:
+            if not says_full(error):
+                raise
+            self._writer = None  # its thread has ended, and closing it would wait for that
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Sinks:
@@ -140,18 +163,13 @@ def record_of(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _open_for_append(path: Path) -> TextIO:
-    """Open a file for appending; a torn last line is ended first, so that the next one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = False
-    if path.exists() and path.stat().st_size:
-        with path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-    file = path.open("a", encoding="utf-8")
-    if torn:
-        file.write("\n")
-    return file
+def _is_torn(path: Path) -> bool:
+    """Return whether a file's last line has no end."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _finite(value: object) -> object:

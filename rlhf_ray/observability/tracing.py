@@ -17,6 +17,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.disk import AppendedFile
+
 LANE_MEMORY = 256
 """Latest spans of a row that a new one is compared with; older ones ended long ago."""
 
@@ -61,7 +63,8 @@ class Tracer:
         for thread_id, row in _row_names(events).items():
             self._lanes.setdefault(row, []).append(_Lane(thread_id))
             self._num_lanes = max(self._num_lanes, thread_id)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = AppendedFile(path)
+        self._is_closed = False
         # Separators come before an event, so that closing only appends.
         self._separator = ",\n" if events else "[\n"
         if not events:
@@ -97,7 +100,8 @@ class Tracer:
 
     def close(self) -> None:
         """Complete the JSON array and close the file."""
-        if not self._file.closed:
+        if not self._is_closed:
+            self._is_closed = True
             self._file.write("\n]\n")
             self._file.close()
 
@@ -106,7 +110,6 @@ class Tracer:
 
     def _write(self, event: _Event) -> None:
         self._file.write(self._separator + json.dumps(event))
-        self._file.flush()
         self._separator = ",\n"
 
 

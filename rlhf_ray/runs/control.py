@@ -30,7 +30,7 @@ from rlhf_ray.cluster.process_identity import (
     living_process,
     same_process,
 )
-from rlhf_ray.disk import write_atomically
+from rlhf_ray.disk import locked, write_atomically
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.interruption import cleaned_up_by
 from rlhf_ray.observability.progress import Bar, Progress, watched_by
@@ -153,6 +153,7 @@ class ControlFiles:
 
     def __init__(self, folder: Path) -> None:
         self._status, self._requests = folder / "status.json", folder / "asked.json"
+        self._lock = folder / "driver.lock"
 
     def open(self, name: str) -> None:
         """Begin a run of this process; drop the status and requests of earlier ones.
@@ -176,11 +177,29 @@ class ControlFiles:
             return  # not the folder of a run, or its status is damaged
         is_other = not same_process(driver, _this_driver())
         if is_other and state == "running" and self._is_driven_by(driver):
-            raise ConfigError(
-                f"{self._status.parent} is in use by process {driver['pid']} on "
-                f"{driver['host']}. Stop that run first (rlhf-ray stop {self._status.parent}), or "
-                "choose another run.dir"
-            )
+            raise self._in_use()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder for this process: two that start at once would both find no status.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        with locked(self._lock) as is_ours:
+            if not is_ours:
+                raise self._in_use()
+            yield
+
+    def _in_use(self) -> ConfigError:
+        folder, holder = self._status.parent, "a process that has just started"
+        with suppress(ConfigError):
+            if self.status().state == "running":
+                holder = f"process {self.driver()['pid']} on {self.driver()['host']}"
+        return ConfigError(
+            f"{folder} is in use by {holder}. Stop that run first (rlhf-ray stop {folder}), or "
+            "choose another run.dir"
+        )
 
     def _is_driven_by(self, driver: Driver) -> bool:
         """Return whether the driver of a run whose state is "running" lives.
@@ -277,6 +296,11 @@ class ControlFiles:
 @contextmanager
 def reporting_status(name: str, folder: Path) -> Iterator[ControlFiles]:
     """Keep the status of this process's run, from its beginning to how it ended."""
+    with ControlFiles(folder).held():
+        yield from _reported(name, folder)
+
+
+def _reported(name: str, folder: Path) -> Iterator[ControlFiles]:
     files = ControlFiles(folder)
     files.open(name)
     record_run_folder(folder)

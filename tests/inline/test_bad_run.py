@@ -158,7 +158,11 @@ class TestFullDisk:
         arguments = (config_file, f"run.dir={folder}", "ppo.iterations=2")
         with monkeypatch.context() as patched:
             patched.setattr("rlhf_ray.driver.checkpoint._write", self.full)
-            refused("ppo", *arguments, says=r"Cannot write version 2 to .*: No space left")
+            # By default the run waits an hour for space.
+            refused(
+                *("ppo", *arguments, "run.full_disk_wait_s=0"),
+                says=r"Cannot write version 2 to .*: No space left",
+            )
         assert contents(folder / "checkpoints") == before
         assert command("ppo", *arguments) == 0
         summary = json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))

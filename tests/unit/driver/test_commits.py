@@ -17,6 +17,7 @@ from rlhf_ray.driver.checkpoint import Checkpoints, RunState
 from rlhf_ray.driver.commits import Commits
 from rlhf_ray.driver.guards import Alarm
 from rlhf_ray.errors import CheckpointError
+from rlhf_ray.observability.outages import Outages
 
 
 class Learner:
@@ -57,11 +58,17 @@ class Disk(Checkpoints):
 class Records:
     """A recorder of phases alone."""
 
+    def __init__(self) -> None:
+        self.outages = Outages()
+
     def phase(self, name: str, iteration: int) -> Any:
         return nullcontext()
 
-    def require_written(self) -> None:
-        """Every record is on disk."""
+    def flush(self) -> None:
+        """Every record is written."""
+
+    def sync(self) -> None:
+        """Every record is durable."""
 
 
 class Run:
@@ -73,6 +80,7 @@ class Run:
         config = resolve({"run": {"full_disk_wait_s": keys.pop("wait_s", 60)}, "ppo": keys})
         roles: Any = Roles()
         records: Any = Records()
+        self.outages: Outages = records.outages
         self.commits = Commits(
             config, roles, self.disk, records, lambda *warning: self.warnings.append(warning)
         )
@@ -169,6 +177,7 @@ def test_a_run_waits_for_space_on_a_full_disk(
     assert run.disk.order == ["committed 1", "saved 1", "committed 2", "saved 2"]
     assert [(at, warning.guard) for at, warning in run.warnings] == [(1, "disk_full")] * 3
     assert "waits for space" in run.warnings[0][1].text
+    assert list(run.outages.lost_s) == ["driver: full disk"]
 
 
 def test_a_disk_that_stays_full_ends_the_run(

@@ -156,6 +156,42 @@ def test_a_folder_in_which_another_process_runs_is_not_taken(tmp_path: Path) -> 
         other.kill()
 
 
+HOLDS = """
+import sys, subprocess
+from pathlib import Path
+from rlhf_ray.runs.control import ControlFiles
+
+with ControlFiles(Path(sys.argv[1])).held():
+    # A child that outlives it must not keep the folder.
+    child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    print(child.pid, flush=True)
+    input()
+"""
+
+
+def test_of_two_drivers_that_start_at_once_one_is_refused_until_the_other_dies(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        child = psutil.Process(int(other.stdout.readline()))
+        # It has written no status yet.
+        refused = pytest.raises(ConfigError, match="in use by a process that has just started")
+        with refused, reporting_status("mine", tmp_path):
+            pass
+        assert not (tmp_path / "status.json").exists()
+        ControlFiles(tmp_path).open("mine")
+        _drive(tmp_path, dict(identity(psutil.Process(other.pid))))
+        named = pytest.raises(ConfigError, match=f"in use by process {other.pid} on")
+        with named, ControlFiles(tmp_path).held():
+            pass
+        other.kill()
+    with reporting_status("mine", tmp_path):
+        assert child.is_running()
+    child.kill()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="where the start counts from the boot")
 def test_a_step_of_the_clock_leaves_a_run_running_and_its_folder_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
