@@ -14,14 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from kills.processes import MARK, SHARED_MEMORY, has_mark, is_alive, mapped_inodes
 from model_families import TEXTS, build
 from tiny_models import build_servable, write_prompts
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.models.loading import load_tokenizer, save_model
-
-SHARED_MEMORY = Path("/dev/shm")
-MARK = "RLHF_RAY_TEST_MARK"
 
 # vLLM compiles a kernel as it starts; by torch's default it would do so for each temporary folder.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_tests")
@@ -102,20 +100,8 @@ class CommandLine:
 
     def processes(self) -> list[psutil.Process]:
         """Everything alive that these commands started."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        """Told by the mark in its environment.
-
-        Read as it stands: a process that changes its title zeroes the start of that block, where
-        psutil stops reading.
-        """
-        try:
-            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
-            ours = f"{MARK}={self.mark}".encode() in environment.split(b"\0")
-            return ours and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, OSError):
-            return False
+        marked = (p for p in psutil.process_iter() if has_mark(p.pid, self.mark))
+        return [process for process in marked if is_alive(process)]
 
     def shared_memory_files(self) -> list[Path]:
         """Files that are new in shared memory and that no living process maps."""
@@ -123,7 +109,8 @@ class CommandLine:
         for file in set(SHARED_MEMORY.glob("*")) - self._files_before:
             with suppress(FileNotFoundError):
                 new[file.stat().st_ino] = file
-        return sorted(new[number] for number in new.keys() - _mapped_inodes()) if new else []
+        mapped = set[int]().union(*(mapped_inodes(pid) for pid in psutil.pids() if new))
+        return sorted(new[number] for number in new.keys() - mapped)
 
     def wait_until_nothing_left(self, timeout_s: float = 10.0) -> None:
         """Fail where processes or shared-memory files outlive the commands."""
@@ -143,19 +130,6 @@ class CommandLine:
             process.wait(10)
         for file in self.shared_memory_files():
             file.unlink(missing_ok=True)
-
-
-def _mapped_inodes() -> set[int]:
-    """Inodes of shared memory that living processes map: a semaphore's file is made under another
-    name than the one it has afterwards, so names do not tell."""
-    found = set()
-    for process in psutil.process_iter():
-        try:
-            lines = Path(f"/proc/{process.pid}/maps").read_text(errors="replace").splitlines()
-        except OSError:
-            continue
-        found |= {int(line.split(maxsplit=5)[4]) for line in lines if str(SHARED_MEMORY) in line}
-    return found
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,17 @@ def test_commands_that_pages_name_are_there(page: Path) -> None:
     assert named <= set(COMMANDS)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_pages_name_are_there(page: Path) -> None:
+    named = re.findall(r"`(tests/\S+?\.py)::(\S+?)`", page.read_text(encoding="utf-8"))
+    for file, name in named:
+        scope: ast.AST = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for part in name.split("::"):
+            found = {getattr(node, "name", None): node for node in ast.iter_child_nodes(scope)}
+            assert part in found, f"{file} has no {name}"
+            scope = found[part]
+
+
 @pytest.mark.parametrize(
     ("system", "program"),
     [

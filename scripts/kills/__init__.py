@@ -1,0 +1,1 @@
+"""Kills of a real run's processes: which (`choice`), how (`runs`), and how they went (`table`)."""
