@@ -29,7 +29,7 @@ from rlhf_ray.disk import make_private, private_name, temporary_folder
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.interruption import cleaned_up_by
 from rlhf_ray.observability.progress import Progress
-from rlhf_ray.observability.quiet import environment
+from rlhf_ray.observability.quiet import GC_THRESHOLDS, environment
 
 POLL_S = 0.2
 NAME_FREE_WITHIN_S = 10.0
@@ -175,7 +175,7 @@ def _connect(config: Config, joined: bool) -> None:
             require_cluster()
             ray.init(address="auto", **shared)
             return
-        shared["runtime_env"]["worker_process_setup_hook"] = _address_setter()
+        shared["runtime_env"]["worker_process_setup_hook"] = _process_setup()
         with _on_loopback():
             ray.init(
                 address="local",
@@ -211,22 +211,26 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _address_setter() -> Callable[[], None]:
-    """Return what each process of a cluster of our own runs first: it sets RAY_ADDRESS.
+def _process_setup() -> Callable[[], None]:
+    """Return what each process of a cluster of our own runs first.
 
-    Ray Train watches its controller through Ray's state API, which without RAY_ADDRESS looks for
-    clusters on the machine: among several it raises, or asks the wrong one and takes the training
-    for dead. The function is nested so that Ray sends its code instead of importing this module.
+    It sets RAY_ADDRESS: Ray Train watches its controller through Ray's state API, which without
+    RAY_ADDRESS looks for clusters on the machine: among several it raises, or asks the wrong one
+    and takes the training for dead. And it sets the garbage collector's thresholds.
+    The function is nested so that Ray sends its code instead of importing this module.
     """
+    thresholds = GC_THRESHOLDS
 
-    def set_address() -> None:
+    def set_up() -> None:
+        import gc
         import os
 
         import ray
 
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        gc.set_threshold(*thresholds)
 
-    return set_address
+    return set_up
 
 
 def num_logical_cpus(config: Config) -> int:

@@ -21,8 +21,9 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.models.loading import load_tokenizer, save_model
 
-# vLLM compiles a kernel as it starts; by torch's default it would do so for each temporary folder.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_tests")
+# vLLM compiles a kernel as it starts, which is kept for all tests; the headers that torch compiles
+# for it before would be compiled again for each temporary folder.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,14 @@
 
 import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -28,6 +29,10 @@ from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.arguments import refuse_unknown_arguments
 from rlhf_ray.stages.supervised.trainer import Trained, train
 from rlhf_ray.stages.supervised.training import TRAIN, Training
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.train.torch import TorchTrainer
 
 T = TypeVar("T", bound=Training)
 
@@ -152,13 +157,15 @@ def _train_on_ray(training: Training) -> Trained:
     # Else Ray Train moves each worker to a folder of its own, where the config's relative paths
     # point nowhere.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
 
     storage = training.folder / "ray"
-    trainer = TorchTrainer(
+    # Arguments and results pass through Ray Train's controller, a process that would import all of
+    # PyTorch, Transformers and PEFT to unpickle them: it sees a reference, and bytes.
+    trainer = _trainer_class(training.config.cluster.joins_cluster)(
         _train_worker,
-        train_loop_config={"training": training},
+        train_loop_config={"training": ray.put(training)},
         scaling_config=ScalingConfig(
             num_workers=training.settings.train_workers, use_gpu=_on_gpu(training)
         ),
@@ -176,18 +183,42 @@ def _train_on_ray(training: Training) -> Trained:
         shutil.rmtree(storage, ignore_errors=True)
     if trained is None:
         raise ActorFailure(f"{training.name}: Ray Train ended without a result; see its logs")
-    return trained
+    return pickle.loads(trained)
 
 
-def _train_worker(loop_config: Mapping[str, Training]) -> Trained:
-    """Train in a process that Ray Train started."""
+def _trainer_class(joined: bool) -> "type[TorchTrainer]":
+    """Return Ray Train's trainer, on a cluster of the run's own without its cleaner.
+
+    The cleaner frees the workers' placement group if the controller dies: such a cluster ends with
+    the driver. It asks Ray's dashboard whether the controller lives; without a dashboard each stage
+    would end 10 s later, when that question times out.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if joined:
+        return TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    return Trainer
+
+
+def _train_worker(loop_config: "Mapping[str, ObjectRef[Training]]") -> bytes:
+    """Train in a process that Ray Train started; return the pickled `Trained`."""
     quiet.silence_dependencies()
+    import ray
     from ray.train import get_context
 
-    context = get_context()
+    training, context = ray.get(loop_config["training"]), get_context()
     # Ray sets OMP_NUM_THREADS=1 for a one-CPU actor, but nothing else runs during the training.
     torch.set_num_threads(_num_threads(context.get_local_world_size()))
-    return train(loop_config["training"], context.get_world_size())
+    return pickle.dumps(train(training, context.get_world_size()))
 
 
 def _on_gpu(training: Training) -> bool:
