@@ -27,7 +27,7 @@ from rlhf_ray.engines import served_adapters
 from rlhf_ray.engines.protocols import TrainingEngine
 from rlhf_ray.models import adapters
 from rlhf_ray.models.loading import on_device
-from rlhf_ray.observability.phases import report
+from rlhf_ray.observability.phases import LIMIT, count, report
 from rlhf_ray.types import AssembledStats, Rollout, StepReport
 
 LEARNER_STATE = "learner.safetensors"
@@ -95,7 +95,11 @@ class Learner(ABC):
         from rlhf_ray.engines.deepspeed.engine import DeepSpeedEngine, join_group
 
         report(f"meeting the other ranks at {address}:{port}")
-        join_group(rank, world_size, address, port, self._config.cluster.call_timeout_s)
+        # Far above what the driver waits: it sees which rank moves, a collective doesn't, and one
+        # that is slow to load its model must not end the others.
+        cluster = self._config.cluster
+        timeout_s = LIMIT * max(cluster.start_timeout_s, cluster.call_timeout_s)
+        join_group(rank, world_size, address, port, timeout_s)
         report("loading the model and making the optimizer")
         self._engine = DeepSpeedEngine(
             on_device(self._build_model()),
@@ -200,6 +204,7 @@ class Learner(ABC):
                         stepped.merge(mini_batch)
                 else:  # otherwise the next mini-batch would add to these gradients
                     self._engine.discard()
+                count(1, "mini-batches learnt")
         own = {self.grad_norm_name: fmean(norms)} if norms else {}
         own |= {self.skipped_name: float(num_skipped)} if num_skipped else {}
         return StepReport(
@@ -229,6 +234,7 @@ class Learner(ABC):
             loss, means = self._loss(batch, num_tokens / self._engine.world_size)
             self._engine.backward(loss, last=number == len(remaining))
             tally.add(means, batch.num_tokens)
+            count(1, "micro-batches learnt")
         return tally
 
     def _is_finite_everywhere(self, mini_batch: Tally) -> bool:

@@ -31,6 +31,7 @@ from rlhf_ray.models.loading import load_causal_lm
 from rlhf_ray.models.stop_conditions import stop_token_ids
 from rlhf_ray.models.token_logprobs import answer_with_logprobs, chunked_logprobs
 from rlhf_ray.models.trainable import recompute_activations
+from rlhf_ray.observability.phases import count
 from rlhf_ray.types import AdapterUpdate, Mismatch, ProbeComparison, Rollout, SampleRequest
 
 PROBE_SHIFT = 1.0
@@ -213,6 +214,7 @@ class PolicyLearner(Learner):
             # The group's mean: ranks whose kernels differ a little must choose the same scale.
             shift = self._engine.sum_over_ranks(self._mean_shift(scaled(scale), prompts))
             shifts[scale] = shift / self._engine.world_size
+            count(1, "probes tried")
             if shifts[scale] >= PROBE_SHIFT:
                 return self._update(version, scaled(scale))
         half = max(shifts.values()) / 2

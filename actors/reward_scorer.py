@@ -1,11 +1,11 @@
 """The reward scorer: hosts the reward sources, each of which scores whole responses."""
 
-import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_ray.config.rewards import SourceConfig
 from rlhf_ray.errors import DivergenceError, RlhfError
+from rlhf_ray.observability.phases import Stalled, count, while_it_moves
 from rlhf_ray.rewards.source import Source, together
 from rlhf_ray.types import RawScores, Rollout
 
@@ -25,7 +25,7 @@ class RewardScorer:
             name: name of this worker.
             settings: settings of the sources.
             make_sources: makes the sources, by name; `start` calls it in this process.
-            limit_s: deadline of a source for one shard, within the deadline of the whole call.
+            limit_s: longest time without progress of a source, within that of the whole call.
         """
         self._name = name
         self._settings = settings
@@ -54,19 +54,17 @@ class RewardScorer:
         }
 
     async def _scores(self, name: str, rollouts: Sequence[Rollout]) -> list[float | None]:
-        deadline = asyncio.timeout(self._limit_s)
+        key = "its part of cluster.call_timeout_s"
         try:
-            async with deadline:
-                return await self._sources[name].score(rollouts)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
+            scores = await while_it_moves(self._sources[name].score(rollouts), self._limit_s, key)
+        except Stalled as stalled:
             raise RlhfError(
-                f"rewards: {name} did not score a shard of {len(rollouts)} responses within "
-                f"{self._limit_s:g} s, the part of cluster.call_timeout_s that it has. Raise "
-                "cluster.call_timeout_s, or lower rollout.shard_size or the source's own "
+                f"rewards: {name} did not score a shard of {len(rollouts)} responses {stalled}. "
+                "Raise cluster.call_timeout_s, or lower rollout.shard_size or the source's own "
                 "timeouts; then run again: the run resumes at its last commit"
             ) from None
+        count(len(rollouts), f"responses scored by {name}")
+        return scores
 
 
 def _finite(

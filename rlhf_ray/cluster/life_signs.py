@@ -1,34 +1,40 @@
-"""Signs of life of a process that is starting, and deadlines that they renew.
+"""Signs of life of an actor's process, and deadlines that they renew.
 
     a thread of the process --> Ray's key-value store --> `Watch`, in whoever waits for it
 
-A start takes as long as its machine is slow: the time says nothing about whether it will end. So a
-wait ends when nothing has moved. What counts is a new phase, work of the process and its children
-(an engine's processes), or memory that fills with weights. The thread reports while the process's
-own thread is busy, in its constructor too.
+A call takes as long as its machine is slow: the time says nothing about whether it will end. So a
+wait ends when nothing has moved. What counts is what the process reports: a new phase, or units of
+work (`observability.phases`). In a start its work and its children's (an engine's processes) count
+too, and memory that fills with weights; in a call they don't, because a process that hangs in a
+collective spins. The thread reports while the process's own thread is busy, in its constructor too.
 """
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import psutil
 import ray
 from ray.experimental import internal_kv
 
-from rlhf_ray.observability.phases import reported
-from rlhf_ray.observability.repeated import repeated
+from rlhf_ray.observability.phases import overdue, reported
+from rlhf_ray.observability.tracing import unix_now
 
 INTERVAL_S = 2.0
-"""Interval between two signs, which take 20 ms each."""
-LIMIT = 10
-"""An absolute limit, in deadlines: for what moves forever without getting anywhere."""
+"""Interval between two signs. They take 20 ms each in a start, else less than one."""
 WORK_SHARE = 0.05
 """Share of a core that counts as work. An idle actor uses less than 1%, and a starting one on a
 machine with ten times more processes than cores uses 10%."""
 MEMORY_MB = 16
+IMPORTING, STARTING = "importing its libraries", "starting"
+"""What an actor does in its constructor, and in its method `start`."""
+IN_STEP = ("policy", "critic")
+"""Roles whose processes renew each other's deadlines: a learner's rank that waits for the others
+does not move itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,42 +42,64 @@ class LifeSign:
     """How far a process has got."""
 
     phase: str
-    """What it does, in words."""
-    cpu_s: float
-    """CPU time, with its children's."""
-    memory_mb: float
-    """Memory, with its children's."""
+    """What it does, in words, with the units of work that it has done."""
+    cpu_s: float = 0.0
+    """CPU time, with its children's; measured in a start alone."""
+    memory_mb: float = 0.0
+    """Memory, with its children's; measured in a start alone."""
 
     def __str__(self) -> str:
+        if not self.memory_mb:
+            return self.phase
         return f"{self.phase} ({self.cpu_s:.0f} s of CPU time, {self.memory_mb:,.0f} MB of memory)"
 
 
-@contextmanager
-def signs_of_life(name: str, doing: str) -> Iterator[None]:
-    """Report signs of this process, the actor ``name``, while the block runs."""
+class LifeSigns:
+    """Signs of this process, sent by a thread for as long as the process lives.
 
-    def send() -> None:
-        if not internal_kv._internal_kv_initialized():
-            return
-        phase = ": ".join(filter(None, (doing, reported())))
-        with suppress(Exception):  # a store that does not answer must not keep it from starting
-            internal_kv._internal_kv_put(_key(name), json.dumps(asdict(_measure(phase))).encode())
+    What has not changed is not sent again.
+    """
 
-    send()
-    with repeated(send, INTERVAL_S, "signs of life"):
-        yield
+    def __init__(self) -> None:
+        self.doing = IMPORTING
+        """What the process does, in words; whoever knows sets it."""
+        self._sent: LifeSign | None = None
+        if internal_kv._internal_kv_initialized():
+            self._key = _key(ray.get_runtime_context().get_actor_id() or "")
+            self._send()
+            threading.Thread(target=self._repeat, name="signs of life", daemon=True).start()
+
+    def _repeat(self) -> None:
+        while True:
+            time.sleep(INTERVAL_S)
+            self._send()
+
+    def _send(self) -> None:
+        with suppress(Exception):  # a store that does not answer must not keep it from working
+            doing = self.doing
+            phase = ": ".join(filter(None, (doing, reported())))
+            sign = _measure(phase) if doing in (IMPORTING, STARTING) else LifeSign(phase)
+            if sign != self._sent:
+                internal_kv._internal_kv_put(self._key, json.dumps(asdict(sign)).encode())
+                self._sent = sign
 
 
-def last_sign(name: str) -> LifeSign | None:
-    """Return the last sign of an actor of this run; None before the first."""
+def last_sign(actor_id: str) -> LifeSign | None:
+    """Return the last sign of an actor; None before the first."""
     if not internal_kv._internal_kv_initialized():
         return None
-    written = internal_kv._internal_kv_get(_key(name))
+    written = internal_kv._internal_kv_get(_key(actor_id))
     return LifeSign(**json.loads(written)) if written else None
 
 
-def _key(name: str) -> bytes:
-    return f"rlhf_ray/life/{ray.get_runtime_context().namespace}/{name}".encode()
+def forget(actor_id: str) -> None:
+    """Remove an ended actor's last sign from the store, which outlives the run."""
+    with suppress(Exception):
+        internal_kv._internal_kv_del(_key(actor_id))
+
+
+def _key(actor_id: str) -> bytes:
+    return f"rlhf_ray/life/{actor_id}".encode()
 
 
 def _measure(phase: str) -> LifeSign:
@@ -86,41 +114,51 @@ def _measure(phase: str) -> LifeSign:
 
 
 class Watch:
-    """Watches the processes that a run starts.
-
-    Those of a role renew each other's deadlines: a learner's rank that waits for the others to come
-    up does not move itself.
-    """
+    """Watches the processes that a run waits for."""
 
     def __init__(self, read: Callable[[str], LifeSign | None] = last_sign) -> None:
         self._read = read
+        self._reading: dict[str, asyncio.Task[LifeSign | None]] = {}
+        self._last: dict[str, LifeSign] = {}
         self._counted: dict[str, LifeSign] = {}
         self._moved_at: dict[str, float] = {}
 
-    async def overdue(self, name: str, since: float, limit_s: float) -> str | None:
+    async def overdue(
+        self, name: str, actor_id: str, since: float, limit_s: float, key: str
+    ) -> str | None:
         """Return why a process is not waited for any longer; None while it is.
 
         Args:
             name: of its actor.
-            since: the event loop's time at the call.
+            actor_id: Ray's id of it; an actor that takes the place of another has its own.
+            since: when the call began, by `unix_now`.
             limit_s: longest time without a movement.
+            key: the config key that holds the limit.
         """
-        sign, role = await asyncio.to_thread(self._read, name), name.rpartition("-")[0]
-        now = asyncio.get_running_loop().time()
-        if sign is not None and _has_moved(self._counted.get(name), sign, limit_s):
-            self._counted[name], self._moved_at[role] = sign, now
+        await self._look(actor_id)
+        role, now = name.rpartition("-")[0], unix_now()
+        mover, sign = role if role in IN_STEP else actor_id, self._last.get(actor_id)
+        if sign is not None and _has_moved(self._counted.get(actor_id), sign, limit_s):
+            self._counted[actor_id], self._moved_at[mover] = sign, now
+        reason = overdue(now, since, self._moved_at.get(mover, since), limit_s, key)
         said = f"It last reported: {sign}" if sign else "It has reported nothing"
-        if now - since > LIMIT * limit_s:
-            return (
-                f"within {LIMIT * limit_s:g} s, {LIMIT} times as long as it may stand still "
-                f"(cluster.start_timeout_s). {said}"
-            )
-        if now - max(since, self._moved_at.get(role, since)) > limit_s:
-            return (
-                f"within {now - since:.0f} s, the last {limit_s:g} s (cluster.start_timeout_s) "
-                f"without any progress. {said}"
-            )
-        return None
+        return reason and f"{reason}. {said}"
+
+    async def _look(self, actor_id: str) -> None:
+        """Read the last sign; calls that wait for one actor read together.
+
+        A store that does not answer must not hold up a call that has ended.
+        """
+        if actor_id not in self._reading:
+            reading = asyncio.ensure_future(asyncio.to_thread(self._read, actor_id))
+            self._reading[actor_id] = reading
+            reading.add_done_callback(lambda done: self._keep(actor_id, done))
+        await asyncio.wait([self._reading[actor_id]], timeout=INTERVAL_S)
+
+    def _keep(self, actor_id: str, reading: "asyncio.Task[LifeSign | None]") -> None:
+        del self._reading[actor_id]
+        if not reading.cancelled() and reading.exception() is None and (sign := reading.result()):
+            self._last[actor_id] = sign
 
 
 def _has_moved(before: LifeSign | None, sign: LifeSign, limit_s: float) -> bool:

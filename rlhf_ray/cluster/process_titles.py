@@ -9,18 +9,19 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray._private.ray_constants import LOG_PREFIX_ACTOR_NAME
 
-from rlhf_ray.cluster.life_signs import signs_of_life
+from rlhf_ray.cluster.life_signs import STARTING, LifeSigns
+from rlhf_ray.observability.phases import report
 
 IDLE = "idle"
 
 DOES = {
-    "start": "starting",
+    "start": STARTING,
     "generate": "generating",
     "publish": "loading",
     "score": "scoring",
@@ -46,9 +47,9 @@ def titled(role_class: type) -> type:
 
     class Titled(role_class):
         def __init__(self, name: str, *args: Any) -> None:
-            with signs_of_life(name, "importing its libraries"):
-                super().__init__(name, *args)
-            self.title = _Title(name, self)
+            signs = LifeSigns()
+            super().__init__(name, *args)
+            self.title = _Title(name, self, signs)
 
     for name, method in inspect.getmembers(role_class, inspect.isfunction):
         if not name.startswith("_"):
@@ -62,9 +63,10 @@ def titled(role_class: type) -> type:
 class _Title:
     """The title of this process; of overlapping calls it shows the one that began last."""
 
-    def __init__(self, name: str, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any, signs: LifeSigns) -> None:
         self.name = name
         self._actor = actor
+        self._signs = signs
         self._doing: list[str] = []
         self._show()
 
@@ -73,15 +75,17 @@ class _Title:
         self._doing.append(doing)
         self._show()
         try:
-            with signs_of_life(self.name, doing) if doing == DOES["start"] else nullcontext():
-                yield
+            yield
         finally:
             self._doing.remove(doing)
+            if doing == STARTING:
+                report("")  # its last phase is over, and calls report units of work
             self._show()
 
     def _show(self) -> None:
         version = getattr(self._actor, "version", None)
-        parts = [self.name, "" if version is None else f"v{version}", (self._doing or [IDLE])[-1]]
+        self._signs.doing = (self._doing or [IDLE])[-1]
+        parts = [self.name, "" if version is None else f"v{version}", self._signs.doing]
         title = " ".join(filter(None, parts))
         ray._raylet.setproctitle(f"ray::{title}")  # type: ignore[attr-defined]
         # After each call Ray resets the title to the name of the instance's class, so the class

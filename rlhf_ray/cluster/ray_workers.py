@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,10 +25,11 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
-from rlhf_ray.cluster.life_signs import INTERVAL_S, Watch
+from rlhf_ray.cluster.life_signs import INTERVAL_S, Watch, forget
 from rlhf_ray.cluster.process_titles import titled
 from rlhf_ray.cluster.workers import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
 from rlhf_ray.errors import ActorFailure, DataLost, PlacementError, RlhfError
+from rlhf_ray.observability.tracing import unix_now
 from rlhf_ray.types import Handle
 
 RoleT = TypeVar("RoleT")
@@ -119,48 +121,58 @@ class RayWorker(Generic[ProcessT_co]):
         name = method.__name__
         call = getattr(self.actor, name).options(num_returns=2)
         data, scalars = call.remote(*args, **kwargs)
-        return data, await self._await(name, _arrived(data, scalars))
+        return data, await self._await(name, scalars, data)
 
-    async def _await(self, method: str, reference: Awaitable[ResultT]) -> ResultT:
-        started = time.time()
+    async def _await(
+        self, method: str, reference: Awaitable[ResultT], data: Awaitable[object] | None = None
+    ) -> ResultT:
+        started = unix_now()
+        call = asyncio.ensure_future(_arrived(reference, data))
         try:
-            if method in STARTING:
-                result = await self._await_start(method, reference)
-            else:
-                result = await asyncio.wait_for(_resolve(reference), self._timeout_s)
+            await self._until_done(method, call, started)
+            result = call.result()
         except RayError as error:
             meaning = _meaning(error, self.name, method)
             raise meaning from (error if isinstance(meaning, ActorFailure) else None)
-        except TimeoutError:
-            raise ActorFailure(
-                f"{self.name} did not answer {method} within {self._timeout_s:g} s "
-                "(cluster.call_timeout_s)"
-            ) from None
-        ended = time.time()
+        finally:
+            if not call.done():
+                call.cancel()
+                _abort(reference)
+        ended = unix_now()
         # Calls to an actor that takes one at a time queue behind each other: queueing is not work.
         began = max(started, self._last_end_s) if self._one_at_a_time else started
         self._last_end_s = ended
         self._on_call(self.name, method, began, ended)
         return result
 
-    async def _await_start(self, method: str, reference: Awaitable[ResultT]) -> ResultT:
-        """Wait while the process, or another one of its role, makes progress."""
-        limit_s, since = self._start_timeout_s, asyncio.get_running_loop().time()
-        call = asyncio.ensure_future(_resolve(reference))
-        try:
-            while True:
-                await asyncio.wait([call], timeout=min(INTERVAL_S, limit_s / 4))
-                if call.done():
-                    return call.result()
-                if reason := await self._watch.overdue(self.name, since, limit_s):
-                    break
-        finally:
-            call.cancel()
-        if not self._has_slot and _is_unplaced(self.actor):
-            raise PlacementError(
-                f"No node had a CPU for {self.name} within {limit_s:g} s (cluster.start_timeout_s)"
+    async def _until_done(self, method: str, call: "asyncio.Future[Any]", since: float) -> None:
+        """Wait while the process, or another one of its learner group, makes progress."""
+        is_start = method in STARTING
+        limit_s = self._start_timeout_s if is_start else self._timeout_s
+        key = f"cluster.{'start' if is_start else 'call'}_timeout_s"
+        began = time.strftime("%H:%M:%S", time.localtime(since))
+        while not (await asyncio.wait([call], timeout=min(INTERVAL_S, limit_s / 4)))[0]:
+            # It may have queued behind other calls until then.
+            since = max(since, self._last_end_s) if self._one_at_a_time else since
+            actor_id = self.actor._actor_id.hex()
+            reason = await self._watch.overdue(self.name, actor_id, since, limit_s, key)
+            if reason is None or call.done():
+                continue
+            if is_start and not self._has_slot and _is_unplaced(self.actor):
+                raise PlacementError(
+                    f"No node had a CPU for {self.name} within {limit_s:g} s ({key})"
+                )
+            raise ActorFailure(
+                f"{self.name} did not answer {method}, awaited by the driver since {began}, "
+                f"{reason}"
             )
-        raise ActorFailure(f"{self.name} did not answer {method} {reason}")
+
+
+def _abort(reference: Awaitable[Any]) -> None:
+    """Have a call that nobody waits for any longer end early, where its actor works on several."""
+    if isinstance(reference, ray.ObjectRef):
+        with suppress(RayError):
+            ray.cancel(reference)
 
 
 def _node_address(_actor: object) -> str:
@@ -173,15 +185,16 @@ def _is_unplaced(actor: ActorHandle) -> bool:
     return info.get("State") == "PENDING_CREATION" and not info["Address"]["IPAddress"]
 
 
-async def _arrived(data: Awaitable[object], scalars: Awaitable[ScalarsT]) -> ScalarsT:
-    """Return the scalars once a copy of the data is on the driver's node.
+async def _arrived(result: Awaitable[ResultT], data: Awaitable[object] | None) -> ResultT:
+    """Return a call's result once a copy of the data, if there is any, is on the driver's node.
 
     Without it the data would be lost with the node that made it, though the driver holds its
     reference. Only looking at the data tells whether it is there: `ray.wait` calls lost data ready.
     """
-    result = await scalars
-    await data
-    return result
+    arrived = await result
+    if data is not None:
+        await data
+    return arrived
 
 
 def _meaning(error: RayError, worker: str, method: str) -> Exception:
@@ -206,10 +219,6 @@ def _meaning(error: RayError, worker: str, method: str) -> Exception:
     if isinstance(error, DEATHS):
         return ActorFailure(f"{worker} died during {method}: {_first_line(error)}")
     return error
-
-
-async def _resolve(reference: Awaitable[ResultT]) -> ResultT:
-    return await reference  # `asyncio.wait_for` takes coroutines, which an object reference is not
 
 
 def spawn(
@@ -254,10 +263,9 @@ def spawn(
 def kill(workers: Sequence[RayWorker[object]]) -> None:
     """Kill actors that have been stopped already, or that do not answer."""
     for worker in workers:
-        try:
+        with suppress(RayError):
             ray.kill(worker.actor)
-        except RayError:
-            continue
+        forget(worker.actor._actor_id.hex())
 
 
 def request_capacity(

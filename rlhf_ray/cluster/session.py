@@ -20,7 +20,6 @@ from ray._private import ray_constants
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 from rlhf_ray.cluster.connection import require_cluster
-from rlhf_ray.cluster.life_signs import LIMIT
 from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
 from rlhf_ray.cluster.workers import LOOPBACK
 from rlhf_ray.config import Config
@@ -28,6 +27,7 @@ from rlhf_ray.config.cluster import THREADS
 from rlhf_ray.disk import make_private, private_name, temporary_folder
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.interruption import cleaned_up_by
+from rlhf_ray.observability.phases import LIMIT
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import GC_THRESHOLDS, environment
 

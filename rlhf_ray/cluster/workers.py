@@ -5,13 +5,13 @@ for other roles returns ``(data, scalars)``; `Worker.call_split` leaves the data
 brings the scalars.
 """
 
-import asyncio
 import inspect
-import time
 from collections.abc import Awaitable, Callable
 from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from rlhf_ray.errors import ActorFailure
+from rlhf_ray.observability.phases import Stalled, while_it_moves
+from rlhf_ray.observability.tracing import unix_now
 from rlhf_ray.types import Handle
 
 LOOPBACK = "127.0.0.1"
@@ -74,8 +74,8 @@ async def fetch(handle: Handle[DataT]) -> DataT:
 class InlineWorker(Generic[ProcessT_co]):
     """A role in this process: no Ray, calls one after the other.
 
-    What a call awaits has the deadline, such as a service or a user's function. What computes in
-    this thread cannot be interrupted.
+    What a call awaits has the deadline, such as a service or a user's function; any progress of
+    this process renews it. What computes in this thread cannot be interrupted.
     """
 
     def __init__(
@@ -98,22 +98,17 @@ class InlineWorker(Generic[ProcessT_co]):
         self, method: Method[ProcessT_co, P, ResultT], *args: P.args, **kwargs: P.kwargs
     ) -> ResultT:
         """Call the method here and now."""
-        started = time.time()
+        started = unix_now()
         # By name: `method` may be a Protocol's, which the instance implements.
         result = getattr(self._instance, method.__name__)(*args, **kwargs)
         if inspect.isawaitable(result):
-            deadline = asyncio.timeout(self._timeout_s)
             try:
-                async with deadline:
-                    result = await result
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
+                result = await while_it_moves(result, self._timeout_s, "cluster.call_timeout_s")
+            except Stalled as stalled:
                 raise ActorFailure(
-                    f"{self.name} did not answer {method.__name__} within {self._timeout_s:g} s "
-                    "(cluster.call_timeout_s)"
+                    f"{self.name} did not answer {method.__name__}, {stalled}"
                 ) from None
-        self._on_call(self.name, method.__name__, started, time.time())
+        self._on_call(self.name, method.__name__, started, unix_now())
         return result
 
     async def call_split(

@@ -76,8 +76,9 @@ class ClusterConfig(Section):
         600.0,
         unit="seconds",
         gt=0,
-        description="Deadline for one call to a role; an iteration's updates are one call. "
-        "With cluster.mode inline it is of what a call awaits, such as a judge.",
+        description="Longest time without progress of a call to a role: units of work that its "
+        "process reports (tokens, rows, micro-batches) renew it, up to ten times as long. With "
+        "cluster.mode inline it is of what a call awaits, such as a judge.",
     )
     gpu_hour_price: float | None = changeable(
         None,

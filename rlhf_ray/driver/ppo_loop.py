@@ -146,7 +146,7 @@ class PpoLoop:
 
     async def _iterate(self) -> None:
         config, state = self._config, self._state
-        started = time.time()
+        started = time.monotonic()
         draw = self._ledger.draw(
             config.num_prompts_per_iteration, config.ppo.batch_size, state.version
         )
@@ -168,7 +168,7 @@ class PpoLoop:
             if not self._droppable.is_dropped:
                 await self._publish()
         metrics |= generator_metrics(self._roles.generators.report(), self._state)
-        metrics |= pace_metrics(stats, time.time() - started, self._price_per_hour())
+        metrics |= pace_metrics(stats, time.monotonic() - started, self._price_per_hour())
         await self._record(batch, metrics, iteration)
         self._at_end = self._stop_requested or iteration == config.ppo.iterations
         if self._at_end:

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_ray.config.trackers import TrackersConfig
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink
-from rlhf_ray.observability.tracing import BusyTime, Tracer
+from rlhf_ray.observability.tracing import BusyTime, Tracer, unix_now
 from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.types import GeneratorsReport, Rollout
 
@@ -56,7 +56,7 @@ class Recorder:
         self._sinks = Sinks([self._metrics, *local, *tracked, *live])
         self._eval_sinks = Sinks([*local, *tracked_evals, *live])
         self._live = Sinks(live)
-        self._busy = BusyTime(time.time())
+        self._busy = BusyTime(unix_now())
         self._completions_every = settings.completions_every
         self._tracer = tracer
         self.seen_at = tracer.seen_at
@@ -68,11 +68,11 @@ class Recorder:
         """Time a phase of an iteration, for the iteration's metrics and the trace."""
         # A commit is saved beside the next iteration: its phase begins and ends in that one.
         self._iteration = max(self._iteration, iteration)
-        started = time.time()
+        started = unix_now()
         try:
             yield
         finally:
-            ended = time.time()
+            ended = unix_now()
             self._seconds[name] = self._seconds.get(name, 0.0) + ended - started
             self._tracer.add("driver", name, started, ended, iteration=iteration)
 
@@ -104,7 +104,7 @@ class Recorder:
         self._seconds = {}
         self._sinks.log(iteration, {**metrics, **times})
         disk = shutil.disk_usage(self._folder)
-        busy = self._busy.shares(time.time())
+        busy = self._busy.shares(unix_now())
         self._live.log(
             iteration,
             {

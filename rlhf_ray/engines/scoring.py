@@ -27,6 +27,7 @@ from rlhf_ray.models.forward import sequence_scores
 from rlhf_ray.models.load_arguments import own_device
 from rlhf_ray.models.loading import load_sequence_classifier, on_device
 from rlhf_ray.models.tokenizers import STRICT, load_tokenizer
+from rlhf_ray.observability.phases import count
 from rlhf_ray.rewards.functions import FunctionSource
 from rlhf_ray.rewards.judge import JudgeSource
 from rlhf_ray.rewards.remote import RemoteSource
@@ -121,6 +122,7 @@ class SequenceScorer:
             result_B = sequence_scores(self._model, ids_BS.to(device), attention_BS.to(device))
             for row, score in zip(rows, result_B.tolist(), strict=True):
                 scores[row] = score
+            count(len(rows), "responses scored")
         return scores
 
 

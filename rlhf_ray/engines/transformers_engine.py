@@ -22,6 +22,7 @@ from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.adapters import AdapterSlot, adapter_state
 from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_device
 from rlhf_ray.models.stop_conditions import CONTEXT, StopConditions
+from rlhf_ray.observability.phases import count
 from rlhf_ray.types import AdapterUpdate, FinishReason, SampleRequest, ServedAdapter
 
 
@@ -137,6 +138,7 @@ class TransformersEngine:
             logprobs_BV = drawn_BV.log_softmax(-1)
             token_B = _inverse_cdf(logprobs_BV, uniforms_BT[:, step])
             logprobs.append(logprobs_BV.gather(1, token_B[:, None])[:, 0])
+            count(len(rows), "tokens sampled")
             if self._extend(rows, token_B.tolist()):
                 break
             ids_BS = token_B[:, None]

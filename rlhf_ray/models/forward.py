@@ -17,6 +17,7 @@ from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.adapters import unwrapped
 from rlhf_ray.models.token_logprobs import chunked_logprobs, position_ids
+from rlhf_ray.observability.phases import count
 from rlhf_ray.types import Rollout
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -107,6 +108,7 @@ def _by_response(
         )
         for row, values in zip(rows, result_BT.float().cpu().numpy(), strict=True):
             results[row] = values[: len(rollouts[row].response_ids) + num_further].copy()
+        count(len(rows), "rows computed")
     return [results[row] for row in range(len(rollouts))]
 
 

@@ -10,6 +10,7 @@ Source: "Trace Event Format", JSON Array Format, complete (X) and metadata (M) e
 """
 
 import json
+import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,18 @@ from typing import Any
 
 from rlhf_ray.disk import AppendedFile
 
+_BEGAN = time.time() - time.monotonic()
+
 LANE_MEMORY = 256
 """Latest spans of a row that a new one is compared with; older ones ended long ago."""
+
+
+def unix_now() -> float:
+    """Return the Unix time, seconds, by a clock that never jumps.
+
+    It is the system's time when this process began, and what has passed since.
+    """
+    return _BEGAN + time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
+from rlhf_ray.observability.phases import LIMIT
 from rlhf_ray.placement.hardware import GpuKind
 from rlhf_ray.planning.memory import BYTES, Shape
 from rlhf_ray.planning.role_times import (
@@ -184,8 +185,11 @@ def idle_seconds(held: Collection[PlannedRole], phases: Mapping[str, Range]) -> 
 
 
 def late_calls(setting: Setting, time: TimeEstimate | None) -> str | None:
-    """Return a warning about calls that miss their deadline at the predicted worst, if any do."""
-    limit_s = setting.config.cluster.call_timeout_s
+    """Return a warning about calls that miss their deadline at the predicted worst, if any do.
+
+    Progress renews it up to `LIMIT` times.
+    """
+    limit_s = LIMIT * setting.config.cluster.call_timeout_s
     if time is None or not time.phases or not setting.config.cluster.runs_on_ray:
         return None
     longest = {
@@ -199,7 +203,7 @@ def late_calls(setting: Setting, time: TimeEstimate | None) -> str | None:
         return None
     listed = ", ".join(f"{call} {math.ceil(seconds):,} s" for call, seconds in late.items())
     return (
-        f"at the predicted worst calls miss their deadline: {listed}, and cluster.call_timeout_s "
-        f"is {limit_s:g} s. A late generator is restarted, and any other late role ends the run; "
-        f"set cluster.call_timeout_s={math.ceil(max(late.values()))} or more"
+        f"at the predicted worst calls miss their deadline: {listed}, and the limit is {limit_s:g} "
+        f"s ({LIMIT} times cluster.call_timeout_s). A late process is replaced, and its work done "
+        f"again; set cluster.call_timeout_s={math.ceil(max(late.values()) / LIMIT)} or more"
     )

@@ -19,6 +19,7 @@ from tenacity import (
 
 from rlhf_ray.config.rewards import EndpointConfig, RemoteSourceConfig
 from rlhf_ray.errors import ConfigError, RlhfError
+from rlhf_ray.observability.phases import count
 from rlhf_ray.rewards.functions import openrlhf_arguments
 from rlhf_ray.rewards.source import together
 from rlhf_ray.rewards.user_function import as_scores
@@ -126,7 +127,9 @@ class Endpoint:
         )
         async with self._free:
             try:
-                return await attempts(self._attempt, client, body)
+                answer = await attempts(self._attempt, client, body)
+                count(1, "requests answered")
+                return answer
             except UnusableError as error:
                 return Refused(f"gave no usable answer {1 + settings.retries} times: {error}")
             except Unavailable as error:

@@ -27,6 +27,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rlhf_ray.algorithms.logprobs import SamplingRule
@@ -36,7 +37,7 @@ from rlhf_ray.engines.vllm import versions
 from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
 from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
 from rlhf_ray.models.stop_conditions import StopConditions
-from rlhf_ray.observability.phases import report
+from rlhf_ray.observability.phases import count, read_count, report
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
 
 _EXTENSION = "rlhf_ray.engines.vllm.worker_extension.AdapterExtension"
@@ -99,6 +100,9 @@ class VllmEngine:
         report("starting vLLM's engine, which loads the weights")
         with _lost_start_is_a_failure():
             self._engine = AsyncLLM.from_engine_args(self._engine_args())
+        states = self._engine.output_processor.request_states
+        # Read there: an output for each token would wake this loop thousands of times a second.
+        read_count("tokens in flight", lambda: _num_tokens([*states.values()]))
         report("reading the engine's modules")
         # With min_tokens, vLLM would also mask the eos ids of the model's folder until then, but
         # learner and reference mask our stop tokens alone: log-probs would differ.
@@ -221,6 +225,7 @@ class VllmEngine:
             final = output.outputs[0]
         assert final is not None
         assert final.logprobs is not None
+        count(len(final.token_ids), "tokens sampled")
         logprobs = [
             step[token].logprob  # type: ignore[index]
             for token, step in zip(final.token_ids, final.logprobs, strict=True)
@@ -287,6 +292,10 @@ class VllmEngine:
     async def stop(self) -> None:
         """Stop the engine's process."""
         self._engine.shutdown()
+
+
+def _num_tokens(states: Sequence[RequestState]) -> int:
+    return sum(each.detokenizer.num_output_tokens() for each in states if each.detokenizer)
 
 
 def _described(facts: Sequence[versions.EngineFacts], settings: VllmSettings) -> str:

@@ -1,48 +1,58 @@
-"""A start is waited for while it makes progress, and ends with what was last reported."""
+"""A wait lasts while there is progress, and ends with what was last reported."""
 
 import asyncio
 import itertools
+import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlhf_ray.cluster import life_signs
-from rlhf_ray.cluster.life_signs import LIMIT, LifeSign, Watch, last_sign, signs_of_life
+from rlhf_ray.cluster.life_signs import IMPORTING, STARTING, LifeSign, LifeSigns, Watch, last_sign
 from rlhf_ray.cluster.ray_workers import RayWorker
 from rlhf_ray.errors import ActorFailure
-from rlhf_ray.observability.phases import report
+from rlhf_ray.observability import phases
+from rlhf_ray.observability.phases import LIMIT, count, report
 
 LIMIT_S = 0.1
 STILL = LifeSign("starting: loading the model", 12.0, 800.0)
 Read = Callable[[str], LifeSign | None]
 
 
-class Starting:
-    """An actor whose start takes ``seconds``."""
+class Actor:
+    """An actor that takes ``seconds`` for a start or a call; its id is its name."""
 
-    _actor_id = SimpleNamespace(hex=lambda: "a1")
-
-    def __init__(self, seconds: float) -> None:
-        self.start = SimpleNamespace(remote=lambda: asyncio.sleep(seconds, "ready"))
+    def __init__(self, name: str, seconds: float) -> None:
+        self._actor_id = SimpleNamespace(hex=lambda: name)
+        self.start = self.work = SimpleNamespace(remote=lambda: asyncio.sleep(seconds, "ready"))
 
 
 class Role:
     def start(self) -> str: ...  # type: ignore[empty-body]
+    def work(self) -> str: ...  # type: ignore[empty-body]
 
 
-def started(name: str, seconds: float, watch: Watch) -> Any:
-    actor: Any = Starting(seconds)
-    worker = RayWorker[Role](
-        *(name, actor, 600.0, lambda *_: None),
+def worker_of(name: str, seconds: float, watch: Watch) -> RayWorker[Role]:
+    actor: Any = Actor(name, seconds)
+    return RayWorker[Role](
+        *(name, actor, LIMIT_S, lambda *_: None),
         start_timeout_s=LIMIT_S,
         num_gpus=0.0,
         one_at_a_time=True,
         watch=watch,
     )
-    return worker.call(Role.start)
+
+
+def started(name: str, seconds: float, watch: Watch) -> Any:
+    return worker_of(name, seconds, watch).call(Role.start)
+
+
+def called(name: str, seconds: float, watch: Watch) -> Any:
+    return worker_of(name, seconds, watch).call(Role.work)
 
 
 def moving(make: Callable[[int], LifeSign]) -> Read:
@@ -70,11 +80,63 @@ async def test_a_start_that_stands_still_ends_with_what_was_last_reported() -> N
     with pytest.raises(ActorFailure) as caught:
         await started("generator-0", 60, Watch(lambda _: STILL))
     assert time.monotonic() - began < 5 * LIMIT_S
-    assert str(caught.value) == (
-        "generator-0 did not answer start within 0 s, the last 0.1 s (cluster.start_timeout_s) "
-        "without any progress. It last reported: starting: loading the model (12 s of CPU time, "
-        "800 MB of memory)"
+    assert re.fullmatch(
+        r"generator-0 did not answer start, awaited by the driver since \d\d:\d\d:\d\d, "
+        r"within 0 s, the last 0\.1 s \(cluster\.start_timeout_s\) without any progress\. It last "
+        r"reported: starting: loading the model \(12 s of CPU time, 800 MB of memory\)",
+        str(caught.value),
     )
+
+
+async def test_a_call_is_waited_for_while_units_of_work_are_done() -> None:
+    units = Watch(moving(lambda n: LifeSign(f"generating: {n} tokens sampled")))
+    assert await called("generator-0", 5 * LIMIT_S, units) == "ready"
+
+
+async def test_an_engine_that_samples_nothing_ends_its_call_though_others_sample() -> None:
+    reads = moving(lambda n: LifeSign(f"generating: {n} tokens sampled"))
+    silent = LifeSign("generating: 12 tokens sampled")
+    watch = Watch(lambda name: silent if name == "generator-1" else reads(name))
+    other = asyncio.ensure_future(called("generator-0", 4 * LIMIT_S, watch))
+    with pytest.raises(ActorFailure) as caught:
+        await called("generator-1", 60, watch)
+    assert re.search(
+        r"generator-1 did not answer work, .* \(cluster\.call_timeout_s\) without any progress\. "
+        r"It last reported: generating: 12 tokens sampled$",
+        str(caught.value),
+    )
+    assert await other == "ready"
+
+
+async def test_a_rank_that_waits_in_a_collective_is_waited_for_while_another_learns() -> None:
+    slow = moving(lambda n: LifeSign(f"learning: {n} micro-batches learnt"))
+    watch = Watch(lambda name: slow(name) if name == "critic-1" else LifeSign("learning"))
+    calls = [called(f"critic-{rank}", 4 * LIMIT_S, watch) for rank in range(2)]
+    assert await asyncio.gather(*calls) == ["ready", "ready"]
+
+
+async def test_a_queued_call_is_not_late_while_its_actor_works_on_another() -> None:
+    seconds = iter([0.8 * LIMIT_S, 1.6 * LIMIT_S, 2.4 * LIMIT_S])  # one after the other
+    actor: Any = SimpleNamespace(
+        work=SimpleNamespace(remote=lambda: asyncio.sleep(next(seconds), "ready")),
+        _actor_id=SimpleNamespace(hex=lambda: "a1"),
+    )
+    worker = RayWorker[Role](
+        *("policy-0", actor, LIMIT_S, lambda *_: None),
+        start_timeout_s=60,
+        num_gpus=0.0,
+        one_at_a_time=True,
+        watch=Watch(lambda _: STILL),
+    )
+    calls = [worker.call(Role.work) for _ in range(3)]
+    assert await asyncio.gather(*calls) == ["ready"] * 3
+
+
+async def test_a_store_that_does_not_answer_ends_no_call_that_is_answered() -> None:
+    def fails(_: str) -> None:
+        raise RuntimeError("the store is gone")
+
+    assert await called("policy-0", 0.5 * LIMIT_S, Watch(fails)) == "ready"
 
 
 async def test_an_idle_process_makes_no_progress_by_its_housekeeping() -> None:
@@ -113,7 +175,7 @@ async def test_another_role_does_not_hide_a_start_that_stands_still() -> None:
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[bytes, bytes]]:
     """Stands for Ray's key-value store."""
     store: dict[bytes, bytes] = {}
     kv = SimpleNamespace(
@@ -122,32 +184,67 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
         _internal_kv_get=store.get,
     )
     monkeypatch.setattr(life_signs, "internal_kv", kv)
-    monkeypatch.setattr(life_signs, "_key", str.encode)
+    monkeypatch.setattr(life_signs, "_key", lambda _: b"here")
     monkeypatch.setattr(life_signs, "INTERVAL_S", 0.01)
-    report("")  # other tests of this process may have left a phase
-    return store
-
-
-def test_a_busy_process_reports_its_phase_and_its_work(store: dict[bytes, bytes]) -> None:
-    assert last_sign("policy-0") is None
-    with signs_of_life("policy-0", "starting"):
-        first = last_sign("policy-0")
-        report("loading the model")
-        assert first is not None
-        deadline = time.monotonic() + 30
-        while (second := last_sign("policy-0")) and second.cpu_s - first.cpu_s < 0.1:
-            assert time.monotonic() < deadline, second  # busy until a sign says so
+    # Other tests of this process may have left a phase and counts.
     report("")
-    assert second is not None
-    assert first.phase == "starting"
+    monkeypatch.setattr(phases, "_done", {})
+    monkeypatch.setattr(phases, "_read", {})
+    ended = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        if ended.wait(seconds):
+            threading.Event().wait()  # the thread sends nothing any more
+
+    monkeypatch.setattr(life_signs, "time", SimpleNamespace(sleep=sleep))
+    yield store
+    ended.set()
+
+
+def sign_when(holds: Callable[[LifeSign], bool]) -> LifeSign:
+    deadline = time.monotonic() + 30
+    while (sign := last_sign("")) is None or not holds(sign):  # busy meanwhile
+        assert time.monotonic() < deadline, sign
+    return sign
+
+
+def test_a_process_that_starts_reports_its_phase_and_its_work(store: dict[bytes, bytes]) -> None:
+    assert last_sign("") is None
+    signs = LifeSigns()
+    first = sign_when(lambda sign: True)
+    assert first.phase == IMPORTING
+    signs.doing = STARTING
+    report("loading the model")
+    second = sign_when(lambda sign: sign.cpu_s - first.cpu_s > 0.1)
+    report("")
     assert second.phase == "starting: loading the model"
     assert second.memory_mb > 10
 
 
-def test_a_store_that_fails_does_not_keep_a_process_from_starting(
+def test_a_process_at_work_reports_units_and_only_what_is_new(store: dict[bytes, bytes]) -> None:
+    signs = LifeSigns()
+    signs.doing = "learning"
+    count(1, "mini-batches learnt")
+    count(1500, "rows computed")
+    said = "learning: 1 mini-batches learnt, 1,500 rows computed"
+    assert sign_when(lambda sign: sign.phase == said) == LifeSign(said)
+    store.clear()
+    time.sleep(0.1)
+    assert not store
+    count(500, "rows computed")
+    assert "2,000 rows" in sign_when(lambda sign: True).phase
+
+
+def test_a_count_costs_little() -> None:
+    began = time.perf_counter()
+    for _ in range(10_000):
+        count(1, "tokens sampled")
+    assert (time.perf_counter() - began) / 10_000 < 20e-6
+
+
+def test_a_store_that_fails_does_not_keep_a_process_from_working(
     store: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(life_signs, "_key", lambda _: 1 / 0)
-    with signs_of_life("policy-0", "starting"):
-        pass
+    monkeypatch.setattr(life_signs, "asdict", lambda _: 1 / 0)
+    LifeSigns()
     assert not store

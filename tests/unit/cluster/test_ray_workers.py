@@ -51,7 +51,7 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = 100.0
 
-    def time(self) -> float:
+    def __call__(self) -> float:
         return self.now_s
 
     async def reaches(self, then_s: float) -> float:
@@ -79,7 +79,7 @@ async def test_waiting_for_the_call_before_is_no_work(
     monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool, expected: list[tuple[float, float]]
 ) -> None:
     clock, calls = Clock(), []
-    monkeypatch.setattr(ray_workers, "time", clock)
+    monkeypatch.setattr(ray_workers, "unix_now", clock)
 
     def on_call(_name: str, _method: str, start_s: float, end_s: float) -> None:
         calls.append((start_s, end_s))
