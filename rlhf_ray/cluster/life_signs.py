@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import psutil
-import ray
 from ray.experimental import internal_kv
 
 from rlhf_ray.observability.phases import overdue, reported
@@ -58,14 +57,17 @@ class LifeSigns:
     """Signs of this process, sent by a thread for as long as the process lives.
 
     What has not changed is not sent again.
+
+    Args:
+        actor_id: Ray's id of this actor; None: nobody waits for this process, and nothing is sent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, actor_id: str | None) -> None:
         self.doing = IMPORTING
         """What the process does, in words; whoever knows sets it."""
         self._sent: LifeSign | None = None
-        if internal_kv._internal_kv_initialized():
-            self._key = _key(ray.get_runtime_context().get_actor_id() or "")
+        if actor_id is not None:
+            self._key = _key(actor_id)
             self._send()
             threading.Thread(target=self._repeat, name="signs of life", daemon=True).start()
 
@@ -86,8 +88,6 @@ class LifeSigns:
 
 def last_sign(actor_id: str) -> LifeSign | None:
     """Return the last sign of an actor; None before the first."""
-    if not internal_kv._internal_kv_initialized():
-        return None
     written = internal_kv._internal_kv_get(_key(actor_id))
     return LifeSign(**json.loads(written)) if written else None
 

@@ -47,7 +47,8 @@ def titled(role_class: type) -> type:
 
     class Titled(role_class):
         def __init__(self, name: str, *args: Any) -> None:
-            signs = LifeSigns()
+            is_actor = ray.is_initialized()  # else asking for the id would start a cluster
+            signs = LifeSigns(ray.get_runtime_context().get_actor_id() if is_actor else None)
             super().__init__(name, *args)
             self.title = _Title(name, self, signs)
 

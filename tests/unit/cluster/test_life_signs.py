@@ -178,13 +178,8 @@ async def test_another_role_does_not_hide_a_start_that_stands_still() -> None:
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[bytes, bytes]]:
     """Stands for Ray's key-value store."""
     store: dict[bytes, bytes] = {}
-    kv = SimpleNamespace(
-        _internal_kv_initialized=lambda: True,
-        _internal_kv_put=store.__setitem__,
-        _internal_kv_get=store.get,
-    )
+    kv = SimpleNamespace(_internal_kv_put=store.__setitem__, _internal_kv_get=store.get)
     monkeypatch.setattr(life_signs, "internal_kv", kv)
-    monkeypatch.setattr(life_signs, "_key", lambda _: b"here")
     monkeypatch.setattr(life_signs, "INTERVAL_S", 0.01)
     # Other tests of this process may have left a phase and counts.
     report("")
@@ -203,14 +198,14 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[bytes, bytes]]:
 
 def sign_when(holds: Callable[[LifeSign], bool]) -> LifeSign:
     deadline = time.monotonic() + 30
-    while (sign := last_sign("")) is None or not holds(sign):  # busy meanwhile
+    while (sign := last_sign("a1")) is None or not holds(sign):  # busy meanwhile
         assert time.monotonic() < deadline, sign
     return sign
 
 
 def test_a_process_that_starts_reports_its_phase_and_its_work(store: dict[bytes, bytes]) -> None:
-    assert last_sign("") is None
-    signs = LifeSigns()
+    assert last_sign("a1") is None
+    signs = LifeSigns("a1")
     first = sign_when(lambda sign: True)
     assert first.phase == IMPORTING
     signs.doing = STARTING
@@ -222,7 +217,7 @@ def test_a_process_that_starts_reports_its_phase_and_its_work(store: dict[bytes,
 
 
 def test_a_process_at_work_reports_units_and_only_what_is_new(store: dict[bytes, bytes]) -> None:
-    signs = LifeSigns()
+    signs = LifeSigns("a1")
     signs.doing = "learning"
     count(1, "mini-batches learnt")
     count(1500, "rows computed")
@@ -246,5 +241,5 @@ def test_a_store_that_fails_does_not_keep_a_process_from_working(
     store: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(life_signs, "asdict", lambda _: 1 / 0)
-    LifeSigns()
+    LifeSigns("a1")
     assert not store
