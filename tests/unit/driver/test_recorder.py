@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_ray.config.trackers import TrackersConfig
+from rlhf_ray.driver import recorder as recorder_module
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.generators.queue import NOTHING_YET
 from rlhf_ray.observability.tracing import Tracer, read_spans
@@ -44,6 +45,7 @@ def test_who_watches_is_told_of_all_metrics_and_of_what_no_file_keeps(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(recorder_module, "unix_now", lambda: now)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=400, free=100))
     recorder = make(tmp_path, live)
     now = 1004.0

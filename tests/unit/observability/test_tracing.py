@@ -1,15 +1,30 @@
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from rlhf_ray.observability.tracing import BusyTime, Span, Tracer, phase_totals, read_spans
+from rlhf_ray.observability.tracing import (
+    BusyTime,
+    Span,
+    Tracer,
+    phase_totals,
+    read_spans,
+    unix_now,
+)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "demo" / "trace.json"
+
+
+def test_a_clock_that_is_set_changes_no_duration(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert abs(unix_now() - time.time()) < 60
+    began = unix_now()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert 0 <= unix_now() - began < 60
 
 
 def test_the_trace_of_an_ended_run_is_whole_json(path: Path):
