@@ -301,6 +301,9 @@ class GeneratorsReport:
     """Number of rollouts requeued after a generator failed or left, counted by this process."""
     idle: IdleShares
     """Idle times between the last two publications."""
+    samples_reissued: int = 0
+    """Number of rollouts sampled by a second generator because the first was slow, counted by this
+    process."""
 
 
 @dataclass(frozen=True, slots=True)

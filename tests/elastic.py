@@ -8,7 +8,6 @@ from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.generators.pool import GeneratorPool
-from rlhf_ray.generators.queue import IdleTimes
 from rlhf_ray.types import (
     AdapterUpdate,
     Prompt,
@@ -137,11 +136,20 @@ class Elastic:
         max_restarts: int = 3,
         drain_timeout_s: float = 60.0,
         autoscale: AutoscaleConfig | None = None,
+        min_ready: int = 1,
+        straggler_factor: float | None = 2.0,
     ) -> None:
+        self.now = 0.0
+        """What the pool's clock shows, seconds."""
         self.processes = Processes()
         self.told: list[str] = []
         settings = GeneratorsConfig(
-            max_in_flight=max_in_flight, max_restarts=max_restarts, drain_timeout_s=drain_timeout_s
+            num=num,
+            min_ready=min_ready,
+            max_in_flight=max_in_flight,
+            max_restarts=max_restarts,
+            drain_timeout_s=drain_timeout_s,
+            straggler_factor=straggler_factor,
         )
         first = [self.processes.make(f"generator-{i}") for i in range(num)]
         self.pool = GeneratorPool(
@@ -152,10 +160,8 @@ class Elastic:
             autoscale,
             self.told.append,
             first_wait_s=0.0,
+            clock=lambda: self.now,
         )
-        self.now = 0.0
-        """What the pool's clock shows, seconds."""
-        self.pool._times = IdleTimes(lambda: self.now)
         self.done: list[tuple[int, str]] = []
         """(shard, who sampled it), as they came."""
 

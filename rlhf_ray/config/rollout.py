@@ -21,6 +21,12 @@ class GeneratorsConfig(Section):
     """The rollout engines."""
 
     num: int = changeable(1, unit="generators", ge=1, le=MOST_PROCESSES, description="Generators.")
+    min_ready: int = changeable(
+        1,
+        unit="generators",
+        ge=1,
+        description="Generators with which a run begins; those that start later join it.",
+    )
     tensor_parallel_size: int = changeable(
         1, unit="GPUs", ge=1, description="GPUs of one generator, all on one node (vLLM only)."
     )
@@ -41,6 +47,22 @@ class GeneratorsConfig(Section):
         description="How long a generator that leaves may finish its work before others take it "
         "over.",
     )
+    straggler_factor: float | None = changeable(
+        2.0,
+        gt=1,
+        description="A shard that takes so many times as long as the longest one of the other "
+        "generators is sampled by one with nothing to do as well, and the first answer counts. "
+        "none: never.",
+    )
+
+    @model_validator(mode="after")
+    def _can_begin(self) -> "GeneratorsConfig":
+        if self.min_ready > self.num:
+            raise ValueError(
+                f"generators.min_ready {self.min_ready} exceeds generators.num {self.num}; lower "
+                "the first or raise the second"
+            )
+        return self
 
 
 UNCORRECTED = {

@@ -47,6 +47,8 @@ class RunState:
     """Number of rollouts discarded by rollbacks."""
     samples_requeued: int = 0
     """Number of rollouts requeued after a generator failed or left."""
+    samples_reissued: int = 0
+    """Number of rollouts sampled by a second generator because the first was slow."""
     generator_restarts: int = 0
     """Number of restarts of generators."""
     kl_coef: float = 0.0

@@ -146,6 +146,7 @@ def generator_metrics(report: GeneratorsReport, state: RunState) -> dict[str, fl
         "generators/idle_share": report.idle.generators,
         "generators/restarts": state.generator_restarts,
         "generators/requeued": state.samples_requeued,
+        "generators/reissued": state.samples_reissued,
     }
 
 

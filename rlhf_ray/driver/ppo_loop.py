@@ -292,6 +292,7 @@ class PpoLoop:
         report, before = self._roles.generators.report(), self._parts.state
         return {
             "samples_requeued": before.samples_requeued + report.samples_requeued,
+            "samples_reissued": before.samples_reissued + report.samples_reissued,
             "generator_restarts": before.generator_restarts + report.restarts,
         }
 

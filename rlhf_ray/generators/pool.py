@@ -1,9 +1,6 @@
 """The pool of generators: they join, serve, fail, restart and leave while the run continues.
 
-                 prompts of a batch (queue)
-                        |  longest first, to the least loaded, no more than max_in_flight
-                        v
-    start --> prove --> publish --> READY --> shards
+    start --> prove --> publish --> READY --> shards (`dispatch`)
       ^                    ^          |
       |                    +----------+   each new version
       +--- end its process <----------+   a failure: its prompts are queued again
@@ -14,15 +11,17 @@ imports Ray.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from functools import partial
 from typing import Any, Generic
 
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError, WeightSyncError
 from rlhf_ray.generators.autoscale import next_target
+from rlhf_ray.generators.dispatch import Dispatch
+from rlhf_ray.generators.first_starts import FirstStarts
 from rlhf_ray.generators.member import FIRST_WAIT_S, Factory, GeneratorT, Member, Serve, cancel
-from rlhf_ray.generators.queue import NOTHING_YET, Batch, IdleTimes
+from rlhf_ray.generators.queue import NOTHING_YET
 from rlhf_ray.roles import Proof
 from rlhf_ray.types import (
     AdapterUpdate,
@@ -47,6 +46,7 @@ class GeneratorPool(Generic[GeneratorT]):
         autoscale: AutoscaleConfig | None = None,
         say: Callable[[str], None] = lambda _: None,
         first_wait_s: float = FIRST_WAIT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -57,6 +57,7 @@ class GeneratorPool(Generic[GeneratorT]):
             autoscale: settings of autoscaling; None: the number only changes on request.
             say: prints a line for each change.
             first_wait_s: wait before a generator's first restart.
+            clock: in seconds.
         """
         self._members = [Member(client.name, client) for client in first]
         self._num_named = len(first)
@@ -69,16 +70,27 @@ class GeneratorPool(Generic[GeneratorT]):
         self._target = len(first)
         self._proof: Proof | None = None
         self._update: AdapterUpdate | None = None
-        self._batch: Batch | None = None
-        self._restarts = self._requeued = 0
+        self._dispatch = Dispatch(self._members, settings, self._lose, clock)
+        self._restarts = 0
         self._last_failure: Exception | None = None
-        self._times = IdleTimes()
         self._idle = NOTHING_YET
         self._seen: list[IdleShares] = []
 
     async def start(self) -> None:
-        """Start the first generators; those that fail are started again in the background."""
-        await self._each(lambda member: self._factory.load(member.process))
+        """Start the first generators, and wait until as many as a run needs are up.
+
+        Those that fail are started again, and those that are late join later.
+
+        Raises:
+            Exception: that of all first starts, where they fail alike: restarts would not help.
+            ActorFailure: too few are left.
+        """
+        starts = {member: asyncio.ensure_future(self._come_up(member)) for member in self._members}
+        for member, start in starts.items():
+            member.change = start
+        num_needed = self._settings.min_ready
+        first = FirstStarts(starts, self._lose, self._say)
+        await first.wait(num_needed, lambda: self._require_left(num_needed))
 
     async def prove(self, proof: Proof) -> None:
         """Prove every generator; those that fail are restarted."""
@@ -91,27 +103,16 @@ class GeneratorPool(Generic[GeneratorT]):
         # has sent an older adapter meanwhile sends this one too before it becomes ready.
         self._update = update
         await self._each(self._catch_up)
-        self._require_one_left()
-        self._idle = self._times.lap()
+        self._require_left(1)
+        self._idle = self._dispatch.lap()
         if self._autoscale is not None:
             self._follow_load(self._autoscale)
 
     async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
         """Yield each shard as it finishes; the order of generation only changes the time."""
-        self._require_one_left()
-        batch = self._batch = Batch(requests)
-        self._hand_out()
-        try:
-            for _ in requests:
-                result = await batch.done.get()
-                if isinstance(result, BaseException):
-                    raise result
-                yield result
-        finally:
-            # Before the calls are cancelled: their callbacks must not hand shards out again.
-            self._batch = None
-            self._note()
-            await cancel([call for member in self._members for call in member.calls])
+        self._require_left(1)
+        async for shard in self._dispatch.run(requests):
+            yield shard
 
     def scale_to(self, num: int) -> None:
         """Start or retire generators in the background until there are ``num``.
@@ -121,7 +122,7 @@ class GeneratorPool(Generic[GeneratorT]):
         """
         if num < 1:
             raise ConfigError(f"A run needs at least one generator; {num} were requested")
-        self._members = [m for m in self._members if m.state != "dead"]
+        self._members[:] = [m for m in self._members if m.state != "dead"]
         current = [m for m in self._members if m.state != "retired"]
         if num == self._target == len(current):
             return
@@ -143,17 +144,19 @@ class GeneratorPool(Generic[GeneratorT]):
     def report(self) -> GeneratorsReport:
         """Return the state of all generators together."""
         return GeneratorsReport(
-            ready=len(self._ready()),
+            ready=len(self._dispatch.ready()),
             target=self._target,
             restarts=self._restarts,
-            samples_requeued=self._requeued,
+            samples_requeued=self._dispatch.requeued,
+            samples_reissued=self._dispatch.reissued,
             idle=self._idle,
         )
 
     async def close(self) -> None:
         """Cancel all changes and calls; the caller ends the processes."""
         changes = [member.change for member in self._members if member.change is not None]
-        await cancel([*changes, *(call for member in self._members for call in member.calls)])
+        await cancel(changes)
+        await self._dispatch.cancel_all()
 
     # How a generator becomes ready.
 
@@ -164,22 +167,29 @@ class GeneratorPool(Generic[GeneratorT]):
         member.change = asyncio.ensure_future(self._bring_up(member))
 
     async def _bring_up(self, member: Member[GeneratorT]) -> None:
-        """Start, prove, and publish until no newer version was published meanwhile."""
         try:
-            member.client = await self._factory.start(member.name)
-            member.lacks_capacity = False
-            member.change_to("stale")
-            if self._proof is not None:
-                await self._proof(member.client)
-            while member.serves is not self._update:
-                await self._send(member)
+            await self._come_up(member)
         except Exception as error:  # a failing engine raises its libraries' errors
             self._lose(member, error)
-            return
+
+    async def _come_up(self, member: Member[GeneratorT]) -> None:
+        """Start, prove, and publish until no newer version was published meanwhile."""
+        if member.client is None:
+            member.client = await self._factory.start(member.name)
+        else:
+            await self._factory.load(member.client)
+        member.lacks_capacity = False
+        member.change_to("stale")
+        if self._proof is not None:
+            await self._proof(member.client)
+        while member.serves is not self._update:
+            await self._send(member)
         member.change = None
         # Without a first publication there is nothing to serve: `publish` admits it then.
         if self._update is not None:
             self._admit(member)
+            num_ready = len(self._dispatch.ready())
+            self._say(f"{member.name} is up: {num_ready} of {self._target} generators")
 
     async def _each(self, step: Callable[[Member[GeneratorT]], Awaitable[None]]) -> None:
         """Take a step with every running generator; restart those that fail, unless all do."""
@@ -220,7 +230,7 @@ class GeneratorPool(Generic[GeneratorT]):
 
     def _admit(self, member: Member[GeneratorT]) -> None:
         member.change_to("ready")
-        self._hand_out()
+        self._dispatch.hand_out()
 
     # How a generator fails or leaves.
 
@@ -232,7 +242,7 @@ class GeneratorPool(Generic[GeneratorT]):
         # State before queue: handing back gives the shards to ready generators, and this one must
         # not be among them.
         self._change(member, "suspect", self._replace(member, error))
-        self._hand_back(member)
+        self._dispatch.hand_back(member)
 
     async def _replace(self, member: Member[GeneratorT], error: Exception) -> None:
         await self._end(member)
@@ -241,12 +251,12 @@ class GeneratorPool(Generic[GeneratorT]):
         if not member.lacks_capacity:  # a cluster without capacity is no fault: it costs no restart
             if self._restarts >= self._settings.max_restarts:
                 member.change = None
-                if self._batch is not None and self._none_is_left():
-                    self._batch.done.put_nowait(self._failure())
+                self._end_without_any()
                 return
             self._restarts += 1
             member.restarts += 1
         member.change_to("restarting")
+        self._end_without_any()
         await asyncio.sleep(member.next_wait_s(self._first_wait_s))
         member.change_to("starting")
         await self._bring_up(member)
@@ -255,7 +265,7 @@ class GeneratorPool(Generic[GeneratorT]):
         """Finish its shards, or requeue them after drain_timeout_s; then end its process."""
         if member.calls:
             await asyncio.wait(member.calls, timeout=self._settings.drain_timeout_s)
-        self._hand_back(member)
+        self._dispatch.hand_back(member)
         await self._end(member)
         self._members.remove(member)
         self._say(f"{member.name} has left")
@@ -275,76 +285,37 @@ class GeneratorPool(Generic[GeneratorT]):
         member.change_to(state)
         member.change = asyncio.ensure_future(what)
 
-    def _none_is_left(self) -> bool:
-        return all(member.state in ("dead", "retired") for member in self._members)
+    def _num_left(self) -> int:
+        """Return how many are up or may come; without capacity in the cluster none comes."""
+        gone = ("dead", "retired")
+        return sum(m.state not in gone and not m.lacks_capacity for m in self._members)
 
-    def _require_one_left(self) -> None:
-        if self._none_is_left():
-            raise self._failure() from self._last_failure
+    def _end_without_any(self) -> None:
+        if not self._num_left():
+            self._dispatch.end(self._failure(1))
 
-    def _failure(self) -> ActorFailure:
-        budget = f"{self._settings.max_restarts} restarts (generators.max_restarts) are used up"
-        return ActorFailure(
-            f"No generator is left, and {budget}. The last failure: {self._last_failure}"
+    def _require_left(self, num: int) -> None:
+        if self._num_left() < num:
+            raise self._failure(num) from self._last_failure
+
+    def _failure(self, num_needed: int) -> ActorFailure:
+        left, budget = self._num_left(), self._settings.max_restarts
+        which = (
+            f"Only {left} of the {num_needed} generators that a run begins with "
+            "(generators.min_ready) are left"
+            if left
+            else "No generator is left"
         )
-
-    # Which generator samples which shard.
-
-    def _ready(self) -> list[Member[GeneratorT]]:
-        return [member for member in self._members if member.state == "ready"]
-
-    def _hand_out(self) -> None:
-        """Give waiting shards to generators with free slots, the least loaded first."""
-        batch, limit = self._batch, self._settings.max_in_flight
-        while batch is not None and len(batch.queue):
-            free = [member for member in self._ready() if member.load < limit]
-            if not free:
-                break
-            member = min(free, key=lambda member: member.load)
-            request = batch.queue.take(member.name)
-            call = asyncio.ensure_future(member.process.generate(request))
-            member.calls.add(call)
-            call.add_done_callback(partial(self._take_in, batch, member, request))
-        self._note()
-
-    def _take_in(
-        self,
-        batch: Batch,
-        member: Member[GeneratorT],
-        request: ShardRequest,
-        call: asyncio.Task[Shard],
-    ) -> None:
-        """Pass a shard on, unless it was requeued meanwhile."""
-        member.calls.discard(call)
-        error = None if call.cancelled() else call.exception()
-        if call.cancelled() or not batch.queue.holds(member.name, request):
-            pass  # another generator has the shard now: passing it on would count it twice
-        elif isinstance(error, ActorFailure):
-            if member.state == "retired":
-                self._hand_back(member)
-            else:
-                self._lose(member, error)
-        else:
-            batch.queue.finish(member.name, request)
-            member.failures = 0
-            batch.done.put_nowait(error or call.result())
-        self._hand_out()
-
-    def _hand_back(self, member: Member[GeneratorT]) -> None:
-        for call in member.calls:
-            call.cancel()
-        if self._batch is not None:
-            self._requeued += self._batch.queue.hand_back(member.name)
-        self._hand_out()
-
-    def _note(self) -> None:
-        serving = [m for m in self._members if m.state in ("stale", "ready")]
-        waiting = None if self._batch is None else len(self._batch.queue)
-        self._times.note(sum(bool(m.calls) for m in serving), len(serving), waiting)
+        why = (
+            "the cluster has no capacity for another"
+            if any(member.lacks_capacity for member in self._members)
+            else f"{budget} restarts (generators.max_restarts) are used up"
+        )
+        return ActorFailure(f"{which}, and {why}. The last failure: {self._last_failure}")
 
     def _follow_load(self, settings: AutoscaleConfig) -> None:
         """Scale by the idle times since the last batch, once all placed generators are ready."""
-        ready, unplaced = len(self._ready()), sum(m.lacks_capacity for m in self._members)
+        ready, unplaced = len(self._dispatch.ready()), sum(m.lacks_capacity for m in self._members)
         if self._idle.learners and ready + unplaced == self._target:
             self._seen.append(self._idle)
             self.scale_to(next_target(settings, ready, self._seen, unplaced))

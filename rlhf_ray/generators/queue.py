@@ -1,55 +1,31 @@
 """The queue of a batch's shards, and the idle times of generators and learners."""
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from rlhf_ray.types import IdleShares, Shard, ShardRequest
+from rlhf_ray.types import IdleShares, ShardRequest
 
 
 class ShardQueue:
-    """The waiting shards, longest prompts first, and which generator holds each other shard.
+    """The waiting shards, longest prompts first.
 
     Longest first, because a long shard that starts last would keep all other generators waiting.
     """
 
     def __init__(self, requests: Sequence[ShardRequest]) -> None:
         self._waiting = sorted(requests, key=_prompt_tokens)
-        self._held: dict[tuple[str, int], ShardRequest] = {}
 
     def __len__(self) -> int:
         """Return the number of waiting shards."""
         return len(self._waiting)
 
-    def take(self, name: str) -> ShardRequest:
-        """Assign the next shard to a generator, and return it."""
-        request = self._waiting.pop()
-        self._held[name, request.index] = request
-        return request
+    def take(self) -> ShardRequest:
+        """Return the next shard, which waits no longer."""
+        return self._waiting.pop()
 
-    def holds(self, name: str, request: ShardRequest) -> bool:
-        """Return whether a generator still holds a shard; False once it was handed back."""
-        return (name, request.index) in self._held
-
-    def finish(self, name: str, request: ShardRequest) -> None:
-        """Remove a shard that its generator has finished."""
-        del self._held[name, request.index]
-
-    def hand_back(self, name: str) -> int:
-        """Requeue all shards that a generator holds; return their number of samples."""
-        keys = [key for key in self._held if key[0] == name]
-        requeued = [self._held.pop(key) for key in keys]
-        self._waiting = sorted([*self._waiting, *requeued], key=_prompt_tokens)
-        return sum(len(request.samples) for request in requeued)
-
-
-class Batch:
-    """The shards of one batch: those to sample, and the results."""
-
-    def __init__(self, requests: Sequence[ShardRequest]) -> None:
-        self.queue = ShardQueue(requests)
-        self.done: asyncio.Queue[Shard | BaseException] = asyncio.Queue()
-        """Results in order of arrival: finished shards, or an error that ends the batch."""
+    def put_back(self, requests: Sequence[ShardRequest]) -> None:
+        """Have shards wait again, each at its place."""
+        self._waiting = sorted([*self._waiting, *requests], key=_prompt_tokens)
 
 
 def _prompt_tokens(request: ShardRequest) -> int:

@@ -113,6 +113,8 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
     ("generators/restarts", "1", _TOTAL, "Restarts of generators."),
     ("generators/requeued", "1", _TOTAL,
      "Rollouts that a generator did not finish and that were sampled again."),
+    ("generators/reissued", "1", _TOTAL,
+     "Rollouts that a second generator sampled as well, because the first was slow."),
     ("cost/per_1000_samples", "price", _LAST,
      "Cost of 1,000 rollouts: the iteration's hours times the GPUs that the run holds times "
      "cluster.gpu_hour_price, where that is set."),

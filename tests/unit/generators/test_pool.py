@@ -267,7 +267,9 @@ class TestCounting:
 
 @st.composite
 def _steps(draw: st.DrawFn) -> list[tuple[str, int]]:
-    kinds = st.sampled_from(["answer", "die", "answer and die", "scale", "settle", "refuse"])
+    kinds = st.sampled_from(
+        ["answer", "die", "answer and die", "scale", "settle", "refuse", "straggle"]
+    )
     return draw(st.lists(st.tuples(kinds, st.integers(0, 4)), max_size=30))
 
 
@@ -297,6 +299,10 @@ def test_each_shard_comes_exactly_once_whatever_happens(
                 elastic.pool.scale_to(1 + which % 4)
             elif what == "refuse":
                 elastic.processes.faults.setdefault(("prove", chosen.name), []).append(WRONG)
+            elif what == "straggle":
+                elastic.now += 100
+                if (running := elastic.pool._dispatch._batch) is not None:
+                    elastic.pool._dispatch._issue_again(running, 2.0)
             elif what == "settle":
                 await settle()
         await elastic.answer_all()

@@ -1,4 +1,4 @@
-"""Tests of the shard queue: one generator at a time holds a shard, and each is done once."""
+"""Tests of the shard queue and of idle times."""
 
 import pytest
 
@@ -17,32 +17,16 @@ def request(index: int, *prompt_lengths: int) -> ShardRequest:
 
 def test_the_longest_prompts_go_first() -> None:
     queue = ShardQueue([request(0, 2, 2), request(1, 9), request(2, 1, 4)])
-    assert [queue.take("a").index for _ in range(3)] == [1, 2, 0]
+    assert [queue.take().index for _ in range(3)] == [1, 2, 0]
     assert len(queue) == 0
 
 
-def test_what_is_handed_back_waits_at_its_place_again() -> None:
+def test_what_is_put_back_waits_at_its_place_again() -> None:
     queue = ShardQueue([request(0, 3, 3), request(1, 5), request(2, 4), request(3, 1)])
-    first, second = queue.take("a"), queue.take("b")
+    first, second = queue.take(), queue.take()
     assert (first.index, second.index) == (0, 1)
-    assert queue.hand_back("a") == 2  # samples
-    assert queue.hand_back("a") == 0
-    assert [queue.take("b").index for _ in range(3)] == [0, 2, 3]
-
-
-def test_an_answer_counts_as_long_as_the_shard_is_held() -> None:
-    queue = ShardQueue([request(0, 1)])
-    taken = queue.take("a")
-    assert queue.holds("a", taken)
-    queue.hand_back("a")
-    assert not queue.holds("a", taken)
-    again = queue.take("b")
-    assert again == taken
-    assert not queue.holds("a", again)
-    queue.finish("b", again)
-    assert not queue.holds("b", again)
-    with pytest.raises(KeyError):
-        queue.finish("b", again)
+    queue.put_back([first])
+    assert [queue.take().index for _ in range(3)] == [0, 2, 3]
 
 
 class Clock:

@@ -1,0 +1,209 @@
+"""Hands the shards of a batch to the generators that are ready, and takes their answers in.
+
+    queue --> issue --> answer: it goes to whoever asked for the batch, once
+      ^         |  ^
+      |         |  +--- slower than the others' by far: issued once more to one with nothing to do
+      +---------+ its generator failed or left
+
+Whoever samples a shard, its seeds and so its samples are the same: the first answer counts.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic
+
+from rlhf_ray.config.rollout import GeneratorsConfig
+from rlhf_ray.errors import ActorFailure
+from rlhf_ray.generators.member import GeneratorT, Member, cancel
+from rlhf_ray.generators.queue import IdleTimes, ShardQueue
+from rlhf_ray.types import IdleShares, Shard, ShardRequest
+
+LOOK_S = 1.0
+"""Interval between two looks for stragglers."""
+PATIENCE_S = 10.0
+"""Shards that take less than this are never issued again: it would save nothing."""
+
+
+@dataclass(eq=False)
+class _Issue(Generic[GeneratorT]):
+    """A shard at a generator."""
+
+    member: Member[GeneratorT]
+    request: ShardRequest
+    began_s: float
+    call: asyncio.Task[Shard]
+    is_again: bool
+    """Whether another generator had the shard already."""
+
+
+@dataclass
+class _Batch(Generic[GeneratorT]):
+    """The shards of one batch: those to sample, those at generators, and the results."""
+
+    queue: ShardQueue
+    done: asyncio.Queue[Shard | BaseException] = field(default_factory=asyncio.Queue)
+    """Results in order of arrival: finished shards, or an error that ends the batch."""
+    issues: list[_Issue[GeneratorT]] = field(default_factory=list)
+    took: list[tuple[str, float]] = field(default_factory=list)
+    """Generator and seconds of each finished shard."""
+
+    def at(self, index: int) -> "list[_Issue[GeneratorT]]":
+        """Return the issues of a shard."""
+        return [issue for issue in self.issues if issue.request.index == index]
+
+
+class Dispatch(Generic[GeneratorT]):
+    """Distributes the shards of one batch at a time."""
+
+    def __init__(
+        self,
+        members: Sequence[Member[GeneratorT]],
+        settings: GeneratorsConfig,
+        lose: Callable[[Member[GeneratorT], ActorFailure], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            members: all generators, ready or not; the pool changes the list.
+            settings: limits on the shards in flight, and when to issue one again.
+            lose: called with a generator that has failed.
+            clock: in seconds.
+        """
+        self._members = members
+        self._settings = settings
+        self._lose = lose
+        self._clock = clock
+        self._times = IdleTimes(clock)
+        self._batch: _Batch[GeneratorT] | None = None
+        self.requeued = self.reissued = 0
+        """Number of samples requeued and issued again so far."""
+
+    async def run(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
+        """Yield each shard as it finishes."""
+        batch = self._batch = _Batch[GeneratorT](ShardQueue(requests))
+        self.hand_out()
+        self._look(batch)
+        try:
+            for _ in requests:
+                result = await batch.done.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            # Before the calls are cancelled: their callbacks must not hand shards out again.
+            self._batch = None
+            self.note()
+            await self.cancel_all()
+
+    async def cancel_all(self) -> None:
+        """Cancel every call."""
+        await cancel([call for member in self._members for call in member.calls])
+
+    def end(self, error: Exception) -> None:
+        """End the batch, if there is one, with an error."""
+        if self._batch is not None:
+            self._batch.done.put_nowait(error)
+
+    def ready(self) -> list[Member[GeneratorT]]:
+        """Return the generators that get shards."""
+        return [member for member in self._members if member.state == "ready"]
+
+    def hand_out(self) -> None:
+        """Give waiting shards to generators with free slots, the least loaded first."""
+        batch = self._batch
+        while batch is not None and len(batch.queue) and (free := self._free()):
+            member = min(free, key=lambda member: member.load)
+            self._issue(batch, member, batch.queue.take())
+        self.note()
+
+    def _free(self) -> list[Member[GeneratorT]]:
+        return [member for member in self.ready() if member.load < self._settings.max_in_flight]
+
+    def _issue(
+        self,
+        batch: _Batch[GeneratorT],
+        member: Member[GeneratorT],
+        request: ShardRequest,
+        is_again: bool = False,
+    ) -> None:
+        call = asyncio.ensure_future(member.process.generate(request))
+        issue = _Issue(member, request, self._clock(), call, is_again)
+        batch.issues.append(issue)
+        member.calls.add(call)
+        call.add_done_callback(partial(self._take_in, batch, issue))
+
+    def _take_in(
+        self, batch: _Batch[GeneratorT], issue: _Issue[GeneratorT], call: asyncio.Task[Shard]
+    ) -> None:
+        """Pass a shard on, unless another generator has it or has answered it meanwhile."""
+        member = issue.member
+        member.calls.discard(call)
+        error = None if call.cancelled() else call.exception()
+        if call.cancelled() or issue not in batch.issues:
+            pass  # passing it on would count it twice
+        elif isinstance(error, ActorFailure):
+            if member.state == "retired":
+                self.hand_back(member)
+            else:
+                self._lose(member, error)
+        else:
+            for each in batch.at(issue.request.index):
+                batch.issues.remove(each)
+                each.call.cancel()  # the others'; this one is done
+            batch.took.append((member.name, self._clock() - issue.began_s))
+            member.failures = 0
+            batch.done.put_nowait(error or call.result())
+        self.hand_out()
+
+    def hand_back(self, member: Member[GeneratorT]) -> None:
+        """Requeue what a generator holds, unless another one has it too."""
+        for call in member.calls:
+            call.cancel()
+        if (batch := self._batch) is not None:
+            held = [issue for issue in batch.issues if issue.member is member]
+            batch.issues = [issue for issue in batch.issues if issue.member is not member]
+            left = [issue.request for issue in held if not batch.at(issue.request.index)]
+            batch.queue.put_back(left)
+            self.requeued += sum(len(request.samples) for request in left)
+        self.hand_out()
+
+    def _look(self, batch: _Batch[GeneratorT]) -> None:
+        """Issue stragglers again, now and at intervals until the batch ends."""
+        if self._batch is batch and self._settings.straggler_factor is not None:
+            self._issue_again(batch, self._settings.straggler_factor)
+            asyncio.get_running_loop().call_later(LOOK_S, self._look, batch)
+
+    def _issue_again(self, batch: _Batch[GeneratorT], factor: float) -> None:
+        """Give shards that take far longer than any of the other generators' did to idle ones.
+
+        The longest one counts, not the usual one: responses differ in length by nature. A
+        generator is idle if it has nothing but such shards.
+        """
+        for issue in sorted(batch.issues, key=lambda issue: issue.began_s):
+            others = [seconds for name, seconds in batch.took if name != issue.member.name]
+            if len(batch.queue) or not others or len(batch.at(issue.request.index)) > 1:
+                continue
+            if self._clock() - issue.began_s <= max(PATIENCE_S, factor * max(others)):
+                continue
+            own = [each.member for each in batch.issues if not each.is_again]
+            idle = [member for member in self._free() if member not in own]
+            if not idle:
+                return
+            self._issue(batch, min(idle, key=lambda each: each.load), issue.request, is_again=True)
+            self.reissued += len(issue.request.samples)
+        self.note()
+
+    # Idle times.
+
+    def note(self) -> None:
+        """Note how many generators work and could work from now on."""
+        serving = [m for m in self._members if m.state in ("stale", "ready")]
+        waiting = None if self._batch is None else len(self._batch.queue)
+        self._times.note(sum(bool(m.calls) for m in serving), len(serving), waiting)
+
+    def lap(self) -> IdleShares:
+        """Return the idle shares since the last call."""
+        return self._times.lap()
