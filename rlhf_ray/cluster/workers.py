@@ -5,16 +5,19 @@ for other roles returns ``(data, scalars)``; `Worker.call_split` leaves the data
 brings the scalars.
 """
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from rlhf_ray.errors import ActorFailure
+from rlhf_ray.errors import ActorFailure, DataLost
 from rlhf_ray.observability.phases import Stalled, while_it_moves
 from rlhf_ray.observability.tracing import unix_now
 from rlhf_ray.types import Handle
 
 LOOPBACK = "127.0.0.1"
+FETCH_TIMEOUT_S = 600.0
+"""Time for data on the driver's own node, which may have been spilled to its disk."""
 
 OnCall = Callable[[str, str, float, float], None]
 """Called after each call with worker, method, start and end (Unix seconds)."""
@@ -65,10 +68,22 @@ def arriving(handle: Handle[DataT] | DataT) -> DataT:
 
 
 async def fetch(handle: Handle[DataT]) -> DataT:
-    """Bring data to the driver; inline it is there already."""
-    return (
-        await cast("Awaitable[DataT]", handle) if inspect.isawaitable(handle) else arriving(handle)
-    )
+    """Bring data to the driver; inline it is there already.
+
+    Raises:
+        DataLost: it does not come, though `Worker.call_split` had a copy on the driver's node.
+    """
+    if not inspect.isawaitable(handle):
+        return arriving(handle)
+    try:
+        async with asyncio.timeout(FETCH_TIMEOUT_S):
+            return await cast("Awaitable[DataT]", handle)
+    except TimeoutError:
+        raise DataLost(
+            f"Data on the driver's node did not come within {FETCH_TIMEOUT_S:g} s; see whether its "
+            "disk, to which the object store spills, works. Run again: the run resumes at its last "
+            "commit"
+        ) from None
 
 
 class InlineWorker(Generic[ProcessT_co]):

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_ray.cluster.connection import head_problem
@@ -14,6 +15,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 CONNECT_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 60.0
+"""Longest silence of the job server within a request; Ray's client itself would wait forever."""
 
 
 def connect(address: str | None) -> JobServer:
@@ -27,19 +30,24 @@ def connect(address: str | None) -> JobServer:
 
     for module in ("dashboard_sdk", "job.sdk"):  # they set their own level at import
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._do_request(*args, timeout=ANSWER_TIMEOUT_S, **kwargs)
+
     if address is not None:
         # Ray prefers this variable to the address that its client is given.
         os.environ[ADDRESS_VARIABLES[0]] = address
     url = configured_address() or DEFAULT_ADDRESS
     _require_reachable(url)
     try:
-        return JobServer(JobSubmissionClient(url))
+        return JobServer(Client(url))
     except AuthenticationError as error:
         raise PlacementError(
             f"The job server at {url} refuses this user: {str(error).splitlines()[0]}. Set "
             "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
         ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise PlacementError(
             f"Cannot use the job server at {url}: {error}. Check that this is the address of the "
             "cluster's dashboard and that the cluster runs this version of Ray"

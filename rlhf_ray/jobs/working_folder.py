@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlhf_ray.errors import ConfigError
 
+GIT_TIMEOUT_S = 60.0
 MAX_BYTES = 100 * 10**6
 """Largest sum of file sizes; Ray's job server refuses requests over 100 MiB."""
 
@@ -154,7 +155,14 @@ def _known_to_git(folder: Path) -> list[Path] | None:
     """Return the files that Git does not ignore; None outside a Git work tree."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        listing = subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout
+        listing = subprocess.run(
+            command, cwd=folder, capture_output=True, check=True, timeout=GIT_TIMEOUT_S
+        ).stdout
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"git ls-files in {folder} did not end within {GIT_TIMEOUT_S:g} s; see whether its "
+            "file system answers"
+        ) from None
     except (OSError, subprocess.CalledProcessError):
         return None
     return [Path(os.fsdecode(name)) for name in listing.split(b"\0") if name]

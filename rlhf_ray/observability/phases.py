@@ -5,8 +5,15 @@ changed. Counting takes less than a microsecond, so inner loops may count.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import faulthandler
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
+
+from rlhf_ray.observability.repeated import repeated
 
 T = TypeVar("T")
 
@@ -86,3 +93,35 @@ async def while_it_moves(work: Awaitable[T], limit_s: float | None, key: str) ->
         return task.result()
     finally:
         task.cancel()
+
+
+@contextmanager
+def ends_when_stalled(limit_s: float, key: str, who: str) -> Iterator[None]:
+    """End this process, with its stacks on stderr, when the block makes no progress.
+
+    For processes that a library starts and watches: it sees that they die, not that they hang.
+
+    Args:
+        limit_s: longest time without progress; in a phase, which counts nothing, `LIMIT` times it.
+        key: the config key that holds the limit.
+        who: name of the process in the message.
+    """
+    before, moved_at = reported(), time.monotonic()
+
+    def look() -> None:
+        nonlocal before, moved_at
+        if (said := reported()) != before:
+            before, moved_at = said, time.monotonic()
+        longest_s = limit_s * LIMIT if _phase else limit_s
+        if time.monotonic() - moved_at > longest_s:
+            print(
+                f"{who} made no progress for {longest_s:g} s ({key}) and is ended. It last "
+                f"reported: {said or 'nothing'}. Its threads:",
+                file=sys.__stderr__,
+                flush=True,
+            )
+            faulthandler.dump_traceback(sys.__stderr__)
+            os._exit(1)
+
+    with repeated(look, min(LOOK_S, limit_s / 4), "progress"):
+        yield

@@ -20,6 +20,7 @@ from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.models import folders
 from rlhf_ray.models.trainable import parameter_table
 from rlhf_ray.observability import quiet
+from rlhf_ray.observability.phases import ends_when_stalled
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.repeated import repeated
@@ -215,10 +216,16 @@ def _train_worker(loop_config: "Mapping[str, ObjectRef[Training]]") -> bytes:
     import ray
     from ray.train import get_context
 
-    training, context = ray.get(loop_config["training"]), get_context()
+    from rlhf_ray.cluster.workers import FETCH_TIMEOUT_S
+
+    training = ray.get(loop_config["training"], timeout=FETCH_TIMEOUT_S)
+    context = get_context()
     # Ray sets OMP_NUM_THREADS=1 for a one-CPU actor, but nothing else runs during the training.
     torch.set_num_threads(_num_threads(context.get_local_world_size()))
-    return pickle.dumps(train(training, context.get_world_size()))
+    who = f"{training.name}-{context.get_world_rank()}"
+    limit_s = training.config.cluster.call_timeout_s
+    with ends_when_stalled(limit_s, "cluster.call_timeout_s", who):
+        return pickle.dumps(train(training, context.get_world_size()))
 
 
 def _on_gpu(training: Training) -> bool:

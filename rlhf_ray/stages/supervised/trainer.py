@@ -26,6 +26,7 @@ from transformers import (
 
 from rlhf_ray.errors import ConfigError, DivergenceError
 from rlhf_ray.models.trainable import ParameterGroup, parameter_groups
+from rlhf_ray.observability.phases import count, report
 from rlhf_ray.observability.sinks import JsonlSink
 from rlhf_ray.stages.supervised.arguments import arguments
 from rlhf_ray.stages.supervised.training import (
@@ -74,6 +75,7 @@ def train(training: Training, num_processes: int) -> Trained:
             f"see {training.data}; run.dir must be on storage that the training nodes share"
         )
     transformers.set_seed(training.config.run.seed)
+    report("loading the model")
     model = training.load_model()
     with closing(StepLog(training)) as step_log:
         trainer = StageTrainer(training, model, num_processes, step_log)
@@ -84,6 +86,7 @@ def train(training: Training, num_processes: int) -> Trained:
         is_done = evaluations[-1]["step"] == trainer.state.global_step
         before, after = evaluations[0], evaluations[-1] if is_done else trainer.evaluate()
     groups = parameter_groups(model)
+    report("saving the model")
     if trainer.is_world_process_zero():
         training.save(model)
     steps = trainer.state.global_step
@@ -126,6 +129,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        count(_num_rows(inputs), "rows learnt")
         if self._training.model_computes_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         num_rows = _num_rows(inputs)
@@ -153,8 +157,14 @@ class StageTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, numbers = self._training.predict_rows(model, self._prepare_inputs(inputs))
+        count(_num_rows(inputs), "rows predicted")
         # The Trainer calls compute_metrics only where it has labels; ours reads none.
         return loss, numbers, torch.zeros_like(numbers)
+
+    def _save_checkpoint(self, *args: Any, **named: Any) -> None:
+        report("saving a checkpoint")
+        super()._save_checkpoint(*args, **named)
+        report("")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, and apply the config's learning rate, which may have changed since."""
@@ -193,6 +203,7 @@ class StepLog(TrainerCallback):
     ) -> None:
         # A resumed training is evaluated at once, as it was when its checkpoint was saved.
         self._is_new = state.global_step == 0
+        report("")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
