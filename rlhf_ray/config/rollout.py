@@ -49,6 +49,7 @@ class GeneratorsConfig(Section):
     )
     straggler_factor: float | None = changeable(
         2.0,
+        unit="times",
         gt=1,
         description="A shard that takes so many times as long as the longest one of the other "
         "generators is sampled by one with nothing to do as well, and the first answer counts. "
