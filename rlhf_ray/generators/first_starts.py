@@ -5,11 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Generic
 
 from rlhf_ray.errors import ActorFailure, PlacementError
-from rlhf_ray.generators.member import GeneratorT, Member
+from rlhf_ray.generators.member import GeneratorT, Lateness, Member
 
-LATE, LATE_S = 2.0, 10.0
-"""A generator is late that takes so many times as long as those that a run needs, and so many
-seconds more."""
 LOOK_S = 0.1
 """Longest interval between two looks at the generators."""
 
@@ -44,17 +41,14 @@ class FirstStarts(Generic[GeneratorT]):
             Exception: that of all first starts, where they fail alike.
             ActorFailure: from ``require_left``: too few are left.
         """
-        clock = asyncio.get_running_loop().time
-        began, ends, num_up = clock(), None, 0
+        lateness, num_up = Lateness(), 0
         while True:
             self._take_failures()
             num_up = self._report(num_up)
             require_left()
             waiting = [start for start in self._starts.values() if not start.done()]
-            if num_up >= num_needed:
-                ends = ends or clock() + (LATE - 1) * (clock() - began) + LATE_S
-                if not waiting or clock() >= ends:
-                    break
+            if num_up >= num_needed and (not waiting or lateness.left_s() <= 0):
+                break
             if waiting:
                 await asyncio.wait(waiting, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
             else:  # for those that are started again

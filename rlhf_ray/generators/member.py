@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from rlhf_ray.errors import ActorFailure
 from rlhf_ray.roles import Generator
 from rlhf_ray.types import AdapterUpdate, GeneratorState, GeneratorStatus
 
@@ -113,6 +114,64 @@ class Member(Generic[GeneratorT]):
         """Return its state as `rlhf-ray status` shows it."""
         version = self.serves.version if self.serves is not None else None
         return GeneratorStatus(self.name, self.state, version, self.restarts)
+
+
+def num_left(members: Sequence[Member[Any]]) -> int:
+    """Return how many are up or may come; without capacity in the cluster none comes."""
+    gone = ("dead", "retired")
+    return sum(each.state not in gone and not each.lacks_capacity for each in members)
+
+
+def too_few(
+    members: Sequence[Member[Any]], num_needed: int, max_restarts: int, last: Exception | None
+) -> ActorFailure:
+    """Return the error that ends a run, with the last failure of a generator."""
+    left = num_left(members)
+    which = (
+        f"Only {left} of the {num_needed} generators that a run begins with (generators.min_ready) "
+        "are left"
+        if left
+        else "No generator is left"
+    )
+    why = (
+        "the cluster has no capacity for another"
+        if any(each.lacks_capacity for each in members)
+        else f"{max_restarts} restarts (generators.max_restarts) are used up"
+    )
+    return ActorFailure(f"{which}, and {why}. The last failure: {last}")
+
+
+LATE, LATE_S = 2.0, 10.0
+"""A generator is late that takes so many times as long as those that are needed, and so many
+seconds more."""
+
+
+class Lateness:
+    """Tells when those that are not done yet are late, from the time that enough others took."""
+
+    def __init__(self) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._began = self._clock()
+        self._ends: float | None = None
+
+    def left_s(self) -> float:
+        """Return the seconds until the others are late; call it once enough are done."""
+        now = self._clock()
+        if self._ends is None:
+            self._ends = now + (LATE - 1) * (now - self._began) + LATE_S
+        return self._ends - now
+
+
+async def until_late(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Wait until all tasks are done, or half of them are and the others are late."""
+    lateness, pending = Lateness(), {*tasks}
+    while pending:
+        timeout = lateness.left_s() if len(tasks) >= 2 * len(pending) else None
+        if timeout is not None and timeout <= 0:
+            return
+        _, pending = await asyncio.wait(
+            pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+        )
 
 
 async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:

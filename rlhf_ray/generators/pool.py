@@ -12,7 +12,7 @@ imports Ray.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Generic
 
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
@@ -20,7 +20,17 @@ from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError, WeightSyn
 from rlhf_ray.generators.autoscale import next_target
 from rlhf_ray.generators.dispatch import Dispatch
 from rlhf_ray.generators.first_starts import FirstStarts
-from rlhf_ray.generators.member import FIRST_WAIT_S, Factory, GeneratorT, Member, Serve, cancel
+from rlhf_ray.generators.member import (
+    FIRST_WAIT_S,
+    Factory,
+    GeneratorT,
+    Member,
+    Serve,
+    cancel,
+    num_left,
+    too_few,
+    until_late,
+)
 from rlhf_ray.generators.queue import NOTHING_YET
 from rlhf_ray.roles import Proof
 from rlhf_ray.types import (
@@ -191,13 +201,24 @@ class GeneratorPool(Generic[GeneratorT]):
             num_ready = len(self._dispatch.ready())
             self._say(f"{member.name} is up: {num_ready} of {self._target} generators")
 
-    async def _each(self, step: Callable[[Member[GeneratorT]], Awaitable[None]]) -> None:
-        """Take a step with every running generator; restart those that fail, unless all do."""
+    async def _each(self, step: Callable[[Member[GeneratorT]], Coroutine[Any, Any, None]]) -> None:
+        """Take a step with every running generator; restart those that fail, unless all do.
+
+        One that is late is not waited for: it joins when it is done.
+        """
         members = [member for member in self._members if member.is_up]
-        outcomes = await asyncio.gather(*map(step, members), return_exceptions=True)
+        steps = [asyncio.ensure_future(step(member)) for member in members]
+        try:
+            await until_late(steps)
+        except BaseException:
+            await cancel(steps)
+            raise
         failed: list[tuple[Member[GeneratorT], ActorFailure | WeightSyncError]] = []
-        for member, outcome in zip(members, outcomes, strict=True):
-            if isinstance(outcome, ActorFailure | WeightSyncError):
+        for member, taken in zip(members, steps, strict=True):
+            if not taken.done():
+                self._say(f"{member.name} is late; the run continues without it until it is done")
+                member.change = asyncio.ensure_future(self._join_late(member, taken))
+            elif isinstance(outcome := taken.exception(), ActorFailure | WeightSyncError):
                 failed.append((member, outcome))
             elif outcome is not None:
                 raise outcome
@@ -209,6 +230,16 @@ class GeneratorPool(Generic[GeneratorT]):
             if member.is_up:  # not retired meanwhile
                 self._lose(member, error)
 
+    async def _join_late(self, member: Member[GeneratorT], step: "asyncio.Future[None]") -> None:
+        try:
+            await step
+            if self._update is not None:
+                await self._catch_up(member)
+        except Exception as error:
+            self._lose(member, error)
+            return
+        member.change = None
+
     async def _prove(self, member: Member[GeneratorT]) -> None:
         assert self._proof is not None
         await self._proof(member.process)
@@ -216,9 +247,10 @@ class GeneratorPool(Generic[GeneratorT]):
             member.change_to("stale")
 
     async def _catch_up(self, member: Member[GeneratorT]) -> None:
-        if member.state != "stale":
+        if member.state != "stale" and member.serves is not self._update:
             member.change_to("stale")
-        await self._send(member)
+        while member.serves is not self._update:
+            await self._send(member)
         if member.state == "stale":  # not retired meanwhile
             self._admit(member)
 
@@ -285,33 +317,16 @@ class GeneratorPool(Generic[GeneratorT]):
         member.change_to(state)
         member.change = asyncio.ensure_future(what)
 
-    def _num_left(self) -> int:
-        """Return how many are up or may come; without capacity in the cluster none comes."""
-        gone = ("dead", "retired")
-        return sum(m.state not in gone and not m.lacks_capacity for m in self._members)
-
     def _end_without_any(self) -> None:
-        if not self._num_left():
-            self._dispatch.end(self._failure(1))
+        if not num_left(self._members):
+            self._dispatch.end(self._too_few(1))
 
     def _require_left(self, num: int) -> None:
-        if self._num_left() < num:
-            raise self._failure(num) from self._last_failure
+        if num_left(self._members) < num:
+            raise self._too_few(num) from self._last_failure
 
-    def _failure(self, num_needed: int) -> ActorFailure:
-        left, budget = self._num_left(), self._settings.max_restarts
-        which = (
-            f"Only {left} of the {num_needed} generators that a run begins with "
-            "(generators.min_ready) are left"
-            if left
-            else "No generator is left"
-        )
-        why = (
-            "the cluster has no capacity for another"
-            if any(member.lacks_capacity for member in self._members)
-            else f"{budget} restarts (generators.max_restarts) are used up"
-        )
-        return ActorFailure(f"{which}, and {why}. The last failure: {self._last_failure}")
+    def _too_few(self, num_needed: int) -> ActorFailure:
+        return too_few(self._members, num_needed, self._settings.max_restarts, self._last_failure)
 
     def _follow_load(self, settings: AutoscaleConfig) -> None:
         """Scale by the idle times since the last batch, once all placed generators are ready."""

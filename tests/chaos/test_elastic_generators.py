@@ -44,7 +44,13 @@ def even(prompts, completions, **columns):
 """
 
 
-def make_config(folder: Path, name: str, model: str) -> Config:
+def make_config(
+    folder: Path,
+    name: str,
+    model: str,
+    iterations: int = ITERATIONS,
+    call_timeout_s: float = 600.0,
+) -> Config:
     """A run without critic, reference of its own and reward model: three processes, and vLLM."""
     reward = folder / "reward.py"
     reward.write_text(REWARD, encoding="utf-8")
@@ -54,6 +60,7 @@ def make_config(folder: Path, name: str, model: str) -> Config:
             "run": {"dir": str(folder / name), "name": name, "stages": ["ppo"]},
             "cluster": {
                 "mode": "ray",
+                "call_timeout_s": call_timeout_s,
                 "env": {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"},
             },
             "placement": {"gpus": 0},
@@ -68,7 +75,7 @@ def make_config(folder: Path, name: str, model: str) -> Config:
             "ppo": {
                 "advantage": "rloo",
                 "samples_per_prompt": 2,
-                "iterations": ITERATIONS,
+                "iterations": iterations,
                 "batch_size": BATCH_SIZE,
                 "mini_batch_size": 24,
                 "learning_rate": 1e-3,
@@ -197,6 +204,34 @@ def run(config: Config, before: Any, amidst: Any) -> tuple[Watched, dict[str, An
         patch.setattr(ppo, "ppo_roles", watched_roles)
         folder = run_single(config, "ppo")
     return watched[0], json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
+
+
+async def stop_the_engine(watched: Watched, version: int) -> None:
+    """Stop the processes of a generator's engine once: the generator itself still answers."""
+    if version:
+        return
+    engine = await watched.ask(
+        "generator-0", lambda _: [c.pid for c in psutil.Process().children(recursive=True)]
+    )
+    assert engine
+    for pid in engine:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def test_an_engine_that_answers_and_samples_nothing_is_replaced(
+    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = build_servable(tmp_path / "model", TEXTS)
+    config = make_config(tmp_path, "silent", model, iterations=2, call_timeout_s=20.0)
+    watched, summary = run(config, nothing, stop_the_engine)
+    assert set(watched.sampled) == {(v, p) for v in range(2) for p in range(BATCH_SIZE)}
+    assert summary["generator_restarts"] == 1
+    assert summary["samples_requeued"] >= SHARD_SIZE
+    said = capfd.readouterr()
+    assert "generator-0 did not answer generate, awaited by the driver since" in said.out + said.err
+    assert "the last 20 s (cluster.call_timeout_s) without any progress. It last reported: " in (
+        said.out + said.err
+    )
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:

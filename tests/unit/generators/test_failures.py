@@ -6,6 +6,7 @@ import pytest
 from elastic import Elastic, requests, settle, update
 
 from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
+from rlhf_ray.generators import member
 
 DEAD, WRONG = ActorFailure("it died"), WeightSyncError("it serves something else")
 
@@ -189,3 +190,42 @@ async def test_a_start_that_no_restart_would_help_ends_the_run_at_once() -> None
     elastic.processes.faults["start", "generator-0"] = [ConfigError("no such model")]
     with pytest.raises(ConfigError, match="no such model"):
         await elastic.pool.start()
+
+
+@pytest.mark.parametrize("what", ["prove", "publish 0"])
+async def test_one_that_hangs_in_a_publication_or_a_proof_does_not_hold_up_the_others(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(member, "LATE_S", 0.01)
+    elastic = Elastic(2)
+    elastic.processes.gates[what, "generator-1"] = gate = asyncio.Event()
+    batch = await asyncio.wait_for(elastic.begin(*[1] * 6), 5)
+    assert elastic.states() == {
+        "generator-0": "ready",
+        "generator-1": "starting" if what == "prove" else "stale",
+    }
+    assert "generator-1 is late; the run continues without it until it is done" in elastic.told
+    gate.set()
+    await settle()
+    assert elastic.states()["generator-1"] == "ready"
+    assert elastic[1].begun, "it takes a part of the work"
+    await elastic.answer_all()
+    await batch
+    await elastic.pool.publish(update(1))
+    assert [status.version for status in elastic.pool.statuses()] == [1, 1]
+
+
+async def test_one_that_dies_while_it_is_late_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(member, "LATE_S", 0.01)
+    elastic = Elastic(2)
+    await (await elastic.begin())
+    elastic.processes.gates["publish 1", "generator-1"] = gate = asyncio.Event()
+    elastic.processes.faults["publish 1", "generator-1"] = [DEAD]
+    await asyncio.wait_for(elastic.pool.publish(update(1)), 5)
+    await elastic.pool.publish(update(2))
+    gate.set()
+    await settle()
+    assert elastic.pool.report().restarts == 1
+    assert [status.version for status in elastic.pool.statuses()] == [2, 2]

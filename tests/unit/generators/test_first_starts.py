@@ -6,14 +6,14 @@ import pytest
 from elastic import Elastic, settle
 
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
-from rlhf_ray.generators import first_starts
+from rlhf_ray.generators import first_starts, member
 
 SLOW = ActorFailure("generator-0 did not answer start")
 
 
 @pytest.fixture(autouse=True)
 def _is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_starts, "LATE_S", 0.01)
+    monkeypatch.setattr(member, "LATE_S", 0.01)
     monkeypatch.setattr(first_starts, "LOOK_S", 0.005)
 
 
@@ -54,7 +54,7 @@ async def test_a_late_generator_that_fails_is_started_again() -> None:
 
 
 async def test_those_that_are_nearly_up_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_starts, "LATE_S", 5.0)
+    monkeypatch.setattr(member, "LATE_S", 5.0)
     elastic = Elastic(2)
     elastic.processes.gates["start", "generator-1"] = gate = asyncio.Event()
     asyncio.get_running_loop().call_later(0.05, gate.set)
