@@ -7,7 +7,6 @@ changed. Counting takes less than a microsecond, so inner loops may count.
 import asyncio
 import faulthandler
 import os
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -114,13 +113,12 @@ def ends_when_stalled(limit_s: float, key: str, who: str) -> Iterator[None]:
             before, moved_at = said, time.monotonic()
         longest_s = limit_s * LIMIT if _phase else limit_s
         if time.monotonic() - moved_at > longest_s:
-            print(
+            message = (
                 f"{who} made no progress for {longest_s:g} s ({key}) and is ended. It last "
-                f"reported: {said or 'nothing'}. Its threads:",
-                file=sys.__stderr__,
-                flush=True,
+                f"reported: {said or 'nothing'}. Its threads:\n"
             )
-            faulthandler.dump_traceback(sys.__stderr__)
+            os.write(2, message.encode())
+            faulthandler.dump_traceback(2)
             os._exit(1)
 
     with repeated(look, min(LOOK_S, limit_s / 4), "progress"):
