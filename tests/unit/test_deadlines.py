@@ -37,6 +37,7 @@ ALLOWED = {
     "cluster/life_signs.py Watch._keep: reading.result": "it is done",
     "driver/commits.py Commits.written: writing.result": "it is done",
     "generators/dispatch.py Dispatch._take_in: call.result": "it is done",
+    "generators/pool.py GeneratorPool._join_late: await step": "calls of a generator",
     "interruption.py run.cancellable: await main": "the run itself",
     "interruption.py Droppable.wait: await task": "the run's own calls, which have deadlines",
     "observability/phases.py while_it_moves: task.result": "it is done",
@@ -138,6 +139,7 @@ async def f(actor, reference, process):
 def test_durations_and_deadlines_are_measured_by_clocks_that_never_jump() -> None:
     """`time.time` is the clock of what is shown or compared with other machines alone."""
     allowed = {
+        "driver/ppo_loop.py": "the time of a commit, for the process that resumes the run",
         "driver/recorder.py": "the time of a commit, which a dashboard shows",
         "engines/deepspeed/build_locks.py": "the age of a file, by its own time",
         "jobs/run_tables.py": "the age of what another machine wrote",
