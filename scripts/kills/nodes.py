@@ -9,7 +9,6 @@ import subprocess
 import sys
 from typing import Any
 
-LOOPBACK = "127.0.0.1"
 OBJECT_STORE = 100 * 2**20
 ENDS_S = 60.0
 
@@ -59,15 +58,16 @@ class Nodes:
 
 
 def _serve(head_cpus: int, node_cpus: int) -> None:
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray.cluster_utils import Cluster
 
+    ensure_token_if_auth_enabled()
     cluster = Cluster()
 
     def add(num_cpus: int) -> int:
         node = cluster.add_node(
             num_cpus=num_cpus,
             object_store_memory=OBJECT_STORE,
-            node_ip_address=LOOPBACK,
             include_dashboard=False,
         )
         return node.all_processes["raylet"][0].process.pid

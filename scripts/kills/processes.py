@@ -53,7 +53,8 @@ class Marked:
         self.seen: dict[int, Seen] = {}
         """By process id, as of the last `refresh`."""
         self._others: set[int] = set()
-        self._inodes: set[int] = set()
+        self._mapped: dict[int, str] = {}
+        """Inode of shared memory -> title of a process that has mapped it."""
 
     def refresh(self) -> dict[int, Seen]:
         """Read which processes live, and their titles."""
@@ -80,14 +81,19 @@ class Marked:
 
     def read_shared_memory(self) -> None:
         """Remember which shared memory the living processes map."""
-        for pid in self.seen:
-            self._inodes |= mapped_inodes(pid)
+        for pid, seen in self.seen.items():
+            for inode in mapped_inodes(pid):
+                self._mapped.setdefault(inode, seen.title[:60])
 
-    def left_files(self) -> list[str]:
-        """Return the files in shared memory that our processes have mapped and nobody maps now."""
+    def left_files(self) -> dict[str, str]:
+        """Return the files in shared memory that our processes have mapped and nobody maps now.
+
+        With the title of one of those processes.
+        """
         mapped = set[int]().union(*(mapped_inodes(pid) for pid in psutil.pids()))
+        left = self._mapped.keys() - mapped
         with os.scandir(SHARED_MEMORY) as files:
-            return sorted(file.path for file in files if file.inode() in self._inodes - mapped)
+            return {f.path: self._mapped[f.inode()] for f in files if f.inode() in left}
 
     def kill_all(self) -> None:
         """Kill whatever is left, and remove its shared memory."""

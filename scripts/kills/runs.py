@@ -126,6 +126,7 @@ class ChaosRun:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "TMPDIR": temporary,
             "RAY_TMPDIR": temporary,
+            "RAY_AUTH_MODE": "token",
             MARK: self.marked.mark,
         }
 

@@ -106,6 +106,14 @@ def test_tests_that_pages_name_are_there(page: Path) -> None:
             scope = found[part]
 
 
+def test_every_failure_of_the_support_matrix_names_its_test() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    failures = [row for row in rows if not row.startswith("| failure |")]
+    assert len(failures) > 20
+    assert not [row for row in failures if not re.search(r"\| `tests/\S+::\S+` \|$", row)]
+
+
 @pytest.mark.parametrize(
     ("system", "program"),
     [
