@@ -11,6 +11,8 @@ class RlhfError(Exception):
     """Base of every error that this package raises on purpose. Exit code 1."""
 
     exit_code = 1
+    repeats = False
+    """Whether a run that resumes from the same commit would end in the same way."""
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))
@@ -53,6 +55,10 @@ class DataLost(ActorFailure):
 class LedgerError(RlhfError):
     """A sample was lost, is there twice, or is of another version than it should be."""
 
+    repeats = True
+
 
 class DivergenceError(RlhfError):
     """Training left the numbers in which it means anything (non-finite loss, sampler gap)."""
+
+    repeats = True

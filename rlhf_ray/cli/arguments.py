@@ -22,6 +22,11 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Config keys to override, such as run.seed=1."),
 ]
 
+Retries = Annotated[
+    int,
+    typer.Option(min=0, help="Start the driver again, to resume, up to N times after it died."),
+]
+
 OneModel = Annotated[
     str,
     typer.Option(

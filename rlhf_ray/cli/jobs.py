@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import AsJson, ConfigPath, Overrides, print_json, read_config
+from rlhf_ray.cli.arguments import AsJson, ConfigPath, Overrides, Retries, print_json, read_config
 from rlhf_ray.secrecy import printable
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ def submit(
         bool,
         typer.Option(help="Rehearse PPO first, unless this config has been rehearsed already."),
     ] = True,
-    retries: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Submit a failed run again up to this many times; implies --follow."
-        ),
-    ] = 0,
+    retries: Retries = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print which files would travel.")
     ] = False,
@@ -70,13 +65,11 @@ def submit(
     if dry_run:
         return
     server = connection.connect(address)
-    job = submission.submit(resolved, server, working_dir, rehearse=rehearse)
+    job = submission.submit(resolved, server, working_dir, rehearse=rehearse, retries=retries)
     typer.echo(f"Submitted {job.id}\nWatch it with: rlhf-ray logs {job.id} --follow")
-    if follow or retries:
+    if follow:
         with _watching(job.id):
-            code = submission.follow(
-                resolved, server, working_dir, job, _write, retries, rehearse=rehearse
-            )
+            code = submission.follow(server, job, _write)
         raise typer.Exit(code)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import ConfigPath, OneModel, Overrides, StageModel, read_config
+from rlhf_ray.cli.arguments import ConfigPath, OneModel, Overrides, Retries, StageModel, read_config
 from rlhf_ray.cli.inspection import CHECK
 from rlhf_ray.cli.models import USE
 from rlhf_ray.config import Config
@@ -53,15 +53,24 @@ def run(
             "--rehearse", help="Rehearse PPO first, unless this config has been rehearsed already."
         ),
     ] = False,
+    retries: Retries = 0,
 ) -> None:
     """Run the whole pipeline; resume where an earlier run of the same name stopped.
 
     The path of the report is printed at the end.
     """
+    resolved = read_config(config, overrides)
+    if retries:
+        from rlhf_ray.jobs.retries import DRIVER, run_with_retries
+
+        arguments = [str(config), *(overrides or ()), *["--rehearse"] * rehearse_first]
+        folder = Path(resolved.run.dir)
+        raise typer.Exit(
+            run_with_retries([*DRIVER, "run", *arguments], folder, retries, typer.echo)
+        )
     from rlhf_ray.stages.pipeline import run as run_pipeline
     from rlhf_ray.stages.rehearse import is_needed
 
-    resolved = read_config(config, overrides)
     if rehearse_first and is_needed(resolved) and not _rehearsed(resolved):
         return
     report = run_pipeline(resolved) / "report.html"

@@ -1,4 +1,4 @@
-"""Submit a run to a cluster: pack the working folder, start the job, follow it, retry it."""
+"""Submit a run to a cluster: pack the working folder, start the job, follow it."""
 
 import os
 import re
@@ -19,11 +19,6 @@ CONFIG_FILE = "submitted.yaml"
 """The resolved config in the packed working folder, with parents and overrides merged in."""
 
 ENTRYPOINT = f"exec rlhf-ray run {CONFIG_FILE}"
-RESUME = "run.resume=auto"
-REHEARSE = "--rehearse"
-
-USER_ERROR = 2
-"""Exit code of a run with wrong input: a retry would fail the same way."""
 
 
 def require_for_a_cluster(config: Config) -> None:
@@ -36,40 +31,36 @@ def require_for_a_cluster(config: Config) -> None:
         )
 
 
-def submit(config: Config, server: JobServer, folder: Path, *, rehearse: bool) -> Job:
+def submit(config: Config, server: JobServer, folder: Path, *, rehearse: bool, retries: int) -> Job:
     """Start a run as a job and return the job.
+
+    Args:
+        config: the run's.
+        server: of the cluster.
+        folder: what travels with it.
+        rehearse: whether PPO is rehearsed first.
+        retries: how many times the job starts its driver again.
 
     Raises:
         ConfigError: the run is running there already, or the folder is too large.
     """
     _require_not_running(config, server)
-    return _send(config, server, folder, [REHEARSE] * rehearse)
+    arguments = [*["--rehearse"] * rehearse, *[f"--retries {retries}"] * bool(retries)]
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name)
+    submission_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    metadata = {RUN_NAME: config.run.name, RUN_FOLDER: os.path.normpath(config.run.dir)}
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / "working_folder.zip"
+        pack(folder, {CONFIG_FILE: dump(config)}, archive)
+        server.submit(submission_id, " ".join([ENTRYPOINT, *arguments]), str(archive), metadata)
+    return server.job(submission_id)
 
 
-def follow(
-    config: Config,
-    server: JobServer,
-    folder: Path,
-    job: Job,
-    write: Callable[[str], None],
-    num_retries: int,
-    *,
-    rehearse: bool,
-) -> int:
-    """Write what a submitted run prints until it ends; if it failed, submit it again to resume.
-
-    Returns:
-        The exit code of the last job's driver; 1 if it has none.
-    """
-    while True:
-        for text in server.follow(job):
-            write(text)
-        job = server.job(job.id)
-        if job.status != "FAILED" or job.exit_code == USER_ERROR or num_retries == 0:
-            return exit_code(job)
-        num_retries -= 1
-        job = _send(config, server, folder, [RESUME, *[REHEARSE] * rehearse])
-        write(f"The run failed and resumes as {job.id} ({num_retries} retries left)\n")
+def follow(server: JobServer, job: Job, write: Callable[[str], None]) -> int:
+    """Write what a submitted run prints until it ends; return its exit code, 1 if it has none."""
+    for text in server.follow(job):
+        write(text)
+    return exit_code(server.job(job.id))
 
 
 def exit_code(job: Job) -> int:
@@ -78,18 +69,6 @@ def exit_code(job: Job) -> int:
         return 0
     code = job.exit_code or 1
     return code if code > 0 else 128 - code  # negative: killed by that signal; shells say 128 + n
-
-
-def _send(config: Config, server: JobServer, folder: Path, arguments: list[str]) -> Job:
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name)
-    submission_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    metadata = {RUN_NAME: config.run.name, RUN_FOLDER: os.path.normpath(config.run.dir)}
-    with tempfile.TemporaryDirectory() as scratch:
-        archive = Path(scratch) / "working_folder.zip"
-        pack(folder, {CONFIG_FILE: dump(config)}, archive)
-        entrypoint = " ".join([ENTRYPOINT, *arguments])
-        server.submit(submission_id, entrypoint, str(archive), metadata)
-    return server.job(submission_id)
 
 
 def _is_same(job: Job, config: Config) -> bool:

@@ -99,6 +99,8 @@ class RunStatus:
     """The state of each generator."""
     updated: FiniteFloat = 0.0
     """Unix seconds at which this was written."""
+    repeats: bool = False
+    """Failed, by an error that the same commit leads to again."""
     message: str | None = None
     """The job server's message about a run whose driver cannot be reached any more."""
 
@@ -317,8 +319,8 @@ def _reported(name: str, folder: Path) -> Iterator[ControlFiles]:
             cleaned_up_by(lambda: files.update(state="stopped")),
         ):
             yield files
-    except Exception:
-        files.update(state="failed")
+    except Exception as error:
+        files.update(state="failed", repeats=getattr(error, "repeats", False))
         raise
     except BaseException:
         files.update(state="stopped")

@@ -9,6 +9,10 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+# If a node of it fails, the head's too, Slurm starts the job again, and the run resumes. Its output
+# is appended. A driver that dies on a living node is started again with --retries N (after CONFIG).
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 
 RAY_PORT=${RAY_PORT:-6379}

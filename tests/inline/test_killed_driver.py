@@ -2,8 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +16,8 @@ import vowels
 from kill_at_phase import EDGES, PHASES
 from killed_runs import Death, drive
 
-from rlhf_ray.config import Config, resolve
+from rlhf_ray.config import Config, dump, resolve
+from rlhf_ray.runs.control import ControlFiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -134,3 +139,24 @@ def test_a_driver_killed_at_twenty_random_times_resumes_as_if_it_had_not_been(
             assert run.drive(kill=Moment(False, 0.5))
     assert not run.drive()
     assert run.outcome() == whole.outcome()
+
+
+def test_a_killed_driver_is_started_again_by_the_run_itself(tmp_path: Path, model: str) -> None:
+    run = Run(tmp_path / "killed", model)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(run.config), encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "rlhf_ray", "run", str(config), "--retries", "1"]
+    with run.log.open("w") as log:
+        parent = subprocess.Popen(command, stdout=log, stderr=log)
+        while not (run.folder / "checkpoints" / "2" / "state.json").is_file():
+            assert parent.poll() is None, run.log.read_text()
+            time.sleep(0.01)
+        driver = ControlFiles(run.folder).driver()["pid"]
+        assert driver != parent.pid
+        os.kill(driver, signal.SIGKILL)
+        assert parent.wait(120) == 0, run.log.read_text()
+    assert "The driver died (exit code 137). It is started again in 5 s" in run.log.read_text()
+    assert len(run.records("metrics")) == ITERATIONS
+    summary = json.loads((run.folder / "ppo" / "summary.json").read_text())
+    assert summary["restarts"]["driver"] == 1
+    assert (summary["samples_learnt"], summary["iterations"]) == (8 * ITERATIONS, ITERATIONS)

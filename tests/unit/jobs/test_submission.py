@@ -25,13 +25,10 @@ def server_of(client: FakeJobClient) -> JobServer:
     return JobServer(client, sleep=lambda _: None)
 
 
-def followed(
-    client: FakeJobClient, folder: Path, num_retries: int, rehearse: bool = False
-) -> tuple[int, str]:
-    config, server, written = config_of(), server_of(client), list[str]()
-    job = submit(config, server, folder, rehearse=rehearse)
-    code = follow(config, server, folder, job, written.append, num_retries, rehearse=rehearse)
-    return code, "".join(written)
+def followed(client: FakeJobClient, folder: Path) -> tuple[int, str]:
+    server, written = server_of(client), list[str]()
+    job = submit(config_of(), server, folder, rehearse=False, retries=0)
+    return follow(server, job, written.append), "".join(written)
 
 
 def test_a_run_is_sent_with_its_folder_and_its_config_as_it_was_resolved(tmp_path: Path) -> None:
@@ -40,7 +37,9 @@ def test_a_run_is_sent_with_its_folder_and_its_config_as_it_was_resolved(tmp_pat
     child.write_text("extends: parent.yaml\nrun: {name: mine, dir: /mnt/mine}\n")
     config = load(child, ["ppo.epochs=3"])
     client = FakeJobClient()
-    job = submit(config, server_of(client), work_folder(tmp_path / "work"), rehearse=False)
+    job = submit(
+        config, server_of(client), work_folder(tmp_path / "work"), rehearse=False, retries=0
+    )
     (sent,) = client.submitted
     assert sent["entrypoint"] == "exec rlhf-ray run submitted.yaml"
     assert sent["metadata"] == {"rlhf_ray.run": "mine", "rlhf_ray.folder": "/mnt/mine"}
@@ -59,7 +58,7 @@ def test_no_secret_of_this_machine_travels(tmp_path: Path, monkeypatch: pytest.M
     for name in (".env", ".netrc", "cluster.key"):
         (folder / name).write_text(secret)
     client = FakeJobClient()
-    submit(config_of(), server_of(client), folder, rehearse=False)
+    submit(config_of(), server_of(client), folder, rehearse=False, retries=0)
     assert secret not in repr(client.submitted) + repr(client.packed)
     assert len(client.packed[0]) == 2
 
@@ -88,45 +87,29 @@ def test_a_run_that_is_running_is_not_submitted_again(tmp_path: Path, run: dict[
     client = FakeJobClient({"mine-1": details("mine-1")})
     folder = work_folder(tmp_path / "work")
     with pytest.raises(ConfigError, match=r"is running already, as job mine-1\. Stop it first"):
-        submit(config_of(**run), server_of(client), folder, rehearse=False)
+        submit(config_of(**run), server_of(client), folder, rehearse=False, retries=0)
     client.jobs["mine-1"].status = "FAILED"
-    submit(config_of(**run), server_of(client), folder, rehearse=False)
+    submit(config_of(**run), server_of(client), folder, rehearse=False, retries=0)
 
 
-def test_a_run_that_fails_is_submitted_again_to_resume(tmp_path: Path) -> None:
-    client = FakeJobClient(outcomes=[("FAILED", 1), ("FAILED", -9), ("SUCCEEDED", 0)])
-    code, written = followed(client, work_folder(tmp_path / "work"), num_retries=3)
-    assert code == 0
-    assert written.count("The run failed and resumes as mine-") == 2
-    fresh, *again = [job["entrypoint"] for job in client.submitted]
-    assert fresh == "exec rlhf-ray run submitted.yaml"
-    assert again == ["exec rlhf-ray run submitted.yaml run.resume=auto"] * 2
-
-
-def test_a_run_that_fails_in_its_rehearsal_is_rehearsed_again(tmp_path: Path) -> None:
-    client = FakeJobClient(outcomes=[("FAILED", 1), ("SUCCEEDED", 0)])
-    code, _ = followed(client, work_folder(tmp_path / "work"), num_retries=1, rehearse=True)
-    assert code == 0
-    assert [job["entrypoint"] for job in client.submitted] == [
-        "exec rlhf-ray run submitted.yaml --rehearse",
-        "exec rlhf-ray run submitted.yaml run.resume=auto --rehearse",
-    ]
+def test_the_job_itself_carries_its_retries_and_its_rehearsal(tmp_path: Path) -> None:
+    client = FakeJobClient()
+    folder = work_folder(tmp_path / "work")
+    submit(config_of(), server_of(client), folder, rehearse=True, retries=3)
+    (sent,) = client.submitted
+    assert sent["entrypoint"] == "exec rlhf-ray run submitted.yaml --rehearse --retries 3"
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "num_sent", "code"),
-    [
-        ([("FAILED", 1)] * 3, 2, 1),  # one retry, and no more
-        ([("FAILED", 2)], 1, 2),  # the user's error
-        ([("STOPPED", None)], 1, 1),  # somebody wanted it to end
-    ],
+    ("outcome", "code"),
+    [(("SUCCEEDED", 0), 0), (("FAILED", 2), 2), (("FAILED", -9), 137), (("STOPPED", None), 1)],
 )
-def test_without_retries_the_exit_code_is_the_drivers(
-    tmp_path: Path, outcomes: list[tuple[str, int | None]], num_sent: int, code: int
+def test_who_follows_a_run_gets_the_exit_code_of_its_driver(
+    tmp_path: Path, outcome: tuple[str, int | None], code: int
 ) -> None:
-    client = FakeJobClient(outcomes=outcomes)
-    found, _ = followed(client, work_folder(tmp_path / "work"), num_retries=1)
-    assert (found, len(client.submitted)) == (code, num_sent)
+    client = FakeJobClient(outcomes=[outcome])
+    found, _ = followed(client, work_folder(tmp_path / "work"))
+    assert (found, len(client.submitted)) == (code, 1)
 
 
 def test_a_driver_that_was_killed_has_the_exit_code_that_shells_give() -> None:
