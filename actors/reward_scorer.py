@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_ray.config.rewards import SourceConfig
-from rlhf_ray.errors import DivergenceError, RlhfError
+from rlhf_ray.errors import ActorFailure, DivergenceError
 from rlhf_ray.observability.phases import Stalled, count, while_it_moves
 from rlhf_ray.rewards.source import Source, together
 from rlhf_ray.types import RawScores, Rollout
@@ -45,7 +45,8 @@ class RewardScorer:
 
         Raises:
             DivergenceError: a score is NaN or infinite, and on_bad_score is not skip.
-            RlhfError: raised by a source, or it took too long.
+            RlhfError: raised by a source.
+            ActorFailure: a source hangs, which another process may cure.
         """
         columns = await together(self._scores(setting.name, rollouts) for setting in self._settings)
         return {
@@ -58,7 +59,7 @@ class RewardScorer:
         try:
             scores = await while_it_moves(self._sources[name].score(rollouts), self._limit_s, key)
         except Stalled as stalled:
-            raise RlhfError(
+            raise ActorFailure(
                 f"rewards: {name} did not score a shard of {len(rollouts)} responses {stalled}. "
                 "Raise cluster.call_timeout_s, or lower rollout.shard_size or the source's own "
                 "timeouts; then run again: the run resumes at its last commit"

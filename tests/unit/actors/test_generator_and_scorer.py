@@ -15,7 +15,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.rewards import RougeSourceConfig
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.engines.served_adapters import digest, tensors_to_bytes
-from rlhf_ray.errors import DivergenceError, RlhfError, WeightSyncError
+from rlhf_ray.errors import ActorFailure, DivergenceError, WeightSyncError
 from rlhf_ray.types import (
     AdapterUpdate,
     Prompt,
@@ -169,7 +169,7 @@ class TestRewardScorer:
             r"slow did not score a shard of 2 responses within 0 s, the last 0\.05 s "
             r"\(its part of cluster\.call_timeout_s\) without any progress"
         )
-        with pytest.raises(RlhfError, match=says):
+        with pytest.raises(ActorFailure, match=says):
             asyncio.run(scorer.score(rollouts[:2]))
 
 

@@ -11,6 +11,9 @@ SAMPLER = "rollout.length_sampler={min: 32, max: 128}"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["generators.min_ready=2"], r"min_ready 2 exceeds generators\.num 1; lower the first"),
+        (["generators.min_ready=0"], r"generators\.min_ready"),
+        (["generators.straggler_factor=1"], r"generators\.straggler_factor"),
         (
             ["rollout.autoscale={minimum: 3, maximum: 2}"],
             r"autoscale\.minimum 3 exceeds rollout\.autoscale\.maximum 2",
