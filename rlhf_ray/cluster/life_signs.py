@@ -5,8 +5,9 @@
 A call takes as long as its machine is slow: the time says nothing about whether it will end. So a
 wait ends when nothing has moved. What counts is what the process reports: a new phase, or units of
 work (`observability.phases`). In a start its work and its children's (an engine's processes) count
-too, and memory that fills with weights; in a call they don't, because a process that hangs in a
-collective spins. The thread reports while the process's own thread is busy, in its constructor too.
+too, files that they read, and memory that fills with weights; in a call they don't, because a
+process that hangs in a collective spins. The thread reports while the process's own thread is busy,
+in its constructor too.
 """
 
 import asyncio
@@ -29,6 +30,8 @@ WORK_SHARE = 0.05
 """Share of a core that counts as work. An idle actor uses less than 1%, and a starting one on a
 machine with ten times more processes than cores uses 10%."""
 MEMORY_MB = 16
+READ_MB_S = 0.5
+"""Files read that count as work: ten times what measuring itself reads of ``/proc``."""
 IMPORTING, STARTING = "importing its libraries", "starting"
 """What an actor does in its constructor, and in its method `start`."""
 IN_STEP = ("policy", "critic")
@@ -46,11 +49,16 @@ class LifeSign:
     """CPU time, with its children's; measured in a start alone."""
     memory_mb: float = 0.0
     """Memory, with its children's; measured in a start alone."""
+    read_mb: float = 0.0
+    """What it and its children have read from files; measured in a start alone."""
 
     def __str__(self) -> str:
         if not self.memory_mb:
             return self.phase
-        return f"{self.phase} ({self.cpu_s:.0f} s of CPU time, {self.memory_mb:,.0f} MB of memory)"
+        return (
+            f"{self.phase} ({self.cpu_s:.0f} s of CPU time, {self.memory_mb:,.0f} MB of memory, "
+            f"{self.read_mb:,.0f} MB read)"
+        )
 
 
 class LifeSigns:
@@ -103,14 +111,18 @@ def _key(actor_id: str) -> bytes:
 
 
 def _measure(phase: str) -> LifeSign:
-    cpu_s = memory = 0.0
+    cpu_s = memory = read = 0.0
     own = psutil.Process()
     for process in [own, *own.children(recursive=True)]:
         with suppress(psutil.Error):
             times = process.cpu_times()
             cpu_s += times.user + times.system
             memory += process.memory_info().rss
-    return LifeSign(phase, cpu_s, memory / 2**20)
+            if hasattr(process, "io_counters"):  # not on macOS
+                counters = process.io_counters()
+                # The first counts calls of `read`, the second pages of mapped files as well.
+                read += max(counters.read_chars, counters.read_bytes)
+    return LifeSign(phase, cpu_s, memory / 2**20, read / 2**20)
 
 
 class Watch:
@@ -167,4 +179,5 @@ def _has_moved(before: LifeSign | None, sign: LifeSign, limit_s: float) -> bool:
         or sign.phase != before.phase
         or abs(sign.cpu_s - before.cpu_s) >= WORK_SHARE * limit_s
         or abs(sign.memory_mb - before.memory_mb) >= MEMORY_MB
+        or abs(sign.read_mb - before.read_mb) >= READ_MB_S * limit_s
     )

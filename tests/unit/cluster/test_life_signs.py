@@ -66,8 +66,9 @@ def moving(make: Callable[[int], LifeSign]) -> Read:
         lambda n: LifeSign(f"shard {n} of 90", 0.0, 0.0),
         lambda n: LifeSign("compiling", n * LIMIT_S, 0.0),
         lambda n: LifeSign("loading", 0.0, n * 100.0),
+        lambda n: LifeSign("loading", 0.0, 800.0, n * 100.0),
     ],
-    ids=["phases", "work", "weights"],
+    ids=["phases", "work", "weights", "files"],
 )
 async def test_a_slow_start_that_makes_progress_is_waited_for(
     make: Callable[[int], LifeSign],
@@ -83,7 +84,7 @@ async def test_a_start_that_stands_still_ends_with_what_was_last_reported() -> N
     assert re.fullmatch(
         r"generator-0 did not answer start, awaited by the driver since \d\d:\d\d:\d\d, "
         r"within 0 s, the last 0\.1 s \(cluster\.start_timeout_s\) without any progress\. It last "
-        r"reported: starting: loading the model \(12 s of CPU time, 800 MB of memory\)",
+        r"reported: starting: loading the model \(12 s of CPU time, 800 MB of memory, 0 MB read\)",
         str(caught.value),
     )
 
@@ -140,7 +141,9 @@ async def test_a_store_that_does_not_answer_ends_no_call_that_is_answered() -> N
 
 
 async def test_an_idle_process_makes_no_progress_by_its_housekeeping() -> None:
-    idle = moving(lambda n: LifeSign("starting", 12 + n * 0.01 * LIMIT_S, 800 + n % 3))
+    idle = moving(
+        lambda n: LifeSign("starting", 12 + n * 0.01 * LIMIT_S, 800 + n % 3, n * 1e-3 * LIMIT_S)
+    )
     with pytest.raises(ActorFailure, match="without any progress"):
         await started("generator-0", 60, Watch(idle))
 
@@ -214,6 +217,7 @@ def test_a_process_that_starts_reports_its_phase_and_its_work(store: dict[bytes,
     report("")
     assert second.phase == "starting: loading the model"
     assert second.memory_mb > 10
+    assert second.read_mb > 10
 
 
 def test_a_process_at_work_reports_units_and_only_what_is_new(store: dict[bytes, bytes]) -> None:
