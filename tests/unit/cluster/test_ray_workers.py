@@ -126,7 +126,7 @@ def broken(error: Exception | None, has_slot: bool = True) -> RayWorker:
     actor: Any = Broken(error)
     return RayWorker(
         *("generator-0", actor, 600.0, lambda *_: None),
-        start_timeout_s=0.001,
+        start_timeout_s=0.05,
         num_gpus=0.0,
         one_at_a_time=True,
         has_slot=has_slot,
@@ -265,7 +265,7 @@ async def test_one_for_which_no_node_has_room_has_not_failed(
 ) -> None:
     found = {"State": state, "Address": {"IPAddress": address}}
     monkeypatch.setattr(ray._private.state, "actors", lambda _: found)
-    with pytest.raises(error, match=r"0\.001 s \(cluster\.start_timeout_s\)"):
+    with pytest.raises(error, match=r"0\.05 s \(cluster\.start_timeout_s\)"):
         await broken(None, has_slot).call(_Scorer.start)
 
 
