@@ -2,7 +2,8 @@
 
 While a run lives, a record in the temporary folder lists its processes (`process_identity`) and the
 shared-memory files that they map. The next run cleans up after every record whose driver is dead. A
-process id that the system has reused since is recognised by its start.
+process id that the system has reused since is recognised by its start. In a cluster that a run
+joins, each actor has such a record on its node, and the next one that starts there cleans up.
 
 The temporary folder is open to every user of the machine, so records count only in a folder that
 nobody else can enter, and only this user's processes and shared memory are touched.
@@ -62,9 +63,14 @@ def records_folder() -> Path:
 
 
 class ProcessRecord:
-    """Keeps this run's record up to date from a thread, until it is closed."""
+    """The record of this process and its descendants.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    Args:
+        folder: of records.
+        keep: whether a thread keeps it up to date, until it is closed.
+    """
+
+    def __init__(self, folder: Path | None = None, *, keep: bool = True) -> None:
         folder = make_private(folder or records_folder())
         self._path = folder / f"{os.getpid()}.json"
         self._driver = psutil.Process()
@@ -73,11 +79,12 @@ class ProcessRecord:
         self._closed = threading.Event()
         self.update()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="process-record")
-        self._thread.start()
+        if keep:
+            self._thread.start()
 
     def update(self) -> None:
         """Record every descendant and every shared-memory file seen so far."""
-        mapped = set()
+        mapped = _mapped_inodes(self._driver.pid)
         for process in self._driver.children(recursive=True):
             try:
                 entry = identity(process)
@@ -161,12 +168,14 @@ def _clean_up_record(path: Path) -> tuple[int, int]:
     _kill(set(survivors) - set(trackers))
     psutil.wait_procs(survivors, timeout=5)
     _kill(trackers)
-    removed = 0
-    for file in filter(_is_our_shared_memory, record["files"] if record else []):
+    files = set(filter(_is_our_shared_memory, record["files"] if record else []))
+    # Whoever maps a file still, such as a process that shared it with the dead one, keeps it.
+    mapped = set[int]().union(*(_mapped_inodes(pid) for pid in psutil.pids() if files))
+    left = [file for file, inode in _shared_files() if file in files and inode not in mapped]
+    for file in left:
         Path(file).unlink(missing_ok=True)
-        removed += 1
     path.unlink(missing_ok=True)
-    return len(survivors), removed
+    return len(survivors), len(left)
 
 
 def _survivors(record: _Record) -> list[psutil.Process]:

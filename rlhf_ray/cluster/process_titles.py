@@ -7,6 +7,7 @@ which phase.
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import ray
 from ray._private.ray_constants import LOG_PREFIX_ACTOR_NAME
 
 from rlhf_ray.cluster.life_signs import STARTING, LifeSigns
+from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
 from rlhf_ray.observability.phases import report
 
 IDLE = "idle"
@@ -37,6 +39,8 @@ DOES = {
     "stop": "stopping",
 }
 """Method -> phase shown while it runs; other methods are shown by name."""
+CLEANS_UP = "RLHF_RAY_CLEANS_UP"
+"""Variable of actors on nodes that no driver cleans up."""
 
 
 def titled(role_class: type) -> type:
@@ -49,8 +53,12 @@ def titled(role_class: type) -> type:
         def __init__(self, name: str, *args: Any) -> None:
             is_actor = ray.is_initialized()  # else asking for the id would start a cluster
             signs = LifeSigns(ray.get_runtime_context().get_actor_id() if is_actor else None)
+            record = None
+            if is_actor and CLEANS_UP in os.environ:
+                clean_up()
+                record = ProcessRecord(keep=False)
             super().__init__(name, *args)
-            self.title = _Title(name, self, signs)
+            self.title = _Title(name, self, signs, record)
 
     for name, method in inspect.getmembers(role_class, inspect.isfunction):
         if not name.startswith("_"):
@@ -64,10 +72,13 @@ def titled(role_class: type) -> type:
 class _Title:
     """The title of this process; of overlapping calls it shows the one that began last."""
 
-    def __init__(self, name: str, actor: Any, signs: LifeSigns) -> None:
+    def __init__(
+        self, name: str, actor: Any, signs: LifeSigns, record: ProcessRecord | None
+    ) -> None:
         self.name = name
         self._actor = actor
         self._signs = signs
+        self._record = record
         self._doing: list[str] = []
         self._show()
 
@@ -81,6 +92,8 @@ class _Title:
             self._doing.remove(doing)
             if doing == STARTING:
                 report("")  # its last phase is over, and calls report units of work
+                if self._record is not None:
+                    self._record.update()  # its engine's processes and shared memory are there
             self._show()
 
     def _show(self) -> None:

@@ -21,6 +21,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 from rlhf_ray.cluster.connection import require_cluster
 from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
+from rlhf_ray.cluster.process_titles import CLEANS_UP
 from rlhf_ray.cluster.workers import LOOPBACK
 from rlhf_ray.config import Config
 from rlhf_ray.config.cluster import THREADS
@@ -94,6 +95,8 @@ def ray_session(config: Config) -> Iterator[None]:
             ray.shutdown()
             if record is not None:
                 record.close()
+            if joined:
+                clean_up()  # after actors that were on this node
 
 
 def dashboard_url() -> str | None:
@@ -278,6 +281,7 @@ def role_environment(config: Config, joined: bool) -> dict[str, str]:
         "VLLM_HOST_IP": LOOPBACK,
         **environment(),
         **_OWN_GPUS_ALONE,
+        **({CLEANS_UP: "1"} if joined else {}),
         "PATH": os.environ["PATH"],
         **dict.fromkeys(THREADS, threads),
         # vLLM on CPU binds its threads to the first cores: several engines would share one core.

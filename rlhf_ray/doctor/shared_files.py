@@ -61,6 +61,10 @@ def require_same_files(folder: Path, paths: Sequence[str], interface: str | None
         word = (probe / "driver").read_text(encoding="utf-8")
         calls = [(str(probe), node.node_id, list(paths), interface, node.address) for node in nodes]
         answers = on_nodes(nodes, view_from_node, calls, TIMEOUT_S)
+        # Ray lists a node that has died as alive for half a minute: a run that resumes after the
+        # death of a node and of its driver must not end for it.
+        alive = {node.node_id for node in alive_nodes()}
+        answers = [answer for answer in answers if answer.node.node_id in alive]
         problems = []
         for answer in answers:
             echo = probe / answer.node.node_id

@@ -1,6 +1,7 @@
 """The next start cleans up after a killed driver; nothing else is touched."""
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -144,6 +145,20 @@ def test_a_process_with_a_reused_id_is_spared(tmp_path: Path) -> None:
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@linux_only
+def test_shared_memory_that_the_living_map_too_outlives_the_dead(
+    tmp_path: Path, shared_file: Path
+) -> None:
+    dead = {**identity(), "started": 1}  # this id, long ago
+    with shared_file.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+        record(tmp_path, dead, [], [str(shared_file)])
+        assert clean_up(tmp_path) == (0, 0)
+        assert shared_file.exists()
+    record(tmp_path, dead, [], [str(shared_file)])
+    assert clean_up(tmp_path) == (0, 1)
+    assert not shared_file.exists()
 
 
 @linux_only

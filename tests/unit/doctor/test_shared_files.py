@@ -1,11 +1,13 @@
 """A node's view of run folder and files is compared with the driver's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
 from rlhf_ray.cluster.nodes import Answer, ClusterNode
+from rlhf_ray.doctor import shared_files
 from rlhf_ray.doctor.shared_files import (
     NodeView,
     digest,
@@ -31,6 +33,25 @@ def test_a_node_that_sees_the_same_has_no_problem() -> None:
 
 def test_a_silent_node_is_reported() -> None:
     assert problems(None, {}) == "did not answer within 5 s"
+
+
+def test_a_node_that_dies_during_the_check_takes_no_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dying = ClusterNode("10.0.0.3", "d" * 56, "10.0.0.3")
+    listed = [[NODE, dying], [NODE]]
+    monkeypatch.setattr(shared_files, "alive_nodes", lambda: listed.pop(0))
+
+    def answers(nodes: Sequence[ClusterNode], *_: object) -> list[Answer[NodeView]]:
+        (probe,) = tmp_path.glob(".*/driver")
+        (probe.parent / NODE.node_id).write_text(probe.read_text())
+        return [
+            Answer(NODE, NodeView(probe.read_text(), "", "", {}, True)),
+            Answer(dying, None, "lost: it died"),
+        ]
+
+    monkeypatch.setattr(shared_files, "on_nodes", answers)
+    assert shared_files.require_same_files(tmp_path, [], None) == []
 
 
 def test_a_node_that_cannot_read_or_write_the_run_folder_is_reported() -> None:
