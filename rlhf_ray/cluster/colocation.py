@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf_ray.cluster.workers import DataT, Method, P, ResultT, ScalarsT, Worker
 from rlhf_ray.errors import ActorFailure
@@ -42,6 +42,8 @@ class Colocation:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._started: dict[str, list[Worker[Sleeper]]] = defaultdict(list)
+        self.failures: dict[Worker[Any], ActorFailure] = {}
+        """Workers that have failed to fall asleep or wake up."""
         self._awake: str | None = None
         self._under_way = 0
         self._last_end_s = 0.0
@@ -97,8 +99,10 @@ class Colocation:
         results = await asyncio.gather(*calls, return_exceptions=True)
         for worker, result in zip(workers, results, strict=True):
             if isinstance(result, ActorFailure):
-                # A dead process holds no GPU memory, and its next call reports that it died.
+                # A dead process holds no GPU memory. One that lives may be half awake: its next
+                # call fails, and whoever called replaces it.
                 self.remove(worker, group)
+                self.failures[worker] = result
             elif isinstance(result, BaseException):
                 raise result
 
@@ -108,6 +112,7 @@ class Colocation:
 
     def remove(self, worker: Worker[Sleeper], group: str) -> None:
         """Remove a worker that has ended or is about to."""
+        self.failures.pop(worker, None)
         if worker in self._started[group]:
             self._started[group].remove(worker)
 
@@ -131,9 +136,9 @@ class ColocatedWorker(Generic[SleeperT_co]):
         """Call a method while the group is awake; ``stop`` at once."""
         if method.__name__ == "stop":
             # A generator that is ended because it hangs must not wait for its group to be idle.
-            self._colocation.remove(self.worker, self._group)
+            self.leave()
             return await self.worker.call(method, *args, **kwargs)
-        async with self._colocation.awake(self._group):
+        async with self._awake():
             result = await self.worker.call(method, *args, **kwargs)
             if method.__name__ == "start":
                 self._colocation.add(self.worker, self._group)
@@ -146,5 +151,16 @@ class ColocatedWorker(Generic[SleeperT_co]):
         **kwargs: P.kwargs,
     ) -> tuple[Handle[DataT], ScalarsT]:
         """Call a method that returns (data, scalars) while the group is awake."""
-        async with self._colocation.awake(self._group):
+        async with self._awake():
             return await self.worker.call_split(method, *args, **kwargs)
+
+    def leave(self) -> None:
+        """Leave its group: its process has ended, or is about to."""
+        self._colocation.remove(self.worker, self._group)
+
+    @asynccontextmanager
+    async def _awake(self) -> AsyncIterator[None]:
+        async with self._colocation.awake(self._group):
+            if failure := self._colocation.failures.get(self.worker):
+                raise failure
+            yield

@@ -6,17 +6,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS, ColocatedWorker, Colocation
+from rlhf_ray.cluster.learner_groups import LearnerGroupClient
 from rlhf_ray.cluster.life_signs import Watch
 from rlhf_ray.cluster.ray_workers import RayWorker, kill, request_capacity, spawn
+from rlhf_ray.cluster.role_clients import Crew, Restarts, WorkerT
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
+from rlhf_ray.errors import RlhfError
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.placement.layout import Demand
-from rlhf_ray.roles import GeneratorProcess, LearnerProcess, Process, Sleeper
+from rlhf_ray.roles import GeneratorProcess, Process, Sleeper
 
 RoleT = TypeVar("RoleT", bound=Process)
 Capacity = tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, str]]]
@@ -33,7 +36,20 @@ END_TIMEOUT_S = 20.0
 class RoleSpawner:
     """Starts role classes where the config places them, and ends them."""
 
-    def __init__(self, config: Config, on_call: OnCall, outages: Outages | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        on_call: OnCall,
+        outages: Outages | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """
+        Args:
+            config: the run's.
+            on_call: told of each call.
+            outages: counts restarts.
+            say: tells the user of restarts.
+        """
         self.outages = outages or Outages()
         self._config = config
         self._on_call = on_call
@@ -45,9 +61,24 @@ class RoleSpawner:
         self._colocation = Colocation() if config.placement.turns else None
         self._watch = Watch()
         self.workers: list[Worker[Process]] = []
+        self._spawned: dict[str, tuple[type[Process], tuple[object, ...]]] = {}
+        """Worker -> its class and arguments, to spawn it again."""
+        self._crews: list[Crew[Any]] = []
+        self._is_ended = False
+        cluster = config.cluster
+        self.group_restarts = self._restarts(
+            cluster.max_group_restarts, "cluster.max_group_restarts", say
+        )
+        self._role_restarts = self._restarts(
+            cluster.max_role_restarts, "cluster.max_role_restarts", say
+        )
         self._demands: Sequence[Demand] = []
         self._request: Capacity | None = None
         self._requested_at = 0.0
+
+    def _restarts(self, limit: int, key: str, say: Callable[[str], None]) -> Restarts | None:
+        """Return a budget of restarts; None where there are no processes to lose."""
+        return Restarts(limit, key, self._renew, say, self.outages) if self._on_ray else None
 
     @property
     def learner_engine(self) -> str:
@@ -86,7 +117,7 @@ class RoleSpawner:
     async def place_one(self, demand: Demand, rank: int) -> None:
         """Reserve a slot for a worker that is spawned later, or again."""
         if self._on_ray:
-            await self._placement.reserve_one(demand, rank)
+            await self._placement.reserve_again(demand, [rank])
 
     def request_generators(self, num_generators: int) -> None:
         """Have Ray's autoscaler keep capacity for ``num_generators`` besides all other roles."""
@@ -126,11 +157,45 @@ class RoleSpawner:
         """Spawn workers ``role-0`` to ``role-<count - 1>`` in their slots, not started."""
         return [self.spawn_one(role_class, f"{role}-{i}", *args) for i in range(count)]
 
+    def spawn_crew(
+        self, role_class: type[RoleT], role: str, count: int, *args: object
+    ) -> Crew[RoleT]:
+        """Spawn the workers of a stateless role, not started; those that fail are replaced."""
+        crew = Crew(self.spawn(role_class, role, count, *args), self._role_restarts)
+        self._crews.append(crew)
+        return crew
+
     def spawn_one(self, role_class: type[RoleT], name: str, *args: object) -> Worker[RoleT]:
         """Spawn a worker, not started."""
         worker = self._make(role_class, name, *args)
         self.workers.append(worker)
+        self._spawned[name] = role_class, args
         return self._colocated(worker)
+
+    async def _renew(self, workers: Sequence[WorkerT]) -> list[WorkerT]:
+        """End workers of a role, dead or alive, and spawn others in their places, not started."""
+        names = [worker.name for worker in workers]
+        self._kill(names)
+        role = names[0].rpartition("-")[0]
+        demand = next((demand for demand in self._demands if demand.role == role), None)
+        if demand is not None:
+            ranks = [int(name.rpartition("-")[2]) for name in names]
+            await self._placement.reserve_again(demand, ranks)
+        if self._is_ended:  # what restores a group need not know that another one has failed
+            raise RlhfError("The run has ended: nothing is started any more")
+        spawned = [(name, *self._spawned[name]) for name in names]
+        renewed = [self.spawn_one(role_class, name, *args) for name, role_class, args in spawned]
+        return cast("list[WorkerT]", renewed)
+
+    def _kill(self, names: Sequence[str]) -> None:
+        ended = [worker for worker in self.workers if worker.name in names]
+        kill([worker for worker in ended if isinstance(worker, RayWorker)])
+        for worker in ended:
+            self.workers.remove(worker)
+            self._placement.release(worker.name)
+            colocated = self._colocated(worker)
+            if isinstance(colocated, ColocatedWorker):
+                colocated.leave()
 
     def _colocated(self, worker: Worker[RoleT]) -> Worker[RoleT]:
         """Return the worker as others must call it: where groups share GPUs, while it is awake."""
@@ -168,35 +233,26 @@ class RoleSpawner:
             watch=self._watch,
         )
 
-    async def start_all(self, groups: Sequence[Sequence[Worker[LearnerProcess]]]) -> None:
-        """Start every worker at once; the ranks of a learner group meet at their first rank.
+    async def start_all(self, groups: Sequence[LearnerGroupClient[Any]]) -> None:
+        """Start every crew and learner group at once.
 
         Generators are left out: their pool starts them, and again where they fail.
         """
-        in_groups = {worker.name for group in groups for worker in group}
-        alone = [
-            self._colocated(worker)
-            for worker in self.workers
-            if worker.name not in in_groups and not _is_generator(worker)
-        ]
-        await asyncio.gather(
-            *(worker.call(Process.start) for worker in alone), *map(_start_group, groups)
-        )
+        await asyncio.gather(*(team.start() for team in (*self._crews, *groups)))
 
     async def end_one(self, worker: Worker[GeneratorProcess]) -> None:
         """Let a worker free its resources, if it still answers, then kill its actor."""
         with suppress(Exception):  # a broken worker cannot stop itself; its actor is killed anyway
             await asyncio.wait_for(worker.call(GeneratorProcess.stop), END_TIMEOUT_S)
-        for ended in [w for w in self.workers if w.name == worker.name]:
-            if isinstance(ended, RayWorker):
-                kill([ended])
-            self.workers.remove(ended)
-            self._placement.release(ended.name)
+        self._kill([worker.name])
 
     async def stop_all(self) -> None:
         """Let generators end their engines, then kill every actor."""
         # First, because the autoscaler would keep nodes for a run that is killed while it ends.
         self._release_capacity()
+        self._is_ended = True
+        for crew in self._crews:
+            await crew.close()
         generators = [
             cast("Worker[GeneratorProcess]", worker)
             for worker in self.workers
@@ -228,16 +284,6 @@ class RoleSpawner:
 def _is_generator(worker: Worker[Process]) -> bool:
     """Return whether it is a generator, by its name."""
     return worker.name.startswith("generator-")
-
-
-async def _start_group(ranks: Sequence[Worker[LearnerProcess]]) -> None:
-    address, port = await ranks[0].address(), await ranks[0].call(LearnerProcess.free_port)
-    await asyncio.gather(
-        *(
-            worker.call(LearnerProcess.start, rank, len(ranks), address, port)
-            for rank, worker in enumerate(ranks)
-        )
-    )
 
 
 def _is_async(role_class: type) -> bool:

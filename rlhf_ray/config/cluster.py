@@ -80,6 +80,20 @@ class ClusterConfig(Section):
         "process reports (tokens, rows, micro-batches) renew it, up to ten times as long. With "
         "cluster.mode inline it is of what a call awaits, such as a judge.",
     )
+    max_role_restarts: int = changeable(
+        10,
+        unit="restarts",
+        ge=0,
+        description="Restarts of failed scorers, references and other roles without a state, in "
+        "all of a stage; after that it continues with those that are left, if any.",
+    )
+    max_group_restarts: int = changeable(
+        8,
+        unit="restarts",
+        ge=0,
+        description="Restarts of learner groups (policy, critic) in all of a stage, each from the "
+        "last state that the driver has of the group; after that the run ends, and can be resumed.",
+    )
     gpu_hour_price: float | None = changeable(
         None,
         unit="price",

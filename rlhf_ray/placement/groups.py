@@ -3,9 +3,10 @@
 import asyncio
 import random
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -26,6 +27,8 @@ may each hold what the other needs."""
 MAX_PAUSE_S = 3.0
 """Longest pause before the next try. It is random whatever the run's seed, so that one of two runs
 that compete wins."""
+MANY = 10**6
+"""Ranks from here on stand for workers that are to return."""
 NODE_ID = "ray.io/node-id"
 
 
@@ -45,6 +48,10 @@ class _Group:
 
     handle: PlacementGroup
     workers: set[str]
+    seats: dict[str, "ReservedSlot"] = field(default_factory=dict)
+    """Worker -> its slot, of all that the group was made for."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while slots are reserved in the place of lost ones."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class ReservedSlot:
     """A slot that Ray has reserved for an actor."""
 
     num_gpus: float
+    node_id: str
     group: _Group
     bundle: int
 
@@ -93,6 +101,9 @@ class Placement:
         self._slots: dict[str, ReservedSlot] = {}
         self._spare: dict[str, list[ReservedSlot]] = defaultdict(list)
         """Role -> slots that its workers left, on GPUs that others still use."""
+        self._demands: dict[str, Demand] = {}
+        self._last: dict[str, ReservedSlot] = {}
+        """Worker -> the slot that it has or had last."""
 
     def slot(self, worker: str) -> ReservedSlot | None:
         """Return the slot of a worker; None: Ray may put it anywhere."""
@@ -149,20 +160,55 @@ class Placement:
             PlacementError: says what is requested, what the cluster has, and what would fit.
         """
         self._on_gpus = self._needs_gpus(demands)
+        self._demands = {demand.role: demand for demand in demands}
         if self._on_gpus:
-            await self._reserve(demands, 0)
+            await self._reserve(demands, {d.role: range(d.workers) for d in demands})
 
-    async def reserve_one(self, demand: Demand, rank: int) -> None:
-        """Reserve a slot for one worker that joins, or that returns after `release`."""
+    async def reserve_again(self, demand: Demand, ranks: Sequence[int]) -> None:
+        """Reserve slots for workers of a role that join, or that return after `release`."""
         if not self._on_gpus:
             return
-        spare = self._spare[demand.role]
-        if spare:
-            worker, slot = f"{demand.role}-{rank}", spare.pop()
-            slot.group.workers.add(worker)
-            self._slots[worker] = slot
-        else:
-            await self._reserve([replace(demand, workers=1)], rank)
+        names = [f"{demand.role}-{rank}" for rank in ranks]
+        former = next((self._last[name].group for name in names if name in self._last), None)
+        async with former.lock if former else nullcontext():
+            spare = self._spare[demand.role]
+            spare[:] = _on_live_nodes(spare)
+            for name in names[: len(spare)]:
+                self._take(name, spare.pop())
+            missing = [
+                rank for name, rank in zip(names, ranks, strict=True) if name not in self._slots
+            ]
+            if missing:
+                await self._reserve_with_lost(demand, missing, former)
+
+    async def _reserve_with_lost(
+        self, demand: Demand, ranks: Sequence[int], former: _Group | None
+    ) -> None:
+        """Reserve slots, and with them all others of their former group that went with a node.
+
+        Only together do they fit on as few GPUs as before. The others are spare until their workers
+        return, whoever notices first that his process is dead.
+        """
+        names = {f"{demand.role}-{rank}" for rank in ranks}
+        seats = former.seats if former else {}
+        alive = _on_live_nodes(seats.values())
+        lost = [name for name, slot in seats.items() if slot not in alive]
+        others = Counter(name.rpartition("-")[0] for name in lost if name not in names)
+        placeholders = {role: range(MANY, MANY + count) for role, count in others.items()}
+        asked = {**placeholders, demand.role: [*ranks, *placeholders.get(demand.role, ())]}
+        known = {**self._demands, demand.role: demand}
+        await self._reserve(
+            [replace(known[role], workers=len(numbers)) for role, numbers in asked.items()], asked
+        )
+        for name in lost:
+            del seats[name]
+        for role, numbers in placeholders.items():
+            for number in numbers:
+                self.release(f"{role}-{number}")
+
+    def _take(self, worker: str, slot: ReservedSlot) -> None:
+        slot.group.workers.add(worker)
+        self._slots[worker] = self._last[worker] = slot
 
     def release(self, worker: str) -> None:
         """Give up the slot of a worker that has ended.
@@ -174,9 +220,9 @@ class Placement:
         if slot is None:
             return
         slot.group.workers.discard(worker)
-        if slot.group.workers:
+        if slot.group.workers and _on_live_nodes([slot]):
             self._spare[worker.rpartition("-")[0]].append(slot)
-        else:
+        elif not slot.group.workers:
             remove_placement_group(slot.group.handle)
             for slots in self._spare.values():
                 slots[:] = [spare for spare in slots if spare.group is not slot.group]
@@ -187,17 +233,17 @@ class Placement:
             self.release(worker)
         self._spare.clear()
 
-    async def _reserve(self, demands: Sequence[Demand], first_rank: int) -> None:
+    async def _reserve(self, demands: Sequence[Demand], ranks: Mapping[str, Sequence[int]]) -> None:
         deadline = time.monotonic() + self._timeout_s
-        while not await self._try_reserve(demands, first_rank, deadline):
+        while not await self._try_reserve(demands, ranks, deadline):
             await asyncio.sleep(random.SystemRandom().uniform(0, MAX_PAUSE_S))
 
     async def _try_reserve(
-        self, demands: Sequence[Demand], first_rank: int, deadline: float
+        self, demands: Sequence[Demand], ranks: Mapping[str, Sequence[int]], deadline: float
     ) -> bool:
         """Lay out and reserve; return False, and hold nothing, if Ray could not reserve all."""
         layout, nodes = await self._lay_out(demands, deadline, lambda live: live.free)
-        slots = [replace(slot, rank=slot.rank + first_rank) for slot in layout]
+        slots = [replace(slot, rank=ranks[slot.role][slot.rank]) for slot in layout]
         groups = [self._create(bundles, nodes, slots) for bundles in placement_groups(slots)]
         until, is_reserved = min(time.monotonic() + PATIENCE_S, deadline), False
         try:
@@ -242,7 +288,9 @@ class Placement:
         group = _Group(handle, {worker for bundle in bundles for worker in bundle.workers})
         for index, bundle in enumerate(bundles):
             for worker in bundle.workers:
-                self._slots[worker] = ReservedSlot(shares[worker], group, index)
+                node_id = nodes[bundle.node].id
+                group.seats[worker] = ReservedSlot(shares[worker], node_id, group, index)
+                self._take(worker, group.seats[worker])
         return group
 
     def _not_created(self, group: _Group) -> PlacementError:
@@ -253,6 +301,11 @@ class Placement:
             "have too few CPUs (each worker needs one), or another run took the GPUs first. "
             f"Requested: {bundles}. {_in_use(live_nodes())}Add CPUs, or try again"
         )
+
+
+def _on_live_nodes(slots: Iterable[ReservedSlot]) -> list[ReservedSlot]:
+    alive = {live.id for live in live_nodes()}
+    return [slot for slot in slots if slot.node_id in alive]
 
 
 async def _is_created(group: _Group, until: float) -> bool:

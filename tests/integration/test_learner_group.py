@@ -96,14 +96,14 @@ async def scenario(session: Config, model: str) -> dict[str, Learnt]:
     critics = spawner.spawn(CriticLearner, "critic", 2, plain, model, "deepspeed")
     marks = [await rank.actor.__ray_call__.remote(_mark) for rank in (*critics, *policies["two"])]
     assert marks == ["mine", "mine", None, None]
+    groups: dict[str, LearnerGroupClient] = {
+        name: PolicyClient(ranks, 3 if name == "sharded" else 2) for name, ranks in policies.items()
+    }
+    groups["critic"] = CriticClient(critics, 2)
     try:
-        await spawner.start_all([*policies.values(), critics])
-        groups: dict[str, LearnerGroupClient] = {
-            name: PolicyClient(ranks, 3 if name == "sharded" else 2)
-            for name, ranks in policies.items()
-        }
+        await spawner.start_all([*groups.values()])
         return await learn_two_batches(
-            {**groups, "critic": CriticClient(critics, 2)},
+            groups,
             {
                 "oracle": inline(PolicyLearner, plain, model),
                 "critic-oracle": inline(CriticLearner, plain, model),

@@ -3,13 +3,15 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from actors.likelihood import Likelihood
 from rlhf_ray.cluster.role_clients import GeneratorClient, ScorerClient
 from rlhf_ray.cluster.spawner import RoleSpawner
-from rlhf_ray.cluster.workers import fetch
+from rlhf_ray.cluster.workers import Worker, fetch
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import sample_requests, shard_requests
 from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
@@ -58,7 +60,7 @@ async def answers_of_models(
     instructed = sample_requests(
         inputs.instruction_prompts, SAMPLES_PER_INSTRUCTION, seed, "instructions"
     )
-    spawner = RoleSpawner(config, lambda *_: None)
+    spawner = RoleSpawner(config, lambda *_: None, say=say)
     await spawner.place(held_at_once(config, ["evaluate"])["evaluate"])
     roles = _Roles(
         config,
@@ -115,26 +117,44 @@ class _Roles:
             self.bar.advance(len(rollouts))
 
 
-async def perplexities(inputs: Inputs, answers: Sequence[Rollout], bar: Bar) -> dict[str, float]:
+async def perplexities(
+    inputs: Inputs, answers: Sequence[Rollout], bar: Bar, say: Callable[[str], None]
+) -> dict[str, float]:
     """Return exp of each model's mean loss over the tokens of ``answers``, at temperature 1."""
-    spawner = RoleSpawner(inputs.config, lambda *_: None)
+    spawner = RoleSpawner(inputs.config, lambda *_: None, say=say)
     await spawner.place(held_at_once(inputs.config, ["evaluate"])["perplexity"])
-    (worker,) = spawner.spawn(Likelihood, "likelihood", 1, inputs.config, inputs.sft_model)
+    crew = spawner.spawn_crew(Likelihood, "likelihood", 1, inputs.config, inputs.sft_model)
     results = {}
     try:
         await spawner.start_all([])
         for name, files in inputs.adapters.items():
-            await worker.call(Likelihood.hold, json.loads(files[ADAPTER_CONFIG]), files[WEIGHTS])
+            loss_of = _loss_under(json.loads(files[ADAPTER_CONFIG]), files[WEIGHTS])
             loss, num_tokens = 0.0, 0
             for first in range(0, len(answers), ANSWERS_AT_ONCE):
                 part = answers[first : first + ANSWERS_AT_ONCE]
-                part_loss, part_tokens = await worker.call(Likelihood.loss, part)
+                part_loss, part_tokens = await crew.ask(partial(loss_of, part))
                 loss, num_tokens = loss + part_loss, num_tokens + part_tokens
                 bar.advance(len(part))
             results[name] = math.exp(loss / num_tokens)
     finally:
         await spawner.stop_all()
     return results
+
+
+def _loss_under(
+    peft_config: Mapping[str, Any], tensors: bytes
+) -> Callable[[Sequence[Rollout], Worker[Likelihood]], Awaitable[tuple[float, int]]]:
+    """Return a call of `Likelihood.loss` that first has a worker hold the adapter, if it is new."""
+    holder: Worker[Likelihood] | None = None
+
+    async def loss(answers: Sequence[Rollout], worker: Worker[Likelihood]) -> tuple[float, int]:
+        nonlocal holder
+        if worker is not holder:
+            await worker.call(Likelihood.hold, peft_config, tensors)
+            holder = worker
+        return await worker.call(Likelihood.loss, answers)
+
+    return loss
 
 
 def _update(version: int, files: AdapterFiles) -> AdapterUpdate:

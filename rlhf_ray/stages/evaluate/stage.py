@@ -5,7 +5,7 @@ Every model answers the same prompts under the same seeds; judges say which answ
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from math import comb
 from statistics import fmean
@@ -56,7 +56,7 @@ def run(config: Config) -> Summary:
         samples = {name: each.held_out for name, each in answers.items()}
         _add_scores(samples, inputs)
         outcomes = {judge: _outcomes(config, judge, samples, bar) for judge in inputs.judged_by}
-        perplexity = _perplexities(inputs, bar)
+        perplexity = _perplexities(inputs, bar, progress.say)
     summary = summarize(samples, outcomes, config.evaluate.bootstrap, config.run.seed)
     followed = follow(inputs.instructions, answers)
     for name, model in summary["models"].items():
@@ -98,7 +98,7 @@ def _outcomes(config: Config, judge: str, samples: Samples, bar: Bar) -> np.ndar
     return interruption.run(outcomes_by_judge(config.evaluate.judge, samples, bar))
 
 
-def _perplexities(inputs: Inputs, bar: Bar) -> dict[str, float]:
+def _perplexities(inputs: Inputs, bar: Bar, say: Callable[[str], None]) -> dict[str, float]:
     """Measure each model on the held-out rows' reference answers; empty where there are none."""
     config = inputs.config
     renderer = Renderer(inputs.tokenizer, config.template)
@@ -106,7 +106,7 @@ def _perplexities(inputs: Inputs, bar: Bar) -> dict[str, float]:
     if not answers:
         return {}
     bar.restart(len(inputs.adapters) * len(answers), "reference answer")
-    return interruption.run(perplexities(inputs, answers, bar))
+    return interruption.run(perplexities(inputs, answers, bar, say))
 
 
 def _side_by_side(samples: Samples, inputs: Inputs) -> list[dict[str, object]]:

@@ -32,7 +32,7 @@ def spawn_scorers(
     """Make the scorers, with all reward sources; they are not started."""
     sources = [located(source) for source in config.rewards]
     config = config.model_copy(update={"rewards": sources})
-    workers = spawner.spawn(
+    crew = spawner.spawn_crew(
         RewardScorer,
         "reward",
         config.reward.num_workers,
@@ -40,7 +40,7 @@ def spawn_scorers(
         partial(reward_sources, config, reward_model, policy_model),
         SHARE_OF_CALL * config.cluster.call_timeout_s,
     )
-    return ScorerClient(workers)
+    return ScorerClient(crew)
 
 
 @asynccontextmanager
@@ -53,8 +53,7 @@ async def ppo_roles(
     say: Callable[[str], None],
 ) -> AsyncIterator[Roles]:
     """Start every role that the config needs; end them on the way out."""
-    spawner = RoleSpawner(config, recorder.span, recorder.outages)
-    engine = spawner.learner_engine
+    spawner = RoleSpawner(config, recorder.span, recorder.outages, say)
     needed = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
     async with AsyncExitStack() as stack:
         stack.push_async_callback(spawner.stop_all)
@@ -62,27 +61,35 @@ async def ppo_roles(
         generators = spawn_generators(spawner, config, policy_model, say, config.rollout.autoscale)
         stack.push_async_callback(generators.close)
         scorer = spawn_scorers(spawner, config, reward_model, policy_model)
-        references = spawner.spawn(
-            Reference, "reference", config.reference.num_processes, config, policy_model
+        num_references = config.reference.num_processes
+        references = spawner.spawn_crew(
+            Reference, "reference", num_references, config, policy_model
         )
-        policy = spawner.spawn(
-            PolicyLearner, "policy", config.policy.num_ranks, config, policy_model, engine
-        )
-        num_critics = config.critic.num_ranks if critic_model else 0
-        critic = spawner.spawn(CriticLearner, "critic", num_critics, config, critic_model, engine)
+        policy = _policy(spawner, config, policy_model)
+        critic = _critic(spawner, config, critic_model) if critic_model else None
         starts = asyncio.ensure_future(generators.start())
         stack.push_async_callback(cancel, [starts])  # where another role does not start
-        await asyncio.gather(spawner.start_all([g for g in (policy, critic) if g]), starts)
-        policy_client = PolicyClient(policy, config.policy.zero_stage)
-        # Without reference processes the policy's own base answers, its adapter switched off.
-        reference = ReferenceClient(references) if references else PolicyBaseClient(policy_client)
+        await asyncio.gather(spawner.start_all([policy, critic] if critic else [policy]), starts)
         yield Roles(
             generators=generators,
             scorer=scorer,
-            reference=reference,
-            policy=policy_client,
-            critic=CriticClient(critic, config.critic.zero_stage) if critic else None,
+            # Without reference processes the policy's own base answers, its adapter switched off.
+            reference=ReferenceClient(references) if num_references else PolicyBaseClient(policy),
+            policy=policy,
+            critic=critic,
             fetch=fetch,
             num_gpus=spawner.num_gpus,
             peak_memory=spawner.peak_memory,
         )
+
+
+def _policy(spawner: RoleSpawner, config: Config, model: str) -> PolicyClient:
+    settings, engine = config.policy, spawner.learner_engine
+    ranks = spawner.spawn(PolicyLearner, "policy", settings.num_ranks, config, model, engine)
+    return PolicyClient(ranks, settings.zero_stage, spawner.group_restarts)
+
+
+def _critic(spawner: RoleSpawner, config: Config, model: str) -> CriticClient:
+    settings, engine = config.critic, spawner.learner_engine
+    ranks = spawner.spawn(CriticLearner, "critic", settings.num_ranks, config, model, engine)
+    return CriticClient(ranks, settings.zero_stage, spawner.group_restarts)

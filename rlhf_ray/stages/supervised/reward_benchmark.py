@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import cast
 
@@ -41,8 +41,9 @@ def benchmark(config: Config, model: str) -> dict[str, object]:
     what = "reward.benchmark"
     pairs, counts = load_parts(_by_subset(config), load_pairs, config, model, what)
     total = sum(map(len, pairs.values()))
-    with Progress(config.run.stages).stage("benchmark", total, "pair") as bar:
-        wins = interruption.run(_wins(config, model, pairs, bar))
+    progress = Progress(config.run.stages)
+    with progress.stage("benchmark", total, "pair") as bar:
+        wins = interruption.run(_wins(config, model, pairs, bar, progress.say))
     subsets = {
         name: {"accuracy": sum(won) / len(won), "pairs": len(won), "rows": counts[name]}
         for name, won in wins.items()
@@ -63,11 +64,11 @@ def _by_subset(config: Config) -> dict[str, list[Row]]:
 
 
 async def _wins(
-    config: Config, model: str, pairs: dict[str, Dataset], bar: Bar
+    config: Config, model: str, pairs: dict[str, Dataset], bar: Bar, say: Callable[[str], None]
 ) -> dict[str, list[bool]]:
     """Return for each pair, by subset, whether its chosen answer scores higher."""
     alone = config.model_copy(update={"rewards": [ModelSourceConfig(path=model)]})
-    spawner = RoleSpawner(config, lambda *_: None)
+    spawner = RoleSpawner(config, lambda *_: None, say=say)
     await spawner.place([d for d in demands(alone) if d.role == "reward"])
     scorer = spawn_scorers(spawner, alone, None, policy_model=model)
     size = config.rollout.shard_size

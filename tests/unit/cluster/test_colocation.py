@@ -143,3 +143,18 @@ async def test_a_swap_completes_when_its_caller_is_cancelled() -> None:
         pair.learner.call(LearnerProcess.learn), 5
     )  # its weights are back before it learns
     await asyncio.wait_for(pair.generator.call(GeneratorProcess.generate), 5)
+
+
+async def test_a_worker_that_failed_to_wake_is_not_called_half_awake() -> None:
+    """It lives, so its call would compute on the wrong device, or wait for its group forever."""
+    pair = Pair()
+    await pair.start()
+    pair.sleepers["generator"].raises = {"wake": ActorFailure("CUDA out of memory")}
+    for _ in range(2):
+        with pytest.raises(ActorFailure, match="CUDA out of memory"):
+            await pair.generator.call(GeneratorProcess.generate)
+    assert "generator generate" not in pair.events
+    pair.generator.leave()
+    late = Sleeper("late", pair.events)
+    await ColocatedWorker(late, pair.colocation, "generator").call(Process.start)
+    assert pair.events[-1] == "late start"

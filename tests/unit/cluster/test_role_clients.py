@@ -6,15 +6,24 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.cluster import role_clients
 from rlhf_ray.cluster.learner_groups import (
     CriticClient,
     PolicyBaseClient,
     PolicyClient,
     merge_reports,
 )
-from rlhf_ray.cluster.role_clients import GeneratorClient, ReferenceClient, ScorerClient
+from rlhf_ray.cluster.role_clients import (
+    Crew,
+    GeneratorClient,
+    ReferenceClient,
+    Restarts,
+    ScorerClient,
+)
 from rlhf_ray.cluster.workers import InlineWorker
-from rlhf_ray.errors import ActorFailure
+from rlhf_ray.errors import ActorFailure, DataLost, PlacementError, RlhfError
+from rlhf_ray.observability.outages import Outages
+from rlhf_ray.roles import ReferenceProcess
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
@@ -64,7 +73,7 @@ def test_stateless_roles_are_called_in_turn() -> None:
     references = [FakeWorker("reference-0", logprobs=("a", None))]
 
     async def ask() -> list[Any]:
-        scorer, reference = ScorerClient(scorers), ReferenceClient(references)
+        scorer, reference = ScorerClient(Crew(scorers)), ReferenceClient(Crew(references))
         scores = [await scorer.score(SHARD) for _ in range(3)]
         return [*scores, await reference.logprobs(SHARD)]
 
@@ -223,3 +232,134 @@ def test_an_inline_worker_calls_plain_and_async_methods_and_tells() -> None:
         ("role-0", "split"),
     ]
     assert all(started <= ended for _, _, started, ended in told)
+
+
+class Mortal(FakeWorker):
+    """Fails a call for each error that it was given, by method."""
+
+    def __init__(self, name: str, log: list[str], errors: dict[str, list[Exception]]) -> None:
+        self.name = name
+        self._log, self._errors = log, errors
+
+    async def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        await asyncio.sleep(0)
+        self._log.append(f"{self.name} {method.__name__}")
+        if self._errors.get(method.__name__):
+            raise self._errors[method.__name__].pop(0)
+        return self.name
+
+
+class Deaths:
+    """What happened to workers that are replaced by others of the same name with a mark."""
+
+    def __init__(self, limit: int = 10, **errors: list[Exception]) -> None:
+        self.errors = errors
+        self.log: list[str] = []
+        self.said: list[str] = []
+        self.outages = Outages()
+        self.restarts = Restarts(
+            *(limit, "cluster.max", self.renew, self.said.append, self.outages), first_wait_s=0.0
+        )
+
+    def worker(self, name: str, errors: dict[str, list[Exception]] | None = None) -> Mortal:
+        return Mortal(name, self.log, self.errors if errors is None else errors)
+
+    async def renew(self, workers: Any) -> Any:
+        self.log.append(f"renew {' '.join(worker.name for worker in workers)}")
+        return [self.worker(f"{worker.name}'") for worker in workers]
+
+
+def died(number: int = 1) -> list[Exception]:
+    return [ActorFailure("reward-0 died during score: killed")] * number
+
+
+async def test_a_call_goes_to_another_worker_while_a_dead_one_is_replaced() -> None:
+    deaths = Deaths()
+    crew: Any = Crew(
+        [deaths.worker("reward-0", {"score": died(3)}), deaths.worker("reward-1")], deaths.restarts
+    )
+    scorer = ScorerClient(crew)
+    answers: list[Any] = list(await asyncio.gather(*(scorer.score(SHARD) for _ in range(6))))
+    assert answers == ["reward-1"] * 6
+    assert deaths.log.count("renew reward-0") == 1, "three of its calls failed"
+    answers = [await scorer.score(SHARD) for _ in range(4)]
+    assert set(answers) == {"reward-0'", "reward-1"}
+    assert deaths.said == [
+        "reward-0 was restarted in 0 s: reward-0 died during score: killed",
+    ]
+    assert deaths.outages.restarts == {"reward": 1}
+
+
+async def test_a_call_waits_for_the_only_worker_to_come_back() -> None:
+    deaths = Deaths(start=died(2))
+    crew: Any = Crew([deaths.worker("reference-0", {"logprobs": died()})], deaths.restarts)
+    assert await crew.ask(lambda worker: worker.call(ReferenceProcess.logprobs)) == "reference-0'"
+    assert deaths.log == [
+        "reference-0 logprobs",
+        *["renew reference-0", "reference-0' start"] * 3,
+        "reference-0' logprobs",
+    ]
+
+
+async def test_a_worker_that_dies_in_its_first_start_is_started_again() -> None:
+    deaths = Deaths()
+    crew: Any = Crew([deaths.worker("reward-0", {"start": died()})], deaths.restarts)
+    await crew.start()
+    assert deaths.log == ["reward-0 start", "renew reward-0", "reward-0' start"]
+
+
+async def test_restarts_that_are_used_up_end_the_run_with_the_last_worker() -> None:
+    deaths = Deaths(limit=2, score=died(100))
+    crew: Any = Crew([deaths.worker("reward-0"), deaths.worker("reward-1")], deaths.restarts)
+    with pytest.raises(ActorFailure, match=r"All 2 restarts \(cluster.max\) are used up\. Run aga"):
+        await ScorerClient(crew).score(SHARD)
+    assert sum("renew" in line for line in deaths.log) == 2
+
+
+@pytest.mark.parametrize("error", [RlhfError("rewards: mine raised KeyError"), DataLost("gone")])
+async def test_an_error_that_no_other_worker_can_help_is_not_retried(error: Exception) -> None:
+    deaths = Deaths(score=[error])
+    crew: Any = Crew([deaths.worker("reward-0")], deaths.restarts)
+    with pytest.raises(type(error)):
+        await ScorerClient(crew).score(SHARD)
+    assert deaths.log == ["reward-0 score"]
+
+
+async def test_without_restarts_a_failure_is_the_callers() -> None:
+    """Inline there is no process to lose."""
+    deaths = Deaths()
+    crew: Any = Crew([deaths.worker("reward-0", {"score": died()})])
+    with pytest.raises(ActorFailure):
+        await ScorerClient(crew).score(SHARD)
+
+
+async def test_waits_between_restarts_grow_until_something_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    deaths = Deaths()
+    restarts = Restarts(10, "key", deaths.renew, print, Outages(), first_wait_s=1.0)
+    monkeypatch.setattr(role_clients.asyncio, "sleep", sleep)
+    failures = died(4)
+
+    async def attempt() -> None:
+        if failures:
+            raise failures.pop()
+
+    await restarts.again("policy", failures[0], attempt, is_waited_for=True)
+    assert waits == [0.0, 1.0, 2.0, 4.0, 8.0]
+    restarts.worked("policy")
+    await restarts.again("policy", died()[0], attempt, is_waited_for=True)
+    assert waits[5:] == [0.0]
+
+
+async def test_a_role_without_a_place_says_so_and_that_the_run_resumes() -> None:
+    async def attempt() -> None:
+        raise PlacementError("No node had a CPU.")
+
+    with pytest.raises(PlacementError, match=r"killed\. It cannot be placed again: No .*Run a"):
+        await Deaths().restarts.again("policy", died()[0], attempt, is_waited_for=True)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The slots that roles get, over fake placement groups."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,8 +37,11 @@ class Cluster:
         self.kind: type = Group
 
     def live(self) -> list[LiveNode]:
-        held = sum(b.get("GPU", 0) for group in self.groups for b in group.bundles)
-        return [LiveNode(n.name, n, int(n.gpus - held)) for n in self.nodes]
+        held: Counter[str] = Counter()
+        for group in self.groups:
+            for bundle, node in zip(group.bundles, group.nodes, strict=True):
+                held[node] += bundle.get("GPU", 0)
+        return [LiveNode(n.name, n, int(n.gpus - held[n.name])) for n in self.nodes]
 
     def make(self, bundles: Sequence[Any], bundle_label_selector: Sequence[Any]) -> Any:
         self.groups.append(self.kind(bundles, bundle_label_selector))
@@ -66,7 +70,7 @@ async def test_a_slot_is_released_with_its_placement_group(cluster: Cluster) -> 
     held.release("generator-1")
     held.release("generator-0")
     assert not cluster.groups
-    await held.reserve_one(GENERATORS, 2)
+    await held.reserve_again(GENERATORS, [2])
     slot = held.slot("generator-2")
     assert slot is not None
     assert slot.group.handle in cluster.groups
@@ -79,7 +83,7 @@ async def test_a_slot_beside_others_is_kept_for_the_next_worker_of_its_role(
     await held.reserve([GENERATORS])
     left = held.slot("generator-1")
     held.release("generator-1")
-    await held.reserve_one(GENERATORS, 2)
+    await held.reserve_again(GENERATORS, [2])
     assert held.slot("generator-2") is left
     assert len(cluster.groups) == 1
 
@@ -114,7 +118,7 @@ async def test_roles_without_gpus_reserve_nothing(
     held, asked = Placement(0.01, may_grow=may_grow), replace(GENERATORS, gpus=gpus)
     await held.reserve([asked])
     cluster.nodes.append(Node("late", 2))
-    await held.reserve_one(asked, 2)
+    await held.reserve_again(asked, [2])
     assert held.slot("generator-0") is held.slot("generator-2") is None
 
 
@@ -179,3 +183,51 @@ async def test_slots_that_ray_does_not_reserve_are_reported_and_given_up(
         await held.reserve([TWO_GROUPS])
     assert cluster.groups == []
     assert held.slot("generator-0") is None
+
+
+CRITIC = Demand("critic", 2, 0.5, is_group=True)
+REWARD = Demand("reward", 2, 0.5)
+
+
+@pytest.mark.parametrize("critic_is_first", [True, False])
+async def test_what_shared_gpus_of_a_lost_node_shares_those_of_another(
+    cluster: Cluster, critic_is_first: bool
+) -> None:
+    """Each role is placed again when its own failure is seen; two GPUs do for both."""
+    held = Placement(1.0, may_grow=True)
+    await held.reserve([CRITIC, REWARD])
+    assert len(cluster.groups) == 1
+    cluster.nodes = [Node("m", 2)]
+
+    async def again(demand: Demand, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            held.release(f"{demand.role}-{rank}")
+        await held.reserve_again(demand, ranks)
+
+    returns = [again(CRITIC, [0, 1]), again(REWARD, [1]), again(REWARD, [0])]
+    await asyncio.gather(*(returns if critic_is_first else returns[::-1]))
+    slots = {name: held.slot(name) for name in ("critic-0", "critic-1", "reward-0", "reward-1")}
+    assert {slot.node_id for slot in slots.values() if slot} == {"m"}
+    assert all(slots.values())
+    ((group,), removed) = cluster.groups, cluster.removed
+    assert len(group.bundles) == 2
+    assert len(removed) == 1, "the group of the lost node is given back"
+    for name in slots:
+        held.release(name)
+    assert not cluster.groups
+
+
+async def test_a_slot_of_a_lost_node_is_not_kept(cluster: Cluster) -> None:
+    held = Placement(1.0, may_grow=True)
+    cluster.nodes = [Node("n", 1), Node("m", 1)]
+    await held.reserve([CRITIC, replace(REWARD, workers=1)])
+    shared = next(rank for rank in range(2) if _node(held, f"critic-{rank}") == "n")
+    cluster.nodes = [Node("o", 2), Node("m", 1)]
+    held.release(f"critic-{shared}")
+    await held.reserve_again(CRITIC, [shared])
+    assert _node(held, f"critic-{shared}") == "o"
+
+
+def _node(held: Placement, worker: str) -> str | None:
+    slot = held.slot(worker)
+    return slot.node_id if slot else None

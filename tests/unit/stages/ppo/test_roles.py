@@ -20,9 +20,8 @@ from rlhf_ray.stages.ppo.roles import spawn_scorers
 class Spawner:
     """Remembers what it was asked to start."""
 
-    def spawn(self, role_class: type, role: str, count: int, *args: Any) -> list:
+    def spawn_crew(self, role_class: type, role: str, count: int, *args: Any) -> None:
         self.count, self.args = count, args
-        return [None]
 
 
 def test_scorers_get_files_by_absolute_path(
