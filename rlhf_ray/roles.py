@@ -6,10 +6,11 @@ process of each role offers to the clients of `rlhf_ray.cluster`; pyright checks
 against them where `stages` wires both.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
@@ -81,6 +82,14 @@ class Generators(Protocol):
 
     def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
         """Sample shards on whichever generator is free; yield each once, as it finishes."""
+        ...
+
+    def replace(self, names: Collection[str], why: WeightSyncError) -> None:
+        """Replace generators that sampled wrong; before, prove them once more, for the record.
+
+        Raises:
+            WeightSyncError: ``why``; the restarts are used up, and no other generator is left.
+        """
         ...
 
     def scale_to(self, num: int) -> None:

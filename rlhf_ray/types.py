@@ -149,6 +149,8 @@ class Shard:
     """Scalars of its rollouts."""
     rollouts: Handle[list[Rollout]]
     """The rollouts, in order of position."""
+    generator: str = ""
+    """Name of the generator that sampled it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,36 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(f"Report: {build(Path(read_config(config, overrides).run.dir))}")
 
 
+@app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray replay runs/quickstart --iteration 12")
+def replay(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    iteration: Annotated[
+        int | None,
+        typer.Option(min=1, help="Iteration of PPO. Default: the last whose batch is kept."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run one learning step of PPO again, alone, and compare it with what the run recorded.
+
+    It starts from the commit before the step, in this process: no Ray, generators or rewards are
+    started. run.keep_batches says of which iterations a run keeps what that takes: by default the
+    last one, and those that a guard warned of. Overrides show what the step would have been.
+
+    The step is reproduced bit for bit where the run was one process (cluster.mode inline), within
+    1e-5 after DeepSpeed or several ranks, on the same kind of device; else the exit code is 1.
+    """
+    from rlhf_ray.stages.ppo import replay as step
+
+    changes = [override for override in overrides or [] if not override.startswith("run.")]
+    result = step.run(read_config(config, overrides), iteration, changes)
+    if as_json:
+        print_json(step.as_mapping(result))
+    else:
+        typer.echo(step.as_text(result, changes))
+    raise typer.Exit(0 if result.is_reproduced or changes else 1)
+
+
 @app.command(rich_help_panel=SHOW)
 def dashboards(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("dashboards"),

@@ -227,7 +227,7 @@ class GeneratorClient:
     async def generate(self, request: ShardRequest) -> Shard:
         """Sample a shard; its rollouts stay in the object store."""
         rollouts, info = await self.worker.call_split(GeneratorProcess.generate, request)
-        return Shard(info, rollouts)
+        return Shard(info, rollouts, self.name)
 
     async def publish(self, update: AdapterUpdate) -> ServedAdapter:
         """Serve an adapter; its bytes go straight from the learner's node to the generator's."""

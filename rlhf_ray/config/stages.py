@@ -162,6 +162,13 @@ class RunConfig(Section):
         description="Longest time for which PPO waits for space on the full disk of run.dir.",
     )
 
+    keep_batches: Literal["none", "warned", "last", "all"] = changeable(
+        "last",
+        description="Batches that PPO keeps in ppo/batches, each with the commit before it, for "
+        "rlhf-ray replay. warned: the newest five that a guard warned of; last: the last one, and "
+        "those; all: every one.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _default_dir(cls, values: object) -> object:

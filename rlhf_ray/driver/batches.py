@@ -1,11 +1,26 @@
-"""The prompts and seeds of an iteration, as functions of the run seed and the iteration alone."""
+"""A batch as a whole: its prompts and seeds, and the step that learns from it.
 
+Prompts and seeds are functions of the run's seed and the iteration alone.
+"""
+
+import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlhf_ray.types import Prompt, SampleRequest, ShardRequest
+from rlhf_ray.algorithms.advantages import resolve
+from rlhf_ray.algorithms.whitening import Moments
+from rlhf_ray.config.ppo import PpoConfig
+from rlhf_ray.roles import LearnerGroup
+from rlhf_ray.types import (
+    AssembledStats,
+    Prompt,
+    SampleRequest,
+    ScoredShard,
+    ShardRequest,
+    StepReport,
+)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -61,3 +76,30 @@ def shard_requests(
         ShardRequest(index, tuple(samples[first : first + shard_size]), version)
         for index, first in enumerate(range(0, len(samples), shard_size))
     ]
+
+
+def whitens(ppo: PpoConfig) -> bool:
+    """Return whether advantages are whitened over the batch."""
+    chosen = ppo.whiten_advantages
+    return resolve(ppo.advantage).whitened if chosen is None else chosen
+
+
+async def learn_from(
+    batch: Sequence[ScoredShard],
+    learners: Mapping[str, LearnerGroup],
+    kl_coef: float,
+    *,
+    whitened: bool,
+) -> tuple[AssembledStats, dict[str, StepReport]]:
+    """Assemble, whiten over the whole batch, learn; all groups at the same time.
+
+    Returns:
+        Sums over the batch, and each group's report.
+    """
+    groups = learners.values()
+    stats, *_ = await asyncio.gather(*(group.assemble(batch, kl_coef) for group in groups))
+    moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
+    largest = max(abs(score) for scored in batch for score in scored.scores)
+    whitening = (moments.mean, moments.std(size=largest)) if whitened else (0.0, 1.0)
+    reports = await asyncio.gather(*(group.learn(*whitening) for group in groups))
+    return stats, dict(zip(learners, reports, strict=True))

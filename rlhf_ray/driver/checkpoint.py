@@ -178,6 +178,21 @@ class Checkpoints:
         """Return whether a version is saved."""
         return (self._folder / str(version) / STATE).is_file()
 
+    def link(self, version: int, group: str, folder: Path) -> bool:
+        """Make a folder of links to a saved group's files; they outlive the version.
+
+        Returns:
+            False if the version is not saved, or is just being dropped.
+        """
+        if not self.has(version):
+            return False
+        try:
+            shutil.copytree(self._folder / str(version) / group, folder, copy_function=_link)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            return False
+        return True
+
     def latest(self) -> SavedCommit | None:
         """Return the newest intact commit, or None if nothing was saved.
 
@@ -249,6 +264,13 @@ class Checkpoints:
             is_ours = path.name.isdigit() or path.name.startswith(WRITING)
             if is_ours and path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def _json(state: Mapping[str, object]) -> bytes:

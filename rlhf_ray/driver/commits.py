@@ -71,7 +71,7 @@ class Commits:
     async def restore(self, state: RunState) -> None:
         """Load the last commit into the learners, and hold it as that of ``state``."""
         await self._catch_up(state.iteration)
-        groups = self._held().groups
+        groups = self.held.groups
         learners = self._roles.learners
         await asyncio.gather(*(learner.load(groups[name]) for name, learner in learners.items()))
         self._last = Commit(state.version, groups, asdict(state))
@@ -84,7 +84,7 @@ class Commits:
         """
         assert self._writing is None, "the previous commit is still being written"
         self._began_s = time.monotonic()
-        self._writing = asyncio.ensure_future(self._write(self._held(), iteration))
+        self._writing = asyncio.ensure_future(self._write(self.held, iteration))
 
     async def save(self, iteration: int) -> None:
         """Write the last commit, and return when it is on disk."""
@@ -164,7 +164,9 @@ class Commits:
             self._recorder.outages.lost("driver", "slow disk", now_s - waited_from_s)
             self._warn(iteration, _slow_disk(seconds, interval, self._every))
 
-    def _held(self) -> Commit:
+    @property
+    def held(self) -> Commit:
+        """The last commit."""
         assert self._last is not None, "nothing was committed yet"
         return self._last
 

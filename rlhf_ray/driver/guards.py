@@ -23,7 +23,15 @@ from rlhf_ray.errors import DivergenceError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.types import REPETITION
 
-GUARDS = ("repetition", "negative_kl", "ratio", "non_finite", "loss_spike", "prompt_reuse")
+GUARDS = (
+    "mismatch",
+    "repetition",
+    "negative_kl",
+    "ratio",
+    "non_finite",
+    "loss_spike",
+    "prompt_reuse",
+)
 WATCHED = ("loss/policy_avg", "policy/grad_norm", "loss/value_avg", "val/grad_norm")
 """Metrics that the loss-spike guard compares with their medians."""
 MIN_HISTORY = 5
@@ -205,8 +213,18 @@ def _picked(metrics: Metrics, names: Sequence[str]) -> dict[str, float]:
 class Guards:
     """Runs the guards, records and prints their warnings, and decides the response."""
 
-    def __init__(self, guards: GuardsConfig, recorder: Recorder) -> None:
+    def __init__(
+        self, guards: GuardsConfig, recorder: Recorder, batches: str | None = None
+    ) -> None:
+        """
+        Args:
+            guards: the detectors' settings.
+            recorder: of the run.
+            batches: folder within the stage's where batches with warnings are kept; None: nowhere.
+        """
         self._guards = guards
+        self._batches = batches
+        self._warned_at = 0
         self._recorder = recorder
         self._last_warned: dict[str, int] = {}
 
@@ -225,6 +243,10 @@ class Guards:
         for alarm in found:
             self.warn(iteration, alarm)
         return found
+
+    def has_warned(self, iteration: int) -> bool:
+        """Return whether a guard has warned of an iteration."""
+        return self._warned_at == iteration
 
     def require_rollback(self, iteration: int, found: Sequence[Alarm], num_rollbacks: int) -> bool:
         """Return whether an iteration must be rolled back instead of committed.
@@ -250,6 +272,10 @@ class Guards:
 
     def warn(self, iteration: int, alarm: Alarm) -> None:
         """Record a warning, and print it unless the same guard's was printed lately."""
+        batch: dict[str, str] = {}
+        if iteration and alarm.guard in GUARDS:
+            self._warned_at = iteration
+            batch = {"batch": f"{self._batches}/{iteration}"} if self._batches else {}
         self._recorder.warning(
             {
                 "iteration": iteration,
@@ -257,6 +283,7 @@ class Guards:
                 "action": alarm.action,
                 "numbers": alarm.numbers,
                 "text": alarm.text,
+                **batch,
             }
         )
         last = self._last_warned.get(alarm.guard)

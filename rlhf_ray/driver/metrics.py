@@ -98,16 +98,8 @@ def iteration_metrics(
     distinct = [share for scored in batch for share in scored.shard.info.distinct_bigrams]
     versions = [sampled for scored in batch for sampled in scored.shard.info.versions]
     gaps = [scored.mismatch for scored in batch]
-    kl = stats.kl_total / stats.num_samples
-    learnt_from = sum(score for scored in batch for score in scored.scores)
-    metrics = {
+    return {
         **score_metrics(sources, joined([scored.raw_scores for scored in batch])),
-        "objective/kl": kl,
-        "objective/kl_per_token": stats.kl_total / stats.num_tokens,
-        "objective/kl_coef": kl_coef,
-        "objective/non_score_reward": (stats.reward_total - learnt_from) / stats.num_samples,
-        "objective/rlhf_reward": stats.reward_total / stats.num_samples,
-        "objective/entropy": stats.neg_logprob_sum / stats.num_tokens,
         "response_length/mean": fmean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/eos_share": fmean(stopped),
@@ -116,6 +108,25 @@ def iteration_metrics(
         "sampler/gap_mean": sum(g.mean * g.num_tokens for g in gaps) / stats.num_tokens,
         "sampler/gap_max": max(gap.largest for gap in gaps),
         "rollout/staleness": float(version - min(versions)),
+        **learning_metrics(batch, stats, reports, kl_coef),
+    }
+
+
+def learning_metrics(
+    batch: Sequence[ScoredShard],
+    stats: AssembledStats,
+    reports: Sequence[StepReport],
+    kl_coef: float,
+) -> dict[str, float]:
+    """Return the metrics of a batch's learning step, which a replay gives again."""
+    learnt_from = sum(score for scored in batch for score in scored.scores)
+    metrics = {
+        "objective/kl": stats.kl_total / stats.num_samples,
+        "objective/kl_per_token": stats.kl_total / stats.num_tokens,
+        "objective/kl_coef": kl_coef,
+        "objective/non_score_reward": (stats.reward_total - learnt_from) / stats.num_samples,
+        "objective/rlhf_reward": stats.reward_total / stats.num_samples,
+        "objective/entropy": stats.neg_logprob_sum / stats.num_tokens,
     }
     for report in reports:
         metrics |= report.metrics

@@ -1,6 +1,9 @@
-"""The log-prob mismatch bound: proof, shard by shard, that the policy is what was sampled from."""
+"""The log-prob mismatch bound: whether each shard of a batch was sampled from the policy."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median_low
 
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.types import ScoredShard
@@ -22,6 +25,21 @@ the bound widens with 1 / n. Of 200 simulated runs of honest engines 198 broke t
 shards of a token and 25 with shards of four; none breaks this one."""
 JOINED_TOKENS = 32
 """Shards of fewer tokens are checked together as well, where a faulty engine shows all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatched:
+    """Shards of a batch that are not sampled from the policy."""
+
+    shards: Sequence[ScoredShard]
+    """In prompt order."""
+    error: WeightSyncError
+    """What is wrong with the first of them."""
+
+    @property
+    def generators(self) -> set[str]:
+        """Names of the generators that sampled them."""
+        return {scored.shard.generator for scored in self.shards}
 
 
 class MismatchGuard:
@@ -46,28 +64,64 @@ class MismatchGuard:
         self.bound = bound
 
     def check(self, batch: Sequence[ScoredShard]) -> None:
-        """Refuse a batch with a shard over the bound; calibrate the bound on the first batch."""
-        if self.bound is None:
-            mean, _ = _mean_mismatch(batch)
-            self.bound = min(max(CALIBRATION_FACTOR * mean, self._floor), self._ceiling)
-        for scored in batch:
-            self._refuse_beyond(self.bound, [scored])
-        if not self._is_exact:
-            for group in _joined(batch):
-                self._refuse_beyond(self.bound, group)
+        """Refuse a batch with a shard over the bound; calibrate the bound on the first batch.
 
-    def _refuse_beyond(self, bound: float, shards: Sequence[ScoredShard]) -> None:
+        Raises:
+            WeightSyncError: naming the first such shard.
+        """
+        if found := self.find(batch):
+            raise found.error
+
+    def find(self, batch: Sequence[ScoredShard]) -> Mismatched | None:
+        """Return the shards over the bound, if any; calibrate the bound on the first batch."""
+        if self.bound is None:
+            self.bound = self._calibrated(batch)
+        groups = [[scored] for scored in batch]
+        if not self._is_exact:
+            groups += _joined(batch)
+        beyond = [group for group in groups if self._is_beyond(self.bound, group)]
+        if not beyond:
+            return None
+        named = {scored.shard.info.index for group in beyond for scored in group}
+        shards = [scored for scored in batch if scored.shard.info.index in named]
+        return Mismatched(shards, self._error(self.bound, beyond[0]))
+
+    def _calibrated(self, batch: Sequence[ScoredShard]) -> float:
+        """Return the bound that a batch sets, without the shards that most others refuse.
+
+        One faulty generator must not raise the bound for the run: so what is beyond the bound that
+        the median shard sets, or the median generator, is left out.
+        """
+        by_generator: dict[str, list[ScoredShard]] = {}
+        for scored in batch:
+            by_generator.setdefault(scored.shard.generator, []).append(scored)
+        usual = min(_median([[scored] for scored in batch]), _median([*by_generator.values()]))
+        bound = self._within_limits(usual)
+        trusted = [scored for scored in batch if not self._is_beyond(bound, [scored])]
+        mean, _ = _mean_mismatch(trusted or batch)
+        return self._within_limits(mean)
+
+    def _within_limits(self, mean: float) -> float:
+        return min(max(CALIBRATION_FACTOR * mean, self._floor), self._ceiling)
+
+    def _is_beyond(self, bound: float, shards: Sequence[ScoredShard]) -> bool:
         mean, num_tokens = _mean_mismatch(shards)
-        limit = bound if self._is_exact else bound * (1 + OUTLIER / num_tokens)
-        if not mean <= limit:  # `not <=` also refuses NaN
-            info = shards[0].shard.info
-            others = f" and {len(shards) - 1} other short ones" if len(shards) > 1 else ""
-            raise WeightSyncError(
-                f"Shard {info.index} (version {info.versions[0]}){others}: engine and learner "
-                f"differ by {mean:.2g} nats a token, the bound is {limit:.2g} for {num_tokens} "
-                "tokens. The generator does not sample from the policy: check adapter, base model "
-                "and temperature"
-            )
+        return not mean <= self._limit(bound, num_tokens)  # `not <=` also refuses NaN
+
+    def _limit(self, bound: float, num_tokens: int) -> float:
+        return bound if self._is_exact else bound * (1 + OUTLIER / num_tokens)
+
+    def _error(self, bound: float, shards: Sequence[ScoredShard]) -> WeightSyncError:
+        mean, num_tokens = _mean_mismatch(shards)
+        info = shards[0].shard.info
+        others = f" and {len(shards) - 1} other short ones" if len(shards) > 1 else ""
+        names = " and ".join(sorted({scored.shard.generator for scored in shards} - {""}))
+        return WeightSyncError(
+            f"Shard {info.index} (version {info.versions[0]}){others}: engine and learner "
+            f"differ by {mean:.2g} nats a token, the bound is {self._limit(bound, num_tokens):.2g} "
+            f"for {num_tokens} tokens. {names or 'The generator'} did not sample from the policy: "
+            "check adapter, base model and temperature"
+        )
 
 
 def _mean_mismatch(shards: Sequence[ScoredShard]) -> tuple[float, int]:
@@ -77,10 +131,19 @@ def _mean_mismatch(shards: Sequence[ScoredShard]) -> tuple[float, int]:
     return total / num_tokens, num_tokens
 
 
+def _median(groups: Sequence[Sequence[ScoredShard]]) -> float:
+    """Return the lower median of the groups' mean mismatches; NaN counts as infinite."""
+    means = (_mean_mismatch(group)[0] for group in groups)
+    return median_low(math.inf if math.isnan(mean) else mean for mean in means)
+
+
 def _joined(batch: Sequence[ScoredShard]) -> list[list[ScoredShard]]:
-    """Join the shards with few tokens to groups with enough of them, as far as there are any."""
+    """Join the shards with few tokens to groups with enough of them, as far as there are any.
+
+    Those of one generator are joined first: a faulty one should not be joined with others.
+    """
     groups: list[list[ScoredShard]] = []
-    for scored in batch:
+    for scored in sorted(batch, key=lambda scored: scored.shard.generator):
         if scored.mismatch.num_tokens >= JOINED_TOKENS:
             continue
         if not groups or _mean_mismatch(groups[-1])[1] >= JOINED_TOKENS:

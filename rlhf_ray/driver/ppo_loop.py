@@ -17,15 +17,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.kl_controller import kl_controller
-from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
-from rlhf_ray.driver.batches import PromptCursor, sample_requests, shard_requests
+from rlhf_ray.driver.batches import (
+    PromptCursor,
+    learn_from,
+    sample_requests,
+    shard_requests,
+    whitens,
+)
 from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
 from rlhf_ray.driver.commits import Commits
 from rlhf_ray.driver.evaluation import Evaluator
 from rlhf_ray.driver.guards import Guards, remembered
+from rlhf_ray.driver.kept_batches import FOLDER, BatchKeeper, Step
 from rlhf_ray.driver.ledger import Draw, Ledger
 from rlhf_ray.driver.metrics import (
     generator_metrics,
@@ -36,13 +41,14 @@ from rlhf_ray.driver.metrics import (
     with_scores,
 )
 from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.rollouts import Rollouts
 from rlhf_ray.driver.useful_time import UsefulTime
 from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.interruption import Droppable
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.roles import Roles
-from rlhf_ray.types import AssembledStats, Handle, ScoredShard, Shard, StepReport, TokenRows
+from rlhf_ray.types import AssembledStats, ScoredShard, StepReport
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,18 @@ class PpoLoop:
         self._time = UsefulTime(parts.recorder.outages, state, parts.recorder.seen_at)
         bound = config.rollout.max_gap or state.gap_bound
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
-        self._guards = Guards(config.guards, parts.recorder)
+        kept_in = None if config.run.keep_batches == "none" else FOLDER
+        self._guards = Guards(config.guards, parts.recorder, kept_in)
         self._commits = Commits(
             config, parts.roles, parts.checkpoints, parts.recorder, self._guards.warn
         )
-        self._whitens = _whitens(config)
+        self._rollouts = Rollouts(
+            parts.roles, self._mismatch_guard, parts.recorder, self._guards.warn
+        )
+        self._keeper = BatchKeeper(
+            config, parts.recorder, parts.checkpoints, parts.roles.fetch, self._guards.warn
+        )
+        self._whitens = whitens(config.ppo)
         self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
         self._stop_requested = False
         self._droppable = Droppable()
@@ -114,11 +127,13 @@ class PpoLoop:
                 await self._commits.save_last(newer_than=self._parts.state.version)
             raise
         finally:
+            await self._keeper.written()
             await self._commits.written()
 
     async def _run(self) -> dict[str, object]:
         config = self._config
         num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
+        self._keeper.drop_after(self._state.iteration)
         self._guards.check_prompts(num_drawn, len(self._parts.cursor))
         await self._commits.hold(self._state)  # what a rollback of the first iteration restores
         self._show_commit()
@@ -157,6 +172,9 @@ class PpoLoop:
             config.rewards, batch, stats, reports, self._kl.coef, state.version
         )
         found = self._guards.check(iteration, metrics, state.losses)
+        has_warned = self._guards.has_warned(iteration)
+        step = Step(iteration, self._kl.coef, self._commits.held, dict(metrics), has_warned)
+        await self._keeper.keep(step, batch)
         if self._guards.require_rollback(iteration, found, state.rollbacks_in_a_row):
             await self._roll_back(draw)
         else:
@@ -179,7 +197,7 @@ class PpoLoop:
             await self._droppable.wait(self._evaluate())
 
     async def _rollout(self, draw: Draw) -> tuple[list[ScoredShard], PlainMoments]:
-        """Generate a batch, scoring each shard as it arrives; then combine the reward sources.
+        """Generate and score a batch within the mismatch bound; then combine the reward sources.
 
         Returns:
             The batch in prompt order, and the reward moments to store when it is committed.
@@ -190,49 +208,22 @@ class PpoLoop:
             prompts, config.ppo.samples_per_prompt, config.run.seed, iteration
         )
         requests = shard_requests(samples, config.rollout.shard_size, draw.version)
-        scoring: list[asyncio.Task[ScoredShard]] = []
-        with self._recorder.phase("gen", iteration):
-            async for shard in self._roles.generators.generate(requests):
-                scoring.append(asyncio.ensure_future(self._score(shard)))
-        with self._recorder.phase("score", iteration):
-            # Prompt order, not order of arrival: results must not depend on generators' speeds.
-            batch = sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
+        batch = await self._rollouts.sample(requests, iteration)
         self._ledger.arrived(draw, [scored.shard.info for scored in batch])
-        # Before learning: a batch of another policy than the learner's would poison the commit.
-        self._mismatch_guard.check(batch)
         return with_scores(
             batch, config.rewards, self._state.reward_moments, config.ppo.missing_eos_penalty
         )
 
-    async def _score(self, shard: Shard) -> ScoredShard:
-        roles = self._roles
-        raw_scores, ref_logprobs, (old_logprobs, mismatch), values = await asyncio.gather(
-            roles.scorer.score(shard),
-            roles.reference.logprobs(shard),
-            roles.policy.logprobs(shard),
-            self._values(shard),
-        )
-        return ScoredShard(shard, raw_scores, old_logprobs, ref_logprobs, values, mismatch)
-
-    async def _values(self, shard: Shard) -> Handle[TokenRows] | None:
-        return await self._roles.critic.values(shard) if self._roles.critic else None
-
     async def _learn(
         self, batch: Sequence[ScoredShard], draw: Draw
     ) -> tuple[AssembledStats, Sequence[StepReport]]:
-        """Assemble, whiten over the whole batch, learn; policy and critic at the same time."""
-        groups = self._roles.learners
-        learners = groups.values()
+        """Learn, policy and critic at the same time, and check that each learnt all positions."""
         with self._recorder.phase("learn", draw.batch):
-            stats, *_ = await asyncio.gather(
-                *(learner.assemble(batch, self._kl.coef) for learner in learners)
+            stats, reports = await learn_from(
+                batch, self._roles.learners, self._kl.coef, whitened=self._whitens
             )
-            moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
-            largest = max(abs(score) for scored in batch for score in scored.scores)
-            whitening = (moments.mean, moments.std(size=largest)) if self._whitens else (0.0, 1.0)
-            reports = await asyncio.gather(*(learner.learn(*whitening) for learner in learners))
-        self._ledger.learnt(draw, dict(zip(groups, reports, strict=True)))
-        return stats, reports
+        self._ledger.learnt(draw, reports)
+        return stats, [*reports.values()]
 
     async def _commit(
         self,
@@ -341,8 +332,3 @@ class PpoLoop:
             if state.iteration:
                 await self._commits.keep_best(self._state)
         self._recorder.evaluation({"iteration": state.iteration, **record})
-
-
-def _whitens(config: Config) -> bool:
-    chosen = config.ppo.whiten_advantages
-    return resolve(config.ppo.advantage).whitened if chosen is None else chosen

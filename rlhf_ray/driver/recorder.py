@@ -37,7 +37,7 @@ class Recorder:
             resume_after: last iteration whose records are kept; None: a new run.
             live: sinks that show current values; they also get values that no file keeps.
         """
-        self._folder = folder
+        self.folder = folder
         self._metrics, self._evals, self._completions, self._warnings = (
             JsonlSink(folder / name)
             for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl", "warnings.jsonl")
@@ -103,7 +103,7 @@ class Recorder:
         times = {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         self._sinks.log(iteration, {**metrics, **times})
-        disk = shutil.disk_usage(self._folder)
+        disk = shutil.disk_usage(self.folder)
         busy = self._busy.shares(unix_now())
         self._live.log(
             iteration,

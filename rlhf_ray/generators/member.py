@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from rlhf_ray.errors import ActorFailure
-from rlhf_ray.roles import Generator
+from rlhf_ray.errors import ActorFailure, WeightSyncError
+from rlhf_ray.roles import Generator, Proof
 from rlhf_ray.types import AdapterUpdate, GeneratorState, GeneratorStatus
 
 TRANSITIONS: Mapping[GeneratorState, frozenset[GeneratorState]] = {
@@ -139,6 +139,19 @@ def too_few(
         else f"{max_restarts} restarts (generators.max_restarts) are used up"
     )
     return ActorFailure(f"{which}, and {why}. The last failure: {last}")
+
+
+async def proved_again(
+    proof: Proof | None, generator: Generator, why: WeightSyncError
+) -> WeightSyncError:
+    """Prove a generator that sampled wrong; return what was wrong, and what the proof finds."""
+    assert proof is not None
+    try:
+        await proof(generator)
+        found = "passed"
+    except Exception as error:  # a failing engine raises its libraries' errors
+        found = f"failed: {error}"
+    return WeightSyncError(f"{why}. The proof, made again, {found}")
 
 
 LATE, LATE_S = 2.0, 10.0

@@ -12,7 +12,7 @@ imports Ray.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from typing import Any, Generic
 
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
@@ -28,6 +28,7 @@ from rlhf_ray.generators.member import (
     Serve,
     cancel,
     num_left,
+    proved_again,
     too_few,
     until_late,
 )
@@ -123,6 +124,16 @@ class GeneratorPool(Generic[GeneratorT]):
         self._require_left(1)
         async for shard in self._dispatch.run(requests):
             yield shard
+
+    def replace(self, names: Collection[str], why: WeightSyncError) -> None:
+        """Replace generators that sampled wrong; before, prove them once more, for the record."""
+        suspects = [member for member in self._dispatch.ready() if member.name in names]
+        is_spent = self._restarts >= self._settings.max_restarts
+        if is_spent and len(suspects) == num_left(self._members):
+            raise why
+        for member in suspects:
+            self._change(member, "stale", self._prove_again(member, why))
+            self._dispatch.hand_back(member)
 
     def scale_to(self, num: int) -> None:
         """Start or retire generators in the background until there are ``num``.
@@ -275,6 +286,9 @@ class GeneratorPool(Generic[GeneratorT]):
         # not be among them.
         self._change(member, "suspect", self._replace(member, error))
         self._dispatch.hand_back(member)
+
+    async def _prove_again(self, member: Member[GeneratorT], why: WeightSyncError) -> None:
+        self._lose(member, await proved_again(self._proof, member.process, why))
 
     async def _replace(self, member: Member[GeneratorT], error: Exception) -> None:
         await self._end(member)

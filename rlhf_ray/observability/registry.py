@@ -97,6 +97,8 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
      "in the run's folder."),
     ("timing_s/save", "s", _SUM,
      "Wall time of writing an earlier iteration's commit to the run's folder, beside this one."),
+    ("timing_s/keep", "s", _SUM,
+     "Wall time of keeping a batch for a replay, beside what follows its learning."),
     ("timing_s/eval", "s", _SUM, "Wall time of the held-out evaluation before this iteration."),
     ("timing_s/sync", "s", _SUM,
      "Wall time of publishing the adapter and proving that it is served."),

@@ -41,6 +41,7 @@ _NOT_ALWAYS: Mapping[str, str] = {
     "loss/kl_avg": "where ppo.kl_in is loss",
     "eval/gold": "where the data has a gold score",
     "timing_s/eval": "after an evaluation",
+    "timing_s/keep": "with run.keep_batches",
     "timing_s/save": "where a commit was written meanwhile",
     "data/skipped": "where prompts were discarded",
     "lost_s/<cause>": "where time was lost",

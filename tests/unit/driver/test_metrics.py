@@ -139,6 +139,7 @@ def test_a_run_in_numbers() -> None:
         "adapter_version": 7,
         "best_eval_score": 6.5,
         "guards": {
+            "mismatch": 0,
             "repetition": 0,
             "negative_kl": 0,
             "ratio": 2,  # iterations

@@ -1,6 +1,7 @@
 """Tests of the mismatch bound: which shards count as sampled from the policy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,3 +127,59 @@ class TestRoundedEngines:
             guard.check([shard(0.102, 10_000)])
         with pytest.raises(WeightSyncError, match="nan"):
             guard.check([shard(math.nan, 1)])
+
+
+def by(name: str, mean: float, num_tokens: int = 64, index: int = 0) -> ScoredShard:
+    """A shard that a generator sampled."""
+    scored = shard(mean, num_tokens, index)
+    return replace(scored, shard=replace(scored.shard, generator=name))
+
+
+class TestCalibrationWithOneFaultyGenerator:
+    @pytest.mark.parametrize("exact", [True, False])
+    @pytest.mark.parametrize(
+        ("faulty", "honest"),
+        [(1, 7), (4, 4), (7, 3)],  # shards: the last, because a generator may be the faster one
+    )
+    @pytest.mark.parametrize("wrong", [4e-3, 0.5, math.nan, math.inf])
+    def test_it_does_not_move_the_bound(
+        self, exact: bool, faulty: int, honest: int, wrong: float
+    ) -> None:
+        usual = 2e-5 if exact else 4e-3
+        wrong = wrong if exact else 100 * wrong
+        good = [by(f"generator-{1 + i % 2}", usual, index=i) for i in range(honest)]
+        bad = [by("generator-0", wrong, index=honest + i) for i in range(faulty)]
+        guard, alone = MismatchGuard(exact), MismatchGuard(exact)
+        found = guard.find([*bad, *good])
+        alone.check(good)
+        assert guard.bound == alone.bound == pytest.approx(10 * usual)
+        assert found is not None
+        assert found.generators == {"generator-0"}
+        assert [scored.shard.info.index for scored in found.shards] == [
+            honest + i for i in range(faulty)
+        ]
+        assert "generator-0 did not sample from the policy" in str(found.error)
+
+    def test_a_wrong_shard_of_an_honest_generator_does_not_either(self) -> None:
+        guard = MismatchGuard(True)
+        found = guard.find([by("a", 2e-5, index=0), by("a", 4e-3, index=1), by("a", 2e-5, index=2)])
+        assert guard.bound == pytest.approx(2e-4)
+        assert found is not None
+        assert [scored.shard.info.index for scored in found.shards] == [1]
+
+    def test_honest_generators_set_the_bound_that_all_their_tokens_do(self) -> None:
+        means = [(1e-4, 10), (3e-4, 30), (2e-4, 50), (8e-4, 7)]
+        batch = [by(f"g{i % 2}", mean, n, i) for i, (mean, n) in enumerate(means)]
+        guard = MismatchGuard(True)
+        assert guard.find(batch) is None
+        total = sum(mean * n for mean, n in means)
+        assert guard.bound == 10 * (total / sum(n for _, n in means))
+
+
+def test_short_shards_are_joined_by_generator() -> None:
+    """Each alone might be honest; together those of one are not, and only it is named."""
+    batch = [by(f"g{i % 4}", 0.3 if i % 4 == 2 else 0.01, 1, i) for i in range(128)]
+    found = MismatchGuard(False, bound=0.1).find(batch)
+    assert found is not None
+    assert found.generators == {"g2"}
+    assert len(found.shards) == 32

@@ -229,3 +229,69 @@ async def test_one_that_dies_while_it_is_late_is_started_again(
     await settle()
     assert elastic.pool.report().restarts == 1
     assert [status.version for status in elastic.pool.statuses()] == [2, 2]
+
+
+class TestReplacement:
+    """Of a generator whose samples were not the policy's."""
+
+    async def test_it_is_proved_again_then_ended_and_comes_back(self) -> None:
+        elastic = Elastic(2)
+        await elastic.begin()
+        elastic.pool.replace({"generator-1"}, WRONG)
+        assert elastic.states() == {"generator-0": "ready", "generator-1": "stale"}
+        await settle()
+        assert elastic.processes.ended == ["generator-1"]
+        assert elastic.processes.log[-4:] == [
+            ("prove", "generator-1"),
+            ("start", "generator-1"),
+            ("prove", "generator-1"),
+            ("publish 0", "generator-1"),
+        ]
+        assert elastic.states() == {"generator-0": "ready", "generator-1": "ready"}
+        assert elastic.pool.report().restarts == 1
+        assert any("else. The proof, made again, passed" in line for line in elastic.told)
+
+    async def test_what_the_proof_finds_is_said(self) -> None:
+        elastic = Elastic(2)
+        await elastic.begin()
+        elastic.processes.faults["prove", "generator-1"] = [WeightSyncError("it moves by 0")]
+        elastic.pool.replace({"generator-1"}, WRONG)
+        await settle()
+        assert any("made again, failed: it moves by 0" in line for line in elastic.told)
+
+    async def test_its_shards_go_to_others_before_the_proof(self) -> None:
+        """A probe adapter is in its engine then: it must sample nothing that is learnt."""
+        elastic = Elastic(2)
+        batch = await elastic.begin(1, 1, 1, 1)
+        gate = elastic.processes.gates["prove", "generator-1"] = asyncio.Event()
+        elastic.pool.replace({"generator-1"}, WRONG)
+        await settle()
+        assert elastic[1].holds == []
+        await elastic.answer_all()
+        await batch
+        assert sorted(elastic.done) == [(index, "generator-0") for index in range(4)]
+        gate.set()
+        await settle()
+        assert elastic.states()["generator-1"] == "ready"
+
+    async def test_without_restarts_left_the_others_go_on(self) -> None:
+        elastic = Elastic(2, max_restarts=0)
+        await elastic.begin()
+        elastic.pool.replace({"generator-1"}, WRONG)
+        await settle()
+        assert elastic.states() == {"generator-0": "ready", "generator-1": "dead"}
+
+    async def test_where_none_would_be_left_its_error_is_raised(self) -> None:
+        elastic = Elastic(1, max_restarts=0)
+        await elastic.begin()
+        with pytest.raises(WeightSyncError, match="it serves something else"):
+            elastic.pool.replace({"generator-0"}, WRONG)
+        assert elastic.states() == {"generator-0": "ready"}
+
+    async def test_one_that_has_left_is_nobody(self) -> None:
+        elastic = Elastic(2)
+        await elastic.begin()
+        elastic.pool.scale_to(1)
+        await settle()
+        elastic.pool.replace({"generator-1"}, WRONG)
+        assert elastic.states() == {"generator-0": "ready"}
