@@ -1,7 +1,7 @@
 """The living nodes of the cluster that Ray is connected to, and a function call on each."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -11,6 +11,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_ray.errors import RlhfError
+from rlhf_ray.stacks import stacks_of
 
 T = TypeVar("T")
 
@@ -75,6 +76,22 @@ def on_nodes(
         _answer(node, reference, max(0.0, deadline - time.monotonic()), timeout_s)
         for node, reference in zip(nodes, references, strict=True)
     ]
+
+
+def actor_stacks(timeout_s: float) -> dict[str, str]:
+    """Return the stacks of every living actor of this job, by name, each read on its node."""
+    job = ray.get_runtime_context().get_job_id()
+    names: dict[str, dict[int, str]] = defaultdict(dict)
+    for actor in ray._private.state.actors().values():  # type: ignore[attr-defined]
+        if actor["JobID"] == job and actor["State"] != "DEAD" and actor["Pid"]:
+            names[actor["Address"]["NodeID"]][actor["Pid"]] = actor["Name"] or actor["ActorID"]
+    nodes = [node for node in alive_nodes() if node.node_id in names]
+    answers = on_nodes(nodes, stacks_of, [(list(names[n.node_id]),) for n in nodes], timeout_s)
+    return {
+        name: answer.value[pid] if answer.value else f"Its node {answer.problem}\n"
+        for answer in answers
+        for pid, name in names[answer.node.node_id].items()
+    }
 
 
 def _answer(

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray._private.ray_constants import LOG_PREFIX_ACTOR_NAME
 
+from rlhf_ray import stacks
 from rlhf_ray.cluster.life_signs import STARTING, LifeSigns
 from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
 from rlhf_ray.observability.phases import report
@@ -51,6 +52,7 @@ def titled(role_class: type) -> type:
 
     class Titled(role_class):
         def __init__(self, name: str, *args: Any) -> None:
+            stacks.register()
             is_actor = ray.is_initialized()  # else asking for the id would start a cluster
             signs = LifeSigns(ray.get_runtime_context().get_actor_id() if is_actor else None)
             record = None

@@ -108,6 +108,23 @@ class LossSpikeGuard(Guard):
     )
 
 
+class StallGuard(Section):
+    """Detects a run that no longer commits; it keeps a stack of every process in stacks/."""
+
+    factor: float = changeable(
+        10.0,
+        unit="–",
+        ge=0,
+        description="Longest time without a commit, as a multiple of the median iteration; 0: off.",
+    )
+    min_s: float = changeable(
+        120.0, unit="seconds", ge=0, description="Least such time, however short the iterations."
+    )
+    first_s: float = changeable(
+        1800.0, unit="seconds", gt=0, description="Such time before the first iteration is done."
+    )
+
+
 class GuardsConfig(Section):
     """Detectors of trouble in PPO. Each warning goes to ppo/warnings.jsonl and the report."""
 
@@ -118,6 +135,7 @@ class GuardsConfig(Section):
         NonFiniteGuard(), description="Losses and gradients that are not finite."
     )
     loss_spike: LossSpikeGuard = fixed(LossSpikeGuard(), description="Loss spikes.")
+    stall: StallGuard = fixed(StallGuard(), description="Runs that hang.")
     remind_every: int = changeable(
         20,
         unit="iterations",

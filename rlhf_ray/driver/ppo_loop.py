@@ -79,7 +79,7 @@ class PpoLoop:
         self._parts = parts
         self._state = state
         self._ledger = Ledger(state)
-        self._time = UsefulTime(parts.recorder.outages, state, parts.recorder.seen_at)
+        self.time = UsefulTime(parts.recorder.outages, state, parts.recorder.seen_at)
         bound = config.rollout.max_gap or state.gap_bound
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
         kept_in = None if config.run.keep_batches == "none" else FOLDER
@@ -141,20 +141,20 @@ class PpoLoop:
         proof = await self._parts.sync.proof()
         await self._droppable.wait(self._roles.generators.prove(proof))
         await self._droppable.wait(self._publish())
-        self._time.ready()
+        self.time.ready()
         if self._evaluation_is_due():
             await self._droppable.wait(self._evaluate())
         while not self._at_end:
             await self._iterate()
         if self._droppable.is_dropped and self._state.iteration < config.ppo.iterations:
             raise asyncio.CancelledError
-        self._time.stopped()
+        self.time.stopped()
         self._state = replace(self._state, **self._generators_so_far())
         recorder = self._recorder
         summary = run_summary(recorder.history(), asdict(self._state), recorder.warnings())
         return summary | {
             "ledger": self._ledger.counts(),
-            **self._time.summary(self._state.generator_restarts),
+            **self.time.summary(self._state.generator_restarts),
             "stopped": self._state.iteration < config.ppo.iterations,
             "peak_memory_bytes": await self._roles.peak_memory(),
         }
@@ -268,7 +268,7 @@ class PpoLoop:
             iteration=draw.batch,
             version=version,
             **self._ledger.settle(draw, version, is_learnt=is_learnt),
-            **self._time.settle(time.time(), is_learnt=is_learnt),
+            **self.time.settle(time.time(), is_learnt=is_learnt),
             **self._generators_so_far(),
             kl_coef=self._kl.coef,
             kl_coef_from=self._config.ppo.kl_coef,
@@ -289,7 +289,7 @@ class PpoLoop:
 
     def _show_commit(self) -> None:
         counts = {f"ledger/{name}": num for name, num in self._ledger.counts().items()}
-        self._recorder.committed({**counts, "effective_time_ratio": self._time.ratio})
+        self._recorder.committed({**counts, "effective_time_ratio": self.time.ratio})
 
     async def _publish(self) -> None:
         adapter = await self._roles.policy.adapter(self._state.version)

@@ -88,6 +88,10 @@ class Recorder:
         now = {"commit/time": time.time()}
         self._live.log(self._iteration, {**now, **restarts, **lost_s, **account})
 
+    def stalled(self, is_stalled: bool) -> None:
+        """Show whether the watchdog misses a commit."""
+        self._live.log(self._iteration, {"commit/stalled": float(is_stalled)})
+
     def generators(self, report: GeneratorsReport, names: Collection[str]) -> None:
         """Show the number of generators now; stop showing those that are not among ``names``."""
         counts = {"generators/ready": report.ready, "generators/target": report.target}

@@ -1,7 +1,7 @@
 """The tables that `rlhf-ray list` and `rlhf-ray status` print."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from rich.console import Group
@@ -46,6 +46,7 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
         ("run", f"{status.name} in {status.folder}"),
         ("state", f"{status.state}, reported {age} ago"),
         ("message", status.message),
+        ("stalled", status.stalled),
         ("stage", status.stage),
         ("progress", status.progress),
         ("ETA", None if status.eta_s is None else clock_time(status.eta_s)),
@@ -53,8 +54,18 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
         ("kl", _number(status.kl)),
         ("version", None if status.version is None else str(status.version)),
         ("s/iteration", _number(status.seconds_per_iteration)),
+        ("restarts", _counts(status.restarts or {})),
+        ("useful time", _share(status.effective_time_ratio)),
     ]
     return [(name, text) for name, text in facts if text is not None]
+
+
+def _counts(numbers: Mapping[str, int]) -> str | None:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items()) or None
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1%}"
 
 
 def _number(value: float | None) -> str | None:

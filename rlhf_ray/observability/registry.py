@@ -132,6 +132,9 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
      "Share of the time in which an actor was busy. Only in Ray's metrics."),
     ("commit/time", "s", _LAST,
      "Unix time of the last commit, or of the start. Only in Ray's metrics."),
+    ("commit/stalled", "1", _LAST,
+     "1 while nothing has been committed for longer than guards.stall allows; the stacks of all "
+     "processes are then in stacks/ of the run's folder. Only in Ray's metrics."),
     ("effective_time_ratio", "share", _TOTAL,
      "Useful over wall seconds, over all processes of the run. Useful is the time of iterations "
      "whose commit lasted; the rest is lost: iterations redone after a crash or rolled back, the "

@@ -13,7 +13,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -95,6 +95,12 @@ class RunStatus:
     """Adapter version that is served."""
     seconds_per_iteration: FiniteFloat | None = None
     """Mean over this process's iterations except the first."""
+    restarts: Mapping[str, int] | None = None
+    """Restarts by role, over all processes of the run."""
+    effective_time_ratio: FiniteFloat | None = None
+    """Useful over wall seconds, over all processes of the run."""
+    stalled: str | None = None
+    """What the watchdog says about a run that no longer commits; None while it does."""
     generators: tuple[GeneratorStatus, ...] = ()
     """The state of each generator."""
     updated: FiniteFloat = 0.0

@@ -8,6 +8,7 @@ its model runners have; `versions` holds what differs.
 """
 
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from typing import Any, TypedDict
@@ -20,9 +21,13 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
+from rlhf_ray import stacks
 from rlhf_ray.engines.served_adapters import TensorDict, digest
 from rlhf_ray.engines.vllm import versions
 from rlhf_ray.models.folders import safetensors_files
+
+if multiprocessing.parent_process() is not None:  # the engine's process has no hook of its own
+    stacks.register()
 
 _PREFIX = "base_model.model."
 ADAPTER_ID = 1

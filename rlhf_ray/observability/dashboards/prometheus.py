@@ -48,7 +48,8 @@ def alert_rules(bounds: Bounds) -> dict[str, object]:
             "critical",
             "{{ $labels.run }} has not committed for {{ $value | humanizeDuration }}",
             "An iteration takes long or an actor hangs: its process titles show which one, and in "
-            "which phase. A call fails by itself after cluster.call_timeout_s.",
+            "which phase; stacks/ in the run's folder shows where. A call fails by itself after "
+            "cluster.call_timeout_s.",
         ),
         _rule(
             "RlhfKlHigh",

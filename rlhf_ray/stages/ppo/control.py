@@ -42,6 +42,8 @@ async def controlled(
             kl=bar.values.get("kl"),
             version=loop.state.version,
             seconds_per_iteration=bar.seconds_per_unit,
+            restarts=dict(recorder.outages.restarts),
+            effective_time_ratio=loop.time.ratio,
             generators=tuple(generators.statuses()),
         )
 

@@ -35,6 +35,7 @@ from rlhf_ray.runs.datasets import ppo_prompts
 from rlhf_ray.runs.folder import RunFolder, located_function
 from rlhf_ray.stages.ppo.control import controlled
 from rlhf_ray.stages.ppo.roles import ppo_roles
+from rlhf_ray.stages.ppo.watchdog import watched
 
 
 def run(config: Config) -> dict[str, object]:
@@ -65,9 +66,7 @@ def run(config: Config) -> dict[str, object]:
             config, policy_model, reward_model, critic_model, recorder, progress.say
         ) as roles:
             await _restore(roles, saved)
-            progress.say(
-                "ppo: all roles are ready; verifying that generators serve the adapter they receive"
-            )
+            progress.say("ppo: all roles are ready; verifying that generators serve their adapter")
             parts = LoopParts(
                 config=config,
                 roles=roles,
@@ -83,7 +82,8 @@ def run(config: Config) -> dict[str, object]:
             )
             loop = PpoLoop(parts)
             async with controlled(folder.path, loop, roles.generators, bar, recorder, progress.say):
-                return await loop.run()
+                with watched(config, folder.path, loop, recorder, progress.say):
+                    return await loop.run()
 
     try:
         with progress.stage("ppo", config.ppo.iterations, "iteration", done=state.iteration) as bar:

@@ -45,7 +45,8 @@ tests:
               summary: stuck has not committed for 32m 0s
               description: >-
                 An iteration takes long or an actor hangs: its process titles show which one, and in
-                which phase. A call fails by itself after cluster.call_timeout_s.
+                which phase; stacks/ in the run's folder shows where. A call fails by itself after
+                cluster.call_timeout_s.
       - {eval_time: 35m, alertname: RlhfKlHigh}
       - eval_time: 37m
         alertname: RlhfKlHigh

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +21,7 @@ from rlhf_ray.types import GeneratorsReport, GeneratorStatus
 class Loop:
     state: RunState
     stops: int = 0
+    time: Any = field(default_factory=lambda: SimpleNamespace(ratio=0.75))
 
     def request_stop(self) -> None:
         self.stops += 1
@@ -44,6 +46,7 @@ class Watcher:
     """Stands in for the recorder, which shows the state of the generators."""
 
     seen: list[tuple[int, int, list[str]]] = field(default_factory=list)
+    outages: Any = field(default_factory=lambda: SimpleNamespace(restarts={"policy": 2}))
 
     def generators(self, report: GeneratorsReport, names: list[str]) -> None:
         self.seen.append((report.ready, report.target, names))
@@ -78,6 +81,7 @@ async def test_status_is_written_and_each_request_carried_out_once(
     assert (status.reward, status.kl) == (0.25, 1.5)
     assert status.seconds_per_iteration == 2.0  # the second iteration, from 10 s to 12 s
     assert status.generators == tuple(pool.statuses())
+    assert (status.restarts, status.effective_time_ratio) == ({"policy": 2}, 0.75)
     assert pool.asked == [3, 2, 2], "each request is carried out once"
     assert loop.stops > 0
     assert watcher.seen[0] == watcher.seen[-1] == (1, 2, ["generator-0"])

@@ -1,0 +1,78 @@
+"""The watchdog fires once where a run stalls, by the run's own pace."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.config.guards import StallGuard
+from rlhf_ray.stages.ppo.watchdog import Watchdog, keep_stacks
+
+
+class Run:
+    def __init__(self, guard: StallGuard, pace: tuple[float, ...] = ()) -> None:
+        self.now, self.iteration = 100.0, 7
+        self.kept = 0
+        self.reports: list[str] = []
+        self.watchdog = Watchdog(
+            guard,
+            pace,
+            lambda: self.iteration,
+            self.keep,
+            lambda text, _: self.reports.append(text),
+            lambda: self.now,
+        )
+
+    def keep(self) -> Path:
+        self.kept += 1
+        return Path("run/stacks/now")
+
+    def look_after(self, seconds: float) -> None:
+        self.now += seconds
+        self.watchdog.look()
+
+
+def test_a_run_that_stalls_is_reported_once_and_again_after_it_went_on() -> None:
+    run = Run(StallGuard(factor=3, min_s=0), pace=(20.0, 10.0, 12.0))
+    run.look_after(36.0)
+    assert run.reports == []
+    run.look_after(1.0)
+    run.look_after(100.0)
+    (text,) = run.reports
+    assert "for 37 s" in text
+    assert "usually takes 12 s, and the bound is 36 s" in text
+    assert "run/stacks/now" in text
+    run.iteration += 1
+    run.look_after(1.0)
+    assert run.reports == [text, ""]
+    assert run.watchdog.bound_s == 3 * 16.0, "the pace follows the run"
+    run.look_after(49.0)
+    assert (len(run.reports), run.kept) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("guard", "pace", "bound_s"),
+    [
+        (StallGuard(), (60.0,), 600.0),
+        (StallGuard(), (2.0,), 120.0),
+        (StallGuard(), (), 1800.0),
+        (StallGuard(min_s=3600), (), 3600.0),
+    ],
+)
+def test_the_bound_follows_from_the_pace_and_has_a_floor(
+    guard: StallGuard, pace: tuple[float, ...], bound_s: float
+) -> None:
+    assert Run(guard, pace).watchdog.bound_s == bound_s
+
+
+async def test_the_drivers_stacks_name_what_its_loop_waits_for(tmp_path: Path) -> None:
+    async def waits_for_nobody() -> None:
+        await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(waits_for_nobody())
+    running = asyncio.get_running_loop()
+    folder = await asyncio.to_thread(keep_stacks, tmp_path / "stacks", running)
+    task.cancel()
+    text = (folder / "driver.txt").read_text()
+    assert "waits_for_nobody" in text
+    assert "keep_stacks" in text, "threads are there as well"
