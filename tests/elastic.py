@@ -8,6 +8,7 @@ from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import ActorFailure
 from rlhf_ray.generators.pool import GeneratorPool
+from rlhf_ray.observability.outages import Outages
 from rlhf_ray.types import (
     AdapterUpdate,
     Prompt,
@@ -143,6 +144,7 @@ class Elastic:
         """What the pool's clock shows, seconds."""
         self.processes = Processes()
         self.told: list[str] = []
+        self.outages = Outages()
         settings = GeneratorsConfig(
             num=num,
             min_ready=min_ready,
@@ -161,6 +163,7 @@ class Elastic:
             self.told.append,
             first_wait_s=0.0,
             clock=lambda: self.now,
+            outages=self.outages,
         )
         self.done: list[tuple[int, str]] = []
         """(shard, who sampled it), as they came."""

@@ -29,6 +29,8 @@ ASYNC_CONCURRENCY = 32
 """Concurrent calls of a role whose methods are async."""
 REQUEST_INTERVAL_S = 30.0
 """Interval between two requests for the same nodes, while the cluster lacks capacity."""
+FREE_WITHIN_S = 1.0
+"""A placement that takes longer has waited for others to leave, or for nodes."""
 END_TIMEOUT_S = 20.0
 """Time for a worker to free its resources before its actor is killed."""
 
@@ -95,11 +97,14 @@ class RoleSpawner:
         if not self._on_ray:
             return
         self._request_capacity()
+        began_s = time.monotonic()
         try:
             await self._placement.reserve(demands)
         except BaseException:
             self._release_capacity()
             raise
+        if (waited_s := time.monotonic() - began_s) > FREE_WITHIN_S:
+            self.outages.lost("driver", "placement", waited_s)
 
     async def await_capacity(self, demands: Sequence[Demand]) -> None:
         """Wait until the cluster has GPUs for all workers, whoever uses them; reserve nothing.

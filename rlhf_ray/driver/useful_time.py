@@ -91,5 +91,6 @@ class UsefulTime:
         return {
             "restarts": dict.fromkeys(ROLES, 0) | counted,
             "effective_time_ratio": self.ratio,
+            "seconds_useful": self._useful_s,
             "seconds_lost": dict(self._outages.lost_s),
         }

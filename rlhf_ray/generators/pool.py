@@ -33,6 +33,7 @@ from rlhf_ray.generators.member import (
     until_late,
 )
 from rlhf_ray.generators.queue import NOTHING_YET
+from rlhf_ray.observability.outages import Outages
 from rlhf_ray.roles import Proof
 from rlhf_ray.types import (
     AdapterUpdate,
@@ -58,6 +59,7 @@ class GeneratorPool(Generic[GeneratorT]):
         say: Callable[[str], None] = lambda _: None,
         first_wait_s: float = FIRST_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
+        outages: Outages | None = None,
     ) -> None:
         """
         Args:
@@ -69,7 +71,10 @@ class GeneratorPool(Generic[GeneratorT]):
             say: prints a line for each change.
             first_wait_s: wait before a generator's first restart.
             clock: in seconds.
+            outages: counts restarts, and the time in which no generator was ready.
         """
+        self._outages = outages or Outages()
+        self._none_since: float | None = None
         self._members = [Member(client.name, client) for client in first]
         self._num_named = len(first)
         self._factory = factory
@@ -273,6 +278,9 @@ class GeneratorPool(Generic[GeneratorT]):
 
     def _admit(self, member: Member[GeneratorT]) -> None:
         member.change_to("ready")
+        if self._none_since is not None:
+            self._outages.lost("generator", "none ready", time.monotonic() - self._none_since)
+            self._none_since = None
         self._dispatch.hand_out()
 
     # How a generator fails or leaves.
@@ -286,6 +294,8 @@ class GeneratorPool(Generic[GeneratorT]):
         # not be among them.
         self._change(member, "suspect", self._replace(member, error))
         self._dispatch.hand_back(member)
+        if self._none_since is None and not self._dispatch.ready():
+            self._none_since = time.monotonic()
 
     async def _prove_again(self, member: Member[GeneratorT], why: WeightSyncError) -> None:
         self._lose(member, await proved_again(self._proof, member.process, why))
@@ -301,6 +311,8 @@ class GeneratorPool(Generic[GeneratorT]):
                 return
             self._restarts += 1
             member.restarts += 1
+            is_wrong = isinstance(error, WeightSyncError)
+            self._outages.restarted("generator", "wrong adapter" if is_wrong else "failed", 0.0)
         member.change_to("restarting")
         self._end_without_any()
         await asyncio.sleep(member.next_wait_s(self._first_wait_s))

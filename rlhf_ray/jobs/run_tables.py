@@ -46,7 +46,6 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
         ("run", f"{status.name} in {status.folder}"),
         ("state", f"{status.state}, reported {age} ago"),
         ("message", status.message),
-        ("stalled", status.stalled),
         ("stage", status.stage),
         ("progress", status.progress),
         ("ETA", None if status.eta_s is None else clock_time(status.eta_s)),

@@ -48,6 +48,8 @@ class RunFiles:
     """ppo/completions.jsonl."""
     warnings: Sequence[Record]
     """ppo/warnings.jsonl, written by the guards."""
+    outages: Sequence[Record]
+    """ppo/outages.jsonl: restarts and lost time, over all processes of the run."""
     samples: Sequence[Record]
     """evaluate/samples.jsonl."""
     instructions: Sequence[Record]
@@ -123,6 +125,7 @@ def read(run_dir: Path) -> RunFiles:
         evaluations=lines("ppo/eval.jsonl"),
         completions=lines("ppo/completions.jsonl"),
         warnings=lines("ppo/warnings.jsonl"),
+        outages=lines("ppo/outages.jsonl"),
         samples=lines("evaluate/samples.jsonl"),
         instructions=lines("evaluate/instructions.jsonl"),
         quality={name: counted for name, path in sets.items() if (counted := record(path))},

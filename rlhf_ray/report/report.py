@@ -18,6 +18,7 @@ from rlhf_ray.models.folders import first_line
 from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.report import evaluation as report_evaluation
 from rlhf_ray.report import quality as report_quality
+from rlhf_ray.report import reliability as report_reliability
 from rlhf_ray.report import sections
 from rlhf_ray.report.data import RunFiles, number, read
 
@@ -25,6 +26,7 @@ _RECORDS = {
     "evaluations": "ppo/eval.jsonl",
     "completions": "ppo/completions.jsonl",
     "warnings": "ppo/warnings.jsonl",
+    "outages": "ppo/outages.jsonl",
     "samples": "evaluate/samples.jsonl",
     "instructions": "evaluate/instructions.jsonl",
 }
@@ -153,6 +155,7 @@ def _page(files: RunFiles) -> str:
         cards=list(_cards(files)),
         charts=sections.ppo_charts(files),
         warnings=sections.warnings(files),
+        reliability=report_reliability.reliability(files),
         supervised=sections.supervised(files),
         data=files.summaries.get("prepare", {}),
         decimals={"held-out perplexity": 2},

@@ -3,9 +3,8 @@
     driver --> status.json --> rlhf-ray status, dashboards, other drivers
     driver <-- asked.json  <-- rlhf-ray stop, scale
 
-Both are written whole. They work with and without Ray, outlive the driver, and need no process of
-their own. For a cluster, `jobs.job_server` runs this module on the driver's node as a job of a
-second: ``python -m rlhf_ray.runs.control``.
+Both are written whole, work with and without Ray, outlive the driver, and need no process of their
+own. For a cluster, `jobs.job_server` runs this module on the driver's node, as a job of a second.
 """
 
 import argparse
@@ -39,7 +38,6 @@ from rlhf_ray.types import GeneratorStatus
 
 INTERVAL_S = 1.0
 """Interval at which the driver looks for requests."""
-
 LIFE_SIGN_S = 20.0
 """Longest time between two changes of the status while its driver lives."""
 SILENT_S = 60.0
@@ -95,12 +93,6 @@ class RunStatus:
     """Adapter version that is served."""
     seconds_per_iteration: FiniteFloat | None = None
     """Mean over this process's iterations except the first."""
-    restarts: Mapping[str, int] | None = None
-    """Restarts by role, over all processes of the run."""
-    effective_time_ratio: FiniteFloat | None = None
-    """Useful over wall seconds, over all processes of the run."""
-    stalled: str | None = None
-    """What the watchdog says about a run that no longer commits; None while it does."""
     generators: tuple[GeneratorStatus, ...] = ()
     """The state of each generator."""
     updated: FiniteFloat = 0.0
@@ -108,7 +100,11 @@ class RunStatus:
     repeats: bool = False
     """Failed, by an error that the same commit leads to again."""
     message: str | None = None
-    """The job server's message about a run whose driver cannot be reached any more."""
+    """Of the watchdog, about a run that hangs; of the job server, about a driver out of reach."""
+    restarts: Mapping[str, int] | None = None
+    """Restarts by role, over all processes of the run."""
+    effective_time_ratio: FiniteFloat | None = None
+    """Useful over wall seconds, over all processes of the run."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunStatus":
@@ -342,13 +338,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         files = ControlFiles(run_folder_of_job(args.job))
-        status = files.status()
+        answer = {"status": asdict(files.status())}
         if args.stop or args.generators is not None:
             files.request(stop=args.stop, num_generators=args.generators)
     except ConfigError as error:
-        print(json.dumps({"error": str(error)}))
-        return
-    print(json.dumps({"status": asdict(status)}))
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -316,7 +316,14 @@ def _last_rollout(events: list[Any]) -> list[Any]:
 
 
 def _without_times(summary: dict[str, Any]) -> dict[str, Any]:
-    times = ("seconds", "seconds_lost", "episodes_per_s", "effective_time_ratio", "restarts")
+    times = (
+        "seconds",
+        "seconds_lost",
+        "seconds_useful",
+        "episodes_per_s",
+        "effective_time_ratio",
+        "restarts",
+    )
     return {k: v for k, v in summary.items() if k not in times}
 
 

@@ -64,4 +64,12 @@ def spawn_generators(
     """Make the pool of generators over a base model, not started; ``autoscale`` may resize it."""
     factory = GeneratorFactory(spawner, config, base)
     first = [factory.spawn(f"generator-{i}") for i in range(config.generators.num)]
-    return GeneratorPool(first, factory, publish_to, config.generators, autoscale, say)
+    return GeneratorPool(
+        first,
+        factory,
+        publish_to,
+        config.generators,
+        autoscale,
+        say,
+        outages=spawner.outages,
+    )

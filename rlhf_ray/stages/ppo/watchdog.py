@@ -81,12 +81,16 @@ class Watchdog:
                 self._report("", {})
         elif waited_s > self.bound_s and not self._is_stalled:
             self._is_stalled = True
-            folder = self._keep()
+            where: object
+            try:
+                where = self._keep()
+            except OSError as error:
+                where = f"no folder ({error.strerror or error})"
             usual = f"{median(self._pace):.3g} s" if self._pace else "an unknown time"
             self._report(
                 f"Nothing was committed for {waited_s:.0f} s; an iteration usually takes {usual}, "
                 f"and the bound is {self.bound_s:.0f} s (guards.stall). The stacks of all "
-                f"processes are in {folder}: look for what they wait for. The run continues; a "
+                f"processes are in {where}: look for what they wait for. The run continues; a "
                 "call that hangs fails by its own deadline",
                 {"waited_s": waited_s, "bound_s": self.bound_s},
             )
@@ -102,7 +106,7 @@ def watched(
 
     def report(text: str, numbers: dict[str, float]) -> None:
         recorder.stalled(bool(text))
-        files.update(stalled=text or None)
+        files.update(message=text or None)
         if text:
             iteration = loop.state.iteration
             recorder.warning(

@@ -37,6 +37,7 @@ class Run:
     def account(self) -> dict[str, Any]:
         summary = self.time.summary(0)
         assert {r: n for r, n in summary.pop("restarts").items() if n} == self.outages.restarts
+        assert summary.pop("seconds_useful") >= self.state.useful_s
         return summary
 
 

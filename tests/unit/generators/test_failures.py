@@ -34,6 +34,8 @@ async def test_the_prompts_of_a_dead_one_are_sampled_by_others_and_it_comes_back
     ]
     report = elastic.pool.report()
     assert (report.restarts, report.samples_requeued) == (1, 2)
+    assert elastic.outages.restarts == {"generator": 1}
+    assert elastic.outages.lost_s == {}, "the other one went on"
 
 
 async def test_an_answer_at_the_moment_of_death_is_dropped() -> None:
@@ -54,6 +56,7 @@ async def test_the_only_one_is_waited_for() -> None:
     await batch
     assert sorted(index for index, _ in elastic.done) == [0, 1, 2]
     assert len(elastic.processes.started) == 2
+    assert list(elastic.outages.lost_s) == ["generator: none ready"]
 
 
 async def test_death_during_a_publication_leaves_the_others_and_starts_it_anew() -> None:

@@ -26,6 +26,8 @@ def test_a_status_shows_every_known_field() -> None:
     status = RunStatus(
         *("mine", "/mnt/mine", "running", "ppo", "12/40 iterations", 96.8),
         *(12, 40, 0.5123, 1.25, 12, 3.456, generators, time.time() - 2),
+        restarts={"policy": 1, "generator": 2},
+        effective_time_ratio=0.9312,
     )
     assert shown(status_table(status)) == [
         "run mine in /mnt/mine",
@@ -37,6 +39,8 @@ def test_a_status_shows_every_known_field() -> None:
         "kl 1.25",
         "version 12",
         "s/iteration 3.46",
+        "restarts policy 1, generator 2",
+        "useful time 93.1%",
         "generator state version restarts",
         "generator-0 ready 12 1",
         "generator-1 starting - 0",

@@ -1,12 +1,19 @@
 """The watchdog fires once where a run stalls, by the run's own pace."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from rlhf_ray.config import resolve
 from rlhf_ray.config.guards import StallGuard
-from rlhf_ray.stages.ppo.watchdog import Watchdog, keep_stacks
+from rlhf_ray.driver.checkpoint import RunState
+from rlhf_ray.runs.control import ControlFiles
+from rlhf_ray.stages.ppo import watchdog
+from rlhf_ray.stages.ppo.watchdog import Watchdog, keep_stacks, watched
 
 
 class Run:
@@ -76,3 +83,39 @@ async def test_the_drivers_stacks_name_what_its_loop_waits_for(tmp_path: Path) -
     text = (folder / "driver.txt").read_text()
     assert "waits_for_nobody" in text
     assert "keep_stacks" in text, "threads are there as well"
+
+
+async def test_a_run_that_hangs_is_in_its_warnings_and_status_until_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "INTERVAL_S", 0.01)
+    files = ControlFiles(tmp_path)
+    files.open("mine")
+    stall = {"factor": 1, "min_s": 0, "first_s": 0.05}
+    config = resolve({"run": {"dir": str(tmp_path)}, "guards": {"stall": stall}})
+    loop: Any = SimpleNamespace(state=RunState(iteration=3))
+    shown: list[bool] = []
+    warnings: list[dict[str, Any]] = []
+    recorder: Any = SimpleNamespace(
+        history=list, stalled=shown.append, warning=lambda record: warnings.append(record)
+    )
+    told: list[str] = []
+
+    async def until(is_so: Callable[[], object]) -> None:
+        async with asyncio.timeout(10):
+            while not is_so():
+                await asyncio.sleep(0.01)
+
+    with watched(config, tmp_path, loop, recorder, told.append):
+        await until(lambda: told)
+        text = files.status().message or ""
+        loop.state = RunState(iteration=4)
+        await until(lambda: files.status().message is None)
+    assert text.startswith("Nothing was committed for")
+    assert shown[:2] == [True, False]
+    assert (warnings[0]["iteration"], warnings[0]["guard"]) == (3, "stall")
+    assert next((tmp_path / "stacks").iterdir()).joinpath("driver.txt").is_file()
+    config = resolve({"run": {"dir": str(tmp_path)}, "guards": {"stall": stall | {"factor": 0}}})
+    with watched(config, tmp_path, loop, recorder, told.append):
+        await asyncio.sleep(0.1)
+    assert len(told) == len(warnings), "0 switches it off"
