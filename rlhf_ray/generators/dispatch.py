@@ -16,9 +16,10 @@ from functools import partial
 from typing import Generic
 
 from rlhf_ray.config.rollout import GeneratorsConfig
-from rlhf_ray.errors import ActorFailure
+from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.generators.member import GeneratorT, Member, cancel
 from rlhf_ray.generators.queue import IdleTimes, ShardQueue
+from rlhf_ray.observability.outages import Outages
 from rlhf_ray.types import IdleShares, Shard, ShardRequest
 
 LOOK_S = 1.0
@@ -64,6 +65,7 @@ class Dispatch(Generic[GeneratorT]):
         settings: GeneratorsConfig,
         lose: Callable[[Member[GeneratorT], ActorFailure], None],
         clock: Callable[[], float] = time.monotonic,
+        outages: Outages | None = None,
     ) -> None:
         """
         Args:
@@ -71,7 +73,10 @@ class Dispatch(Generic[GeneratorT]):
             settings: limits on the shards in flight, and when to issue one again.
             lose: called with a generator that has failed.
             clock: in seconds.
+            outages: counts the time in which no generator was ready after a failure.
         """
+        self._outages = outages or Outages()
+        self._none_since: float | None = None
         self._members = members
         self._settings = settings
         self._lose = lose
@@ -110,6 +115,19 @@ class Dispatch(Generic[GeneratorT]):
     def ready(self) -> list[Member[GeneratorT]]:
         """Return the generators that get shards."""
         return [member for member in self._members if member.state == "ready"]
+
+    def admit(self, member: Member[GeneratorT]) -> None:
+        """Give shards to a generator from now on."""
+        member.change_to("ready")
+        if self._none_since is not None:
+            self._outages.lost("generator", "none ready", time.monotonic() - self._none_since)
+            self._none_since = None
+        self.hand_out()
+
+    def count_restart(self, error: Exception) -> None:
+        """Count the restart of a generator; others may sample meanwhile, so it costs no time."""
+        is_wrong = isinstance(error, WeightSyncError)
+        self._outages.restarted("generator", "wrong adapter" if is_wrong else "failed", 0.0)
 
     def hand_out(self) -> None:
         """Give waiting shards to generators with free slots, the least loaded first."""
@@ -160,6 +178,8 @@ class Dispatch(Generic[GeneratorT]):
 
     def hand_back(self, member: Member[GeneratorT]) -> None:
         """Requeue what a generator holds, unless another one has it too."""
+        if self._none_since is None and not self.ready():
+            self._none_since = time.monotonic()
         for call in member.calls:
             call.cancel()
         if (batch := self._batch) is not None:

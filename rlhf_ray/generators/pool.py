@@ -73,8 +73,6 @@ class GeneratorPool(Generic[GeneratorT]):
             clock: in seconds.
             outages: counts restarts, and the time in which no generator was ready.
         """
-        self._outages = outages or Outages()
-        self._none_since: float | None = None
         self._members = [Member(client.name, client) for client in first]
         self._num_named = len(first)
         self._factory = factory
@@ -86,7 +84,7 @@ class GeneratorPool(Generic[GeneratorT]):
         self._target = len(first)
         self._proof: Proof | None = None
         self._update: AdapterUpdate | None = None
-        self._dispatch = Dispatch(self._members, settings, self._lose, clock)
+        self._dispatch = Dispatch(self._members, settings, self._lose, clock, outages)
         self._restarts = 0
         self._last_failure: Exception | None = None
         self._idle = NOTHING_YET
@@ -213,7 +211,7 @@ class GeneratorPool(Generic[GeneratorT]):
         member.change = None
         # Without a first publication there is nothing to serve: `publish` admits it then.
         if self._update is not None:
-            self._admit(member)
+            self._dispatch.admit(member)
             num_ready = len(self._dispatch.ready())
             self._say(f"{member.name} is up: {num_ready} of {self._target} generators")
 
@@ -268,20 +266,13 @@ class GeneratorPool(Generic[GeneratorT]):
         while member.serves is not self._update:
             await self._send(member)
         if member.state == "stale":  # not retired meanwhile
-            self._admit(member)
+            self._dispatch.admit(member)
 
     async def _send(self, member: Member[GeneratorT]) -> None:
         update = self._update
         assert update is not None
         await self._serve(member.process, update)
         member.serves = update
-
-    def _admit(self, member: Member[GeneratorT]) -> None:
-        member.change_to("ready")
-        if self._none_since is not None:
-            self._outages.lost("generator", "none ready", time.monotonic() - self._none_since)
-            self._none_since = None
-        self._dispatch.hand_out()
 
     # How a generator fails or leaves.
 
@@ -294,8 +285,6 @@ class GeneratorPool(Generic[GeneratorT]):
         # not be among them.
         self._change(member, "suspect", self._replace(member, error))
         self._dispatch.hand_back(member)
-        if self._none_since is None and not self._dispatch.ready():
-            self._none_since = time.monotonic()
 
     async def _prove_again(self, member: Member[GeneratorT], why: WeightSyncError) -> None:
         self._lose(member, await proved_again(self._proof, member.process, why))
@@ -311,8 +300,7 @@ class GeneratorPool(Generic[GeneratorT]):
                 return
             self._restarts += 1
             member.restarts += 1
-            is_wrong = isinstance(error, WeightSyncError)
-            self._outages.restarted("generator", "wrong adapter" if is_wrong else "failed", 0.0)
+            self._dispatch.count_restart(error)
         member.change_to("restarting")
         self._end_without_any()
         await asyncio.sleep(member.next_wait_s(self._first_wait_s))
