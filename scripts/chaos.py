@@ -99,7 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of kills")
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
     parser.add_argument("--phases", action="store_true", help="kill at the edges of phases")
-    parser.add_argument("--per-run", type=int, default=4, help="kills in a run")
+    parser.add_argument("--per-run", type=int, default=6, help="kills in a run")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "chaos")
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="begin no run that would end later than this"

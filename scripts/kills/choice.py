@@ -11,7 +11,7 @@ ROLES = ("generator", "engine", "reward", "reference", "policy", "critic", "driv
 of a node, with all that runs on it)."""
 FIRST_ITERATION = 2
 """Earliest iteration of a run's first kill."""
-GAP = 2
+GAP = 1
 """Least iterations between two kills of a run."""
 BOUNDARIES = tuple((edge, phase) for phase in PHASES for edge in EDGES)
 
@@ -39,7 +39,7 @@ class Plan:
 
     seed: int
     roles: Sequence[str] = ROLES
-    per_run: int = 4
+    per_run: int = 6
     at_boundaries: bool = False
 
     @property

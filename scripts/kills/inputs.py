@@ -40,7 +40,12 @@ def _config(folder: Path) -> dict[str, Any]:
     loopback = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     return {
         "run": {"name": "chaos", "stages": ["ppo"]},
-        "cluster": {"dashboard": False, "env": loopback},
+        "cluster": {
+            "dashboard": False,
+            "env": loopback,
+            "max_role_restarts": 100,
+            "max_group_restarts": 100,
+        },
         "placement": {"gpus": 0},
         "model": {"path": str(folder / "model"), "max_length": 128},
         "sft": {"path": str(folder / "model")},
