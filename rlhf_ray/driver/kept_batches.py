@@ -93,6 +93,8 @@ class BatchKeeper:
         self._fetch = fetch
         self._warn = warn
         self._writing: asyncio.Task[None] | None = None
+        self._next: tuple[Step, Sequence[ScoredShard]] | None = None
+        """The batch that waits until the one before it is written."""
 
     def drop_after(self, iteration: int) -> None:
         """Drop what an earlier process kept of iterations that are run again, or did not finish."""
@@ -102,15 +104,19 @@ class BatchKeeper:
             shutil.rmtree(self._folder / str(later), ignore_errors=True)
 
     async def keep(self, step: Step, batch: Sequence[ScoredShard]) -> None:
-        """Keep a batch: with a warning now, else beside what follows unless that is still busy."""
+        """Keep a batch: with a warning now, else beside what follows.
+
+        A disk that is slower than an iteration doesn't make it slower: of those that wait for it
+        the newest is kept.
+        """
         choice = self._config.run.keep_batches
         if choice == "none" or (choice == "warned" and not step.warned):
             return
-        if step.warned:
+        if step.warned or choice == "all":
             await self.written()
-        elif self._writing is not None and not self._writing.done():
-            return  # a disk that is slower than an iteration must not make it slower
-        self._writing = asyncio.ensure_future(self._keep(step, batch))
+        self._next = (step, batch)
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.ensure_future(self._keep_next())
         if step.warned:
             await self.written()
 
@@ -118,6 +124,11 @@ class BatchKeeper:
         """Wait until the batch that is being written, if any, is in the run's folder."""
         if self._writing is not None:
             await asyncio.wait([self._writing])
+
+    async def _keep_next(self) -> None:
+        while self._next is not None:
+            (step, batch), self._next = self._next, None
+            await self._keep(step, batch)
 
     async def _keep(self, step: Step, batch: Sequence[ScoredShard]) -> None:
         temporary = self._folder / f"{WRITING}{step.iteration}"

@@ -1,5 +1,6 @@
 """The guards in the loop over fakes: what is warned of, stopped, rolled back, and recorded."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,3 +241,65 @@ def test_prompts_that_come_again_are_told_once(tmp_path: Path, iterations: int, 
     assert longer.run()["guards"]["prompt_reuse"] == 1
     (record,) = warnings(longer, "prompt_reuse")
     assert record["iteration"] == 0
+
+
+def kept(harness: Harness) -> list[int]:
+    return sorted(int(path.parent.name) for path in harness.folder.glob("ppo/batches/*/batch.json"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [("none", []), ("warned", [2]), ("last", [2, 6]), ("all", [1, 2, 3, 4, 5, 6])],
+)
+def test_batches_are_kept_as_the_config_asks(
+    tmp_path: Path, choice: str, expected: list[int]
+) -> None:
+    config = make_config(tmp_path, save_every=1, eval_every=1000)
+    run = config.run.model_copy(update={"keep_batches": choice})
+    policy = _BrokenOnce(fault_at=2, loss=math.nan)
+    harness = Harness(config.model_copy(update={"run": run}), policy=policy)
+    harness.run()
+    assert kept(harness) == expected
+    (warning,) = warnings(harness, "non_finite")
+    assert warning.get("batch") == (None if choice == "none" else "batches/2")
+    for iteration in expected:
+        folder = harness.folder / "ppo" / "batches" / str(iteration)
+        values = json.loads((folder / "batch.json").read_text())
+        assert values["version"] == values["progress"]["version"] == iteration - 1
+        assert values["warned"] == (iteration == 2)
+        assert len((folder / "samples.jsonl").read_text().splitlines()) == 8
+        # The state before the step, which a rollback made that of two iterations.
+        state = (folder / "policy" / "learnt").read_text()
+        assert state == str(iteration - 1 if iteration <= 2 else iteration - 2)
+
+
+def test_the_batch_is_kept_of_an_iteration_that_ends_the_run(tmp_path: Path) -> None:
+    harness = spiking(tmp_path, "stop")
+    with pytest.raises(DivergenceError):
+        harness.run()
+    assert kept(harness) == [SPIKE]
+    # Resumed, it is run again: the records of it are those of this time.
+    resumed = spiking(tmp_path, "rollback", iterations=8)
+    resumed.run()
+    assert kept(resumed) == [SPIKE, 8]
+
+
+def test_the_newest_warned_batches_are_kept(tmp_path: Path) -> None:
+    harness = spiking(tmp_path, "off", iterations=9, scorer=FakeScorer, policy=collapsed())
+    harness.run()
+    assert len(warnings(harness, "repetition")) == 9
+    assert kept(harness) == [5, 6, 7, 8, 9]
+
+
+def test_a_batch_that_cannot_be_kept_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    harness = Harness(make_config(tmp_path, iterations=2))
+    assert harness.run()["iterations"] == 2
+    assert kept(harness) == []
+    assert [path.name for path in (tmp_path / "ppo" / "batches").iterdir()] == []
+    assert "No space left" in str(warnings(harness, "keep_batches")[0]["text"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
@@ -159,7 +160,13 @@ async def _learn(
         critic = CriticLearner("critic-0", config, folder.critic_model(), "torch")
         learners["critic"] = CriticClient([_worker(critic)], 0)
     for name, learner in learners.items():
-        await learner.load(kept.groups[name])
+        try:
+            await learner.load(kept.groups[name])
+        except SafetensorError as error:
+            raise DataError(
+                f"The {name}'s state before iteration {kept.values['iteration']} is damaged "
+                f"({error}); name another iteration"
+            ) from error
     kl_coef = kept.values["kl_coef"]
     stats, reports = await learn_from([kept.batch], learners, kl_coef, whitened=whitens(config.ppo))
     metrics = learning_metrics([kept.batch], stats, [*reports.values()], kl_coef)
