@@ -16,6 +16,8 @@ from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.types import GeneratorsReport, Rollout
 
 NUM_COMPLETIONS = 4
+BESIDE = "save"
+"""Phase that runs beside those of the next iteration, and so has its own row in the trace."""
 
 
 class Recorder:
@@ -66,7 +68,7 @@ class Recorder:
     @contextmanager
     def phase(self, name: str, iteration: int) -> Generator[None]:
         """Time a phase of an iteration, for the iteration's metrics and the trace."""
-        # A commit is saved beside the next iteration: its phase begins and ends in that one.
+        # The phase that runs beside another iteration ends in that one.
         self._iteration = max(self._iteration, iteration)
         started = unix_now()
         try:
@@ -74,7 +76,8 @@ class Recorder:
         finally:
             ended = unix_now()
             self._seconds[name] = self._seconds.get(name, 0.0) + ended - started
-            self._tracer.add("driver", name, started, ended, iteration=iteration)
+            row = "disk" if name == BESIDE else "driver"
+            self._tracer.add(row, name, started, ended, iteration=iteration)
 
     def span(self, actor: str, name: str, started: float, ended: float) -> None:
         """Record an actor's call from ``started`` to ``ended``, Unix seconds."""

@@ -233,9 +233,20 @@ def time_charts(files: RunFiles) -> list[Chart]:
 
 
 def _last_iterations(spans: Sequence[Span]) -> list[Span]:
+    """Return the spans of the last iterations; of one that a kill had repeated, the last time."""
+    begun = {
+        span.args.get("iteration"): span.start_s
+        for span in spans
+        if (span.row, span.name) == ("driver", "gen")
+    }
     numbers = sorted({span.args["iteration"] for span in spans if "iteration" in span.args})
     latest = set(numbers[-_TIMELINE_ITERATIONS:])
-    return [span for span in spans if span.args.get("iteration") in latest]
+    return [
+        span
+        for span in spans
+        if (number := span.args.get("iteration")) in latest
+        and span.start_s >= begun.get(number, 0.0)
+    ]
 
 
 def _curve(

@@ -92,3 +92,19 @@ def test_generators_are_shown_as_they_are_and_not_when_they_have_left(
         "actors/busy/generator-0",
         "actors/busy/policy-0",
     }
+
+
+def test_a_save_beside_the_next_iteration_is_a_row_of_its_own(tmp_path: Path, live: Live) -> None:
+    recorder = make(tmp_path, live)
+    save = recorder.phase("save", 1)
+    save.__enter__()
+    with recorder.phase("gen", 2):
+        save.__exit__(None, None, None)
+        recorder.span("policy-0", "logprobs", 1.0, 2.0)
+    recorder.close()
+    spans = read_spans(tmp_path / "trace.json")
+    assert [(span.row, span.name, span.args["iteration"]) for span in spans] == [
+        ("disk", "save", 1),
+        ("policy-0", "logprobs", 2),
+        ("driver", "gen", 2),
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.observability.tracing import Span
 from rlhf_ray.report import sections as report_sections
 from rlhf_ray.report.data import read
 from rlhf_ray.report.report import build, figure, verdict
@@ -256,3 +257,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, makes_folder: bool):
 )
 def test_figure(value: float | None, text: str):
     assert figure(value) == text
+
+
+def test_the_timeline_leaves_out_what_a_kill_had_repeated() -> None:
+    lost, again = [
+        [
+            Span("driver", "gen", at, at + 2, {"iteration": 3}),
+            Span("policy-0", "logprobs", at + 1, at + 2, {"iteration": 3}),
+        ]
+        for at in (10.0, 70.0)
+    ]
+    before = Span("driver", "gen", 5.0, 7.0, {"iteration": 2})
+    assert report_sections._last_iterations([before, *lost, *again]) == [before, *again]
