@@ -16,6 +16,8 @@ from rlhf_ray.config import load
 from rlhf_ray.stages import pipeline
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_before_rooms.tar.gz"
+NEWER = {"generators/reissued"}
+"""Metrics that came after that version."""
 OF_THE_CLOCK = ("timing_s/", "throughput/", "generators/idle_share")
 
 
@@ -37,7 +39,7 @@ def test_a_run_of_an_older_version_is_resumed(folder: Path) -> None:
     assert after.startswith(before), "what was learnt before stays as it was"
     (resumed,) = map(json.loads, after[len(before) :].splitlines())
     expected = json.loads((folder.parent / "expected.jsonl").read_text())
-    assert resumed.keys() == expected.keys()
+    assert resumed.keys() - NEWER == expected.keys()
     for name, value in expected.items():
         if not name.startswith(OF_THE_CLOCK):
             assert math.isclose(resumed[name], value, rel_tol=1e-4, abs_tol=1e-6), name
