@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import math
 import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -142,14 +143,15 @@ def test_a_slow_disk_gets_fewer_commits_and_a_warning(
         await run.iterate(1)
         await asyncio.sleep(0.04)
         asyncio.get_running_loop().call_later(0.06, run.disk.gate.set)
-        await run.iterate(2)  # 0.1 s of writing in iterations of 0.04 s
+        await run.iterate(2)  # some 0.1 s of writing in iterations of 0.04 s
         await run.commits.written()
 
     played(scene)
     ((iteration, warning),) = run.warnings
     assert (iteration, warning.guard) == (2, "slow_disk")
-    every = next(number for number in range(2, 9) if run.commits.is_due(number))
-    assert every >= 3
+    every = next(number for number in range(1, 99) if run.commits.is_due(number))
+    numbers = warning.numbers
+    assert every == math.ceil(numbers["save_s"] / numbers["interval_s"]) > 1
     assert f"one iteration in {every} is saved" in warning.text
 
 
