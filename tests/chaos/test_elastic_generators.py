@@ -206,16 +206,22 @@ def run(config: Config, before: Any, amidst: Any) -> tuple[Watched, dict[str, An
     return watched[0], json.loads((folder / "ppo" / "summary.json").read_text(encoding="utf-8"))
 
 
-async def stop_the_engine(watched: Watched, version: int) -> None:
-    """Stop the processes of a generator's engine once: the generator itself still answers."""
-    if version:
-        return
-    engine = await watched.ask(
-        "generator-0", lambda _: [c.pid for c in psutil.Process().children(recursive=True)]
-    )
-    assert engine
-    for pid in engine:
-        os.kill(pid, signal.SIGSTOP)
+class SilentEngine:
+    """Stops the processes of a generator's engine once: the generator itself still answers."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+
+    async def amidst(self, watched: Watched, version: int) -> None:
+        if version == 0:
+            self.pids = await watched.ask(
+                "generator-0", lambda _: [c.pid for c in psutil.Process().children(recursive=True)]
+            )
+            for pid in self.pids:
+                os.kill(pid, signal.SIGSTOP)
+        else:  # the next one is up: it needs what the stopped one has held
+            assert self.pids
+            assert not [pid for pid in self.pids if psutil.pid_exists(pid)]
 
 
 def test_an_engine_that_answers_and_samples_nothing_is_replaced(
@@ -223,7 +229,7 @@ def test_an_engine_that_answers_and_samples_nothing_is_replaced(
 ) -> None:
     model = build_servable(tmp_path / "model", TEXTS)
     config = make_config(tmp_path, "silent", model, iterations=2, call_timeout_s=20.0)
-    watched, summary = run(config, nothing, stop_the_engine)
+    watched, summary = run(config, nothing, SilentEngine().amidst)
     assert set(watched.sampled) == {(v, p) for v in range(2) for p in range(BATCH_SIZE)}
     assert summary["generator_restarts"] == 1
     assert summary["samples_requeued"] >= SHARD_SIZE
