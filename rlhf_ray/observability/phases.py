@@ -9,7 +9,7 @@ import faulthandler
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from rlhf_ray.observability.repeated import repeated
@@ -44,7 +44,10 @@ def read_count(what: str, read: Callable[[], int]) -> None:
 
 def reported() -> str:
     """Return the last phase and the number of units of each kind; empty before the first."""
-    counts = _done | {what: read() for what, read in _read.items()}
+    counts = dict(_done)
+    for what, read in _read.items():
+        with suppress(Exception):  # it changes meanwhile, or another version counts elsewhere
+            counts[what] = read()
     units = ", ".join(f"{num:,} {what}" for what, num in counts.items())
     return "; ".join(filter(None, (_phase, units)))
 

@@ -295,7 +295,7 @@ class VllmEngine:
 
 
 def _num_tokens(states: Sequence[RequestState]) -> int:
-    return sum(each.detokenizer.num_output_tokens() for each in states if each.detokenizer)
+    return sum(len(each.detokenizer.output_token_ids) for each in states if each.detokenizer)
 
 
 def _described(facts: Sequence[versions.EngineFacts], settings: VllmSettings) -> str:

@@ -28,6 +28,8 @@ def test_a_report_has_the_phase_and_the_units_of_each_kind() -> None:
     read_count("tokens in flight", itertools.count(5).__next__)
     assert reported() == "loading the model; 1,234 tokens sampled, 5 tokens in flight"
     assert reported().endswith("6 tokens in flight")
+    read_count("tokens in flight", lambda: 1 // 0)
+    assert reported() == "loading the model; 1,234 tokens sampled"
 
 
 async def test_work_that_moves_is_awaited_and_its_errors_are_its_own() -> None:
