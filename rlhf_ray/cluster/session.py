@@ -48,9 +48,11 @@ it was given none. By default a process without GPUs sees all of its node's."""
 _SLOW_STARTS = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    "RAY_worker_niceness": "0",
 }
-"""Ray's own deadlines for its processes and for the workers of supervised stages. Its defaults are
-60 s; a busy machine takes longer."""
+"""Ray's own deadlines for its processes and for the workers of supervised stages, whose defaults of
+60 s are too short for a busy machine; and the priority of its processes. Their default niceness
+is 15: beside programs that use all cores they would stand almost still."""
 
 SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
 LONGEST_SOCKET = "/session_2026-11-30_04-33-12_123456_4194304/sockets/plasma_store"

@@ -1,6 +1,7 @@
 """A run on one machine cannot be reached from outside it."""
 
 import ipaddress
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +66,6 @@ def test_every_socket_listens_on_loopback_alone_and_no_hub_is_asked(
         joined = [rank.join.remote(i, 29611) for i, rank in enumerate(ranks)]
         ray.get([engine.start.remote(config, llama), *joined], timeout=300)
         assert not list(listening())
+        # By default Ray's workers would be nicer: beside a busy program they would stand still.
+        niceness = engine.__ray_call__.remote(lambda _: os.nice(0))
+        assert ray.get(niceness, timeout=60) == os.nice(0)
