@@ -75,6 +75,11 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         except ActorFailure as failure:
             await self._restore(0, failure)
 
+    @property
+    def is_committed(self) -> bool:
+        """Whether nothing has to be done again after a restore."""
+        return not self._since
+
     async def _surely(self, operation: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Carry out an operation, if a rank fails again on the restored group."""
         while True:

@@ -84,6 +84,11 @@ class RayWorker(Generic[ProcessT_co]):
         self._watch = watch or Watch()
         self._last_end_s = 0.0
 
+    @property
+    def actor_id(self) -> str:
+        """Ray's id of its actor."""
+        return self.actor._actor_id.hex()
+
     async def address(self) -> str:
         """Return the address of its node in the cluster."""
         node_address = self.actor.__ray_call__.remote(_node_address)

@@ -92,7 +92,8 @@ class ClusterConfig(Section):
         unit="restarts",
         ge=0,
         description="Restarts of learner groups (policy, critic) in all of a stage, each from the "
-        "last state that the driver has of the group; after that the run ends, and can be resumed.",
+        "last state that the driver has of the group, or of a supervised stage's processes, each "
+        "from its last checkpoint; after that the run ends, and can be resumed.",
     )
     gpu_hour_price: float | None = changeable(
         None,

@@ -1,6 +1,7 @@
 """Hold the slots of a layout on a live cluster by Ray's placement groups."""
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter, defaultdict
@@ -69,8 +70,15 @@ class ReservedSlot:
         return PlacementGroupSchedulingStrategy(self.group.handle, self.bundle)
 
 
+def draining_nodes() -> dict[str, float]:
+    """Return the nodes that are about to leave the cluster, with their deadline, Unix seconds."""
+    known = ray._private.state.state.get_draining_nodes()  # type: ignore[attr-defined]
+    return {node: ms / 1000 if ms else math.inf for node, ms in known.items()}
+
+
 def live_nodes() -> list[LiveNode]:
-    """Return the living nodes, sorted by address."""
+    """Return the living nodes that are to stay, sorted by address."""
+    leaving = draining_nodes()
     # Ray's public API has the free resources of the whole cluster only, not of each node.
     available = ray._private.state.available_resources_per_node()  # type: ignore[attr-defined]
     return [
@@ -80,7 +88,7 @@ def live_nodes() -> list[LiveNode]:
             free=int(available.get(entry["NodeID"], {}).get("GPU", 0)),
         )
         for entry in sorted(ray.nodes(), key=lambda e: (e["NodeManagerAddress"], e["NodeID"]))
-        if entry["Alive"]
+        if entry["Alive"] and entry["NodeID"] not in leaving
     ]
 
 

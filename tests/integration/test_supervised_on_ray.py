@@ -1,9 +1,12 @@
 """Supervised stages in real Ray Train workers."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from rlhf_ray import interruption
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config import Config
-from rlhf_ray.errors import ActorFailure, DivergenceError, PlacementError
+from rlhf_ray.errors import DivergenceError, PlacementError
 from rlhf_ray.stages.supervised import launcher as supervised
 from rlhf_ray.stages.supervised import pretrain
 from rlhf_ray.stages.supervised.pretrain import PretrainTraining
@@ -103,17 +107,55 @@ def test_processes_of_a_local_run_ask_its_own_cluster_beside_others(workplace: P
 
 
 class KilledTraining(PretrainTraining):
-    """A stage whose process dies as by the kernel's out-of-memory killer."""
+    """A stage whose second process dies once, as by the kernel's out-of-memory killer."""
 
-    def load_model(self) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def collate(self, rows: Any) -> Any:
+        is_saved = (self.checkpoints / "checkpoint-4" / "trainer_state.json").exists()
+        died = self.folder / "died"
+        if is_saved and torch.distributed.get_rank() == 1 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().collate(rows)
 
 
-def test_a_killed_worker_ends_the_stage_with_a_remedy(workplace: Path) -> None:
+@pytest.mark.slow
+def test_a_stage_survives_a_killed_worker(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    config = make_config("killed", "local")
+    config = make_config("killed", "local", train_workers=2, trainer={"save_steps": 4})
     work = supervised.open_training(KilledTraining, config, str(workplace / "inline/pretrain/base"))
-    rows = Dataset.from_dict({"input_ids": [[5] * 32] * 4})
-    with pytest.raises(ActorFailure, match="Run the same command again"):
-        supervised.run_training(work, {"train": rows, "held_out": rows})
+    blocks = [[5 + i] * 32 for i in range(40)]
+    rows = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+    supervised.run_training(work, {"train": rows, "held_out": rows.select(range(4))})
+    assert (work.folder / "died").exists()
+    said = capsys.readouterr().out
+    assert "It resumes from its last checkpoint, step 4 (restart 1 of 8" in said
+    lines = [json.loads(line) for line in work.metrics_file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
     assert not (work.folder / "ray").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_training_on_ray_with_a_checkpoint(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("signalled", "local", train_workers=2, steps=2000)
+    arrived = threading.Event()
+
+    def signal_once_it_trains() -> None:
+        while not Path("signalled/pretrain/metrics.jsonl").exists():
+            time.sleep(0.05)
+        arrived.set()
+        interruption._state.deferring[-1](False)
+
+    sender = threading.Thread(target=signal_once_it_trains, daemon=True)
+    sender.start()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(config)
+    assert arrived.is_set()
+    work = PretrainTraining(config, Path("signalled/pretrain"), "base")
+    steps, checkpoint = work.last_checkpoint()
+    assert 0 < steps < 2000
+    assert checkpoint is not None
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2

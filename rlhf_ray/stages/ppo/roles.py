@@ -20,6 +20,7 @@ from rlhf_ray.generators.member import cancel
 from rlhf_ray.placement.layout import demands
 from rlhf_ray.roles import Roles
 from rlhf_ray.runs.folder import located
+from rlhf_ray.stages.ppo.drains import Drains
 from rlhf_ray.stages.ppo.generators import spawn_generators
 
 SHARE_OF_CALL = 0.9
@@ -70,6 +71,10 @@ async def ppo_roles(
         starts = asyncio.ensure_future(generators.start())
         stack.push_async_callback(cancel, [starts])  # where another role does not start
         await asyncio.gather(spawner.start_all([policy, critic] if critic else [policy]), starts)
+        if config.cluster.joins_cluster:
+            groups = {"policy": policy} | ({"critic": critic} if critic else {})
+            drains = Drains(lambda: spawner.workers, groups, say)
+            stack.push_async_callback(cancel, [asyncio.ensure_future(drains.follow())])
         yield Roles(
             generators=generators,
             scorer=scorer,

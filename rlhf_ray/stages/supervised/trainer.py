@@ -5,7 +5,7 @@ The same function runs in Ray Train's workers and, inline, in the driver's own p
 
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,10 +60,15 @@ class Trained:
         }
 
 
-def train(training: Training, num_processes: int) -> Trained:
+def train(
+    training: Training, num_processes: int, is_interrupted: Callable[[], bool] = lambda: False
+) -> Trained | None:
     """Train one stage in this process, as one of ``num_processes`` that all call this.
 
     Resumes from the last checkpoint in ``training.checkpoints``, if there is one.
+
+    Returns:
+        None where it was interrupted, in any of the processes: it has ended with a checkpoint.
 
     Raises:
         ConfigError: the stage's folder is not visible here, or a TrainingArguments value is wrong.
@@ -77,11 +82,13 @@ def train(training: Training, num_processes: int) -> Trained:
     transformers.set_seed(training.config.run.seed)
     report("loading the model")
     model = training.load_model()
-    with closing(StepLog(training)) as step_log:
+    with closing(StepLog(training, is_interrupted)) as step_log:
         trainer = StageTrainer(training, model, num_processes, step_log)
         training.ready(model)
         _, checkpoint = training.last_checkpoint()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < trainer.state.max_steps:
+            return None
         evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
         is_done = evaluations[-1]["step"] == trainer.state.global_step
         before, after = evaluations[0], evaluations[-1] if is_done else trainer.evaluate()
@@ -166,6 +173,11 @@ class StageTrainer(Trainer):
         super()._save_checkpoint(*args, **named)
         report("")
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save each process's random state before the checkpoint counts as whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, and apply the config's learning rate, which may have changed since."""
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -189,11 +201,13 @@ def _num_rows(batch: Mapping[str, Tensor]) -> int:
 class StepLog(TrainerCallback):
     """Writes ``{step, loss, learning_rate, grad_norm}`` lines, and stops at a loss not finite.
 
-    With ``<stage>.eval_every`` also ``{step, eval_loss, ...}`` lines, in a file of their own.
+    With ``<stage>.eval_every`` also ``{step, eval_loss, ...}`` lines, in a file of their own. An
+    interrupted training ends after its step, with a checkpoint.
     """
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, is_interrupted: Callable[[], bool]) -> None:
         self._training = training
+        self._is_interrupted = is_interrupted
         self._steps = JsonlSink(training.metrics_file, step_key="step")
         self._evaluations = JsonlSink(training.evaluations_file, step_key="step")
         self._is_new = False
@@ -211,6 +225,8 @@ class StepLog(TrainerCallback):
         self._is_new = True
         if state.global_step >= state.max_steps:
             control.should_save = False  # the stage's result follows at once
+        elif _on_any_rank(self._is_interrupted(), args.device):
+            control.should_save = control.should_training_stop = True
 
     def on_log(
         self,
@@ -244,6 +260,15 @@ class StepLog(TrainerCallback):
         """Close the files."""
         self._steps.close()
         self._evaluations.close()
+
+
+def _on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Agree on a flag: a rank that trained on alone would wait for the others for ever."""
+    if not torch.distributed.is_initialized():
+        return flag
+    agreed = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+    return bool(agreed)
 
 
 def held_out_numbers(evaluation: Mapping[str, float]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from rlhf_ray.models.adapters import Model
 from rlhf_ray.models.merging import verify_saved
 from rlhf_ray.models.probes import probe_logits
 from rlhf_ray.models.trainable import prepare_for_adapter, train_only
+from rlhf_ray.observability.sinks import JsonlSink
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Names of the two tokenised data sets of a stage."""
@@ -176,3 +177,10 @@ class Training(ABC):
             except (*DAMAGE, OSError):
                 continue
         return max(checkpoints, default=(0, None))
+
+    def cut_records(self) -> int:
+        """Drop the records of steps after the last checkpoint; return its step."""
+        done, _ = self.last_checkpoint()
+        for file in (self.metrics_file, self.evaluations_file):
+            JsonlSink(file).truncate_after("step", done)
+        return done

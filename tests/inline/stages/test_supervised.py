@@ -1,22 +1,33 @@
 """Runs of a supervised stage: resume, refusals, failures."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from rlhf_ray import disk
+from rlhf_ray import disk, interruption
 from rlhf_ray.cluster import ray_workers
 from rlhf_ray.config import Config
-from rlhf_ray.errors import ActorFailure, ConfigError, DataError, DivergenceError, PlacementError
+from rlhf_ray.errors import (
+    ActorFailure,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    PlacementError,
+    RlhfError,
+)
 from rlhf_ray.models import loading
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import pipeline
 from rlhf_ray.stages.supervised import launcher as supervised
-from rlhf_ray.stages.supervised import pretrain, sft, trainer
+from rlhf_ray.stages.supervised import pretrain, ray_train, sft, trainer
 from rlhf_ray.stages.supervised import reward as reward_model
 from rlhf_ray.stages.supervised.arguments import arguments
 
@@ -36,6 +47,17 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise Killed
 
     monkeypatch.setattr(trainer, "StepLog", _Killer)
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a signal come during a step."""
+
+    class _Interrupter(trainer.StepLog):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step - 1:
+                interruption._state.deferring[-1](False)
+
+    monkeypatch.setattr(trainer, "StepLog", _Interrupter)
 
 
 def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
@@ -76,6 +98,31 @@ def test_a_killed_stage_resumes_and_ends_as_if_never_killed(
     expected = weights(whole, stage)
     for name, weight in weights(killed, stage).items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_a_signal_ends_training_after_its_step_with_a_checkpoint(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = make_run("whole"), make_run("stopped")
+    expected = pretrain.run(whole)
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(stopped)
+    work = pretrain.PretrainTraining(stopped, Path(stopped.run.dir) / "pretrain", "base")
+    assert work.last_checkpoint()[0] == 3
+    assert RunFolder(stopped).summary("pretrain") is None
+    assert pretrain.run(stopped) | {"seconds": 0} == expected | {"seconds": 0}
+    for name, weight in weights(stopped, "pretrain").items():
+        assert torch.equal(weight, weights(whole, "pretrain")[name]), name
+
+
+def test_a_signal_in_the_last_step_ends_a_finished_stage(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run()
+    interrupt_at(6, monkeypatch)
+    assert pretrain.run(config)["steps"] == 6
 
 
 def test_a_learning_rate_changed_on_resume_is_the_one_that_is_used(
@@ -199,11 +246,48 @@ def test_an_error_that_a_worker_raised_on_purpose_reaches_the_user(make_run: Mak
     work = pretrain.PretrainTraining(make_run(), Path("x"), "base")
     meant = DataError("bad rows")
     hung_up = WrappedError(RuntimeError("connection closed by peer"))
-    assert supervised._cause(work, RayError(hung_up, WrappedError(meant))) is meant
-    other = supervised._cause(work, RayError(hung_up))
+    assert ray_train._cause(work, RayError(hung_up, WrappedError(meant))) is meant
+    other = ray_train._cause(work, RayError(hung_up))
     assert isinstance(other, ActorFailure)
     assert "pretrain: training process 0 failed: the last line" in str(other)
-    assert isinstance(supervised._cause(work, Exception("no controller")), ActorFailure)
+    assert isinstance(ray_train._cause(work, Exception("no controller")), ActorFailure)
+
+
+@pytest.mark.parametrize(
+    ("failures", "is_loss"),
+    [
+        ([ActorDiedError(), WrappedError(RuntimeError("[gloo] Connection closed by peer"))], True),
+        ([WrappedError(RuntimeError("[gloo] Connection closed by peer"))], True),
+        ([WorkerHealthCheckFailedError("rank 1", ActorDiedError())], True),
+        ([WrappedError(DivergenceError("loss")), ActorDiedError()], False),
+        ([WrappedError(ValueError("twice")), WrappedError(RuntimeError("gloo"))], False),
+    ],
+)
+def test_training_resumes_after_a_loss_but_not_after_an_error(
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    failures: list[Exception],
+    *,
+    is_loss: bool,
+) -> None:
+    config = make_run(cluster={"mode": "local", "max_group_restarts": 2})
+    work = pretrain.PretrainTraining(config, Path("x"), "base")
+    said, attempts = list[str](), list[int]()
+
+    def fit(*_: Any) -> str:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise WorkerGroupError("lost", dict(enumerate(failures)))
+        return "trained"
+
+    monkeypatch.setattr(ray_train, "_fit", fit)
+    if is_loss:
+        assert ray_train.train_on_ray(work, threading.Event(), said.append) == "trained"
+        assert "It resumes from its last checkpoint, step 0 (restart 2 of 2" in said[-1]
+    else:
+        with pytest.raises(RlhfError):
+            ray_train.train_on_ray(work, threading.Event(), said.append)
+        assert attempts == [1]
 
 
 @pytest.mark.parametrize(
@@ -226,9 +310,9 @@ def test_workers_are_placed_on_gpus_where_there_are_any(
     work = pretrain.PretrainTraining(config, Path("x"), "base")
     if on_gpu is None:
         with pytest.raises(PlacementError, match=r"train_workers=2 needs 2 CPUs.*Lower it to 1"):
-            supervised._on_gpu(work)
+            ray_train._on_gpu(work)
     else:
-        assert supervised._on_gpu(work) is on_gpu
+        assert ray_train._on_gpu(work) is on_gpu
 
 
 @pytest.fixture
@@ -245,7 +329,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, float], list[Any]
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
     monkeypatch.setattr(ray_workers, "request_capacity", ask)
-    monkeypatch.setattr(supervised, "POLL_S", 0.001)
+    monkeypatch.setattr(ray_train, "POLL_S", 0.001)
     return resources, asked
 
 
@@ -263,9 +347,9 @@ def test_a_joined_cluster_is_waited_for_until_it_has_gpus(
         with pytest.raises(
             PlacementError, match=r"needs 3 GPUs; the cluster has 2\. Lower it to 2"
         ):
-            supervised._on_gpu(work)
+            ray_train._on_gpu(work)
     else:
-        assert supervised._on_gpu(work) is bool(gpus)
+        assert ray_train._on_gpu(work) is bool(gpus)
     assert joined[1] == ([[{"GPU": 1.0}] * workers, []] if gpus else [])
 
 
@@ -275,5 +359,5 @@ def test_a_joined_cluster_is_waited_for_until_it_has_gpus(
 def test_one_core_is_left_to_driver_and_ray(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: int
 ) -> None:
-    monkeypatch.setattr(supervised.os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert supervised._num_threads(processes) == threads
+    monkeypatch.setattr(ray_train.os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert ray_train.num_threads(processes) == threads

@@ -20,7 +20,7 @@ from rlhf_ray.driver.guards import WATCHED, alarms, prompt_reuse
 from rlhf_ray.errors import CheckpointError, DivergenceError
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.pipeline import open_run
-from rlhf_ray.stages.supervised.launcher import _cause
+from rlhf_ray.stages.supervised.ray_train import _cause
 from rlhf_ray.stages.supervised.trainer import StepLog
 
 ROOT = Path(__file__).parents[3]
@@ -165,7 +165,8 @@ def test_the_remedies_of_a_failed_training_can_be_followed(stage: str, tmp_path:
     )
     state: Any = SimpleNamespace(global_step=3, is_world_process_zero=False)
     logs = {"loss": math.nan, "learning_rate": 1.0, "grad_norm": 1.0}
-    with closing(StepLog(training)) as log, pytest.raises(DivergenceError) as diverged:
+    log = StepLog(training, lambda: False)
+    with closing(log), pytest.raises(DivergenceError) as diverged:
         log.on_log(Any, state, Any, logs)  # type: ignore[arg-type]
     fixed = set(fixed_keys(Config))
     for error in (diverged.value, _cause(training, RuntimeError("CUDA out of memory"))):

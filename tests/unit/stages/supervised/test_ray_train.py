@@ -1,6 +1,7 @@
 """What a supervised stage passes through Ray Train's controller."""
 
 import pickle
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import ray
 
 from rlhf_ray.config import resolve
-from rlhf_ray.stages.supervised import launcher
+from rlhf_ray.stages.supervised import ray_train
 from rlhf_ray.stages.supervised.pretrain import PretrainTraining
 from rlhf_ray.stages.supervised.trainer import Trained
 
@@ -28,9 +29,9 @@ def test_the_controller_imports_nothing_to_pass_a_training_and_its_result_on(
         def fit(self) -> SimpleNamespace:
             return SimpleNamespace(return_value=pickle.dumps(trained))
 
-    monkeypatch.setattr(launcher, "_trainer_class", lambda joined: Trainer)
+    monkeypatch.setattr(ray_train, "_trainer_class", lambda joined: Trainer)
     monkeypatch.setattr(ray, "put", lambda value: put.append(value) or "reference")
-    monkeypatch.setattr(launcher, "_on_gpu", lambda _: False)
-    assert launcher._train_on_ray(training) == trained
+    monkeypatch.setattr(ray_train, "_on_gpu", lambda _: False)
+    assert ray_train.train_on_ray(training, threading.Event(), print) == trained
     assert passed == {"training": "reference"}
     assert put == [training]

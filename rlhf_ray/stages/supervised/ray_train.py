@@ -1,0 +1,235 @@
+"""Trains a supervised stage in the processes of Ray Train's TorchTrainer."""
+
+import itertools
+import os
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
+from rlhf_ray.observability import quiet
+from rlhf_ray.observability.phases import ends_when_stalled
+from rlhf_ray.observability.repeated import repeated
+from rlhf_ray.stages.supervised.trainer import Trained, train
+from rlhf_ray.stages.supervised.training import Training
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.train.torch import TorchTrainer
+
+POLL_S = 1.0
+"""Seconds between two checks of the cluster's resources, or of a signal."""
+KEYS = b"rlhf_ray"
+"""Namespace of our keys in Ray's own store."""
+
+
+def train_on_ray(
+    training: Training, interrupted: threading.Event, say: Callable[[str], None]
+) -> Trained | None:
+    """Train in Ray Train's processes; where some are lost, in new ones from the last checkpoint."""
+    # Ray Train's own budget would also repeat errors that come again.
+    from ray.exceptions import RayActorError
+    from ray.train import TrainingFailedError
+
+    budget = training.config.cluster.max_group_restarts
+    for restarts in itertools.count(1):
+        try:
+            return _fit(training, interrupted)
+        except (TrainingFailedError, RayActorError) as error:
+            if interrupted.is_set():
+                return None
+            cause = _cause(training, error)
+            if restarts > budget or not _is_loss(error):
+                raise cause from error
+            say(
+                f"{str(cause).splitlines()[0]}. It resumes from its last checkpoint, step "
+                f"{training.cut_records()} (restart {restarts} of {budget}, "
+                "cluster.max_group_restarts)"
+            )
+    raise AssertionError
+
+
+def _fit(training: Training, interrupted: threading.Event) -> Trained | None:
+    # Else Ray Train moves each worker to a folder of its own, where the config's relative paths
+    # point nowhere.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_put
+    from ray.train import RunConfig, ScalingConfig
+
+    storage = training.folder / "ray"
+    # Arguments and results pass through Ray Train's controller, a process that would import all of
+    # PyTorch, Transformers and PEFT to unpickle them: it sees a reference, and bytes.
+    trainer = _trainer_class(training.config.cluster.joins_cluster)(
+        _train_worker,
+        train_loop_config={"training": ray.put(training)},
+        scaling_config=ScalingConfig(
+            num_workers=training.settings.train_workers, use_gpu=_on_gpu(training)
+        ),
+        run_config=RunConfig(name=training.name, storage_path=str(storage)),
+    )
+    # In the main thread Ray Train would replace the handler of Ctrl-C.
+    pool = ThreadPoolExecutor(1, "ray-train")
+    fitting = pool.submit(trainer.fit)
+    try:
+        while wait([fitting], POLL_S).not_done:
+            if interrupted.is_set():
+                _internal_kv_put(_interrupted_key(), b"1", namespace=KEYS)
+        trained = fitting.result().return_value
+    finally:
+        pool.shutdown(wait=False)
+        shutil.rmtree(storage, ignore_errors=True)
+    if trained is None:
+        raise ActorFailure(f"{training.name}: Ray Train ended without a result; see its logs")
+    return pickle.loads(trained)
+
+
+def _trainer_class(joined: bool) -> "type[TorchTrainer]":
+    """Return Ray Train's trainer, on a cluster of the run's own without its cleaner.
+
+    The cleaner frees the workers' placement group if the controller dies: such a cluster ends with
+    the driver. It asks Ray's dashboard whether the controller lives; without a dashboard each stage
+    would end 10 s later, when that question times out.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if joined:
+        return TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    return Trainer
+
+
+def _interrupted_key() -> str:
+    """Return the key in Ray's own store that this job's training processes look up."""
+    import ray
+
+    return f"interrupted/{ray.get_runtime_context().get_job_id()}"
+
+
+def _train_worker(loop_config: "Mapping[str, ObjectRef[Training]]") -> bytes:
+    """Train in a process that Ray Train started; return the pickled `Trained`, or None."""
+    quiet.silence_dependencies()
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_get
+    from ray.train import get_context
+
+    from rlhf_ray.cluster.workers import FETCH_TIMEOUT_S
+
+    training = ray.get(loop_config["training"], timeout=FETCH_TIMEOUT_S)
+    context = get_context()
+    key, interrupted = _interrupted_key(), threading.Event()
+
+    def look() -> None:
+        with suppress(Exception):  # a head that does not answer just now is asked again
+            if _internal_kv_get(key, namespace=KEYS):
+                interrupted.set()
+
+    # Ray sets OMP_NUM_THREADS=1 for a one-CPU actor, but nothing else runs during the training.
+    torch.set_num_threads(num_threads(context.get_local_world_size()))
+    who = f"{training.name}-{context.get_world_rank()}"
+    limit_s = training.config.cluster.call_timeout_s
+    with (
+        ends_when_stalled(limit_s, "cluster.call_timeout_s", who),
+        repeated(look, POLL_S, "interruption"),
+    ):
+        return pickle.dumps(train(training, context.get_world_size(), interrupted.is_set))
+
+
+def _on_gpu(training: Training) -> bool:
+    """Decide whether to train on GPUs; waits for nodes where an autoscaler may add them.
+
+    Raises:
+        PlacementError: the cluster has fewer GPUs (or CPUs, if it trains on them) than processes.
+    """
+    import ray
+
+    from rlhf_ray.cluster.ray_workers import request_capacity
+
+    may_grow, settings = training.config.cluster.joins_cluster, training.config.placement
+    has_gpus = may_grow or bool(ray.cluster_resources().get("GPU"))
+    kind = "GPU" if settings.gpus != 0 and has_gpus else "CPU"
+    needed, deadline = training.settings.train_workers, time.monotonic() + settings.timeout_s
+    available = int(ray.cluster_resources().get(kind, 0))
+    if may_grow and available < needed:
+        request_capacity([{kind: 1.0}] * needed, [{}] * needed)
+        try:
+            while available < needed and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+                available = int(ray.cluster_resources().get(kind, 0))
+        finally:
+            request_capacity([], [])
+    if needed > available:
+        remedy = f"Lower it to {available} or add nodes"
+        raise PlacementError(
+            f"{training.name}.train_workers={needed} needs {needed} {kind}s; the cluster has "
+            f"{available}. {remedy if available else 'For a cluster of CPUs set placement.gpus=0'}"
+        )
+    return kind == "GPU"
+
+
+def _cause(training: Training, error: Exception) -> RlhfError:
+    """Return the error that a training process raised on purpose, else one with its last line."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        if isinstance(raised := _raised(failure), RlhfError):
+            return raised
+    rank, failure = next(iter(failures.items()), (0, error))
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    return ActorFailure(
+        f"{training.name}: training process {rank} failed: {lines[-1]}\nRun the same command again "
+        "to resume from its last checkpoint; if it ran out of memory, set "
+        f"{training.name}.gradient_checkpointing=true, or begin a new run (run.resume=never) with "
+        f"a lower {training.name}.batch_size"
+    )
+
+
+def _is_loss(error: Exception) -> bool:
+    """Return whether training processes were lost, and none has raised what it would raise again.
+
+    A survivor's error, of a collective without its peer, may be all that is seen of a loss.
+    """
+    from rlhf_ray.cluster.ray_workers import DEATHS
+
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    raised = [_raised(failure) for failure in failures.values()]
+    if any(isinstance(failure, RlhfError) for failure in raised):
+        return False
+    if any(isinstance(failure, DEATHS) for failure in raised):
+        return True
+    return all(
+        isinstance(failure, torch.distributed.DistError) or "gloo" in str(failure)
+        for failure in raised
+    )
+
+
+def _raised(failure: Exception) -> BaseException:
+    """Return the error that Ray Train has wrapped."""
+    for name in ("_base_exc", "health_check_failure"):
+        failure = getattr(failure, name, failure)
+    return failure
+
+
+def num_threads(num_processes: int) -> int:
+    """Return the threads of each training process here; one core is left to driver and Ray.
+
+    One thread too many costs far more than it gives: OpenMP's threads spin while they wait for one
+    that has lost its core (measured on two busy cores: two threads took nine times as long as one).
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    num_cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, (num_cores - 1) // num_processes)

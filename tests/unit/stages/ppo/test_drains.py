@@ -1,0 +1,71 @@
+"""Processes leave nodes that drain: at once, learners after a commit."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_ray.cluster.ray_workers import RayWorker
+from rlhf_ray.stages.ppo import drains
+from rlhf_ray.stages.ppo.drains import Drains
+
+ROLES = ("generator-0", "reward-0", "policy-0", "policy-1", "critic-0")
+NODES = {name: "away" if name != "policy-1" else "stays" for name in ROLES}
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the workers that were killed."""
+    names: list[str] = []
+    monkeypatch.setattr(drains, "kill", lambda workers: names.extend(w.name for w in workers))
+    return names
+
+
+def worker(name: str) -> RayWorker[Any]:
+    actor = SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: name))
+    return RayWorker(
+        name,
+        actor,
+        1.0,
+        lambda *_: None,
+        start_timeout_s=1.0,
+        num_gpus=0,
+        one_at_a_time=True,
+    )
+
+
+def leaver(said: list[str], *, is_committed: bool) -> Drains:
+    workers = [worker(name) for name in ROLES]
+    group: Any = SimpleNamespace(is_committed=is_committed)
+    return Drains(lambda: workers, {"policy": group, "critic": group}, said.append)
+
+
+def test_learners_leave_after_their_commit_and_others_at_once(killed: list[str]) -> None:
+    said: list[str] = []
+    deadlines = {"away": time.time() + 300}
+    leaver(said, is_committed=False).leave(deadlines, NODES, "driver")
+    assert killed == ["generator-0", "reward-0"]
+    killed.clear()
+    leaver(said, is_committed=True).leave(deadlines, NODES, "driver")
+    assert killed == ["generator-0", "reward-0", "policy-0", "critic-0"]
+    assert said[0].endswith("leaves the cluster in 300 s: roles move away")
+
+
+def test_learners_without_time_for_a_commit_leave_at_once(killed: list[str]) -> None:
+    leaver([], is_committed=False).leave({"away": time.time() + 10}, NODES, "driver")
+    assert killed == ["generator-0", "reward-0", "policy-0", "critic-0"]
+
+
+def test_a_run_whose_drivers_node_leaves_is_interrupted_once(
+    killed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *of: signals.append(of))
+    drain = leaver([], is_committed=True)
+    for _ in range(2):
+        drain.leave({"away": time.time() + 60}, NODES, "away")
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+    assert killed == [], "they end with the run, which commits first"
