@@ -11,7 +11,9 @@
 #SBATCH --exclusive
 # If a node of it fails, the head's too, Slurm starts the job again, and the run resumes. Its output
 # is appended. A driver that dies on a living node is started again with --retries N (after CONFIG).
+# Two minutes before its time is up the run commits and ends, and the job is queued again.
 #SBATCH --requeue
+#SBATCH --signal=B:TERM@120
 #SBATCH --open-mode=append
 set -euo pipefail
 
@@ -81,4 +83,16 @@ for ((tries = 0; ; tries++)); do # until every node has joined
   }
   sleep "${RAY_WAIT_S:-5}"
 done
-rlhf-ray "$@" cluster.mode=ray ${RAY_INTERFACE:+"cluster.interface=$RAY_INTERFACE"}
+
+rlhf-ray "$@" cluster.mode=ray ${RAY_INTERFACE:+"cluster.interface=$RAY_INTERFACE"} &
+driver=$!
+signalled=
+trap 'signalled=1; kill -TERM "$driver" 2>/dev/null || true' TERM
+code=0
+wait "$driver" || code=$?
+while kill -0 "$driver" 2>/dev/null; do # the signal has ended the wait, not the driver
+  code=0
+  wait "$driver" || code=$?
+done
+[[ -z $signalled || $code != 143 ]] || scontrol requeue "$SLURM_JOB_ID"
+exit "$code"

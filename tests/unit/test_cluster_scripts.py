@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -183,13 +184,13 @@ STAND_INS = {
 }
 
 
-def test_the_slurm_script_starts_a_labelled_cluster_with_a_token(tmp_path: Path) -> None:
-    for name, body in STAND_INS.items():
+def slurm_job(tmp_path: Path, **stand_ins: str) -> "subprocess.Popen[str]":
+    for name, body in {**STAND_INS, **stand_ins}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     log = tmp_path / "log"
     log.touch()
-    done = subprocess.run(
+    return subprocess.Popen(
         [FOLDER / "slurm.sh", "run", "c.yaml", "run.dir=/shared/r"],
         env={
             **os.environ,
@@ -201,13 +202,17 @@ def test_the_slurm_script_starts_a_labelled_cluster_with_a_token(tmp_path: Path)
             "SLURM_JOB_NODELIST": "n[1-3]",
             "SLURM_SUBMIT_DIR": str(tmp_path),
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=30,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    started, (ran, mode) = log.read_text().splitlines(), done.stdout.splitlines()
+
+
+def test_the_slurm_script_starts_a_labelled_cluster_with_a_token(tmp_path: Path) -> None:
+    job = slurm_job(tmp_path)
+    out, err = job.communicate(timeout=30)
+    assert job.returncode == 0, err
+    started, (ran, mode) = (tmp_path / "log").read_text().splitlines(), out.splitlines()
     assert sorted(started) == [
         "n1 ray start --block --head --node-ip-address=10.0.0.1 --port=6379 "
         "--dashboard-host=127.0.0.1 --labels role=train token=64",
@@ -219,3 +224,22 @@ def test_the_slurm_script_starts_a_labelled_cluster_with_a_token(tmp_path: Path)
     assert ran == "run run c.yaml run.dir=/shared/r cluster.mode=ray at 10.0.0.1:6379"
     assert mode == "600"
     assert not list(tmp_path.glob(".ray-token*"))
+
+
+@pytest.mark.parametrize(("code", "queued"), [(143, True), (0, False), (1, False)])
+def test_a_slurm_job_whose_time_is_up_is_queued_again_unless_its_run_ended(
+    tmp_path: Path, code: int, *, queued: bool
+) -> None:
+    log = "LOG"
+    job = slurm_job(
+        tmp_path,
+        **{
+            "rlhf-ray": f"trap 'sleep .2; exit {code}' TERM; echo up; while :; do sleep .05; done",
+            "scontrol": f'[[ $1 != requeue ]] || echo "$*" >>"${log}"; printf "%s\\n" n1 n2 n3',
+        },
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == "up\n"
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == code
+    assert ("requeue 7" in (tmp_path / "log").read_text().splitlines()) is queued

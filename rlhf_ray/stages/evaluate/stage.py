@@ -65,6 +65,8 @@ def run(config: Config) -> Summary:
         if followed:
             rates = [row["models"][name]["pass_rate"] for row in followed]
             model["instruction_pass_rate"] = fmean(rates)
+    # First: what is written from here on must not count as what an earlier summary describes.
+    (folder.stage("evaluate") / "summary.json").unlink(missing_ok=True)
     _write_lines(folder, "samples", _side_by_side(samples, inputs))
     _write_lines(folder, "instructions", followed)
     log_metrics(config, folder.stage("evaluate"), inputs.policy_version or 0, metrics_of(summary))
