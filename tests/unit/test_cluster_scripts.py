@@ -123,6 +123,9 @@ def test_kuberay_groups_have_roles_a_token_and_secrets_of_their_own(name: str) -
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
         }
+        _, _, drain = container["lifecycle"]["preStop"]["exec"]["command"]
+        left_s = int(re.findall(r"--deadline-remaining-seconds (\d+)", drain)[0])
+        assert 120 < left_s < pod["terminationGracePeriodSeconds"]
         assert container["envFrom"] == [{"secretRef": {"name": "rlhf-ray-secrets"}}]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
