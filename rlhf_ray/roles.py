@@ -1,7 +1,8 @@
 """The roles of a PPO run, as Protocols for both sides.
 
-First the interface that the driver calls, async for every kind of process. Each method raises
-ActorFailure when its role dies or misses its deadline. Then, below `Roles`, the methods that a
+First the interface that the driver calls, async for every kind of process. A role that dies or
+misses its deadline is replaced behind it; each method raises ActorFailure when that has failed too
+often. Then, below `Roles`, the methods that a
 process of each role offers to the clients of `rlhf_ray.cluster`; pyright checks the actor classes
 against them where `stages` wires both.
 """

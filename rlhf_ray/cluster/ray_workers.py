@@ -30,6 +30,7 @@ from rlhf_ray.cluster.process_titles import titled
 from rlhf_ray.cluster.workers import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
 from rlhf_ray.errors import ActorFailure, DataLost, PlacementError, RlhfError
 from rlhf_ray.observability.tracing import unix_now
+from rlhf_ray.placement.groups import live_nodes
 from rlhf_ray.types import Handle
 
 RoleT = TypeVar("RoleT")
@@ -71,6 +72,7 @@ class RayWorker(Generic[ProcessT_co]):
         num_gpus: float,
         one_at_a_time: bool,
         has_slot: bool = True,
+        node_id: str | None = None,
         watch: Watch | None = None,
     ) -> None:
         self.name = name
@@ -81,6 +83,7 @@ class RayWorker(Generic[ProcessT_co]):
         self._on_call = on_call
         self._one_at_a_time = one_at_a_time
         self._has_slot = has_slot
+        self._node_id = node_id
         self._watch = watch or Watch()
         self._last_end_s = 0.0
 
@@ -160,6 +163,8 @@ class RayWorker(Generic[ProcessT_co]):
             # It may have queued behind other calls until then.
             since = max(since, self._last_end_s) if self._one_at_a_time else since
             actor_id = self.actor._actor_id.hex()
+            if is_start and self._has_lost_its_node():
+                raise ActorFailure(f"{self.name} died during {method}: its node is gone")
             reason = await self._watch.overdue(self.name, actor_id, since, limit_s, key)
             if reason is None or call.done():
                 continue
@@ -171,6 +176,10 @@ class RayWorker(Generic[ProcessT_co]):
                 f"{self.name} did not answer {method}, awaited by the driver since {began}, "
                 f"{reason}"
             )
+
+    def _has_lost_its_node(self) -> bool:
+        """Return whether its slot is on no living node; Ray would wait there for ever."""
+        return self._node_id is not None and all(n.id != self._node_id for n in live_nodes())
 
 
 def _abort(reference: Awaitable[Any]) -> None:
@@ -233,6 +242,7 @@ def spawn(
     num_cpus: float,
     num_gpus: float,
     strategy: SchedulingStrategyT,
+    node_id: str | None,
     concurrency: int,
     environment: Mapping[str, str],
     start_timeout_s: float,
@@ -261,6 +271,7 @@ def spawn(
         num_gpus=num_gpus,
         one_at_a_time=concurrency == 1,
         has_slot=strategy is not None,
+        node_id=node_id,
         watch=watch,
     )
 

@@ -185,8 +185,7 @@ class Crew(Generic[ProcessT_co]):
         while not self._up:
             coming = [task for task in self._coming if not task.done()]
             if not coming:
-                assert self._missing is not None
-                raise self._missing
+                raise self._missing or ActorFailure("Every worker of this role has ended")
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
         self._up.rotate(-1)
         return self._up[-1]

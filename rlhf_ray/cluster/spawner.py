@@ -230,6 +230,7 @@ class RoleSpawner:
             num_cpus=1 if slot or self._joins else 0,
             num_gpus=num_gpus,
             strategy=slot.strategy if slot else None,
+            node_id=slot.node_id if slot else None,
             concurrency=ASYNC_CONCURRENCY if _is_async(role_class) else 1,
             environment=environment,
             start_timeout_s=self._config.cluster.start_timeout_s,

@@ -269,6 +269,23 @@ async def test_one_for_which_no_node_has_room_has_not_failed(
         await broken(None, has_slot).call(_Scorer.start)
 
 
+async def test_a_start_on_a_node_that_is_gone_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray places it nowhere else, since its slot is there."""
+    monkeypatch.setattr(ray_workers, "live_nodes", list)
+    monkeypatch.setattr(ray_workers, "INTERVAL_S", 0.01)
+    worker = RayWorker(
+        *("policy-0", Broken(None), 600.0, lambda *_: None),
+        start_timeout_s=300.0,
+        num_gpus=1.0,
+        one_at_a_time=True,
+        node_id="a1",
+    )
+    with pytest.raises(ActorFailure, match="policy-0 died during start: its node is gone"):
+        await worker.call(_Scorer.start)
+
+
 def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own function checks its arguments."""
     asked: list[Any] = []

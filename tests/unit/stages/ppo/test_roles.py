@@ -174,7 +174,7 @@ def test_each_role_has_its_own_threads_environment_and_allocator(
     given: list[Any] = []
     monkeypatch.setattr(spawner_module, "spawn", lambda *_, **keys: given.append(keys))
     spawner = RoleSpawner(resolve({"cluster": {"mode": "local"} | cluster}), lambda *_: None)
-    slot = SimpleNamespace(num_gpus=num_gpus, strategy=None)
+    slot = SimpleNamespace(num_gpus=num_gpus, strategy=None, node_id="n")
     monkeypatch.setattr(spawner._placement, "slot", lambda _: slot)
     spawner._make(Spawner, name)
     assert given[0]["environment"] == expected
@@ -227,7 +227,7 @@ def test_generators_on_gpus_compute_alike_in_any_batch_if_asked(
     monkeypatch.setattr(spawner_module, "spawn", lambda *_, **keys: given.append(keys))
     config = resolve({"cluster": {"mode": "local"}, "rollout": {"batch_invariant": True}})
     spawner = RoleSpawner(config, lambda *_: None)
-    slot = SimpleNamespace(num_gpus=num_gpus, strategy=None)
+    slot = SimpleNamespace(num_gpus=num_gpus, strategy=None, node_id="n")
     monkeypatch.setattr(spawner._placement, "slot", lambda _: slot)
     spawner._make(Spawner, name)
     assert given[0]["environment"] == expected
