@@ -60,7 +60,7 @@ ALLOWED = {
     "doctor/bandwidth.py Peer._serve: self._server.accept": "a thread that serves its peers",
     "serving/text_generation.py TextGenerator.stream: thread.join": "it has sent its last text",
     "stages/rehearse.py _killing_a_generator: killer.join": "it looks at its event every 50 ms",
-    "stages/supervised/launcher.py _train_on_ray: trainer.fit": (
+    "stages/supervised/ray_train.py _fit: fitting.result": (
         "its processes end themselves where they make no progress (ends_when_stalled)"
     ),
 }
@@ -150,6 +150,7 @@ def test_durations_and_deadlines_are_measured_by_clocks_that_never_jump() -> Non
         "observability/tracker_libraries.py": "a time stamp",
         "rewards/remote.py": "a date that a service names",
         "runs/control.py": "a time stamp",
+        "stages/ppo/drains.py": "when a node ends, as Ray says it",
     }
     found = set()
     for folder in ("rlhf_ray", "actors"):
