@@ -43,7 +43,7 @@ class UsefulTime:
         last = records[-1] if records else {}
         if not starts:  # the first process, or the first of this version
             outages.write("driver", "start", 0.0)
-        elif last["cause"] == STOPPED and last["committed_at"] == self._committed_at:
+        elif last["cause"] == STOPPED and last.get("committed_at") == self._committed_at:
             self._useful_s = last["useful_s"]
             outages.write("driver", "start", 0.0)
         else:

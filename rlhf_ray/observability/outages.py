@@ -71,8 +71,10 @@ class Outages:
             self._file.append(record)
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the records of all processes so far."""
-        return self._file.records() if self._file else []
+        """Return the records of all processes so far, without lines that are damaged."""
+        return (
+            [record for record in self._file.records() if _is_whole(record)] if self._file else []
+        )
 
     def close(self) -> None:
         """Close the file."""
@@ -101,6 +103,19 @@ class Outages:
             self.restarts[record["role"]] += record["restarts"]
         if record["lost_s"]:
             self.lost_s[f"{record['role']}: {record['cause']}"] += record["lost_s"]
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    match record:
+        case {
+            "time": int() | float(),
+            "role": str(),
+            "cause": str(),
+            "restarts": int(),
+            "lost_s": int() | float(),
+        }:
+            return True
+    return False
 
 
 def _length(intervals: Sequence[tuple[float, float]]) -> float:

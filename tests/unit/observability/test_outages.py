@@ -37,6 +37,8 @@ def test_a_later_process_of_the_run_counts_what_earlier_ones_reported(
     later.restarted("generator", "deadline", 0.0)
     assert later.restarts == {"policy": 2, "generator": 1}
     assert later.lost_s == {"policy: died": 13.0, "driver: placement": 3.0}
+    with (tmp_path / "outages.jsonl").open("a") as file:
+        file.write('{"role": 3}\n{"time": 1.0, "role": "policy", "cause": "died", "rest')
     assert Outages(tmp_path / "outages.jsonl").restarts == later.restarts
 
 
