@@ -46,6 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
             {"ppo": {"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3"}}, id="grpo"
         ),
         pytest.param({"ppo": {"advantage": "rloo"}, "quantization": "int8"}, id="int8"),
+        pytest.param({"ppo": {"advantage": "reinforce"}, "quantization": "nf4"}, id="nf4"),
         pytest.param(
             {"ppo": {"advantage": "mine_too.py:centred", "policy_loss": "mine_too.py:plain"}},
             id="users functions",
