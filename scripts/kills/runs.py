@@ -270,6 +270,8 @@ class ChaosRun:
         if role == NODE:
             return [seen[pid] for pid in self._nodes.raylets] if self._nodes else []
         found = [each for each in seen.values() if each.ready and each.role == role]
+        if role != ENGINE:  # of two with one name the older one, of a dead node, is about to end
+            found = list({e.name: e for e in sorted(found, key=_age)}.values())
         return sorted(found, key=lambda each: (each.name, each.process.pid))
 
     def _ended_with(self, victim: Seen, role: str) -> dict[str, int]:
@@ -286,3 +288,7 @@ class ChaosRun:
         groups = {each.role for each in ended} & set(GROUPS)
         ended += [each for each in self.marked.seen.values() if each.role in groups]
         return {each.name: each.process.pid for each in ended if each.role != ENGINE}
+
+
+def _age(seen: Seen) -> float:
+    return seen.process.create_time()
