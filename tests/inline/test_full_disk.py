@@ -66,8 +66,8 @@ def test_a_run_waits_for_space_on_a_full_disk_and_loses_no_record(
     full = [record for record in harness.records("warnings") if record["guard"] == "disk_full"]
     assert full
     assert all("No space left on device" in record["text"] for record in full)
-    (outage,) = harness.records("outages")
-    assert (outage["role"], outage["cause"]) == ("driver", "full disk")
+    causes = {(record["role"], record["cause"]) for record in harness.records("outages")}
+    assert ("driver", "full disk") in causes
     saved = harness.checkpoints.latest()
     assert saved is not None
     assert saved.version == 6
