@@ -48,6 +48,10 @@ class ActorFailure(RlhfError):
     """A role's process died, or did not answer before its deadline."""
 
 
+class MemoryFailure(ActorFailure):
+    """A role's process lacked memory: what runs out of it twice in a row doesn't fit."""
+
+
 class DataLost(ActorFailure):
     """What a call works on is gone: another process could not do it either."""
 

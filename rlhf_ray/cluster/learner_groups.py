@@ -118,11 +118,15 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         assert self._restarts is not None
         ranks = await self._restarts.renew(self._ranks)
         await _start(ranks)
-        if self._state is not None:
-            await _on_all(ranks, LearnerProcess.load, arriving(self._state))
-        for method, args in self._since:
-            await _on_all(ranks, method, *args)
-        return ranks
+        while True:
+            state, since = self._state, self._since
+            if state is not None:
+                await _on_all(ranks, LearnerProcess.load, arriving(state))
+            for method, args in since:
+                await _on_all(ranks, method, *args)
+            # An export that the failure did not touch may have ended meanwhile, and emptied it.
+            if self._since is since:
+                return ranks
 
     async def _all(
         self, method: Method[LearnerT_co, P, ResultT], *args: P.args, **kwargs: P.kwargs

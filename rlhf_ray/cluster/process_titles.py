@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from ray._private.ray_constants import LOG_PREFIX_ACTOR_NAME
 from rlhf_ray import stacks
 from rlhf_ray.cluster.life_signs import STARTING, LifeSigns
 from rlhf_ray.cluster.orphans import ProcessRecord, clean_up
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.phases import report
 
 IDLE = "idle"
@@ -57,8 +58,9 @@ def titled(role_class: type) -> type:
             signs = LifeSigns(ray.get_runtime_context().get_actor_id() if is_actor else None)
             record = None
             if is_actor and CLEANS_UP in os.environ:
-                clean_up()
-                record = ProcessRecord(keep=False)
+                with suppress(ConfigError):  # a full disk must not keep a role from starting
+                    clean_up()
+                    record = ProcessRecord(keep=False)
             super().__init__(name, *args)
             self.title = _Title(name, self, signs, record)
 
@@ -95,7 +97,8 @@ class _Title:
             if doing == STARTING:
                 report("")  # its last phase is over, and calls report units of work
                 if self._record is not None:
-                    self._record.update()  # its engine's processes and shared memory are there
+                    with suppress(ConfigError):
+                        self._record.update()  # its engine's processes and shared memory are there
             self._show()
 
     def _show(self) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import psutil
 import ray
@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import SchedulingStrategyT
 from rlhf_ray.cluster.life_signs import INTERVAL_S, Watch, forget
 from rlhf_ray.cluster.process_titles import titled
 from rlhf_ray.cluster.workers import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
-from rlhf_ray.errors import ActorFailure, DataLost, PlacementError, RlhfError
+from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, PlacementError, RlhfError
 from rlhf_ray.observability.tracing import unix_now
 from rlhf_ray.placement.groups import live_nodes
 from rlhf_ray.types import Handle
@@ -46,13 +46,8 @@ DEATHS = (
 )
 """Ray's errors for a dead process: crashed, killed by the memory monitor, lost with its node; and
 for its answer, where that was lost before a copy reached the driver's node."""
-BROKEN = (
-    torch.OutOfMemoryError,
-    torch.AcceleratorError,
-    torch.distributed.DistError,
-    MemoryError,
-    ConnectionError,
-)
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+BROKEN = (*OUT_OF_MEMORY, torch.AcceleratorError, torch.distributed.DistError, ConnectionError)
 """What a process raises whose memory, GPU or connection to the other ranks of its group failed."""
 BROKEN_WORDS = re.compile(r"gloo|NCCL|process group|CUDA error|cuBLAS|cuDNN|allocate memory", re.I)
 """Words of PyTorch's plain RuntimeErrors that mean the same."""
@@ -86,6 +81,7 @@ class RayWorker(Generic[ProcessT_co]):
         self._node_id = node_id
         self._watch = watch or Watch()
         self._last_end_s = 0.0
+        self._found_on: str | None = None
 
     @property
     def actor_id(self) -> str:
@@ -129,13 +125,31 @@ class RayWorker(Generic[ProcessT_co]):
         name = method.__name__
         call = getattr(self.actor, name).options(num_returns=2)
         data, scalars = call.remote(*args, **kwargs)
-        return data, await self._await(name, scalars, data)
+        return await self._await(name, scalars, self._held(data, scalars))
+
+    async def _held(
+        self, data: Awaitable[DataT], scalars: Awaitable[ScalarsT]
+    ) -> tuple[Handle[DataT], ScalarsT]:
+        """Bring a call's results; the driver's node holds the data, which its process may not.
+
+        Only looking at the data tells whether it is there: `ray.wait` calls lost data ready. Data
+        from elsewhere is put again, because Ray drops copies where memory is short.
+        """
+        result, value = await scalars, await data
+        is_elsewhere = isinstance(data, ray.ObjectRef) and self._is_elsewhere()
+        return cast("Handle[DataT]", ray.put(value) if is_elsewhere else data), result
+
+    def _is_elsewhere(self) -> bool:
+        """Return whether the process is on another node than the driver."""
+        if self._found_on is None:
+            self._found_on = _info(self.actor)["Address"]["NodeID"]
+        return self._found_on != ray.get_runtime_context().get_node_id()
 
     async def _await(
-        self, method: str, reference: Awaitable[ResultT], data: Awaitable[object] | None = None
+        self, method: str, reference: Awaitable[Any], answer: Awaitable[ResultT] | None = None
     ) -> ResultT:
         started = unix_now()
-        call = asyncio.ensure_future(_arrived(reference, data))
+        call = asyncio.ensure_future(_resolve(answer or reference))
         try:
             await self._until_done(method, call, started)
             result = call.result()
@@ -145,7 +159,10 @@ class RayWorker(Generic[ProcessT_co]):
         finally:
             if not call.done():
                 call.cancel()
-                _abort(reference)
+                # Of calls that wait in line, one that is dropped on one rank of a group leaves the
+                # others alone in its collectives.
+                if not self._one_at_a_time:
+                    _abort(reference)
         ended = unix_now()
         # Calls to an actor that takes one at a time queue behind each other: queueing is not work.
         began = max(started, self._last_end_s) if self._one_at_a_time else started
@@ -183,7 +200,7 @@ class RayWorker(Generic[ProcessT_co]):
 
 
 def _abort(reference: Awaitable[Any]) -> None:
-    """Have a call that nobody waits for any longer end early, where its actor works on several."""
+    """Have a call that nobody waits for any longer end early."""
     if isinstance(reference, ray.ObjectRef):
         with suppress(RayError):
             ray.cancel(reference)
@@ -195,20 +212,16 @@ def _node_address(_actor: object) -> str:
 
 def _is_unplaced(actor: ActorHandle) -> bool:
     """Return whether no node has started the actor's process yet."""
-    info = ray._private.state.actors(actor._actor_id.hex())  # type: ignore[attr-defined]
+    info = _info(actor)
     return info.get("State") == "PENDING_CREATION" and not info["Address"]["IPAddress"]
 
 
-async def _arrived(result: Awaitable[ResultT], data: Awaitable[object] | None) -> ResultT:
-    """Return a call's result once a copy of the data, if there is any, is on the driver's node.
+def _info(actor: ActorHandle) -> dict[str, Any]:
+    return ray._private.state.actors(actor._actor_id.hex())  # type: ignore[attr-defined]
 
-    Without it the data would be lost with the node that made it, though the driver holds its
-    reference. Only looking at the data tells whether it is there: `ray.wait` calls lost data ready.
-    """
-    arrived = await result
-    if data is not None:
-        await data
-    return arrived
+
+async def _resolve(answer: Awaitable[ResultT]) -> ResultT:
+    return await answer  # `asyncio.ensure_future` takes no object reference
 
 
 def _meaning(error: RayError, worker: str, method: str) -> Exception:
@@ -228,7 +241,8 @@ def _meaning(error: RayError, worker: str, method: str) -> Exception:
         words = BROKEN_WORDS.search(str(cause)) if isinstance(cause, RuntimeError) else None
         if isinstance(cause, BROKEN) or words:
             what = f"{type(cause).__name__}: {_first_line(cause)}"
-            return ActorFailure(f"{worker} failed during {method}: {what}")
+            kind = MemoryFailure if isinstance(cause, OUT_OF_MEMORY) else ActorFailure
+            return kind(f"{worker} failed during {method}: {what}")
         return raised.as_instanceof_cause()
     if isinstance(error, DEATHS):
         return ActorFailure(f"{worker} died during {method}: {_first_line(error)}")

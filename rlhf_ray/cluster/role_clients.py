@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from rlhf_ray.cluster.workers import ProcessT_co, ResultT, Worker, arriving
-from rlhf_ray.errors import ActorFailure, DataLost, PlacementError
+from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, PlacementError
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.roles import GeneratorProcess, Process, ReferenceProcess, ScorerProcess
 from rlhf_ray.types import (
@@ -90,11 +90,13 @@ class Restarts:
             is_waited_for: whether the run stands still meanwhile.
 
         Raises:
-            ActorFailure: the restarts are used up.
+            ActorFailure: the restarts are used up, or it lacks memory again.
             PlacementError: it has no place any more.
         """
         began_s, cause = time.monotonic(), failure
         while True:
+            if isinstance(cause, MemoryFailure) and self._in_a_row[who]:
+                raise cause
             if self._used >= self._limit:
                 budget = f"All {self._limit} restarts ({self._key}) are used up"
                 raise ActorFailure(f"{_sentence(cause)}. {budget}. {RESUMES}") from cause

@@ -75,6 +75,8 @@ async def fetch(handle: Handle[DataT]) -> DataT:
     """
     if not inspect.isawaitable(handle):
         return arriving(handle)
+    from ray.exceptions import RayError  # inline there are no handles, and no Ray
+
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_S):
             return await cast("Awaitable[DataT]", handle)
@@ -84,6 +86,11 @@ async def fetch(handle: Handle[DataT]) -> DataT:
             "disk, to which the object store spills, works. Run again: the run resumes at its last "
             "commit"
         ) from None
+    except RayError as error:
+        raise DataLost(
+            f"Data on the driver's node was lost: {error}. Run again: the run resumes at its last "
+            "commit"
+        ) from error
 
 
 class InlineWorker(Generic[ProcessT_co]):

@@ -123,6 +123,8 @@ class Checkpoints:
         self._folder = folder
         self._keep = keep
         self._static_files = static_files
+        self._whole: set[int] = set()
+        """Versions that this process wrote or read; others may be damaged."""
 
     def save(
         self,
@@ -154,6 +156,7 @@ class Checkpoints:
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(temporary, target)
                 _sync_folder(self._folder)
+                self._whole.add(version)
             except OSError:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -175,8 +178,8 @@ class Checkpoints:
             self._point("best", version)
 
     def has(self, version: int) -> bool:
-        """Return whether a version is saved."""
-        return (self._folder / str(version) / STATE).is_file()
+        """Return whether a version is saved, and known to be whole."""
+        return version in self._whole
 
     def link(self, version: int, group: str, folder: Path) -> bool:
         """Make a folder of links to a saved group's files; they outlive the version.
@@ -205,8 +208,11 @@ class Checkpoints:
         damage: list[str] = []
         for version in reversed(versions):
             try:
-                return replace(self._read(version), damaged=tuple(damage))
+                saved = replace(self._read(version), damaged=tuple(damage))
+                self._whole.add(version)
+                return saved
             except (*DAMAGE, OSError) as error:
+                self._whole.discard(version)
                 damage.append(f"{version} ({error})")
         if damage:
             raise CheckpointError(

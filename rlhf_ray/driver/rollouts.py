@@ -68,12 +68,18 @@ class Rollouts:
     ) -> list[ScoredShard]:
         """Generate shards, scoring each as it arrives; return them in prompt order."""
         scoring: list[asyncio.Task[ScoredShard]] = []
-        with self._recorder.phase("gen", iteration):
-            async for shard in self._roles.generators.generate(requests):
-                scoring.append(asyncio.ensure_future(self._score(shard)))
-        with self._recorder.phase("score", iteration):
-            # Not order of arrival: results must not depend on generators' speeds.
-            return sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
+        try:
+            with self._recorder.phase("gen", iteration):
+                async for shard in self._roles.generators.generate(requests):
+                    scoring.append(asyncio.ensure_future(self._score(shard)))
+            with self._recorder.phase("score", iteration):
+                # Not order of arrival: results must not depend on generators' speeds.
+                return sorted(await asyncio.gather(*scoring), key=lambda s: s.shard.info.index)
+        except BaseException:
+            for task in scoring:
+                task.cancel()
+            await asyncio.gather(*scoring, return_exceptions=True)
+            raise
 
     async def _score(self, shard: Shard) -> ScoredShard:
         roles = self._roles

@@ -15,6 +15,7 @@ from rlhf_ray.data.datasets.prompts import Prompts
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
+from rlhf_ray.driver.guards import Guards, damaged_commits
 from rlhf_ray.driver.mismatch import NF4_CEILING
 from rlhf_ray.driver.ppo_loop import LoopParts, PpoLoop
 from rlhf_ray.driver.recorder import Recorder
@@ -80,6 +81,8 @@ def run(config: Config) -> dict[str, object]:
                 state=state,
                 bar=bar,
             )
+            if saved is not None and saved.damaged:
+                Guards(config.guards, recorder).warn(state.iteration, damaged_commits(saved))
             loop = PpoLoop(parts)
             async with controlled(folder.path, loop, roles.generators, bar, recorder, progress.say):
                 with watched(config, folder.path, loop, recorder, progress.say):

@@ -208,6 +208,25 @@ async def test_a_failed_restore_is_tried_again_within_the_budget() -> None:
     assert len(group.generations) == 5
 
 
+async def test_a_state_that_is_kept_during_a_restore_is_the_one_restored() -> None:
+    group = Group()
+    await group.client.assemble([], 0.0)
+    await group.client.learn(0.0, 1.0)
+    exported = group.generations[-1][0].weights
+    await group.client.load(())
+    group.generations[-1][1].dead.set()
+    load, client = Rank._load, group.client
+
+    def slow_load(rank: Rank, state: tuple[Any, ...]) -> None:
+        load(rank, state)
+        if state != exported:
+            client._keep(exported)  # an export that had its answers before the rank died ends now
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rank, "_load", slow_load)
+        assert await group.weights() == exported
+
+
 async def test_ranks_that_disagree_are_restored() -> None:
     group = Group()
     await group.client.start()

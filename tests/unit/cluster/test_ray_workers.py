@@ -242,6 +242,40 @@ async def test_what_a_constructor_raises_is_no_death() -> None:
         await broken(ActorDiedError(task_error(torch.OutOfMemoryError("m")))).call(_Scorer.score)
 
 
+async def test_data_of_another_node_is_put_on_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reference(asyncio.Future):  # type: ignore[type-arg]
+        pass
+
+    data, scalars = Reference(), asyncio.get_running_loop().create_future()
+    data.set_result([1.0])
+    scalars.set_result("scalars")
+    monkeypatch.setattr(ray, "ObjectRef", Reference)
+    monkeypatch.setattr(ray, "put", lambda value: ("put", value))
+    here = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: here)
+    for node, held in (("here", data), ("there", ("put", [1.0]))):
+        worker = worker_over(Answers(data, scalars))
+        monkeypatch.setattr(
+            ray_workers, "_info", lambda _, node=node: {"Address": {"NodeID": node}}
+        )
+        assert await worker.call_split(_Reference.logprobs) == (held, "scalars")
+
+
+async def test_only_calls_of_actors_that_take_several_are_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dropped: list[str] = []
+    monkeypatch.setattr(ray_workers, "_abort", lambda _: dropped.append("call"))
+    for one_at_a_time, expected in ((True, []), (False, ["call"])):
+        worker = broken(None)
+        worker._one_at_a_time = one_at_a_time
+        call = asyncio.ensure_future(worker.call(_Scorer.score))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert dropped == expected
+
+
 async def test_a_call_whose_argument_is_lost_is_no_fault_of_its_process() -> None:
     with pytest.raises(DataLost, match=r"What generator-0 needed for score was lost: .*resumes"):
         await broken(raised(ObjectLostError("a1", "", ""))).call(_Scorer.score)

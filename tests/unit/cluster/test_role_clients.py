@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray.exceptions import ObjectLostError
 
 from rlhf_ray.cluster import role_clients
 from rlhf_ray.cluster.learner_groups import (
@@ -20,8 +21,8 @@ from rlhf_ray.cluster.role_clients import (
     Restarts,
     ScorerClient,
 )
-from rlhf_ray.cluster.workers import InlineWorker
-from rlhf_ray.errors import ActorFailure, DataLost, PlacementError, RlhfError
+from rlhf_ray.cluster.workers import InlineWorker, fetch
+from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, PlacementError, RlhfError
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.roles import ReferenceProcess
 from rlhf_ray.types import (
@@ -355,6 +356,29 @@ async def test_waits_between_restarts_grow_until_something_works(
     restarts.worked("policy")
     await restarts.again("policy", died()[0], attempt, is_waited_for=True)
     assert waits[5:] == [0.0]
+
+
+async def test_what_lacks_memory_again_does_not_fit() -> None:
+    attempts: list[int] = []
+
+    async def attempt() -> None:
+        attempts.append(1)
+        raise MemoryFailure("policy-0 failed during start: OutOfMemoryError: CUDA out of memory")
+
+    lacking = MemoryFailure("policy-0 failed during learn: OutOfMemoryError: CUDA out of memory")
+    restarts = Deaths().restarts
+    with pytest.raises(MemoryFailure, match="during start"):
+        await restarts.again("policy", lacking, attempt, is_waited_for=True)
+    with pytest.raises(MemoryFailure, match="during learn"):
+        await restarts.again("policy", lacking, attempt, is_waited_for=True)
+    assert attempts == [1]
+
+
+async def test_data_that_ray_has_lost_is_an_error_of_ours() -> None:
+    handle = asyncio.get_running_loop().create_future()
+    handle.set_exception(ObjectLostError("a1", "", ""))
+    with pytest.raises(DataLost, match="the run resumes at its last commit"):
+        await fetch(handle)  # type: ignore[arg-type]
 
 
 async def test_a_role_without_a_place_says_so_and_that_the_run_resumes() -> None:

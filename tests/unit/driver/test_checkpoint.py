@@ -97,6 +97,7 @@ def test_a_damaged_newest_commit_gives_way_to_the_one_before(
     saved = latest(store)
     assert (saved.version, saved.progress) == (4, {"iteration": 4})
     assert [each.split(" ")[0] for each in saved.damaged] == ["6"]
+    assert not store.has(6), "it is not whole"
     # Learnt again, the version is whole.
     store.save(6, groups("again"), {"iteration": 6})
     assert latest(store).policy["learner.safetensors"] == b"policy again"
