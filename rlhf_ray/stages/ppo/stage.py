@@ -66,7 +66,7 @@ def run(config: Config) -> dict[str, object]:
         async with ppo_roles(
             config, policy_model, reward_model, critic_model, recorder, progress.say
         ) as roles:
-            await _restore(roles, saved)
+            await _restore(roles, saved, Guards(config.guards, recorder))
             progress.say("ppo: all roles are ready; verifying that generators serve their adapter")
             parts = LoopParts(
                 config=config,
@@ -81,8 +81,6 @@ def run(config: Config) -> dict[str, object]:
                 state=state,
                 bar=bar,
             )
-            if saved is not None and saved.damaged:
-                Guards(config.guards, recorder).warn(state.iteration, damaged_commits(saved))
             loop = PpoLoop(parts)
             async with controlled(folder.path, loop, roles.generators, bar, recorder, progress.say):
                 with watched(config, folder.path, loop, recorder, progress.say):
@@ -141,8 +139,10 @@ def _critic_model(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str 
     return critic_model
 
 
-async def _restore(roles: Roles, saved: SavedCommit | None) -> None:
+async def _restore(roles: Roles, saved: SavedCommit | None, guards: Guards) -> None:
     if saved is not None:
+        if saved.damaged:
+            guards.warn(saved.progress["iteration"], damaged_commits(saved))
         states = {"policy": saved.policy, "critic": saved.critic}
         await asyncio.gather(
             *(learner.load(states[name]) for name, learner in roles.learners.items())
