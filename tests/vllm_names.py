@@ -97,7 +97,8 @@ ATTRIBUTES = [
             *("vllm_config", "model_config", "lora_config", "device", "lora_manager"),
         )
     ),
-    *attributes(ASYNC, "AsyncLLM", "input_processor"),
+    *attributes(ASYNC, "AsyncLLM", "errored", "input_processor", "output_processor"),
+    *attributes("vllm.v1.engine.output_processor", "OutputProcessor", "request_states"),
     *attributes("vllm.v1.engine.input_processor", "InputProcessor", "generation_config_fields"),
     *attributes("vllm.platforms.interface", "Platform", "device_type"),
     *attributes("vllm.outputs", "RequestOutput", "outputs"),
@@ -152,17 +153,18 @@ NOT_EVERYWHERE = [
 
 def uses() -> list[Use]:
     """Return every use; imports, keywords and variables are read from our own code."""
-    engine, extension = (ast.parse(path.read_text()) for path in sources_of_ours())
+    trees = [ast.parse(path.read_text()) for path in sources_of_ours()]
+    engine = trees[0]
     return [
-        *(*CALLS, *ATTRIBUTES, *TEXTS, *_imported(engine), *_imported(extension)),
+        *(*CALLS, *ATTRIBUTES, *TEXTS, *(use for tree in trees for use in _imported(tree))),
         *attributes("vllm.engine.arg_utils", "AsyncEngineArgs", *_engine_args(engine)),
         *attributes("vllm.sampling_params", "SamplingParams", *_keywords(engine, "SamplingParams")),
         *(Use("vllm.envs", "text", f'"{name}"') for name in sorted(_variables())),
     ]
 
 
-def sources_of_ours() -> tuple[Path, Path]:
-    return ROOM / "engine.py", ROOM / "worker_extension.py"
+def sources_of_ours() -> list[Path]:
+    return [ROOM / name for name in ("engine.py", "own_process.py", "worker_extension.py")]
 
 
 def _imported(tree: ast.Module) -> Iterator[Use]:

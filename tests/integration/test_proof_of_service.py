@@ -8,6 +8,7 @@ interpreter: TRITON_FOLDER names a folder with the package (`pip install --no-de
 triton==3.7.1`; the CPU lock leaves it out).
 """
 
+import asyncio
 import dataclasses
 import os
 import shutil
@@ -369,11 +370,20 @@ async def test_a_dead_engine_is_a_failure_of_its_actor(running: Setup) -> None:
     for engine in engines:
         maps = Path(f"/proc/{engine.pid}/maps").read_text().splitlines()
         held |= {Path(line.split()[-1]) for line in maps if "/dev/shm/psm_" in line}
+        engine.suspend()
+    sampling = asyncio.ensure_future(running.sample(version=0))
+    await asyncio.sleep(0.2)
+    update = await running.policy.zero_adapter(1)
+    loading = asyncio.ensure_future(running.generator.publish(update))
+    await asyncio.sleep(0.5)
+    for engine in engines:
         engine.kill()
     with pytest.raises(ActorFailure, match="engine process died while sampling"):
-        await running.sample(version=0)
-    with pytest.raises(ActorFailure, match="engine process died while loading an adapter"):
-        await running.generator.publish(await running.policy.zero_adapter(1))
+        await sampling
+    # vLLM itself would never answer these.
+    for publishing in (loading, running.generator.publish(update)):
+        with pytest.raises(ActorFailure, match="engine process died while loading an adapter"):
+            await asyncio.wait_for(publishing, 60)
     for file in held:  # of an engine that died outside of a run: nobody sweeps them
         file.unlink(missing_ok=True)
 

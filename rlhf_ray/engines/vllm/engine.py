@@ -8,12 +8,10 @@ import asyncio
 import itertools
 import json
 import os
-import re
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +24,6 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -34,8 +31,9 @@ from rlhf_ray.algorithms.logprobs import SamplingRule
 from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.served_adapters import refuse_unservable, servable_rank
 from rlhf_ray.engines.vllm import versions
+from rlhf_ray.engines.vllm.own_process import lost_start_is_a_failure, while_alive
 from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
-from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
+from rlhf_ray.errors import ConfigError, WeightSyncError
 from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.observability.phases import count, read_count, report
 from rlhf_ray.types import AdapterUpdate, SampleRequest, ServedAdapter
@@ -98,7 +96,7 @@ class VllmEngine:
         if current_platform.device_type == "cuda" and (home := find_cuda()):
             os.environ["CUDA_HOME"] = str(home)  # where FlashInfer looks first
         report("starting vLLM's engine, which loads the weights")
-        with _lost_start_is_a_failure():
+        with lost_start_is_a_failure():
             self._engine = AsyncLLM.from_engine_args(self._engine_args())
         states = self._engine.output_processor.request_states
         # Read there: an output for each token would wake this loop thousands of times a second.
@@ -107,10 +105,13 @@ class VllmEngine:
         # With min_tokens, vLLM would also mask the eos ids of the model's folder until then, but
         # learner and reference mask our stop tokens alone: log-probs would differ.
         self._engine.input_processor.generation_config_fields = {}
-        per_worker = await self._engine.collective_rpc("servable_modules")
+        per_worker, facts = await while_alive(self._engine, "starting", self._facts())
         self._servable = set.intersection(*map(set, per_worker))
-        facts = await self._engine.collective_rpc("engine_facts")
         print(_described(facts, self._settings), flush=True)
+
+    async def _facts(self) -> tuple[Sequence[Sequence[str]], Sequence[versions.EngineFacts]]:
+        rpc = self._engine.collective_rpc
+        return await rpc("servable_modules"), await rpc("engine_facts")
 
     def _refuse_what_the_platform_lacks(self) -> None:
         settings, device = self._settings, current_platform.device_type
@@ -195,8 +196,8 @@ class VllmEngine:
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
         """Sample all requests together; results come in the order of the requests."""
-        with _death_is_a_failure("sampling"):
-            return list(await asyncio.gather(*(self._sample_one(request) for request in requests)))
+        samples = asyncio.gather(*(self._sample_one(request) for request in requests))
+        return await while_alive(self._engine, "sampling", samples)
 
     async def _sample_one(self, request: SampleRequest) -> Sampled:
         rule, stop_conditions = self._settings.rule, self._settings.stop_conditions
@@ -254,8 +255,7 @@ class VllmEngine:
             ConfigError: the adapter targets modules that this engine cannot serve.
         """
         refuse_unservable(update.peft_config["target_modules"], self._servable)
-        with _death_is_a_failure("loading an adapter"):
-            return await self._serve(update)
+        return await while_alive(self._engine, "loading an adapter", self._serve(update))
 
     async def _serve(self, update: AdapterUpdate) -> ServedAdapter:
         started = time.perf_counter()
@@ -281,13 +281,11 @@ class VllmEngine:
 
     async def sleep(self) -> None:
         """Offload the weights to main memory and drop the caches."""
-        with _death_is_a_failure("going to sleep"):
-            await self._engine.sleep(level=1)
+        await while_alive(self._engine, "going to sleep", self._engine.sleep(level=1))
 
     async def wake(self) -> None:
         """Load the weights back; the caches are empty."""
-        with _death_is_a_failure("waking up"):
-            await self._engine.wake_up()
+        await while_alive(self._engine, "waking up", self._engine.wake_up())
 
     async def stop(self) -> None:
         """Stop the engine's process."""
@@ -318,30 +316,3 @@ def find_cuda() -> Path | None:
     linked = [home for home in packages if (home / "lib64" / "libcudart.so").exists()]
     candidates += [] if named else [SYSTEM_CUDA, *linked]
     return next((home for home in candidates if (home / "bin" / "nvcc").exists()), None)
-
-
-@contextmanager
-def _lost_start_is_a_failure() -> Iterator[None]:
-    """Report an engine that was killed, or was too slow, while it started: it may be tried again.
-
-    Raises:
-        ActorFailure: it was; an engine that refuses its arguments raises vLLM's own error.
-    """
-    try:
-        yield
-    except (RuntimeError, TimeoutError) as error:
-        killed = re.search(r"Failed core proc\(s\): .*: -\d+", str(error))
-        if killed or isinstance(error, TimeoutError) or "Timed out" in str(error):
-            raise ActorFailure(f"vLLM's engine did not start: {error}") from error
-        raise
-
-
-@contextmanager
-def _death_is_a_failure(doing: str) -> Iterator[None]:
-    """Report the death of the engine's own process, which its actor survives, as ActorFailure."""
-    try:
-        yield
-    except EngineDeadError as error:
-        raise ActorFailure(
-            f"vLLM's engine process died while {doing}; see the end of the generator's log"
-        ) from error

@@ -16,7 +16,7 @@ from rlhf_ray.jobs.retries import run_with_retries
 from rlhf_ray.runs.control import ControlFiles, reporting_status
 
 DRIVER = """
-import os, sys
+import os, signal, sys
 folder, *codes = sys.argv[1:]
 codes = [code for code in codes if not code.startswith("run.")]
 with open(f"{folder}/starts", "a+") as starts:
@@ -25,6 +25,8 @@ with open(f"{folder}/starts", "a+") as starts:
     code = int(codes[starts.read().count("\\n")])
     starts.write("\\n")
 if code < 0:
+    if code == -signal.SIGINT:  # else ignored where the tests run in a shell's background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
