@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -17,6 +17,8 @@ DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged JSON file raises: torn, nested too deeply, or of another kind."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors of a full disk and an exhausted quota."""
+PASSING = (*FULL, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""Those that may pass by themselves: also the hiccups of a network's file system."""
 LEAST_FREE_BYTES = 2**20
 """Less free space than this counts as a full disk."""
 
@@ -48,7 +50,7 @@ class AppendedFile:
         try:
             self.flush()
         except OSError as error:
-            if not says_full(error):
+            if not may_pass(error):
                 raise
 
     def flush(self) -> None:
@@ -197,6 +199,15 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
 
 def says_full(error: BaseException) -> bool:
     """Return whether an error, or its message, says that a disk or a quota is full."""
-    full = isinstance(error, OSError) and error.errno in FULL
-    named = any(os.strerror(code) in str(error) for code in FULL)
-    return full or named or (error.__cause__ is not None and says_full(error.__cause__))
+    return _is_of(error, FULL)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same may be written later: see `PASSING`."""
+    return _is_of(error, PASSING)
+
+
+def _is_of(error: BaseException, codes: Sequence[int]) -> bool:
+    is_one = isinstance(error, OSError) and error.errno in codes
+    named = any(os.strerror(code) in str(error) for code in codes)
+    return is_one or named or (error.__cause__ is not None and _is_of(error.__cause__, codes))

@@ -159,7 +159,7 @@ class RunConfig(Section):
         3600.0,
         unit="s",
         ge=0,
-        description="Longest time for which PPO waits for space on the full disk of run.dir.",
+        description="Longest time for which PPO waits where run.dir is full or does not answer.",
     )
 
     keep_batches: Literal["none", "warned", "last", "all"] = changeable(

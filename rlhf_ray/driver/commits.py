@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 
 from rlhf_ray.config import Config
-from rlhf_ray.disk import says_full
+from rlhf_ray.disk import may_pass
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState
 from rlhf_ray.driver.guards import Alarm
 from rlhf_ray.driver.recorder import Recorder
@@ -107,11 +107,18 @@ class Commits:
             writing, self._writing = self._writing, None
             writing.result()
 
-    async def save_last(self, newer_than: int) -> None:
-        """Save the last commit, unless it is saved or was there when this process began."""
+    async def save_last(self, recorded: int, newer_than: int) -> None:
+        """Save the last commit, unless it is saved or was there when this process began.
+
+        Args:
+            recorded: the last iteration with records; a commit without them is none.
+            newer_than: the version that was there.
+        """
         await self.written()
         last = self._last
-        if last and last.version > newer_than and not self._checkpoints.has(last.version):
+        if last is None or last.version <= newer_than or self._checkpoints.has(last.version):
+            return
+        if last.progress["iteration"] <= recorded:
             await self.save(last.progress["iteration"])
 
     async def keep_best(self, state: RunState) -> None:
@@ -137,7 +144,7 @@ class Commits:
         self._checkpoints.save(commit.version, groups, commit.progress)
 
     async def _patiently(self, iteration: int, write: Callable[[], None]) -> None:
-        """Write in a thread; where the disk is full, wait for space and write again."""
+        """Write in a thread; where the disk is full or a network's hangs, wait and write again."""
         began_s, self._was_full = time.monotonic(), False
         while True:
             try:
@@ -145,7 +152,7 @@ class Commits:
                 return await asyncio.to_thread(write)
             except (CheckpointError, OSError) as error:
                 waited_s = time.monotonic() - began_s
-                if not says_full(error) or waited_s >= self._patience_s:
+                if not may_pass(error) or waited_s >= self._patience_s:
                     raise
                 self._was_full = True
                 self._warn(iteration, _disk_full(error, waited_s, self._patience_s))
@@ -187,6 +194,6 @@ def _disk_full(error: Exception, waited_s: float, patience_s: float) -> Alarm:
         "disk_full",
         "wait",
         {"waited_s": waited_s},
-        f"{error}. The run waits for space, {patience_s - waited_s:.0f} s more at most "
+        f"{error}. The run waits and writes again, for {patience_s - waited_s:.0f} s more at most "
         "(run.full_disk_wait_s)",
     )

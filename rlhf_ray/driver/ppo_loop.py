@@ -123,8 +123,7 @@ class PpoLoop:
         try:
             return await self._run()
         except asyncio.CancelledError:
-            if self._recorded == self._state.iteration:  # a commit without its records is none
-                await self._commits.save_last(newer_than=self._parts.state.version)
+            await self._commits.save_last(self._recorded, newer_than=self._parts.state.version)
             raise
         finally:
             await self._keeper.written()

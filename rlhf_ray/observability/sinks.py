@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_ray.disk import AppendedFile, says_full, write_atomically
+from rlhf_ray.disk import AppendedFile, may_pass, write_atomically
 from rlhf_ray.observability.metrics import check
 
 
@@ -106,7 +106,7 @@ class TensorBoardSink:
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
         except OSError as error:
-            if not says_full(error):
+            if not may_pass(error):
                 raise
             self._writer = None  # its thread has ended, and closing it would wait for that
 

@@ -14,7 +14,7 @@ from statistics import fmean
 
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config.rewards import SourceConfig
-from rlhf_ray.errors import DivergenceError
+from rlhf_ray.errors import RlhfError
 from rlhf_ray.types import RawScores
 
 
@@ -38,7 +38,7 @@ def combine(
     good nor bad.
 
     Raises:
-        DivergenceError: no source scored any response.
+        RlhfError: no source scored any response.
     """
     updated = {
         source.name: moments.get(source.name, Moments()) + _moments_of(raw[source.name])
@@ -49,7 +49,7 @@ def combine(
     sums = _sums(parts)
     scored = [value for value in sums if value is not None]
     if not scored:
-        raise DivergenceError(
+        raise RlhfError(
             f"None of the {len(sums)} responses has a score from {', '.join(raw)}. "
             "Check what the sources answer; the run resumes at its last commit"
         )

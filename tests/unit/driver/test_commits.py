@@ -166,7 +166,7 @@ def test_a_run_waits_for_space_on_a_full_disk(
         nonlocal attempts
         attempts += 1
         if attempts <= 3:
-            raise OSError((errno.ENOSPC, errno.EDQUOT)[attempts % 2], "")
+            raise OSError((errno.ENOSPC, errno.EDQUOT, errno.ESTALE)[attempts % 3], "")
         real(descriptor)
 
     async def scene() -> None:
@@ -178,7 +178,7 @@ def test_a_run_waits_for_space_on_a_full_disk(
     played(scene)
     assert run.disk.order == ["committed 1", "saved 1", "committed 2", "saved 2"]
     assert [(at, warning.guard) for at, warning in run.warnings] == [(1, "disk_full")] * 3
-    assert "waits for space" in run.warnings[0][1].text
+    assert "waits and writes again" in run.warnings[0][1].text
     assert list(run.outages.lost_s) == ["driver: full disk"]
 
 

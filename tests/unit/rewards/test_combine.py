@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config.rewards import RougeSourceConfig
-from rlhf_ray.errors import DivergenceError
+from rlhf_ray.errors import RlhfError
 from rlhf_ray.rewards.combine import combine, raw_sums
 
 
@@ -78,5 +78,5 @@ def test_a_response_without_any_score_gets_the_mean_of_the_others() -> None:
 
 
 def test_no_score_at_all_is_refused() -> None:
-    with pytest.raises(DivergenceError, match="None of the 2 responses has a score from a, b"):
+    with pytest.raises(RlhfError, match="None of the 2 responses has a score from a, b"):
         combine([source("a"), source("b")], {"a": (None, None), "b": (None, None)}, {})
