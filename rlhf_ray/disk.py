@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
@@ -43,15 +44,17 @@ class AppendedFile:
         self._path = path
         self._file: FileIO | None = None
         self._rest = b""
+        self._lock = threading.RLock()  # the watchdog writes warnings from a thread
 
     def write(self, text: str) -> None:
         """Append a text; readers see it at once, unless the disk is full."""
-        self._rest += text.encode()
-        try:
-            self.flush()
-        except OSError as error:
-            if not may_pass(error):
-                raise
+        with self._lock:
+            self._rest += text.encode()
+            try:
+                self.flush()
+            except OSError as error:
+                if not may_pass(error):
+                    raise
 
     def flush(self) -> None:
         """Write what the disk has refused so far.
@@ -59,11 +62,12 @@ class AppendedFile:
         Raises:
             OSError: it still does.
         """
-        while self._rest:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = FileIO(self._path, "a")
-            self._rest = self._rest[self._file.write(self._rest) :]
+        with self._lock:
+            while self._rest:
+                if self._file is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = FileIO(self._path, "a")
+                self._rest = self._rest[self._file.write(self._rest) :]
 
     def sync(self) -> None:
         """Make what was written durable."""

@@ -6,8 +6,17 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def repeated(action: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
-    """Call ``action`` every ``every_s`` seconds in a thread of that name until the block ends."""
+def repeated(
+    action: Callable[[], None], every_s: float, name: str, join_s: float | None = None
+) -> Iterator[None]:
+    """Call ``action`` every ``every_s`` seconds in a thread of that name until the block ends.
+
+    Args:
+        action: what to call.
+        every_s: seconds between two calls.
+        name: of the thread.
+        join_s: longest wait at the end for a call that is running; None: until it returns.
+    """
     ended = threading.Event()
 
     def repeat() -> None:
@@ -20,4 +29,4 @@ def repeated(action: Callable[[], None], every_s: float, name: str) -> Iterator[
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(join_s)

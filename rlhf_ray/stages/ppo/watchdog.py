@@ -128,7 +128,9 @@ def watched(
         lambda: keep_stacks(folder / "stacks", running),
         report,
     )
-    with repeated(watchdog.look, INTERVAL_S, "watchdog") if guard.factor else nullcontext():
+    # Collecting stacks takes longer than a run that is told to end may.
+    looking = repeated(watchdog.look, INTERVAL_S, "watchdog", join_s=1.0)
+    with looking if guard.factor else nullcontext():
         yield
 
 
