@@ -45,6 +45,7 @@ def sitter(name: str, node: str | None) -> RayWorker[Sitter]:
         timeout_s=60.0,
         on_call=lambda *_: None,
         watch=Watch(),
+        node_id=node,
     )
 
 
