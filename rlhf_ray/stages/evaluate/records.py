@@ -38,11 +38,17 @@ def metrics_of(summary: Summary) -> dict[str, float]:
     return metrics
 
 
+def withdraw_summary(folder: Path) -> None:
+    """Remove the summary of an earlier evaluation; the trackers get its step once more."""
+    summary = folder / "summary.json"
+    if summary.is_file():
+        current().forget("evaluate")
+        summary.unlink()
+
+
 def log_metrics(config: Config, folder: Path, version: int, metrics: Mapping[str, float]) -> None:
     """Log to the trackers and to ``metrics.jsonl``, which has a line for each policy evaluated."""
     path = folder / "metrics.jsonl"
-    if (folder / "summary.json").is_file():
-        current().forget("evaluate")
     lines = JsonlSink(path, "step")
     lines.truncate_after("step", version - 1)
     trackers = current().sinks("evaluate", "step", read_jsonl(path))

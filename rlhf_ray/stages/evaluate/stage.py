@@ -37,7 +37,7 @@ from rlhf_ray.stages.evaluate.comparison import (
     summarize,
 )
 from rlhf_ray.stages.evaluate.inputs import Inputs, load_inputs
-from rlhf_ray.stages.evaluate.records import log_metrics, metrics_of, tables
+from rlhf_ray.stages.evaluate.records import log_metrics, metrics_of, tables, withdraw_summary
 
 LOG_WIDTH = 100
 """Columns of a table where the output is no terminal and has no width."""
@@ -66,7 +66,7 @@ def run(config: Config) -> Summary:
             rates = [row["models"][name]["pass_rate"] for row in followed]
             model["instruction_pass_rate"] = fmean(rates)
     # First: what is written from here on must not count as what an earlier summary describes.
-    (folder.stage("evaluate") / "summary.json").unlink(missing_ok=True)
+    withdraw_summary(folder.stage("evaluate"))
     _write_lines(folder, "samples", _side_by_side(samples, inputs))
     _write_lines(folder, "instructions", followed)
     log_metrics(config, folder.stage("evaluate"), inputs.policy_version or 0, metrics_of(summary))
