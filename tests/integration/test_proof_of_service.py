@@ -268,7 +268,7 @@ async def test_a_stale_adapter_is_not_learnt_from(setup: Setup) -> None:
     await setup.engine.plant("stale", lies=True)
     move(setup.learner, seed=5)
     await setup.publish(version=2)
-    with pytest.raises(WeightSyncError, match="does not sample from the policy"):
+    with pytest.raises(WeightSyncError, match="did not sample from the policy"):
         await setup.check(guard, version=2)
 
 
