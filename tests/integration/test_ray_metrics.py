@@ -270,8 +270,8 @@ def test_the_trace_opens_while_the_run_goes_on_with_a_row_an_actor(watched: Watc
         if event["ph"] == "X":
             span = (event["ts"], event["ts"] + event["dur"], event["name"])
             spans.setdefault(event["tid"], []).append(span)
-    roles = ("driver", "generator-0", "policy-0", "critic-0", "reference-0", "reward-0")
-    assert {rows[row] for row in spans} == set(roles)
+    roles = {"driver", "generator-0", "policy-0", "critic-0", "reference-0", "reward-0"}
+    assert {rows[row] for row in spans} == {*roles, "disk"}
     driver = next(row for row in spans if rows[row] == "driver")
     assert {name for _, _, name in spans[driver]} >= {"gen", "score", "learn", "commit", "sync"}
     for of_row in spans.values():
