@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 from rlhf_ray.cluster.workers import ProcessT_co, ResultT, Worker, arriving
 from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, PlacementError
 from rlhf_ray.observability.outages import Outages
+from rlhf_ray.observability.repeated import GrowingWait
 from rlhf_ray.roles import GeneratorProcess, Process, ReferenceProcess, ScorerProcess
 from rlhf_ray.types import (
     AdapterUpdate,
@@ -21,9 +22,6 @@ from rlhf_ray.types import (
     TokenRows,
 )
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-"""Wait before a second restart in a row, which nothing that worked has interrupted; it doubles with
-each further one, up to the longest. There is none before the first."""
 RESUMES = "Run again: the run resumes at its last commit"
 CAUSES = {" did not answer ": "deadline", " died during ": "died", " differ, ": "ranks differ"}
 """Words of a failure's message -> what it is counted as; others are counted as ``failed``."""
@@ -53,7 +51,7 @@ class Restarts:
         renew: Renew,
         say: Callable[[str], None],
         outages: Outages,
-        first_wait_s: float = FIRST_WAIT_S,
+        first_wait_s: float = 1.0,
     ) -> None:
         """
         Args:
@@ -62,7 +60,8 @@ class Restarts:
             renew: replaces workers.
             say: tells the user of a restart.
             outages: counts it.
-            first_wait_s: see `FIRST_WAIT_S`.
+            first_wait_s: before a second restart in a row, which nothing that worked has
+                interrupted; there is no wait before the first.
         """
         self.renew = renew
         self.say = say
@@ -71,7 +70,8 @@ class Restarts:
         self._outages = outages
         self._first_wait_s = first_wait_s
         self._used = 0
-        self._in_a_row: Counter[str] = Counter()
+        self._waits: dict[str, GrowingWait] = {}
+        """Who was restarted, and has not worked since."""
 
     async def again(
         self,
@@ -95,7 +95,7 @@ class Restarts:
         """
         began_s, cause = time.monotonic(), failure
         while True:
-            if isinstance(cause, MemoryFailure) and self._in_a_row[who]:
+            if isinstance(cause, MemoryFailure) and who in self._waits:
                 raise cause
             if self._used >= self._limit:
                 budget = f"All {self._limit} restarts ({self._key}) are used up"
@@ -120,12 +120,13 @@ class Restarts:
 
     def worked(self, who: str) -> None:
         """Note that it does its work: a later failure is the first in a row."""
-        self._in_a_row.pop(who, None)
+        self._waits.pop(who, None)
 
     def _next_wait_s(self, who: str) -> float:
-        number = self._in_a_row[who]
-        self._in_a_row[who] += 1
-        return min(self._first_wait_s * 2 ** (number - 1), LONGEST_WAIT_S) if number else 0.0
+        if who in self._waits:
+            return self._waits[who].next_s()
+        self._waits[who] = GrowingWait(self._first_wait_s)
+        return 0.0
 
 
 class Crew(Generic[ProcessT_co]):

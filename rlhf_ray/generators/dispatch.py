@@ -172,7 +172,7 @@ class Dispatch(Generic[GeneratorT]):
                 batch.issues.remove(each)
                 each.call.cancel()  # the others'; this one is done
             batch.took.append((member.name, self._clock() - issue.began_s))
-            member.failures = 0
+            member.wait = None
             batch.done.put_nowait(error or call.result())
         self.hand_out()
 

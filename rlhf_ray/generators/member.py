@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from rlhf_ray.errors import ActorFailure, WeightSyncError
+from rlhf_ray.observability.repeated import GrowingWait
 from rlhf_ray.roles import Generator, Proof
 from rlhf_ray.types import AdapterUpdate, GeneratorState, GeneratorStatus
 
@@ -20,11 +21,6 @@ TRANSITIONS: Mapping[GeneratorState, frozenset[GeneratorState]] = {
 }
 """State -> the states that may follow. Only a stale generator becomes ready: no path to the first
 prompt bypasses the proof and the publication."""
-
-
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-"""Wait before a generator's restart: the first, doubled after each failure without a finished shard
-in between, up to the longest."""
 
 
 GeneratorT = TypeVar("GeneratorT", bound=Generator)
@@ -69,8 +65,8 @@ class Member(Generic[GeneratorT]):
     state: GeneratorState = "starting"
     serves: AdapterUpdate | None = None
     restarts: int = 0
-    failures: int = 0
-    """Number of failures since it last finished a shard."""
+    wait: GrowingWait | None = None
+    """Before its next restart; None: it has finished a shard since the last one."""
     calls: set[asyncio.Future[Any]] = field(default_factory=set)
     """The running calls, one per shard."""
     lacks_capacity: bool = False
@@ -105,10 +101,9 @@ class Member(Generic[GeneratorT]):
         return self.change is None and self.state in ("starting", "stale", "ready")
 
     def next_wait_s(self, first_s: float) -> float:
-        """Count a failure; return the seconds to wait before the restart."""
-        wait_s = min(first_s * 2**self.failures, LONGEST_WAIT_S)
-        self.failures += 1
-        return wait_s
+        """Return the seconds to wait before its restart."""
+        self.wait = self.wait or GrowingWait(first_s)
+        return self.wait.next_s()
 
     def status(self) -> GeneratorStatus:
         """Return its state as `rlhf-ray status` shows it."""

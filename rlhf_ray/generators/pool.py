@@ -21,7 +21,6 @@ from rlhf_ray.generators.autoscale import next_target
 from rlhf_ray.generators.dispatch import Dispatch
 from rlhf_ray.generators.first_starts import FirstStarts
 from rlhf_ray.generators.member import (
-    FIRST_WAIT_S,
     Factory,
     GeneratorT,
     Member,
@@ -57,7 +56,7 @@ class GeneratorPool(Generic[GeneratorT]):
         settings: GeneratorsConfig,
         autoscale: AutoscaleConfig | None = None,
         say: Callable[[str], None] = lambda _: None,
-        first_wait_s: float = FIRST_WAIT_S,
+        first_wait_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         outages: Outages | None = None,
     ) -> None:

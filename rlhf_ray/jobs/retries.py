@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rlhf_ray import interruption
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.observability.repeated import GrowingWait
 from rlhf_ray.runs.control import ControlFiles
 
 DRIVER = (sys.executable, "-P", "-m", "rlhf_ray")
@@ -24,7 +25,7 @@ DRIVER = (sys.executable, "-P", "-m", "rlhf_ray")
 current folder."""
 RESUME = "run.resume=auto"
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 300.0
-"""Wait before the first retry, and the longest; each is twice the one before."""
+"""Wait before the first retry, and the longest."""
 ENDED = {0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM}
 """Exit codes of a driver that is not started again: done, its user's error, or told to end."""
 PR_SET_PDEATHSIG = 1
@@ -41,7 +42,7 @@ def run_with_retries(
         num_retries: how many times it is started again at most.
         say: prints a line.
     """
-    files, wait_s = ControlFiles(folder), FIRST_WAIT_S
+    files, wait = ControlFiles(folder), GrowingWait(FIRST_WAIT_S, LONGEST_WAIT_S)
     interruption.explain(lambda: "The driver has ended, and is not started again")
     code = _drive(command)
     for left in reversed(range(num_retries)):
@@ -52,12 +53,12 @@ def run_with_retries(
         if _would_repeat(files):
             say("Not started again: from the same commit it would end in the same way")
             break
+        wait_s = wait.next_s()
         say(
             f"The driver died (exit code {code}). It is started again in {wait_s:g} s, to resume "
             f"from what is saved; {left} retries are left after that"
         )
         time.sleep(wait_s)
-        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         code = _drive([*command, RESUME])
     return code
 

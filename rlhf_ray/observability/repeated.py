@@ -1,8 +1,27 @@
-"""A call repeated in the background while other work runs."""
+"""A call repeated in the background while other work runs; the waits of one that is tried again."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+class GrowingWait:
+    """The wait before each of several attempts in a row: twice the one before, up to the longest.
+
+    Args:
+        first_s: the first one.
+        longest_s: the longest.
+    """
+
+    def __init__(self, first_s: float = 1.0, longest_s: float = 60.0) -> None:
+        self._next_s = first_s
+        self._longest_s = longest_s
+
+    def next_s(self) -> float:
+        """Return the seconds to wait now."""
+        wait_s = min(self._next_s, self._longest_s)
+        self._next_s = 2 * wait_s
+        return wait_s
 
 
 @contextmanager
