@@ -22,6 +22,9 @@ from rlhf_ray.types import Commit, StateFiles
 
 SLOW_S = 1.0
 """A run that waits longer than this for its previous commit has a disk that is too slow."""
+SPARE = 2.0
+"""More commits are saved again once the time between them is this many times that of a write: at
+the edge the interval would go back and forth, with a wait each time."""
 RETRY_S = 10.0
 """Seconds between two looks for space on a full disk."""
 
@@ -45,7 +48,7 @@ class Commits:
             recorder: of the run; its records of an iteration are on disk before the commit.
             warn: records and prints a warning about an iteration.
         """
-        self._every = config.ppo.save_every
+        self._least_every = self._every = config.ppo.save_every
         self._patience_s = config.run.full_disk_wait_s
         self._roles = roles
         self._checkpoints = checkpoints
@@ -53,7 +56,10 @@ class Commits:
         self._warn = warn
         self._last: Commit | None = None
         self._writing: asyncio.Task[None] | None = None
-        self._began_s = 0.0
+        self._began = (0, 0.0)
+        """Iteration whose commit was written last, and when that began."""
+        self._write_s = 0.0
+        """How long the last write took."""
         self._was_full = False
 
     def is_due(self, iteration: int) -> bool:
@@ -83,7 +89,7 @@ class Commits:
         written before. `hold` waits for it where the next commit is due.
         """
         assert self._writing is None, "the previous commit is still being written"
-        self._began_s = time.monotonic()
+        self._began = iteration, time.monotonic()
         self._writing = asyncio.ensure_future(self._write(self.held, iteration))
 
     async def save(self, iteration: int) -> None:
@@ -135,9 +141,11 @@ class Commits:
         await self._patiently(state.iteration, progress)
 
     async def _write(self, commit: Commit, iteration: int) -> None:
+        began_s = time.monotonic()
         with self._recorder.phase("save", iteration):
             groups = {name: await self._roles.fetch(state) for name, state in commit.groups.items()}
             await self._patiently(iteration, partial(self._save, commit, groups))
+        self._write_s = time.monotonic() - began_s
 
     def _save(self, commit: Commit, groups: Mapping[str, StateFiles]) -> None:
         self._recorder.sync()  # a commit without its records would leave a gap in them
@@ -159,17 +167,29 @@ class Commits:
             await asyncio.sleep(RETRY_S)
 
     async def _catch_up(self, iteration: int) -> None:
-        """Wait for the previous commit where this one is due; save fewer if the disk is slow."""
+        """Wait for the previous commit where this one is due; save as often as the disk can."""
         if self._writing is None or not (self._writing.done() or self.is_due(iteration)):
             return
         waited_from_s = time.monotonic()
         await self.written()
-        now_s = time.monotonic()
-        if now_s - waited_from_s > SLOW_S and not self._was_full:
-            seconds, interval = now_s - self._began_s, waited_from_s - self._began_s
-            self._every *= math.ceil(seconds / interval)
-            self._recorder.outages.lost("driver", "slow disk", now_s - waited_from_s)
-            self._warn(iteration, _slow_disk(seconds, interval, self._every))
+        waited_s = time.monotonic() - waited_from_s
+        if self._was_full:
+            return
+        began_at, began_s = self._began
+        iteration_s = max(1e-3, (waited_from_s - began_s) / max(1, iteration - began_at))
+        before = self._every
+        if waited_s > SLOW_S:
+            self._every = max(before, self._every_for(self._write_s, iteration_s))
+            self._recorder.outages.lost("driver", "slow disk", waited_s)
+        else:
+            self._every = min(before, self._every_for(SPARE * self._write_s, iteration_s))
+        if self._every != before:
+            self._warn(iteration, _slow_disk(self._write_s, iteration_s, before, self._every))
+
+    def _every_for(self, write_s: float, iteration_s: float) -> int:
+        """Return the least interval, in iterations, in which such a write ends."""
+        least = self._least_every
+        return least * max(1, math.ceil(write_s / (least * iteration_s)))
 
     @property
     def held(self) -> Commit:
@@ -178,15 +198,17 @@ class Commits:
         return self._last
 
 
-def _slow_disk(seconds: float, interval: float, every: int) -> Alarm:
-    return Alarm(
-        "slow_disk",
-        "save fewer",
-        {"save_s": seconds, "interval_s": interval},
-        f"Writing a commit to run.dir took {seconds:.0f} s, and the next one was due after "
-        f"{interval:.0f} s. From now on one iteration in {every} is saved: a driver that "
-        "dies repeats up to that many. Put run.dir on a faster disk, or set ppo.save_every",
+def _slow_disk(write_s: float, iteration_s: float, before: int, every: int) -> Alarm:
+    numbers = {"save_s": write_s, "interval_s": before * iteration_s}
+    took = f"Writing a commit to run.dir took {write_s:.0f} s, an iteration {iteration_s:.0f} s. "
+    if every < before:
+        text = f"{took}From now on one iteration in {every} is saved, no longer one in {before}"
+        return Alarm("slow_disk", "save more", numbers, text)
+    text = (
+        f"{took}From now on one iteration in {every} is saved, until the disk is faster: a driver "
+        "that dies repeats up to that many. Put run.dir on a faster disk, or set ppo.save_every"
     )
+    return Alarm("slow_disk", "save fewer", numbers, text)
 
 
 def _disk_full(error: Exception, waited_s: float, patience_s: float) -> Alarm:

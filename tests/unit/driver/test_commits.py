@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -48,10 +49,12 @@ class Disk(Checkpoints):
         super().__init__(folder, 3, {})
         self.gate = threading.Event()
         self.gate.set()
+        self.takes_s = 0.0
         self.order: list[str] = []
 
     def save(self, version: int, *args: Any) -> None:
         self.gate.wait(20)
+        time.sleep(self.takes_s)
         super().save(version, *args)
         self.order.append(f"saved {version}")
 
@@ -155,6 +158,50 @@ def test_a_slow_disk_gets_fewer_commits_and_a_warning(
     assert f"one iteration in {every} is saved" in warning.text
 
 
+def test_a_disk_that_is_fast_again_gets_every_commit_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "SLOW_S", 0.02)
+    run = Run(tmp_path, save_every=2)
+
+    async def scene() -> None:
+        run.disk.gate.clear()
+        await run.iterate(2)
+        await asyncio.sleep(0.04)
+        await run.iterate(3)
+        asyncio.get_running_loop().call_later(0.2, run.disk.gate.set)
+        await run.iterate(4)  # some 0.24 s of writing in iterations of 0.02 s
+        every = next(number for number in range(1, 99) if run.commits.is_due(number))
+        assert every > 2 and every % 2 == 0
+        await run.iterate(every)
+        await asyncio.sleep(0.5)  # a write takes milliseconds now
+        await run.iterate(every + 1)
+        await run.commits.written()
+        assert [number for number in range(1, 7) if run.commits.is_due(number)] == [2, 4, 6]
+
+    played(scene)
+    assert [warning.action for _, warning in run.warnings] == ["save fewer", "save more"]
+    assert "one iteration in 2 is saved, no longer one in" in run.warnings[1][1].text
+
+
+def test_a_disk_that_is_hardly_fast_enough_keeps_its_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run would wait for it, save fewer, save more and wait again."""
+    monkeypatch.setattr(commits, "SLOW_S", 0.02)
+    run = Run(tmp_path)
+
+    async def scene() -> None:
+        run.disk.takes_s = 0.12
+        for iteration in range(1, 8):
+            await run.iterate(iteration)
+            await asyncio.sleep(0.08)
+        await run.commits.written()
+
+    played(scene)
+    assert [warning.action for _, warning in run.warnings] == ["save fewer"]
+
+
 def test_a_run_waits_for_space_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +233,7 @@ def test_a_disk_that_stays_full_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commits, "RETRY_S", 0.01)
-    run = Run(tmp_path, wait_s=0.03)
+    run = Run(tmp_path, wait_s=0.3)
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
