@@ -52,6 +52,10 @@ class MemoryFailure(ActorFailure):
     """A role's process lacked memory: what runs out of it twice in a row doesn't fit."""
 
 
+class NodeLeaves(ActorFailure):
+    """A role's process was ended because its node is to leave the cluster: no fault of its own."""
+
+
 class DataLost(ActorFailure):
     """What a call works on is gone: another process could not do it either."""
 

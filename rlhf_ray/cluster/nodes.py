@@ -1,4 +1,4 @@
-"""The living nodes of the cluster that Ray is connected to, and a function call on each."""
+"""The nodes of the cluster that Ray is connected to: a function call on each, requests for more."""
 
 import time
 from collections import Counter, defaultdict
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -92,6 +93,20 @@ def actor_stacks(timeout_s: float) -> dict[str, str]:
         for answer in answers
         for pid, name in names[answer.node.node_id].items()
     }
+
+
+def request_capacity(
+    bundles: Sequence[Mapping[str, float]], labels: Sequence[Mapping[str, str]]
+) -> None:
+    """Have Ray's autoscaler, where there is one, keep nodes on which all bundles fit at once.
+
+    It counts running actors as part of them. A request replaces the one before, whichever job of
+    the cluster made it. Without bundles no nodes are kept.
+    """
+    request_resources(
+        bundles=[dict(bundle) for bundle in bundles],
+        bundle_label_selectors=[dict(selector) for selector in labels],
+    )
 
 
 def _answer(

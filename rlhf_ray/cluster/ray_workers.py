@@ -12,7 +12,6 @@ import psutil
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import (
     ActorDiedError,
     ActorUnschedulableError,
@@ -28,9 +27,16 @@ from ray.util.scheduling_strategies import SchedulingStrategyT
 from rlhf_ray.cluster.life_signs import INTERVAL_S, Watch, forget
 from rlhf_ray.cluster.process_titles import titled
 from rlhf_ray.cluster.workers import DataT, Method, OnCall, P, ProcessT_co, ResultT, ScalarsT
-from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, PlacementError, RlhfError
+from rlhf_ray.errors import (
+    ActorFailure,
+    DataLost,
+    MemoryFailure,
+    NodeLeaves,
+    PlacementError,
+    RlhfError,
+)
 from rlhf_ray.observability.tracing import unix_now
-from rlhf_ray.placement.groups import live_nodes
+from rlhf_ray.placement.groups import draining_nodes, live_nodes
 from rlhf_ray.types import Handle
 
 RoleT = TypeVar("RoleT")
@@ -73,6 +79,8 @@ class RayWorker(Generic[ProcessT_co]):
         self.name = name
         self.actor = actor
         self.num_gpus = num_gpus
+        self.is_moved = False
+        """Whether it, or a rank of its group, is ended because its node is to leave."""
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._on_call = on_call
@@ -155,6 +163,8 @@ class RayWorker(Generic[ProcessT_co]):
             result = call.result()
         except RayError as error:
             meaning = _meaning(error, self.name, method)
+            if self.is_moved and not isinstance(meaning, DataLost):
+                meaning = self._moved(method) if isinstance(meaning, ActorFailure) else meaning
             raise meaning from (error if isinstance(meaning, ActorFailure) else None)
         finally:
             if not call.done():
@@ -181,7 +191,9 @@ class RayWorker(Generic[ProcessT_co]):
             since = max(since, self._last_end_s) if self._one_at_a_time else since
             actor_id = self.actor._actor_id.hex()
             if is_start and self._has_lost_its_node():
-                raise ActorFailure(f"{self.name} died during {method}: its node is gone")
+                is_leaving = self._node_id in draining_nodes()
+                gone = f"{self.name} died during {method}: its node is gone"
+                raise self._moved(method) if is_leaving else ActorFailure(gone)
             reason = await self._watch.overdue(self.name, actor_id, since, limit_s, key)
             if reason is None or call.done():
                 continue
@@ -193,6 +205,9 @@ class RayWorker(Generic[ProcessT_co]):
                 f"{self.name} did not answer {method}, awaited by the driver since {began}, "
                 f"{reason}"
             )
+
+    def _moved(self, method: str) -> NodeLeaves:
+        return NodeLeaves(f"{self.name} was ended during {method}: its node leaves the cluster")
 
     def _has_lost_its_node(self) -> bool:
         """Return whether its slot is on no living node; Ray would wait there for ever."""
@@ -296,20 +311,6 @@ def kill(workers: Sequence[RayWorker[object]]) -> None:
         with suppress(RayError):
             ray.kill(worker.actor)
         forget(worker.actor._actor_id.hex())
-
-
-def request_capacity(
-    bundles: Sequence[Mapping[str, float]], labels: Sequence[Mapping[str, str]]
-) -> None:
-    """Have Ray's autoscaler, where there is one, keep nodes on which all bundles fit at once.
-
-    It counts running actors as part of them. A request replaces the one before, whichever job of
-    the cluster made it. Without bundles no nodes are kept.
-    """
-    request_resources(
-        bundles=[dict(bundle) for bundle in bundles],
-        bundle_label_selectors=[dict(selector) for selector in labels],
-    )
 
 
 def _first_line(error: BaseException) -> str:

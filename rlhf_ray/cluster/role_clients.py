@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from rlhf_ray.cluster.workers import ProcessT_co, ResultT, Worker, arriving
-from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, PlacementError
+from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, NodeLeaves, PlacementError
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.observability.repeated import GrowingWait
 from rlhf_ray.roles import GeneratorProcess, Process, ReferenceProcess, ScorerProcess
@@ -23,7 +23,12 @@ from rlhf_ray.types import (
 )
 
 RESUMES = "Run again: the run resumes at its last commit"
-CAUSES = {" did not answer ": "deadline", " died during ": "died", " differ, ": "ranks differ"}
+CAUSES = {
+    " did not answer ": "deadline",
+    " died during ": "died",
+    " differ, ": "ranks differ",
+    " leaves the cluster": "moved",
+}
 """Words of a failure's message -> what it is counted as; others are counted as ``failed``."""
 
 WorkerT = TypeVar("WorkerT", bound=Worker[Any])
@@ -81,7 +86,7 @@ class Restarts:
         *,
         is_waited_for: bool,
     ) -> ResultT:
-        """Attempt a restart until it succeeds; each attempt counts.
+        """Attempt a restart until it succeeds; each attempt counts, but for a node that leaves.
 
         Args:
             who: what is restarted: a worker, or the role of a group.
@@ -97,10 +102,11 @@ class Restarts:
         while True:
             if isinstance(cause, MemoryFailure) and who in self._waits:
                 raise cause
-            if self._used >= self._limit:
+            is_free = isinstance(cause, NodeLeaves)
+            if self._used >= self._limit and not is_free:
                 budget = f"All {self._limit} restarts ({self._key}) are used up"
                 raise ActorFailure(f"{_sentence(cause)}. {budget}. {RESUMES}") from cause
-            self._used += 1
+            self._used += not is_free
             await asyncio.sleep(self._next_wait_s(who))
             try:
                 result = await attempt()

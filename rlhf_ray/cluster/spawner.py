@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS, ColocatedWorker, Colocation
 from rlhf_ray.cluster.learner_groups import LearnerGroupClient
 from rlhf_ray.cluster.life_signs import Watch
-from rlhf_ray.cluster.ray_workers import RayWorker, kill, request_capacity, spawn
+from rlhf_ray.cluster.nodes import request_capacity
+from rlhf_ray.cluster.ray_workers import RayWorker, kill, spawn
 from rlhf_ray.cluster.role_clients import Crew, Restarts, WorkerT
 from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Generic
 
 from rlhf_ray.config.rollout import GeneratorsConfig
-from rlhf_ray.errors import ActorFailure, WeightSyncError
+from rlhf_ray.errors import ActorFailure, NodeLeaves, PlacementError, WeightSyncError
 from rlhf_ray.generators.member import GeneratorT, Member, cancel
 from rlhf_ray.generators.queue import IdleTimes, ShardQueue
 from rlhf_ray.observability.outages import Outages
@@ -126,8 +126,9 @@ class Dispatch(Generic[GeneratorT]):
 
     def count_restart(self, error: Exception) -> None:
         """Count the restart of a generator; others may sample meanwhile, so it costs no time."""
-        is_wrong = isinstance(error, WeightSyncError)
-        self._outages.restarted("generator", "wrong adapter" if is_wrong else "failed", 0.0)
+        if not isinstance(error, PlacementError):  # then it has not started
+            causes = {WeightSyncError: "wrong adapter", NodeLeaves: "moved"}
+            self._outages.restarted("generator", causes.get(type(error), "failed"), 0.0)
 
     def hand_out(self) -> None:
         """Give waiting shards to generators with free slots, the least loaded first."""

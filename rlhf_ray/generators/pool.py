@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequ
 from typing import Any, Generic
 
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
-from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError, WeightSyncError
+from rlhf_ray.errors import ActorFailure, ConfigError, NodeLeaves, PlacementError, WeightSyncError
 from rlhf_ray.generators.autoscale import next_target
 from rlhf_ray.generators.dispatch import Dispatch
 from rlhf_ray.generators.first_starts import FirstStarts
@@ -292,14 +292,14 @@ class GeneratorPool(Generic[GeneratorT]):
         await self._end(member)
         member.change_to("dead")
         member.lacks_capacity = isinstance(error, PlacementError)
-        if not member.lacks_capacity:  # a cluster without capacity is no fault: it costs no restart
-            if self._restarts >= self._settings.max_restarts:
-                member.change = None
-                self._end_without_any()
-                return
-            self._restarts += 1
-            member.restarts += 1
-            self._dispatch.count_restart(error)
+        is_fault = not isinstance(error, PlacementError | NodeLeaves)  # the others cost no restart
+        if is_fault and self._restarts >= self._settings.max_restarts:
+            member.change = None
+            self._end_without_any()
+            return
+        self._restarts += is_fault
+        member.restarts += is_fault
+        self._dispatch.count_restart(error)
         member.change_to("restarting")
         self._end_without_any()
         await asyncio.sleep(member.next_wait_s(self._first_wait_s))

@@ -69,15 +69,23 @@ class Drains:
                 os.kill(os.getpid(), signal.SIGTERM)
         workers = [worker for worker in self._workers() if isinstance(worker, RayWorker)]
         leaving = [
-            (worker, deadlines[node])
+            worker
             for worker in workers
             if (node := nodes.get(worker.actor_id, "")) in deadlines and node != own
+            if self._may_leave(_role(worker), deadlines[node])
         ]
-        kill([worker for worker, deadline in leaving if self._may_leave(worker.name, deadline)])
+        groups = {_role(worker) for worker in leaving} & self._groups.keys()
+        for worker in workers:  # ranks of a group fail together, whichever is ended
+            worker.is_moved |= worker in leaving or _role(worker) in groups
+        kill(leaving)
 
-    def _may_leave(self, name: str, deadline: float) -> bool:
-        group = self._groups.get(name.rpartition("-")[0])
+    def _may_leave(self, role: str, deadline: float) -> bool:
+        group = self._groups.get(role)
         return group is None or group.is_committed or deadline - time.time() < NEAR_S
+
+
+def _role(worker: RayWorker[Any]) -> str:
+    return worker.name.rpartition("-")[0]
 
 
 def _look() -> tuple[dict[str, float], dict[str, str], str]:

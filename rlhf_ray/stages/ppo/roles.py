@@ -68,13 +68,13 @@ async def ppo_roles(
         )
         policy = _policy(spawner, config, policy_model)
         critic = _critic(spawner, config, critic_model) if critic_model else None
-        starts = asyncio.ensure_future(generators.start())
-        stack.push_async_callback(cancel, [starts])  # where another role does not start
-        await asyncio.gather(spawner.start_all([policy, critic] if critic else [policy]), starts)
         if config.cluster.joins_cluster:
             groups = {"policy": policy} | ({"critic": critic} if critic else {})
             drains = Drains(lambda: spawner.workers, groups, say)
             stack.push_async_callback(cancel, [asyncio.ensure_future(drains.follow())])
+        starts = asyncio.ensure_future(generators.start())
+        stack.push_async_callback(cancel, [starts])  # where another role does not start
+        await asyncio.gather(spawner.start_all([policy, critic] if critic else [policy]), starts)
         yield Roles(
             generators=generators,
             scorer=scorer,

@@ -158,7 +158,7 @@ def _on_gpu(training: Training) -> bool:
     """
     import ray
 
-    from rlhf_ray.cluster.ray_workers import request_capacity
+    from rlhf_ray.cluster.nodes import request_capacity
 
     may_grow, settings = training.config.cluster.joins_cluster, training.config.placement
     has_gpus = may_grow or bool(ray.cluster_resources().get("GPU"))

@@ -13,7 +13,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from rlhf_ray import disk, interruption
-from rlhf_ray.cluster import ray_workers
+from rlhf_ray.cluster import nodes
 from rlhf_ray.config import Config
 from rlhf_ray.errors import (
     ActorFailure,
@@ -328,7 +328,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, float], list[Any]
         resources["GPU"] = 2.0
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
-    monkeypatch.setattr(ray_workers, "request_capacity", ask)
+    monkeypatch.setattr(nodes, "request_capacity", ask)
     monkeypatch.setattr(ray_train, "POLL_S", 0.001)
     return resources, asked
 

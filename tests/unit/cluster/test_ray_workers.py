@@ -17,12 +17,14 @@ from ray.exceptions import (
 )
 
 from rlhf_ray.cluster import ray_workers
+from rlhf_ray.cluster.nodes import request_capacity
 from rlhf_ray.cluster.ray_workers import RayWorker
 from rlhf_ray.errors import (
     ActorFailure,
     ConfigError,
     DataLost,
     DivergenceError,
+    NodeLeaves,
     PlacementError,
     RlhfError,
 )
@@ -316,16 +318,39 @@ async def test_a_start_on_a_node_that_is_gone_is_not_waited_for(
         one_at_a_time=True,
         node_id="a1",
     )
+    monkeypatch.setattr(ray_workers, "draining_nodes", dict)
     with pytest.raises(ActorFailure, match="policy-0 died during start: its node is gone"):
         await worker.call(_Scorer.start)
+    monkeypatch.setattr(ray_workers, "draining_nodes", lambda: {"a1": 0.0})
+    with pytest.raises(NodeLeaves, match="policy-0 was ended during start: its node leaves"):
+        await worker.call(_Scorer.start)
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (ActorDiedError(), NodeLeaves),
+        (RayTaskError("score", "", RuntimeError("gloo: connection reset")), NodeLeaves),
+        (RayTaskError("score", "", ConfigError("no such key")), ConfigError),
+        (RayTaskError("score", "", ObjectLostError("1f", None, "")), DataLost),
+    ],
+)
+async def test_the_end_of_a_process_whose_node_leaves_is_no_fault(
+    error: Exception, meaning: type[Exception]
+) -> None:
+    worker = broken(error)
+    worker.is_moved = True
+    with pytest.raises(meaning) as raised:
+        await worker.call(_Scorer.score)
+    assert type(raised.value) is meaning
 
 
 def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own function checks its arguments."""
     asked: list[Any] = []
     monkeypatch.setattr(commands, "request_resources", lambda *request: asked.append(request))
-    ray_workers.request_capacity([{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}], [{"role": "train"}, {}])
-    ray_workers.request_capacity([], [])
+    request_capacity([{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}], [{"role": "train"}, {}])
+    request_capacity([], [])
     bundles = [{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}]
     assert asked == [(None, bundles, [{"role": "train"}, {}]), (None, [], [])]
 

@@ -22,9 +22,16 @@ from rlhf_ray.cluster.role_clients import (
     ScorerClient,
 )
 from rlhf_ray.cluster.workers import InlineWorker, fetch
-from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, PlacementError, RlhfError
+from rlhf_ray.errors import (
+    ActorFailure,
+    DataLost,
+    MemoryFailure,
+    NodeLeaves,
+    PlacementError,
+    RlhfError,
+)
 from rlhf_ray.observability.outages import Outages
-from rlhf_ray.roles import ReferenceProcess
+from rlhf_ray.roles import ReferenceProcess, ScorerProcess
 from rlhf_ray.types import (
     AdapterUpdate,
     AssembledStats,
@@ -315,6 +322,17 @@ async def test_restarts_that_are_used_up_end_the_run_with_the_last_worker() -> N
     with pytest.raises(ActorFailure, match=r"All 2 restarts \(cluster.max\) are used up\. Run aga"):
         await ScorerClient(crew).score(SHARD)
     assert sum("renew" in line for line in deaths.log) == 2
+
+
+async def test_moves_from_a_node_that_leaves_use_up_no_restarts() -> None:
+    moved: list[Exception] = [NodeLeaves("reward-0 was ended during score: its node leaves the cl")]
+    deaths = Deaths(limit=1, score=[*moved * 3, *died()])
+    crew: Any = Crew([deaths.worker("reward-0")], deaths.restarts)
+    assert await crew.ask(lambda worker: worker.call(ScorerProcess.score)) == "reward-0''''"
+    assert deaths.outages.restarts == {"reward": 4}
+    deaths.errors["score"] = died()
+    with pytest.raises(ActorFailure, match="All 1 restarts"):
+        await crew.ask(lambda worker: worker.call(ScorerProcess.score))
 
 
 @pytest.mark.parametrize("error", [RlhfError("rewards: mine raised KeyError"), DataLost("gone")])

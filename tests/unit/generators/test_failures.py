@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from elastic import Elastic, requests, settle, update
 
-from rlhf_ray.errors import ActorFailure, ConfigError, WeightSyncError
+from rlhf_ray.errors import ActorFailure, ConfigError, NodeLeaves, WeightSyncError
 from rlhf_ray.generators import member
 
 DEAD, WRONG = ActorFailure("it died"), WeightSyncError("it serves something else")
@@ -69,6 +69,18 @@ async def test_death_during_a_publication_leaves_the_others_and_starts_it_anew()
         await settle()
         assert [status.version for status in elastic.pool.statuses()] == [1, 1]
     assert elastic.pool.report().restarts == 2
+
+
+async def test_a_move_from_a_node_that_leaves_costs_no_restart() -> None:
+    elastic = Elastic(2, max_restarts=0)
+    batch = await elastic.begin(*[1] * 4)
+    elastic[1].die(NodeLeaves("its node leaves the cluster"))
+    await elastic.answer_all()
+    await batch
+    await settle()
+    assert elastic.states() == {"generator-0": "ready", "generator-1": "ready"}
+    assert elastic.pool.report().restarts == 0
+    assert elastic.outages.restarts == {"generator": 1}
 
 
 async def test_where_none_serves_right_the_run_ends() -> None:

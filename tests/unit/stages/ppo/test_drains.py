@@ -37,8 +37,10 @@ def worker(name: str) -> RayWorker[Any]:
     )
 
 
-def leaver(said: list[str], *, is_committed: bool) -> Drains:
-    workers = [worker(name) for name in ROLES]
+def leaver(
+    said: list[str], *, is_committed: bool, workers: list[RayWorker[Any]] | None = None
+) -> Drains:
+    workers = workers or [worker(name) for name in ROLES]
     group: Any = SimpleNamespace(is_committed=is_committed)
     return Drains(lambda: workers, {"policy": group, "critic": group}, said.append)
 
@@ -52,6 +54,18 @@ def test_learners_leave_after_their_commit_and_others_at_once(killed: list[str])
     leaver(said, is_committed=True).leave(deadlines, NODES, "driver")
     assert killed == ["generator-0", "reward-0", "policy-0", "critic-0"]
     assert said[0].endswith("leaves the cluster in 300 s: roles move away")
+
+
+def test_processes_that_leave_and_the_other_ranks_of_their_groups_fail_by_no_fault(
+    killed: list[str],
+) -> None:
+    workers = [worker(name) for name in (*ROLES, "reward-1")]
+    nodes, deadlines = NODES | {"reward-1": "stays"}, {"away": time.time() + 300}
+    moved: list[list[str]] = []
+    for is_committed in (False, True):
+        leaver([], is_committed=is_committed, workers=workers).leave(deadlines, nodes, "driver")
+        moved.append([each.name for each in workers if each.is_moved])
+    assert moved == [["generator-0", "reward-0"], [*ROLES]]
 
 
 def test_learners_without_time_for_a_commit_leave_at_once(killed: list[str]) -> None:
