@@ -10,14 +10,15 @@ from model_families import FAMILIES, TEXTS, Family, build
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_ray.config import load
+from rlhf_ray.serving import export
+
 if TYPE_CHECKING:
     from conftest import CommandLine
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 RUN = """
-run:
-  stages: [sft, reward, ppo]
 cluster:
   dashboard: false
 template:
@@ -74,13 +75,29 @@ def check_ppo(run: Path, gap: float) -> None:
     assert records[1]["objective/kl"] != 0
 
 
-def check_exports(command_line: "CommandLine", run: Path) -> None:
+def train(command_line: "CommandLine", folder: Path, base: str, *keys: str) -> Path:
+    """Train on a base; the supervised stages in one process, which is what differs by family."""
+    config, run = folder / "run.yaml", folder / "run"
+    config.write_text(RUN, encoding="utf-8")
+    data = (f"{key}={path}" for key, path in write_rows(folder).items())
+    arguments = ("run", str(config), f"run.dir={run}", f"model.path={base}", *data, *keys)
+    inline = ("cluster.mode=inline", "rollout.engine=transformers")
+    command_line.run(*arguments, "run.stages=[sft,reward]", *inline)
+    command_line.run(*arguments, "run.stages=[ppo]")
+    return run
+
+
+def check_exports(run: Path) -> None:
     """Adapter and merged model say the same, to libraries that know nothing of the run."""
+    config = load(run / "config.yaml", [])
     ids_BS = torch.arange(20, 60).view(2, 20)
     logits = []
-    for kind, auto in (("adapter", AutoPeftModelForCausalLM), ("merged", AutoModelForCausalLM)):
-        command_line.run("export", str(run), "--kind", kind)
-        folder = run / "export" / f"ppo-{kind}"
+    kinds: tuple[tuple[export.Kind, Any], ...] = (
+        ("adapter", AutoPeftModelForCausalLM),
+        ("merged", AutoModelForCausalLM),
+    )
+    for kind, auto in kinds:
+        folder = Path(export.run(config, kind=kind)["folder"])
         assert AutoTokenizer.from_pretrained(folder).chat_template
         assert "| ppo | trained in this run | " in (folder / "README.md").read_text()
         with torch.no_grad():
@@ -95,13 +112,9 @@ def check_exports(command_line: "CommandLine", run: Path) -> None:
 def test_a_family_goes_through_every_stage(
     command_line: "CommandLine", tmp_path: Path, family: Family
 ) -> None:
-    base = build(family, tmp_path / "base")
-    config, run = tmp_path / "run.yaml", tmp_path / "run"
-    config.write_text(RUN, encoding="utf-8")
-    data = [f"{key}={path}" for key, path in write_rows(tmp_path).items()]
-    command_line.run("run", str(config), f"run.dir={run}", f"model.path={base}", *data)
+    run = train(command_line, tmp_path, build(family, tmp_path / "base"))
     check_ppo(run, gap=1e-4)
-    check_exports(command_line, run)
+    check_exports(run)
     command_line.wait_until_nothing_left()
 
 
@@ -110,20 +123,14 @@ def test_a_quantised_base_goes_through_every_stage(
     command_line: "CommandLine", tmp_path: Path, quantization: str
 ) -> None:
     """The engine serves the base as it is, so the learner's rounding shows in the gap."""
-    base = build("llama-3", tmp_path / "base")
-    config, run = tmp_path / "run.yaml", tmp_path / "run"
-    config.write_text(RUN, encoding="utf-8")
-    data = [f"{key}={path}" for key, path in write_rows(tmp_path).items()]
-    command_line.run(
-        "run",
-        str(config),
-        f"run.dir={run}",
-        f"model.path={base}",
+    run = train(
+        command_line,
+        tmp_path,
+        build("llama-3", tmp_path / "base"),
         f"model.quantization={quantization}",
         "policy.gradient_checkpointing=true",
         "critic.gradient_checkpointing=true",
         "rollout.max_gap=0.3",
-        *data,
     )
     check_ppo(run, gap=0.3)
     command_line.wait_until_nothing_left()
