@@ -120,7 +120,7 @@ class Dispatch(Generic[GeneratorT]):
         """Give shards to a generator from now on."""
         member.change_to("ready")
         if self._none_since is not None:
-            self._outages.lost("generator", "none ready", time.monotonic() - self._none_since)
+            self._outages.lost("generator", "none ready", self._clock() - self._none_since)
             self._none_since = None
         self.hand_out()
 
@@ -180,7 +180,7 @@ class Dispatch(Generic[GeneratorT]):
     def hand_back(self, member: Member[GeneratorT]) -> None:
         """Requeue what a generator holds, unless another one has it too."""
         if self._none_since is None and not self.ready():
-            self._none_since = time.monotonic()
+            self._none_since = self._clock()
         for call in member.calls:
             call.cancel()
         if (batch := self._batch) is not None:

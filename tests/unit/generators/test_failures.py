@@ -48,15 +48,20 @@ async def test_an_answer_at_the_moment_of_death_is_dropped() -> None:
     assert sorted(index for index, _ in elastic.done) == list(range(4))
 
 
-async def test_the_only_one_is_waited_for() -> None:
-    elastic = Elastic(1)
+async def test_the_only_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    elastic, lost = Elastic(1), list[object]()
+    monkeypatch.setattr(elastic.outages, "lost", lambda *outage: lost.append(outage))
     batch = await elastic.begin(1, 1, 1)
+    gate = elastic.processes.gates["start", "generator-0"] = asyncio.Event()
     elastic[0].die()
+    await settle()
+    elastic.now += 30
+    gate.set()
     await elastic.answer_all()
     await batch
     assert sorted(index for index, _ in elastic.done) == [0, 1, 2]
     assert len(elastic.processes.started) == 2
-    assert list(elastic.outages.lost_s) == ["generator: none ready"]
+    assert lost == [("generator", "none ready", 30.0)]
 
 
 async def test_death_during_a_publication_leaves_the_others_and_starts_it_anew() -> None:
