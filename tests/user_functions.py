@@ -99,6 +99,10 @@ def hangs_at_one(data_source, solution_str, ground_truth, extra_info=None):
         pass
     return float(len(solution_str))
 
+def takes_its_time(data_source, solution_str, ground_truth, extra_info=None):
+    time.sleep(0.6)
+    return 1.0
+
 def never_lets_go(completions):
     """At one text, holds the interpreter: no other thread of the process runs."""
     if "hang" in completions:

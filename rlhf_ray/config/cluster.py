@@ -132,6 +132,16 @@ class ClusterConfig(Section):
             return bool(os.environ.get("RAY_JOB_ID") or os.environ.get("RAY_ADDRESS"))
         return self.mode == "ray"
 
+    @property
+    def source_timeout_s(self) -> float:
+        """Longest time without progress of a reward source; after it there is time to say so."""
+        return 0.9 * self.call_timeout_s
+
+    @property
+    def function_timeout_s(self) -> float:
+        """Longest time in which a reward function scores nothing; then scores are missing."""
+        return 0.8 * self.call_timeout_s
+
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:

@@ -4,8 +4,9 @@ import os
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from rlhf_ray.config.cluster import ClusterConfig
 from rlhf_ray.config.section import (
     PassThrough,
     Section,
@@ -20,6 +21,22 @@ from rlhf_ray.config.section import (
     require_host,
 )
 from rlhf_ray.secrecy import holds_secret
+
+
+def _require_one_group(pattern: str) -> str:
+    """Return a pattern that is a regular expression with one group."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    if groups != 1:
+        raise ValueError(
+            f"{pattern!r} has {groups} groups; it needs exactly one, around the answer"
+        )
+    return pattern
+
+
+OneGroup = Annotated[str, AfterValidator(_require_one_group)]
 
 
 class SourceConfig(Section):
@@ -217,7 +234,7 @@ class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
         description="Message to the judge; {prompt}, {response}, {lowest} and {highest} are "
         "filled in, as is {NAME} for a column NAME of the prompts.",
     )
-    pattern: str = adjustable(
+    pattern: OneGroup = adjustable(
         r"(?i)rating(?:\W*\d[\d.]*\s*(?:-|–|to)\s*-?\d[\d.]*\W*?[:=)\]])?+"
         r"\W*?(-?\d+(?:\.\d+)?)",
         description="Regular expression with one group: the number; its last match counts.",
@@ -242,11 +259,6 @@ class JudgeSourceConfig(SourceConfig, ChatEndpointConfig):
             )
         return template
 
-    @field_validator("pattern")
-    @classmethod
-    def _one_group(cls, pattern: str) -> str:
-        return require_one_group(pattern)
-
     @model_validator(mode="after")
     def _bad_answers(self) -> "JudgeSourceConfig":
         if self.lowest >= self.highest:
@@ -268,7 +280,7 @@ class PairJudgeConfig(ChatEndpointConfig):
         description="Message to the judge; {prompt}, {a} and {b} are filled in, as is {NAME} for "
         "a column NAME of the pairs.",
     )
-    pattern: str = fixed(
+    pattern: OneGroup = fixed(
         r"(?i)better\W*\b([AB])\b",
         description="Regular expression with one group: A or B; its last match counts.",
     )
@@ -291,11 +303,6 @@ class PairJudgeConfig(ChatEndpointConfig):
             )
         return template
 
-    @field_validator("pattern")
-    @classmethod
-    def _one_group(cls, pattern: str) -> str:
-        return require_one_group(pattern)
-
 
 class RemoteSourceConfig(SourceConfig, EndpointConfig):
     """A reward server that speaks OpenRLHF's protocol."""
@@ -316,19 +323,6 @@ RewardSourceConfig = Annotated[
 ]
 
 
-def require_one_group(pattern: str) -> str:
-    """Return a pattern that is a regular expression with one group."""
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-    if groups != 1:
-        raise ValueError(
-            f"{pattern!r} has {groups} groups; it needs exactly one, around the answer"
-        )
-    return pattern
-
-
 def refuse_equal_names(sources: list[RewardSourceConfig]) -> list[RewardSourceConfig]:
     """Return sources that all have different names, which metrics need."""
     if repeated := duplicates([source.name for source in sources]):
@@ -336,15 +330,16 @@ def refuse_equal_names(sources: list[RewardSourceConfig]) -> list[RewardSourceCo
     return sources
 
 
-def refuse_slow(name: str, endpoint: EndpointConfig, call_timeout_s: float) -> None:
-    """Refuse an endpoint whose retries outlast the deadline of the role that calls it.
+def refuse_slow(name: str, endpoint: EndpointConfig, cluster: ClusterConfig) -> None:
+    """Refuse an endpoint whose retries outlast what a source has of a call to its scorer.
 
     Else a service that is down would show as a late role, not as its own error.
     """
-    if endpoint.longest_request_s >= call_timeout_s:
+    longest_s, part_s = endpoint.longest_request_s, cluster.source_timeout_s
+    if longest_s >= part_s:
         raise ValueError(
-            f"{name}: a request may take {endpoint.longest_request_s:g} s (timeout_s "
-            f"{endpoint.timeout_s:g}, retries {endpoint.retries}, retry_wait_s "
-            f"{endpoint.retry_wait_s:g}), but cluster.call_timeout_s is {call_timeout_s:g} s; "
-            "lower the former or raise the latter"
+            f"{name}: a request may take {longest_s:g} s (timeout_s {endpoint.timeout_s:g}, "
+            f"retries {endpoint.retries}, retry_wait_s {endpoint.retry_wait_s:g}), but a source "
+            f"may stand still for {part_s:g} s, because cluster.call_timeout_s is "
+            f"{cluster.call_timeout_s:g} s; lower the former or raise the latter"
         )

@@ -148,7 +148,7 @@ class Config(Section):
     def _sources_give_up_in_time(self) -> "Config":
         for source in self.rewards:
             if isinstance(source, EndpointConfig):
-                refuse_slow(f"rewards: {source.name}", source, self.cluster.call_timeout_s)
+                refuse_slow(f"rewards: {source.name}", source, self.cluster)
         return self
 
     @model_validator(mode="after")

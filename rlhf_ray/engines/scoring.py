@@ -34,9 +34,6 @@ from rlhf_ray.rewards.remote import RemoteSource
 from rlhf_ray.rewards.rouge import RougeSource
 from rlhf_ray.rewards.source import ClassifierSource, ModelSource, Source, require_template
 
-SHARE_OF_CALL = 0.8
-"""Share of a call's deadline in which a function is called; what it has not scored is missing."""
-
 
 def reward_sources(
     config: Config, reward_model: str | None, policy_model: str
@@ -75,7 +72,7 @@ def _source(
         case RougeSourceConfig():
             return RougeSource(source)
         case FunctionSourceConfig():
-            return FunctionSource(source, SHARE_OF_CALL * config.cluster.call_timeout_s)
+            return FunctionSource(source, config.cluster.function_timeout_s)
         case JudgeSourceConfig():
             return JudgeSource(source)
         case RemoteSourceConfig():

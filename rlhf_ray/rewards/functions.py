@@ -7,6 +7,7 @@ from functools import partial
 
 from rlhf_ray.config.rewards import FunctionSourceConfig
 from rlhf_ray.errors import DataError
+from rlhf_ray.observability.phases import count
 from rlhf_ray.rewards.function_process import FunctionProcess, LateError
 from rlhf_ray.rewards.source import Blocking, messages_of, together
 from rlhf_ray.rewards.user_function import UserFunction
@@ -23,7 +24,7 @@ class FunctionSource:
         """
         Args:
             config: the function.
-            limit_s: deadline of all calls for a shard; scores that are missing then stay missing.
+            limit_s: longest time without a finished call; what is missing then stays missing.
         """
         self._config = config
         self._limit_s = None if config.in_process else limit_s
@@ -33,34 +34,32 @@ class FunctionSource:
             if config.in_process
             else FunctionProcess(*which, config.timeout_s).scores
         )
+        self._moved_at = 0.0
+        """When a call finished last, by the clock of the event loop."""
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return [N] scores of the function; None where it does not apply, or is late."""
-        limit_s = self._limit_s
-        ends = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
+        began_at = asyncio.get_running_loop().time()
         if self._config.signature == "verl":
-            rows = await together(self._scores([row], ends) for row in rollouts)
+            rows = await together(self._scores([row], began_at) for row in rollouts)
             return [score for row in rows for score in row]
-        return await self._scores(rollouts, ends)
+        return await self._scores(rollouts, began_at)
 
-    async def _scores(self, rollouts: Sequence[Rollout], ends: float | None) -> list[float | None]:
+    async def _scores(self, rollouts: Sequence[Rollout], began_at: float) -> list[float | None]:
         """Call the function; where it is late, call it for each response alone.
 
         Args:
             rollouts: responses.
-            ends: when to stop, by the clock of the event loop.
+            began_at: when their shard came, by the clock of the event loop.
         """
-        config, deadline = self._config, asyncio.timeout_at(ends)
+        config = self._config
         try:
-            async with deadline:
-                return await self._call(*self._arguments(rollouts), len(rollouts))
+            return await self._finished(rollouts, began_at)
         except TimeoutError:
-            if not deadline.expired():
-                raise
             logging.warning(
                 f"rewards: {config.name}: {config.function} took more than {self._limit_s:g} s for "
-                f"a shard; {len(rollouts)} scores are missing. Raise cluster.call_timeout_s, or "
-                "lower the source's timeout_s or rollout.shard_size"
+                f"a shard, in which no call finished; {len(rollouts)} scores are missing. Raise "
+                "cluster.call_timeout_s, or lower the source's timeout_s or rollout.shard_size"
             )
             return [None] * len(rollouts)
         except LateError:
@@ -74,7 +73,30 @@ class FunctionSource:
             )
             if alone:
                 return [None]
-            return [score for row in rollouts for score in await self._scores([row], ends)]
+            return [score for row in rollouts for score in await self._scores([row], began_at)]
+
+    async def _finished(self, rollouts: Sequence[Rollout], began_at: float) -> list[float | None]:
+        """Call the function once.
+
+        Raises:
+            TimeoutError: no call of it, this one or another, has finished for too long.
+        """
+        clock = asyncio.get_running_loop().time
+        calling = asyncio.ensure_future(self._call(*self._arguments(rollouts), len(rollouts)))
+        try:
+            while not calling.done():
+                left_s = None
+                if self._limit_s is not None:
+                    left_s = max(began_at, self._moved_at) + self._limit_s - clock()
+                    if left_s <= 0:
+                        raise TimeoutError
+                await asyncio.wait([calling], timeout=left_s)
+            scores = calling.result()
+        finally:
+            calling.cancel()
+        self._moved_at = clock()
+        count(len(rollouts), "responses scored by functions")
+        return scores
 
     def _arguments(
         self, rollouts: Sequence[Rollout]
@@ -94,10 +116,10 @@ async def _call_here(
     blocking: Blocking,
     args: Sequence[object],
     named: Mapping[str, object],
-    count: int,
+    num_responses: int,
 ) -> list[float | None]:
     result = await blocking(function.call, args, named)
-    return function.scores(await function.awaited(result), count)
+    return function.scores(await function.awaited(result), num_responses)
 
 
 def trl_arguments(rollouts: Sequence[Rollout]) -> dict[str, object]:

@@ -127,9 +127,7 @@ class Endpoint:
         )
         async with self._free:
             try:
-                answer = await attempts(self._attempt, client, body)
-                count(1, "requests answered")
-                return answer
+                return await attempts(self._attempt, client, body)
             except UnusableError as error:
                 return Refused(f"gave no usable answer {1 + settings.retries} times: {error}")
             except Unavailable as error:
@@ -160,6 +158,7 @@ class Endpoint:
             raise Unavailable(f"no answer within {timeout_s:g} s") from None
         except httpx.RequestError as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from None
+        count(1, "requests answered")  # also by a service that asks to be left alone for a while
         status = f"status {response.status_code}: {beginning(response.text)!r}"
         if response.status_code in TRY_AGAIN or response.status_code >= 500:
             raise Unavailable(status, _retry_after_s(response.headers.get("Retry-After")))

@@ -23,9 +23,6 @@ from rlhf_ray.runs.folder import located
 from rlhf_ray.stages.ppo.drains import Drains
 from rlhf_ray.stages.ppo.generators import spawn_generators
 
-SHARE_OF_CALL = 0.9
-"""Share of a call's deadline that a reward source has: after it there is time for its message."""
-
 
 def spawn_scorers(
     spawner: RoleSpawner, config: Config, reward_model: str | None, policy_model: str
@@ -39,7 +36,7 @@ def spawn_scorers(
         config.reward.num_workers,
         sources,
         partial(reward_sources, config, reward_model, policy_model),
-        SHARE_OF_CALL * config.cluster.call_timeout_s,
+        config.cluster.source_timeout_s,
     )
     return ScorerClient(crew)
 

@@ -77,6 +77,11 @@ def test_a_source_is_called_by_its_type_or_its_name() -> None:
             JUDGE | {"timeout_s": 300.0, "retries": 1},
             r"judge: a request may take 601 s .* cluster\.call_timeout_s is 600 s; lower",
         ),
+        # less than the deadline of a call, but more than what a source has of it
+        (
+            JUDGE | {"timeout_s": 275.0, "retries": 1},
+            r"judge: a request may take 551 s .* still for 540 s, .*call_timeout_s is 600 s; lower",
+        ),
     ],
 )
 def test_what_is_refused(source: dict[str, Any], says: str) -> None:

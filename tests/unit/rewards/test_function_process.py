@@ -13,6 +13,7 @@ import psutil
 import pytest
 from user_functions import score
 
+from actors.reward_scorer import RewardScorer
 from rlhf_ray.config.rewards import FunctionSourceConfig
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.rewards.functions import FunctionSource
@@ -139,6 +140,19 @@ def test_many_responses_at_which_a_function_hangs_end_no_call(
     assert found == [1.0, *[None] * 8]
     assert "took more than 2.5 s for a shard" in caplog.text
     assert asyncio.run(source.score(rows[:1])) == [1.0]  # nothing hangs in the process any more
+
+
+def test_a_function_that_gets_on_is_not_taken_for_hanging_however_long_its_shard_takes(
+    file: Path, rollout: Callable[..., Rollout]
+) -> None:
+    config = FunctionSourceConfig(
+        type="function", function=f"{file}:takes_its_time", signature="verl"
+    )
+    source = FunctionSource(config, limit_s=2.0)
+    scorer = RewardScorer("reward-0", [config], lambda: {config.name: source}, limit_s=2.2)
+    scorer.start()
+    found = asyncio.run(scorer.score([rollout("a", ground_truth="")] * 5))
+    assert found == {config.name: (1.0,) * 5}  # after three seconds
 
 
 def test_an_answer_is_not_kept_back_by_a_call_that_never_lets_go(

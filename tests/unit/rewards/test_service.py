@@ -70,6 +70,20 @@ class TestService:
                 asyncio.run(scorer.score([rollout("a")]))
         assert f"{server.url} asks to be left alone for 40 s (status 429: 'busy')" in caplog.text
 
+    def test_waits_that_a_service_asks_for_do_not_add_up_to_a_hang(
+        self, rollout: MakeRollout
+    ) -> None:
+        def answer(number: int, body: Any) -> Answer:
+            busy = (429, "busy", {"Retry-After": "1"})
+            return busy if number < 3 else (200, {"rewards": [2.0]})
+
+        config = RemoteSourceConfig(type="remote", url="http://x")
+        with serve(answer) as server:
+            source = RemoteSource(config.model_copy(update={**QUICK, "url": server.url}))
+            scorer = RewardScorer("reward-0", [config], lambda: {"remote": source}, limit_s=2.0)
+            scorer.start()
+            assert asyncio.run(scorer.score([rollout("a")])) == {"remote": (2.0,)}
+
     def test_a_service_that_asks_for_an_hour_is_not_waited_for(self, rollout: MakeRollout) -> None:
         with (
             serve(lambda *_: (503, "closed", {"Retry-After": "3600"})) as server,
