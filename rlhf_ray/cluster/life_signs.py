@@ -148,13 +148,16 @@ class Watch:
             key: the config key that holds the limit.
         """
         await self._look(actor_id)
-        role, now = name.rpartition("-")[0], unix_now()
-        mover, sign = role if role in IN_STEP else actor_id, self._last.get(actor_id)
+        now, mover, sign = unix_now(), _mover(name, actor_id), self._last.get(actor_id)
         if sign is not None and _has_moved(self._counted.get(actor_id), sign, limit_s):
             self._counted[actor_id], self._moved_at[mover] = sign, now
         reason = overdue(now, since, self._moved_at.get(mover, since), limit_s, key)
         said = f"It last reported: {sign}" if sign else "It has reported nothing"
         return reason and f"{reason}. {said}"
+
+    def silent_s(self, name: str, actor_id: str, since: float) -> float:
+        """Return for how long a process that is waited for since a time has not moved."""
+        return unix_now() - max(since, self._moved_at.get(_mover(name, actor_id), since))
 
     async def _look(self, actor_id: str) -> None:
         """Read the last sign; calls that wait for one actor read together.
@@ -171,6 +174,12 @@ class Watch:
         del self._reading[actor_id]
         if not reading.cancelled() and reading.exception() is None and (sign := reading.result()):
             self._last[actor_id] = sign
+
+
+def _mover(name: str, actor_id: str) -> str:
+    """Return whose movements renew the deadline of a process: its role's, or its own alone."""
+    role = name.rpartition("-")[0]
+    return role if role in IN_STEP else actor_id
 
 
 def _has_moved(before: LifeSign | None, sign: LifeSign, limit_s: float) -> bool:

@@ -89,6 +89,8 @@ class RayWorker(Generic[ProcessT_co]):
         self._node_id = node_id
         self._watch = watch or Watch()
         self._last_end_s = 0.0
+        self._silent_s: dict[str, float] = {}
+        """Method -> for how long it did not move in a call that was dropped."""
         self._found_on: str | None = None
 
     @property
@@ -157,9 +159,12 @@ class RayWorker(Generic[ProcessT_co]):
         self, method: str, reference: Awaitable[Any], answer: Awaitable[ResultT] | None = None
     ) -> ResultT:
         started = unix_now()
+        # A generator that hangs loses each shard to another one, long before its call's deadline:
+        # so the silence of dropped calls counts. A slow one moves, and to restart it is no help.
+        since = started - self._silent_s.pop(method, 0.0)
         call = asyncio.ensure_future(_resolve(answer or reference))
         try:
-            await self._until_done(method, call, started)
+            await self._until_done(method, call, since)
             result = call.result()
         except RayError as error:
             meaning = _meaning(error, self.name, method)
@@ -168,6 +173,8 @@ class RayWorker(Generic[ProcessT_co]):
             raise meaning from (error if isinstance(meaning, ActorFailure) else None)
         finally:
             if not call.done():
+                silent_s = self._watch.silent_s(self.name, self.actor_id, since)
+                self._silent_s[method] = max(silent_s, self._silent_s.get(method, 0.0))
                 call.cancel()
                 # Of calls that wait in line, one that is dropped on one rank of a group leaves the
                 # others alone in its collectives.
@@ -189,12 +196,11 @@ class RayWorker(Generic[ProcessT_co]):
         while not (await asyncio.wait([call], timeout=min(INTERVAL_S, limit_s / 4)))[0]:
             # It may have queued behind other calls until then.
             since = max(since, self._last_end_s) if self._one_at_a_time else since
-            actor_id = self.actor._actor_id.hex()
             if is_start and self._has_lost_its_node():
                 is_leaving = self._node_id in draining_nodes()
                 gone = f"{self.name} died during {method}: its node is gone"
                 raise self._moved(method) if is_leaving else ActorFailure(gone)
-            reason = await self._watch.overdue(self.name, actor_id, since, limit_s, key)
+            reason = await self._watch.overdue(self.name, self.actor_id, since, limit_s, key)
             if reason is None or call.done():
                 continue
             if is_start and not self._has_slot and _is_unplaced(self.actor):

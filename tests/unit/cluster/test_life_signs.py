@@ -148,6 +148,32 @@ async def test_an_idle_process_makes_no_progress_by_its_housekeeping() -> None:
         await started("generator-0", 60, Watch(idle))
 
 
+async def dropped_calls(watch: Watch) -> None:
+    """Calls to a generator that another one answers in half of the time, and pauses between."""
+    worker = worker_of("generator-0", 60, watch)
+    worker._one_at_a_time = False
+    for _ in range(12):
+        calls = [asyncio.ensure_future(worker.call(Role.work)) for _ in range(2)]
+        done, dropped = await asyncio.wait(calls, timeout=LIMIT_S / 2)
+        for call in dropped:
+            call.cancel()
+        await asyncio.gather(*dropped, return_exceptions=True)
+        for call in done:
+            await call
+        await asyncio.sleep(2 * LIMIT_S)
+
+
+async def test_one_that_hangs_is_late_though_each_of_its_calls_is_dropped() -> None:
+    began = time.monotonic()
+    with pytest.raises(ActorFailure, match="did not answer work, .* without any progress"):
+        await dropped_calls(Watch(lambda _: STILL))
+    assert time.monotonic() - began > 4 * LIMIT_S, "time in which nobody waits for it is its own"
+
+
+async def test_one_that_is_slow_is_not_late_though_each_of_its_calls_is_dropped() -> None:
+    await dropped_calls(Watch(moving(lambda n: LifeSign(f"{n} tokens sampled"))))
+
+
 async def test_a_process_that_never_reported_is_said_to() -> None:
     with pytest.raises(ActorFailure, match="It has reported nothing"):
         await started("generator-0", 60, Watch(lambda _: None))

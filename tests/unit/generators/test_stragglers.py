@@ -1,10 +1,15 @@
 """Tests of shards whose generator is far slower than the others: issued again, counted once."""
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from elastic import Elastic, requests, settle
 
+from rlhf_ray.cluster.life_signs import LifeSign, Watch
+from rlhf_ray.cluster.ray_workers import RayWorker
+from rlhf_ray.cluster.role_clients import GeneratorClient
 from rlhf_ray.generators import dispatch
 
 
@@ -148,3 +153,48 @@ async def test_the_next_batch_is_watched_too() -> None:
     await elastic.answer_all()
     await second
     assert elastic.pool.report().samples_reissued == 2
+
+
+class Hanging:
+    """An actor that answers health checks and samples nothing."""
+
+    _actor_id = SimpleNamespace(hex=lambda: "a1")
+
+    def __init__(self) -> None:
+        self.generate = self
+
+    def options(self, num_returns: int) -> "Hanging":
+        return self
+
+    def remote(self, _request: object) -> tuple[Any, Any]:
+        data, scalars = (asyncio.get_running_loop().create_future() for _ in range(2))
+        return data, scalars
+
+
+async def test_one_that_hangs_is_replaced_though_it_loses_every_shard_to_another() -> None:
+    elastic = Elastic(2)
+    silent: Any = Watch(lambda _: LifeSign("12 tokens sampled"))
+    worker: Any = RayWorker(
+        *("generator-0", Hanging(), 0.4, lambda *_: None),
+        start_timeout_s=60.0,
+        num_gpus=0.0,
+        one_at_a_time=False,
+        watch=silent,
+    )
+    hanging: Any = elastic[0]
+    hanging.generate = GeneratorClient(worker).generate
+    await (await elastic.begin())
+    for number in range(20):
+        batch = await elastic.ask(requests(2, 1))
+        elastic.now += 20
+        elastic[1].answer(1)
+        await settle()
+        elastic.now += 80
+        await asyncio.sleep(0.15)  # a look at it comes every 0.1 s
+        await elastic.answer_all()
+        await asyncio.wait_for(batch, 5)
+        if elastic.pool.report().restarts:
+            break
+    assert 1 <= number < 10
+    assert elastic[0] is not hanging
+    assert len(elastic.done) == 2 * (number + 1)
