@@ -165,7 +165,7 @@ async def dropped_calls(watch: Watch) -> None:
 
 async def test_one_that_hangs_is_late_though_each_of_its_calls_is_dropped() -> None:
     began = time.monotonic()
-    with pytest.raises(ActorFailure, match="did not answer work, .* without any progress"):
+    with pytest.raises(ActorFailure, match=r"did not answer work, .* without any progress"):
         await dropped_calls(Watch(lambda _: STILL))
     assert time.monotonic() - began > 4 * LIMIT_S, "time in which nobody waits for it is its own"
 
