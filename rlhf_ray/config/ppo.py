@@ -283,7 +283,11 @@ class PpoConfig(Section):
         64, unit="prompts", ge=8, description="Held-out prompts of an evaluation."
     )
     keep_checkpoints: int = changeable(
-        3, unit="commits", ge=1, description="Commits to keep besides the best one."
+        3,
+        unit="commits",
+        ge=1,
+        description="Newest commits to keep, besides the best one. 1 counts as 2: where the last "
+        "one is damaged, a run resumes from the one before it.",
     )
 
     @field_validator("advantage")

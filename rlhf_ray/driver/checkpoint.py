@@ -88,6 +88,8 @@ STATE = "state.json"
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 """Errors of file systems without symbolic links, such as FAT or some network storage."""
 GROUPS = ("policy", "critic")
+LEAST_KEPT = 2
+"""Versions that are kept at least: the newest may prove damaged."""
 WRITING = ".writing-"
 """Beginning of the name of a version's folder while it is being written."""
 
@@ -117,11 +119,12 @@ class Checkpoints:
         """
         Args:
             folder: folder of the versions.
-            keep: number of newest versions to keep, besides the best one.
+            keep: number of newest versions to keep, besides the best one; less than `LEAST_KEPT`
+                counts as that.
             static_files: group -> files to add to each version's folder (the tokenizer).
         """
         self._folder = folder
-        self._keep = keep
+        self._keep = max(keep, LEAST_KEPT)
         self._static_files = static_files
         self._whole: set[int] = set()
         """Versions that this process wrote or read; others may be damaged."""

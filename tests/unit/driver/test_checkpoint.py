@@ -103,6 +103,15 @@ def test_a_damaged_newest_commit_gives_way_to_the_one_before(
     assert latest(store).policy["learner.safetensors"] == b"policy again"
 
 
+def test_a_single_commit_to_keep_still_has_one_before_it(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, 1, {})
+    for version in (1, 2, 3):
+        store.save(version, groups(str(version)), {})
+    assert versions(tmp_path) == ["2", "3"]
+    _flip(tmp_path / "3")
+    assert latest(store).version == 2
+
+
 def test_all_commits_damaged_is_an_error(store: Checkpoints, tmp_path: Path) -> None:
     for version in (1, 2):
         store.save(version, groups(str(version)), {})
