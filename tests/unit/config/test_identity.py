@@ -24,6 +24,7 @@ def test_the_same_config_is_the_same_run() -> None:
     [
         "ppo.iterations=7",
         "ppo.save_every=1",
+        "ppo.eval_every=3",
         "generators.num=4",
         "generators.max_restarts=0",
         "rollout.autoscale={maximum: 4}",
@@ -49,6 +50,7 @@ def test_how_far_and_where_may_change(override: str) -> None:
     [
         ("ppo.gamma=0.5", 1.0, 0.5),
         ("ppo.batch_size=128", 64, 128),
+        ("sft.eval_every=5", None, 5),
         ("lora.r=8", 16, 8),
         ("critic.lora.alpha=8", 32.0, 8.0),
         ("model.path=x", None, "x"),
