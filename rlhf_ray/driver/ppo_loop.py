@@ -113,6 +113,7 @@ class PpoLoop:
         """End the run without what can be sampled again; learning ends, and is committed."""
         self._stop_requested = True
         self._droppable.drop()
+        self.time.interrupted()
 
     async def run(self) -> dict[str, object]:
         """Prove the generators, then iterate to the end; return the summary.
@@ -124,6 +125,7 @@ class PpoLoop:
             return await self._run()
         except asyncio.CancelledError:
             await self._commits.save_last(self._recorded, newer_than=self._parts.state.version)
+            self.time.interrupted()
             raise
         finally:
             await self._keeper.written()

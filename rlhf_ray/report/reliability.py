@@ -12,7 +12,7 @@ from rlhf_ray.report.plots import phase_bars
 from rlhf_ray.report.sections import Chart
 
 _MAX_EVENTS = 40
-_ORDINARY = ("start", "stopped")
+_ORDINARY = ("start", "stopped", "interrupted")
 """Records of every run, which are no events unless they cost time."""
 
 
@@ -67,8 +67,8 @@ def _chart(useful_s: float | None, lost_s: dict[str, float]) -> Chart | None:
     return Chart(
         title,
         Markup(phase_bars(title, {"run": times})),
-        "Useful is the time of iterations whose commit lasted. The first start and pauses on "
-        "request are left out.",
+        "Useful is the time of iterations whose commit lasted. The first start, and pauses on "
+        "request or after a signal, are left out.",
     )
 
 

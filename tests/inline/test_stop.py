@@ -110,9 +110,13 @@ def test_an_interruption_keeps_what_is_learnt_and_drops_what_is_sampled(
     assert first.saved() == [3]
     assert [kind for kind, _ in first.events].count("learn") == 3
     again = Harness(config)
-    assert again.run()["iterations"] == 6
+    summary = again.run()
+    assert summary["iterations"] == 6
     assert again.metrics() == whole.metrics()
     assert again.records("eval") == whole.records("eval")
+    # What is dropped is lost; the pause after it is not.
+    assert set(summary["seconds_lost"]) <= {"driver: redone"}
+    assert summary["restarts"]["driver"] == 1
 
 
 def test_learning_that_is_late_is_dropped_and_learnt_again(tmp_path: Path) -> None:

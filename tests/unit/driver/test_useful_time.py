@@ -18,12 +18,12 @@ class Run:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         self.state = RunState()
-        self._path = folder / "outages.jsonl"
+        self.path = folder / "outages.jsonl"
         monkeypatch.setattr(time, "time", lambda: self.now)
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def begin(self, start_s: float, seen_at: float = 0.0) -> None:
-        self.outages = Outages(self._path)
+        self.outages = Outages(self.path)
         self.time = UsefulTime(self.outages, self.state, seen_at)
         self.now += start_s
         self.time.ready()
@@ -116,15 +116,59 @@ def test_a_pause_on_request_and_the_start_after_it_count_as_neither(run: Run) ->
     assert run.state.useful_s == 22.0
 
 
-def test_an_older_commit_than_that_of_the_stop_is_a_crash(run: Run) -> None:
-    """As where the last commit is damaged: its iteration is run again."""
+def test_an_older_commit_than_that_of_the_stop_costs_what_is_run_again(run: Run) -> None:
+    """As where the last commit is damaged."""
     run.begin(60)
     run.iterate(10)
     run.iterate(10, is_saved=False)
     run.time.stopped()
     run.now += 5
     run.begin(5, seen_at=1080.0)
-    lost = {"driver: redone": 10.0, "driver: down": 5.0, "driver: start": 5.0}
+    assert run.account()["seconds_lost"] == {"driver: redone": 10.0}
+    assert run.outages.restarts == {"driver": 1}
+
+
+NIGHT_S = 40_000.0
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["ends", "killed"])
+def test_the_night_after_a_signal_costs_only_what_was_dropped(run: Run, is_killed: bool) -> None:
+    run.begin(60)
+    run.iterate(10)
+    run.now += 4
+    run.time.interrupted()
+    if not is_killed:
+        run.iterate(6)  # learning in hand, which is committed
+        run.time.interrupted()
+    run.now += NIGHT_S
+    run.begin(60, seen_at=1080.0)
+    run.iterate(10)
+    dropped = {"driver: redone": 4.0} if is_killed else {}
+    assert run.account()["seconds_lost"] == dropped
+    assert run.state.useful_s == (20.0 if is_killed else 30.0)
+    assert run.outages.restarts == {"driver": 1}
+
+
+def test_a_signal_in_the_start_after_a_crash_leaves_the_cost_of_the_crash(run: Run) -> None:
+    run.begin(60)
+    run.iterate(10)  # ends at 1070
+    run.now = 1090.0
+    run.outages = Outages(run.path)
+    run.time = UsefulTime(run.outages, run.state, 1080.0)
+    run.now += 5
+    run.time.interrupted()
+    run.now += NIGHT_S
+    run.begin(60, seen_at=1080.0)
+    lost = {"driver: redone": 10.0, "driver: down": 10.0, "driver: start": 5.0}
+    assert run.account()["seconds_lost"] == lost
+
+
+def test_a_crash_that_nobody_sees_until_the_morning_costs_an_hour(run: Run) -> None:
+    run.begin(60)
+    run.iterate(10)
+    run.now += NIGHT_S
+    run.begin(20, seen_at=1075.0)
+    lost = {"driver: redone": 5.0, "driver: down": 3600.0, "driver: start": 20.0}
     assert run.account()["seconds_lost"] == lost
 
 
