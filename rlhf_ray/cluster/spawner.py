@@ -57,9 +57,11 @@ class RoleSpawner:
         self._config = config
         self._on_call = on_call
         self._on_ray = config.cluster.runs_on_ray
-        self._joins = config.cluster.joins_cluster
+        self.joins_cluster = config.cluster.joins_cluster
         self._placement = Placement(
-            config.placement.timeout_s, may_grow=self._joins, request_nodes=self._repeat_request
+            config.placement.timeout_s,
+            may_grow=self.joins_cluster,
+            request_nodes=self._repeat_request,
         )
         self._colocation = Colocation() if config.placement.turns else None
         self._watch = Watch()
@@ -134,7 +136,7 @@ class RoleSpawner:
         self._request_capacity()
 
     def _request_capacity(self) -> None:
-        if self._joins:  # only a cluster that was joined may have an autoscaler
+        if self.joins_cluster:  # only a cluster that was joined may have an autoscaler
             request = self._capacity()
             request_capacity(*request)
             self._request, self._requested_at = request, time.monotonic()
@@ -149,7 +151,7 @@ class RoleSpawner:
         may have replaced ours.
         """
         is_old = time.monotonic() - self._requested_at > REQUEST_INTERVAL_S
-        if self._joins and (is_old or self._request != self._capacity()):
+        if self.joins_cluster and (is_old or self._request != self._capacity()):
             self._request_capacity()
 
     def _release_capacity(self) -> None:
@@ -228,7 +230,7 @@ class RoleSpawner:
             *args,
             # A machine of the run's own has too few cores for one per role, and generators may be
             # added: there roles share them. A cluster that others use must count each of ours.
-            num_cpus=1 if slot or self._joins else 0,
+            num_cpus=1 if slot or self.joins_cluster else 0,
             num_gpus=num_gpus,
             strategy=slot.strategy if slot else None,
             node_id=slot.node_id if slot else None,

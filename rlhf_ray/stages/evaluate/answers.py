@@ -22,6 +22,7 @@ from rlhf_ray.placement.layout import held_at_once
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.stages.evaluate.inputs import Inputs
 from rlhf_ray.stages.evaluate.models import WEIGHTS, AdapterFiles
+from rlhf_ray.stages.ppo.drains import drains_followed
 from rlhf_ray.stages.ppo.generators import spawn_generators
 from rlhf_ray.stages.ppo.roles import spawn_scorers
 from rlhf_ray.types import AdapterUpdate, Prompt, Rollout, SampleRequest, Shard
@@ -70,13 +71,14 @@ async def answers_of_models(
     )
     answers: dict[str, Answers] = {}
     try:
-        await asyncio.gather(spawner.start_all([]), roles.generators.start())
-        for version, (name, files) in enumerate(inputs.adapters.items()):
-            await roles.generators.publish(_update(version, files))
-            answers[name] = Answers(
-                held_out=await roles.scored(held_out, version),
-                instructed=await roles.texts(instructed, version),
-            )
+        async with drains_followed(spawner, {}, say):
+            await asyncio.gather(spawner.start_all([]), roles.generators.start())
+            for version, (name, files) in enumerate(inputs.adapters.items()):
+                await roles.generators.publish(_update(version, files))
+                answers[name] = Answers(
+                    held_out=await roles.scored(held_out, version),
+                    instructed=await roles.texts(instructed, version),
+                )
     finally:
         await roles.generators.close()
         await spawner.stop_all()
@@ -126,16 +128,17 @@ async def perplexities(
     crew = spawner.spawn_crew(Likelihood, "likelihood", 1, inputs.config, inputs.sft_model)
     results = {}
     try:
-        await spawner.start_all([])
-        for name, files in inputs.adapters.items():
-            loss_of = _loss_under(json.loads(files[ADAPTER_CONFIG]), files[WEIGHTS])
-            loss, num_tokens = 0.0, 0
-            for first in range(0, len(answers), ANSWERS_AT_ONCE):
-                part = answers[first : first + ANSWERS_AT_ONCE]
-                part_loss, part_tokens = await crew.ask(partial(loss_of, part))
-                loss, num_tokens = loss + part_loss, num_tokens + part_tokens
-                bar.advance(len(part))
-            results[name] = math.exp(loss / num_tokens)
+        async with drains_followed(spawner, {}, say):
+            await spawner.start_all([])
+            for name, files in inputs.adapters.items():
+                loss_of = _loss_under(json.loads(files[ADAPTER_CONFIG]), files[WEIGHTS])
+                loss, num_tokens = 0.0, 0
+                for first in range(0, len(answers), ANSWERS_AT_ONCE):
+                    part = answers[first : first + ANSWERS_AT_ONCE]
+                    part_loss, part_tokens = await crew.ask(partial(loss_of, part))
+                    loss, num_tokens = loss + part_loss, num_tokens + part_tokens
+                    bar.advance(len(part))
+                results[name] = math.exp(loss / num_tokens)
     finally:
         await spawner.stop_all()
     return results

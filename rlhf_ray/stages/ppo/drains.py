@@ -10,14 +10,16 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import ray
 
 from rlhf_ray.cluster.learner_groups import LearnerGroupClient
 from rlhf_ray.cluster.ray_workers import RayWorker, kill
+from rlhf_ray.cluster.spawner import RoleSpawner
+from rlhf_ray.generators.member import cancel
 from rlhf_ray.placement.groups import draining_nodes
 
 INTERVAL_S = 2.0
@@ -82,6 +84,21 @@ class Drains:
     def _may_leave(self, role: str, deadline: float) -> bool:
         group = self._groups.get(role)
         return group is None or group.is_committed or deadline - time.time() < NEAR_S
+
+
+@asynccontextmanager
+async def drains_followed(
+    spawner: RoleSpawner, groups: Groups, say: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """Move processes away from draining nodes of a cluster that the run has joined."""
+    if not spawner.joins_cluster:
+        yield
+        return
+    following = asyncio.ensure_future(Drains(lambda: spawner.workers, groups, say).follow())
+    try:
+        yield
+    finally:
+        await cancel([following])
 
 
 def _role(worker: RayWorker[Any]) -> str:

@@ -20,7 +20,7 @@ from rlhf_ray.generators.member import cancel
 from rlhf_ray.placement.layout import demands
 from rlhf_ray.roles import Roles
 from rlhf_ray.runs.folder import located
-from rlhf_ray.stages.ppo.drains import Drains
+from rlhf_ray.stages.ppo.drains import drains_followed
 from rlhf_ray.stages.ppo.generators import spawn_generators
 
 
@@ -65,10 +65,8 @@ async def ppo_roles(
         )
         policy = _policy(spawner, config, policy_model)
         critic = _critic(spawner, config, critic_model) if critic_model else None
-        if config.cluster.joins_cluster:
-            groups = {"policy": policy} | ({"critic": critic} if critic else {})
-            drains = Drains(lambda: spawner.workers, groups, say)
-            stack.push_async_callback(cancel, [asyncio.ensure_future(drains.follow())])
+        groups = {"policy": policy} | ({"critic": critic} if critic else {})
+        await stack.enter_async_context(drains_followed(spawner, groups, say))
         starts = asyncio.ensure_future(generators.start())
         stack.push_async_callback(cancel, [starts])  # where another role does not start
         await asyncio.gather(spawner.start_all([policy, critic] if critic else [policy]), starts)

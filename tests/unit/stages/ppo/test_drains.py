@@ -1,5 +1,6 @@
 """Processes leave nodes that drain: at once, learners after a commit."""
 
+import asyncio
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from rlhf_ray.cluster.ray_workers import RayWorker
 from rlhf_ray.stages.ppo import drains
-from rlhf_ray.stages.ppo.drains import Drains
+from rlhf_ray.stages.ppo.drains import Drains, drains_followed
 
 ROLES = ("generator-0", "reward-0", "policy-0", "policy-1", "critic-0")
 NODES = {name: "away" if name != "policy-1" else "stays" for name in ROLES}
@@ -83,3 +84,17 @@ def test_a_run_whose_drivers_node_leaves_is_interrupted_once(
         drain.leave({"away": time.time() + 60}, NODES, "away")
     assert signals == [(os.getpid(), signal.SIGTERM)]
     assert killed == [], "they end with the run, which commits first"
+
+
+@pytest.mark.parametrize("joins", [True, False])
+async def test_a_stage_on_a_joined_cluster_leaves_nodes_that_drain(
+    killed: list[str], monkeypatch: pytest.MonkeyPatch, joins: bool
+) -> None:
+    spawner: Any = SimpleNamespace(joins_cluster=joins, workers=[worker("reward-0")])
+    monkeypatch.setattr(drains, "_look", lambda: ({"away": time.time() + 60}, NODES, "driver"))
+    async with drains_followed(spawner, {}, lambda _: None):
+        for _ in range(100 * joins):
+            await asyncio.sleep(0.01)
+            if killed:
+                break
+    assert killed == ["reward-0"] * joins
