@@ -79,6 +79,23 @@ def handled() -> Iterator[None]:
             os.close(writer)
 
 
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Handle the signals after this block as before it, whatever a library installs in it.
+
+    `ray.init` installs a bare exit; Ray's core, below Python, calls what it found before, but
+    aborts the process 3 s after SIGTERM.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # else it was not installed from Python
+                    signal.signal(number, handler)
+
+
 def exit_code() -> int | None:
     """Return the exit code of an interrupted process; None: no signal has come."""
     return None if _state.first is None else 128 + _state.first

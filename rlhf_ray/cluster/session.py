@@ -27,7 +27,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.cluster import THREADS
 from rlhf_ray.disk import make_private, private_name, temporary_folder
 from rlhf_ray.errors import ConfigError, PlacementError
-from rlhf_ray.interruption import cleaned_up_by
+from rlhf_ray.interruption import cleaned_up_by, handlers_kept
 from rlhf_ray.observability.phases import LIMIT
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import GC_THRESHOLDS, environment
@@ -87,7 +87,7 @@ def ray_session(config: Config) -> Iterator[None]:
     record = None if joined else ProcessRecord()
     with cleaned_up_by(record.close) if record else nullcontext():
         try:
-            with _without_rays_sigterm_handler():
+            with handlers_kept():
                 _connect(config, joined)
             if joined:
                 _require_free_name(config.run.name)
@@ -136,20 +136,6 @@ def ray_folder() -> Path:
         f"writable folder with a path of {SOCKET_PATH_BYTES - len(LONGEST_SOCKET) - 25} bytes or "
         "less"
     )
-
-
-@contextmanager
-def _without_rays_sigterm_handler() -> Iterator[None]:
-    """Keep `ray.init` from replacing this process's handler by a bare exit.
-
-    With that a stopped run would neither commit nor report its state.
-    """
-    before = ray._private.utils.set_sigterm_handler  # type: ignore[attr-defined]
-    ray._private.utils.set_sigterm_handler = lambda _: None  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        ray._private.utils.set_sigterm_handler = before  # type: ignore[attr-defined]
 
 
 def _require_free_name(name: str) -> None:

@@ -15,6 +15,7 @@ from rlhf_ray.doctor.node_verdicts import check_links, check_versions, checks_of
 from rlhf_ray.doctor.preflight import FAIL, Check
 from rlhf_ray.doctor.shared_files import require_same_files
 from rlhf_ray.errors import PlacementError
+from rlhf_ray.interruption import handlers_kept
 from rlhf_ray.runs.folder import RunFolder
 
 TIMEOUT_S = 120.0
@@ -29,7 +30,8 @@ def run(config: Config | None, min_gbit_s: float) -> tuple[list[Section], bool]:
     """
     require_cluster()
     try:
-        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+        with handlers_kept():
+            ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise PlacementError(
             f"Cannot reach a Ray cluster: {error}. Run this on one of its nodes, or set RAY_ADDRESS"

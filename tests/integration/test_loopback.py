@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,13 @@ def test_every_socket_listens_on_loopback_alone_and_no_hub_is_asked(
             "model": {"path": llama, "max_length": 64},
         }
     )
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     with ray_session(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        assert signal.alarm(0) == 0, "Ray's core would abort the process"
+        signal.signal(signal.SIGTERM, before)
         assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
         engine = ray.remote(Engine).remote()
         ranks = [ray.remote(num_cpus=1)(Rank).remote() for _ in range(2)]

@@ -135,6 +135,14 @@ def test_a_signal_to_a_forked_child_is_not_the_commands(command: Command) -> Non
     assert (process.returncode, out, err) == (0, "15\nclosed\n", "")
 
 
+def test_handlers_that_a_library_installs_are_replaced_by_ours() -> None:
+    """That it works for Ray's core as well, below Python, is for `test_loopback.py`."""
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption.handlers_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 async def test_dropped_work_ends_and_none_begins_afterwards() -> None:
     droppable, begun = interruption.Droppable(), list[int]()
 
