@@ -85,37 +85,45 @@ class Restarts:
         attempt: Callable[[], Awaitable[ResultT]],
         *,
         is_waited_for: bool,
+        may_wait: Callable[[], bool] = lambda: False,
     ) -> ResultT:
-        """Attempt a restart until it succeeds; each attempt counts, but for a node that leaves.
+        """Attempt a restart until it succeeds.
+
+        Each attempt counts, but for a node that leaves, and those that found no place.
 
         Args:
             who: what is restarted: a worker, or the role of a group.
             failure: why.
             attempt: restarts it.
             is_waited_for: whether the run stands still meanwhile.
+            may_wait: whether it may be without a place for as long as the cluster has none.
 
         Raises:
             ActorFailure: the restarts are used up, or it lacks memory again.
-            PlacementError: it has no place any more.
+            PlacementError: it has no place any more, and is needed.
         """
         began_s, cause = time.monotonic(), failure
+        self._require_memory(who, cause)
         while True:
-            if isinstance(cause, MemoryFailure) and who in self._waits:
-                raise cause
             is_free = isinstance(cause, NodeLeaves)
             if self._used >= self._limit and not is_free:
                 budget = f"All {self._limit} restarts ({self._key}) are used up"
                 raise ActorFailure(f"{_sentence(cause)}. {budget}. {RESUMES}") from cause
             self._used += not is_free
             await asyncio.sleep(self._next_wait_s(who))
+            may_fail = may_wait()  # before: an attempt that is needed has waited for as long as any
             try:
                 result = await attempt()
                 break
             except DataLost:
                 raise
             except ActorFailure as error:
-                cause = error
+                self._require_memory(who, cause := error)
             except PlacementError as error:
+                self._used -= not is_free
+                if may_fail:
+                    self.say(f"{who} has no place, and is tried again later: {error}")
+                    continue
                 message = f"{_sentence(failure)}. It cannot be placed again: {_sentence(error)}"
                 raise PlacementError(f"{message}. {RESUMES}") from failure
         seconds = time.monotonic() - began_s
@@ -127,6 +135,10 @@ class Restarts:
     def worked(self, who: str) -> None:
         """Note that it does its work: a later failure is the first in a row."""
         self._waits.pop(who, None)
+
+    def _require_memory(self, who: str, cause: ActorFailure) -> None:
+        if isinstance(cause, MemoryFailure) and who in self._waits:
+            raise cause
 
     def _next_wait_s(self, who: str) -> float:
         if who in self._waits:
@@ -167,7 +179,7 @@ class Crew(Generic[ProcessT_co]):
             if self._restarts is None:
                 raise
             self._up.remove(worker)
-            await self._replace(worker, failure)
+            await self._replace(worker, failure, lambda: False)
 
     async def ask(self, call: Callable[[Worker[ProcessT_co]], Awaitable[ResultT]]) -> ResultT:
         """Make a call to the worker whose turn it is, or if that fails to another one."""
@@ -206,13 +218,15 @@ class Crew(Generic[ProcessT_co]):
 
     async def _try_to_replace(self, worker: Any, failure: ActorFailure) -> None:
         try:
-            await self._replace(worker, failure)
+            await self._replace(worker, failure, lambda: bool(self._up))
         except Exception as error:  # a constructor raises its libraries' errors
             self._missing = error
             assert self._restarts is not None
             self._restarts.say(f"{worker.name} is not replaced: {error}")
 
-    async def _replace(self, worker: Any, failure: ActorFailure) -> None:
+    async def _replace(
+        self, worker: Any, failure: ActorFailure, may_wait: Callable[[], bool]
+    ) -> None:
         restarts = self._restarts
         assert restarts is not None
 
@@ -222,7 +236,10 @@ class Crew(Generic[ProcessT_co]):
             return new
 
         is_last = not self._up
-        self._up.append(await restarts.again(worker.name, failure, renewed, is_waited_for=is_last))
+        restart = restarts.again(
+            worker.name, failure, renewed, is_waited_for=is_last, may_wait=may_wait
+        )
+        self._up.append(await restart)
 
 
 class GeneratorClient:

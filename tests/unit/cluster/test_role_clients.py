@@ -262,6 +262,8 @@ class Deaths:
 
     def __init__(self, limit: int = 10, **errors: list[Exception]) -> None:
         self.errors = errors
+        self.no_place = 0
+        """How many attempts find none from now on."""
         self.log: list[str] = []
         self.said: list[str] = []
         self.outages = Outages()
@@ -274,6 +276,10 @@ class Deaths:
 
     async def renew(self, workers: Any) -> Any:
         self.log.append(f"renew {' '.join(worker.name for worker in workers)}")
+        await asyncio.sleep(0)
+        if self.no_place:
+            self.no_place -= 1
+            raise PlacementError("No node had a GPU for it")
         return [self.worker(f"{worker.name}'") for worker in workers]
 
 
@@ -333,6 +339,87 @@ async def test_moves_from_a_node_that_leaves_use_up_no_restarts() -> None:
     deaths.errors["score"] = died()
     with pytest.raises(ActorFailure, match="All 1 restarts"):
         await crew.ask(lambda worker: worker.call(ScorerProcess.score))
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not is_so():
+            await asyncio.sleep(0)
+
+
+async def test_a_worker_without_a_place_returns_when_there_is_one() -> None:
+    deaths = Deaths(limit=1)
+    deaths.no_place = 5
+    crew: Any = Crew(
+        [deaths.worker("reward-0", {"score": died()}), deaths.worker("reward-1")], deaths.restarts
+    )
+    scorer = ScorerClient(crew)
+    answers: list[Any] = [await scorer.score(SHARD) for _ in range(2)]
+    assert answers == ["reward-1"] * 2, "the other one works meanwhile"
+    await until(lambda: "reward-0' start" in deaths.log)
+    await until(lambda: bool(deaths.outages.restarts))
+    assert {await scorer.score(SHARD) for _ in range(2)} == {"reward-0'", "reward-1"}
+    assert deaths.log.count("renew reward-0") == 6
+    assert deaths.said[0] == (
+        "reward-0 has no place, and is tried again later: No node had a GPU for it"
+    )
+    assert deaths.outages.restarts == {"reward": 1}
+
+
+async def test_a_worker_that_waits_for_a_place_leaves_the_restarts_to_others() -> None:
+    deaths = Deaths(limit=1)
+    deaths.no_place = 10**6
+    crew: Any = Crew(
+        [deaths.worker("reward-0", {"score": died()}), deaths.worker("reward-1")], deaths.restarts
+    )
+    await ScorerClient(crew).score(SHARD)
+    await until(lambda: len(deaths.said) > 3)
+    deaths.no_place = 0
+    await until(lambda: bool(deaths.outages.restarts))
+    assert deaths.restarts._used == 1
+
+
+async def test_where_no_worker_is_left_and_none_finds_a_place_the_run_ends_to_be_resumed() -> None:
+    deaths = Deaths()
+    deaths.no_place = 10**6
+    crew: Any = Crew(
+        [deaths.worker(f"reward-{rank}", {"score": died()}) for rank in range(2)], deaths.restarts
+    )
+    with pytest.raises(PlacementError, match=r"No node had a GPU for it\. Run again: the run res"):
+        await asyncio.wait_for(ScorerClient(crew).score(SHARD), 5)
+
+
+async def test_waits_for_a_place_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def attempt() -> str:
+        if len(waits) < 9:
+            raise PlacementError("No node had a GPU for it")
+        return "started"
+
+    monkeypatch.setattr(role_clients.asyncio, "sleep", sleep)
+    restarts = Restarts(1, "key", Deaths().renew, print, Outages(), first_wait_s=1.0)
+    lacking = MemoryFailure("reward-0 failed during score: OutOfMemoryError: CUDA out of memory")
+    assert (
+        await restarts.again(
+            "reward-0", lacking, attempt, is_waited_for=False, may_wait=lambda: True
+        )
+        == "started"
+    )
+    assert waits == [0, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+async def test_a_first_start_waits_for_no_place_that_never_comes() -> None:
+    deaths = Deaths()
+    deaths.no_place = 10**6
+    crew: Any = Crew(
+        [deaths.worker("reward-0", {"start": died()}), deaths.worker("reward-1")], deaths.restarts
+    )
+    with pytest.raises(PlacementError, match="No node had a GPU for it"):
+        await asyncio.wait_for(crew.start(), 5)
 
 
 @pytest.mark.parametrize("error", [RlhfError("rewards: mine raised KeyError"), DataLost("gone")])
