@@ -18,10 +18,8 @@ from rlhf_ray.placement.bundles import Bundle, placement_groups, worker_name
 from rlhf_ray.placement.hardware import node_of
 from rlhf_ray.placement.layout import Demand, Node, Slot, fit, lay_out, shortage
 
-POLL_S = 1.0
-"""Between two looks at the free GPUs."""
-WAIT_S = 0.01
-"""Between two looks at a placement group; Ray creates one in 6 ms if there is capacity."""
+POLL_S, WAIT_S = 1.0, 0.01
+"""Between two looks at the free GPUs, and at a placement group; Ray creates one in 6 ms."""
 PATIENCE_S = 5.0
 """How long Ray gets to create all placement groups of a layout. Then they are given back: two runs
 may each hold what the other needs."""
@@ -49,8 +47,8 @@ class _Group:
 
     handle: PlacementGroup
     workers: set[str]
-    seats: dict[str, "ReservedSlot"] = field(default_factory=dict)
-    """Worker -> its slot, of all that the group was made for."""
+    seats: list[tuple[str, "ReservedSlot"]] = field(default_factory=list)
+    """Role and slot of all that the group was made for; workers of a role change their slots."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while slots are reserved in the place of lost ones."""
 
@@ -101,7 +99,12 @@ class Placement:
     def __init__(
         self, timeout_s: float, *, may_grow: bool, request_nodes: Callable[[], None] = lambda: None
     ) -> None:
-        """"""
+        """
+        Args:
+            timeout_s: longest wait for free GPUs.
+            may_grow: whether the cluster may get more nodes than it has.
+            request_nodes: called at intervals while GPUs are missing.
+        """
         self._timeout_s = timeout_s
         self._may_grow = may_grow
         self._request_nodes = request_nodes
@@ -110,8 +113,8 @@ class Placement:
         self._spare: dict[str, list[ReservedSlot]] = defaultdict(list)
         """Role -> slots that its workers left, on GPUs that others still use."""
         self._demands: dict[str, Demand] = {}
-        self._last: dict[str, ReservedSlot] = {}
-        """Worker -> the slot that it has or had last."""
+        self._former: dict[str, _Group] = {}
+        """Worker -> the group of the slot that it has or had last."""
 
     def slot(self, worker: str) -> ReservedSlot | None:
         """Return the slot of a worker; None: Ray may put it anywhere."""
@@ -176,47 +179,50 @@ class Placement:
         """Reserve slots for workers of a role that join, or that return after `release`."""
         if not self._on_gpus:
             return
-        names = [f"{demand.role}-{rank}" for rank in ranks]
-        former = next((self._last[name].group for name in names if name in self._last), None)
+        # Also while another holds the lock, who may wait for nodes that come late, or never.
+        missing = self._take_spare(demand.role, ranks)
+        known = (self._former.get(f"{demand.role}-{rank}") for rank in missing)
+        former = next(filter(None, known), None)
         async with former.lock if former else nullcontext():
-            spare = self._spare[demand.role]
-            spare[:] = _on_live_nodes(spare)
-            for name in names[: len(spare)]:
-                self._take(name, spare.pop())
-            missing = [
-                rank for name, rank in zip(names, ranks, strict=True) if name not in self._slots
-            ]
-            if missing:
+            if missing := self._take_spare(demand.role, missing):
                 await self._reserve_with_lost(demand, missing, former)
+
+    def _take_spare(self, role: str, ranks: Sequence[int]) -> list[int]:
+        """Have workers without a slot on a node that stays take spare ones; return the others."""
+        names = {f"{role}-{rank}": rank for rank in ranks}
+        for name in names:
+            if name in self._slots and not _on_live_nodes([self._slots[name]]):
+                self.release(name)
+        spare = self._spare[role]
+        spare[:] = _on_live_nodes(spare)
+        missing = [name for name in names if name not in self._slots]
+        for name in missing[: len(spare)]:
+            self._slots[name] = slot = spare.pop()
+            slot.group.workers.add(name)
+            self._former[name] = slot.group
+        return [rank for name, rank in names.items() if name not in self._slots]
 
     async def _reserve_with_lost(
         self, demand: Demand, ranks: Sequence[int], former: _Group | None
     ) -> None:
         """Reserve slots, and with them all others of their former group that went with a node.
 
-        Only together do they fit on as few GPUs as before. The others are spare until their workers
-        return, whoever notices first that his process is dead.
+        Together they fit on as few GPUs as before. The others are spare until their workers return.
         """
-        names = {f"{demand.role}-{rank}" for rank in ranks}
-        seats = former.seats if former else {}
-        alive = _on_live_nodes(seats.values())
-        lost = [name for name, slot in seats.items() if slot not in alive]
-        others = Counter(name.rpartition("-")[0] for name in lost if name not in names)
+        seats = former.seats if former else []
+        alive = _on_live_nodes(slot for _, slot in seats)
+        lost = [seat for seat in seats if seat[1] not in alive]
+        others = Counter(role for role, _ in lost) - Counter({demand.role: len(ranks)})
         placeholders = {role: range(MANY, MANY + count) for role, count in others.items()}
         asked = {**placeholders, demand.role: [*ranks, *placeholders.get(demand.role, ())]}
         known = {**self._demands, demand.role: demand}
         await self._reserve(
             [replace(known[role], workers=len(numbers)) for role, numbers in asked.items()], asked
         )
-        for name in lost:
-            del seats[name]
+        seats[:] = [seat for seat in seats if seat not in lost]
         for role, numbers in placeholders.items():
             for number in numbers:
                 self.release(f"{role}-{number}")
-
-    def _take(self, worker: str, slot: ReservedSlot) -> None:
-        slot.group.workers.add(worker)
-        self._slots[worker] = self._last[worker] = slot
 
     def release(self, worker: str) -> None:
         """Give up the slot of a worker that has ended.
@@ -262,6 +268,8 @@ class Placement:
         finally:
             for slot in [] if is_reserved else slots:
                 self.release(worker_name(slot))
+        # Not before: until then the former group tells what is lost.
+        self._former |= {worker: group for group in groups for worker in group.workers}
         return is_reserved
 
     async def _lay_out(
@@ -292,13 +300,13 @@ class Placement:
             [bundle.resources for bundle in bundles],
             bundle_label_selector=[{NODE_ID: nodes[bundle.node].id} for bundle in bundles],
         )
-        shares = {worker_name(slot): slot.share for slot in slots}
+        reserved_for = {worker_name(slot): slot for slot in slots}
         group = _Group(handle, {worker for bundle in bundles for worker in bundle.workers})
         for index, bundle in enumerate(bundles):
             for worker in bundle.workers:
-                node_id = nodes[bundle.node].id
-                group.seats[worker] = ReservedSlot(shares[worker], node_id, group, index)
-                self._take(worker, group.seats[worker])
+                slot, node_id = reserved_for[worker], nodes[bundle.node].id
+                self._slots[worker] = ReservedSlot(slot.share, node_id, group, index)
+                group.seats.append((slot.role, self._slots[worker]))
         return group
 
     def _not_created(self, group: _Group) -> PlacementError:

@@ -231,3 +231,82 @@ async def test_a_slot_of_a_lost_node_is_not_kept(cluster: Cluster) -> None:
 def _node(held: Placement, worker: str) -> str | None:
     slot = held.slot(worker)
     return slot.node_id if slot else None
+
+
+async def test_the_second_lost_node_takes_no_more_slots_than_the_first(cluster: Cluster) -> None:
+    """Slots that were spare for a worker until it returned are its own then."""
+    held = Placement(1.0, may_grow=True)
+    await held.reserve([CRITIC, REWARD])
+    for node, ranks in (("m", (1, 0)), ("o", (0, 1)), ("p", (1, 0))):
+        cluster.nodes = [Node(node, 8)]
+        for demand in (REWARD, CRITIC):
+            for rank in ranks:
+                held.release(f"{demand.role}-{rank}")
+                await held.reserve_again(demand, [rank])
+        assert cluster.live()[0].free == 6, f"two GPUs of {node} do"
+
+
+async def test_a_spare_slot_is_taken_while_others_wait_for_a_node(cluster: Cluster) -> None:
+    held = Placement(60.0, may_grow=True)
+    cluster.nodes = [Node("n", 1), Node("m", 1)]
+    await held.reserve([CRITIC, REWARD])
+    lost, alive = sorted(range(2), key=lambda rank: _node(held, f"reward-{rank}") == "m")
+    cluster.nodes = [Node("m", 1)]
+    held.release(f"reward-{lost}")
+    waiting = asyncio.ensure_future(held.reserve_again(REWARD, [lost]))
+    await asyncio.sleep(0.01)
+    held.release(f"reward-{alive}")
+    await asyncio.wait_for(held.reserve_again(REWARD, [alive]), 5)
+    assert _node(held, f"reward-{alive}") == "m"
+    cluster.nodes.append(Node("o", 1))
+    await asyncio.wait_for(waiting, 5)
+    assert _node(held, f"reward-{lost}") == "o"
+
+
+async def test_a_slot_whose_node_dies_or_drains_after_it_was_reserved_is_no_slot(
+    cluster: Cluster,
+) -> None:
+    """A worker whose start has failed before there was a process holds it still."""
+    held = Placement(1.0, may_grow=True)
+    cluster.nodes = [Node("n", 2), Node("m", 2)]
+    await held.reserve([CRITIC, REWARD])
+    former = {_node(held, f"reward-{rank}") for rank in range(2)}
+    (other,) = {"n", "m"} - former
+    cluster.nodes = [Node(other, 2)]
+    await held.reserve_again(REWARD, [0, 1])
+    assert {_node(held, f"reward-{rank}") for rank in range(2)} == {other}
+
+
+async def test_a_worker_that_holds_a_slot_takes_no_second_one(cluster: Cluster) -> None:
+    held = Placement(1.0, may_grow=True)
+    cluster.nodes = [Node("n", 8)]
+    await held.reserve([GENERATORS, replace(CRITIC, gpus=1)])
+    held.release("generator-1")
+    first = held.slot("generator-0")
+    for _ in range(2):
+        await held.reserve_again(GENERATORS, [0])
+    assert held.slot("generator-0") is first
+    await held.reserve_again(GENERATORS, [1])
+    assert len(cluster.groups) == 2, "the spare one was left for it"
+
+
+async def test_what_was_lost_together_is_placed_together_at_the_second_attempt_too(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        placement.ray.util, "placement_group_table", lambda _: {"bundles": {0: "x"}}
+    )
+    held = Placement(0.01, may_grow=True)
+    await held.reserve([CRITIC, REWARD])
+    cluster.nodes, cluster.kind = [Node("m", 8)], Contested
+    monkeypatch.setattr(Contested, "in_the_way", True)
+    held.release("reward-0")
+    with pytest.raises(PlacementError):
+        await held.reserve_again(REWARD, [0])
+    Contested.in_the_way = False
+    await held.reserve_again(REWARD, [0])
+    for demand, ranks in ((REWARD, [1]), (CRITIC, [0, 1])):
+        for rank in ranks:
+            held.release(f"{demand.role}-{rank}")
+        await held.reserve_again(demand, ranks)
+    assert cluster.live()[0].free == 6
