@@ -34,6 +34,8 @@ ITERATIONS = len(DEATHS) + 1
 RANDOM_DEATHS = 20
 VARIES = ("timing_s/", "throughput/", "generators/", "cost/")
 """Metrics that are of the clock."""
+TIMES = ("useful_s", "committed_at")
+"""What a commit holds of the clock."""
 
 
 def make_config(folder: Path, model: str) -> Config:
@@ -87,6 +89,15 @@ class Run:
         found = [json.loads(line) for line in lines]
         return [{k: v for k, v in each.items() if not k.startswith(VARIES)} for each in found]
 
+    def states(self) -> dict[str, Any]:
+        """What each commit holds besides its files: counts, cursor, moments, and digests."""
+        states = {}
+        for path in sorted((self.folder / "checkpoints").glob("[0-9]*/state.json")):
+            state = states[path.parent.name] = json.loads(path.read_text())
+            for name in TIMES:
+                del state["progress"][name]
+        return states
+
     def outcome(self) -> dict[str, Any]:
         """All that must not depend on deaths: records, counts, and every byte of the commits."""
         checkpoints = self.folder / "checkpoints"
@@ -99,6 +110,7 @@ class Run:
         return {
             **{name: self.records(name) for name in names},
             "best": (checkpoints / "best").resolve().name,
+            "states": self.states(),
             "files": files,
         }
 
@@ -109,6 +121,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: str) -> Run:
     run = Run(tmp_path_factory.mktemp("runs") / "whole", model)
     assert not run.drive()
     assert len(run.records("metrics")) == ITERATIONS
+    assert len(run.states()) >= 3
     return run
 
 
