@@ -1,24 +1,77 @@
 """No wait is without a deadline: every wait in the source is found, and has one or a reason."""
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-TIMEOUT_ARGUMENT = {
-    "ray.get": "timeout",
-    "ray.wait": "timeout",
-    "subprocess.run": "timeout",
-    "subprocess.check_call": "timeout",
-    "subprocess.check_output": "timeout",
-    "urlopen": "timeout",
-    "httpx.AsyncClient": "timeout",
-    "httpx.Client": "timeout",
+TIMEOUT_POSITION = {
+    "asyncio.wait": 99,
+    "asyncio.as_completed": 99,
+    "asyncio.wait_for": 1,
+    "as_completed": 1,
+    "wait": 1,
+    "ray.get": 99,
+    "ray.wait": 99,
+    "select.select": 3,
+    "socket.create_connection": 1,
+    "subprocess.call": 99,
+    "subprocess.check_call": 99,
+    "subprocess.check_output": 99,
+    "subprocess.run": 99,
+    "torch.distributed.init_process_group": 99,
+    "urlopen": 2,
 }
-"""Calls that wait unless they are given this argument."""
-WAITS = {"wait", "join", "communicate", "acquire", "recv", "accept", "fit", "result"}
-"""Methods that wait forever if they are called without arguments."""
+"""Calls that wait unless they are given a timeout -> which positional argument it may be."""
+FOREVER = {"getpass.getpass", "input", "os.wait", "os.waitid", "signal.pause", "signal.sigwait"}
+"""Calls that take no timeout."""
+NOT_BLOCKING = {
+    "fcntl.flock": "LOCK_NB",
+    "fcntl.lockf": "LOCK_NB",
+    "os.waitpid": "WNOHANG",
+}
+"""Calls that wait unless they are given this flag."""
+WAITS = {
+    "accept",
+    "acquire",
+    "communicate",
+    "fit",
+    "get",
+    "getoutput",
+    "join",
+    "readline",
+    "recv",
+    "recv_bytes",
+    "result",
+    "sigwait",
+    "wait",
+    "wait_closed",
+}
+"""Methods that wait forever if they are called without arguments, or with nothing but None."""
+COLLECTIVES = {
+    "all_gather",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "monitored_barrier",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+    "send",
+}
+"""Functions of ``torch.distributed`` that wait for other processes."""
+LOCKS = {"BoundedSemaphore", "Condition", "Lock", "RLock", "Semaphore"}
+"""Classes whose ``with`` waits to enter."""
+ENDED = {"Popen", "Pool", "ProcessPoolExecutor", "ThreadPoolExecutor"}
+"""Classes whose ``with`` waits to leave, and whose ``shutdown`` waits."""
 
 ALLOWED = {
     # Calls to actors: what they return is awaited by `RayWorker._until_done`, which watches.
@@ -64,26 +117,73 @@ ALLOWED = {
     "stages/supervised/ray_train.py _fit: fitting.result": (
         "its processes end themselves where they make no progress (ends_when_stalled)"
     ),
+    "cli/models.py _typed_lines: input": "a person types",
+    "cluster/colocation.py Colocation._enter: with self._lock": (
+        "held while calls with deadlines swap groups"
+    ),
+    "cluster/colocation.py Colocation.awake: while": "calls of the other group have deadlines",
+    "cluster/learner_groups.py LearnerGroupClient._restore: with self._restoring": (
+        "starts and calls with deadlines"
+    ),
+    "cluster/life_signs.py LifeSigns._repeat: while": "a thread that ends with its process",
+    "cluster/role_clients.py Crew._next: asyncio.wait": "starts with deadlines, within a budget",
+    "cluster/role_clients.py Restarts.again: while": "starts with deadlines, within a budget",
+    "data/rendering/bounded.py problem_of: os.waitpid": "it was killed",
+    "disk.py AppendedFile.flush: with self._lock": "held while another thread writes to the file",
+    "disk.py AppendedFile.write: with self._lock": "held while another thread writes to the file",
+    "driver/commits.py Commits.written: asyncio.wait": (
+        "a thread that writes to a disk; the watchdog reports one that hangs"
+    ),
+    "driver/kept_batches.py BatchKeeper.written: asyncio.wait": "as for commits",
+    "engines/deepspeed/engine.py DeepSpeedEngine.sum_over_ranks: torch.distributed.all_reduce": (
+        "within the timeout of its group, and a call"
+    ),
+    "engines/deepspeed/engine.py _unlink_buffer: torch.distributed.barrier": (
+        "within the timeout of its group, and a call"
+    ),
+    "generators/dispatch.py Dispatch.run: batch.done.get": (
+        "calls of generators, or what ends the pool"
+    ),
+    "generators/first_starts.py FirstStarts.wait: while": "starts with deadlines",
+    "stages/ppo/drains.py Drains.follow: while": "it is cancelled with its roles",
+    "observability/trackers.py current: _current.get": "it is no queue",
+    "rewards/function_worker.py _Calls._send: with self._sending": (
+        "its parent has a thread that reads"
+    ),
+    "rewards/functions.py FunctionSource._finished: calling.result": "it is done",
+    "rewards/remote.py Endpoint._post: with self._free": (
+        "requests with deadlines and a number of retries"
+    ),
+    "runs/control.py ControlFiles.update: with _updating": (
+        "held while another thread writes the file"
+    ),
+    "stacks.py stacks_of: with ThreadPoolExecutor": "processes with a timeout",
+    "stages/ppo/control.py controlled.exchange: while": "it is cancelled with the block",
+    "stages/supervised/trainer.py _on_any_rank: torch.distributed.all_reduce": (
+        "within ends_when_stalled"
+    ),
 }
 """Where the source waits -> what ends it."""
 
 
-def waits(tree: ast.AST, where: tuple[str, ...] = ()) -> Iterator[str]:
+def waits(
+    tree: ast.AST, where: tuple[str, ...] = (), made: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Yield each wait without a deadline of its own, by function."""
+    made = dict(_made_by(tree)) if made is None else made
     if isinstance(tree, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         where = (*where, tree.name)
     found = ""
     if isinstance(tree, ast.Call):
-        called, given = ast.unparse(tree.func), {keyword.arg for keyword in tree.keywords}
-        method = called.rpartition(".")[2]
-        timeout = TIMEOUT_ARGUMENT.get(called)
-        values = {k.arg: ast.unparse(k.value) for k in tree.keywords}
-        if timeout and values.get(timeout, "None") == "None":
-            found = called
-        elif method == "remote" and not called.startswith("ray.remote"):
-            found = ".remote"
-        elif method in WAITS and "." in called and not tree.args and not given:
-            found = f".{method}" if "(" in called else called
+        found = _waiting_call(tree, made)
+    elif isinstance(tree, ast.withitem):
+        entered = ast.unparse(tree.context_expr)
+        if _class_of(tree.context_expr, made) in LOCKS | ENDED:
+            found = f"with {entered.partition('(')[0]}"
+    elif isinstance(tree, ast.While):
+        text = ast.unparse(tree)
+        if re.search(r"\bsleep\(", text) and not re.search(r"deadline|monotonic", text):
+            found = "while"
     elif isinstance(tree, ast.Await):
         value = tree.value
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "cast":
@@ -93,7 +193,50 @@ def waits(tree: ast.AST, where: tuple[str, ...] = ()) -> Iterator[str]:
     if found:
         yield f"{'.'.join(where)}: {found}"
     for child in ast.iter_child_nodes(tree):
-        yield from waits(child, where)
+        yield from waits(child, where, made)
+
+
+def _waiting_call(call: ast.Call, made: Mapping[str, str]) -> str:
+    """Return what a call that may wait forever is listed as; empty for any other."""
+    called, positional = ast.unparse(call.func), [ast.unparse(each) for each in call.args]
+    given = {each.arg: ast.unparse(each.value) for each in call.keywords}
+    method = called.rpartition(".")[2]
+    short = f".{method}" if "(" in called else called
+    is_timed = given.get("timeout", "None") != "None"
+    if called in TIMEOUT_POSITION:
+        at = TIMEOUT_POSITION[called]
+        return (
+            "" if is_timed or [*positional, "None"][at : at + 1] not in ([], ["None"]) else called
+        )
+    if given.get("timeout") == "None" or called in FOREVER:
+        return short
+    if called in NOT_BLOCKING:
+        return "" if NOT_BLOCKING[called] in " ".join(positional) else called
+    if method in COLLECTIVES and called.startswith(("torch.distributed.", "dist.")):
+        return called
+    if method == "remote" and not called.startswith("ray.remote"):
+        return ".remote"
+    if method == "shutdown" and isinstance(call.func, ast.Attribute):
+        is_waited_for = given.get("wait", "True") != "False"
+        return short if is_waited_for and _class_of(call.func.value, made) in ENDED else ""
+    is_empty = set(positional) <= {"None", "True"} and given.get("blocking") != "False"
+    return short if method in WAITS and "." in called and is_empty and not is_timed else ""
+
+
+def _made_by(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield what is assigned in a module, and the class that makes it: ``self._lock``, ``Lock``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                yield ast.unparse(target), _class_of(node.value, {})
+
+
+def _class_of(value: ast.AST, made: Mapping[str, str]) -> str:
+    """Return the class whose call, or whose variable, an expression is; empty: unknown."""
+    if isinstance(value, ast.Call):
+        return ast.unparse(value.func).rpartition(".")[2]
+    return made.get(ast.unparse(value), "")
 
 
 def waits_of_the_source() -> set[str]:
@@ -115,26 +258,58 @@ def test_every_listed_wait_still_exists() -> None:
 
 def test_waits_without_a_deadline_are_found() -> None:
     source = """
-async def f(actor, reference, process):
+LOCK = threading.Lock()
+async def f(actor, reference, process, tasks, queue, event):
     ray.get(actor.work.remote())
     ray.get(reference, timeout=None)
     ray.get(reference, timeout=5)
+    ray.wait([reference])
     await reference
     await cast("Awaitable[int]", reference)
     await g(reference)
+    await asyncio.wait(tasks)
+    await asyncio.wait(tasks, timeout=5)
+    await asyncio.wait_for(work(), None)
+    await asyncio.wait_for(work(), 5)
+    wait(tasks)
+    wait(tasks, 5)
     process.wait()
+    process.wait(None)
+    process.wait(timeout=None)
     process.wait(5)
+    event.wait(timeout=5)
+    await event.wait()
+    queue.get()
+    queue.get(timeout=5)
+    LOCK.acquire()
+    LOCK.acquire(True)
+    LOCK.acquire(blocking=False)
+    with LOCK:
+        os.waitpid(1, 0)
+        os.waitpid(1, os.WNOHANG)
+    with open(path), ThreadPoolExecutor() as pool:
+        pool.shutdown()
+        pool.shutdown(wait=False)
     subprocess.run(["git"], check=True)
+    select.select([], [], [])
+    select.select([], [], [], 5)
+    socket.create_connection(address)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    httpx.get(url, timeout=None)
+    torch.distributed.broadcast(tensor, 0)
+    while not is_ready():
+        time.sleep(1)
+    while time.monotonic() < end:
+        time.sleep(1)
 """
-    assert sorted(waits(ast.parse(source))) == sorted(
+    assert sorted(wait.removeprefix("f: ") for wait in waits(ast.parse(source))) == sorted(
         [
-            "f: ray.get",
-            "f: .remote",
-            "f: ray.get",
-            "f: await reference",
-            "f: await reference",
-            "f: process.wait",
-            "f: subprocess.run",
+            *["ray.get", ".remote", "ray.get", "ray.wait", "await reference", "await reference"],
+            *["asyncio.wait", "asyncio.wait_for", "wait", *["process.wait"] * 3, "event.wait"],
+            *["queue.get", "LOCK.acquire", "LOCK.acquire", "with LOCK", "os.waitpid"],
+            *["with ThreadPoolExecutor", "pool.shutdown", "subprocess.run", "select.select"],
+            *["socket.create_connection", "fcntl.flock", "httpx.get"],
+            *["torch.distributed.broadcast", "while"],
         ]
     )
 

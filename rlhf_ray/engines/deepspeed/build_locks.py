@@ -22,8 +22,10 @@ def wait_for_builds(root: Path | None = None, longest_s: float = LONGEST_BUILD_S
     """Wait until no lock without an owner here is left; remove locks that are too old."""
     folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
+        # The clock of the node that wrote it may be ahead.
+        deadline = time.monotonic() + longest_s
         while (age_s := _age_s(lock)) is not None and not _is_open(lock):
-            if age_s > longest_s:
+            if age_s > longest_s or time.monotonic() > deadline:
                 lock.unlink(missing_ok=True)
                 break
             time.sleep(POLL_S)

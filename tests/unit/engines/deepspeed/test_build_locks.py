@@ -42,3 +42,13 @@ def test_a_young_one_may_be_of_another_node_and_is_waited_for(
     started = time.monotonic()
     wait_for_builds(tmp_path, longest_s=30)
     assert 0.1 <= time.monotonic() - started < 5
+
+
+def test_a_clock_that_is_ahead_keeps_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the node that shares the folder."""
+    monkeypatch.setattr(build_locks, "POLL_S", 0.01)
+    lock = lock_in(tmp_path, age_s=-1000)
+    wait_for_builds(tmp_path, longest_s=0.1)
+    assert not lock.exists()
