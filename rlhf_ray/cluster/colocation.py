@@ -154,6 +154,10 @@ class ColocatedWorker(Generic[SleeperT_co]):
         async with self._awake():
             return await self.worker.call_split(method, *args, **kwargs)
 
+    async def hold(self, data: DataT) -> Handle[DataT]:
+        """Return a handle to the driver's data, also while it sleeps."""
+        return await self.worker.hold(data)
+
     def leave(self) -> None:
         """Leave its group: its process has ended, or is about to."""
         self._colocation.remove(self.worker, self._group)

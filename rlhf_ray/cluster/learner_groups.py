@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import chain
@@ -63,7 +63,7 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         self._num_restored = 0
         self._lost: Exception | None = None
         """Why the group was not restored, if that happened."""
-        self._state: Handle[StateFiles] | StateFiles | None = None
+        self._state: Handle[StateFiles] | None = None
         """The last state that it exported or loaded; None: the one in which it starts."""
         self._since: list[tuple[Any, tuple[Any, ...]]] = []
         """Methods that have changed it since, with their arguments."""
@@ -183,7 +183,7 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         self._since.append((method, args))
         return results
 
-    def _keep(self, state: Handle[StateFiles] | StateFiles) -> None:
+    def _keep(self, state: Handle[StateFiles]) -> None:
         """Restore this state from now on."""
         self._state, self._since = state, []
 
@@ -214,6 +214,8 @@ class LearnerGroupClient(Generic[LearnerT_co]):
 
     async def load(self, state: Handle[StateFiles] | StateFiles) -> None:
         """Restore a state on every rank."""
+        if isinstance(state, Mapping):  # else each rank of each restore would be sent a copy
+            state = await self._ranks[0].hold(state)
         await self._all(LearnerProcess.load, arriving(state))
         self._keep(state)
 

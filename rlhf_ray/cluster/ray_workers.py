@@ -43,13 +43,7 @@ RoleT = TypeVar("RoleT")
 
 STARTING = {"address", "free_port", "start"}
 """Calls that wait for a process to come up and for its model to load."""
-DEATHS = (
-    RayActorError,
-    OutOfMemoryError,
-    NodeDiedError,
-    ActorUnschedulableError,
-    ObjectLostError,
-)
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError, ObjectLostError)
 """Ray's errors for a dead process: crashed, killed by the memory monitor, lost with its node; and
 for its answer, where that was lost before a copy reached the driver's node."""
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -136,6 +130,10 @@ class RayWorker(Generic[ProcessT_co]):
         call = getattr(self.actor, name).options(num_returns=2)
         data, scalars = call.remote(*args, **kwargs)
         return await self._await(name, scalars, self._held(data, scalars))
+
+    async def hold(self, data: DataT) -> Handle[DataT]:
+        """Put data into the object store, once for all calls that it is passed to."""
+        return cast("Handle[DataT]", await asyncio.to_thread(ray.put, data))
 
     async def _held(
         self, data: Awaitable[DataT], scalars: Awaitable[ScalarsT]

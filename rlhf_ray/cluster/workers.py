@@ -57,6 +57,10 @@ class Worker(Protocol[ProcessT_co]):
         """Call a method that returns (data, scalars); leave the data, bring the scalars."""
         ...
 
+    async def hold(self, data: DataT) -> Handle[DataT]:
+        """Return a handle to the driver's data, for calls of this process and others like it."""
+        ...
+
 
 def arriving(handle: Handle[DataT] | DataT) -> DataT:
     """Pass a handle as an argument of a call: Ray puts the data in its place.
@@ -142,3 +146,7 @@ class InlineWorker(Generic[ProcessT_co]):
         """Call the method; the data is its own handle."""
         data, scalars = await self.call(method, *args, **kwargs)
         return cast("Handle[DataT]", data), scalars
+
+    async def hold(self, data: DataT) -> Handle[DataT]:
+        """Return the data, which is its own handle."""
+        return cast("Handle[DataT]", data)

@@ -47,6 +47,10 @@ class Rank:
     async def call_split(self, method: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
         return await self.call(method, *args)
 
+    async def hold(self, data: Any) -> Any:
+        self.calls.append("hold")
+        return tuple(data.items())
+
     def _free_port(self) -> int:
         return 1
 
@@ -169,6 +173,17 @@ async def test_a_state_that_was_loaded_is_restored() -> None:
     group.generations[-1][1].dead.set()
     assert await group.weights() == ("rolled back",)
     assert group.calls() == ["load", "adapter"]
+
+
+async def test_a_state_of_bytes_is_put_into_the_store_once_for_all_ranks_and_restores() -> None:
+    group = Group()
+    await group.client.start()
+    await group.client.load({"adapter": b"1"})
+    for _ in range(2):
+        group.generations[-1][1].dead.set()
+        assert await group.weights() == (("adapter", b"1"),), "the handle, not the bytes"
+    calls = [call for made in group.generations for rank in made for call in rank.calls]
+    assert (calls.count("hold"), calls.count("load")) == (1, 6)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

@@ -263,6 +263,11 @@ async def test_data_of_another_node_is_put_on_the_drivers(monkeypatch: pytest.Mo
         assert await worker.call_split(_Reference.logprobs) == (held, "scalars")
 
 
+async def test_data_of_the_driver_is_put_into_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "put", lambda value: ("put", value))
+    assert await broken(None).hold({"adapter": b"1"}) == ("put", {"adapter": b"1"})
+
+
 async def test_only_calls_of_actors_that_take_several_are_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

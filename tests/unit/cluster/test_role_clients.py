@@ -231,9 +231,10 @@ def test_an_inline_worker_calls_plain_and_async_methods_and_tells() -> None:
             await worker.call(_Role.twice, 2),
             await worker.call(_Role.later, 2),
             await worker.call_split(_Role.split),
+            await worker.hold([3]),
         ]
 
-    assert asyncio.run(ask()) == [4, 6, ([1, 2], "scalars")]
+    assert asyncio.run(ask()) == [4, 6, ([1, 2], "scalars"), [3]]
     assert [(name, method) for name, method, _, _ in told] == [
         ("role-0", "twice"),
         ("role-0", "later"),
