@@ -28,6 +28,7 @@ model:
 sft: {steps: 4, batch_size: 4, block_size: 64, eval_rows: 8, learning_rate: 1.0e-3}
 reward: {steps: 4, batch_size: 4, eval_rows: 8, learning_rate: 1.0e-3}
 lora: {r: 4}
+reference: {kind: policy_base}
 ppo:
   iterations: 2
   batch_size: 8
