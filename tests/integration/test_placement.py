@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import ray
-from ray.util.state import list_placement_groups
 from simulated_clusters import simulated_cluster
 from typer.testing import CliRunner
 
@@ -65,7 +64,9 @@ def config_of(*overrides: str) -> Config:
 
 
 def groups_left() -> int:
-    return sum(group.state != "REMOVED" for group in list_placement_groups())
+    """Read without the cluster's dashboard, whose port another cluster of this machine may have."""
+    groups = ray.util.placement_group_table()
+    return sum(group["state"] != "REMOVED" for group in groups.values())
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,32 @@ async def test_gpus_of_others_are_told_and_waited_for() -> None:
         await others.stop_all()
         await waiting
         await spawner.stop_all()
+
+
+@pytest.mark.usefixtures("by_value")
+async def test_roles_of_a_lost_node_are_placed_together_on_one_that_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_health_check_period_ms", "300")  # by default Ray takes 15 s to notice
+    config = config_of("placement.timeout_s=60")
+    with simulated_cluster([{"num_gpus": 2}]) as cluster, ray_session(config):
+        spawner = RoleSpawner(config, lambda *_: None)
+        asked = [Demand("critic", 2, 0.5, is_group=True), Demand("reward", 2, 0.5)]
+        await spawner.place(asked)
+        critic, reward = (spawner.spawn(Sitter, d.role, d.workers) for d in asked)
+        before = await seats(spawner.workers)
+        (lost,) = cluster.worker_nodes
+        cluster.add_node(num_gpus=2, num_cpus=16, object_store_memory=100 * 2**20)
+        cluster.remove_node(lost, allow_graceful=False)
+        while any(live.id == before["critic-0"][0] for live in live_nodes()):
+            await asyncio.sleep(0.5)
+        await asyncio.gather(spawner._renew(critic), *(spawner._renew([one]) for one in reward))
+        after = await seats(spawner.workers)
+        assert after.keys() == before.keys()
+        assert {node for node, _ in after.values()}.isdisjoint(node for node, _ in before.values())
+        assert {after["critic-0"][1][0], after["critic-1"][1][0]} == {0, 1}
+        await spawner.stop_all()
+        assert groups_left() == 0
 
 
 def test_ppo_takes_two_iterations_on_three_nodes_of_eight(
