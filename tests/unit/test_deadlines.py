@@ -127,6 +127,7 @@ ALLOWED = {
     ),
     "cluster/life_signs.py LifeSigns._repeat: while": "a thread that ends with its process",
     "cluster/role_clients.py Crew._next: asyncio.wait": "starts with deadlines, within a budget",
+    "cluster/role_clients.py Crew._replace: await restart": "within a budget, as above",
     "cluster/role_clients.py Restarts.again: while": "starts with deadlines, within a budget",
     "data/rendering/bounded.py problem_of: os.waitpid": "it was killed",
     "disk.py AppendedFile.flush: with self._lock": "held while another thread writes to the file",
@@ -230,6 +231,8 @@ def _made_by(tree: ast.AST) -> Iterator[tuple[str, str]]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for target in targets:
                 yield ast.unparse(target), _class_of(node.value, {})
+        elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+            yield ast.unparse(node.optional_vars), _class_of(node.context_expr, {})
 
 
 def _class_of(value: ast.AST, made: Mapping[str, str]) -> str:
