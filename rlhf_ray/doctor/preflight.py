@@ -27,7 +27,7 @@ OK, NOTE, FAIL = "ok", "note", "FAIL"
 MEMORY_NEEDED = 8 * GB  # the quick start's limit
 MEMORY_LEAST = 4 * GB  # less is too little even for one process
 SHM_NEEDED = 2 * GB
-SHM_LEAST = 512 * MB  # two learners take 66 MB each, the object store and vLLM the rest
+SHM_LEAST = 512 * MB  # for the object store and vLLM
 DISK_TO_RUN = 1 * GB
 LINK_MBIT_S = 100  # the download speed for which minutes are given
 
@@ -166,7 +166,7 @@ def check_python(machine: Machine) -> Check:
 
 
 def check_compiler(machine: Machine) -> Check:
-    """Check for a C++ compiler and Python.h: DeepSpeed builds an operation on first use."""
+    """Check for a C++ compiler and Python.h: PyTorch and Triton compile at the first use."""
     verdict = FAIL if machine.system == "Linux" else NOTE
     if machine.compiler is None:
         remedy = "apt-get install g++, dnf install gcc-c++ or xcode-select --install; without root:"
@@ -193,7 +193,7 @@ def check_memory(machine: Machine) -> Check:
 
 
 def check_shm(machine: Machine) -> Check:
-    """Check /dev/shm, where Ray, vLLM and DeepSpeed share memory between processes on Linux."""
+    """Check /dev/shm, where Ray and vLLM share memory between processes on Linux."""
     reading = "none" if machine.shm is None else _size(machine.shm)
     size = machine.shm or 0
     if size >= SHM_NEEDED or machine.system != "Linux":

@@ -196,7 +196,6 @@ def reward_stage_main(rank: int, world_size: int, port: int, run_dir: str, queue
         DS_ACCELERATOR="cpu",
         LOCAL_SIZE=str(world_size),
     )
-    from rlhf_ray.engines.deepspeed.engine import _unlink_buffer
     from rlhf_ray.stages.supervised import pretrain, reward
 
     auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -230,5 +229,4 @@ def reward_stage_main(rank: int, world_size: int, port: int, run_dir: str, queue
     reward.RewardTraining.predict_rows = predict_rows  # type: ignore[method-assign]
     reward.run(config)
     saved = load_file(f"{run_dir}/reward/model/model.safetensors")
-    _unlink_buffer(rank, "127.0.0.1", port)
     queue.put((set(seen), {name: str(weight.dtype) for name, weight in saved.items()}))

@@ -70,10 +70,13 @@ def in_group(main: Any, world_size: int, *arguments: Any) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def reduced_in_shared_memory() -> Iterator[None]:
-    """No file is left of the buffers in which ranks reduce, however the ranks end."""
-    before = set(BUFFERS.glob(BUFFER))
-    yield
+def nothing_compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No rank compiles an operation, and none leaves a buffer in shared memory."""
+    before, folder = set(BUFFERS.glob(BUFFER)), tmp_path_factory.mktemp("operations")
+    with pytest.MonkeyPatch.context() as variables:
+        variables.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        yield
+    assert not list(folder.iterdir())
     assert set(BUFFERS.glob(BUFFER)) <= before
 
 

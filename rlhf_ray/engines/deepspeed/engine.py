@@ -5,14 +5,12 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  (public; not in __all__)
 
-from rlhf_ray.engines.deepspeed.build_locks import wait_for_builds
 from rlhf_ray.engines.torch_engine import MOMENTS, adam_state, load_adam_state, move_frozen
 from rlhf_ray.models.adapters import compute_in_base_dtype
 from rlhf_ray.models.forward import has_fp32_head
@@ -51,23 +49,28 @@ def join_group(rank: int, world_size: int, address: str, port: int, timeout_s: f
     )
     import deepspeed
 
-    wait_for_builds()
+    compile_nothing()
+    if cuda:  # settings of the user's may have other operations compiled
+        from rlhf_ray.engines.deepspeed.build_locks import wait_for_builds
+
+        wait_for_builds()
     # Uses the process group from above. Without auto_mpi_discovery=False, a missing variable would
     # make it look for mpi4py.
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    if not cuda:
-        _unlink_buffer(rank, address, port)
 
 
-def _unlink_buffer(rank: int, address: str, port: int) -> None:
-    """Remove the name of the shared-memory buffer in which ranks of one machine reduce (69 MB).
+def compile_nothing() -> None:
+    """Keep DeepSpeed from compiling an operation when it starts.
 
-    DeepSpeed never removes it, so each learner would leak it. Once all ranks have opened the
-    buffer, none needs the name.
+    On a CPU it would: an all-reduce for tensor-parallel inference, which nothing here calls. That
+    takes a minute of a compiler in each environment, and 69 MB of shared memory for each rank.
     """
-    torch.distributed.barrier()
-    buffer = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    Path("/dev/shm", buffer).unlink(missing_ok=True)
+    import deepspeed
+
+    # DeepSpeed asks which operations this machine can compile, which runs a compiler, unless the
+    # answer is there.
+    operations: Any = deepspeed.ops
+    operations.__compatible_ops__ = {}
 
 
 def _meeting_point(

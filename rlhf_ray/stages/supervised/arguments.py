@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from rlhf_ray.config.supervised import SupervisedConfig
+from rlhf_ray.engines.deepspeed.engine import compile_nothing
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.stages.supervised.training import Training
 
@@ -67,6 +68,8 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
         "report_to": [],
     }
     owned |= _half_precision(training)
+    if settings.trainer.get("deepspeed"):  # TrainingArguments start it
+        compile_nothing()
     try:
         return _on_one_gpu(TrainingArguments(**{**defaults, **settings.trainer, **owned}))
     except (ValueError, TypeError) as error:
