@@ -54,6 +54,10 @@ _SLOW_STARTS = {
 60 s are too short for a busy machine; and the priority of its processes. Their default niceness
 is 15: beside programs that use all cores they would stand almost still."""
 
+_NO_SPARE_PROCESSES = {"RAY_prestart_worker_first_driver": "0"}
+"""By default Ray starts processes as soon as a driver connects. No role can use one: Ray gives a
+role, with its environment, a process that began with that environment."""
+
 SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
 LONGEST_SOCKET = "/session_2026-11-30_04-33-12_123456_4194304/sockets/plasma_store"
 """The longest name of a socket below Ray's folder."""
@@ -252,7 +256,7 @@ def _driver_environment() -> dict[str, str]:
     path = os.environ.get("PATH", "")
     if binaries not in path.split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([binaries, path])
-    return _SLOW_STARTS | environment()
+    return _SLOW_STARTS | _NO_SPARE_PROCESSES | environment()
 
 
 def role_environment(config: Config, joined: bool) -> dict[str, str]:
