@@ -18,7 +18,10 @@ from rlhf_ray.errors import (
     RlhfError,
     WeightSyncError,
 )
+from rlhf_ray.observability.quiet import put_compiling_off
 from rlhf_ray.version import __version__
+
+put_compiling_off()
 
 
 def run(config: Config) -> Path:

@@ -1,14 +1,20 @@
-"""Silences output of dependencies that a user cannot act on, turns telemetry off, and has their
-imports interrupted rarely by the garbage collector.
+"""Silences output of dependencies that a user cannot act on, turns telemetry off, and has them
+imported quickly: rarely interrupted by the garbage collector, without a compiler that few need.
 
 Variables that the user has set keep their values.
 """
 
+import functools
 import gc
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import FunctionType, ModuleType
+from typing import Any
 
 _DEFAULTS = {
     # Telemetry off.
@@ -76,3 +82,48 @@ def silence_dependencies() -> None:
 
 def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
+
+
+def put_compiling_off() -> None:
+    """Have bitsandbytes, once it is imported, compile its functions when they are first called."""
+    if not any(isinstance(finder, _FindsBitsandbytes) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _FindsBitsandbytes())
+
+
+class _FindsBitsandbytes(MetaPathFinder):
+    """peft imports bitsandbytes, which hands four functions for CPUs to `torch.compile`.
+
+    That compiles none before it is called, but imports PyTorch's compiler: a quarter of what a
+    learner imports, although only quantised bases call them.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == "bitsandbytes" else None
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = functools.partial(_without_compiler, spec.loader.exec_module)
+        return spec
+
+
+def _without_compiler(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    import torch
+
+    compile_now: Any = torch.compile
+
+    def compile_later(model: object = None, **options: object) -> object:
+        if not isinstance(model, FunctionType):
+            return compile_now(model, **options)
+        compiled = functools.cache(lambda: compile_now(model, **options))
+
+        @functools.wraps(model)
+        def call(*args: object, **kwargs: object) -> object:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        execute(module)
+    finally:
+        torch.compile = compile_now

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +76,30 @@ def test_telemetry_is_off_in_every_process(
 ) -> None:
     monkeypatch.delenv(variable, raising=False)
     assert environment()[variable] == off
+
+
+COMPILES = """
+import sys, types
+calls = []
+torch = types.ModuleType("torch")
+torch.compile = lambda model=None, **options: calls.append((model, options)) or (lambda n: n + 1)
+compile_now = torch.compile
+sys.modules["torch"] = torch
+import rlhf_ray
+import bitsandbytes
+assert torch.compile is compile_now and not calls
+assert bitsandbytes.double.__name__ == "double"
+assert [bitsandbytes.double(1), bitsandbytes.double(2)] == [2, 3]
+((model, options),) = calls
+assert model(1) == 2 and options == {"dynamic": False}
+"""
+
+
+def test_bitsandbytes_compiles_a_function_once_at_its_first_call(tmp_path: Path) -> None:
+    (tmp_path / "bitsandbytes.py").write_text(
+        "import torch\ndef double(n): return 2 * n\ndouble = torch.compile(double, dynamic=False)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", COMPILES], env=os.environ | {"PYTHONPATH": path}, check=True
+    )
