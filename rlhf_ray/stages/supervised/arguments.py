@@ -68,8 +68,6 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
         "report_to": [],
     }
     owned |= _half_precision(training)
-    if settings.trainer.get("deepspeed"):  # TrainingArguments start it
-        compile_nothing()
     try:
         return _on_one_gpu(TrainingArguments(**{**defaults, **settings.trainer, **owned}))
     except (ValueError, TypeError) as error:
@@ -77,11 +75,13 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
 
 
 def _half_precision(training: Training) -> Keywords:
-    """Return how to compute in half precision over fp32 weights.
+    """Return how to compute in half precision over fp32 weights, and make DeepSpeed ready for it.
 
     DeepSpeed's bf16 and fp16 would cast every weight, a reward model's head too; autocast doesn't.
     """
     deepspeed = _deepspeed(training.name, training.settings.trainer)
+    if deepspeed is not None:  # it starts with the TrainingArguments
+        compile_nothing()
     if training.autocast is None or deepspeed is None:
         return {training.autocast: True} if training.autocast else {}
     autocast = {"enabled": True, "dtype": training.config.model.dtype}
