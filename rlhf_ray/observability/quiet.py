@@ -42,6 +42,11 @@ _DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
+_COMPILED_AT_IMPORT = ("bitsandbytes", "deepspeed.runtime.zero.muon.original_muon")
+"""Modules that hand functions to `torch.compile` when they are imported. That compiles none before
+it is called, but imports PyTorch's compiler: a quarter of what a learner imports. Only quantised
+bases on CPUs and the optimizer Muon call them; peft imports the one, DeepSpeed the other."""
+
 GC_THRESHOLDS = (20_000, 10, 10)
 """For `gc.set_threshold`. Importing PyTorch, Transformers and vLLM makes millions of objects that
 stay; by Python's default, 700, walking over them takes a fifth of a process's start."""
@@ -85,22 +90,16 @@ def _errors_only(record: logging.LogRecord) -> bool:
 
 
 def put_compiling_off() -> None:
-    """Have bitsandbytes, once it is imported, compile its functions when they are first called."""
-    if not any(isinstance(finder, _FindsBitsandbytes) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _FindsBitsandbytes())
+    """Have `_COMPILED_AT_IMPORT` compile a function when it is first called."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
-class _FindsBitsandbytes(MetaPathFinder):
-    """peft imports bitsandbytes, which hands four functions for CPUs to `torch.compile`.
-
-    That compiles none before it is called, but imports PyTorch's compiler: a quarter of what a
-    learner imports, although only quantised bases call them.
-    """
-
+class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == "bitsandbytes" else None
+        spec = PathFinder.find_spec(name, path, target) if name in _COMPILED_AT_IMPORT else None
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module = functools.partial(_without_compiler, spec.loader.exec_module)
         return spec
@@ -118,7 +117,8 @@ def _without_compiler(execute: Callable[[ModuleType], None], module: ModuleType)
 
         @functools.wraps(model)
         def call(*args: object, **kwargs: object) -> object:
-            return compiled()(*args, **kwargs)
+            inlined = torch.compiler.is_compiling()  # by a compiled caller
+            return (model if inlined else compiled())(*args, **kwargs)
 
         return call
 

@@ -83,7 +83,8 @@ import sys, types
 calls = []
 torch = types.ModuleType("torch")
 torch.compile = lambda model=None, **options: calls.append((model, options)) or (lambda n: n + 1)
-compile_now = torch.compile
+torch.compiler = types.SimpleNamespace(is_compiling=lambda: compiling)
+compiling, compile_now = False, torch.compile
 sys.modules["torch"] = torch
 import rlhf_ray
 import bitsandbytes
@@ -92,10 +93,14 @@ assert bitsandbytes.double.__name__ == "double"
 assert [bitsandbytes.double(1), bitsandbytes.double(2)] == [2, 3]
 ((model, options),) = calls
 assert model(1) == 2 and options == {"dynamic": False}
+compiling = True
+assert bitsandbytes.double(3) == 6
 """
 
 
-def test_bitsandbytes_compiles_a_function_once_at_its_first_call(tmp_path: Path) -> None:
+def test_bitsandbytes_compiles_a_function_once_at_its_first_call_and_not_inside_another(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "bitsandbytes.py").write_text(
         "import torch\ndef double(n): return 2 * n\ndouble = torch.compile(double, dynamic=False)\n"
     )
