@@ -176,11 +176,12 @@ class ChaosRun:
         if not self._struck:
             for seen in ready:
                 self._cold_s.setdefault(seen.name, now - seen.process.create_time())
-        pids = {seen.name: seen.process.pid for seen in ready}
+        # The newest of a name: on a node that died an older one may live for some seconds more.
+        began_at = {seen.name: _began_at(seen) for seen in sorted(ready, key=_began_at)}
         if self._driver.pid in self._drivers:
-            pids[DRIVER] = self._driver.pid
+            began_at[DRIVER] = self._driver_began_at
         for each in self._recovering():
-            if all(pids.get(name, pid) != pid for name, pid in each.ended.items()):
+            if all(began_at.get(name, 0.0) > each.at for name in each.ended):
                 each.recovered_s = now - each.at
         if now - self._moved_at > STILL_S:
             titles = sorted(self.marked.titles().values())
@@ -271,7 +272,7 @@ class ChaosRun:
             return [seen[pid] for pid in self._nodes.raylets] if self._nodes else []
         found = [each for each in seen.values() if each.ready and each.role == role]
         if role != ENGINE:  # of two with one name the older one, of a dead node, is about to end
-            found = list({e.name: e for e in sorted(found, key=_age)}.values())
+            found = list({e.name: e for e in sorted(found, key=_began_at)}.values())
         return sorted(found, key=lambda each: (each.name, each.process.pid))
 
     def _ended_with(self, victim: Seen, role: str) -> dict[str, int]:
@@ -290,5 +291,5 @@ class ChaosRun:
         return {each.name: each.process.pid for each in ended if each.role != ENGINE}
 
 
-def _age(seen: Seen) -> float:
+def _began_at(seen: Seen) -> float:
     return seen.process.create_time()
