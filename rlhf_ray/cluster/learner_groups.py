@@ -109,6 +109,8 @@ class LearnerGroupClient(Generic[LearnerT_co]):
                 self._ranks = await restarts.again(
                     self._role, failure, self._restored_ranks, is_waited_for=True
                 )
+            except DataLost:  # of a batch that was learnt since: without it there is a way back
+                raise
             except Exception as error:  # what follows would find the same
                 self._lost = error
                 raise
@@ -216,8 +218,8 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         """Restore a state on every rank."""
         if isinstance(state, Mapping):  # else each rank of each restore would be sent a copy
             state = await self._ranks[0].hold(state)
+        self._keep(state)  # what it had learnt is void, also for a restore meanwhile
         await self._all(LearnerProcess.load, arriving(state))
-        self._keep(state)
 
 
 class PolicyClient(LearnerGroupClient[PolicyProcess]):

@@ -5,13 +5,15 @@ Prompts and seeds are functions of the run's seed and the iteration alone.
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config.ppo import PpoConfig
+from rlhf_ray.errors import DataLost
 from rlhf_ray.roles import LearnerGroup
 from rlhf_ray.types import (
     AssembledStats,
@@ -21,6 +23,8 @@ from rlhf_ray.types import (
     ShardRequest,
     StepReport,
 )
+
+T = TypeVar("T")
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -97,9 +101,19 @@ async def learn_from(
         Sums over the batch, and each group's report.
     """
     groups = learners.values()
-    stats, *_ = await asyncio.gather(*(group.assemble(batch, kl_coef) for group in groups))
+    stats, *_ = await _all([group.assemble(batch, kl_coef) for group in groups])
     moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
     largest = max(abs(score) for scored in batch for score in scored.scores)
     whitening = (moments.mean, moments.std(size=largest)) if whitened else (0.0, 1.0)
-    reports = await asyncio.gather(*(group.learn(*whitening) for group in groups))
+    reports = await _all([group.learn(*whitening) for group in groups])
     return stats, dict(zip(learners, reports, strict=True))
+
+
+async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Make the calls of all groups; where one lost its data, the others end before it is raised."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    except DataLost:  # then all groups go back to the last commit: none may change itself after it
+        await asyncio.wait(tasks)
+        raise

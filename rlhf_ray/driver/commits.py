@@ -7,16 +7,17 @@ next iteration. A commit is on disk before the next one that is due is made.
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from typing import TypeVar
 
 from rlhf_ray.config import Config
 from rlhf_ray.disk import may_pass
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState
 from rlhf_ray.driver.guards import Alarm
 from rlhf_ray.driver.recorder import Recorder
-from rlhf_ray.errors import CheckpointError
+from rlhf_ray.errors import CheckpointError, DataLost
 from rlhf_ray.roles import Roles
 from rlhf_ray.types import Commit, StateFiles
 
@@ -27,6 +28,10 @@ SPARE = 2.0
 the edge the interval would go back and forth, with a wait each time."""
 RETRY_S = 10.0
 """Seconds between two looks for space on a full disk."""
+TIMES_AGAIN = 2
+"""How often work whose data is lost is done again: an object store that loses more is broken."""
+
+T = TypeVar("T")
 
 
 class Commits:
@@ -61,6 +66,8 @@ class Commits:
         self._write_s = 0.0
         """How long the last write took."""
         self._was_full = False
+        self.samples_lost = 0
+        """Number of samples that were sampled again because their data was lost."""
 
     def is_due(self, iteration: int) -> bool:
         """Return whether the commit of an iteration is to be saved."""
@@ -81,6 +88,40 @@ class Commits:
         learners = self._roles.learners
         await asyncio.gather(*(learner.load(groups[name]) for name, learner in learners.items()))
         self._last = Commit(state.version, groups, asdict(state))
+
+    async def despite_losses(
+        self,
+        state: RunState,
+        iteration: int,
+        work: Callable[[], Awaitable[T]],
+        num_samples: int = 0,
+    ) -> T:
+        """Do work that begins at the last commit, and again where its data was lost.
+
+        What is sampled again under the same seeds is the same. The learners go back to the commit:
+        one group may have learnt what the other one lacks.
+
+        Args:
+            state: that of the commit.
+            iteration: in which the work is done.
+            work: samples, and returns when its data is needed no more.
+            num_samples: number of samples of the run that it takes.
+
+        Raises:
+            DataLost: data was lost `TIMES_AGAIN` times more, or the commit's own is.
+        """
+        for left in reversed(range(TIMES_AGAIN + 1)):
+            began_s = time.monotonic()
+            try:
+                return await work()
+            except DataLost as lost:
+                if not left:
+                    raise
+                await self.restore(state)
+                self.samples_lost += num_samples
+                self._recorder.outages.lost("driver", "data lost", time.monotonic() - began_s)
+                self._warn(iteration, _data_lost(lost, left))
+        raise AssertionError("the last time returns or raises")
 
     def save_beside(self, iteration: int) -> None:
         """Begin to write the last commit to the run's folder, while the next iteration runs.
@@ -209,6 +250,16 @@ def _slow_disk(write_s: float, iteration_s: float, before: int, every: int) -> A
         "that dies repeats up to that many. Put run.dir on a faster disk, or set ppo.save_every"
     )
     return Alarm("slow_disk", "save fewer", numbers, text)
+
+
+def _data_lost(lost: DataLost, left: int) -> Alarm:
+    return Alarm(
+        "data_lost",
+        "sample again",
+        {},
+        f"{str(lost).partition('. Run again')[0]}. It is sampled again under the same seeds; the "
+        f"run ends if that happens {left} times more in this iteration",
+    )
 
 
 def _disk_full(error: Exception, waited_s: float, patience_s: float) -> Alarm:

@@ -15,7 +15,9 @@ roll the iteration back.
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from rlhf_ray.algorithms.kl_controller import kl_controller
 from rlhf_ray.config import Config
@@ -44,6 +46,7 @@ from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.rollouts import Rollouts
 from rlhf_ray.driver.useful_time import UsefulTime
 from rlhf_ray.driver.weight_sync import WeightSync
+from rlhf_ray.errors import DataLost
 from rlhf_ray.interruption import Droppable
 from rlhf_ray.observability.progress import Bar
 from rlhf_ray.rewards.combine import raw_sums
@@ -167,8 +170,9 @@ class PpoLoop:
             config.num_prompts_per_iteration, config.ppo.batch_size, state.version
         )
         iteration = draw.batch
-        batch, reward_moments = await self._droppable.wait(self._rollout(draw))
-        stats, reports = await self._learn(batch, draw)
+        batch, reward_moments, stats, reports = await self._commits.despite_losses(
+            state, iteration, lambda: self._sampled_and_learnt(draw), draw.num_samples
+        )
         metrics = iteration_metrics(
             config.rewards, batch, stats, reports, self._kl.coef, state.version
         )
@@ -196,6 +200,13 @@ class PpoLoop:
             self._commits.save_beside(iteration)
         if self._evaluation_is_due():
             await self._droppable.wait(self._evaluate())
+
+    async def _sampled_and_learnt(
+        self, draw: Draw
+    ) -> tuple[list[ScoredShard], PlainMoments, AssembledStats, Sequence[StepReport]]:
+        """Take the steps that need a batch's data, and that are taken again where it is lost."""
+        batch, reward_moments = await self._droppable.wait(self._rollout(draw))
+        return batch, reward_moments, *await self._learn(batch, draw)
 
     async def _rollout(self, draw: Draw) -> tuple[list[ScoredShard], PlainMoments]:
         """Generate and score a batch within the mismatch bound; then combine the reward sources.
@@ -282,8 +293,9 @@ class PpoLoop:
     def _generators_so_far(self) -> dict[str, int]:
         """Return the run's counts of generators, including those of earlier driver processes."""
         report, before = self._roles.generators.report(), self._parts.state
+        requeued = report.samples_requeued + self._commits.samples_lost
         return {
-            "samples_requeued": before.samples_requeued + report.samples_requeued,
+            "samples_requeued": before.samples_requeued + requeued,
             "samples_reissued": before.samples_reissued + report.samples_reissued,
             "generator_restarts": before.generator_restarts + report.restarts,
         }
@@ -307,9 +319,10 @@ class PpoLoop:
             "episode_set_aside": state.samples_set_aside,
         }
         self._recorder.log(iteration, metrics)
-        rollouts = await self._roles.fetch(batch[0].shard.rollouts)
         scores = raw_sums(self._config.rewards, batch[0].raw_scores)
-        self._recorder.completions(iteration, rollouts, scores)
+        with suppress(DataLost):  # it is learnt and committed: its texts alone are missing
+            rollouts = await self._roles.fetch(batch[0].shard.rollouts)
+            self._recorder.completions(iteration, rollouts, scores)
         self._recorded = iteration
         self._parts.bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
 
@@ -327,7 +340,8 @@ class PpoLoop:
         """Score the served version on held-out prompts; keep the best version."""
         state = self._state
         with self._recorder.phase("eval", state.iteration):
-            record = await self._parts.evaluator.evaluate(self._roles, state.version)
+            evaluate = partial(self._parts.evaluator.evaluate, self._roles, state.version)
+            record = await self._commits.despite_losses(state, state.iteration, evaluate)
         if state.best_score is None or record["eval/score"] > state.best_score:
             self._state = replace(state, best_score=record["eval/score"])
             if state.iteration:

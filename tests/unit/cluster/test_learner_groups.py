@@ -242,6 +242,20 @@ async def test_a_state_that_is_kept_during_a_restore_is_the_one_restored() -> No
         assert await group.weights() == exported
 
 
+async def test_a_restore_that_lacks_a_batch_leaves_the_way_back_to_a_state() -> None:
+    group = Group()
+    await group.client.start()
+    await group.client.load(("weights",))
+    await group.client.assemble([], 0.0)
+    group.faults["policy-0", "assemble"] = [DataLost("a batch is gone")]
+    group.generations[-1][1].dead.set()
+    with pytest.raises(DataLost, match="a batch is gone"):
+        await group.client.learn(0.0, 1.0)
+    await group.client.load(("weights",))
+    assert await group.iterate(1) == ("weights", *LEARNT[1:2])
+    assert group.client.is_committed
+
+
 async def test_ranks_that_disagree_are_restored() -> None:
     group = Group()
     await group.client.start()
