@@ -132,14 +132,12 @@ ALLOWED = {
     "data/rendering/bounded.py problem_of: os.waitpid": "it was killed",
     "disk.py AppendedFile.flush: with self._lock": "held while another thread writes to the file",
     "disk.py AppendedFile.write: with self._lock": "held while another thread writes to the file",
+    "driver/batches.py _all: asyncio.wait": "calls of learners",
     "driver/commits.py Commits.written: asyncio.wait": (
         "a thread that writes to a disk; the watchdog reports one that hangs"
     ),
     "driver/kept_batches.py BatchKeeper.written: asyncio.wait": "as for commits",
     "engines/deepspeed/engine.py DeepSpeedEngine.sum_over_ranks: torch.distributed.all_reduce": (
-        "within the timeout of its group, and a call"
-    ),
-    "engines/deepspeed/engine.py _unlink_buffer: torch.distributed.barrier": (
         "within the timeout of its group, and a call"
     ),
     "generators/dispatch.py Dispatch.run: batch.done.get": (
