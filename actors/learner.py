@@ -92,17 +92,20 @@ class Learner(ABC):
 
             self._engine = TorchEngine(on_device(self._build_model()), **optimizer)
             return
-        from rlhf_ray.engines.deepspeed.engine import DeepSpeedEngine, join_group
+        from rlhf_ray.engines.deepspeed.engine import DeepSpeedEngine, join_group, wait_for_ranks
 
-        report(f"meeting the other ranks at {address}:{port}")
+        report(f"meeting the other ranks at {address}:{port}", waits=True)
         # Far above what the driver waits: it sees which rank moves, a collective doesn't, and one
         # that is slow to load its model must not end the others.
         cluster = self._config.cluster
         timeout_s = LIMIT * max(cluster.start_timeout_s, cluster.call_timeout_s)
         join_group(rank, world_size, address, port, timeout_s)
-        report("loading the model and making the optimizer")
+        report("loading the model")
+        model = on_device(self._build_model())
+        wait_for_ranks("loaded it")
+        report("making the optimizer")
         self._engine = DeepSpeedEngine(
-            on_device(self._build_model()),
+            model,
             **optimizer,
             zero_stage=zero_stage,
             dtype=self._config.model.dtype,

@@ -5,9 +5,9 @@
 A call takes as long as its machine is slow: the time says nothing about whether it will end. So a
 wait ends when nothing has moved. What counts is what the process reports: a new phase, or units of
 work (`observability.phases`). In a start its work and its children's (an engine's processes) count
-too, files that they read, and memory that fills with weights; in a call they don't, because a
-process that hangs in a collective spins. The thread reports while the process's own thread is busy,
-in its constructor too.
+too, files that they read, and memory that fills with weights; in a call they don't, nor where a
+start waits for other ranks, because a process that hangs in a collective spins. The thread reports
+while the process's own thread is busy, in its constructor too.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 import psutil
 from ray.experimental import internal_kv
 
-from rlhf_ray.observability.phases import overdue, reported
+from rlhf_ray.observability.phases import overdue, reported, waits_for_others
 from rlhf_ray.observability.tracing import unix_now
 
 INTERVAL_S = 2.0
@@ -88,7 +88,8 @@ class LifeSigns:
         with suppress(Exception):  # a store that does not answer must not keep it from working
             doing = self.doing
             phase = ": ".join(filter(None, (doing, reported())))
-            sign = _measure(phase) if doing in (IMPORTING, STARTING) else LifeSign(phase)
+            may_load = doing in (IMPORTING, STARTING) and not waits_for_others()
+            sign = _measure(phase) if may_load else LifeSign(phase)
             if sign != self._sent:
                 internal_kv._internal_kv_put(self._key, json.dumps(asdict(sign)).encode())
                 self._sent = sign

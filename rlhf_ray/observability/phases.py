@@ -22,14 +22,26 @@ LOOK_S = 2.0
 """Longest interval between two looks at what is waited for."""
 
 _phase = ""
+_waits = False
 _done: dict[str, int] = {}
 _read: dict[str, Callable[[], int]] = {}
 
 
-def report(phase: str) -> None:
-    """Report that a phase begins, such as ``loading the model``; empty: none."""
-    global _phase
-    _phase = phase
+def report(phase: str, *, waits: bool = False) -> None:
+    """Report that a phase begins, such as ``loading the model``; empty: none.
+
+    Args:
+        phase: in words.
+        waits: whether this process only waits for others in it; it may spin, as NCCL does, so its
+            CPU time tells nothing.
+    """
+    global _phase, _waits
+    _phase, _waits = phase, waits
+
+
+def waits_for_others() -> bool:
+    """Return whether this process only waits for others in its phase."""
+    return _waits
 
 
 def count(num: int, what: str) -> None:

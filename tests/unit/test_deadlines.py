@@ -140,6 +140,9 @@ ALLOWED = {
     "engines/deepspeed/engine.py DeepSpeedEngine.sum_over_ranks: torch.distributed.all_reduce": (
         "within the timeout of its group, and a call"
     ),
+    "engines/deepspeed/engine.py wait_for_ranks: torch.distributed.barrier": (
+        "within the timeout of its group, and a call"
+    ),
     "generators/dispatch.py Dispatch.run: batch.done.get": (
         "calls of generators, or what ends the pool"
     ),

@@ -14,6 +14,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  (public; n
 from rlhf_ray.engines.torch_engine import MOMENTS, adam_state, load_adam_state, move_frozen
 from rlhf_ray.models.adapters import compute_in_base_dtype
 from rlhf_ray.models.forward import has_fp32_head
+from rlhf_ray.observability.phases import report
 
 FLOAT16_LOSS_SCALE = 2.0**12
 """Under it the gradients that pass through a float16 base do not vanish; halved by an overflow.
@@ -47,6 +48,7 @@ def join_group(rank: int, world_size: int, address: str, port: int, timeout_s: f
         timeout=timeout,
         device_id=torch.device("cuda", 0) if cuda and world_size > 1 else None,
     )
+    report("importing DeepSpeed")
     import deepspeed
 
     compile_nothing()
@@ -57,6 +59,12 @@ def join_group(rank: int, world_size: int, address: str, port: int, timeout_s: f
     # Uses the process group from above. Without auto_mpi_discovery=False, a missing variable would
     # make it look for mpi4py.
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def wait_for_ranks(have: str) -> None:
+    """Wait until the other ranks have done something, in a phase of its own: one may hang."""
+    report(f"waiting until the other ranks have {have}", waits=True)
+    torch.distributed.barrier()
 
 
 def compile_nothing() -> None:

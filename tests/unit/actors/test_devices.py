@@ -106,7 +106,8 @@ def test_a_rank_hands_deepspeed_any_base_on_the_gpu(
 ) -> None:
     made: list[nn.Module] = []
     engine = "rlhf_ray.engines.deepspeed.engine"
-    monkeypatch.setattr(f"{engine}.join_group", lambda *_: None)
+    for meets in ("join_group", "wait_for_ranks"):
+        monkeypatch.setattr(f"{engine}.{meets}", lambda *_: None)
     monkeypatch.setattr(f"{engine}.DeepSpeedEngine", lambda module, **_: made.append(module))
     kind("learner-0", config, wide_base, "deepspeed").start()
     assert gpu.holds(*made)

@@ -223,6 +223,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[bytes, bytes]]:
     monkeypatch.setattr(life_signs, "time", SimpleNamespace(sleep=sleep))
     yield store
     ended.set()
+    time.sleep(0.1)  # a sign that is under way is sent to this store, not to the next test's
 
 
 def sign_when(holds: Callable[[LifeSign], bool]) -> LifeSign:
@@ -244,6 +245,27 @@ def test_a_process_that_starts_reports_its_phase_and_its_work(store: dict[bytes,
     assert second.phase == "starting: loading the model"
     assert second.memory_mb > 10
     assert second.read_mb > 10
+
+
+def test_a_rank_that_spins_while_it_waits_for_others_in_its_start_reports_no_work(
+    store: dict[bytes, bytes],
+) -> None:
+    signs = LifeSigns("a1")
+    signs.doing = STARTING
+    report("waiting until the other ranks have loaded it", waits=True)
+    said = "starting: waiting until the other ranks have loaded it"
+    try:
+        waiting = sign_when(lambda sign: sign.phase == said)
+        assert waiting == LifeSign(said)
+        store.clear()
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:  # as NCCL does
+            pass
+        assert not store
+        report("making the optimizer")
+        assert sign_when(lambda sign: sign.phase.endswith("optimizer")).cpu_s > 0
+    finally:
+        report("")
 
 
 def test_a_process_at_work_reports_units_and_only_what_is_new(store: dict[bytes, bytes]) -> None:
