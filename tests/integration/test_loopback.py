@@ -65,7 +65,8 @@ def test_every_socket_listens_on_loopback_alone_and_no_hub_is_asked(
     with ray_session(config):
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [signal.SIGTERM]
-        assert signal.alarm(0) == 0, "Ray's core would abort the process"
+        left_s, _ = signal.getitimer(signal.ITIMER_REAL)  # pytest's own time limit is longer
+        assert not 0 < left_s <= 3, "Ray's core would abort the process"
         signal.signal(signal.SIGTERM, before)
         assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
         engine = ray.remote(Engine).remote()
