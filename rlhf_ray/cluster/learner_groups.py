@@ -13,6 +13,7 @@ from rlhf_ray.cluster.role_clients import Restarts
 from rlhf_ray.cluster.workers import DataT, Method, P, ResultT, ScalarsT, Worker, arriving
 from rlhf_ray.errors import ActorFailure, DataLost
 from rlhf_ray.observability.metrics import metric
+from rlhf_ray.placement.bundles import role_of
 from rlhf_ray.roles import CriticProcess, LearnerProcess, PolicyProcess
 from rlhf_ray.types import (
     AdapterUpdate,
@@ -54,7 +55,7 @@ class LearnerGroupClient(Generic[LearnerT_co]):
             zero_stage: of the group.
             restarts: replaces the ranks; None: a failure is the caller's.
         """
-        self._role = ranks[0].name.rpartition("-")[0]
+        self._role = role_of(ranks[0].name)
         self._ranks = ranks
         self._sharded = zero_stage == 3
         self._turn = itertools.count()

@@ -23,6 +23,7 @@ from ray.experimental import internal_kv
 
 from rlhf_ray.observability.phases import overdue, reported, waits_for_others
 from rlhf_ray.observability.tracing import unix_now
+from rlhf_ray.placement.bundles import role_of
 
 INTERVAL_S = 2.0
 """Interval between two signs. They take 20 ms each in a start, else less than one."""
@@ -179,7 +180,7 @@ class Watch:
 
 def _mover(name: str, actor_id: str) -> str:
     """Return whose movements renew the deadline of a process: its role's, or its own alone."""
-    role = name.rpartition("-")[0]
+    role = role_of(name)
     return role if role in IN_STEP else actor_id
 
 

@@ -166,8 +166,9 @@ class RayWorker(Generic[ProcessT_co]):
             result = call.result()
         except RayError as error:
             meaning = _meaning(error, self.name, method)
-            if self.is_moved and not isinstance(meaning, DataLost):
-                meaning = self._moved(method) if isinstance(meaning, ActorFailure) else meaning
+            has_died = isinstance(meaning, ActorFailure) and not isinstance(meaning, DataLost)
+            if self.is_moved and has_died:
+                meaning = self._moved(method)
             raise meaning from (error if isinstance(meaning, ActorFailure) else None)
         finally:
             if not call.done():

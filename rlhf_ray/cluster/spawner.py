@@ -18,6 +18,7 @@ from rlhf_ray.cluster.workers import InlineWorker, OnCall, Worker
 from rlhf_ray.config import Config
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.observability.outages import Outages
+from rlhf_ray.placement.bundles import role_of
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.placement.layout import Demand
 from rlhf_ray.roles import GeneratorProcess, Process, Sleeper
@@ -184,7 +185,7 @@ class RoleSpawner:
         """End workers of a role, dead or alive, and spawn others in their places, not started."""
         names = [worker.name for worker in workers]
         self._kill(names)
-        role = names[0].rpartition("-")[0]
+        role = role_of(names[0])
         demand = next((demand for demand in self._demands if demand.role == role), None)
         if demand is not None:
             ranks = [int(name.rpartition("-")[2]) for name in names]
@@ -207,7 +208,7 @@ class RoleSpawner:
 
     def _colocated(self, worker: Worker[RoleT]) -> Worker[RoleT]:
         """Return the worker as others must call it: where groups share GPUs, while it is awake."""
-        group = COLOCATED_GROUPS.get(worker.name.rpartition("-")[0])
+        group = COLOCATED_GROUPS.get(role_of(worker.name))
         if self._colocation is None or group is None:
             return worker
         sleeper = cast("Worker[Sleeper]", worker)  # the roles of colocated groups can sleep
@@ -220,7 +221,7 @@ class RoleSpawner:
             return InlineWorker(name, make(name, *args), self._on_call, timeout_s)
         slot = self._placement.slot(name)
         num_gpus = slot.num_gpus if slot else 0
-        role = name.rpartition("-")[0]
+        role = role_of(name)
         environment = self._config.cluster.environment_of(role, on_gpu=num_gpus > 0)
         if role == "generator" and num_gpus and self._config.rollout.batch_invariant:
             environment["VLLM_BATCH_INVARIANT"] = "1"

@@ -50,6 +50,11 @@ def worker_name(slot: Slot) -> str:
     return f"{slot.role}-{slot.rank}"
 
 
+def role_of(worker: str) -> str:
+    """Return the role of a worker, by its name."""
+    return worker.rpartition("-")[0]
+
+
 def _owner(slot: Slot) -> str:
     if slot.role == "generator":
         return worker_name(slot)

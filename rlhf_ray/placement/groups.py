@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import PlacementError
-from rlhf_ray.placement.bundles import Bundle, placement_groups, worker_name
+from rlhf_ray.placement.bundles import Bundle, placement_groups, role_of, worker_name
 from rlhf_ray.placement.hardware import node_of
 from rlhf_ray.placement.layout import Demand, Node, Slot, fit, lay_out, shortage
 
@@ -235,7 +235,7 @@ class Placement:
             return
         slot.group.workers.discard(worker)
         if slot.group.workers and _on_live_nodes([slot]):
-            self._spare[worker.rpartition("-")[0]].append(slot)
+            self._spare[role_of(worker)].append(slot)
         elif not slot.group.workers:
             remove_placement_group(slot.group.handle)
             for slots in self._spare.values():

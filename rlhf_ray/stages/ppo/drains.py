@@ -20,6 +20,7 @@ from rlhf_ray.cluster.learner_groups import LearnerGroupClient
 from rlhf_ray.cluster.ray_workers import RayWorker, kill
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.generators.member import cancel
+from rlhf_ray.placement.bundles import role_of
 from rlhf_ray.placement.groups import draining_nodes
 
 INTERVAL_S = 2.0
@@ -74,11 +75,11 @@ class Drains:
             worker
             for worker in workers
             if (node := nodes.get(worker.actor_id, "")) in deadlines and node != own
-            if self._may_leave(_role(worker), deadlines[node])
+            if self._may_leave(role_of(worker.name), deadlines[node])
         ]
-        groups = {_role(worker) for worker in leaving} & self._groups.keys()
+        groups = {role_of(worker.name) for worker in leaving} & self._groups.keys()
         for worker in workers:  # ranks of a group fail together, whichever is ended
-            worker.is_moved |= worker in leaving or _role(worker) in groups
+            worker.is_moved |= worker in leaving or role_of(worker.name) in groups
         kill(leaving)
 
     def _may_leave(self, role: str, deadline: float) -> bool:
@@ -99,10 +100,6 @@ async def drains_followed(
         yield
     finally:
         await cancel([following])
-
-
-def _role(worker: RayWorker[Any]) -> str:
-    return worker.name.rpartition("-")[0]
 
 
 def _look() -> tuple[dict[str, float], dict[str, str], str]:
