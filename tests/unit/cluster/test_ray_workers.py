@@ -1,12 +1,12 @@
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import torch
-from ray.autoscaler._private import commands
+from broken_actors import Scorer, broken
 from ray.exceptions import (
     ActorDiedError,
     NodeDiedError,
@@ -17,24 +17,8 @@ from ray.exceptions import (
 )
 
 from rlhf_ray.cluster import ray_workers
-from rlhf_ray.cluster.nodes import request_capacity
 from rlhf_ray.cluster.ray_workers import RayWorker
-from rlhf_ray.errors import (
-    ActorFailure,
-    ConfigError,
-    DataLost,
-    DivergenceError,
-    NodeLeaves,
-    PlacementError,
-    RlhfError,
-)
-
-
-class _Scorer:
-    """The class that the handles below stand for."""
-
-    def start(self) -> None: ...
-    def score(self, done_at_s: float = 0.0) -> float: ...
+from rlhf_ray.errors import ActorFailure, ConfigError, DataLost, DivergenceError, RlhfError
 
 
 class Method:
@@ -96,23 +80,8 @@ async def test_waiting_for_the_call_before_is_no_work(
         num_gpus=0.0,
         one_at_a_time=one_at_a_time,
     )
-    await asyncio.gather(worker.call(_Scorer.score, 104.0), worker.call(_Scorer.score, 107.0))
+    await asyncio.gather(worker.call(Scorer.score, 104.0), worker.call(Scorer.score, 107.0))
     assert calls == expected
-
-
-class Broken:
-    """A handle whose calls fail, or never end."""
-
-    _actor_id = SimpleNamespace(hex=lambda: "a1")
-
-    def __init__(self, error: Exception | None) -> None:
-        self.start = self.score = SimpleNamespace(remote=self._call)
-        self._error = error
-
-    async def _call(self) -> None:
-        if self._error is None:
-            await asyncio.Event().wait()
-        raise self._error
 
 
 def worker_over(handle: Any) -> RayWorker:
@@ -121,17 +90,6 @@ def worker_over(handle: Any) -> RayWorker:
         start_timeout_s=300.0,
         num_gpus=0.0,
         one_at_a_time=True,
-    )
-
-
-def broken(error: Exception | None, has_slot: bool = True) -> RayWorker:
-    actor: Any = Broken(error)
-    return RayWorker(
-        *("generator-0", actor, 600.0, lambda *_: None),
-        start_timeout_s=0.05,
-        num_gpus=0.0,
-        one_at_a_time=True,
-        has_slot=has_slot,
     )
 
 
@@ -147,7 +105,7 @@ async def test_a_process_that_is_gone_is_a_failure_of_its_actor_whoever_ended_it
     death: Exception,
 ) -> None:
     with pytest.raises(ActorFailure, match="generator-0 died during score"):
-        await broken(death).call(_Scorer.score)
+        await broken(death).call(Scorer.score)
 
 
 class Answers:
@@ -214,7 +172,7 @@ def raised(cause: Exception) -> RayTaskError:
 async def test_a_process_whose_memory_gpu_or_group_fails_is_lost(cause: Exception) -> None:
     message = f"generator-0 failed during score: {type(cause).__name__}"
     with pytest.raises(ActorFailure, match=message):
-        await broken(raised(cause)).call(_Scorer.score)
+        await broken(raised(cause)).call(Scorer.score)
 
 
 @pytest.mark.parametrize(
@@ -230,18 +188,18 @@ async def test_a_process_whose_memory_gpu_or_group_fails_is_lost(cause: Exceptio
 )
 async def test_what_a_method_raises_of_its_own_is_raised_here(cause: Exception) -> None:
     with pytest.raises(type(cause)) as error:
-        await broken(raised(cause)).call(_Scorer.score)
+        await broken(raised(cause)).call(Scorer.score)
     assert not isinstance(error.value, ActorFailure)
 
 
 async def test_what_a_constructor_raises_is_no_death() -> None:
     """A model that cannot be read cannot be read by the next process either."""
     with pytest.raises(ConfigError, match="a key"):
-        await broken(ActorDiedError(task_error(ConfigError("a key")))).call(_Scorer.score)
+        await broken(ActorDiedError(task_error(ConfigError("a key")))).call(Scorer.score)
     with pytest.raises(FileNotFoundError):
-        await broken(ActorDiedError(task_error(FileNotFoundError()))).call(_Scorer.score)
+        await broken(ActorDiedError(task_error(FileNotFoundError()))).call(Scorer.score)
     with pytest.raises(ActorFailure, match="failed during score: OutOfMemoryError"):
-        await broken(ActorDiedError(task_error(torch.OutOfMemoryError("m")))).call(_Scorer.score)
+        await broken(ActorDiedError(task_error(torch.OutOfMemoryError("m")))).call(Scorer.score)
 
 
 async def test_data_of_another_node_is_put_on_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +234,7 @@ async def test_only_calls_of_actors_that_take_several_are_dropped(
     for one_at_a_time, expected in ((True, []), (False, ["call"])):
         worker = broken(None)
         worker._one_at_a_time = one_at_a_time
-        call = asyncio.ensure_future(worker.call(_Scorer.score))
+        call = asyncio.ensure_future(worker.call(Scorer.score))
         await asyncio.sleep(0)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
@@ -285,117 +243,4 @@ async def test_only_calls_of_actors_that_take_several_are_dropped(
 
 async def test_a_call_whose_argument_is_lost_is_no_fault_of_its_process() -> None:
     with pytest.raises(DataLost, match=r"What generator-0 needed for score was lost: .*resumes"):
-        await broken(raised(ObjectLostError("a1", "", ""))).call(_Scorer.score)
-
-
-@pytest.mark.parametrize(
-    ("state", "address", "has_slot", "error"),
-    [
-        ("PENDING_CREATION", "", False, PlacementError),
-        ("PENDING_CREATION", "", True, ActorFailure),  # its place is held
-        ("PENDING_CREATION", "10.0.0.2", False, ActorFailure),
-        ("ALIVE", "10.0.0.2", False, ActorFailure),
-    ],
-)
-async def test_one_for_which_no_node_has_room_has_not_failed(
-    state: str,
-    address: str,
-    has_slot: bool,
-    error: type[Exception],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    found = {"State": state, "Address": {"IPAddress": address}}
-    monkeypatch.setattr(ray._private.state, "actors", lambda _: found)
-    with pytest.raises(error, match=r"0\.05 s \(cluster\.start_timeout_s\)"):
-        await broken(None, has_slot).call(_Scorer.start)
-
-
-async def test_a_start_on_a_node_that_is_gone_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Ray places it nowhere else, since its slot is there."""
-    monkeypatch.setattr(ray_workers, "live_nodes", list)
-    monkeypatch.setattr(ray_workers, "INTERVAL_S", 0.01)
-    worker = RayWorker(
-        *("policy-0", Broken(None), 600.0, lambda *_: None),
-        start_timeout_s=300.0,
-        num_gpus=1.0,
-        one_at_a_time=True,
-        node_id="a1",
-    )
-    monkeypatch.setattr(ray_workers, "draining_nodes", dict)
-    with pytest.raises(ActorFailure, match="policy-0 died during start: its node is gone"):
-        await worker.call(_Scorer.start)
-    monkeypatch.setattr(ray_workers, "draining_nodes", lambda: {"a1": 0.0})
-    with pytest.raises(NodeLeaves, match="policy-0 was ended during start: its node leaves"):
-        await worker.call(_Scorer.start)
-
-
-@pytest.mark.parametrize(
-    ("error", "meaning"),
-    [
-        (ActorDiedError(), NodeLeaves),
-        (RayTaskError("score", "", RuntimeError("gloo: connection reset")), NodeLeaves),
-        (RayTaskError("score", "", ConfigError("no such key")), ConfigError),
-        (RayTaskError("score", "", ObjectLostError("1f", None, "")), DataLost),
-    ],
-)
-async def test_the_end_of_a_process_whose_node_leaves_is_no_fault(
-    error: Exception, meaning: type[Exception]
-) -> None:
-    worker = broken(error)
-    worker.is_moved = True
-    with pytest.raises(meaning) as raised:
-        await worker.call(_Scorer.score)
-    assert type(raised.value) is meaning
-
-
-def test_room_is_asked_for_on_nodes_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own function checks its arguments."""
-    asked: list[Any] = []
-    monkeypatch.setattr(commands, "request_resources", lambda *request: asked.append(request))
-    request_capacity([{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}], [{"role": "train"}, {}])
-    request_capacity([], [])
-    bundles = [{"CPU": 1.0, "GPU": 1}, {"CPU": 1.0}]
-    assert asked == [(None, bundles, [{"role": "train"}, {}]), (None, [], [])]
-
-
-class ManyGpus:
-    """A node's GPUs as a process sees them, whether or not it was given any."""
-
-    def is_available(self) -> bool:
-        return True
-
-    def device_count(self) -> int:
-        return 2
-
-    def mem_get_info(self, index: int) -> tuple[int, int]:
-        return (70, 80) if index else (76, 80)
-
-
-class AsksItself:
-    """An actor that runs what it is handed."""
-
-    def __init__(self) -> None:
-        self.__ray_call__ = self
-
-    async def remote(self, call: Callable[..., int], *args: Any) -> int:
-        return call(self, *args)
-
-
-@pytest.mark.parametrize(("num_gpus", "is_main_memory"), [(0.0, True), (0.5, False), (2.0, False)])
-async def test_only_workers_that_hold_gpus_are_asked_for_their_memory(
-    monkeypatch: pytest.MonkeyPatch, num_gpus: float, is_main_memory: bool
-) -> None:
-    monkeypatch.setattr("torch.cuda", ManyGpus())
-    worker = RayWorker(
-        "reward-0",
-        AsksItself(),
-        600.0,
-        lambda *_: None,
-        start_timeout_s=300.0,
-        num_gpus=num_gpus,
-        one_at_a_time=True,
-    )
-    found = await worker.peak_memory()
-    assert found > 10**6 if is_main_memory else found == 10
+        await broken(raised(ObjectLostError("a1", "", ""))).call(Scorer.score)

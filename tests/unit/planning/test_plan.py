@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shipped_plans import CONFIGS, planned, reasons
 from typer.testing import CliRunner
 
 from rlhf_ray import cli
@@ -15,15 +16,13 @@ from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.errors import DataError
 from rlhf_ray.placement.hardware import parse_cluster
 from rlhf_ray.placement.layout import Node
-from rlhf_ray.planning.layout_options import changed
 from rlhf_ray.planning.memory import GB
-from rlhf_ray.planning.plan import Plan, prediction_for
+from rlhf_ray.planning.plan import prediction_for
 from rlhf_ray.planning.prediction import memory_gb, prediction, together
 from rlhf_ray.planning.roles import PlannedRole
 from rlhf_ray.planning.suggestions import fitting_changes
 from rlhf_ray.planning.tables import as_json, as_text
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 STACKLLAMA = CONFIGS / "stackllama" / "ppo_3x8_a100.yaml"
 SHIPPED = [
     ("stackllama/ppo_1_gpu.yaml", "1xA100-80GB"),
@@ -39,14 +38,6 @@ SHIPPED = [
     ("models/qwen25_32b_tp.yaml", "2x8xA100-80GB"),
 ]
 """Configs, and the machines that they name."""
-
-
-def planned(path: str | Path, cluster: str, *keys: str) -> Plan:
-    return prediction(load(CONFIGS / path, keys), parse_cluster(cluster))
-
-
-def reasons(plan: Plan) -> str:
-    return "; ".join(shortage.reason for shortage in plan.shortages)
 
 
 def test_stackllama_fits_three_nodes_of_eight_and_programs_can_read_it() -> None:
@@ -208,65 +199,6 @@ def test_what_is_trained_stays_on_the_gpu_of_a_side_that_sleeps() -> None:
         PlannedRole("policy", 1, 0.5, {"libraries": 1.0, "weights": 20.0, **trained}),
     ]
     assert together(held, turns=True) == (2 + 40) + (1 + 10)
-
-
-def test_too_few_gpus_are_told_with_what_would_fit() -> None:
-    keys = ["placement={}", "generators.num=3", "policy.num_ranks=2", "critic.num_ranks=1"]
-    keys += ["reference.kind=own", "reward.num_workers=1", "rollout.engine_args={}"]
-    keys += ["ppo.max_tokens_per_micro_batch=8192"]
-    plan = planned("stackllama/ppo_1x8_a100.yaml", "1x4xA100-80GB", *keys)
-    assert "The roles do not fit on the cluster" in reasons(plan)
-    assert plan.time is None
-    path = str(CONFIGS / "stackllama/ppo_1x8_a100.yaml")
-    arguments = ["plan", path, *keys, "placement.gpus=1", "--cluster", "4xA100-80GB"]
-    result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 1
-    assert result.output.count("It would fit with") == 1
-    assert "It would fit with:\n  reference.kind=policy_base" in result.output
-    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
-    (reason,) = found["reasons"]
-    assert reason.endswith("Available: node-0 4; in total 4")
-    assert found["changes"]
-
-
-def test_ranks_that_share_gpus_are_fewer_on_fewer_gpus() -> None:
-    plan = planned("stackllama/ppo_1x8_a100.yaml", "4xA100-80GB")
-    assert "The roles do not fit on the cluster" in reasons(plan)
-    (change,) = fitting_changes(plan)
-    fewer = ("policy.num_ranks", "critic.num_ranks", "generators.num", "reward.num_workers")
-    assert {change[key] for key in fewer} == {4}
-    assert prediction(changed(plan.config, change), plan.nodes).fits
-
-
-def test_where_no_change_would_do_the_layout_says_what_would() -> None:
-    path = str(CONFIGS / "models/qwen25_32b_tp.yaml")
-    arguments = ["plan", path, "--cluster", "4xA100-40GB"]
-    result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 1
-    assert result.output.count("It would fit") == 1
-    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
-    assert not found["changes"]
-    (reason,) = found["reasons"]
-    assert reason.endswith("in total 4. It would fit with 3 more nodes of 4 GPUs")
-
-
-def test_every_change_that_is_named_makes_it_fit() -> None:
-    keys = [f"{name}.gradient_checkpointing=false" for name in ("policy", "critic", "reward")]
-    plan = planned("models/qwen25_0_5b_1gpu.yaml", "1xA10G-24GB", *keys)
-    assert not plan.fits
-    changes = fitting_changes(plan)
-    assert changes
-    for change in changes:
-        more = [f"{key}={json.dumps(value)}" for key, value in change.items()]
-        again = planned("models/qwen25_0_5b_1gpu.yaml", "1xA10G-24GB", *keys, *more)
-        assert again.fits, change
-
-
-def test_where_single_changes_do_not_help_a_layout_that_fits_is_named() -> None:
-    plan = planned("models/qwen25_32b_tp.yaml", "4xA100-80GB")
-    (change,) = fitting_changes(plan)
-    assert change["reference.kind"] == "policy_base"
-    assert prediction(changed(plan.config, change), plan.nodes).fits
 
 
 def test_of_mixed_gpus_the_slowest_counts_although_it_has_more_memory() -> None:

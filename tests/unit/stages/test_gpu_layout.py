@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_machines import QUICK, QWEN, machine, settled
 
 from rlhf_ray.config import Config, load
 from rlhf_ray.config.stages import STAGES
@@ -11,40 +12,15 @@ from rlhf_ray.engines.factory import generation_engine
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.placement.layout import Node, demands, fit, held_at_once
 from rlhf_ray.planning.plan import arranged, plan_for
-from rlhf_ray.planning.prediction import left_for_engine, on_gpus, prediction, unservable
+from rlhf_ray.planning.prediction import left_for_engine, on_gpus, prediction
 from rlhf_ray.planning.tables import as_text
 from rlhf_ray.stages import gpu_layout, pipeline
 from rlhf_ray.stages.gpu_layout import settle_layout
 
-CONFIGS = Path(__file__).parents[3] / "configs"
-QUICK, QWEN = CONFIGS / "quickstart.yaml", CONFIGS / "models" / "qwen25_0_5b_1gpu.yaml"
+pytestmark = pytest.mark.usefixtures("outside_ray", "offline")
+
 CACHE, SHARE = "kv_cache_memory_bytes", "gpu_memory_utilization"
 A10G = Node("this machine", 1, gpu_kind="A10G-24GB", gpu_memory_gb=24.1)
-
-
-@pytest.fixture(autouse=True)
-def outside_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_JOB_ID", raising=False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-
-def machine(monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
-    monkeypatch.setattr("rlhf_ray.planning.plan.this_machine", lambda: node)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a hub to answer, each of its models would be asked for until a time-out."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def settled(monkeypatch: pytest.MonkeyPatch, node: Node, path: Path, *keys: str) -> Config:
-    machine(monkeypatch, node)
-    config = load(path, keys)
-    said: list[str] = []
-    found = settle_layout(config, config.run.stages, said.append)
-    assert not [line for line in said if line.startswith("Warning")]
-    return found
 
 
 @pytest.mark.parametrize("path", [QUICK, QWEN])
@@ -240,21 +216,6 @@ def test_an_engine_starts_and_restarts_with_the_chosen_cache(
     assert made.gpu_memory_utilization == config.rollout.engine_args[SHARE]
 
 
-def test_vllms_build_for_gpus_is_refused_where_generators_have_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from types import SimpleNamespace
-
-    machine(monkeypatch, Node("this machine", 0))
-    assert settle_layout(load(QUICK), STAGES, print) == load(QUICK)
-    build = SimpleNamespace(version="0.32.0")
-    monkeypatch.setattr(gpu_layout.metadata, "distributions", lambda name: [build])
-    with pytest.raises(ConfigError, match=r"vLLM 0.32.0 is a build for GPUs, .*placement.gpus=0"):
-        settle_layout(load(QUICK, ["placement.gpus=0"]), STAGES, print)
-    settle_layout(load(QUICK, ["rollout.engine=transformers"]), STAGES, print)
-    settle_layout(load(QUICK), ["pretrain", "sft"], print)
-
-
 def test_the_plan_says_what_is_loaded_when_and_what_was_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -283,72 +244,6 @@ def test_a_generator_gets_what_awake_neighbours_leave() -> None:
     left = left_for_engine(held, GPU_KINDS["A10G-24GB"], turns=False)
     others = sum(role.peak for role in held if role.role != "generator")
     assert left * 24.1e9 + others == pytest.approx(0.95 * 24.1e9)
-
-
-@pytest.mark.parametrize(
-    ("keys", "remedy"),
-    [
-        (["rollout.serving=adapter"], "rollout.dtype=bfloat16 or rollout.serving=merged"),
-        (["generators.tensor_parallel_size=2"], "set rollout.dtype=bfloat16. No stage"),
-    ],
-)
-def test_an_adapter_in_float32_on_gpus_is_refused_before_any_stage(
-    keys: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    node = Node("this machine", 8, gpu_kind="A10G-24GB", gpu_memory_gb=24.1)
-    with pytest.raises(ConfigError, match=r"rollout\.dtype is float32") as refusal:
-        settled(monkeypatch, node, QUICK, "model.dtype=float32", *keys)
-    assert remedy in str(refusal.value)
-    config = load(QUICK, ["model.dtype=float32", *keys])
-    assert any("float32" in short.reason for short in prediction(config, [node]).shortages)
-    settled(monkeypatch, node, QUICK, "model.dtype=bfloat16", *keys)
-    on_cpus = load(QUICK, ["model.dtype=float32", *keys])
-    assert unservable(on_cpus, [Node("this machine", 0)]) is None
-
-
-T4 = Node("this machine", 8, gpu_kind="T4-16GB", gpu_memory_gb=15.8)
-OLD = Node("this machine", 8, gpu_memory_gb=22.0, has_bf16=False)
-MANY = Node("this machine", 8, gpu_kind="A10G-24GB", gpu_memory_gb=24.1)
-
-
-@pytest.mark.parametrize(
-    ("node", "keys", "what"),
-    [
-        (T4, ["model.dtype=bfloat16"], "no bfloat16 on GPUs before Ampere.*rollout.dtype=float16"),
-        (OLD, ["rollout.dtype=bfloat16", "ppo.importance_cap=2"], "no bfloat16 on GPUs"),
-        (T4, ["rollout.serving=adapter"], "float32; set rollout.dtype=float16"),
-        (MANY, ["rollout.top_k=50"], "rollout.top_k 50 would bias .*Set ppo.importance_cap"),
-        (
-            MANY,
-            ["rollout.top_p=0.9", "rollout.engine=transformers"],
-            "rollout.top_p 0.9 would bias",
-        ),
-        (
-            MANY,
-            ["rollout.top_k=50", "rollout.engine=transformers", "cluster.mode=inline"],
-            "rollout.top_k 50 would bias",
-        ),
-    ],
-)
-def test_what_the_kind_of_gpu_cannot_do_is_refused_before_any_stage(
-    node: Node, keys: list[str], what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = ["model.dtype=float32", *keys]
-    with pytest.raises(ConfigError, match=f"ppo cannot start: .*{what}.*No stage has begun"):
-        settled(monkeypatch, node, QUICK, *keys)
-    assert not prediction(load(QUICK, keys), [node]).fits
-    on_cpus = load(QUICK, [*keys, "placement.gpus=0"])
-    assert unservable(on_cpus, [node]) is None
-    assert unservable(load(QUICK, keys), [Node("this machine", 0)]) is None
-
-
-def test_a_joined_cluster_with_whole_gpus_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = ["cluster.mode=ray", "model.dtype=float32"]
-    for refused in ("rollout.top_k=50", "rollout.serving=adapter"):
-        with pytest.raises(ConfigError, match="ppo cannot start"):
-            settle_layout(load(QUICK, [*keys, refused]), STAGES, print)
-    on_cpus = load(QUICK, [*keys, "rollout.top_k=50", "placement.gpus=0"])
-    assert settle_layout(on_cpus, ["ppo"], print) == on_cpus
 
 
 @pytest.mark.parametrize("gpus", [1, 3])
