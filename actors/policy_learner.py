@@ -16,7 +16,7 @@ from rlhf_ray.algorithms.correction import truncated_importance_weights
 from rlhf_ray.algorithms.experience import Assembled, Experience
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.logprobs import sampling_rule
-from rlhf_ray.algorithms.losses import resolve_policy_loss
+from rlhf_ray.algorithms.policy_losses import resolve_policy_loss
 from rlhf_ray.algorithms.whitening import masked_mean, masked_sum, whiten, zero_padding
 from rlhf_ray.config import Config
 from rlhf_ray.engines.served_adapters import (

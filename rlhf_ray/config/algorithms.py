@@ -46,5 +46,5 @@ ESTIMATORS: Mapping[str, EstimatorEntry] = {
 }
 """Value of ppo.advantage -> its estimator."""
 
-POLICY_LOSSES: Mapping[str, str] = {"clip": "rlhf_ray.algorithms.losses:policy_loss"}
+POLICY_LOSSES: Mapping[str, str] = {"clip": "rlhf_ray.algorithms.policy_losses:policy_loss"}
 """Value of ppo.policy_loss -> its function, as ``module:name``."""

@@ -9,8 +9,9 @@ from rlhf_ray.config.cluster import ClusterConfig, PlacementConfig
 from rlhf_ray.config.data import DataConfig, PrepareConfig, TemplateConfig
 from rlhf_ray.config.evaluate import EvaluateConfig
 from rlhf_ray.config.guards import GuardsConfig
+from rlhf_ray.config.learners import CriticConfig, PolicyConfig, ReferenceConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
-from rlhf_ray.config.ppo import CriticConfig, PolicyConfig, PpoConfig, ReferenceConfig
+from rlhf_ray.config.ppo import PpoConfig
 from rlhf_ray.config.rewards import (
     EndpointConfig,
     ModelSourceConfig,

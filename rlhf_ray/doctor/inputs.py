@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from rlhf_ray.algorithms.advantages import resolve
-from rlhf_ray.algorithms.losses import resolve_policy_loss
+from rlhf_ray.algorithms.policy_losses import resolve_policy_loss
 from rlhf_ray.config import Config
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.config.rewards import ClassifierSourceConfig, FunctionSourceConfig, ModelSourceConfig

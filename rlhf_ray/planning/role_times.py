@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
-from rlhf_ray.config.ppo import LearnerConfig
+from rlhf_ray.config.learners import LearnerConfig
 from rlhf_ray.placement.hardware import NETWORK_GB_PER_S, GpuKind
 from rlhf_ray.planning.memory import BYTES, Shape
 from rlhf_ray.planning.roles import Setting, engine

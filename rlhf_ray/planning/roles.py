@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.learners import LearnerConfig
 from rlhf_ray.config.model import Dtype, LoraConfig
-from rlhf_ray.config.ppo import LearnerConfig
 from rlhf_ray.placement.hardware import GpuKind
 from rlhf_ray.placement.layout import RUN_MODELS, Demand, demands
 from rlhf_ray.planning.memory import (

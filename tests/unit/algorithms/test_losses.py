@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.algorithms import losses
+from rlhf_ray.algorithms import policy_losses
 from rlhf_ray.algorithms.advantages import gae
 from rlhf_ray.algorithms.logprobs import token_logprobs
 from rlhf_ray.algorithms.losses import (
@@ -14,9 +14,9 @@ from rlhf_ray.algorithms.losses import (
     pairwise_reward_loss,
     pointwise_reward_loss,
     policy_loss,
-    resolve_policy_loss,
     value_loss,
 )
+from rlhf_ray.algorithms.policy_losses import resolve_policy_loss
 from rlhf_ray.algorithms.rewards import token_rewards
 from rlhf_ray.config.algorithms import POLICY_LOSSES
 
@@ -360,8 +360,8 @@ def test_a_policy_loss_of_the_registry_takes_and_returns_what_the_learner_does(n
 def test_every_policy_loss_has_a_name_in_the_registry() -> None:
     takes = ["logprobs", "old_logprobs", "advantages", "mask"]
     found = {
-        f"{losses.__name__}:{name}"
-        for name, function in vars(losses).items()
+        f"{policy_losses.__name__}:{name}"
+        for name, function in vars(policy_losses).items()
         if isfunction(function) and list(signature(function).parameters)[:4] == takes
     }
     assert found == set(POLICY_LOSSES.values())
