@@ -224,7 +224,7 @@ class Learner(ABC):
         first = sum(len(rows) for rows in self._my_rows[:index])
         for rows in self._micro[index]:
             batch = self._experience.rows(torch.tensor([first + row for row in rows]))
-            yield to_device(batch, self._engine.device)
+            yield batch.to(self._engine.device)
 
     def _backward(self, batches: Iterator[Experience], num_tokens: int) -> Tally:
         """Accumulate the gradients of a mini-batch that has ``num_tokens`` over all ranks.
@@ -301,12 +301,6 @@ def assembler(config: Config) -> Assembler:
         position=ppo.score_position,
         max_tokens=config.rollout.max_tokens,
     )
-
-
-def to_device(batch: Experience, device: torch.device) -> Experience:
-    """Return a copy of the batch on a device."""
-    fields = {name: getattr(batch, name).to(device) for name in batch.__dataclass_fields__}
-    return Experience(**fields)
 
 
 def _flat(shards: Sequence[Sequence[Any]]) -> list[Any]:

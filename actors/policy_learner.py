@@ -17,7 +17,8 @@ from rlhf_ray.algorithms.experience import Assembled, Experience
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.logprobs import sampling_rule
 from rlhf_ray.algorithms.policy_losses import resolve_policy_loss
-from rlhf_ray.algorithms.whitening import masked_mean, masked_sum, whiten, zero_padding
+from rlhf_ray.algorithms.token_weights import WeightedExperience, weighted
+from rlhf_ray.algorithms.whitening import masked_mean, whiten, zero_padding
 from rlhf_ray.config import Config
 from rlhf_ray.engines.served_adapters import (
     TensorDict,
@@ -105,10 +106,11 @@ class PolicyLearner(Learner):
         advantages_BT = whiten(batch.advantages_BT, batch.mask_BT, mean, std)
         self._experience = dataclasses.replace(batch, advantages_BT=advantages_BT)
 
-    def _learnt_from(self, whole: Assembled) -> Experience:
-        return whole.experience
+    def _learnt_from(self, whole: Assembled) -> WeightedExperience:
+        return weighted(whole.experience, self._config.ppo, self._config.rollout.max_tokens)
 
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert isinstance(batch, WeightedExperience), "`_learnt_from` makes one"
         ppo = self._config.ppo
         logprobs_BT, entropy_BT = chunked_logprobs(
             self._engine.model,
@@ -127,7 +129,7 @@ class PolicyLearner(Learner):
             clip_low=ppo.clip_range,
             clip_high=ppo.clip_range_high or ppo.clip_range,
             dual_clip=ppo.dual_clip,
-            weights=self._importance_weights(batch),
+            weights=self._loss_weights(batch),
             num_tokens=num_tokens,
         )
         means = {
@@ -139,22 +141,22 @@ class PolicyLearner(Learner):
             "val/ratio_max": stats["ratio_max"],
         }
         if ppo.entropy_coef:
-            loss = loss - ppo.entropy_coef * masked_sum(entropy_BT, batch.mask_BT) / num_tokens
+            loss = loss - ppo.entropy_coef * batch.weighted_sum(entropy_BT) / num_tokens
         if ppo.kl_in == "loss":
             # Zero the padding before k3's exponential: an overflow there makes the gradient NaN.
             own_BT, ref_BT = (
                 zero_padding(part, batch.mask_BT) for part in (logprobs_BT, batch.ref_logprobs_BT)
             )
             kl_BT = kl_estimate(own_BT, ref_BT, ppo.kl_estimator)
-            loss = loss + self._kl_coef * masked_sum(kl_BT, batch.mask_BT) / num_tokens
+            loss = loss + self._kl_coef * batch.weighted_sum(kl_BT) / num_tokens
             means["loss/kl_avg"] = masked_mean(kl_BT.detach(), batch.mask_BT)
         return loss, means
 
-    def _importance_weights(self, batch: Experience) -> Tensor | None:
+    def _loss_weights(self, batch: WeightedExperience) -> Tensor:
         cap = self._config.ppo.importance_cap
         if cap is None:
-            return None
-        return truncated_importance_weights(
+            return batch.weights_BT
+        return batch.weights_BT * truncated_importance_weights(
             batch.old_logprobs_BT, batch.rollout_logprobs_BT, batch.mask_BT, cap
         )
 

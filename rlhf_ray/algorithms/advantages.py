@@ -12,8 +12,8 @@ by name any of these that it declares as parameters:
     gamma, lam   discount, and GAE's lambda
 
 It returns the advantage of every token, `_BT`, zero on padding. Estimators over whole responses
-(`rloo`, `grpo`) take a response's reward to be the sum of its token rewards: its score, less the
-KL penalty where that is part of the reward.
+(`rloo`, `grpo`, `dr_grpo`) take a response's reward to be the sum of its token rewards: its score,
+less the KL penalty where that is part of the reward.
 """
 
 import inspect
@@ -120,6 +120,17 @@ def grpo(scores_B: Tensor, group_size: int, sizes_B: Tensor | None = None) -> Te
     return torch.where(is_rounding_G1, 0.0, centred_GN / (std_G1 + 1e-8)).flatten().float()
 
 
+def dr_grpo(scores_B: Tensor, group_size: int) -> Tensor:
+    """Group-centred advantage: score - group mean, without the deviation that `grpo` divides by.
+
+    Divided by it, prompts that are nearly always or nearly never answered well weigh more. Source:
+    Liu et al. 2025 (arXiv:2503.20783) section 3.2. Arguments, result and errors as for `rloo`,
+    whose advantages are group_size / (group_size - 1) times these.
+    """
+    scores_GN = _groups(scores_B, group_size)
+    return (scores_GN - scores_GN.mean(1, keepdim=True)).flatten().float()
+
+
 def _groups(scores_B: Tensor, group_size: int) -> Tensor:
     if group_size < 2:
         raise ValueError(
@@ -156,6 +167,11 @@ def estimate_grpo(
 ) -> Tensor:
     """Return `grpo` of each response's total reward, on each of its tokens."""
     return _spread(grpo(_response_rewards(rewards_BT), group_size, sizes_B), mask_BT)
+
+
+def estimate_dr_grpo(rewards_BT: Tensor, mask_BT: Tensor, *, group_size: int) -> Tensor:
+    """Return `dr_grpo` of each response's total reward, on each of its tokens."""
+    return _spread(dr_grpo(_response_rewards(rewards_BT), group_size), mask_BT)
 
 
 def _response_rewards(rewards_BT: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ alignment between sequences and responses; `micro_batches` cuts a batch.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Experience:
         """Number of response tokens that count."""
         return int(self.mask_BT.bool().sum())
 
-    def rows(self, index: Tensor | slice) -> "Experience":
+    def rows(self, index: Tensor | slice) -> Self:
         """Return the rows that `index` (a slice, or an int64 or bool tensor) selects, in its order.
 
         Trailing columns that are padding in all of these rows are cut, separately for `_BS` and
@@ -79,7 +79,12 @@ class Experience:
             rows = getattr(self, field.name)[index]
             width = widths.get(field.name.rsplit("_", 1)[1])
             selected[field.name] = rows if width is None else rows[:, :width]
-        return Experience(**selected)
+        return type(self)(**selected)
+
+    def to(self, device: torch.device) -> Self:
+        """Return a copy on a device."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return type(self)(**{name: getattr(self, name).to(device) for name in names})
 
 
 def pad(rows: Sequence["np.ndarray | Tensor"], fill: float = 0) -> tuple[Tensor, Tensor]:

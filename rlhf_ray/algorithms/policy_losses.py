@@ -1,9 +1,10 @@
 """The policy's losses.
 
-Statistics are detached fp32 scalars over the given tensors alone: sums over the mask divided by
-this mask's own count (`ratio_max` is a maximum). To combine micro-batches or ranks, weight each
-by its number of real tokens. The losses divide by `num_tokens` instead, so that micro-batches of
-one mini-batch simply add up, whatever the length of their responses.
+A loss takes and returns what `policy_loss` does. Statistics are detached fp32 scalars over the
+given tensors alone: sums over the mask divided by this mask's own count (`ratio_max` is a maximum).
+To combine micro-batches or ranks, weight each by its number of real tokens. The losses divide by
+`num_tokens` instead, so that micro-batches of one mini-batch simply add up, whatever the length of
+their responses.
 """
 
 from collections.abc import Callable
@@ -64,6 +65,92 @@ def policy_loss(
         (half the mean squared log-ratio), `policykl` (mean of old - new), `ratio` (mean),
         `ratio_max`.
     """
+    log_ratio = _log_ratio(mask, logprobs, old_logprobs, advantages, weights)
+    ratio = _exp(log_ratio)
+    advantages = zero_padding(advantages, mask)
+    losses, is_clipped = _clipped(ratio, advantages, clip_low, clip_high, dual_clip)
+    return (
+        _mean(losses, mask, weights, num_tokens),
+        _statistics(log_ratio, is_clipped, mask),
+    )
+
+
+def gspo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+    num_tokens: Tensor | float | None = None,
+) -> tuple[Tensor, Stats]:
+    """Compute `policy_loss` with one ratio for a whole response, so that it is clipped as a whole.
+
+        s   = exp(mean over the response's tokens of logprob - old logprob)
+        s_t = sg(s) * exp(logprob - sg(logprob))      sg: without gradient
+
+    s_t has the value of s and the gradient of its own token, so that tokens may have advantages of
+    their own; where those of a response are equal, and ``ppo.loss_aggregation`` is sequence_mean,
+    the gradient is that of s. Its logarithm is a mean, so it moves far less than a token's ratio:
+    the clip range must be smaller, 3e-4 and 4e-4 in the paper.
+
+    Source: GSPO and GSPO-token, Zheng et al. 2025 (arXiv:2507.18071) eqs. 5, 7, 13 and 14.
+
+    Arguments and result are those of `policy_loss`; the statistics are of the tokens' own ratios.
+    """
+    log_ratio = _log_ratio(mask, logprobs, old_logprobs, advantages, weights)
+    lengths = mask.bool().sum(-1, keepdim=True).clamp(min=1)
+    means = (log_ratio.detach().sum(-1, keepdim=True) / lengths).expand(mask.shape)
+    ratio = _exp(means + _gradient_of(logprobs, mask))
+    advantages = zero_padding(advantages, mask)
+    losses, is_clipped = _clipped(ratio, advantages, clip_low, clip_high, dual_clip)
+    return (
+        _mean(losses, mask, weights, num_tokens),
+        _statistics(log_ratio, is_clipped, mask),
+    )
+
+
+def cispo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+    num_tokens: Tensor | float | None = None,
+) -> tuple[Tensor, Stats]:
+    """Compute the policy gradient with clipped ratios as constant weights; every token has one.
+
+        L_t = -A * sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) * exp(logprob - sg(logprob))
+
+    The gradient is that of the paper's -A * sg(clamp(ratio)) * logprob. The value is another one,
+    on purpose: -A at a ratio of 1, as that of the other losses, and comparable between iterations.
+
+    Source: CISPO, MiniMax 2025 (arXiv:2506.13585) eqs. 4 and 5, which has no lower bound
+    (clip_low 1).
+
+    Arguments and result are those of `policy_loss`, but there is no dual clip: the ratio of a bad
+    token is bounded as well.
+    """
+    if dual_clip is not None:
+        raise ValueError(f"dual_clip {dual_clip} has no effect: cispo bounds every ratio")
+    log_ratio = _log_ratio(mask, logprobs, old_logprobs, advantages, weights)
+    ratio = _exp(log_ratio.detach())
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    losses = -zero_padding(advantages, mask) * clipped * _gradient_of(logprobs, mask).exp()
+    return (
+        _mean(losses, mask, weights, num_tokens),
+        _statistics(log_ratio, clipped != ratio, mask),
+    )
+
+
+def _log_ratio(
+    mask: Tensor, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor | None
+) -> Tensor:
     require_same_shape(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
@@ -71,29 +158,52 @@ def policy_loss(
         mask=mask,
         weights=weights,
     )
+    return zero_padding(logprobs, mask) - zero_padding(old_logprobs, mask)
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _gradient_of(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Return zeros that have the gradient of the log-probs."""
+    own = zero_padding(logprobs, mask)
+    return own - own.detach()
+
+
+def _clipped(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return each token's clipped loss, and where the clip binds."""
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}: below, it inverts the clip")
-    log_ratio = zero_padding(logprobs, mask) - zero_padding(old_logprobs, mask)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    advantages = zero_padding(advantages, mask)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     losses = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         bounded = torch.minimum(losses, -advantages * dual_clip)
         losses = torch.where(advantages < 0, bounded, losses)
+    return losses, clipped > unclipped
+
+
+def _mean(
+    losses: Tensor, mask: Tensor, weights: Tensor | None, num_tokens: Tensor | float | None
+) -> Tensor:
     if weights is not None:
         losses = losses * zero_padding(weights, mask)
-    loss = masked_sum(losses, mask) / (count(mask) if num_tokens is None else num_tokens)
-    with torch.no_grad():
-        stats = {
-            "clipfrac": masked_mean(clipped > unclipped, mask),
-            "approxkl": masked_mean(log_ratio.square(), mask) / 2,
-            "policykl": masked_mean(-log_ratio, mask),
-            "ratio": masked_mean(ratio, mask),
-            "ratio_max": zero_padding(ratio, mask).max(),
-        }
-    return loss, stats
+    return masked_sum(losses, mask) / (count(mask) if num_tokens is None else num_tokens)
+
+
+@torch.no_grad()
+def _statistics(log_ratio: Tensor, is_clipped: Tensor, mask: Tensor) -> Stats:
+    ratio = _exp(log_ratio)
+    return {
+        "clipfrac": masked_mean(is_clipped, mask),
+        "approxkl": masked_mean(log_ratio.square(), mask) / 2,
+        "policykl": masked_mean(-log_ratio, mask),
+        "ratio": masked_mean(ratio, mask),
+        "ratio_max": zero_padding(ratio, mask).max(),
+    }
 
 
 def resolve_policy_loss(name: str) -> Callable[..., tuple[Tensor, Stats]]:

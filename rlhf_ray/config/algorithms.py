@@ -23,7 +23,7 @@ class EstimatorEntry:
 
 
 # A baseline within the group leaves nothing for whitening to centre, and rescaling would undo what
-# grpo divides by.
+# grpo divides by, and dr_grpo doesn't.
 ESTIMATORS: Mapping[str, EstimatorEntry] = {
     "gae": EstimatorEntry(
         "rlhf_ray.algorithms.advantages:estimate_gae", "(with a critic)", needs_critic=True
@@ -43,8 +43,18 @@ ESTIMATORS: Mapping[str, EstimatorEntry] = {
         needs_groups=True,
         whitened=False,
     ),
+    "dr_grpo": EstimatorEntry(
+        "rlhf_ray.algorithms.advantages:estimate_dr_grpo",
+        "(reward less the mean of the prompt's responses)",
+        needs_groups=True,
+        whitened=False,
+    ),
 }
 """Value of ppo.advantage -> its estimator."""
 
-POLICY_LOSSES: Mapping[str, str] = {"clip": "rlhf_ray.algorithms.policy_losses:policy_loss"}
+POLICY_LOSSES: Mapping[str, str] = {
+    "clip": "rlhf_ray.algorithms.policy_losses:policy_loss",
+    "gspo": "rlhf_ray.algorithms.policy_losses:gspo_loss",
+    "cispo": "rlhf_ray.algorithms.policy_losses:cispo_loss",
+}
 """Value of ppo.policy_loss -> its function, as ``module:name``."""

@@ -57,11 +57,19 @@ class PpoConfig(Section):
     whiten_advantages: bool | None = fixed(
         None,
         description="Scale advantages to mean 0 and deviation 1 over the batch; none: yes, except "
-        "with rloo and grpo.",
+        "with rloo, grpo and dr_grpo.",
     )
     policy_loss: str = fixed(
         "clip",
-        description="clip, or module:name of a function with the signature of losses.policy_loss.",
+        description="clip (each token's ratio); gspo (one ratio for a response; needs a clip range "
+        "of about 3e-4); cispo (clipped ratios as constant weights); or module:name of a function "
+        "with the signature of losses.policy_loss.",
+    )
+    loss_aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = fixed(
+        "token_mean",
+        description="The policy's loss of a mini-batch. token_mean: mean over all tokens; "
+        "sequence_mean: mean over responses of their tokens' mean; dr_grpo: sum over tokens, "
+        "divided by the number of responses times rollout.max_tokens.",
     )
     clip_range: float = adjustable(
         0.2,
@@ -190,6 +198,11 @@ class PpoConfig(Section):
                 f"{self.kl_horizon}: a KL below its target lowers ppo.kl_coef by a fifth a "
                 "horizon, so one batch would make it zero or negative; set ppo.kl_horizon above "
                 f"{self.batch_size // 5}, or ppo.kl_target to null"
+            )
+        if self.policy_loss == "cispo" and self.dual_clip is not None:
+            raise ValueError(
+                f"ppo.dual_clip {self.dual_clip:g} has no effect with ppo.policy_loss cispo, which "
+                "bounds the ratio of every token; set one of them to null or clip"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
@@ -151,6 +152,78 @@ def test_unequal_clips_and_a_dual_clip_bound_the_ratio(
     assert loss_of(dual_clip=2.0) == pytest.approx(expected(1.2, 2.0), rel=1e-3)
 
 
+MEANS = ("token_mean", "sequence_mean", "dr_grpo")
+
+
+def gradient_of(learner: Any, rollouts: list[Rollout], rank: int = 0, world_size: int = 1) -> Any:
+    """Return the gradient of a mini-batch on one rank."""
+    engine = learner._engine
+    engine.rank, engine.world_size, found = rank, world_size, []
+    engine.sum_over_ranks = lambda value: value
+
+    def step() -> float:
+        found.append(torch.cat([p.grad.flatten() for p in engine._trainable.values()]))
+        return float(engine.discard() or 0.0)
+
+    engine.step = step
+    learner.assemble(
+        0.5,
+        [tuple(SCORES)],
+        rollouts,
+        *[[np.full(len(r.response_ids), nats, np.float32) for r in rollouts] for nats in (-5, -6)],
+        None,
+    )
+    learner.learn(0.0, 1.0)
+    return found[0]
+
+
+@pytest.mark.parametrize("policy_loss", ["clip", "gspo", "cispo"])
+@pytest.mark.parametrize("mean", MEANS)
+def test_a_step_depends_on_neither_micro_batches_nor_ranks(
+    make_learner: MakeLearner, rollouts: list[Rollout], mean: str, policy_loss: str
+) -> None:
+    """With the terms of entropy and KL, which are the same mean."""
+    ppo = {
+        "loss_aggregation": mean,
+        "policy_loss": policy_loss,
+        "advantage": "reinforce",
+        "mini_batch_size": 8,
+        "entropy_coef": 0.1,
+        "kl_in": "loss",
+        "kl_estimator": "k3",
+    }
+    whole = gradient_of(make_learner(PolicyLearner, ppo=ppo), rollouts)
+    small = {**ppo, "max_tokens_per_micro_batch": 48}
+    assert whole.norm() > 0
+    torch.testing.assert_close(
+        gradient_of(make_learner(PolicyLearner, ppo=small), rollouts), whole, rtol=1e-3, atol=1e-5
+    )
+    ranks = [
+        gradient_of(make_learner(PolicyLearner, ppo=small), rollouts, rank, 2) for rank in (0, 1)
+    ]
+    torch.testing.assert_close(sum(ranks) / 2, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_that_was_asked_for(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    """At a ratio of 1 a token's loss is minus its advantage, which is the response's score."""
+    lengths = np.array([len(r.response_ids) for r in rollouts])
+    expected = {
+        "token_mean": np.dot(SCORES, lengths) / lengths.sum(),
+        "sequence_mean": np.mean(SCORES),
+        "dr_grpo": np.dot(SCORES, lengths) / (8 * 16),
+    }
+    for mean in MEANS:
+        ppo = {"loss_aggregation": mean, "advantage": "reinforce", "mini_batch_size": 8}
+        for max_tokens in (48, 8192):
+            small = {"max_tokens_per_micro_batch": max_tokens}
+            learner = make_learner(PolicyLearner, ppo=ppo | small)
+            assemble(learner, rollouts)
+            loss = learner.learn(0.0, 1.0).metrics["loss/policy_avg"]
+            assert loss == pytest.approx(-expected[mean], rel=1e-4), mean
+
+
 def test_a_score_behind_the_last_token_has_a_value_of_its_own(
     make_learner: MakeLearner, rollouts: list[Rollout]
 ) -> None:
@@ -215,7 +288,12 @@ def test_functions_of_the_users_own_are_called(
     [
         ({"advantage": "rloo"}, r"ppo\.samples_per_prompt is 1; set it to 2 or more"),
         ({"advantage": "gea"}, r"'gea' is not an estimator: it must be gae, reinforce, rloo"),
-        ({"policy_loss": "clipp"}, r"'clipp' is not a loss: it must be clip or module:name"),
+        (
+            {"policy_loss": "clipp"},
+            r"'clipp' is not a loss: it must be clip, gspo, cispo or module:name",
+        ),
+        ({"policy_loss": "cispo", "dual_clip": 3.0}, r"dual_clip 3 has no effect .* cispo"),
+        ({"advantage": "dr_grpo"}, r"ppo\.samples_per_prompt is 1; set it to 2 or more"),
         ({"kl_target_per_token": 0.1}, r"both control ppo\.kl_coef; set one of them to null"),
         ({"kl_in": "loss"}, r"kl_estimator k1 has no effect.*set ppo\.kl_estimator to k2"),
     ],

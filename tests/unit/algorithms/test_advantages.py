@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_ray.algorithms.advantages import describe, gae, grpo, reinforce, resolve, rloo
+from rlhf_ray.algorithms.advantages import (
+    describe,
+    dr_grpo,
+    gae,
+    grpo,
+    reinforce,
+    resolve,
+    rloo,
+)
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.rewards import score_position, token_rewards
 from rlhf_ray.algorithms.whitening import masked_whiten
@@ -134,6 +142,15 @@ def test_rloo_by_hand() -> None:
     scores_B = torch.tensor([1.0, 2.0, 6.0, 0.7, 0.7, 0.7])
     expected_B = torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
     torch.testing.assert_close(rloo(scores_B, group_size=3), expected_B)
+
+
+def test_dr_grpo_leaves_the_deviation_out() -> None:
+    scores = torch.tensor([1.0, 2.0, 6.0, 0.5, 0.5, 0.5])
+    assert dr_grpo(scores, 3).tolist() == [-2.0, -1.0, 3.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(dr_grpo(scores, 3) * 3 / 2, rloo(scores, 3))
+    rewards_BT, mask_BT = torch.tensor([[-0.5, 2.5], [1.0, 7.0]]), torch.tensor([[1, 1], [1, 0]])
+    advantages_BT = resolve("dr_grpo")(rewards_BT, mask_BT, group_size=2)
+    assert advantages_BT.tolist() == [[-3.0, -3.0], [3.0, 0.0]]
 
 
 def test_grpo_by_hand() -> None:
