@@ -12,7 +12,6 @@ from torch import Tensor
 
 from actors.learner import EngineKind, Learner
 from actors.tally import Tally
-from rlhf_ray.algorithms.correction import truncated_importance_weights
 from rlhf_ray.algorithms.experience import Assembled, Experience
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.logprobs import sampling_rule
@@ -59,6 +58,7 @@ class PolicyLearner(Learner):
             config.rollout, stop_token_ids(model_path, config.template, config.model)
         )
         self.version: int | None = None  # of the last exported adapter; process titles show it
+        self._correction: dict[str, float] = {}  # metrics, of the whole batch
         self._ratios: list[float] = []  # mean ratio of each mini-batch over all ranks
 
     def _build_model(self) -> Any:
@@ -107,7 +107,10 @@ class PolicyLearner(Learner):
         self._experience = dataclasses.replace(batch, advantages_BT=advantages_BT)
 
     def _learnt_from(self, whole: Assembled) -> WeightedExperience:
-        return weighted(whole.experience, self._config.ppo, self._config.rollout.max_tokens)
+        batch, self._correction = weighted(
+            whole.experience, self._config.ppo, self._config.rollout.max_tokens
+        )
+        return batch
 
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert isinstance(batch, WeightedExperience), "`_learnt_from` makes one"
@@ -129,7 +132,7 @@ class PolicyLearner(Learner):
             clip_low=ppo.clip_range,
             clip_high=ppo.clip_range_high or ppo.clip_range,
             dual_clip=ppo.dual_clip,
-            weights=self._loss_weights(batch),
+            weights=batch.weights_BT * batch.importance_BT,
             num_tokens=num_tokens,
         )
         means = {
@@ -152,14 +155,6 @@ class PolicyLearner(Learner):
             means["loss/kl_avg"] = masked_mean(kl_BT.detach(), batch.mask_BT)
         return loss, means
 
-    def _loss_weights(self, batch: WeightedExperience) -> Tensor:
-        cap = self._config.ppo.importance_cap
-        if cap is None:
-            return batch.weights_BT
-        return batch.weights_BT * truncated_importance_weights(
-            batch.old_logprobs_BT, batch.rollout_logprobs_BT, batch.mask_BT, cap
-        )
-
     def _moves_weights(self, mini_batch: Tally, num_tokens: int) -> bool:
         """Return False if the mean ratio over all ranks' tokens exceeds guards.ratio."""
         guard = self._config.guards.ratio
@@ -172,9 +167,9 @@ class PolicyLearner(Learner):
     def _report(self) -> dict[str, float]:
         ratios, self._ratios = self._ratios, []
         if not ratios:
-            return {}
+            return self._correction
         bound = self._config.guards.ratio.max_mean
-        return {
+        return self._correction | {
             "val/ratio_minibatch_max": max(ratios),
             "policy/ratio_exceeded": float(sum(ratio > bound for ratio in ratios)),
         }

@@ -7,6 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf_ray.algorithms.correction import (
+    correction_metrics,
+    mask_within,
+    truncated_importance_weights,
+)
 from rlhf_ray.algorithms.experience import Experience
 from rlhf_ray.algorithms.whitening import count, masked_sum, require_same_shape, zero_padding
 from rlhf_ray.config.ppo import PpoConfig
@@ -20,25 +25,49 @@ class WeightedExperience(Experience):
 
     weights_BT: Tensor
     """Weight of each token in every term of the loss (`aggregation_weights`); 0 on padding."""
+    importance_BT: Tensor
+    """Weight of each token besides, in the term of the advantages (`correction`); 0 on padding."""
 
     def weighted_sum(self, values_BT: Tensor) -> Tensor:
         """Sum over the tokens by their weights: fp32 scalar, differentiable."""
         return masked_sum(values_BT * self.weights_BT, self.mask_BT)
 
 
-def weighted(batch: Experience, ppo: PpoConfig, max_tokens: int) -> WeightedExperience:
+def weighted(
+    batch: Experience, ppo: PpoConfig, max_tokens: int
+) -> tuple[WeightedExperience, dict[str, float]]:
     """Weigh a batch's tokens; its mini-batches are consecutive rows.
 
     Args:
         batch: all of its rows.
         ppo: the config.
         max_tokens: length limit of responses.
+
+    Returns:
+        The batch, and the metrics of its correction; none if there is none.
     """
-    size = ppo.mini_batch_size
-    parts = [batch.mask_BT[first : first + size] for first in range(0, len(batch.mask_BT), size)]
-    weights = [aggregation_weights(part, part, ppo.loss_aggregation, max_tokens) for part in parts]
+    mask_BT, size = batch.mask_BT, ppo.mini_batch_size
+    logprobs = (batch.old_logprobs_BT, batch.rollout_logprobs_BT, mask_BT)
+    importance_BT, kept_BT = mask_BT.float(), mask_BT
+    if ppo.importance_cap is not None:
+        importance_BT = truncated_importance_weights(
+            *logprobs, ppo.importance_cap, ppo.importance_level
+        )
+    if (bounds := ppo.importance_mask) is not None:
+        kept_BT = mask_within(*logprobs, bounds.level, bounds.low, bounds.high)
+    metrics = correction_metrics(importance_BT, kept_BT, mask_BT) if ppo.is_corrected else {}
+    weights = [
+        aggregation_weights(
+            mask_BT[first : first + size],
+            kept_BT[first : first + size],
+            ppo.loss_aggregation,
+            max_tokens,
+        )
+        for first in range(0, len(mask_BT), size)
+    ]
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return WeightedExperience(**fields, weights_BT=torch.cat(weights))
+    whole = WeightedExperience(**fields, weights_BT=torch.cat(weights), importance_BT=importance_BT)
+    return whole, metrics
 
 
 def aggregation_weights(

@@ -15,6 +15,29 @@ from rlhf_ray.config.section import (
 )
 
 
+class ImportanceMaskConfig(Section):
+    """Leaves out of the policy's loss where learner and engine are too far apart."""
+
+    level: Literal["token", "sequence", "geometric"] = adjustable(
+        "token",
+        description="What is left out. token: a token, by its own ratio; sequence: a response, by "
+        "the product of its tokens' ratios; geometric: a response, by their geometric mean.",
+    )
+    low: float = adjustable(
+        0.0, unit="–", ge=0, le=1, description="Smallest ratio that is kept; 0: no bound."
+    )
+    high: float = adjustable(..., unit="–", ge=1, description="Largest ratio that is kept.")
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> "ImportanceMaskConfig":
+        if self.low == self.high:
+            raise ValueError(
+                "ppo.importance_mask.low 1 and high 1 leave out whatever is not exactly 1; lower "
+                "the first or raise the second"
+            )
+        return self
+
+
 class PpoConfig(Section):
     """The algorithm."""
 
@@ -94,6 +117,16 @@ class PpoConfig(Section):
         description="Largest importance weight of a token: the learner's over the engine's "
         "probability; none: no weights.",
     )
+    importance_level: Literal["token", "sequence"] = adjustable(
+        "token",
+        description="What has an importance weight: each token, or with sequence each response, "
+        "the product of its tokens' ratios.",
+    )
+    importance_mask: ImportanceMaskConfig | None = adjustable(
+        None,
+        description="Leaves out of the policy's loss, and of its mean, tokens or responses whose "
+        "importance ratio is outside of bounds; none: all are kept.",
+    )
     entropy_coef: float = adjustable(
         0.0, unit="1/nat", ge=0, description="Weight of the entropy bonus."
     )
@@ -168,6 +201,11 @@ class PpoConfig(Section):
         "one is damaged, a run resumes from the one before it.",
     )
 
+    @property
+    def is_corrected(self) -> bool:
+        """Whether samples are weighted or masked by the mismatch of engine and learner."""
+        return self.importance_cap is not None or self.importance_mask is not None
+
     @field_validator("advantage")
     @classmethod
     def _known_estimator(cls, name: str) -> str:
@@ -198,6 +236,11 @@ class PpoConfig(Section):
                 f"{self.kl_horizon}: a KL below its target lowers ppo.kl_coef by a fifth a "
                 "horizon, so one batch would make it zero or negative; set ppo.kl_horizon above "
                 f"{self.batch_size // 5}, or ppo.kl_target to null"
+            )
+        if self.importance_level != "token" and self.importance_cap is None:
+            raise ValueError(
+                f"ppo.importance_level {self.importance_level} has no effect without weights; set "
+                "ppo.importance_cap (usually 2), or leave it out"
             )
         if self.policy_loss == "cispo" and self.dual_clip is not None:
             raise ValueError(

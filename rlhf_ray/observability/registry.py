@@ -87,6 +87,13 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
     ("sampler/gap_mean", "nats per token", _TOKENS,
      "Log-prob mismatch: |rollout log-prob (engine) - old log-prob (learner)|."),
     ("sampler/gap_max", "nats", _MAX_TOKENS, "Largest log-prob mismatch of any token."),
+    ("sampler/weight_mean", "1", ("statistic", "response tokens"),
+     "Mean importance weight, truncated, and 0 where a token is masked; logged with "
+     "ppo.importance_cap or ppo.importance_mask, as are the next two."),
+    ("sampler/masked_share", "share", ("statistic", "response tokens"),
+     "Share of response tokens that ppo.importance_mask leaves out."),
+    ("sampler/ess_share", "share", ("statistic", "response tokens"),
+     "Effective sample size of the weights, (sum w)^2 / sum w^2, as a share of the tokens."),
     ("rollout/staleness", "versions", _MAX_SAMPLES,
      "Versions between the policy that sampled and the one that learns; 0 is on-policy."),
     ("timing_s/gen", "s", _SUM, "Wall time until the batch's last rollout arrived."),

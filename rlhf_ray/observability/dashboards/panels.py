@@ -36,9 +36,13 @@ _ROW_OF = {
 }
 """Row of a metric by the longest of these that its name begins with; else the first row."""
 
+_CORRECTED = "with ppo.importance_cap or ppo.importance_mask"
 _NOT_ALWAYS: Mapping[str, str] = {
     "cost/per_1000_samples": "where cluster.gpu_hour_price is set",
     "loss/kl_avg": "where ppo.kl_in is loss",
+    "sampler/weight_mean": _CORRECTED,
+    "sampler/masked_share": _CORRECTED,
+    "sampler/ess_share": _CORRECTED,
     "eval/gold": "where the data has a gold score",
     "timing_s/eval": "after an evaluation",
     "timing_s/keep": "with run.keep_batches",

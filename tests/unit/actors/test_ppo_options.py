@@ -128,6 +128,48 @@ def test_importance_weights_scale_the_loss_of_each_token(
     scores = np.repeat(SCORES, [len(r.response_ids) for r in rollouts])
     report = learner.learn(0.0, 1.0)
     assert report.metrics["loss/policy_avg"] == pytest.approx(-(weights * scores).mean(), rel=1e-4)
+    assert report.metrics["sampler/weight_mean"] == pytest.approx(weights.mean(), rel=1e-4)
+    assert report.metrics["sampler/masked_share"] == 0
+    ess = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    assert report.metrics["sampler/ess_share"] == pytest.approx(ess, rel=1e-4)
+
+
+@pytest.mark.parametrize("level", ["token", "geometric"])
+def test_what_is_masked_takes_no_part_in_the_mean(
+    make_learner: MakeLearner, rollouts: list[Rollout], level: str
+) -> None:
+    lengths = [len(r.response_ids) for r in rollouts]
+    rows = [row + 5 for row in make_learner(PolicyLearner).logprobs(rollouts)[0]]
+    if level == "geometric":
+        rows = [np.full(len(row), row.mean()) for row in rows]
+    ratios = np.exp(np.concatenate(rows))
+    low = min(float(np.median(ratios)), 0.9)
+    kept = (ratios >= low) & (ratios <= 2.0)
+    mask = {"level": level, "low": low * 0.9999, "high": 2.0}
+    ppo = {"importance_mask": mask, "advantage": "reinforce", "mini_batch_size": 8}
+    learner = make_learner(PolicyLearner, ppo=ppo)
+    assert 0 < kept.sum() < len(kept)
+    assemble(learner, rollouts)
+    report = learner.learn(0.0, 1.0)
+    scores = np.repeat(SCORES, lengths)
+    assert report.metrics["loss/policy_avg"] == pytest.approx(-scores[kept].mean(), rel=1e-4)
+    assert report.metrics["sampler/masked_share"] == pytest.approx(1 - kept.mean())
+    assert report.metrics["sampler/weight_mean"] == pytest.approx(kept.mean())
+
+
+def test_a_mini_batch_that_is_masked_whole_moves_nothing(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    ppo = {
+        "importance_mask": {"low": 1.0, "high": 1.0001},
+        "entropy_coef": 0.1,
+        "mini_batch_size": 8,
+    }
+    learner = make_learner(PolicyLearner, ppo=ppo)
+    assemble(learner, rollouts, values=[np.zeros(len(r.response_ids)) for r in rollouts])
+    metrics = learner.learn(0.0, 1.0).metrics
+    assert metrics["sampler/masked_share"] == 1
+    assert metrics["loss/policy_avg"] == metrics["policy/grad_norm"] == 0
 
 
 def test_unequal_clips_and_a_dual_clip_bound_the_ratio(
@@ -294,6 +336,10 @@ def test_functions_of_the_users_own_are_called(
         ),
         ({"policy_loss": "cispo", "dual_clip": 3.0}, r"dual_clip 3 has no effect .* cispo"),
         ({"advantage": "dr_grpo"}, r"ppo\.samples_per_prompt is 1; set it to 2 or more"),
+        ({"importance_level": "sequence"}, r"sequence has no effect .* set ppo\.importance_cap"),
+        ({"importance_mask": {"level": "token"}}, r"ppo\.importance_mask\.high.*required"),
+        ({"importance_mask": {"low": 2.0, "high": 3.0}}, r"ppo\.importance_mask\.low"),
+        ({"importance_mask": {"low": 1.0, "high": 1.0}}, r"whatever is not exactly 1"),
         ({"kl_target_per_token": 0.1}, r"both control ppo\.kl_coef; set one of them to null"),
         ({"kl_in": "loss"}, r"kl_estimator k1 has no effect.*set ppo\.kl_estimator to k2"),
     ],

@@ -3,9 +3,18 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.algorithms.correction import truncated_importance_weights
+from rlhf_ray.algorithms.correction import (
+    Level,
+    correction_metrics,
+    mask_within,
+    truncated_importance_weights,
+)
 
 NAN = float("nan")
+# Learner over engine: row 0 has ratios 2, 1/4 and 1; row 1 has 4 and padding.
+OLD = torch.tensor([[0.6, 0.1, 0.3], [0.8, NAN, NAN]]).log()
+ROLLOUT = torch.tensor([[0.3, 0.4, 0.3], [0.2, NAN, NAN]]).log()
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 
 
 def test_weights_by_hand() -> None:
@@ -31,6 +40,65 @@ def test_a_huge_gap_is_cut_to_the_cap() -> None:
         torch.zeros(1, 1), torch.full((1, 1), -1e4), torch.ones(1, 1), cap=2.0
     )
     assert weights.item() == 2
+
+
+def test_a_response_has_the_product_of_its_ratios() -> None:
+    weights = truncated_importance_weights(OLD, ROLLOUT, MASK, cap=3.0, level="sequence")
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5, 0.5], [3.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("level", "low", "high", "kept"),
+    [
+        ("token", 0.5, 2.5, [[1, 0, 1], [0, 0, 0]]),
+        ("token", 0.0, 2.5, [[1, 1, 1], [0, 0, 0]]),
+        ("token", 0.2, 5.0, [[1, 1, 1], [1, 0, 0]]),
+        ("sequence", 0.6, 5.0, [[0, 0, 0], [1, 0, 0]]),
+        ("sequence", 0.4, 3.0, [[1, 1, 1], [0, 0, 0]]),
+        # The cube root of .5 is .79.
+        ("geometric", 0.7, 3.0, [[1, 1, 1], [0, 0, 0]]),
+        ("geometric", 0.8, 5.0, [[0, 0, 0], [1, 0, 0]]),
+    ],
+)
+def test_masks_by_hand(level: Level, low: float, high: float, kept: list[list[int]]) -> None:
+    found = mask_within(OLD, ROLLOUT, MASK, level, low, high)
+    assert found.tolist() == torch.tensor(kept).bool().tolist()
+
+
+def test_masked_weights_are_those_of_icepop_and_trl() -> None:
+    """Their weight is the ratio within the bounds, and 0 outside of them; ours is capped there."""
+    generator = torch.Generator().manual_seed(0)
+    old, rollout = torch.randn(2, 4, 8, generator=generator)
+    mask, ratio = torch.ones(4, 8), (old - rollout).exp()
+    theirs = torch.where((ratio >= 0.5) & (ratio <= 5.0), ratio, 0.0)
+    kept = mask_within(old, rollout, mask, "token", 0.5, 5.0)
+    weights = truncated_importance_weights(old, rollout, mask, cap=5.0)
+    assert 0 < kept.sum() < 32
+    torch.testing.assert_close(weights * kept, theirs)
+
+
+def test_a_token_that_the_learner_rules_out_is_left_out() -> None:
+    never, zero, one = torch.full((1, 1), -math.inf), torch.zeros(1, 1), torch.ones(1, 1)
+    for level in ("token", "sequence", "geometric"):
+        assert not mask_within(never, zero, one, level, 0.1, 2.0).any()
+        assert mask_within(never, zero, one, level, 0.0, 2.0).all()
+        assert not mask_within(-never, zero, one, level, 0.0, 2.0).any()
+
+
+def test_the_effective_sample_size_by_hand() -> None:
+    weights = torch.tensor([[1.0, 2.0, 3.0], [2.0, 0.0, 0.0]])
+    kept = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    assert correction_metrics(weights, kept, MASK) == {
+        "sampler/weight_mean": pytest.approx(5 / 4),
+        "sampler/masked_share": pytest.approx(1 / 4),
+        "sampler/ess_share": pytest.approx(25 / 9 / 4),
+    }
+    nothing = correction_metrics(weights, torch.zeros_like(kept), MASK)
+    assert nothing == {
+        "sampler/weight_mean": 0,
+        "sampler/masked_share": 1,
+        "sampler/ess_share": 0,
+    }
 
 
 def test_bad_arguments_are_named() -> None:

@@ -114,6 +114,7 @@ ADJUSTABLE = (
     "ppo.kl_target=3",
     "ppo.kl_horizon=20000",
     "ppo.entropy_coef=0.01",
+    "ppo.importance_cap=2.0",
     "sft.learning_rate=1e-6",
     "reward.learning_rate=1e-6",
     "dpo.learning_rate=1e-6",
