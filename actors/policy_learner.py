@@ -292,9 +292,11 @@ def compare_shifts(engine: np.ndarray, learner: np.ndarray, base: np.ndarray) ->
     learner_shift = np.subtract(learner, base, dtype=np.float64)
     engine_shift = np.subtract(engine, base, dtype=np.float64)
     shift = float(np.sqrt(np.mean(learner_shift**2)))
+    error = np.abs(engine_shift - learner_shift)
     return ProbeComparison(
         shift=shift,
         # The projection on the learner's shift: in a plain mean, opposite signs would cancel.
         engine_shift=float(np.mean(engine_shift * learner_shift)) / shift if shift else 0.0,
-        error=float(np.mean(np.abs(engine_shift - learner_shift))),
+        error=float(np.mean(error)),
+        largest=float(np.max(error)),
     )

@@ -8,6 +8,7 @@ against them where `stages` wires both.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -73,16 +74,27 @@ class Generators(Protocol):
         """
         ...
 
-    async def publish(self, update: AdapterUpdate) -> None:
+    async def publish(self, update: AdapterUpdate, *, beside: bool = False) -> None:
         """Publish an adapter; return when every generator serves it or is out of use.
+
+        With ``beside`` it returns at once; the next call waits for this one.
 
         Raises:
             WeightSyncError: no generator serves it.
         """
         ...
 
-    def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
-        """Sample shards on whichever generator is free; yield each once, as it finishes."""
+    def generate(
+        self, requests: Sequence[ShardRequest], *, or_newer: bool = False
+    ) -> AsyncIterator[Shard]:
+        """Sample shards on whichever generator is free; yield each once, as it finishes.
+
+        With ``or_newer`` a shard may be of a newer version than requested, which it then names.
+        """
+        ...
+
+    def awaited(self) -> AbstractContextManager[None]:
+        """Count the time as one in which learners wait for a batch that is generated ahead."""
         ...
 
     def replace(self, names: Collection[str], why: WeightSyncError) -> None:

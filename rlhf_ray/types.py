@@ -286,7 +286,7 @@ class IdleShares:
     generators: float
     """Share of the generators' time in which they had nothing to sample."""
     queue_depth: float
-    """Mean number of waiting shards, over the time in which a batch was being generated."""
+    """Mean number of waiting shards, over the time in which learners waited for a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +319,8 @@ class ProbeComparison:
     adapter, 0 if it serves the base or another adapter. Unlike in a mean, signs cannot cancel."""
     error: float
     """Mean |engine's - learner's log-prob with the adapter|."""
+    largest: float
+    """Largest such difference, nats."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,12 +173,19 @@ class PpoConfig(Section):
         description="Subtracted from the score of a response that did not end by itself, after "
         "the sources' baseline, scaling and clip.",
     )
-    max_staleness: int = fixed(
+    max_staleness: int = changeable(
         0,
         unit="versions",
         ge=0,
-        le=0,
-        description="Most versions that a rollout may lag behind; 0: on-policy.",
+        le=8,
+        description="Most versions by which a rollout may be older than the policy that learns "
+        "from it. 0: on-policy, generation and learning take turns; k: k batches are generated "
+        "while another is learnt, which needs importance_cap or importance_mask.",
+    )
+    allow_uncorrected: bool = adjustable(
+        False,
+        description="Allow max_staleness above 0 without importance weights or a mask: older "
+        "samples then bias the update.",
     )
     save_every: int = changeable(
         1,
@@ -241,6 +248,12 @@ class PpoConfig(Section):
             raise ValueError(
                 f"ppo.importance_level {self.importance_level} has no effect without weights; set "
                 "ppo.importance_cap (usually 2), or leave it out"
+            )
+        if self.max_staleness and not (self.is_corrected or self.allow_uncorrected):
+            raise ValueError(
+                f"ppo.max_staleness {self.max_staleness} learns from samples of older policies, "
+                "which bias the update unless they are weighted; set ppo.importance_cap (usually "
+                "2) or ppo.importance_mask, or ppo.allow_uncorrected=true to go without"
             )
         if self.policy_loss == "cispo" and self.dual_clip is not None:
             raise ValueError(

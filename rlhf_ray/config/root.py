@@ -67,10 +67,7 @@ class Config(Section):
 
     @property
     def engine_is_exact(self) -> bool:
-        """True if engine and learner have the same fp32 weights, so that only rounding differs.
-
-        On CPUs; on GPUs fp32 products are rounded to TF32 (`stages.ppo`, which knows the devices).
-        """
+        """Whether engine and learner have the same fp32 weights. GPUs round their products."""
         dtypes = {self.engine_dtype, self.model.dtype}
         return dtypes == {"float32"} and self.model.quantization == "none"
 
@@ -220,7 +217,6 @@ class Config(Section):
                     f"{name}.tuning full trains the weights that model.quantization "
                     f"{quantization} freezes; set {name}.tuning=lora or model.quantization=none"
                 )
-
         if self.critic.init == "reward" and self.reward.path is None:
             raise ValueError(
                 "critic.init reward merges the reward model's adapter into its base, which "
@@ -233,10 +229,6 @@ class Config(Section):
             raise ValueError(
                 f"generators.num {num} is not between rollout.autoscale.minimum {bounds.minimum} "
                 f"and rollout.autoscale.maximum {bounds.maximum}; change one of them"
-            )
-        if self.cluster.mode == "inline":
-            raise ValueError(
-                "cluster.mode inline has a single generator; leave out rollout.autoscale"
             )
 
     def _generators_can_be_parallel(self) -> None:
@@ -261,6 +253,12 @@ class Config(Section):
 
     def _colocation_is_possible(self) -> None:
         """Refuse roles that share no GPU, and weights that cannot be moved off theirs."""
+        if self.ppo.max_staleness:
+            raise ValueError(
+                "placement.turns has generators and learners work in turns, ppo.max_staleness "
+                f"{self.ppo.max_staleness} at the same time; set ppo.max_staleness=0, or leave "
+                "placement.turns out"
+            )
         for role in ("policy", "generator"):
             if self.placement.gpus_of(role) == 1:
                 raise ValueError(
@@ -328,6 +326,8 @@ class Config(Section):
             raise ValueError(
                 "cluster.mode inline cannot start vLLM's processes; set rollout.engine=transformers"
             )
+        if self.rollout.autoscale is not None:
+            raise ValueError("cluster.mode inline has one generator; leave out rollout.autoscale")
         counts = {
             "policy.num_ranks": self.policy.num_ranks,
             "critic.num_ranks": self.critic.num_ranks,

@@ -12,7 +12,9 @@ import numpy as np
 
 from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.whitening import Moments
+from rlhf_ray.config import Config
 from rlhf_ray.config.ppo import PpoConfig
+from rlhf_ray.driver.ledger import Draw
 from rlhf_ray.errors import DataLost
 from rlhf_ray.roles import LearnerGroup
 from rlhf_ray.types import (
@@ -80,6 +82,13 @@ def shard_requests(
         ShardRequest(index, tuple(samples[first : first + shard_size]), version)
         for index, first in enumerate(range(0, len(samples), shard_size))
     ]
+
+
+def draw_requests(draw: Draw, cursor: PromptCursor, config: Config) -> list[ShardRequest]:
+    """Make the requests of a drawn batch; the same ones each time that it is asked for."""
+    prompts = cursor.take(draw.first_prompt, draw.num_prompts)
+    samples = sample_requests(prompts, config.ppo.samples_per_prompt, config.run.seed, draw.batch)
+    return shard_requests(samples, config.rollout.shard_size, draw.version)
 
 
 def whitens(ppo: PpoConfig) -> bool:

@@ -1,6 +1,6 @@
 """The ledger of samples: each drawn position is learnt, discarded or in flight, and none twice.
 
-    draw --> in flight --> arrived, each position once, of the version that was requested
+    draw --> in flight --> arrived, each position once, of the version requested or a newer one
                               |
                               +--> learnt by every group, each position once --> settled
                               +--> or discarded by a rollback -----------------> settled
@@ -33,7 +33,7 @@ class Draw:
     num_prompts: int
     num_samples: int
     version: int
-    """Adapter version that its samples are requested from."""
+    """Adapter version when it was drawn: none of its samples is from an older one."""
 
     @property
     def span(self) -> str:
@@ -90,8 +90,18 @@ class Ledger:
         self._drawn += num_samples
         return draw
 
+    @property
+    def num_in_flight(self) -> int:
+        """Number of batches that are drawn and not settled."""
+        return len(self._in_flight)
+
+    @property
+    def next_in_flight(self) -> Draw:
+        """The batch to settle next."""
+        return self._in_flight[0]
+
     def arrived(self, draw: Draw, shards: Sequence[ShardInfo]) -> None:
-        """Check that a batch has arrived: each position once, and of the version requested.
+        """Check that a batch has arrived: each position once, of a version since it was drawn.
 
         Raises:
             LedgerError: a position is missing, there twice, unknown, or of another version.
@@ -106,12 +116,12 @@ class Ledger:
             position: version
             for shard in shards
             for position, version in zip(shard.positions, shard.versions, strict=True)
-            if version != draw.version
+            if not draw.version <= version <= self._version
         }
         if stale:
             raise LedgerError(
                 f"The batch holds samples of versions {sorted(set(stale.values()))}, "
-                f"{draw.version} is current. Batch {draw.batch}: {draw.named('stale', stale)}"
+                f"{self._version} is current. Batch {draw.batch}: {draw.named('stale', stale)}"
             )
 
     def learnt(self, draw: Draw, reports: Mapping[str, StepReport]) -> None:

@@ -134,12 +134,12 @@ def learning_metrics(
 
 
 def pace_metrics(
-    stats: AssembledStats, seconds: float, price_per_hour: float | None
+    stats: AssembledStats, seconds: float, gpu_hour_price: float | None, num_gpus: float
 ) -> dict[str, float]:
     """Return time, throughput and cost of an iteration, by registered name."""
     cost = {}
-    if price_per_hour is not None:
-        per_sample = price_per_hour * seconds / 3600 / stats.num_samples
+    if gpu_hour_price is not None:
+        per_sample = gpu_hour_price * num_gpus * seconds / 3600 / stats.num_samples
         cost = {"cost/per_1000_samples": 1000 * per_sample}
     return cost | {
         "timing_s/iteration": seconds,

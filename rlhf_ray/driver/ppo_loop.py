@@ -5,11 +5,13 @@
        |                     policy, critic     critic                                   |
        +----------------------------- next iteration <-----------------------------------+
 
-Each finished shard is scored while others still generate. An iteration starts from the last
-commit and ends in the next one, which the driver holds; generators only ever serve committed
-adapters. Every `ppo.save_every` iterations the commit is also written to the run's folder, beside
-the next iteration. The guards check an iteration before it is committed: they may stop the run or
-roll the iteration back.
+Each finished shard is scored while others still generate. With `ppo.max_staleness` k the next k
+batches are generated meanwhile: they are learnt in order, and none is begun before the version is
+published that makes its samples at most k versions old. An iteration starts from the last commit
+and ends in the next one, which the driver holds; generators only ever serve committed adapters.
+Every `ppo.save_every` iterations the commit is also written to the run's folder, beside the next
+iteration. The guards check an iteration before it is committed: they may stop the run or roll the
+iteration back.
 """
 
 import asyncio
@@ -23,9 +25,8 @@ from rlhf_ray.algorithms.kl_controller import kl_controller
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import (
     PromptCursor,
+    draw_requests,
     learn_from,
-    sample_requests,
-    shard_requests,
     whitens,
 )
 from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
@@ -87,15 +88,15 @@ class PpoLoop:
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
         kept_in = None if config.run.keep_batches == "none" else FOLDER
         self._guards = Guards(config.guards, parts.recorder, kept_in)
-        self._commits = Commits(
-            config, parts.roles, parts.checkpoints, parts.recorder, self._guards.warn
-        )
+        warn, max_staleness = self._guards.warn, config.ppo.max_staleness
+        self._commits = Commits(config, parts.roles, parts.checkpoints, parts.recorder, warn)
         self._rollouts = Rollouts(
-            parts.roles, self._mismatch_guard, parts.recorder, self._guards.warn
+            parts.roles, self._mismatch_guard, parts.recorder, warn, max_staleness
         )
         self._keeper = BatchKeeper(
-            config, parts.recorder, parts.checkpoints, parts.roles.fetch, self._guards.warn
+            config, parts.recorder, parts.checkpoints, parts.roles.fetch, warn
         )
+        self._requests = partial(draw_requests, cursor=parts.cursor, config=config)
         self._whitens = whitens(config.ppo)
         self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
         self._stop_requested = False
@@ -131,6 +132,7 @@ class PpoLoop:
             self.time.interrupted()
             raise
         finally:
+            await self._rollouts.close()
             await self._keeper.written()
             await self._commits.written()
 
@@ -166,9 +168,7 @@ class PpoLoop:
     async def _iterate(self) -> None:
         config, state = self._config, self._state
         started = time.monotonic()
-        draw = self._ledger.draw(
-            config.num_prompts_per_iteration, config.ppo.batch_size, state.version
-        )
+        draw = self._draw()
         iteration = draw.batch
         batch, reward_moments, stats, reports = await self._commits.despite_losses(
             state, iteration, lambda: self._sampled_and_learnt(draw), draw.num_samples
@@ -191,7 +191,8 @@ class PpoLoop:
             if not self._droppable.is_dropped:
                 await self._publish()
         metrics |= generator_metrics(self._roles.generators.report(), self._state)
-        metrics |= pace_metrics(stats, time.monotonic() - started, self._price_per_hour())
+        price, num_gpus = config.cluster.gpu_hour_price, self._roles.num_gpus()
+        metrics |= pace_metrics(stats, time.monotonic() - started, price, num_gpus)
         await self._record(batch, metrics, iteration)
         self._at_end = self._stop_requested or iteration == config.ppo.iterations
         if self._at_end:
@@ -201,6 +202,16 @@ class PpoLoop:
         if self._evaluation_is_due():
             await self._droppable.wait(self._evaluate())
 
+    def _draw(self) -> Draw:
+        """Draw batches until as many are in flight as may be; return the one to learn next."""
+        ppo, num_prompts = self._config.ppo, self._config.num_prompts_per_iteration
+        num_left = ppo.iterations - self._state.iteration
+        while self._ledger.num_in_flight < min(1 + ppo.max_staleness, num_left):
+            draw = self._ledger.draw(num_prompts, ppo.batch_size, self._state.version)
+            if ppo.max_staleness:
+                self._rollouts.begin(self._requests(draw), draw.batch)
+        return self._ledger.next_in_flight
+
     async def _sampled_and_learnt(
         self, draw: Draw
     ) -> tuple[list[ScoredShard], PlainMoments, AssembledStats, Sequence[StepReport]]:
@@ -209,18 +220,9 @@ class PpoLoop:
         return batch, reward_moments, *await self._learn(batch, draw)
 
     async def _rollout(self, draw: Draw) -> tuple[list[ScoredShard], PlainMoments]:
-        """Generate and score a batch within the mismatch bound; then combine the reward sources.
-
-        Returns:
-            The batch in prompt order, and the reward moments to store when it is committed.
-        """
-        config, iteration = self._config, draw.batch
-        prompts = self._parts.cursor.take(draw.first_prompt, draw.num_prompts)
-        samples = sample_requests(
-            prompts, config.ppo.samples_per_prompt, config.run.seed, iteration
-        )
-        requests = shard_requests(samples, config.rollout.shard_size, draw.version)
-        batch = await self._rollouts.sample(requests, iteration)
+        """Return the scored batch in prompt order, and the reward moments to commit with it."""
+        config = self._config
+        batch = await self._rollouts.sample(self._requests(draw), draw.batch)
         self._ledger.arrived(draw, [scored.shard.info for scored in batch])
         return with_scores(
             batch, config.rewards, self._state.reward_moments, config.ppo.missing_eos_penalty
@@ -305,8 +307,7 @@ class PpoLoop:
         self._recorder.committed({**counts, "effective_time_ratio": self.time.ratio})
 
     async def _publish(self) -> None:
-        adapter = await self._roles.policy.adapter(self._state.version)
-        await self._roles.generators.publish(adapter)
+        await self._rollouts.publish(await self._roles.policy.adapter(self._state.version))
 
     async def _record(
         self, batch: Sequence[ScoredShard], metrics: Mapping[str, float], iteration: int
@@ -325,10 +326,6 @@ class PpoLoop:
             self._recorder.completions(iteration, rollouts, scores)
         self._recorded = iteration
         self._parts.bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
-
-    def _price_per_hour(self) -> float | None:
-        price = self._config.cluster.gpu_hour_price
-        return None if price is None else price * self._roles.num_gpus()
 
     def _evaluation_is_due(self) -> bool:
         """Return whether an evaluation is due, also one that an earlier process did not reach."""

@@ -1,17 +1,19 @@
-"""Hands the shards of a batch to the generators that are ready, and takes their answers in.
+"""Hands the shards of batches to the generators that are ready, and takes their answers in.
 
     queue --> issue --> answer: it goes to whoever asked for the batch, once
       ^         |  ^
       |         |  +--- slower than the others' by far: issued once more to one with nothing to do
       +---------+ its generator failed or left
 
-Whoever samples a shard, its seeds and so its samples are the same: the first answer counts.
+Whoever samples a shard, its seeds and so its samples are the same: the first answer counts. Of
+several batches the oldest one's shards go first, after those that one version alone may sample.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic
 
@@ -45,11 +47,22 @@ class _Batch(Generic[GeneratorT]):
     """The shards of one batch: those to sample, those at generators, and the results."""
 
     queue: ShardQueue
+    version: int
+    """Adapter version to sample with."""
+    or_newer: bool
+    """Whether a newer one will do as well."""
     done: asyncio.Queue[Shard | BaseException] = field(default_factory=asyncio.Queue)
     """Results in order of arrival: finished shards, or an error that ends the batch."""
     issues: list[_Issue[GeneratorT]] = field(default_factory=list)
+    calls: set[asyncio.Task[Shard]] = field(default_factory=set)
+    """The running calls, also of shards that another generator has finished."""
     took: list[tuple[str, float]] = field(default_factory=list)
     """Generator and seconds of each finished shard."""
+
+    def may_go_to(self, member: Member[GeneratorT]) -> bool:
+        """Return whether a generator serves a version that may sample this batch."""
+        served = -1 if member.serves is None else member.serves.version
+        return served == self.version or (self.or_newer and served > self.version)
 
     def at(self, index: int) -> "list[_Issue[GeneratorT]]":
         """Return the issues of a shard."""
@@ -57,7 +70,7 @@ class _Batch(Generic[GeneratorT]):
 
 
 class Dispatch(Generic[GeneratorT]):
-    """Distributes the shards of one batch at a time."""
+    """Distributes the shards of batches."""
 
     def __init__(
         self,
@@ -82,13 +95,24 @@ class Dispatch(Generic[GeneratorT]):
         self._lose = lose
         self._clock = clock
         self._times = IdleTimes(clock)
-        self._batch: _Batch[GeneratorT] | None = None
+        self._batches: list[_Batch[GeneratorT]] = []
+        self._is_awaited = False
         self.requeued = self.reissued = 0
         """Number of samples requeued and issued again so far."""
 
-    async def run(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
-        """Yield each shard as it finishes."""
-        batch = self._batch = _Batch[GeneratorT](ShardQueue(requests))
+    async def run(
+        self, requests: Sequence[ShardRequest], *, or_newer: bool = False
+    ) -> AsyncIterator[Shard]:
+        """Yield each shard as it finishes.
+
+        Args:
+            requests: all of one version.
+            or_newer: whether shards may also be sampled with a newer version, which they then
+                name.
+        """
+        version = requests[0].version if requests else 0
+        batch = _Batch[GeneratorT](ShardQueue(requests), version, or_newer)
+        self._batches.insert(len(self._batches) if or_newer else 0, batch)
         self.hand_out()
         self._look(batch)
         try:
@@ -99,18 +123,19 @@ class Dispatch(Generic[GeneratorT]):
                 yield result
         finally:
             # Before the calls are cancelled: their callbacks must not hand shards out again.
-            self._batch = None
+            self._batches.remove(batch)
+            batch.issues.clear()
             self.note()
-            await self.cancel_all()
+            await cancel([*batch.calls])
 
     async def cancel_all(self) -> None:
         """Cancel every call."""
         await cancel([call for member in self._members for call in member.calls])
 
     def end(self, error: Exception) -> None:
-        """End the batch, if there is one, with an error."""
-        if self._batch is not None:
-            self._batch.done.put_nowait(error)
+        """End all batches with an error."""
+        for batch in self._batches:
+            batch.done.put_nowait(error)
 
     def ready(self) -> list[Member[GeneratorT]]:
         """Return the generators that get shards."""
@@ -132,14 +157,15 @@ class Dispatch(Generic[GeneratorT]):
 
     def hand_out(self) -> None:
         """Give waiting shards to generators with free slots, the least loaded first."""
-        batch = self._batch
-        while batch is not None and len(batch.queue) and (free := self._free()):
-            member = min(free, key=lambda member: member.load)
-            self._issue(batch, member, batch.queue.take())
+        for batch in self._batches:
+            while len(batch.queue) and (free := self._free(batch)):
+                member = min(free, key=lambda member: member.load)
+                self._issue(batch, member, batch.queue.take())
         self.note()
 
-    def _free(self) -> list[Member[GeneratorT]]:
-        return [member for member in self.ready() if member.load < self._settings.max_in_flight]
+    def _free(self, batch: _Batch[GeneratorT]) -> list[Member[GeneratorT]]:
+        limit = self._settings.max_in_flight
+        return [each for each in self.ready() if each.load < limit and batch.may_go_to(each)]
 
     def _issue(
         self,
@@ -148,9 +174,12 @@ class Dispatch(Generic[GeneratorT]):
         request: ShardRequest,
         is_again: bool = False,
     ) -> None:
+        assert member.serves is not None
+        request = replace(request, version=member.serves.version)
         call = asyncio.ensure_future(member.process.generate(request))
         issue = _Issue(member, request, self._clock(), call, is_again)
         batch.issues.append(issue)
+        batch.calls.add(call)
         member.calls.add(call)
         call.add_done_callback(partial(self._take_in, batch, issue))
 
@@ -160,6 +189,7 @@ class Dispatch(Generic[GeneratorT]):
         """Pass a shard on, unless another generator has it or has answered it meanwhile."""
         member = issue.member
         member.calls.discard(call)
+        batch.calls.discard(call)
         error = None if call.cancelled() else call.exception()
         if call.cancelled() or issue not in batch.issues:
             pass  # passing it on would count it twice
@@ -183,7 +213,7 @@ class Dispatch(Generic[GeneratorT]):
             self._none_since = self._clock()
         for call in member.calls:
             call.cancel()
-        if (batch := self._batch) is not None:
+        for batch in self._batches:
             held = [issue for issue in batch.issues if issue.member is member]
             batch.issues = [issue for issue in batch.issues if issue.member is not member]
             left = [issue.request for issue in held if not batch.at(issue.request.index)]
@@ -193,7 +223,7 @@ class Dispatch(Generic[GeneratorT]):
 
     def _look(self, batch: _Batch[GeneratorT]) -> None:
         """Issue stragglers again, now and at intervals until the batch ends."""
-        if self._batch is batch and self._settings.straggler_factor is not None:
+        if batch in self._batches and self._settings.straggler_factor is not None:
             self._issue_again(batch, self._settings.straggler_factor)
             asyncio.get_running_loop().call_later(LOOK_S, self._look, batch)
 
@@ -210,7 +240,7 @@ class Dispatch(Generic[GeneratorT]):
             if self._clock() - issue.began_s <= max(PATIENCE_S, factor * max(others)):
                 continue
             own = [each.member for each in batch.issues if not each.is_again]
-            idle = [member for member in self._free() if member not in own]
+            idle = [member for member in self._free(batch) if member not in own]
             if not idle:
                 return
             self._issue(batch, min(idle, key=lambda each: each.load), issue.request, is_again=True)
@@ -222,8 +252,22 @@ class Dispatch(Generic[GeneratorT]):
     def note(self) -> None:
         """Note how many generators work and could work from now on."""
         serving = [m for m in self._members if m.state in ("stale", "ready")]
-        waiting = None if self._batch is None else len(self._batch.queue)
-        self._times.note(sum(bool(m.calls) for m in serving), len(serving), waiting)
+        waiting = sum(len(batch.queue) for batch in self._batches)
+        # A batch of one version is never generated ahead: all else waits for it.
+        is_awaited = self._is_awaited or not all(batch.or_newer for batch in self._batches)
+        busy = sum(bool(member.calls) for member in serving)
+        self._times.note(busy, len(serving), waiting, is_awaited)
+
+    @contextmanager
+    def awaited(self) -> Generator[None]:
+        """Count the time as one in which learners wait for a batch that is generated ahead."""
+        self._is_awaited = True
+        self.note()
+        try:
+            yield
+        finally:
+            self._is_awaited = False
+            self.note()
 
     def lap(self) -> IdleShares:
         """Return the idle shares since the last call."""

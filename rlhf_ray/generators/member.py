@@ -96,9 +96,14 @@ class Member(Generic[GeneratorT]):
         return len(self.calls)
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether it has neither failed nor is leaving."""
+        return self.state in ("starting", "stale", "ready")
+
+    @property
     def is_up(self) -> bool:
         """Whether its process can be called and no task is changing it."""
-        return self.change is None and self.state in ("starting", "stale", "ready")
+        return self.change is None and self.is_in_use
 
     def next_wait_s(self, first_s: float) -> float:
         """Return the seconds to wait before its restart."""

@@ -6,13 +6,14 @@
       +--- end its process <----------+   a failure: its prompts are queued again
 
 At the start of a run, later, and after a failure a generator reaches its first prompt by the same
-path: its process starts, passes the proof, and serves the latest published adapter. Nothing here
-imports Ray.
+path: its process starts, passes the proof, and serves the latest published adapter
+(`publications`). Nothing here imports Ray.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Generic
 
 from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
@@ -29,8 +30,8 @@ from rlhf_ray.generators.member import (
     num_left,
     proved_again,
     too_few,
-    until_late,
 )
+from rlhf_ray.generators.publications import Publications
 from rlhf_ray.generators.queue import NOTHING_YET
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.roles import Proof
@@ -75,17 +76,19 @@ class GeneratorPool(Generic[GeneratorT]):
         self._members = [Member(client.name, client) for client in first]
         self._num_named = len(first)
         self._factory = factory
-        self._serve = serve
         self._settings = settings
         self._autoscale = autoscale
         self._say = say
         self._first_wait_s = first_wait_s
         self._target = len(first)
-        self._proof: Proof | None = None
-        self._update: AdapterUpdate | None = None
         self._dispatch = Dispatch(self._members, settings, self._lose, clock, outages)
+        self._publications = Publications(
+            self._members, serve, self._dispatch.admit, self._lose, say
+        )
         self._restarts = 0
         self._last_failure: Exception | None = None
+        self._publication: asyncio.Future[None] | None = None
+        """The publication that goes on beside the run, or its outcome."""
         self._idle = NOTHING_YET
         self._seen: list[IdleShares] = []
 
@@ -107,24 +110,47 @@ class GeneratorPool(Generic[GeneratorT]):
 
     async def prove(self, proof: Proof) -> None:
         """Prove every generator; those that fail are restarted."""
-        self._proof = proof
-        await self._each(self._prove)
+        await self._publications.prove(proof)
 
-    async def publish(self, update: AdapterUpdate) -> None:
-        """Publish an adapter to every running generator."""
-        # First of all: a generator that is just starting reads it when it is proved, and one that
-        # has sent an older adapter meanwhile sends this one too before it becomes ready.
-        self._update = update
-        await self._each(self._catch_up)
+    async def publish(self, update: AdapterUpdate, *, beside: bool = False) -> None:
+        """Publish an adapter to every running generator, between its shards.
+
+        Args:
+            update: the adapter.
+            beside: return at once. Where no generator can serve it, all batches end with the error.
+        """
+        if self._publication is not None:
+            publication, self._publication = self._publication, None
+            await publication
+        if beside:
+            self._publication = asyncio.ensure_future(self._publish_beside(update))
+        else:
+            await self._publish(update, is_ahead=False)
+
+    async def _publish(self, update: AdapterUpdate, *, is_ahead: bool) -> None:
+        await self._publications.publish(update)
         self._require_left(1)
         self._idle = self._dispatch.lap()
         if self._autoscale is not None:
-            self._follow_load(self._autoscale)
+            self._follow_load(self._autoscale, is_ahead)
 
-    async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
+    async def _publish_beside(self, update: AdapterUpdate) -> None:
+        try:
+            await self._publish(update, is_ahead=True)
+        except Exception as error:  # a failing engine raises its libraries' errors
+            self._dispatch.end(error)
+            raise
+
+    def awaited(self) -> AbstractContextManager[None]:
+        """Count the time as one in which learners wait for a batch that is generated ahead."""
+        return self._dispatch.awaited()
+
+    async def generate(
+        self, requests: Sequence[ShardRequest], *, or_newer: bool = False
+    ) -> AsyncIterator[Shard]:
         """Yield each shard as it finishes; the order of generation only changes the time."""
         self._require_left(1)
-        async for shard in self._dispatch.run(requests):
+        async for shard in self._dispatch.run(requests, or_newer=or_newer):
             yield shard
 
     def replace(self, names: Collection[str], why: WeightSyncError) -> None:
@@ -177,8 +203,8 @@ class GeneratorPool(Generic[GeneratorT]):
 
     async def close(self) -> None:
         """Cancel all changes and calls; the caller ends the processes."""
-        changes = [member.change for member in self._members if member.change is not None]
-        await cancel(changes)
+        changes = [member.change for member in self._members]
+        await cancel([each for each in (*changes, self._publication) if each is not None])
         await self._dispatch.cancel_all()
 
     # How a generator becomes ready.
@@ -203,75 +229,13 @@ class GeneratorPool(Generic[GeneratorT]):
             await self._factory.load(member.client)
         member.lacks_capacity = False
         member.change_to("stale")
-        if self._proof is not None:
-            await self._proof(member.client)
-        while member.serves is not self._update:
-            await self._send(member)
+        await self._publications.qualify(member)
         member.change = None
         # Without a first publication there is nothing to serve: `publish` admits it then.
-        if self._update is not None:
+        if self._publications.latest is not None:
             self._dispatch.admit(member)
             num_ready = len(self._dispatch.ready())
             self._say(f"{member.name} is up: {num_ready} of {self._target} generators")
-
-    async def _each(self, step: Callable[[Member[GeneratorT]], Coroutine[Any, Any, None]]) -> None:
-        """Take a step with every running generator; restart those that fail, unless all do.
-
-        One that is late is not waited for: it joins when it is done.
-        """
-        members = [member for member in self._members if member.is_up]
-        steps = [asyncio.ensure_future(step(member)) for member in members]
-        try:
-            await until_late(steps)
-        except BaseException:
-            await cancel(steps)
-            raise
-        failed: list[tuple[Member[GeneratorT], ActorFailure | WeightSyncError]] = []
-        for member, taken in zip(members, steps, strict=True):
-            if not taken.done():
-                self._say(f"{member.name} is late; the run continues without it until it is done")
-                member.change = asyncio.ensure_future(self._join_late(member, taken))
-            elif isinstance(outcome := taken.exception(), ActorFailure | WeightSyncError):
-                failed.append((member, outcome))
-            elif outcome is not None:
-                raise outcome
-        # Where all fail, and any by its weights, the set-up is at fault: restarts do not help.
-        sync_errors = [error for _, error in failed if isinstance(error, WeightSyncError)]
-        if sync_errors and len(failed) == len(members):
-            raise sync_errors[0]
-        for member, error in failed:
-            if member.is_up:  # not retired meanwhile
-                self._lose(member, error)
-
-    async def _join_late(self, member: Member[GeneratorT], step: "asyncio.Future[None]") -> None:
-        try:
-            await step
-            if self._update is not None:
-                await self._catch_up(member)
-        except Exception as error:
-            self._lose(member, error)
-            return
-        member.change = None
-
-    async def _prove(self, member: Member[GeneratorT]) -> None:
-        assert self._proof is not None
-        await self._proof(member.process)
-        if member.state == "starting":
-            member.change_to("stale")
-
-    async def _catch_up(self, member: Member[GeneratorT]) -> None:
-        if member.state != "stale" and member.serves is not self._update:
-            member.change_to("stale")
-        while member.serves is not self._update:
-            await self._send(member)
-        if member.state == "stale":  # not retired meanwhile
-            self._dispatch.admit(member)
-
-    async def _send(self, member: Member[GeneratorT]) -> None:
-        update = self._update
-        assert update is not None
-        await self._serve(member.process, update)
-        member.serves = update
 
     # How a generator fails or leaves.
 
@@ -286,7 +250,7 @@ class GeneratorPool(Generic[GeneratorT]):
         self._dispatch.hand_back(member)
 
     async def _prove_again(self, member: Member[GeneratorT], why: WeightSyncError) -> None:
-        self._lose(member, await proved_again(self._proof, member.process, why))
+        self._lose(member, await proved_again(self._publications.proof, member.process, why))
 
     async def _replace(self, member: Member[GeneratorT], error: Exception) -> None:
         await self._end(member)
@@ -341,9 +305,10 @@ class GeneratorPool(Generic[GeneratorT]):
     def _too_few(self, num_needed: int) -> ActorFailure:
         return too_few(self._members, num_needed, self._settings.max_restarts, self._last_failure)
 
-    def _follow_load(self, settings: AutoscaleConfig) -> None:
+    def _follow_load(self, settings: AutoscaleConfig, is_ahead: bool) -> None:
         """Scale by the idle times since the last batch, once all placed generators are ready."""
         ready, unplaced = len(self._dispatch.ready()), sum(m.lacks_capacity for m in self._members)
-        if self._idle.learners and ready + unplaced == self._target:
+        if (is_ahead or self._idle.learners) and ready + unplaced == self._target:
             self._seen.append(self._idle)
-            self.scale_to(next_target(settings, ready, self._seen, unplaced))
+            target = next_target(settings, ready, self._seen, unplaced, is_ahead=is_ahead)
+            self.scale_to(target)

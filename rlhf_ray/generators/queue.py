@@ -41,39 +41,41 @@ class IdleTimes:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._now = clock()
-        self._busy = self._serving = 0
-        self._waiting: int | None = None
+        self._busy = self._serving = self._waiting = 0
+        self._is_awaited = False
         self._reset()
 
     def _reset(self) -> None:
-        self._total_s = self._generating_s = self._busy_s = self._serving_s = 0.0
+        self._total_s = self._awaited_s = self._busy_s = self._serving_s = 0.0
         self._waiting_s = 0.0
 
-    def note(self, busy: int, serving: int, waiting: int | None) -> None:
+    def note(self, busy: int, serving: int, waiting: int, is_awaited: bool) -> None:
         """Set the counts that hold from now on.
 
         Args:
             busy: number of generators that are sampling.
             serving: number of generators that could sample.
-            waiting: number of waiting shards; None: no batch is being generated.
+            waiting: number of waiting shards.
+            is_awaited: whether learners wait for a batch.
         """
         now = self._clock()
         passed_s, self._now = now - self._now, now
         self._total_s += passed_s
         self._busy_s += passed_s * self._busy
         self._serving_s += passed_s * self._serving
-        if self._waiting is not None:
-            self._generating_s += passed_s
+        if self._is_awaited:
+            self._awaited_s += passed_s
             self._waiting_s += passed_s * self._waiting
-        self._busy, self._serving, self._waiting = busy, serving, waiting
+        self._busy, self._serving = busy, serving
+        self._waiting, self._is_awaited = waiting, is_awaited
 
     def lap(self) -> IdleShares:
         """Return the idle shares since the last call, and start again from zero."""
-        self.note(self._busy, self._serving, self._waiting)
+        self.note(self._busy, self._serving, self._waiting, self._is_awaited)
         shares = IdleShares(
-            learners=_share(self._generating_s, self._total_s),
+            learners=_share(self._awaited_s, self._total_s),
             generators=_share(self._serving_s - self._busy_s, self._serving_s),
-            queue_depth=_share(self._waiting_s, self._generating_s),
+            queue_depth=_share(self._waiting_s, self._awaited_s),
         )
         self._reset()
         return shares

@@ -29,7 +29,7 @@ from rlhf_ray.planning.layout_options import (
 from rlhf_ray.planning.memory import GB
 from rlhf_ray.planning.prediction import KEPT_ASLEEP, Plan, prediction, usable_bytes
 from rlhf_ray.planning.roles import UTILIZATION, PlannedRole, Setting
-from rlhf_ray.planning.throughput import fixed_phases, middle
+from rlhf_ray.planning.throughput import fixed_phases, iteration_seconds, middle
 
 STEP = 0.05
 """Step of the shares of a GPU's memory that an engine gets where others share its GPU. One step is
@@ -154,9 +154,16 @@ def _candidates(space: Space) -> Iterator[tuple[Costs, int, tuple[Change, ...]]]
             before[key] = pools
             for pool in _joined(space, sharing, pools):
                 gpus = math.ceil(pool.gpus)
-                seconds = always + sum(pool.seconds) / 2
+                seconds = _least_seconds(space, always, pool.seconds)
                 changes = (*own.changes, sharing.change, *pool.changes)
                 yield (seconds, seconds * gpus), sum(map(len, changes)), changes
+
+
+def _least_seconds(space: Space, always: float, seconds: Seconds) -> float:
+    """Return the least seconds of an iteration, whatever roles share GPUs."""
+    generating = sum(seconds[:2]) / 2
+    phases = {"gen": generating, "others": always + sum(seconds) / 2 - generating}
+    return iteration_seconds(phases, is_ahead=space.config.ppo.max_staleness > 0)
 
 
 def _joined(space: Space, sharing: Sharing, pools: Sequence[list[Pool]]) -> list[Pool]:

@@ -54,10 +54,12 @@ def role_seconds(setting: Setting, role: str, *, is_beside_generator: bool) -> d
     if role == "generator":
         seconds["gen"] = as_range(_generate(setting, end) for end in (0, 1))
         return seconds
+    is_learner = role in ("policy", "critic")
     sleeps = setting.config.placement.turns and role in COLOCATED_GROUPS
-    overlaps = not (sleeps or is_beside_generator)
+    comes_later = setting.config.ppo.max_staleness > 0 and is_learner  # just before it learns
+    overlaps = not (sleeps or is_beside_generator or comes_later)
     seconds["score"] = as_range(_score(setting, role, end, overlaps) for end in (0, 1))
-    if role in ("policy", "critic"):
+    if is_learner:
         seconds["learn"] = as_range(_learn(setting, role, end) for end in (0, 1))
     return seconds
 

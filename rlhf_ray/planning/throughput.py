@@ -2,7 +2,8 @@
 
 A prediction with stated ranges, not a measurement. The phases are those of `driver.ppo_loop`:
 policy and critic learn at the same time, and scores of a shard are computed while others are
-sampled.
+sampled. With `ppo.max_staleness` generators that have GPUs of their own sample beside all other
+phases.
 """
 
 import math
@@ -44,12 +45,13 @@ class TimeEstimate:
     """Days of PPO, and of supervised stages with a given number of steps; without evaluations."""
     idle_gpu_hours: float
     """Hours that GPUs of PPO are idle, because no role on them works; at the range's midpoint."""
+    is_ahead: bool = False
+    """Whether generators sample beside the other phases."""
 
     @property
     def iteration(self) -> Range:
         """Seconds of an iteration."""
-        best, worst = (sum(phase[end] for phase in self.phases.values()) for end in (0, 1))
-        return best, worst
+        return _iteration(self.phases, is_ahead=self.is_ahead)
 
 
 def middle(ends: Range) -> float:
@@ -64,15 +66,35 @@ def estimate_time(setting: Setting, sharing: Sharing) -> TimeEstimate | None:
         return None
     config = setting.config
     phases = _phases(setting, sharing) if "ppo" in config.run.stages else {}
-    iteration = [sum(phase[end] for phase in phases.values()) for end in (0, 1)]
+    is_ahead = config.ppo.max_staleness > 0 and not any(_is_shared(held) for held in sharing)
+    iteration = _iteration(phases, is_ahead=is_ahead)
     slowest = min(kinds, key=lambda kind: kind.bf16_tflops)
     supervised = [_supervised(setting, slowest, end) for end in (0, 1)]
     best, worst = (
         (supervised[end] + config.ppo.iterations * iteration[end]) / SECONDS_PER_DAY
         for end in (0, 1)
     )
-    idle = sum(idle_seconds(held, phases) for held in sharing)
-    return TimeEstimate(phases, (best, worst), idle * config.ppo.iterations / 3600)
+    idle = sum(idle_seconds(held, phases, is_ahead=is_ahead) for held in sharing)
+    return TimeEstimate(phases, (best, worst), idle * config.ppo.iterations / 3600, is_ahead)
+
+
+def _is_shared(held: Collection[PlannedRole]) -> bool:
+    """Return whether a generator shares a GPU with other roles."""
+    return "generator" in {role.role for role in held} != {"generator"}
+
+
+def _iteration(phases: Mapping[str, Range], *, is_ahead: bool) -> Range:
+    return as_range(
+        iteration_seconds({name: ends[end] for name, ends in phases.items()}, is_ahead=is_ahead)
+        for end in (0, 1)
+    )
+
+
+def iteration_seconds(phases: Mapping[str, float], *, is_ahead: bool) -> float:
+    """Return the seconds of an iteration: of all phases, or of the longer side."""
+    total = sum(phases.values())
+    generating = phases.get("gen", 0.0)
+    return max(generating, total - generating) if is_ahead else total
 
 
 def sync_bytes(config: Config, shape: Shape) -> int:
@@ -178,10 +200,16 @@ _BUSY: dict[str, tuple[str, ...]] = {
 """Role -> the phases it works in."""
 
 
-def idle_seconds(held: Collection[PlannedRole], phases: Mapping[str, Range]) -> float:
+def idle_seconds(
+    held: Collection[PlannedRole], phases: Mapping[str, Range], *, is_ahead: bool = False
+) -> float:
     """Return the seconds of an iteration in which no role on a GPU works."""
     busy = {name for role in held for name in _BUSY[role.role]}
-    return sum(middle(ends) for name, ends in phases.items() if name not in busy)
+    seconds = {name: middle(ends) for name, ends in phases.items()}
+    if is_ahead:
+        working_s = sum(seconds[name] for name in busy if name in seconds)
+        return max(0.0, iteration_seconds(seconds, is_ahead=True) - working_s)
+    return sum(each for name, each in seconds.items() if name not in busy)
 
 
 def late_calls(setting: Setting, time: TimeEstimate | None) -> str | None:

@@ -121,12 +121,14 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pool, name)
 
-    async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
+    async def generate(
+        self, requests: Sequence[ShardRequest], *, or_newer: bool = False
+    ) -> AsyncIterator[Shard]:
         version, is_batch = requests[0].version, len(requests) * SHARD_SIZE == BATCH_SIZE
         if is_batch:
             await self._before(self, version)
         first = True
-        async for shard in self.pool.generate(requests):
+        async for shard in self.pool.generate(requests, or_newer=or_newer):
             if is_batch:
                 for rollout in await self._fetch(shard.rollouts):
                     key = (version, rollout.position)

@@ -44,8 +44,10 @@ def pool_with(hook: Hook) -> Any:
     """A pool in whose runs something happens."""
 
     class Pool(GeneratorPool):
-        async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
-            async for shard in super().generate(requests):
+        async def generate(
+            self, requests: Sequence[ShardRequest], *, or_newer: bool = False
+        ) -> AsyncIterator[Shard]:
+            async for shard in super().generate(requests, or_newer=or_newer):
                 hook(self, requests[0].version)
                 yield shard
 

@@ -19,8 +19,10 @@ from rlhf_ray.types import Shard, ShardRequest
 class _Pool(GeneratorPool, ABC):
     """A pool that spoils what comes from version 2, the third iteration's."""
 
-    async def generate(self, requests: Sequence[ShardRequest]) -> AsyncIterator[Shard]:
-        shards = [shard async for shard in super().generate(requests)]
+    async def generate(
+        self, requests: Sequence[ShardRequest], *, or_newer: bool = False
+    ) -> AsyncIterator[Shard]:
+        shards = [shard async for shard in super().generate(requests, or_newer=or_newer)]
         whole_batch = len(requests) == 3
         if requests[0].version == 2 and whole_batch:
             shards = self.spoil(sorted(shards, key=lambda shard: shard.info.index))

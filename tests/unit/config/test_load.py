@@ -131,7 +131,8 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ppo.learning_rate=abc", ["ppo.learning_rate", "valid number", "got 'abc'"]),
         ("ppo.learning_rate=.nan", ["ppo.learning_rate", "greater than 0", "got nan"]),
         ("ppo.advantage=rloo", ["ppo.advantage rloo", "ppo.samples_per_prompt is 1; set it"]),
-        ("ppo.max_staleness=1", ["ppo.max_staleness", "less than or equal to 0"]),
+        ("ppo.max_staleness=9", ["ppo.max_staleness", "less than or equal to 8"]),
+        ("ppo.max_staleness=2", ["ppo.max_staleness 2", "ppo.importance_cap (usually 2)"]),
         ("rollout.top_p=0", ["rollout.top_p", "greater than 0"]),
         ("rollout.top_k=1", ["rollout.top_k", "always samples the likeliest token", "use 0"]),
         ("rollout.engine=fake", ["rollout.engine", "'vllm' or 'transformers'", "got 'fake'"]),
@@ -228,6 +229,8 @@ def test_further_combinations_are_refused() -> None:
     assert "placement.turns needs roles that share GPUs, but each policy has a whole one" in message
     message = refused(*turns, "placement.generator.gpus=1.0")
     assert "each generator has a whole one" in message
+    message = refused(*turns, "ppo.max_staleness=1", "ppo.allow_uncorrected=true")
+    assert "ppo.max_staleness 1 at the same time; set ppo.max_staleness=0" in message
     message = refused(*turns, "model.quantization=int8")
     assert "model.quantization int8 does not allow" in message
     message = refused(*turns, "critic.zero_stage=3")

@@ -24,7 +24,7 @@ SAMPLER = "rollout.length_sampler={min: 32, max: 128}"
         ),
         (
             ["rollout.autoscale={}", "cluster.mode=inline", "rollout.engine=transformers"],
-            r"inline has a single generator; leave out rollout\.autoscale",
+            r"inline has one generator; leave out rollout\.autoscale",
         ),
         (["rollout.min_tokens=65"], r"rollout\.min_tokens 65 exceeds rollout\.max_tokens 64"),
         ([SAMPLER], r"rollout\.length_sampler\.max 128 exceeds rollout\.max_tokens 64"),

@@ -62,7 +62,7 @@ def test_an_iteration_in_numbers() -> None:
     ]
     sources = Config().rewards
     metrics = iteration_metrics(sources, batch, stats, reports, kl_coef=0.2, version=5)
-    metrics |= pace_metrics(stats, seconds=5.0, price_per_hour=36.0)
+    metrics |= pace_metrics(stats, seconds=5.0, gpu_hour_price=18.0, num_gpus=2)
     check(metrics)  # every name is registered
     assert metrics == pytest.approx(
         {

@@ -37,6 +37,40 @@ def test_cases(current: int, learners: float, generators: float, wanted: int) ->
     assert next_target(settings, current, seen(learners, generators)) == wanted
 
 
+@pytest.mark.parametrize(
+    ("current", "learners", "generators", "wanted"),
+    [
+        (2, 0.5, 0.0, 4),  # G : R = 2 : 1, so twice as many would balance them
+        (4, 0.25, 0.0, 6),  # 5.33 would
+        (2, 0.9, 0.0, 4),  # 20 would; twice as many is the most
+        (4, 0.15, 0.0, 4),  # between the bounds nothing changes
+        (4, 0.0, 0.35, 4),  # three would wait .13 of the time
+        (4, 0.0, 0.45, 3),  # three wait .27 of it
+        (1, 0.0, 0.99, 1),
+    ],
+)
+def test_cases_where_batches_are_generated_ahead(
+    current: int, learners: float, generators: float, wanted: int
+) -> None:
+    settings = AutoscaleConfig(minimum=1, maximum=8, iterations=2)
+    idle = seen(learners, generators)
+    assert next_target(settings, current, idle, is_ahead=True) == wanted
+
+
+@pytest.mark.parametrize("work", [0.3, 1.0, 2.5, 7.0, 11.0, 30.0, 400.0])
+@pytest.mark.parametrize("start", [1, 3, 16])
+def test_it_settles_where_batches_are_generated_ahead(work: float, start: int) -> None:
+    settings = AutoscaleConfig(minimum=1, maximum=16, iterations=1)
+    path = [start]
+    for _ in range(20):
+        took_s = work / path[-1]
+        idle = IdleShares(max(0.0, 1 - 1 / took_s), max(0.0, 1 - took_s), 0.0)
+        path.append(next_target(settings, path[-1], [idle], is_ahead=True))
+    assert path in (sorted(path), sorted(path, reverse=True))
+    assert path[-1] == path[-2]
+    assert path[-1] == 16 or work / path[-1] <= 1.25
+
+
 def test_nothing_changes_before_enough_was_seen() -> None:
     settings = AutoscaleConfig(iterations=3)
     assert next_target(settings, 2, seen(0.9, 0.1, times=2)) == 2

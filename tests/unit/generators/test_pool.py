@@ -301,7 +301,7 @@ def test_each_shard_comes_exactly_once_whatever_happens(
                 elastic.processes.faults.setdefault(("prove", chosen.name), []).append(WRONG)
             elif what == "straggle":
                 elastic.now += 100
-                if (running := elastic.pool._dispatch._batch) is not None:
+                for running in elastic.pool._dispatch._batches:
                     elastic.pool._dispatch._issue_again(running, 2.0)
             elif what == "settle":
                 await settle()

@@ -39,11 +39,11 @@ class Clock:
 def test_shares_are_over_the_time_between_two_laps() -> None:
     clock = Clock()
     times = IdleTimes(clock)
-    times.note(busy=2, serving=2, waiting=3)
+    times.note(busy=2, serving=2, waiting=3, is_awaited=True)
     clock.now += 4  # 4 s: both sample, 3 shards wait
-    times.note(busy=1, serving=2, waiting=0)
+    times.note(busy=1, serving=2, waiting=0, is_awaited=True)
     clock.now += 2  # 2 s: one of two samples, none waits
-    times.note(busy=0, serving=2, waiting=None)
+    times.note(busy=0, serving=2, waiting=0, is_awaited=False)
     clock.now += 6  # 6 s: learners work
     # Generators: 24 s of two, busy for 8 + 2. Learners waited 6 of 12 s. Queue: (4 x 3) / 6.
     assert times.lap() == IdleShares(

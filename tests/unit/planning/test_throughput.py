@@ -57,6 +57,41 @@ def test_a_gpu_is_idle_while_no_role_on_it_works() -> None:
     assert idle_seconds([on["reward"], on["reward"]], seconds) == 3 + 6 + 0.5
 
 
+def test_an_iteration_is_as_long_as_the_longer_side_where_batches_are_generated_ahead() -> None:
+    gpus = parse_cluster("3x8xA100-80GB")
+    keys = [*APART, "ppo.importance_cap=2"]
+    turns, ahead = (
+        prediction(load(STACKLLAMA / "ppo_3x8_a100.yaml", [*keys, f"ppo.max_staleness={k}"]), gpus)
+        for k in (0, 1)
+    )
+    assert turns.time is not None
+    assert ahead.time is not None
+    for end in (0, 1):
+        seconds = {name: ends[end] for name, ends in phases(ahead).items()}
+        others = sum(seconds.values()) - seconds["gen"]
+        assert ahead.time.iteration[end] == pytest.approx(max(seconds["gen"], others))
+        assert seconds["gen"] == phases(turns)["gen"][end]
+        # The learners score a batch when it has arrived, not while it arrives.
+        assert seconds["score"] >= phases(turns)["score"][end]
+        assert ahead.time.iteration[end] < turns.time.iteration[end]
+    assert ahead.time.days[1] < turns.time.days[1]
+
+
+def test_a_generator_that_shares_its_gpu_gains_nothing_from_batches_ahead() -> None:
+    plan = on_one_gpu("ppo.max_staleness=1", "ppo.importance_cap=2")
+    assert plan.time is not None
+    total = sum(ends[1] for ends in phases(plan).values())
+    assert plan.time.iteration[1] == pytest.approx(total)
+
+
+def test_a_gpu_is_idle_on_the_shorter_side_where_batches_are_generated_ahead() -> None:
+    seconds = {"gen": (3.0, 3.0), "score": (1.0, 1.0), "learn": (6.0, 6.0)}
+    on = {name: PlannedRole(name, 1, 1.0, {}) for name in ("policy", "generator", "reward")}
+    assert idle_seconds([on["generator"]], seconds, is_ahead=True) == 7 - 3
+    assert idle_seconds([on["policy"]], seconds, is_ahead=True) == 0
+    assert idle_seconds([on["reward"]], seconds, is_ahead=True) == 6
+
+
 def test_turns_move_the_weights_of_both_sides_twice_an_iteration() -> None:
     config = load(STACKLLAMA / "ppo_3x8_a100.yaml", [WHOLE_WEIGHTS, *APART])
     nodes = parse_cluster("3x8xA100-80GB")
