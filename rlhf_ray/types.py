@@ -162,7 +162,7 @@ class Mismatch:
     largest: float
     """Largest such difference, nats."""
     num_tokens: int
-    """Number of tokens compared."""
+    """Number of tokens compared; 0: none was, because the learners have left its version."""
 
 
 @dataclass(frozen=True, slots=True)

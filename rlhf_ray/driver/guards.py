@@ -123,6 +123,15 @@ def _negative_kl(guard: NegativeKlGuard, metrics: Metrics) -> Alarm | None:
     kl = metrics["objective/kl"]
     if not kl < guard.min_kl:  # NaN is `_non_finite`'s
         return None
+    if age := metrics.get("rollout/staleness"):
+        return Alarm(
+            "negative_kl",
+            guard.action,
+            {"objective/kl": kl, "rollout/staleness": age},
+            f"The mean KL to the reference is {kl:.3g} nats a response, below {guard.min_kl:g}. "
+            f"The samples are up to {age:.0f} versions old, and the policy has moved so far from "
+            "them that they say little of its KL; lower ppo.max_staleness or ppo.learning_rate",
+        )
     return Alarm(
         "negative_kl",
         guard.action,

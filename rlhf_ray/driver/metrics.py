@@ -105,7 +105,8 @@ def iteration_metrics(
         "response_length/eos_share": fmean(stopped),
         "response/repeating_share": fmean(repeating),
         "response/distinct_bigrams": fmean(distinct),
-        "sampler/gap_mean": sum(g.mean * g.num_tokens for g in gaps) / stats.num_tokens,
+        "sampler/gap_mean": sum(g.mean * g.num_tokens for g in gaps)
+        / sum(g.num_tokens for g in gaps),
         "sampler/gap_max": max(gap.largest for gap in gaps),
         "rollout/staleness": float(version - min(versions)),
         **learning_metrics(batch, stats, reports, kl_coef),

@@ -74,6 +74,7 @@ class MismatchGuard:
 
     def find(self, batch: Sequence[ScoredShard]) -> Mismatched | None:
         """Return the shards over the bound, if any; calibrate the bound on the first batch."""
+        batch = [scored for scored in batch if scored.mismatch.num_tokens]
         if self.bound is None:
             self.bound = self._calibrated(batch)
         groups = [[scored] for scored in batch]

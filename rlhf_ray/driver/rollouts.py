@@ -109,7 +109,7 @@ class Rollouts:
         """
         batch = await self._score_each(requests, iteration)
         # Before learning: a batch of another policy than the learner's would poison the commit.
-        found = self._guard.find(await self._comparable(batch))
+        found = self._guard.find(batch)
         if found is None:
             return batch
         generators, began_s = self._roles.generators, time.monotonic()
@@ -126,14 +126,14 @@ class Rollouts:
         self._recorder.outages.lost("generator", "mismatch", time.monotonic() - began_s)
         by_index = {scored.shard.info.index: scored for scored in [*batch, *fresh]}
         batch = [by_index[scored.shard.info.index] for scored in batch]
-        self._guard.check(await self._comparable(batch))
+        self._guard.check(batch)
         return batch
 
-    async def _comparable(self, batch: Sequence[ScoredShard]) -> list[ScoredShard]:
+    async def _compared(self, batch: Sequence[ScoredShard]) -> list[ScoredShard]:
         """Return shards with the mismatch to the version that sampled them.
 
-        The learners' own version is compared for each shard. To compare an older one, they have to
-        take its adapter: they do so for one shard of each generator and version.
+        That to the learners' own version is known. To compare an older one, they have to take its
+        adapter: they do so for one shard of each generator and version.
         """
         newest = max(self._published)
         compared, seen = list[ScoredShard](), set[tuple[str, int]]()
@@ -141,12 +141,14 @@ class Rollouts:
             version = scored.shard.info.versions[0]
             if version == newest or version not in self._published:  # the ledger refuses that
                 compared.append(scored)
-            elif (key := (scored.shard.generator, version)) not in seen:
+                continue
+            mismatch = Mismatch(0.0, 0.0, num_tokens=0)
+            if (key := (scored.shard.generator, version)) not in seen:
                 seen.add(key)
                 found = await self._roles.policy.compare(self._published[version], scored.shard)
                 num_tokens = sum(scored.shard.info.response_lengths)
                 mismatch = Mismatch(found.error, found.largest, num_tokens)
-                compared.append(replace(scored, mismatch=mismatch))
+            compared.append(replace(scored, mismatch=mismatch))
         return compared
 
     async def _score_each(
@@ -161,7 +163,8 @@ class Rollouts:
         with phase("gen"), self._roles.generators.awaited():
             arrived = await self._ahead.pop(iteration)
         with phase("score"):
-            return list(await asyncio.gather(*(self._complete(each) for each in arrived)))
+            batch = await asyncio.gather(*(self._complete(each) for each in arrived))
+            return await self._compared(batch)
 
     async def _each(
         self,

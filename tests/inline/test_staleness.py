@@ -163,3 +163,10 @@ def test_a_publication_that_no_generator_takes_ends_the_run(tmp_path: Path) -> N
     harness = ahead(tmp_path, 1, [Deaf(), Deaf()])
     with pytest.raises(WeightSyncError, match="it does not hear"):
         harness.run()
+
+
+def test_the_mismatch_that_is_recorded_is_to_the_version_that_sampled(tmp_path: Path) -> None:
+    harness = ahead(tmp_path, 2, policy=moved())
+    harness.run()
+    assert max(ages(harness)) == 2
+    assert all(record["sampler/gap_max"] < 1e-5 for record in harness.metrics())

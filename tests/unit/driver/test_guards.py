@@ -97,6 +97,12 @@ class TestNegativeKl:
         assert seen({"objective/kl": -0.6}, negative_kl={"min_kl": -0.5, "action": "stop"})
         assert not seen({"objective/kl": -9.0}, negative_kl={"action": "off"})
 
+    def test_a_negative_kl_of_old_samples_is_laid_to_their_age(self) -> None:
+        (alarm,) = seen({"objective/kl": -3.0, "rollout/staleness": 2.0})
+        assert "up to 2 versions old" in alarm.text
+        (alarm,) = seen({"objective/kl": -3.0, "rollout/staleness": 0.0})
+        assert "versions" not in alarm.text
+
 
 class TestRatio:
     @pytest.mark.parametrize(
