@@ -1,7 +1,8 @@
-"""The PPO loop over roles that answer at once: what is left is the driver's own work."""
+"""The PPO loop over roles that compute nothing: they answer at once, or after set times."""
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -40,14 +41,31 @@ LENGTH = 32
 """Tokens of each response."""
 
 
+@dataclass
+class Times:
+    """How long roles work."""
+
+    of_position_s: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Position -> seconds of its response; a shard takes as long as its longest. Empty: none."""
+    learn_s: float = 0.0
+    """Seconds in which a batch is learnt."""
+    generating_s: list[float] = field(default_factory=list[float])
+    """Seconds of each shard so far."""
+
+
 @dataclass(frozen=True)
 class IdleGenerator:
     """Answers without sampling."""
 
     name: str
+    times: Times
 
     async def generate(self, request: ShardRequest) -> Shard:
         """Return a shard of equal responses; its handle is the request."""
+        if of_position_s := self.times.of_position_s:
+            seconds = max(of_position_s[sample.position] for sample in request.samples)
+            await asyncio.sleep(seconds)
+            self.times.generating_s.append(seconds)
         count = len(request.samples)
         info = ShardInfo(
             index=request.index,
@@ -65,11 +83,14 @@ class IdleGenerator:
         return ServedAdapter(update.version, 1, update.digest, True, 0.0)
 
 
+@dataclass
 class NoProcesses:
     """The factory of a pool that starts and ends nothing."""
 
+    times: Times
+
     async def start(self, name: str) -> IdleGenerator:
-        return IdleGenerator(name)
+        return IdleGenerator(name, self.times)
 
     async def load(self, generator: IdleGenerator) -> None:
         pass
@@ -99,6 +120,7 @@ class IdleReference:
 class IdleLearners:
     """Policy and critic in one: both report what the driver checks."""
 
+    times: Times
     positions: tuple[int, ...] = ()
 
     async def logprobs(self, shard: Shard) -> tuple[Any, Mismatch]:
@@ -117,6 +139,8 @@ class IdleLearners:
         return AssembledStats(count, LENGTH * count, 0.0, float(LENGTH * count), 0.1, 1.0, 1.0)
 
     async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+        if self.times.learn_s:
+            await asyncio.sleep(self.times.learn_s)
         metrics = {"loss/policy_avg": 0.1, "policy/grad_norm": 1.0, "policy/approxkl_avg": 1e-3}
         return StepReport(metrics, self.positions, LENGTH * len(self.positions))
 
@@ -136,7 +160,7 @@ class IdleLearners:
         return await self.adapter(version)
 
     async def compare(self, update: AdapterUpdate, shard: Shard) -> ProbeComparison:
-        return ProbeComparison(1.0, 1.0, 0.0)
+        return ProbeComparison(1.0, 1.0, 0.0, 0.0)
 
 
 async def _fetch(handle: Any) -> Any:
@@ -179,6 +203,10 @@ class IdleRun:
     num_samples: int
     num_generators: int
     eval_every: int = 10**9
+    max_staleness: int = 0
+    times: Times = field(default_factory=Times)
+    shard_size: int = 8
+    max_in_flight: int = 8
     bar: Ticks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -190,13 +218,20 @@ class IdleRun:
             {
                 "run": {"dir": str(self.folder), "keep_batches": "none"},
                 "cluster": {"mode": "inline"},
-                "rollout": {"engine": "transformers", "max_prompt_tokens": 8},
+                "rollout": {
+                    "engine": "transformers",
+                    "max_prompt_tokens": 8,
+                    "shard_size": self.shard_size,
+                },
+                "generators": {"max_in_flight": self.max_in_flight},
                 "ppo": {
                     "iterations": self.iterations,
                     "batch_size": self.num_samples,
                     "mini_batch_size": self.num_samples,
                     "save_every": 10**9,
                     "eval_every": self.eval_every,
+                    "max_staleness": self.max_staleness,
+                    "allow_uncorrected": True,
                 },
             }
         )
@@ -206,15 +241,18 @@ class IdleRun:
         config = self.config()
         numbers = range(self.num_samples)
         prompts = [Prompt(f"p{i}", f"prompt {i}", (i % 50, 1, 2, 3)) for i in numbers]
-        first = [IdleGenerator(f"generator-{number}") for number in range(self.num_generators)]
-        pool = GeneratorPool(first, NoProcesses(), publish_to, config.generators)
-        learners = IdleLearners()
+        first = [
+            IdleGenerator(f"generator-{number}", self.times)
+            for number in range(self.num_generators)
+        ]
+        pool = GeneratorPool(first, NoProcesses(self.times), publish_to, config.generators)
+        learners = IdleLearners(self.times)
         roles = Roles(
             generators=pool,
             scorer=IdleScorer(),
             reference=IdleReference(),
             policy=learners,
-            critic=IdleLearners(),  # type: ignore[arg-type]
+            critic=IdleLearners(self.times),  # type: ignore[arg-type]
             fetch=_fetch,
             num_gpus=lambda: 0.0,
             peak_memory=_no_peaks,

@@ -49,7 +49,6 @@ class Row:
     """Why it cannot be measured yet."""
 
 
-ASYNCHRONY = "not measured: ppo.max_staleness is 0 only"
 TRL = "TRL 1.12.0's PPO"
 TRL_METHOD = (
     "64 prompts of 16 tokens, 2 epochs of one mini-batch, LoRA r=16, fp32, one reward model, one "
@@ -228,10 +227,12 @@ ROWS = (
     Row(
         "overlap",
         (Line("iteration, k = 1, simulated durations", "its longest resource", at_most(1.15)),),
-        "",
-        60,
-        "From the trace of a run.",
-        missing=ASYNCHRONY,
+        "bench.asynchrony:overlap",
+        12,
+        "The PPO loop over 4 generators of 2 shards at a time and learners that all sleep for set "
+        "times; lengths geometric, a batch is learnt in the time in which it is generated alone. "
+        "The longest resource is the learners, or all shards spread evenly over the generators.",
+        quick=True,
     ),
     Row(
         "staleness",
@@ -239,9 +240,9 @@ ROWS = (
             Line("samples/s, k = 1, equal durations", "k = 0", at_least(1.7)),
             Line("samples/s, k = 1, skewed lengths", "k = 0", at_least(1.5)),
         ),
-        "",
-        60,
-        "Roles of set durations.",
-        missing=ASYNCHRONY,
+        "bench.asynchrony:staleness",
+        29,
+        "The loop of overlap with k = 0 and k = 1 in turn.",
+        quick=True,
     ),
 )
