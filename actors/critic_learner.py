@@ -29,6 +29,7 @@ class CriticLearner(Learner):
 
     grad_norm_name = "val/grad_norm"
     skipped_name = "val/steps_skipped"
+    rate_name = "val/learning_rate"
 
     def _build_model(self) -> Any:
         config = self._config

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from actors.tally import Tally
-from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.algorithms.experience import (
     Assembled,
     Assembler,
@@ -21,6 +21,7 @@ from rlhf_ray.algorithms.experience import (
     micro_batches,
 )
 from rlhf_ray.algorithms.kl import kl_estimate
+from rlhf_ray.algorithms.schedules import learning_rate_share
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.engines import served_adapters
@@ -41,13 +42,15 @@ class Learner(ABC):
     """Name of the metric for its gradient norm."""
     skipped_name: str
     """Name of the metric for steps that were not taken."""
+    rate_name: str
+    """Name of the metric for its learning rate."""
 
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         self._name = name
         self._config = config
         self._model_path = model_path
         self._engine_kind = engine
-        self._assembler = assembler(config)
+        self._assembler = Assembler.of(config.ppo, config.rollout.max_tokens)
         self._engine: TrainingEngine
 
     def __repr__(self) -> str:
@@ -149,11 +152,8 @@ class Learner(ABC):
         )
         whole = self._assembler(batch, kl_coef)
         experience = self._learnt_from(whole)
-        self._plan_mini_batches(
-            experience.attention_BS.sum(1).tolist(), experience.mask_BT.sum(1).tolist()
-        )
-        mine = torch.tensor([row for mini_batch in self._my_rows for row in mini_batch])
-        self._experience = experience.rows(mine)
+        mine = self._deal(experience)
+        self._undealt = experience if self._config.ppo.redraw_mini_batches else None
         self._positions = tuple(rollouts[row].position for row in mine.tolist())
         self._kl_coef = kl_coef
         return _stats(self._experience, whole.rewards_BT[mine])
@@ -161,6 +161,23 @@ class Learner(ABC):
     @abstractmethod
     def _learnt_from(self, whole: Assembled) -> Experience:
         """Return the batch, masked to the tokens that this learner learns from."""
+
+    def _weighted(self, batch: Experience) -> Experience:
+        """Return the batch with the weights of its tokens; mini-batches are consecutive rows."""
+        return batch
+
+    def _deal(self, batch: Experience) -> Tensor:
+        """Take this rank's rows of a batch, whose mini-batches are consecutive; return which."""
+        self._plan_mini_batches(batch.attention_BS.sum(1).tolist(), batch.mask_BT.sum(1).tolist())
+        mine = torch.tensor([row for mini_batch in self._my_rows for row in mini_batch])
+        self._experience = self._weighted(batch).rows(mine)
+        return mine
+
+    def _redraw(self, *seed: int) -> None:
+        """Deal the batch in another order, which is the same on all ranks."""
+        assert self._undealt is not None
+        order = np.random.default_rng(seed).permutation(len(self._undealt.prompt_lengths_B))
+        self._deal(self._undealt.rows(torch.from_numpy(order)))
 
     def _plan_mini_batches(self, lengths: list[int], response_lengths: list[int]) -> None:
         """Choose this rank's rows of each mini-batch, and cut them into micro-batches.
@@ -186,18 +203,26 @@ class Learner(ABC):
     def _cut(self, lengths: list[int], at_least: int) -> list[list[int]]:
         return micro_batches(lengths, self._config.ppo.max_tokens_per_micro_batch, at_least)
 
-    def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+    def learn(self, advantage_mean: float, advantage_std: float, iteration: int = 1) -> StepReport:
         """Run all epochs over the assembled batch.
 
         Args:
             advantage_mean: mean over the whole batch, all ranks.
             advantage_std: unbiased standard deviation over the whole batch, all ranks.
+            iteration: of the run, from 1 on: the learning rate and redrawn mini-batches follow.
         """
         self._whiten(advantage_mean, advantage_std)
+        rate = self._learning_rate(iteration)
+        self._engine.set_learning_rate(rate)
         stepped, norms, num_skipped = Tally(), [], 0
-        for _ in range(self._config.ppo.epochs):
+        for epoch in range(self._config.ppo.epochs):
+            if epoch and self._undealt is not None:
+                self._redraw(self._config.run.seed, iteration, epoch)
+                self._whiten(advantage_mean, advantage_std)
+            seen = Tally()
             for index, num_tokens in enumerate(self._mini_batch_tokens):
                 mini_batch = self._backward(self._micro_batches(index), num_tokens)
+                seen.merge(mini_batch)
                 if self._moves_weights(mini_batch, num_tokens):
                     norm = self._engine.step()
                     if norm is None and self._is_finite_everywhere(mini_batch):
@@ -208,13 +233,27 @@ class Learner(ABC):
                 else:  # otherwise the next mini-batch would add to these gradients
                     self._engine.discard()
                 count(1, "mini-batches learnt")
+            if self._ends_after(seen):
+                break
         own = {self.grad_norm_name: fmean(norms)} if norms else {}
         own |= {self.skipped_name: float(num_skipped)} if num_skipped else {}
+        own |= {self.rate_name: rate} if self._config.ppo.is_scheduled else {}
         return StepReport(
             metrics=stepped.means() | own | self._report(),
             positions=self._positions,
             num_tokens=stepped.num_tokens,
         )
+
+    def _learning_rate(self, iteration: int, num_idle: int = 0) -> float:
+        """Return the rate of an iteration, the first ``num_idle`` of which it doesn't learn in."""
+        ppo = self._config.ppo
+        number, total = iteration - num_idle, ppo.iterations - num_idle
+        share = learning_rate_share(number, total, ppo.scheduler, ppo.warmup_iterations)
+        return self._group()[0] * share
+
+    def _ends_after(self, epoch: Tally) -> bool:
+        """Return whether to end the iteration after an epoch; every rank must return the same."""
+        return False
 
     @abstractmethod
     def _whiten(self, mean: float, std: float) -> None:
@@ -282,25 +321,6 @@ class Learner(ABC):
     def load(self, files: Mapping[str, bytes]) -> None:
         """Restore a state, which may come from another number of ranks."""
         self._engine.import_state(served_adapters.tensors_from_bytes(files[LEARNER_STATE]))
-
-
-def assembler(config: Config) -> Assembler:
-    """Return the assembler that makes advantages as the config says.
-
-    Raises:
-        ConfigError: the function named in ppo.advantage cannot be imported or used.
-    """
-    ppo = config.ppo
-    return Assembler(
-        estimator=resolve(ppo.advantage),
-        gamma=ppo.gamma,
-        lam=ppo.gae_lambda,
-        group_size=ppo.samples_per_prompt,
-        kl_kind=ppo.kl_estimator,
-        kl_in=ppo.kl_in,
-        position=ppo.score_position,
-        max_tokens=config.rollout.max_tokens,
-    )
 
 
 def _flat(shards: Sequence[Sequence[Any]]) -> list[Any]:

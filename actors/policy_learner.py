@@ -50,6 +50,7 @@ class PolicyLearner(Learner):
 
     grad_norm_name = "policy/grad_norm"
     skipped_name = "policy/steps_skipped"
+    rate_name = "policy/learning_rate"
 
     def __init__(self, name: str, config: Config, model_path: str, engine: EngineKind) -> None:
         super().__init__(name, config, model_path, engine)
@@ -59,6 +60,7 @@ class PolicyLearner(Learner):
         )
         self.version: int | None = None  # of the last exported adapter; process titles show it
         self._correction: dict[str, float] = {}  # metrics, of the whole batch
+        self._num_epochs = 0  # of the iteration
         self._ratios: list[float] = []  # mean ratio of each mini-batch over all ranks
 
     def _build_model(self) -> Any:
@@ -106,14 +108,28 @@ class PolicyLearner(Learner):
         advantages_BT = whiten(batch.advantages_BT, batch.mask_BT, mean, std)
         self._experience = dataclasses.replace(batch, advantages_BT=advantages_BT)
 
-    def _learnt_from(self, whole: Assembled) -> WeightedExperience:
-        batch, self._correction = weighted(
-            whole.experience, self._config.ppo, self._config.rollout.max_tokens
-        )
-        return batch
+    def _learnt_from(self, whole: Assembled) -> Experience:
+        return whole.experience
+
+    def _weighted(self, batch: Experience) -> WeightedExperience:
+        max_tokens = self._config.rollout.max_tokens
+        weights, self._correction = weighted(batch, self._config.ppo, max_tokens)
+        return weights
+
+    def _learning_rate(self, iteration: int, num_idle: int = 0) -> float:
+        return super()._learning_rate(iteration, self._config.ppo.critic_warmup)
+
+    def _ends_after(self, epoch: Tally) -> bool:
+        """Return whether the mean KL of an epoch's mini-batches, of all ranks, is too large."""
+        self._num_epochs += 1
+        bound = self._config.ppo.stop_kl
+        if bound is None:
+            return False
+        total = self._engine.sum_over_ranks(epoch.total("policy/approxkl_avg"))
+        return total / sum(self._mini_batch_tokens) > bound
 
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        assert isinstance(batch, WeightedExperience), "`_learnt_from` makes one"
+        assert isinstance(batch, WeightedExperience), "`_weighted` makes one"
         ppo = self._config.ppo
         logprobs_BT, entropy_BT = chunked_logprobs(
             self._engine.model,
@@ -166,13 +182,15 @@ class PolicyLearner(Learner):
 
     def _report(self) -> dict[str, float]:
         ratios, self._ratios = self._ratios, []
-        if not ratios:
-            return self._correction
-        bound = self._config.guards.ratio.max_mean
-        return self._correction | {
-            "val/ratio_minibatch_max": max(ratios),
-            "policy/ratio_exceeded": float(sum(ratio > bound for ratio in ratios)),
-        }
+        num_epochs, self._num_epochs = self._num_epochs, 0
+        metrics = dict(self._correction)
+        if self._config.ppo.stop_kl is not None:
+            metrics["policy/epochs"] = float(num_epochs)
+        if ratios:
+            bound = self._config.guards.ratio.max_mean
+            metrics["val/ratio_minibatch_max"] = max(ratios)
+            metrics["policy/ratio_exceeded"] = float(sum(ratio > bound for ratio in ratios))
+        return metrics
 
     def adapter(self, version: int) -> tuple[bytes, AdapterUpdate]:
         """Return the current adapter's description, and rank 0 its bytes. All ranks must call."""

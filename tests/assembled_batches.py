@@ -29,9 +29,11 @@ def columns(
     return [tuple(scores) for scores in by_shard(SCORES)], parts
 
 
-def assemble(learner: Any, policy: Any, rollouts: list[Rollout]) -> AssembledStats:
+def assemble(
+    learner: Any, policy: Any, rollouts: list[Rollout], kl_coef: float = 0.2
+) -> AssembledStats:
     scores, parts = columns(rollouts, policy.logprobs(rollouts)[0])
-    return learner.assemble(0.2, scores, *parts)
+    return learner.assemble(kl_coef, scores, *parts)
 
 
 def learnt_state(learner: Any) -> dict[str, torch.Tensor]:

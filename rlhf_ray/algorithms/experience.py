@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_ray.algorithms.advantages import Estimator
+from rlhf_ray.algorithms.advantages import Estimator, resolve
 from rlhf_ray.algorithms.kl import KLKind, kl_estimate
 from rlhf_ray.algorithms.rewards import ScorePosition, score_position, token_rewards
 from rlhf_ray.algorithms.whitening import zero_padding
+from rlhf_ray.config.ppo import PpoConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,6 +208,24 @@ class Assembler:
     position: ScorePosition
     max_tokens: int
     """Length limit of responses: after one of this length no position is left for the score."""
+
+    @classmethod
+    def of(cls, ppo: PpoConfig, max_tokens: int) -> Self:
+        """Return the assembler that makes advantages as the config says.
+
+        Raises:
+            ConfigError: the function named in ppo.advantage cannot be imported or used.
+        """
+        return cls(
+            estimator=resolve(ppo.advantage),
+            gamma=ppo.gamma,
+            lam=ppo.gae_lambda,
+            group_size=ppo.samples_per_prompt,
+            kl_kind=ppo.kl_estimator,
+            kl_in=ppo.kl_in,
+            position=ppo.score_position,
+            max_tokens=max_tokens,
+        )
 
     def __call__(self, batch: Collected, kl_coef: float) -> Assembled:
         """Compute token rewards and advantages of a whole batch.

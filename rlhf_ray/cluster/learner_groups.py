@@ -203,11 +203,12 @@ class LearnerGroupClient(Generic[LearnerT_co]):
         )
         return reduce(add, stats)
 
-    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+    async def learn(
+        self, advantage_mean: float, advantage_std: float, iteration: int = 1
+    ) -> StepReport:
         """Run all epochs on all ranks."""
-        return merge_reports(
-            await self._changed_by(LearnerProcess.learn, advantage_mean, advantage_std)
-        )
+        moments = (advantage_mean, advantage_std)
+        return merge_reports(await self._changed_by(LearnerProcess.learn, *moments, iteration))
 
     async def state(self) -> Handle[StateFiles]:
         """Export the group's state: all ranks gather, rank 0 sends the files."""

@@ -89,7 +89,9 @@ class CriticConfig(LearnerConfig):
     shape: ShapeConfig | None = changeable(
         None, description="Shape of critic.path, used only by the command plan; none: the policy's."
     )
-    learning_rate: float = adjustable(1e-5, unit="–", gt=0, description="Constant learning rate.")
+    learning_rate: float = adjustable(
+        1e-5, unit="–", gt=0, description="Learning rate; the peak of ppo.scheduler."
+    )
     lora: LoraConfig = fixed(
         LoraConfig(), description="Adapter; the value head is trained in full."
     )

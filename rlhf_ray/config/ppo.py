@@ -61,7 +61,33 @@ class PpoConfig(Section):
         description="Most tokens (padding included) in one forward or backward pass.",
     )
     learning_rate: float = adjustable(
-        1.4e-5, unit="–", gt=0, description="The policy's constant learning rate."
+        1.4e-5, unit="–", gt=0, description="The policy's learning rate; the peak of ppo.scheduler."
+    )
+    scheduler: Literal["constant", "linear", "cosine"] = adjustable(
+        "constant",
+        description="Decay of both learners' learning rates to the end of ppo.iterations, which "
+        "also counts if it changes on resume.",
+    )
+    warmup_iterations: int = adjustable(
+        0, unit="iterations", ge=0, description="Linear warm-up of both learners' learning rates."
+    )
+    critic_warmup: int = adjustable(
+        0,
+        unit="iterations",
+        ge=0,
+        description="First iterations in which only the critic learns; the policy's schedule "
+        "begins after them.",
+    )
+    stop_kl: float | None = adjustable(
+        None,
+        unit="nats",
+        gt=0,
+        description="Mean policy/approxkl_avg of an epoch above which the policy takes no further "
+        "epochs over the iteration's rollouts; none: no bound.",
+    )
+    redraw_mini_batches: bool = adjustable(
+        False,
+        description="Shuffle rollouts into new mini-batches in each epoch after the first.",
     )
     adam_epsilon: float = fixed(
         1e-5, unit="–", gt=0, description="Adam's epsilon; 1e-5 damps the first updates of PPO."
@@ -213,6 +239,11 @@ class PpoConfig(Section):
         """Whether samples are weighted or masked by the mismatch of engine and learner."""
         return self.importance_cap is not None or self.importance_mask is not None
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether learning rates change over the run."""
+        return self.scheduler != "constant" or self.warmup_iterations > 0
+
     @field_validator("advantage")
     @classmethod
     def _known_estimator(cls, name: str) -> str:
@@ -244,6 +275,7 @@ class PpoConfig(Section):
                 "horizon, so one batch would make it zero or negative; set ppo.kl_horizon above "
                 f"{self.batch_size // 5}, or ppo.kl_target to null"
             )
+        self._schedule()
         if self.importance_level != "token" and self.importance_cap is None:
             raise ValueError(
                 f"ppo.importance_level {self.importance_level} has no effect without weights; set "
@@ -266,6 +298,20 @@ class PpoConfig(Section):
                 "k1 is zero on average; set ppo.kl_estimator to k2 or k3"
             )
         return self
+
+    def _schedule(self) -> None:
+        estimator = ESTIMATORS.get(self.advantage)
+        if self.critic_warmup and estimator is not None and not estimator.needs_critic:
+            raise ValueError(
+                f"ppo.critic_warmup {self.critic_warmup} needs a critic, which ppo.advantage "
+                f"{self.advantage} has none of; leave it out, or set ppo.advantage=gae"
+            )
+        if self.critic_warmup + self.warmup_iterations >= self.iterations:
+            raise ValueError(
+                f"ppo.critic_warmup {self.critic_warmup} and ppo.warmup_iterations "
+                f"{self.warmup_iterations} leave nothing of ppo.iterations {self.iterations}; "
+                "lower one of the first two or raise the third"
+            )
 
 
 def _require_known(what: str, name: str, known: Collection[str]) -> str:

@@ -11,7 +11,7 @@ from rlhf_ray.config.rewards import ClassifierSourceConfig, FunctionSourceConfig
 from rlhf_ray.config.stages import POLICIES, STAGES
 from rlhf_ray.data.datasets.instructions import load_instructions
 from rlhf_ray.data.reading.readers import read_rows
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.folders import locate
 from rlhf_ray.plugins import load_function
 from rlhf_ray.runs.folder import RunFolder, absolute, located_function
@@ -29,11 +29,21 @@ def require_inputs(config: Config, stages: Collection[str]) -> None:
     if "evaluate" in stages:
         _require_compared(config)
     if "ppo" in stages:
-        resolve(config.ppo.advantage)
+        _require_critic(config)
         resolve_policy_loss(config.ppo.policy_loss)
         for source in config.rewards:
             if isinstance(source, FunctionSourceConfig):
                 load_function(source.function, "rewards")
+
+
+def _require_critic(config: Config) -> None:
+    """Check that the advantage function can be used, and has a critic if keys are about one."""
+    estimator = resolve(config.ppo.advantage)
+    if config.ppo.critic_warmup and not estimator.needs_critic:
+        raise ConfigError(
+            f"ppo.critic_warmup {config.ppo.critic_warmup} needs a critic: ppo.advantage "
+            f"{config.ppo.advantage} does not ask for values_BT"
+        )
 
 
 def files_of_roles(folder: RunFolder) -> list[str]:

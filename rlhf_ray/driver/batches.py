@@ -101,20 +101,23 @@ async def learn_from(
     batch: Sequence[ScoredShard],
     learners: Mapping[str, LearnerGroup],
     kl_coef: float,
-    *,
-    whitened: bool,
+    ppo: PpoConfig,
+    iteration: int,
 ) -> tuple[AssembledStats, dict[str, StepReport]]:
     """Assemble, whiten over the whole batch, learn; all groups at the same time.
 
+    In the first ``ppo.critic_warmup`` iterations the policy does not learn.
+
     Returns:
-        Sums over the batch, and each group's report.
+        Sums over the batch, and the report of each group that learnt.
     """
-    groups = learners.values()
-    stats, *_ = await _all([group.assemble(batch, kl_coef) for group in groups])
+    stats, *_ = await _all([group.assemble(batch, kl_coef) for group in learners.values()])
+    if iteration <= ppo.critic_warmup:
+        learners = {name: group for name, group in learners.items() if name != "policy"}
     moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
     largest = max(abs(score) for scored in batch for score in scored.scores)
-    whitening = (moments.mean, moments.std(size=largest)) if whitened else (0.0, 1.0)
-    reports = await _all([group.learn(*whitening) for group in groups])
+    whitening = (moments.mean, moments.std(size=largest)) if whitens(ppo) else (0.0, 1.0)
+    reports = await _all([group.learn(*whitening, iteration) for group in learners.values()])
     return stats, dict(zip(learners, reports, strict=True))
 
 

@@ -203,10 +203,14 @@ def run_summary(
     }
 
 
-def num_stepped_on(num_samples: int, metrics: Mapping[str, float], ppo: PpoConfig) -> int:
+def num_stepped_on(
+    num_samples: int, metrics: Mapping[str, float], ppo: PpoConfig, iteration: int
+) -> int:
     """Return the samples of the policy's steps, without those of steps that float16 skipped.
 
     The KL coefficient adapts by them: to samples that could not move the policy it must not.
     """
+    if iteration <= ppo.critic_warmup:
+        return 0
     skipped = metrics.get("policy/steps_skipped", 0.0) * ppo.mini_batch_size / ppo.epochs
     return num_samples - round(skipped)

@@ -27,7 +27,6 @@ from rlhf_ray.driver.batches import (
     PromptCursor,
     draw_requests,
     learn_from,
-    whitens,
 )
 from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
 from rlhf_ray.driver.commits import Commits
@@ -97,7 +96,6 @@ class PpoLoop:
             config, parts.recorder, parts.checkpoints, parts.roles.fetch, warn
         )
         self._requests = partial(draw_requests, cursor=parts.cursor, config=config)
-        self._whitens = whitens(config.ppo)
         self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
         self._stop_requested = False
         self._droppable = Droppable()
@@ -234,7 +232,7 @@ class PpoLoop:
         """Learn, policy and critic at the same time, and check that each learnt all positions."""
         with self._recorder.phase("learn", draw.batch):
             stats, reports = await learn_from(
-                batch, self._roles.learners, self._kl.coef, whitened=self._whitens
+                batch, self._roles.learners, self._kl.coef, self._config.ppo, draw.batch
             )
         self._ledger.learnt(draw, reports)
         return stats, [*reports.values()]
@@ -249,7 +247,7 @@ class PpoLoop:
         """Commit the iteration; a later failure restores this state."""
         per_token = self._config.ppo.kl_target_per_token is not None
         num_kls = stats.num_tokens if per_token else stats.num_samples
-        num_samples = num_stepped_on(stats.num_samples, metrics, self._config.ppo)
+        num_samples = num_stepped_on(stats.num_samples, metrics, self._config.ppo, draw.batch)
         self._kl.update(stats.kl_total / num_kls, num_samples)
         state, window = self._state, self._config.guards.loss_spike.window
         self._state = replace(

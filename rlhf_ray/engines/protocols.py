@@ -82,6 +82,10 @@ class TrainingEngine(Protocol):
         """
         ...
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of the steps that follow."""
+        ...
+
     def discard(self) -> None:
         """Drop the gradients without a step; weights and moments stay the same."""
         ...

@@ -60,6 +60,11 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
     def discard(self) -> None:
         """Drop the gradients."""
         self._optimizer.zero_grad(set_to_none=True)

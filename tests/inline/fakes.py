@@ -130,7 +130,9 @@ class FakePolicy:
             ),
         )
 
-    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+    async def learn(
+        self, advantage_mean: float, advantage_std: float, iteration: int
+    ) -> StepReport:
         self.events.append(("learn", [r.position for r in self._rollouts]))
         probs_V = np.exp(self._log_distribution())
         gradient_V = np.zeros(VOCAB_SIZE)
@@ -200,7 +202,9 @@ class FakeCritic:
         self._positions = tuple(p for scored in batch for p in scored.shard.info.positions)
         return AssembledStats(len(self._scores), 0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
-    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+    async def learn(
+        self, advantage_mean: float, advantage_std: float, iteration: int
+    ) -> StepReport:
         loss = 0.5 * float(np.mean((np.array(self._scores) - self.value) ** 2))
         self.value += 0.5 * (float(np.mean(self._scores)) - self.value)
         return StepReport({"loss/value_avg": loss, "val/grad_norm": loss}, self._positions, 1)

@@ -33,8 +33,10 @@ class Filling(FakePolicy):
 
     disk: Path
 
-    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
-        report = await super().learn(advantage_mean, advantage_std)
+    async def learn(
+        self, advantage_mean: float, advantage_std: float, iteration: int
+    ) -> StepReport:
+        report = await super().learn(advantage_mean, advantage_std, iteration)
         if self.learnt == 3:
             ballast = self.disk / "ballast"
             with ballast.open("wb", buffering=0) as file:

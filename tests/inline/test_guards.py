@@ -138,9 +138,11 @@ def test_a_spike_that_comes_back_with_every_batch_ends_the_run(tmp_path: Path) -
 class _BrokenOnce(FakePolicy):
     """Reports a broken loss the first time that it learns the iteration ``fault_at``."""
 
-    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+    async def learn(
+        self, advantage_mean: float, advantage_std: float, iteration: int
+    ) -> StepReport:
         is_next = self.learnt + 1 == self.fault_at
-        report = await super().learn(advantage_mean, advantage_std)
+        report = await super().learn(advantage_mean, advantage_std, iteration)
         if is_next:
             self.fault_at = 0
         return report

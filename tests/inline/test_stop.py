@@ -20,8 +20,10 @@ class StoppedPolicy(FakePolicy):
 
     harness: Harness
 
-    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
-        report = await super().learn(advantage_mean, advantage_std)
+    async def learn(
+        self, advantage_mean: float, advantage_std: float, iteration: int
+    ) -> StepReport:
+        report = await super().learn(advantage_mean, advantage_std, iteration)
         if self.learnt == 3:
             self.harness.loop.request_stop()
         return report
@@ -82,11 +84,13 @@ class InterruptedPolicy(FakePolicy):
     harness: Harness
     phase = "learn"
 
-    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+    async def learn(
+        self, advantage_mean: float, advantage_std: float, iteration: int
+    ) -> StepReport:
         if self.learnt == 2 and self.phase == "learn":
             self.harness.loop.interrupt()
             await asyncio.sleep(0)
-        return await super().learn(advantage_mean, advantage_std)
+        return await super().learn(advantage_mean, advantage_std, iteration)
 
     async def logprobs(self, shard: Shard) -> tuple[list[np.ndarray], Mismatch]:
         if self.learnt == 3 and self.phase == "score":
@@ -121,11 +125,13 @@ def test_an_interruption_keeps_what_is_learnt_and_drops_what_is_sampled(
 
 def test_learning_that_is_late_is_dropped_and_learnt_again(tmp_path: Path) -> None:
     class LatePolicy(InterruptedPolicy):
-        async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+        async def learn(
+            self, advantage_mean: float, advantage_std: float, iteration: int
+        ) -> StepReport:
             if self.learnt == 2:
                 self.harness.task.cancel()
                 await asyncio.sleep(60)
-            return await super().learn(advantage_mean, advantage_std)
+            return await super().learn(advantage_mean, advantage_std, iteration)
 
     whole = Harness(make_config(tmp_path / "whole", save_every=4))
     whole.run()

@@ -68,6 +68,7 @@ def take_steps(engine: Any, first: int, discarding: bool = False) -> list[float]
             backward(engine, 100 + number, scale)
             engine.discard()
         backward(engine, number)
+        engine.set_learning_rate(OPTIMIZER["learning_rate"] * (1 - number / (4 * STEPS)))
         norms.append(engine.step())
     return norms
 

@@ -183,6 +183,11 @@ class DeepSpeedEngine:
     def _set_loss_scale(self, scale: float) -> None:
         self._optimizer.override_loss_scale(min(max(scale, 1.0), FLOAT16_LOSS_SCALE))
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate."""
+        for group in self._adam().param_groups:
+            group["lr"] = rate
+
     def discard(self) -> None:
         """Drop the gradients. DeepSpeed frees them only in a step, so take one and undo it."""
         state = self.export_state()

@@ -37,9 +37,13 @@ _ROW_OF = {
 """Row of a metric by the longest of these that its name begins with; else the first row."""
 
 _CORRECTED = "with ppo.importance_cap or ppo.importance_mask"
+_SCHEDULED = "with ppo.scheduler or ppo.warmup_iterations"
 _NOT_ALWAYS: Mapping[str, str] = {
     "cost/per_1000_samples": "where cluster.gpu_hour_price is set",
     "loss/kl_avg": "where ppo.kl_in is loss",
+    "policy/learning_rate": _SCHEDULED,
+    "val/learning_rate": _SCHEDULED,
+    "policy/epochs": "with ppo.stop_kl",
     "sampler/weight_mean": _CORRECTED,
     "sampler/masked_share": _CORRECTED,
     "sampler/ess_share": _CORRECTED,

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
@@ -134,44 +133,6 @@ def test_importance_weights_scale_the_loss_of_each_token(
     assert report.metrics["sampler/ess_share"] == pytest.approx(ess, rel=1e-4)
 
 
-@pytest.mark.parametrize("level", ["token", "geometric"])
-def test_what_is_masked_takes_no_part_in_the_mean(
-    make_learner: MakeLearner, rollouts: list[Rollout], level: str
-) -> None:
-    lengths = [len(r.response_ids) for r in rollouts]
-    rows = [row + 5 for row in make_learner(PolicyLearner).logprobs(rollouts)[0]]
-    if level == "geometric":
-        rows = [np.full(len(row), row.mean()) for row in rows]
-    ratios = np.exp(np.concatenate(rows))
-    low = min(float(np.median(ratios)), 0.9)
-    kept = (ratios >= low) & (ratios <= 2.0)
-    mask = {"level": level, "low": low * 0.9999, "high": 2.0}
-    ppo = {"importance_mask": mask, "advantage": "reinforce", "mini_batch_size": 8}
-    learner = make_learner(PolicyLearner, ppo=ppo)
-    assert 0 < kept.sum() < len(kept)
-    assemble(learner, rollouts)
-    report = learner.learn(0.0, 1.0)
-    scores = np.repeat(SCORES, lengths)
-    assert report.metrics["loss/policy_avg"] == pytest.approx(-scores[kept].mean(), rel=1e-4)
-    assert report.metrics["sampler/masked_share"] == pytest.approx(1 - kept.mean())
-    assert report.metrics["sampler/weight_mean"] == pytest.approx(kept.mean())
-
-
-def test_a_mini_batch_that_is_masked_whole_moves_nothing(
-    make_learner: MakeLearner, rollouts: list[Rollout]
-) -> None:
-    ppo = {
-        "importance_mask": {"low": 1.0, "high": 1.0001},
-        "entropy_coef": 0.1,
-        "mini_batch_size": 8,
-    }
-    learner = make_learner(PolicyLearner, ppo=ppo)
-    assemble(learner, rollouts, values=[np.zeros(len(r.response_ids)) for r in rollouts])
-    metrics = learner.learn(0.0, 1.0).metrics
-    assert metrics["sampler/masked_share"] == 1
-    assert metrics["loss/policy_avg"] == metrics["policy/grad_norm"] == 0
-
-
 def test_unequal_clips_and_a_dual_clip_bound_the_ratio(
     make_learner: MakeLearner, rollouts: list[Rollout]
 ) -> None:
@@ -192,78 +153,6 @@ def test_unequal_clips_and_a_dual_clip_bound_the_ratio(
     assert loss_of() == pytest.approx(expected(1.2, np.e), rel=1e-3)
     assert loss_of(clip_range_high=0.5) == pytest.approx(expected(1.5, np.e), rel=1e-3)
     assert loss_of(dual_clip=2.0) == pytest.approx(expected(1.2, 2.0), rel=1e-3)
-
-
-MEANS = ("token_mean", "sequence_mean", "dr_grpo")
-
-
-def gradient_of(learner: Any, rollouts: list[Rollout], rank: int = 0, world_size: int = 1) -> Any:
-    """Return the gradient of a mini-batch on one rank."""
-    engine = learner._engine
-    engine.rank, engine.world_size, found = rank, world_size, []
-    engine.sum_over_ranks = lambda value: value
-
-    def step() -> float:
-        found.append(torch.cat([p.grad.flatten() for p in engine._trainable.values()]))
-        return float(engine.discard() or 0.0)
-
-    engine.step = step
-    learner.assemble(
-        0.5,
-        [tuple(SCORES)],
-        rollouts,
-        *[[np.full(len(r.response_ids), nats, np.float32) for r in rollouts] for nats in (-5, -6)],
-        None,
-    )
-    learner.learn(0.0, 1.0)
-    return found[0]
-
-
-@pytest.mark.parametrize("policy_loss", ["clip", "gspo", "cispo"])
-@pytest.mark.parametrize("mean", MEANS)
-def test_a_step_depends_on_neither_micro_batches_nor_ranks(
-    make_learner: MakeLearner, rollouts: list[Rollout], mean: str, policy_loss: str
-) -> None:
-    """With the terms of entropy and KL, which are the same mean."""
-    ppo = {
-        "loss_aggregation": mean,
-        "policy_loss": policy_loss,
-        "advantage": "reinforce",
-        "mini_batch_size": 8,
-        "entropy_coef": 0.1,
-        "kl_in": "loss",
-        "kl_estimator": "k3",
-    }
-    whole = gradient_of(make_learner(PolicyLearner, ppo=ppo), rollouts)
-    small = {**ppo, "max_tokens_per_micro_batch": 48}
-    assert whole.norm() > 0
-    torch.testing.assert_close(
-        gradient_of(make_learner(PolicyLearner, ppo=small), rollouts), whole, rtol=1e-3, atol=1e-5
-    )
-    ranks = [
-        gradient_of(make_learner(PolicyLearner, ppo=small), rollouts, rank, 2) for rank in (0, 1)
-    ]
-    torch.testing.assert_close(sum(ranks) / 2, whole, rtol=1e-3, atol=1e-5)
-
-
-def test_the_loss_is_the_mean_that_was_asked_for(
-    make_learner: MakeLearner, rollouts: list[Rollout]
-) -> None:
-    """At a ratio of 1 a token's loss is minus its advantage, which is the response's score."""
-    lengths = np.array([len(r.response_ids) for r in rollouts])
-    expected = {
-        "token_mean": np.dot(SCORES, lengths) / lengths.sum(),
-        "sequence_mean": np.mean(SCORES),
-        "dr_grpo": np.dot(SCORES, lengths) / (8 * 16),
-    }
-    for mean in MEANS:
-        ppo = {"loss_aggregation": mean, "advantage": "reinforce", "mini_batch_size": 8}
-        for max_tokens in (48, 8192):
-            small = {"max_tokens_per_micro_batch": max_tokens}
-            learner = make_learner(PolicyLearner, ppo=ppo | small)
-            assemble(learner, rollouts)
-            loss = learner.learn(0.0, 1.0).metrics["loss/policy_avg"]
-            assert loss == pytest.approx(-expected[mean], rel=1e-4), mean
 
 
 def test_a_score_behind_the_last_token_has_a_value_of_its_own(

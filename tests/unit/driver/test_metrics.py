@@ -226,6 +226,6 @@ def test_running_moments_and_raw_scores_do_not_know_of_it() -> None:
 
 def test_the_kl_coefficient_adapts_by_samples_of_steps_alone() -> None:
     ppo = PpoConfig(batch_size=64, mini_batch_size=16, epochs=2)
-    assert num_stepped_on(64, {}, ppo) == 64
-    assert num_stepped_on(64, {"policy/steps_skipped": 2.0}, ppo) == 48
-    assert num_stepped_on(64, {"policy/steps_skipped": 8.0}, ppo) == 0
+    assert num_stepped_on(64, {}, ppo, 1) == 64
+    assert num_stepped_on(64, {"policy/steps_skipped": 2.0}, ppo, 1) == 48
+    assert num_stepped_on(64, {"policy/steps_skipped": 8.0}, ppo, 1) == 0
