@@ -62,13 +62,15 @@ class CriticLearner(Learner):
     def values(self, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], None]:
         """Return [T] fp32 values of the states in which each response's tokens were chosen.
 
-        With ``ppo.score_position: first_pad`` a row has one more: the state after the last token.
+        With ``ppo.score_position: first_pad``, or to bootstrap, a row has one more: the state after
+        the last token.
         """
+        ppo = self._config.ppo
         values = response_values(
             self._forward,
             rollouts,
-            one_behind=self._config.ppo.score_position == "first_pad",
-            max_tokens=self._config.ppo.max_tokens_per_micro_batch,
+            one_behind=ppo.score_position == "first_pad" or ppo.overlong.truncated == "bootstrap",
+            max_tokens=ppo.max_tokens_per_micro_batch,
             device=self._engine.device,
         )
         return values, None

@@ -149,6 +149,7 @@ class Learner(ABC):
             ref_logprobs=in_order(parts[2 * count : 3 * count]),
             values=in_order(parts[3 * count :]) if has_critic else None,
             scores_B=torch.tensor(in_order(scores)),
+            cut_off=[rollout.finish_reason == "length" for rollout in rollouts],
         )
         whole = self._assembler(batch, kl_coef)
         experience = self._learnt_from(whole)

@@ -16,7 +16,7 @@ from rlhf_ray.algorithms.experience import Assembled, Experience
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.logprobs import sampling_rule
 from rlhf_ray.algorithms.policy_losses import resolve_policy_loss
-from rlhf_ray.algorithms.token_weights import WeightedExperience, weighted
+from rlhf_ray.algorithms.token_weights import PolicyExperience, corrected
 from rlhf_ray.algorithms.whitening import masked_mean, whiten, zero_padding
 from rlhf_ray.config import Config
 from rlhf_ray.engines.served_adapters import (
@@ -109,12 +109,12 @@ class PolicyLearner(Learner):
         self._experience = dataclasses.replace(batch, advantages_BT=advantages_BT)
 
     def _learnt_from(self, whole: Assembled) -> Experience:
-        return whole.experience
+        batch, self._correction = corrected(whole.experience, self._config.ppo, whole.cut_off_B)
+        return batch
 
-    def _weighted(self, batch: Experience) -> WeightedExperience:
-        max_tokens = self._config.rollout.max_tokens
-        weights, self._correction = weighted(batch, self._config.ppo, max_tokens)
-        return weights
+    def _weighted(self, batch: Experience) -> Experience:
+        assert isinstance(batch, PolicyExperience), "`_learnt_from` makes one"
+        return batch.weighted(self._config.ppo, self._config.rollout.max_tokens)
 
     def _learning_rate(self, iteration: int, num_idle: int = 0) -> float:
         return super()._learning_rate(iteration, self._config.ppo.critic_warmup)
@@ -129,7 +129,7 @@ class PolicyLearner(Learner):
         return total / sum(self._mini_batch_tokens) > bound
 
     def _loss(self, batch: Experience, num_tokens: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        assert isinstance(batch, WeightedExperience), "`_weighted` makes one"
+        assert isinstance(batch, PolicyExperience), "`_learnt_from` makes one"
         ppo = self._config.ppo
         logprobs_BT, entropy_BT = chunked_logprobs(
             self._engine.model,

@@ -176,9 +176,12 @@ class Collected:
     ref_logprobs: "Rows"
     """[T] log-probs of the reference."""
     values: "Rows | None"
-    """[T] or, with the position `first_pad`, [T + 1] values of the critic; None without one."""
+    """[T] values of the critic, with the position `first_pad` or to bootstrap [T + 1]; None without
+    one."""
     scores_B: Tensor
     """Score of each response."""
+    cut_off: Sequence[bool] = ()
+    """Whether each response was cut off at its limit; empty: none was."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +191,12 @@ class Assembled:
     experience: Experience
     """The batch, its advantages not whitened yet; values and returns are zero without a critic."""
     rewards_BT: Tensor
-    """Reward of each token; with `first_pad` the score may stand one after the last token."""
+    """Reward of each token, its score included, also where a value replaces that in the
+    advantages; with `first_pad` the score may stand one after the last token."""
     value_mask_BT: Tensor
     """Where the critic learns: on the mask, and where a score stands after the last token."""
+    cut_off_B: Tensor
+    """Whether each response was cut off at its limit."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,8 @@ class Assembler:
     position: ScorePosition
     max_tokens: int
     """Length limit of responses: after one of this length no position is left for the score."""
+    bootstraps: bool = False
+    """Whether the value of the state behind a response that was cut off replaces its score."""
 
     @classmethod
     def of(cls, ppo: PpoConfig, max_tokens: int) -> Self:
@@ -225,6 +233,7 @@ class Assembler:
             kl_in=ppo.kl_in,
             position=ppo.score_position,
             max_tokens=max_tokens,
+            bootstraps=ppo.overlong.truncated == "bootstrap",
         )
 
     def __call__(self, batch: Collected, kl_coef: float) -> Assembled:
@@ -247,11 +256,17 @@ class Assembler:
         kl_BT = kl_estimate(old_BT, ref_BT, self.kl_kind)
         penalty = kl_coef if self.kl_in == "reward" else 0.0
         rewards_BT = token_rewards(batch.scores_B, kl_BT, mask_BT, penalty, self.position)
+        cut_off_B = torch.tensor(batch.cut_off or [False] * len(batch.scores_B))
+        scores_B, learnt_BT = batch.scores_B, rewards_BT
+        if self.bootstraps and batch.values is not None:
+            behind_B = torch.tensor([float(row[-1]) for row in batch.values])
+            scores_B = torch.where(cut_off_B, self.gamma * behind_B, scores_B)
+            learnt_BT = token_rewards(scores_B, kl_BT, mask_BT, penalty, self.position)
         # Where policy and reference agree, their KL is the rounding of their log-probs.
         nats_BT = (old_BT.abs() + ref_BT.abs()).clamp(min=SMALLEST_NATS)
         nats_B = zero_padding(nats_BT, mask_BT).sum(1)
-        sizes_B = batch.scores_B.abs() + penalty * nats_B
-        advantages_BT = self._advantages(rewards_BT, value_mask_BT, values_BT, sizes_B)
+        sizes_B = scores_B.abs() + penalty * nats_B
+        advantages_BT = self._advantages(learnt_BT, value_mask_BT, values_BT, sizes_B)
         has_critic = self.estimator.needs_critic
         returns_BT = advantages_BT + values_BT if has_critic else torch.zeros_like(values_BT)
         experience = Experience(
@@ -267,7 +282,7 @@ class Assembler:
             advantages_BT=zero_padding(advantages_BT, mask_BT),
             returns_BT=zero_padding(returns_BT, value_mask_BT),
         )
-        return Assembled(experience, rewards_BT, value_mask_BT)
+        return Assembled(experience, rewards_BT, value_mask_BT, cut_off_B)
 
     def _advantages(
         self, rewards_BT: Tensor, mask_BT: Tensor, values_BT: Tensor, sizes_B: Tensor

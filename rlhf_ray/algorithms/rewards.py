@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.whitening import require_same_shape, zero_padding
+from rlhf_ray.config.overlong import OverlongConfig
 
 ScorePosition = Literal["last_token", "first_pad"]
 
@@ -44,6 +45,25 @@ def token_rewards(
     at_score_BT = score_position(mask_BT, position)
     scores_BT = scores_B.float().unsqueeze(1).expand(mask_BT.shape)
     return zero_padding(-kl_coef * kl_BT.float(), mask_BT) + zero_padding(scores_BT, at_score_BT)
+
+
+def length_penalty(overlong: OverlongConfig, max_tokens: int, length: int) -> float:
+    """Return what a response's length takes off its score.
+
+        per_token * length + penalty * clamp((length - (max_tokens - buffer)) / buffer, 0, 1)
+
+    The second term is DAPO's soft overlong punishment, Yu et al. 2025 (arXiv:2503.14476) eq. 13.
+
+    Args:
+        overlong: the config.
+        max_tokens: length limit of responses.
+        length: of the response, tokens.
+    """
+    taken = overlong.per_token * length
+    if overlong.buffer is None:
+        return taken
+    beyond = length - (max_tokens - overlong.buffer)
+    return taken + overlong.penalty * min(max(beyond / overlong.buffer, 0.0), 1.0)
 
 
 def score_position(mask_BT: Tensor, position: ScorePosition) -> Tensor:

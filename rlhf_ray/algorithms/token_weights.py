@@ -20,35 +20,57 @@ Aggregation = Literal["token_mean", "sequence_mean", "dr_grpo"]
 
 
 @dataclass(frozen=True)
-class WeightedExperience(Experience):
+class PolicyExperience(Experience):
     """A batch that the policy learns from."""
 
-    weights_BT: Tensor
-    """Weight of each token in every term of the loss (`aggregation_weights`); 0 on padding."""
+    kept_BT: Tensor
+    """1 on the tokens that take part in the loss."""
     importance_BT: Tensor
-    """Weight of each token besides, in the term of the advantages (`correction`); 0 on padding."""
+    """Weight of each token in the term of the advantages (`correction`)."""
+    weights_BT: Tensor
+    """Weight of each token in every term of the loss (`aggregation_weights`); 0 if not kept."""
+
+    def weighted(self, ppo: PpoConfig, max_tokens: int) -> "PolicyExperience":
+        """Return the batch with the weights of its mini-batches, which are consecutive rows.
+
+        Args:
+            ppo: the config.
+            max_tokens: length limit of responses.
+        """
+        size = ppo.mini_batch_size
+        weights = [
+            aggregation_weights(
+                self.mask_BT[first : first + size],
+                self.kept_BT[first : first + size],
+                ppo.loss_aggregation,
+                max_tokens,
+            )
+            for first in range(0, len(self.mask_BT), size)
+        ]
+        return dataclasses.replace(self, weights_BT=torch.cat(weights))
 
     def weighted_sum(self, values_BT: Tensor) -> Tensor:
         """Sum over the tokens by their weights: fp32 scalar, differentiable."""
         return masked_sum(values_BT * self.weights_BT, self.mask_BT)
 
 
-def weighted(
-    batch: Experience, ppo: PpoConfig, max_tokens: int
-) -> tuple[WeightedExperience, dict[str, float]]:
-    """Weigh a batch's tokens; its mini-batches are consecutive rows.
+def corrected(
+    batch: Experience, ppo: PpoConfig, cut_off_B: Tensor
+) -> tuple[PolicyExperience, dict[str, float]]:
+    """Correct a batch for the mismatch of engine and learner, and leave out what is cut off.
 
     Args:
         batch: all of its rows.
         ppo: the config.
-        max_tokens: length limit of responses.
+        cut_off_B: whether each response was cut off at its limit.
 
     Returns:
-        The batch, and the metrics of its correction; none if there is none.
+        The batch, without weights of mini-batches, and the metrics of its correction; none if there
+        is none.
     """
-    mask_BT, size = batch.mask_BT, ppo.mini_batch_size
+    mask_BT = batch.mask_BT
     logprobs = (batch.old_logprobs_BT, batch.rollout_logprobs_BT, mask_BT)
-    importance_BT, kept_BT = mask_BT.float(), mask_BT
+    importance_BT, kept_BT = mask_BT.float(), mask_BT.bool()
     if ppo.importance_cap is not None:
         importance_BT = truncated_importance_weights(
             *logprobs, ppo.importance_cap, ppo.importance_level
@@ -56,18 +78,13 @@ def weighted(
     if (bounds := ppo.importance_mask) is not None:
         kept_BT = mask_within(*logprobs, bounds.level, bounds.low, bounds.high)
     metrics = correction_metrics(importance_BT, kept_BT, mask_BT) if ppo.is_corrected else {}
-    weights = [
-        aggregation_weights(
-            mask_BT[first : first + size],
-            kept_BT[first : first + size],
-            ppo.loss_aggregation,
-            max_tokens,
-        )
-        for first in range(0, len(mask_BT), size)
-    ]
+    if ppo.overlong.truncated == "mask":
+        kept_BT = kept_BT & ~cut_off_B.unsqueeze(1)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    whole = WeightedExperience(**fields, weights_BT=torch.cat(weights), importance_BT=importance_BT)
-    return whole, metrics
+    weights_BT = kept_BT.float()
+    return PolicyExperience(
+        **fields, kept_BT=kept_BT, importance_BT=importance_BT, weights_BT=weights_BT
+    ), metrics
 
 
 def aggregation_weights(

@@ -7,35 +7,14 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.algorithms import ESTIMATORS, POLICY_LOSSES
+from rlhf_ray.config.importance_mask import ImportanceMaskConfig
+from rlhf_ray.config.overlong import OverlongConfig
 from rlhf_ray.config.section import (
     Section,
     adjustable,
     changeable,
     fixed,
 )
-
-
-class ImportanceMaskConfig(Section):
-    """Leaves out of the policy's loss where learner and engine are too far apart."""
-
-    level: Literal["token", "sequence", "geometric"] = adjustable(
-        "token",
-        description="What is left out. token: a token, by its own ratio; sequence: a response, by "
-        "the product of its tokens' ratios; geometric: a response, by their geometric mean.",
-    )
-    low: float = adjustable(
-        0.0, unit="–", ge=0, le=1, description="Smallest ratio that is kept; 0: no bound."
-    )
-    high: float = adjustable(..., unit="–", ge=1, description="Largest ratio that is kept.")
-
-    @model_validator(mode="after")
-    def _keeps_something(self) -> "ImportanceMaskConfig":
-        if self.low == self.high:
-            raise ValueError(
-                "ppo.importance_mask.low 1 and high 1 leave out whatever is not exactly 1; lower "
-                "the first or raise the second"
-            )
-        return self
 
 
 class PpoConfig(Section):
@@ -199,6 +178,9 @@ class PpoConfig(Section):
         description="Subtracted from the score of a response that did not end by itself, after "
         "the sources' baseline, scaling and clip.",
     )
+    overlong: OverlongConfig = fixed(
+        OverlongConfig(), description="Long responses, and those that are cut off at their limit."
+    )
     max_staleness: int = changeable(
         0,
         unit="versions",
@@ -276,6 +258,7 @@ class PpoConfig(Section):
                 f"{self.batch_size // 5}, or ppo.kl_target to null"
             )
         self._schedule()
+        self._bootstrap()
         if self.importance_level != "token" and self.importance_cap is None:
             raise ValueError(
                 f"ppo.importance_level {self.importance_level} has no effect without weights; set "
@@ -301,16 +284,45 @@ class PpoConfig(Section):
 
     def _schedule(self) -> None:
         estimator = ESTIMATORS.get(self.advantage)
-        if self.critic_warmup and estimator is not None and not estimator.needs_critic:
-            raise ValueError(
-                f"ppo.critic_warmup {self.critic_warmup} needs a critic, which ppo.advantage "
-                f"{self.advantage} has none of; leave it out, or set ppo.advantage=gae"
-            )
+        if estimator is not None and not estimator.needs_critic:
+            self.refuse_keys_of_a_critic()
         if self.critic_warmup + self.warmup_iterations >= self.iterations:
             raise ValueError(
                 f"ppo.critic_warmup {self.critic_warmup} and ppo.warmup_iterations "
                 f"{self.warmup_iterations} leave nothing of ppo.iterations {self.iterations}; "
                 "lower one of the first two or raise the third"
+            )
+
+    def refuse_keys_of_a_critic(self) -> None:
+        """Refuse what needs a critic, where the advantage function asks for no values.
+
+        Raises:
+            ValueError: such a key is set.
+        """
+        set_keys = {
+            "critic_warmup": self.critic_warmup or None,
+            "overlong.truncated": "bootstrap" if self.overlong.truncated == "bootstrap" else None,
+        }
+        for name, value in set_keys.items():
+            if value is not None:
+                raise ValueError(
+                    f"ppo.{name} {value} needs a critic, which a run with ppo.advantage "
+                    f"{self.advantage} has not; leave it out, or set ppo.advantage=gae"
+                )
+
+    def _bootstrap(self) -> None:
+        if self.overlong.truncated != "bootstrap":
+            return
+        if self.missing_eos_penalty:
+            raise ValueError(
+                f"ppo.missing_eos_penalty {self.missing_eos_penalty:g} has no effect with "
+                "ppo.overlong.truncated bootstrap, which replaces the score that it is subtracted "
+                "from; set only one of them"
+            )
+        if self.score_position != "last_token":
+            raise ValueError(
+                "ppo.overlong.truncated bootstrap needs ppo.score_position last_token: behind it "
+                "stands the value that replaces the score"
             )
 
 

@@ -195,7 +195,7 @@ class Config(Section):
         if self.placement.turns:
             self._colocation_is_possible()
         self.require_corrected_truncation(self.engine_is_exact)
-        self._responses_can_end()
+        self.ppo.overlong.require_endings(self.rollout, self.ppo.missing_eos_penalty)
         if self.rollout.autoscale is not None:
             self._generators_start_within_bounds(self.rollout.autoscale)
         if self.cluster.mode == "inline":
@@ -310,15 +310,6 @@ class Config(Section):
                 f"learner ({self.model.dtype}, quantization {self.model.quantization}) round "
                 "differently and may keep different tokens. Set ppo.importance_cap (usually 2) to "
                 "correct for it, or use float32 on both sides and CPUs, or leave them out"
-            )
-
-    def _responses_can_end(self) -> None:
-        penalty = self.ppo.missing_eos_penalty
-        if penalty and self.rollout.ignore_eos and not self.rollout.stop:
-            raise ValueError(
-                f"ppo.missing_eos_penalty {penalty:g} would apply to every response, because with "
-                "rollout.ignore_eos none ends by itself; set only one of them, or add stop "
-                "strings in rollout.stop"
             )
 
     def _inline_is_one_process(self) -> None:

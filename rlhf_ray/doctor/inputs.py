@@ -38,12 +38,11 @@ def require_inputs(config: Config, stages: Collection[str]) -> None:
 
 def _require_critic(config: Config) -> None:
     """Check that the advantage function can be used, and has a critic if keys are about one."""
-    estimator = resolve(config.ppo.advantage)
-    if config.ppo.critic_warmup and not estimator.needs_critic:
-        raise ConfigError(
-            f"ppo.critic_warmup {config.ppo.critic_warmup} needs a critic: ppo.advantage "
-            f"{config.ppo.advantage} does not ask for values_BT"
-        )
+    if not resolve(config.ppo.advantage).needs_critic:
+        try:
+            config.ppo.refuse_keys_of_a_critic()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def files_of_roles(folder: RunFolder) -> list[str]:

@@ -1,7 +1,7 @@
 """The metrics of an iteration, and the summary of a run."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from statistics import fmean, pstdev
@@ -14,7 +14,14 @@ from rlhf_ray.driver.checkpoint import PlainMoments, RunState
 from rlhf_ray.driver.guards import GUARDS
 from rlhf_ray.errors import DivergenceError
 from rlhf_ray.rewards.combine import combine, raw_sums
-from rlhf_ray.types import AssembledStats, GeneratorsReport, RawScores, ScoredShard, StepReport
+from rlhf_ray.types import (
+    AssembledStats,
+    GeneratorsReport,
+    RawScores,
+    ScoredShard,
+    ShardInfo,
+    StepReport,
+)
 
 
 def joined(parts: Sequence[RawScores]) -> RawScores:
@@ -27,12 +34,13 @@ def with_scores(
     sources: Sequence[SourceConfig],
     moments: PlainMoments,
     missing_eos_penalty: float = 0.0,
+    of_length: Callable[[int], float] | None = None,
 ) -> tuple[list[ScoredShard], PlainMoments]:
     """Fill in the combined scores of a batch in prompt order; return it with the new moments.
 
     The missing-EOS penalty is subtracted last, from the combined score of each response that was
-    cut off. So it does not change any source's moments, clip or raw score, and a response without
-    a score gets it as well.
+    cut off, and with it ``of_length`` of each response's length. So they do not change any source's
+    moments, clip or raw score, and a response without a score gets them as well.
 
     Raises:
         DivergenceError: no source scored any response.
@@ -40,16 +48,18 @@ def with_scores(
     known = {name: Moments(*values) for name, values in moments.items()}
     combined = combine(sources, joined([scored.raw_scores for scored in batch]), known)
     scores = iter(combined.scores)
-    penalties = {True: 0.0, False: missing_eos_penalty}
-    filled = [
-        replace(
-            scored,
-            scores=tuple(
-                next(scores) - penalties[stopped] for stopped in scored.shard.info.stopped
-            ),
-        )
-        for scored in batch
-    ]
+
+    def shaped(info: ShardInfo) -> tuple[float, ...]:
+        penalties = {True: 0.0, False: missing_eos_penalty}
+        own = [next(scores) - penalties[stopped] for stopped in info.stopped]
+        if of_length is not None:
+            own = [
+                score - of_length(num)
+                for score, num in zip(own, info.response_lengths, strict=True)
+            ]
+        return tuple(own)
+
+    filled = [replace(scored, scores=shaped(scored.shard.info)) for scored in batch]
     plain = {
         name: (known.count, known.total, known.total_sq) for name, known in combined.moments.items()
     }

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from rlhf_ray.algorithms.kl_controller import kl_controller
+from rlhf_ray.algorithms.rewards import length_penalty
 from rlhf_ray.config import Config
 from rlhf_ray.driver.batches import (
     PromptCursor,
@@ -222,9 +223,9 @@ class PpoLoop:
         config = self._config
         batch = await self._rollouts.sample(self._requests(draw), draw.batch)
         self._ledger.arrived(draw, [scored.shard.info for scored in batch])
-        return with_scores(
-            batch, config.rewards, self._state.reward_moments, config.ppo.missing_eos_penalty
-        )
+        ppo, moments = config.ppo, self._state.reward_moments
+        of_length = partial(length_penalty, ppo.overlong, config.rollout.max_tokens)
+        return with_scores(batch, config.rewards, moments, ppo.missing_eos_penalty, of_length)
 
     async def _learn(
         self, batch: Sequence[ScoredShard], draw: Draw

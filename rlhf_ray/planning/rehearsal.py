@@ -69,6 +69,7 @@ def worst_keys(config: Config) -> dict[str, dict[str, object]]:
             "save_every": 1,
             "eval_every": ITERATIONS,
             "missing_eos_penalty": 0.0,
+            "overlong": {"truncated": "score"},
             "critic_warmup": 0,
             "warmup_iterations": 0,
         },

@@ -1,6 +1,7 @@
 """Tests of the weights of a batch's tokens in the policy's loss: means over them, and masks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from assembled_batches import SCORES, assemble, columns
 
+from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
 from rlhf_ray.types import Rollout
 
@@ -117,3 +119,49 @@ def test_a_mini_batch_that_is_masked_whole_moves_nothing(
     metrics = learner.learn(0.0, 1.0).metrics
     assert metrics["sampler/masked_share"] == 1
     assert metrics["loss/policy_avg"] == metrics["policy/grad_norm"] == 0
+
+
+def cut_off(rollouts: list[Rollout], rows: set[int]) -> list[Rollout]:
+    return [
+        replace(rollout, finish_reason="length" if row in rows else "stop")
+        for row, rollout in enumerate(rollouts)
+    ]
+
+
+def test_responses_that_were_cut_off_can_be_left_out_of_the_policys_loss(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    ppo = {
+        "overlong": {"truncated": "mask"},
+        "loss_aggregation": "sequence_mean",
+        "advantage": "reinforce",
+        "mini_batch_size": 8,
+    }
+    learner = make_learner(PolicyLearner, ppo=ppo)
+    stats = assemble(learner, learner, cut_off(rollouts, {1, 4}), kl_coef=0.0)
+    report = learner.learn(0.0, 1.0)
+    kept = [score for row, score in enumerate(SCORES) if row not in (1, 4)]
+    assert report.metrics["loss/policy_avg"] == pytest.approx(-np.mean(kept), rel=1e-4)
+    assert sorted(report.positions) == list(range(8))
+    assert stats.num_tokens == sum(len(r.response_ids) for r in rollouts)
+
+
+def test_the_critics_value_replaces_the_score_of_a_response_that_was_cut_off(
+    make_learner: MakeLearner, rollouts: list[Rollout]
+) -> None:
+    ppo = {"overlong": {"truncated": "bootstrap"}, "mini_batch_size": 8, "gae_lambda": 1.0}
+    critic, policy = (make_learner(kind, ppo=ppo) for kind in (CriticLearner, PolicyLearner))
+    values, _ = critic.values(rollouts)
+    lengths = [len(r.response_ids) for r in rollouts]
+    assert [len(row) for row in values] == [length + 1 for length in lengths]
+    values = [np.append(np.zeros(length, np.float32), np.float32(7)) for length in lengths]
+    scores, parts = columns(cut_off(rollouts, {1, 4}), policy.logprobs(rollouts)[0])
+    parts[9:] = [values[:3], values[3:6], values[6:]]
+    # Values are 0 and lambda is 1: returns and advantages are what stands at the end.
+    expected = [7.0 if row in (1, 4) else score for row, score in enumerate(SCORES)]
+    for learner, field in ((critic, "returns_BT"), (policy, "advantages_BT")):
+        stats = learner.assemble(0.0, scores, *parts)
+        found = getattr(learner._experience, field)[:, 0].tolist()
+        assert found == pytest.approx(expected), field
+        assert stats.reward_total == pytest.approx(sum(SCORES))
+        learner.learn(0.0, 1.0)

@@ -169,7 +169,7 @@ def test_a_redrawn_batch_is_whitened_and_weighed_as_the_first(
     [
         (
             {"advantage": "rloo", "samples_per_prompt": 2, "critic_warmup": 1},
-            r"critic_warmup 1 needs a critic, which ppo\.advantage rloo has none of",
+            r"critic_warmup 1 needs a critic, which a run with ppo\.advantage rloo has not",
         ),
         ({"critic_warmup": 4, "iterations": 4}, r"leave nothing of ppo\.iterations 4"),
         ({"warmup_iterations": 5, "iterations": 4}, r"leave nothing of ppo\.iterations 4"),

@@ -46,6 +46,28 @@ SAMPLER = "rollout.length_sampler={min: 32, max: 128}"
         ),
         (["ppo.missing_eos_penalty=-1.0"], r"ppo\.missing_eos_penalty"),
         (
+            ["ppo.overlong.buffer=64"],
+            r"ppo\.overlong\.buffer 64 must be below rollout\.max_tokens 64",
+        ),
+        (["ppo.overlong.buffer=0"], r"ppo\.overlong\.buffer"),
+        (["ppo.overlong.truncated=drop"], r"ppo\.overlong\.truncated"),
+        (
+            ["rollout.ignore_eos=true", "ppo.overlong.truncated=mask"],
+            r"ppo\.overlong\.truncated mask would apply to every response",
+        ),
+        (
+            ["ppo.overlong.truncated=bootstrap", "ppo.missing_eos_penalty=1.0"],
+            r"missing_eos_penalty 1 has no effect .* set only one",
+        ),
+        (
+            ["ppo.overlong.truncated=bootstrap", "ppo.score_position=first_pad"],
+            r"needs ppo\.score_position last_token",
+        ),
+        (
+            ["ppo.overlong.truncated=bootstrap", "ppo.advantage=reinforce"],
+            r"overlong\.truncated bootstrap needs a critic",
+        ),
+        (
             ["rollout.repetition_penalty=1.1"],
             r"rollout\.repetition_penalty 1\.1 is not supported.* leave it out",
         ),

@@ -210,6 +210,13 @@ def test_it_comes_after_baseline_and_clip() -> None:
     assert [scored.scores for scored in filled] == [(-2.0, -5.0), (-3.0, -4.5, 2.0)]
 
 
+def test_what_a_length_takes_off_comes_last_as_well() -> None:
+    filled, _ = with_scores(BATCH, source(clip=2.0), {}, 5.0, of_length=lambda num: 0.25 * num)
+    plain, _ = with_scores(BATCH, source(clip=2.0), {}, 5.0)
+    for one, other in zip(filled, plain, strict=True):
+        assert one.scores == pytest.approx([score - 0.25 for score in other.scores])
+
+
 def test_running_moments_and_raw_scores_do_not_know_of_it() -> None:
     plain, moments = with_scores(BATCH, source(scale="running"), {})
     penalised, same = with_scores(BATCH, source(scale="running"), {}, missing_eos_penalty=5.0)
