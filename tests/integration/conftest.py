@@ -54,6 +54,24 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prompts(tmp_path_factory.mktemp("prompts") / "p.jsonl", TEXTS)
 
 
+@pytest.fixture(scope="module")
+def vllm_here() -> Iterator[None]:
+    """The environment of vLLM engines that the tests' own process starts, for it and its learner.
+
+    The learner shares two cores with the engine: threads that wait for each other would spin.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_HOST_IP", "127.0.0.1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        patch.setenv("VLLM_NO_USAGE_STATS", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+
+
 class CommandLine:
     """`rlhf-ray` in processes of their own, marked so that every descendant is known by its mark.
 
@@ -68,8 +86,8 @@ class CommandLine:
         self._environment = {**os.environ, MARK: self.mark, "TMPDIR": str(temporary)}
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a command; its output goes to a file."""
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+        """Start a command, with further environment variables; its output goes to a file."""
         log = self._scratch / f"output-{len(self._started)}.txt"
         command = [str(Path(sys.executable).with_name("rlhf-ray")), *arguments]
         with log.open("wb") as output:
@@ -77,7 +95,7 @@ class CommandLine:
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env=self._environment | variables,
                 cwd=self._scratch,
             )
         self._started.append(process)

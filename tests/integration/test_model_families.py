@@ -1,4 +1,8 @@
-"""Llama 3, Qwen2.5 and Qwen3 shapes through SFT, reward, PPO and export, as chats."""
+"""Llama 3, Qwen2.5 and Qwen3 shapes through SFT, reward, PPO and export, as chats.
+
+In this process, but for vLLM's engine: what a family changes is in learners and engine, and not in
+Ray. One of them goes through Ray and DeepSpeed as well, on a quantised base.
+"""
 
 import json
 from pathlib import Path
@@ -12,11 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.config import load
 from rlhf_ray.serving import export
+from rlhf_ray.stages import pipeline
+from rlhf_ray.stages.ppo import stage as ppo
 
 if TYPE_CHECKING:
     from conftest import CommandLine
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("vllm_here"),
+]
 
 RUN = """
 cluster:
@@ -76,16 +87,24 @@ def check_ppo(run: Path, gap: float) -> None:
     assert records[1]["objective/kl"] != 0
 
 
-def train(command_line: "CommandLine", folder: Path, base: str, *keys: str) -> Path:
-    """Train on a base; the supervised stages in one process, which is what differs by family."""
-    config, run = folder / "run.yaml", folder / "run"
+def arguments(folder: Path, base: str) -> tuple[str, ...]:
+    """A config's file in a folder, and the keys of a run on a base."""
+    config = folder / "run.yaml"
     config.write_text(RUN, encoding="utf-8")
     data = (f"{key}={path}" for key, path in write_rows(folder).items())
-    arguments = ("run", str(config), f"run.dir={run}", f"model.path={base}", *data, *keys)
-    inline = ("cluster.mode=inline", "rollout.engine=transformers")
-    command_line.run(*arguments, "run.stages=[sft,reward]", *inline)
-    command_line.run(*arguments, "run.stages=[ppo]")
-    return run
+    return str(config), f"run.dir={folder / 'run'}", f"model.path={base}", *data
+
+
+SUPERVISED = ("cluster.mode=inline", "run.stages=[sft,reward]")
+
+
+def train(folder: Path, base: str, *keys: str) -> Path:
+    """Train on a base, every stage in this process."""
+    file, *given = arguments(folder, base)
+    config = load(file, [*given, *SUPERVISED, *keys])
+    pipeline.run(config)
+    ppo.run(config)
+    return folder / "run"
 
 
 def check_exports(run: Path) -> None:
@@ -110,28 +129,32 @@ def check_exports(run: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_goes_through_every_stage(
-    command_line: "CommandLine", tmp_path: Path, family: Family
-) -> None:
-    run = train(command_line, tmp_path, build(family, tmp_path / "base"))
+def test_a_family_goes_through_every_stage(tmp_path: Path, family: Family) -> None:
+    run = train(tmp_path, build(family, tmp_path / "base"))
     check_ppo(run, gap=1e-4)
     check_exports(run)
-    command_line.wait_until_nothing_left()
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_a_quantised_base_goes_through_every_stage(
-    command_line: "CommandLine", tmp_path: Path, quantization: str
-) -> None:
-    """The engine serves the base as it is, so the learner's rounding shows in the gap."""
-    run = train(
-        command_line,
-        tmp_path,
-        build("llama-3", tmp_path / "base"),
-        f"model.quantization={quantization}",
-        "policy.gradient_checkpointing=true",
-        "critic.gradient_checkpointing=true",
-        "rollout.max_gap=0.3",
-    )
+QUANTISED = (
+    "policy.gradient_checkpointing=true",
+    "critic.gradient_checkpointing=true",
+    "rollout.max_gap=0.3",
+)
+"""The engine serves the base as it is, so the learner's rounding shows in the gap."""
+
+
+def test_an_int8_base_goes_through_every_stage(tmp_path: Path) -> None:
+    base = build("llama-3", tmp_path / "base")
+    run = train(tmp_path, base, "model.quantization=int8", *QUANTISED)
     check_ppo(run, gap=0.3)
+
+
+def test_an_nf4_base_goes_through_every_stage_on_ray(
+    command_line: "CommandLine", tmp_path: Path
+) -> None:
+    file, *given = arguments(tmp_path, build("llama-3", tmp_path / "base"))
+    given += ["model.quantization=nf4", *QUANTISED]
+    pipeline.run(load(file, [*given, *SUPERVISED]))
+    command_line.run("run", file, *given, "run.stages=[ppo]")
+    check_ppo(tmp_path / "run", gap=0.3)
     command_line.wait_until_nothing_left()
