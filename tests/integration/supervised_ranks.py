@@ -1,4 +1,4 @@
-"""One of several processes that train a supervised stage together, started by its tests."""
+"""One of several processes that train supervised stages together, started by its tests."""
 
 import json
 import sys
@@ -20,10 +20,8 @@ from rlhf_ray.stages.supervised.sft import SftTraining
 from rlhf_ray.stages.supervised.trainer import train
 
 
-def main(config_file: str, stage: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def train_stage(config_file: str, stage: str, out: Path, rank: int = 0, world: int = 1) -> None:
+    """Train, here or as one of several ranks; rank 0 writes numbers and weights."""
     config = load(Path(config_file), [])
     training = open_training(
         {"sft": SftTraining, "reward": RewardTraining}[stage], config, str(config.model.path)
@@ -38,14 +36,24 @@ def main(config_file: str, stage: str, out: str) -> None:
             data = packed_blocks("sft", documents, config.sft, pad_id(tokenizer))
         for split, rows in data.items():
             rows.save_to_disk(str(training.data / split))
-    torch.distributed.barrier()
+    if world > 1:
+        torch.distributed.barrier()
     trained = train(training, world)
     if rank == 0:
-        Path(out).mkdir()
+        out.mkdir()
         (file,) = training.folder.glob("*/adapter_model.safetensors")
-        Path(out, "weights.safetensors").write_bytes(file.read_bytes())
+        (out / "weights.safetensors").write_bytes(file.read_bytes())
         losses = {"before_loss": trained.before["loss"], "after_loss": trained.after["loss"]}
-        Path(out, "numbers.json").write_text(json.dumps(losses | {"processes": world}))
+        (out / "numbers.json").write_text(json.dumps(losses | {"processes": world}))
+
+
+def main(*stages: str) -> None:
+    """Train one stage after the other, each named as ``STAGE=CONFIG=FOLDER``."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for stage, config_file, out in (named.split("=") for named in stages):
+        train_stage(config_file, stage, Path(out), rank, world)
     torch.distributed.destroy_process_group()
 
 

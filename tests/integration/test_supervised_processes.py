@@ -18,6 +18,7 @@ import torch
 import yaml
 from prepared_runs import config_values, write_prepared
 from safetensors.torch import load_file
+from supervised_ranks import train_stage
 
 from rlhf_ray.config import load
 from rlhf_ray.observability.sinks import read_jsonl
@@ -52,17 +53,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def train_together(config: Path, stage: str, num_processes: int, out: Path) -> dict:
-    """Train one stage by processes that share each step; return rank 0's result."""
+def train_together(stages: dict[str, tuple[Path, Path]], num_processes: int) -> None:
+    """Train stages, each by its config into a folder, by processes that share each step."""
     shared = {
         "WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
+    named = [f"{stage}={config}={out}" for stage, (config, out) in stages.items()]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(TRAINED_BY_ALL), str(config), stage, str(out)],
+            [sys.executable, str(TRAINED_BY_ALL), *named],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -72,7 +74,6 @@ def train_together(config: Path, stage: str, num_processes: int, out: Path) -> d
     for process in ranks:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-    return json.loads((out / "numbers.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +91,33 @@ def on_top_of(base: str, stage: str, keys: dict) -> dict[str, dict]:
     return {"model": {"path": base, "max_length": 64}, **given, stage: own}
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_two_processes_take_the_step_that_one_takes(
-    tmp_path: Path, pretrained: str, stage: str
-) -> None:
+STAGES = ("sft", "reward")
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory, pretrained: str) -> Path:
+    """Folders ``STAGE-NUMBER`` of what one process and two have come to in one step."""
     # Plain gradient descent: Adam's first step has the size of the learning rate whatever the
     # gradient, and would make much of a rounding error in a gradient near zero.
     step = {"steps": 1, "batch_size": 8, "learning_rate": 0.5, "lora": {"dropout": 0.0}}
     step |= {"scheduler": "constant", "trainer": {"optim": "sgd"}}
-    sections = on_top_of(pretrained, stage, step)
-    found = []
-    for num_processes in (1, 2):
-        config = write_run(tmp_path / str(num_processes), **sections)
-        out = tmp_path / f"out{num_processes}"
-        found.append(train_together(config, stage, num_processes, out))
+    folder, together = tmp_path_factory.mktemp("stepped"), {}
+    for stage in STAGES:
+        sections = on_top_of(pretrained, stage, step)
+        alone = write_run(folder / f"one-{stage}", **sections)
+        train_stage(str(alone), stage, folder / f"{stage}-1")
+        config = write_run(folder / f"two-{stage}", **sections)
+        together[stage] = config, folder / f"{stage}-2"
+    train_together(together, 2)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_take_the_step_that_one_takes(stepped: Path, stage: str) -> None:
+    found: list[dict[str, Any]] = []
+    for number in (1, 2):
+        out = stepped / f"{stage}-{number}"
+        found.append(json.loads((out / "numbers.json").read_text()))
         found[-1]["weights"] = load_file(out / "weights.safetensors")
     one, two = found
     assert two["processes"] == 2
@@ -114,10 +128,9 @@ def test_two_processes_take_the_step_that_one_takes(
     assert abs(one["after_loss"] - one["before_loss"]) > 1e-4  # the step was no empty one
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_a_killed_training_resumes_with_the_same_command(
-    tmp_path: Path, pretrained: str, stage: str
-) -> None:
+def test_a_killed_training_resumes_with_the_same_command(tmp_path: Path, pretrained: str) -> None:
+    """One stage stands for all: `inline/stages/test_supervised.py` has each of them."""
+    stage = "reward"
     keys = {"steps": 60, "batch_size": 4, "trainer": {"save_steps": 10, "logging_steps": 5}}
     sections = on_top_of(pretrained, stage, keys)
     whole, killed = (write_run(tmp_path / name, **sections) for name in ("whole", "killed"))
