@@ -1,5 +1,6 @@
 """A Ray cluster with a job server, on loopback and with a token, as tests start it."""
 
+import json
 import os
 import secrets
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -57,6 +59,19 @@ class JobCluster:
         done = self.run("rlhf-ray", *arguments)
         assert done.code == 0, done.output
         return done.output
+
+    def living_actors(self) -> list[tuple[str, str]]:
+        """Namespace and name of each actor of a run, as Ray's dashboard lists them."""
+        address = self.environment["RAY_API_SERVER_ADDRESS"]
+        alive = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+        request = urllib.request.Request(
+            f"{address}/api/v0/actors?{alive}",
+            headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = json.load(answer)["data"]["result"]["result"]
+        actors = [(actor["ray_namespace"], actor["name"]) for actor in found]
+        return [actor for actor in actors if (actor[0] or "").startswith("rlhf_ray-")]
 
 
 def free_port() -> int:
