@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.learner import EngineKind
 from actors.policy_learner import PolicyLearner
 from bench import models
 from bench.figures import ROUNDS, Figure, in_turn, of_rounds
@@ -64,18 +65,22 @@ def real_tokens(place: Place) -> list[Figure]:
 
 
 def learner(place: Place) -> list[Figure]:
-    """Time a policy learner's epochs, and a bare loop's over the same tokens."""
+    """Time a policy learner's epochs, and a bare loop's over the same tokens, for both engines."""
     size = models.LARGE if place.gpu else models.SMALL
     base = models.write(place.folder / "model", size)
     config = _config(size)
     lengths = models.equal_lengths(models.NUM_PROMPTS, 256 if place.gpu else 64)
-    batch = Batch(_started(config, base), lengths, place.seed)
-    bare = BareLoop(config, base, batch.rollouts)
-    place.begin(ROUNDS + 1)
-    pair = in_turn(_timed(batch.learn), _timed(bare.learn), step=place.step)
     tokens = EPOCHS * (sum(lengths) + len(lengths) * models.PROMPT_TOKENS)
-    rates = {"tokens_per_s": tokens / np.median(pair.ours), "threads": torch.get_num_threads()}
-    return [pair.speed(**rates)]
+    bare = BareLoop(config, base, _rollouts(lengths, place.seed))
+    place.begin(2 * (ROUNDS + 1))
+    figures = list[Figure]()
+    engines: tuple[EngineKind, ...] = ("deepspeed", "torch")
+    for engine in engines:
+        batch = Batch(_started(config, base, engine), lengths, place.seed)
+        pair = in_turn(_timed(batch.learn), _timed(bare.learn), step=place.step)
+        rate = tokens / float(np.median(pair.ours))
+        figures.append(pair.speed(tokens_per_s=rate, threads=torch.get_num_threads()))
+    return figures
 
 
 def _timed(call: Any) -> Any:
@@ -101,9 +106,9 @@ def _config(size: models.Size) -> Config:
     )
 
 
-def _started(config: Config, base: str) -> PolicyLearner:
-    started = PolicyLearner("policy-0", config, base, "torch")
-    started.start()
+def _started(config: Config, base: str, engine: EngineKind = "torch") -> PolicyLearner:
+    started = PolicyLearner("policy-0", config, base, engine)
+    started.start(0, 1, "127.0.0.1", started.free_port())
     return started
 
 

@@ -21,10 +21,13 @@ from bench import models
 from bench.figures import Figure, of_rounds
 from bench.running import LOG_LINES, ROOT, Place
 
-ITERATIONS = 6
-"""Iterations of a run; the first, which also compiles and fills caches, doesn't count."""
+ITERATIONS = 7
+"""Of a run; the first, which also fills caches, and the last don't count: five are left."""
 POLL_S = 0.05
-LIMIT_S = 3600.0
+HELD_OUT = 8
+"""Prompts of the evaluation, which comes before the first iteration alone."""
+LIMIT_S, END_S = 3600.0, 180.0
+"""Seconds that a run may take, and its end."""
 PUBLISH, COMMIT = ("sync",), ("commit", "save")
 """Phases of the driver."""
 
@@ -47,7 +50,7 @@ def write_inputs(folder: Path, size: models.Size, seed: int) -> Inputs:
         size,
         policy,
         models.write_reward_model(folder / "reward", policy, size),
-        models.write_prompts(folder / "prompts.jsonl", seed=seed),
+        models.write_prompts(folder / "prompts.jsonl", models.NUM_PROMPTS + HELD_OUT, seed),
     )
 
 
@@ -73,7 +76,7 @@ def ppo_values(inputs: Inputs, folder: Path, *, skewed: bool, gpu: bool) -> dict
             "batch_size": models.NUM_PROMPTS,
             "epochs": 2,
             "eval_every": 10**6,
-            "eval_prompts": 1,
+            "eval_prompts": HELD_OUT,
         },
     }
     if gpu:
@@ -122,21 +125,17 @@ def command(
             stdout=output,
             stderr=output,
         )
-        reached_s: float | None = None
-        while process.poll() is None and time.monotonic() - began_s < LIMIT_S:
-            if reached_s is None and until is not None and until(folder):
-                reached_s = time.monotonic() - began_s
-                process.terminate()  # it ends its own processes
+        is_there = False
+        while process.poll() is None and not is_there and time.monotonic() - began_s < LIMIT_S:
+            is_there = until is not None and until(folder)
             time.sleep(POLL_S)
-        if process.poll() is None:
-            process.terminate()
-        ended = process.wait(LIMIT_S)
-    if reached_s is not None:
-        return reached_s
-    if ended:
+        seconds = time.monotonic() - began_s
+        process.terminate()  # it ends its own processes
+        ended = process.wait(END_S)
+    if ended and not is_there:
         tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
         raise RuntimeError(f"rlhf-ray {' '.join(arguments)} failed: {' | '.join(tail)}")
-    return time.monotonic() - began_s
+    return seconds
 
 
 def phases(folder: Path) -> dict[int, dict[str, tuple[float, float]]]:
@@ -167,7 +166,6 @@ def shares(place: Place) -> list[Figure]:
     place.step()
     folder = place.folder / "run"
     values = ppo_values(inputs, folder, skewed=False, gpu=place.gpu)
-    values["ppo"]["iterations"] = ITERATIONS + 1  # five whole ones behind the first
     run(values)
     place.step()
     lengths, by_iteration = iteration_seconds(folder), sorted(phases(folder).items())[1:]
