@@ -38,15 +38,13 @@ def served(place: Place) -> list[Figure]:
         SampleRequest(number, Prompt(text, text, tuple(tokenizer(text)["input_ids"])), number)
         for number, text in enumerate(models.prompts(count, place.seed))
     ]
-    # A merge in bf16 rounds small updates away: GPUs serve adapters.
-    servings = ("adapter",) if place.gpu else ("merged", "adapter")
+    servings = ("merged", "adapter")
     place.begin(len(servings) * (ROUNDS + 1))
     bare = _bare(_config(base, place, "auto"), requests)
     with asyncio.Runner() as loop:
-        figures = [
+        return [
             _against(bare, base, place, serving, requests, loop).speed() for serving in servings
         ]
-    return figures if len(figures) == 2 else [Figure(float("nan")), *figures]
 
 
 def _config(base: str, place: Place, serving: str) -> Config:

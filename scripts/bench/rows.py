@@ -175,9 +175,9 @@ ROWS = (
         ),
         "bench.rollouts:served",
         150,
-        "64 prompts of 16 tokens, 64 tokens each, in one call; three engines in one process, each "
-        "on all threads, asked in turn with the same sampling parameters.",
-        gpu="1 GPU, an 0.8B-parameter model, bf16: adapter only, three engines share the GPU",
+        "64 prompts of 16 tokens, 64 tokens each, in one call; two engines, each on all threads, "
+        "asked in turn with the same sampling parameters.",
+        gpu="1 GPU, shared by two engines at a time, an 0.8B-parameter model in bf16",
     ),
     Row(
         "start",

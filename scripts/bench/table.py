@@ -37,7 +37,8 @@ def listing(results: Sequence[Result], seconds: Sequence[int]) -> str:
         lines.append(f"{result['name']} ({result['uses']}{about})")
         for line in result["lines"]:
             goal = line["goal"] or "reported"
-            lines += _indented(f"{line['measure']}, against {line['against']}: {goal}")
+            against = "" if line["against"] == "-" else f", against {line['against']}"
+            lines += _indented(f"{line['measure']}{against}: {goal}")
         lines += _indented(result["why"] or result["method"], by=4)
     return "\n".join(lines)
 
