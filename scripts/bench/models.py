@@ -59,7 +59,9 @@ def write(folder: Path, size: Size, seed: int = 0) -> str:
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.0
         head_VD = model.lm_head.weight
-        head_VD[tokenizer.eos_token_id] = 0.0
+        for token in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+            head_VD[token] = 0.0
+        head_VD[tokenizer.pad_token_id, 0] = -1.0  # never sampled: TRL takes it for an end
         ids_BS = torch.randint(2, len(tokenizer), (4, 64))
         hidden_ND = model.model(ids_BS).last_hidden_state.flatten(0, 1)
         others_N = (hidden_ND @ head_VD.T).logsumexp(-1)  # the end token's logit is 0 here

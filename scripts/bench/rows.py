@@ -87,7 +87,7 @@ ROWS = (
     Row(
         "trl-uniform",
         (Line("episodes/s, 64 tokens each, 2.9M parameters", TRL, at_least(1.15)),),
-        "bench.trl:uniform",
+        "bench.against_trl:uniform",
         400,
         TRL_METHOD,
         gpu="1 GPU, an 0.8B-parameter model, 256 tokens each",
@@ -96,7 +96,7 @@ ROWS = (
     Row(
         "trl-skewed",
         (Line("episodes/s, skewed lengths, 2.9M parameters", TRL, at_least(4)),),
-        "bench.trl:skewed",
+        "bench.against_trl:skewed",
         500,
         f"{TRL_METHOD} Lengths are geometric, mean 32, at most 256: the end token has a "
         "probability of 1/32.",
@@ -106,7 +106,7 @@ ROWS = (
     Row(
         "trl-uniform-20m",
         (Line("episodes/s, 64 tokens each, 20M parameters", TRL, at_least(1.15)),),
-        "bench.trl:uniform_20m",
+        "bench.against_trl:uniform_20m",
         700,
         TRL_METHOD,
         gpu="1 GPU, as trl-uniform",
@@ -115,7 +115,7 @@ ROWS = (
     Row(
         "trl-skewed-20m",
         (Line("episodes/s, skewed lengths, 20M parameters", TRL, at_least(4)),),
-        "bench.trl:skewed_20m",
+        "bench.against_trl:skewed_20m",
         1000,
         f"{TRL_METHOD} Lengths as in trl-skewed.",
         gpu="1 GPU, as trl-skewed",

@@ -86,7 +86,7 @@ def _trl_seconds(place: Place, inputs: runs.Inputs, number: int, *, skewed: bool
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     with (folder / "log.txt").open("wb") as log:
         ended = subprocess.run(
-            [place.trl, str(ROOT / "scripts" / "bench" / "trl_ppo.py"), json.dumps(options)],
+            [place.trl, "-P", str(ROOT / "scripts" / "bench" / "trl_ppo.py"), json.dumps(options)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
