@@ -65,12 +65,13 @@ def records_folder() -> Path:
 class ProcessRecord:
     """The record of this process and its descendants.
 
+    A thread keeps it up to date until it is settled or closed.
+
     Args:
         folder: of records.
-        keep: whether a thread keeps it up to date, until it is closed.
     """
 
-    def __init__(self, folder: Path | None = None, *, keep: bool = True) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         folder = make_private(folder or records_folder())
         self._path = folder / f"{os.getpid()}.json"
         self._driver = psutil.Process()
@@ -79,8 +80,7 @@ class ProcessRecord:
         self._closed = threading.Event()
         self.update()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="process-record")
-        if keep:
-            self._thread.start()
+        self._thread.start()
 
     def update(self) -> None:
         """Record every descendant and every shared-memory file seen so far."""
@@ -108,12 +108,16 @@ class ProcessRecord:
         while not self._closed.wait(INTERVAL_S):
             self.update()
 
-    def close(self) -> None:
-        """Clean up what is left of this run, and delete its record."""
+    def settle(self) -> None:
+        """Update it a last time: nothing more will be started."""
         # The thread ends first: it would write the record again after its deletion.
         self._closed.set()
         self._thread.join()
         self.update()
+
+    def close(self) -> None:
+        """Clean up what is left of this run, and delete its record."""
+        self.settle()
         _clean_up_record(self._path)
 
 

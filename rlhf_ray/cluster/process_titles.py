@@ -60,7 +60,7 @@ def titled(role_class: type) -> type:
             if is_actor and CLEANS_UP in os.environ:
                 with suppress(ConfigError):  # a full disk must not keep a role from starting
                     clean_up()
-                    record = ProcessRecord(keep=False)
+                    record = ProcessRecord()
             super().__init__(name, *args)
             self.title = _Title(name, self, signs, record)
 
@@ -98,7 +98,7 @@ class _Title:
                 report("")  # its last phase is over, and calls report units of work
                 if self._record is not None:
                     with suppress(ConfigError):
-                        self._record.update()  # its engine's processes and shared memory are there
+                        self._record.settle()  # its engine's processes and shared memory are there
             self._show()
 
     def _show(self) -> None:

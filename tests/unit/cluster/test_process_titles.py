@@ -1,8 +1,15 @@
 import asyncio
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 
+from rlhf_ray.cluster import orphans, process_titles
 from rlhf_ray.cluster.process_titles import titled
 
 
@@ -96,3 +103,36 @@ def test_to_ray_the_class_is_what_it_was() -> None:
     assert titled(Learner).learn.__doc__ == Learner.learn.__doc__
     assert asyncio.iscoroutinefunction(titled(Sampler).generate)
     assert Learner.__name__ == "Learner"
+
+
+class Starting:
+    """A role that starts a process, and says how long it took until a record names it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self._folder = folder
+
+    def start(self) -> bool:
+        with subprocess.Popen(["sleep", "60"]) as child:
+            try:
+                return any(self._is_recorded(child.pid) for _ in range(100))
+            finally:
+                child.kill()
+
+    def _is_recorded(self, pid: int) -> bool:
+        time.sleep(0.2)
+        (record,) = self._folder.glob("*.json")
+        return pid in {entry["pid"] for entry in json.loads(record.read_text())["processes"]}
+
+
+def test_what_a_role_starts_is_recorded_while_it_still_starts(
+    titles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the engine of a generator that is killed then would leave its shared memory."""
+    context = SimpleNamespace(get_actor_id=lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(orphans, "records_folder", lambda: tmp_path)
+    monkeypatch.setenv(process_titles.CLEANS_UP, "1")
+    actor = titled(Starting)("generator-0", tmp_path)
+    assert actor.start()
+    assert "process-record" not in {thread.name for thread in threading.enumerate()}
