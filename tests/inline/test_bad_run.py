@@ -44,6 +44,23 @@ class TestInputsOfLaterStages:
         refused("run", config_file, f"run.dir={tmp_path}/r", override, says=says)
         assert not (tmp_path / "r" / "prepare").exists()
 
+    @pytest.mark.parametrize(
+        "override", ["ppo.critic_warmup=1", "ppo.overlong.truncated=bootstrap"]
+    )
+    def test_a_function_without_values_has_no_critic_to_warm_up_or_to_ask(
+        self,
+        refused: Refused,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        override: str,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mine.py").write_text("def f(rewards_BT, mask_BT):\n    return rewards_BT\n")
+        overrides = (f"run.dir={tmp_path}/r", "ppo.advantage=mine.py:f", "ppo.iterations=3")
+        says = r"needs a critic, which a run with ppo\.advantage mine\.py:f has not"
+        refused("run", config_file, *overrides, override, says=says)
+
 
 class TestRunFolder:
     def test_below_a_file(self, refused: Refused, config_file: Path) -> None:

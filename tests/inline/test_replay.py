@@ -48,6 +48,33 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
         pytest.param({"ppo": {"advantage": "rloo"}, "quantization": "int8"}, id="int8"),
         pytest.param({"ppo": {"advantage": "reinforce"}, "quantization": "nf4"}, id="nf4"),
         pytest.param(
+            {
+                "ppo": {
+                    "advantage": "dr_grpo",
+                    "policy_loss": "gspo",
+                    "loss_aggregation": "sequence_mean",
+                    "importance_cap": 2.0,
+                    "importance_mask": {"level": "geometric", "high": 1.5},
+                    "overlong": {"buffer": 4, "per_token": 0.01, "truncated": "mask"},
+                }
+            },
+            id="gspo",
+        ),
+        pytest.param(
+            {
+                "ppo": {
+                    "critic_warmup": 1,
+                    "scheduler": "cosine",
+                    "policy_loss": "cispo",
+                    "epochs": 3,
+                    "stop_kl": 1.0,
+                    "redraw_mini_batches": True,
+                    "overlong": {"truncated": "bootstrap"},
+                }
+            },
+            id="cispo after a critic's warm-up",
+        ),
+        pytest.param(
             {"ppo": {"advantage": "mine_too.py:centred", "policy_loss": "mine_too.py:plain"}},
             id="users functions",
         ),
