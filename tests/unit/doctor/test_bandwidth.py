@@ -1,4 +1,4 @@
-"""Two peers in one process; the cluster is in tests/integration/test_cluster_doctor.py."""
+"""Two peers in one process; the cluster is in tests/integration/test_two_nodes.py."""
 
 import socket
 
