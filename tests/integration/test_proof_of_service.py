@@ -1,6 +1,7 @@
 """A generator that does not serve the adapter that it was sent is detected, whatever it reports.
 
-One vLLM engine for each data type and way of serving; faults are planted in it one after the other.
+One vLLM engine for each data type and way of serving (of adapters in float32 one of two workers,
+which is all that one of a single worker is); faults are planted in it one after the other.
 The learner is a PolicyLearner in this process, with the same base and data type.
 
 vLLM's model runner V2, which runs on GPUs, needs Triton. Its kernels run on a CPU in Triton's
@@ -12,78 +13,30 @@ import asyncio
 import dataclasses
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import pytest_asyncio
-import torch
-from faulty_engine import LONG, TEMPERATURE, FaultyEngine
-from safetensors.torch import load_file, save_file
-from tiny_models import build_random
+from faulty_engine import LONG, FaultyEngine
+from proof_setup import Setup, engine_settings, make_config, make_setup, move, pad_and_end, scored
 from transformers import GenerationConfig
 
 from actors.generator import Generator
-from actors.policy_learner import PolicyLearner
 from rlhf_ray.algorithms.logprobs import sampling_rule
-from rlhf_ray.cluster.learner_groups import PolicyClient
-from rlhf_ray.cluster.role_clients import GeneratorClient
-from rlhf_ray.cluster.workers import InlineWorker
-from rlhf_ray.config import Config, resolve
+from rlhf_ray.config import resolve
 from rlhf_ray.driver.mismatch import MismatchGuard
-from rlhf_ray.driver.weight_sync import WeightSync, probe_requests, publish_to
-from rlhf_ray.engines.vllm.engine import VllmSettings
 from rlhf_ray.errors import ActorFailure, WeightSyncError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.stop_conditions import StopConditions, stop_token_ids
-from rlhf_ray.types import AdapterUpdate, Mismatch, Prompt, ScoredShard, ShardRequest
+from rlhf_ray.types import ShardRequest
 
-pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
-
-CANARY_TOKENS = 260
-"""Over two blocks of the prefix cache, which holds 128 tokens a block on CPU."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """An engine, the learner that it is held against, and the driver's checks between them."""
-
-    config: Config
-    engine: FaultyEngine
-    generator: GeneratorClient
-    learner: PolicyLearner
-    policy: PolicyClient
-    sync: WeightSync
-
-    async def prove(self) -> None:
-        """Have the generator pass the proof."""
-        await (await self.sync.proof())(self.generator)
-
-    async def publish(self, version: int) -> AdapterUpdate:
-        """Send the learner's adapter to the generator."""
-        update = await self.policy.adapter(version)
-        await publish_to(self.generator, update)
-        return update
-
-    async def sample(self, version: int) -> Any:
-        """A shard of the canaries under the version that is served."""
-        request = ShardRequest(index=0, samples=tuple(self.sync.probe_prompts), version=version)
-        return await self.generator.generate(request)
-
-    async def check(self, guard: MismatchGuard, version: int) -> None:
-        """Check the mismatch of a new shard."""
-        shard = await self.sample(version)
-        _, gap = await self.policy.logprobs(shard)
-        guard.check([scored(shard, gap)])
-
-    async def gap(self, version: int) -> Mismatch:
-        """Difference between engine and learner on a shard of the canaries."""
-        _, gap = await self.policy.logprobs(await self.sample(version))
-        return gap
-
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.usefixtures("vllm_here"),
+]
 
 TRITON_FOLDER = os.environ.get("TRITON_FOLDER")
 NEEDS_TRITON = pytest.mark.skipif(not TRITON_FOLDER, reason="TRITON_FOLDER names no package")
@@ -96,22 +49,17 @@ COMBINATIONS = [
     for runner in ("V1", "V2")
     for dtype in ("float32", "bfloat16")
     for serving in ("adapter", "merged")
+    if (runner, dtype, serving) != ("V1", "float32", "adapter")
 ]
 COMBINATIONS.append(pytest.param(("float32", "adapter", 2, "V1"), id="float32-adapter-parallel"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The learner shares two cores with the engine: threads that wait for each other would spin."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=COMBINATIONS)
 async def running(
-    request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    llama: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    vllm_here: None,
 ) -> AsyncIterator[Setup]:
     """The engine's folder also lists the pad id, which is never a stop token."""
     dtype, serving, parallel, runner = request.param
@@ -120,10 +68,6 @@ async def running(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         patch.syspath_prepend(str(Path(__file__).parent))
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-        patch.setenv("VLLM_NO_USAGE_STATS", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
         if runner == "V2":
             run_v2(patch)
         config = make_config(dtype, serving, parallel)
@@ -151,74 +95,6 @@ async def setup(running: Setup) -> AsyncIterator[Setup]:
     """The engine without faults; what a test plants is removed after it."""
     yield running
     await running.engine.plant(None)
-
-
-def pad_and_end(model: str) -> list[int]:
-    """Ids that some models list as their ends."""
-    tokenizer = load_tokenizer(model)
-    return [int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)]  # type: ignore[arg-type]
-
-
-def make_config(dtype: str, serving: str, parallel: int, **lora: Any) -> Config:
-    return resolve(
-        {
-            "generators": {"tensor_parallel_size": parallel},
-            "model": {"dtype": dtype, "max_length": 320},
-            "lora": {"r": 8, **lora},
-            "rollout": {
-                "max_prompt_tokens": CANARY_TOKENS,
-                "max_tokens": LONG.max_tokens,
-                "temperature": TEMPERATURE,
-                "serving": serving,
-            },
-        }
-    )
-
-
-def engine_settings(config: Config, model: str) -> VllmSettings:
-    return VllmSettings(
-        model=model,
-        dtype=config.engine_dtype,
-        serving=config.serving,
-        lora_rank=config.lora.r,
-        max_model_len=config.model.max_length,
-        rule=sampling_rule(config.rollout, stop_token_ids(model)),
-        stop_conditions=LONG,
-        tensor_parallel_size=config.generators.tensor_parallel_size,
-        extension="faulty_extension.FaultyExtension",
-    )
-
-
-def make_setup(config: Config, model: str, engine: FaultyEngine) -> Setup:
-    generator = Generator("generator-0", lambda: engine, lambda: load_tokenizer(model))
-    learner = PolicyLearner("policy-0", config, model, "torch")
-    learner.start()
-    policy = PolicyClient([InlineWorker("policy-0", learner, lambda *_: None)], zero_stage=2)
-    tokenizer = load_tokenizer(model)
-    text = "Why does the kettle leak? Because it is worn. How does the pump hum?"
-    prompts = [Prompt("0", text, tuple(tokenizer(text)["input_ids"]))]
-    canaries = probe_requests(prompts, CANARY_TOKENS, seed=0)
-    return Setup(
-        config,
-        engine,
-        GeneratorClient(InlineWorker("generator-0", generator, lambda *_: None)),
-        learner,
-        policy,
-        WeightSync(policy, canaries, config.engine_is_exact),
-    )
-
-
-def move(learner: PolicyLearner, seed: int) -> None:
-    """Give the policy a random adapter that changes what it says a good deal."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in learner._engine.module.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
-
-
-def scored(shard: Any, gap: Mismatch) -> ScoredShard:
-    return ScoredShard(shard, (), None, None, None, gap)
 
 
 async def test_an_engine_that_never_applied_any_adapter_is_seen(setup: Setup) -> None:
@@ -386,41 +262,3 @@ async def test_a_dead_engine_is_a_failure_of_its_actor(running: Setup) -> None:
             await asyncio.wait_for(publishing, 60)
     for file in held:  # of an engine that died outside of a run: nobody sweeps them
         file.unlink(missing_ok=True)
-
-
-def hub_checkpoint(kind: str, folder: Path, **shape: Any) -> str:
-    """A model whose files name no transformer before its modules, as the hub's gpt2 and bloom."""
-    model = build_random(kind, folder, ["why does the kettle leak?"], **shape)
-    tensors = load_file(folder / "model.safetensors")
-    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    assert bare.keys() != tensors.keys()
-    save_file(bare, folder / "model.safetensors", {"format": "pt"})
-    return model
-
-
-WIDE = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 512}
-BARE = {
-    "gpt2": WIDE | {"n_embd": 64, "n_head": 2, "n_positions": 512},
-    "bloom": WIDE | {"n_head": 2},
-}
-
-
-@pytest.mark.parametrize(("kind", "shape"), BARE.items())
-async def test_weights_that_are_transposed_or_named_without_their_transformer_are_merged(
-    kind: str, shape: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    for name, value in {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    model = hub_checkpoint(kind, tmp_path / kind, **shape)
-    config = make_config("float32", "merged", 1)
-    setup = make_setup(config, model, FaultyEngine(engine_settings(config, model)))
-    await setup.generator.worker.call(Generator.start)
-    try:
-        await setup.prove()
-        move(setup.learner, seed=0)
-        await setup.publish(version=1)
-        assert (await setup.gap(version=1)).mean < 1e-3
-    finally:
-        await setup.generator.worker.call(Generator.stop)
