@@ -18,6 +18,7 @@ from rlhf_ray.algorithms.experience import (
     Assembler,
     Collected,
     Experience,
+    balanced,
     micro_batches,
 )
 from rlhf_ray.algorithms.kl import kl_estimate
@@ -193,16 +194,20 @@ class Learner(ABC):
         self._mini_batch_tokens: list[int] = []
         for first in range(0, len(lengths), size):
             rows = range(first, first + size)
-            shares = [rows[rank::world] for rank in range(world)]
+            shares = [
+                [first + row for row in share]
+                for share in balanced(lengths[first : first + size], world)
+            ]
             cuts = [self._cut([lengths[row] for row in share], 1) for share in shares]
             num_cuts = max(len(cut) for cut in cuts)
             mine = shares[self._engine.rank]
-            self._my_rows.append(list(mine))
+            self._my_rows.append(mine)
             self._micro.append(self._cut([lengths[row] for row in mine], num_cuts))
             self._mini_batch_tokens.append(sum(response_lengths[row] for row in rows))
 
     def _cut(self, lengths: list[int], at_least: int) -> list[list[int]]:
-        return micro_batches(lengths, self._config.ppo.max_tokens_per_micro_batch, at_least)
+        most = self._config.ppo.max_tokens_per_micro_batch
+        return micro_batches(lengths, most, self._engine.device, at_least)
 
     def learn(self, advantage_mean: float, advantage_std: float, iteration: int = 1) -> StepReport:
         """Run all epochs over the assembled batch.

@@ -114,7 +114,8 @@ class SequenceScorer:
         """Return [N] scores of [N] sequences of [S] token ids, read at their last token."""
         scores = [0.0] * len(sequences)
         device = self._model.device
-        for rows in micro_batches([len(sequence) for sequence in sequences], self._max_tokens):
+        lengths = [len(sequence) for sequence in sequences]
+        for rows in micro_batches(lengths, self._max_tokens, device):
             ids_BS, attention_BS = pad([sequences[row] for row in rows])
             result_B = sequence_scores(self._model, ids_BS.to(device), attention_BS.to(device))
             for row, score in zip(rows, result_B.tolist(), strict=True):

@@ -96,7 +96,7 @@ def _by_response(
     """Run ``compute`` on padded micro-batches; return unpadded rows in the order of rollouts."""
     sequences = [rollout.sequence_ids for rollout in rollouts]
     results: dict[int, np.ndarray] = {}
-    for rows in micro_batches([len(sequence) for sequence in sequences], max_tokens):
+    for rows in micro_batches([len(sequence) for sequence in sequences], max_tokens, device):
         sequences_BS, attention_BS = pad([sequences[row] for row in rows])
         tokens_BT, _ = pad([rollouts[row].response_ids for row in rows])
         prompts_B = torch.tensor([len(rollouts[row].prompt.token_ids) for row in rows])

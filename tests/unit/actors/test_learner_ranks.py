@@ -108,7 +108,7 @@ def test_ranks_report_the_explained_variance_of_the_whole_batch(
     parts[9:] = [values[:3], values[3:6], values[6:]]
     reports = []
     for rank in range(4):
-        critic._engine = SimpleNamespace(rank=rank, world_size=4)  # type: ignore[assignment]
+        critic._engine = SimpleNamespace(rank=rank, world_size=4, device=torch.device("cpu"))  # type: ignore[assignment]
         critic.assemble(0.0, scores, *parts)
         reports.append(StepReport(critic._report(), (0, 1), critic._experience.num_tokens))
     merged = merge_reports(reports).metrics["val/explained_variance"]

@@ -62,13 +62,17 @@ def test_ranks_that_share_a_group_compare_it_whole(
     make_config: Callable[..., Any], base: str, rollouts: list[Rollout]
 ) -> None:
     config = make_config(ppo={"advantage": "rloo", "samples_per_prompt": 2})
+    whole, held = [1.5, -1.5, 2, -2, 2, -2, -0.75, 0.75], list[int]()
     for rank in (0, 1):
         learner = PolicyLearner("policy", config, base, "torch")
-        learner._engine = SimpleNamespace(rank=rank, world_size=2)  # type: ignore[assignment]
+        cpu = torch.device("cpu")
+        learner._engine = SimpleNamespace(rank=rank, world_size=2, device=cpu)  # type: ignore[assignment]
         stats = assemble(learner, rollouts)
-        assert stats.num_samples == 4
-        expected = [1.5, 2, 2, -0.75] if rank == 0 else [-1.5, -2, -2, 0.75]
-        assert advantage_of_rows(learner) == pytest.approx(expected)
+        rows = [row for rows in learner._my_rows for row in rows]
+        assert stats.num_samples == len(rows)
+        assert advantage_of_rows(learner) == pytest.approx([whole[row] for row in rows])
+        held += rows
+    assert sorted(held) == list(range(8))
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference(
