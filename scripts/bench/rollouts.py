@@ -100,11 +100,13 @@ def _bare(config: Config, requests: list[SampleRequest]) -> Callable[[], object]
     """Return a call that samples the requests from the base, with the same sampling parameters."""
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     on_cpu: dict[str, Any] = {
         "enforce_eager": True,
         "enable_chunked_prefill": False,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "distributed_executor_backend": UniProcExecutor,  # as ours: no further process
     }
     engine = LLM(
         config.model.path or "",
