@@ -138,7 +138,9 @@ class IdleLearners:
         count = len(self.positions)
         return AssembledStats(count, LENGTH * count, 0.0, float(LENGTH * count), 0.1, 1.0, 1.0)
 
-    async def learn(self, advantage_mean: float, advantage_std: float) -> StepReport:
+    async def learn(
+        self, advantage_mean: float, advantage_std: float, iteration: int
+    ) -> StepReport:
         if self.times.learn_s:
             await asyncio.sleep(self.times.learn_s)
         metrics = {"loss/policy_avg": 0.1, "policy/grad_norm": 1.0, "policy/approxkl_avg": 1e-3}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
