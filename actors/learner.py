@@ -18,10 +18,9 @@ from rlhf_ray.algorithms.experience import (
     Assembler,
     Collected,
     Experience,
-    balanced,
-    micro_batches,
 )
 from rlhf_ray.algorithms.kl import kl_estimate
+from rlhf_ray.algorithms.micro_batches import balanced, micro_batches
 from rlhf_ray.algorithms.schedules import learning_rate_share
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config

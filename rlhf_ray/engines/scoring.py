@@ -7,7 +7,8 @@ from typing import Any, assert_never
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.experience import micro_batches, pad
+from rlhf_ray.algorithms.experience import pad
+from rlhf_ray.algorithms.micro_batches import micro_batches
 from rlhf_ray.config import Config
 from rlhf_ray.config.model import ModelConfig
 from rlhf_ray.config.rewards import (

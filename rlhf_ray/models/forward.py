@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.algorithms.experience import micro_batches, pad, response_logits
+from rlhf_ray.algorithms.experience import pad, response_logits
 from rlhf_ray.algorithms.logprobs import SamplingRule
+from rlhf_ray.algorithms.micro_batches import micro_batches
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.adapters import unwrapped
 from rlhf_ray.models.token_logprobs import chunked_logprobs, position_ids

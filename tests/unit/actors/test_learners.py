@@ -12,7 +12,7 @@ from assembled_batches import SCORES, assemble, columns, learnt_state
 from actors.critic_learner import CriticLearner
 from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
-from rlhf_ray.algorithms import experience
+from rlhf_ray.algorithms.micro_batches import PASS_TOKENS
 from rlhf_ray.types import Rollout
 
 
@@ -91,7 +91,7 @@ def test_a_step_does_not_depend_on_the_micro_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One row per micro-batch or all rows in one: equal gradients, so equal first moments."""
-    monkeypatch.setitem(experience.PASS_TOKENS, "cpu", 10_000)  # as few passes as the limit allows
+    monkeypatch.setitem(PASS_TOKENS, "cpu", 10_000)  # as few passes as the limit allows
     moments, norms, reports = [], [], []
     for max_tokens in (48, 100_000):
         ppo = {"max_tokens_per_micro_batch": max_tokens, "mini_batch_size": 8}
