@@ -132,10 +132,10 @@ def trace_death(folder: Path) -> set[str]:
     trail, stage = Trail(under="rlhf_ray/generators/"), "proof"
     rollout, generate, make = PpoLoop._rollout, Generator.generate, Generator.__init__
 
-    async def arm(loop: PpoLoop, iteration: int) -> Any:
+    async def arm(loop: PpoLoop, draw: Any) -> Any:
         nonlocal stage
         stage = "armed"
-        return await rollout(loop, iteration)
+        return await rollout(loop, draw)
 
     async def die(generator: Generator, request: Any) -> Any:
         nonlocal stage

@@ -18,7 +18,9 @@ SAME_CURVE_CLAIMS = {
 }
 METRICS = {"objective/scores": "reward", "objective/kl": "KL, nats a response"}
 ROW_NUMBERS = ("reward_first", "reward_last", "kl_last", "kl_max")
-RISE = {"beta_0.02": 0.5, "rloo": 0.5, "grpo": 0.5, "token_count": 0.5, "sentiment": 0.5}
+RISE = dict.fromkeys(
+    ["beta_0.02", "rloo", "grpo", "staleness_1", "staleness_2", "token_count", "sentiment"], 0.5
+)
 """Least rise of the reward, in units of its source."""
 
 

@@ -30,6 +30,8 @@ EXPERIMENTS: Mapping[str, Sequence[str]] = {
     "beta_0": ("ppo.kl_coef=0",),
     "rloo": ("ppo.advantage=rloo", "ppo.samples_per_prompt=4", "ppo.iterations=40"),
     "grpo": ("ppo.advantage=grpo", "ppo.samples_per_prompt=4", "ppo.iterations=40"),
+    "staleness_1": ("ppo.max_staleness=1", "ppo.importance_cap=2"),
+    "staleness_2": ("ppo.max_staleness=2", "ppo.importance_cap=2"),
     "token_count": (
         f"rewards=[{{type: function, function: '{REWARDS}:count_word'}}]",
         "ppo.iterations=40",
