@@ -43,7 +43,7 @@ def main() -> int:
     arguments = _arguments()
     rows = _chosen(arguments)
     if arguments.list:
-        known = [not_run(row, row.missing, arguments.gpu) for row in rows]
+        known = [not_run(row, "", arguments.gpu) for row in rows]
         print(listing(known, [row.seconds for row in rows]))
         return 0
     with ExitStack() as stack:
@@ -89,8 +89,6 @@ def _run_all(rows: Sequence[Row], place: Place) -> Iterator[Result]:
 
 def _why_not(row: Row, place: Place) -> str:
     """Return why a row is not run; empty if it is."""
-    if row.missing:
-        return row.missing
     if row.needs == "trl" and not place.trl:
         return f"{NOT_RUN}: needs --trl"
     if row.needs == "against" and not place.against:

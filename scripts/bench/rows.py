@@ -45,8 +45,6 @@ class Row:
     """Whether it is one of --quick; it then takes at most `QUICK_S`."""
     needs: Need = ""
     """Option without which it is not run."""
-    missing: str = ""
-    """Why it cannot be measured yet."""
 
 
 TRL = "TRL 1.12.0's PPO"

@@ -107,7 +107,6 @@ def test_a_row_without_its_option_says_which_it_needs(script: ModuleType, tmp_pa
     reasons = {row.name: script._why_not(row, place) for row in ROWS}
     assert reasons["trl-skewed"] == "not run: needs --trl"
     assert reasons["start"] == "not run: needs --against COMMIT"
-    assert reasons["staleness"] == "not measured: ppo.max_staleness is 0 only"
     assert not reasons["real-tokens"]
     with_trl = next(row for row in ROWS if row.needs == "trl")
     assert not script._why_not(with_trl, Place(tmp_path, trl="python"))

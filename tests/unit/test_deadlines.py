@@ -101,7 +101,7 @@ ALLOWED = {
     "rewards/source.py together: task.result": "it is done",
     "rewards/user_function.py UserFunction.awaited: await result": "within the source's timeout_s",
     # Threads and processes of this machine that end by themselves, or that were killed.
-    "cluster/orphans.py ProcessRecord.close: self._thread.join": "it looks at its event every 2 s",
+    "cluster/orphans.py ProcessRecord.settle: self._thread.join": "it looks at its event every 2 s",
     "engines/vllm/own_process.py while_alive: task.result": "it is done",
     "jobs/retries.py _drive: children[0].wait": "the driver, whose own waits have deadlines",
     "jobs/retries.py _drive.end_at_once: child.wait": "it cleans up at once at a second signal",

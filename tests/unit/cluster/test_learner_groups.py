@@ -61,7 +61,7 @@ class Rank:
         self._batch = kl_coef
         return STATS
 
-    def _learn(self, mean: float, std: float) -> StepReport:
+    def _learn(self, mean: float, std: float, iteration: int) -> StepReport:
         self.weights = (*self.weights, (self._batch, mean, std))
         return StepReport({}, (), 1)
 
