@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.driver.guards import Alarm
@@ -155,7 +154,10 @@ class Rollouts:
         self, requests: Sequence[ShardRequest], iteration: int
     ) -> list[ScoredShard]:
         """Generate and score shards, unless that has begun; return them in prompt order."""
-        phase = partial(self._recorder.phase, iteration=iteration)
+
+        def phase(name: str) -> AbstractContextManager[None]:
+            return self._recorder.phase(name, iteration)
+
         if not self._max_staleness:
             return await self._each(requests, self._score, phase)
         if iteration not in self._ahead:  # what is sampled again
