@@ -63,7 +63,7 @@ def test_every_stage_runs_once(command_line: "CommandLine", tmp_path: Path) -> N
     assert summary(run, "reward")["pairs_eval"] > 0
     assert set(summary(run, "evaluate")["models"]) == {"sft", "ppo"}
     evaluation = summary(run, "evaluate")
-    assert (evaluation["policy_version"], evaluation["judge"]) == (2, "reward")
+    assert (evaluation["policy_version"], evaluation["judge"]) == (2, "gold")
     assert 0 <= evaluation["win_rate"]["value"] <= 1
     assert (run / "report.html").stat().st_size > 10_000
     assert (run / "checkpoints" / "latest" / "policy" / "adapter_model.safetensors").is_file()
