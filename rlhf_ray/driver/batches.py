@@ -103,6 +103,8 @@ async def learn_from(
     kl_coef: float,
     ppo: PpoConfig,
     iteration: int,
+    *,
+    whitened: bool,
 ) -> tuple[AssembledStats, dict[str, StepReport]]:
     """Assemble, whiten over the whole batch, learn; all groups at the same time.
 
@@ -116,7 +118,7 @@ async def learn_from(
         learners = {name: group for name, group in learners.items() if name != "policy"}
     moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
     largest = max(abs(score) for scored in batch for score in scored.scores)
-    whitening = (moments.mean, moments.std(size=largest)) if whitens(ppo) else (0.0, 1.0)
+    whitening = (moments.mean, moments.std(size=largest)) if whitened else (0.0, 1.0)
     reports = await _all([group.learn(*whitening, iteration) for group in learners.values()])
     return stats, dict(zip(learners, reports, strict=True))
 

@@ -28,6 +28,7 @@ from rlhf_ray.driver.batches import (
     PromptCursor,
     draw_requests,
     learn_from,
+    whitens,
 )
 from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
 from rlhf_ray.driver.commits import Commits
@@ -88,6 +89,8 @@ class PpoLoop:
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
         kept_in = None if config.run.keep_batches == "none" else FOLDER
         self._guards = Guards(config.guards, parts.recorder, kept_in)
+        is_whitened = whitens(config.ppo)  # asked once: it may load a file of the user's
+        self._learn_from = partial(learn_from, ppo=config.ppo, whitened=is_whitened)
         warn, max_staleness = self._guards.warn, config.ppo.max_staleness
         self._commits = Commits(config, parts.roles, parts.checkpoints, parts.recorder, warn)
         self._rollouts = Rollouts(
@@ -232,8 +235,8 @@ class PpoLoop:
     ) -> tuple[AssembledStats, Sequence[StepReport]]:
         """Learn, policy and critic at the same time, and check that each learnt all positions."""
         with self._recorder.phase("learn", draw.batch):
-            stats, reports = await learn_from(
-                batch, self._roles.learners, self._kl.coef, self._config.ppo, draw.batch
+            stats, reports = await self._learn_from(
+                batch, self._roles.learners, self._kl.coef, iteration=draw.batch
             )
         self._ledger.learnt(draw, reports)
         return stats, [*reports.values()]

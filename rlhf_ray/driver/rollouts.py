@@ -48,6 +48,10 @@ class _Arrived:
     ref_logprobs: Handle[TokenRows]
 
 
+_Judged = tuple[tuple[Handle[TokenRows], Mismatch], Handle[TokenRows] | None]
+"""What the learners say of a shard: log-probs with their mismatch, and values."""
+
+
 class Rollouts:
     """Generates and scores the rollouts of a run."""
 
@@ -201,16 +205,12 @@ class Rollouts:
         scores, logprobs = self._roles.scorer.score(shard), self._roles.reference.logprobs(shard)
         return _Arrived(shard, *await asyncio.gather(scores, logprobs))
 
-    async def _judged(self, shard: Shard) -> "_Judged":
+    async def _judged(self, shard: Shard) -> _Judged:
         logprobs, values = self._roles.policy.logprobs(shard), self._values(shard)
         return await asyncio.gather(logprobs, values)
 
     async def _values(self, shard: Shard) -> Handle[TokenRows] | None:
         return await self._roles.critic.values(shard) if self._roles.critic else None
-
-
-_Judged = tuple[tuple[Handle[TokenRows], Mismatch], Handle[TokenRows] | None]
-"""What the learners say of a shard: log-probs with their mismatch, and values."""
 
 
 def _joined(arrived: _Arrived, judged: _Judged) -> ScoredShard:

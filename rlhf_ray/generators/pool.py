@@ -87,7 +87,7 @@ class GeneratorPool(Generic[GeneratorT]):
         )
         self._restarts = 0
         self._last_failure: Exception | None = None
-        self._publication: asyncio.Future[None] | None = None
+        self._beside: asyncio.Future[None] | None = None
         """The publication that goes on beside the run, or its outcome."""
         self._idle = NOTHING_YET
         self._seen: list[IdleShares] = []
@@ -119,11 +119,11 @@ class GeneratorPool(Generic[GeneratorT]):
             update: the adapter.
             beside: return at once. Where no generator can serve it, all batches end with the error.
         """
-        if self._publication is not None:
-            publication, self._publication = self._publication, None
+        if self._beside is not None:
+            publication, self._beside = self._beside, None
             await publication
         if beside:
-            self._publication = asyncio.ensure_future(self._publish_beside(update))
+            self._beside = asyncio.ensure_future(self._publish_beside(update))
         else:
             await self._publish(update, is_ahead=False)
 
@@ -204,7 +204,7 @@ class GeneratorPool(Generic[GeneratorT]):
     async def close(self) -> None:
         """Cancel all changes and calls; the caller ends the processes."""
         changes = [member.change for member in self._members]
-        await cancel([each for each in (*changes, self._publication) if each is not None])
+        await cancel([each for each in (*changes, self._beside) if each is not None])
         await self._dispatch.cancel_all()
 
     # How a generator becomes ready.

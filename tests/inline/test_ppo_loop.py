@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from harness import Harness, make_config
 
+from rlhf_ray.algorithms.advantages import Estimator
+from rlhf_ray.driver import batches
 from rlhf_ray.engines.fake import SHORT, FakeEngine
 from rlhf_ray.models.stop_conditions import StopConditions
 
@@ -208,3 +210,19 @@ def test_samples_cost_the_time_of_all_gpus_that_the_actors_hold(tmp_path: Path) 
     cost = 1000 * 4 * 2.5 * record["timing_s/iteration"] / 3600 / 8
     assert record["cost/per_1000_samples"] == pytest.approx(cost)
     assert record["rollout/staleness"] == 0
+
+
+def test_the_estimator_is_loaded_once_not_in_each_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a file of the user's, which loading runs."""
+    loaded: list[str] = []
+    resolve = batches.resolve
+
+    def counted(name: str) -> Estimator:
+        loaded.append(name)
+        return resolve(name)
+
+    monkeypatch.setattr(batches, "resolve", counted)
+    Harness(make_config(tmp_path)).run()
+    assert loaded == ["gae"]

@@ -18,7 +18,7 @@ from rlhf_ray.cluster.workers import InlineWorker, fetch
 from rlhf_ray.config import Config, load
 from rlhf_ray.disk import DAMAGE
 from rlhf_ray.driver import kept_batches
-from rlhf_ray.driver.batches import learn_from
+from rlhf_ray.driver.batches import learn_from, whitens
 from rlhf_ray.driver.checkpoint import STATE
 from rlhf_ray.driver.kept_batches import CONFIG, FOLDER, KeptBatch
 from rlhf_ray.driver.metrics import learning_metrics
@@ -169,7 +169,12 @@ async def _learn(
             ) from error
     kl_coef = kept.values["kl_coef"]
     stats, reports = await learn_from(
-        [kept.batch], learners, kl_coef, config.ppo, kept.values["iteration"]
+        [kept.batch],
+        learners,
+        kl_coef,
+        config.ppo,
+        kept.values["iteration"],
+        whitened=whitens(config.ppo),
     )
     metrics = learning_metrics([kept.batch], stats, [*reports.values()], kl_coef)
     states = {name: await fetch(await learner.state()) for name, learner in learners.items()}
