@@ -258,7 +258,7 @@ class ServedAdapter:
     digest: str
     """Digest of the tensors as applied, under PEFT's names."""
     caches_cleared: bool
-    """Whether the prefix cache was dropped."""
+    """Whether no later sample can read the prefix cache of older weights."""
     seconds: float
     """Time that the change took, including pause and resume."""
 

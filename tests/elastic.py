@@ -139,6 +139,7 @@ class Elastic:
         autoscale: AutoscaleConfig | None = None,
         min_ready: int = 1,
         straggler_factor: float | None = 2.0,
+        waits_for_shards: bool = True,
     ) -> None:
         self.now = 0.0
         """What the pool's clock shows, seconds."""
@@ -164,6 +165,7 @@ class Elastic:
             first_wait_s=0.0,
             clock=lambda: self.now,
             outages=self.outages,
+            waits_for_shards=waits_for_shards,
         )
         self.done: list[tuple[int, str]] = []
         """(shard, who sampled it), as they came."""

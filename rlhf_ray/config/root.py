@@ -85,6 +85,12 @@ class Config(Section):
         return max(self.lora.r, self.dpo.lora.r)
 
     @property
+    def num_adapters(self) -> int:
+        """Adapters that an engine has loaded side by side: of each version that may be sampled."""
+        is_lora = self.rollout.engine == "vllm" and self.serving == "adapter"
+        return 1 + self.ppo.max_staleness if is_lora else 1
+
+    @property
     def num_prompts_per_iteration(self) -> int:
         """Prompts drawn for one iteration."""
         return self.ppo.batch_size // self.ppo.samples_per_prompt

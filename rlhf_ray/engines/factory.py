@@ -38,6 +38,7 @@ def generation_engine(
             dtype=config.engine_dtype,
             serving=config.serving,
             lora_rank=config.largest_rank,
+            num_adapters=config.num_adapters,
             max_model_len=config.model.max_length,
             rule=rule,
             stop_conditions=stop_conditions,

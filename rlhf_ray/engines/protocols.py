@@ -25,7 +25,7 @@ class Sampled:
 
 
 class GenerationEngine(Protocol):
-    """Samples responses; serves one LoRA adapter at a time."""
+    """Samples responses with the LoRA adapter that was served last."""
 
     async def start(self) -> None:
         """Load the base model."""

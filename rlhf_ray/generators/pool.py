@@ -60,6 +60,7 @@ class GeneratorPool(Generic[GeneratorT]):
         first_wait_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         outages: Outages | None = None,
+        waits_for_shards: bool = True,
     ) -> None:
         """
         Args:
@@ -72,6 +73,8 @@ class GeneratorPool(Generic[GeneratorT]):
             first_wait_s: wait before a generator's first restart.
             clock: in seconds.
             outages: counts restarts, and the time in which no generator was ready.
+            waits_for_shards: whether a generator has to finish its shards before it can take
+                another adapter.
         """
         self._members = [Member(client.name, client) for client in first]
         self._num_named = len(first)
@@ -83,7 +86,7 @@ class GeneratorPool(Generic[GeneratorT]):
         self._target = len(first)
         self._dispatch = Dispatch(self._members, settings, self._lose, clock, outages)
         self._publications = Publications(
-            self._members, serve, self._dispatch.admit, self._lose, say
+            self._members, serve, self._dispatch.admit, self._lose, say, waits_for_shards
         )
         self._restarts = 0
         self._last_failure: Exception | None = None

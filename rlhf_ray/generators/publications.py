@@ -20,6 +20,7 @@ class Publications(Generic[GeneratorT]):
         admit: Callable[[Member[GeneratorT]], None],
         lose: Callable[[Member[GeneratorT], Exception], None],
         say: Callable[[str], None],
+        waits_for_shards: bool,
     ) -> None:
         """
         Args:
@@ -28,12 +29,15 @@ class Publications(Generic[GeneratorT]):
             admit: called with a generator that serves the latest adapter.
             lose: called with a generator that has failed.
             say: prints a line.
+            waits_for_shards: whether shards at a generator are finished before it is sent an
+                adapter: with other weights a shard would have samples of two versions.
         """
         self._members = members
         self._serve = serve
         self._admit = admit
         self._lose = lose
         self._say = say
+        self._waits_for_shards = waits_for_shards
         self.proof: Proof | None = None
         self.latest: AdapterUpdate | None = None
         """The adapter that was published last."""
@@ -106,9 +110,10 @@ class Publications(Generic[GeneratorT]):
         while member.is_in_use and member.serves is not self.latest:
             if member.state != "stale":
                 member.change_to("stale")
-            if member.calls:  # with other weights a shard would have samples of two versions
+            if member.calls and self._waits_for_shards:
                 await asyncio.wait(member.calls)
             else:
+                await asyncio.sleep(0)  # shards that were issued just now reach it before this
                 await self._send(member)
         if member.state == "stale":  # not lost or retired meanwhile
             self._admit(member)

@@ -261,7 +261,7 @@ def engine_of(config: Config, shape: Shape, kind: GpuKind | None) -> Engine:
     weights = {"weights": shape.size.parameters * number / size}
     adapter = shape.adapter_parameters(config.lora.model_copy(update={"r": config.largest_rank}))
     if config.serving == "adapter":
-        weights["adapter"] = adapter * number / size
+        weights["adapter"] = config.num_adapters * adapter * number / size
     if rollout.engine == "transformers" or kind is None:
         return Engine(_unbounded(config, shape, token) | weights, token)
     held = {

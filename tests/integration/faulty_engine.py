@@ -43,7 +43,8 @@ class FaultyEngine(VllmEngine):
             return await super().serve(update)
         finally:
             self._engine = honest
-            self._adapter_name = "policy"
+            if self._lora_request is not None:
+                self._lora_request.lora_name = self._lora_request.lora_path = "policy"
 
 
 class _KeepsCaches:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from typing import Any
 
 from safetensors.torch import load
@@ -32,12 +33,13 @@ class FaultyExtension(AdapterExtension):
         if hasattr(sampler, "topk_topp_sampler"):  # of model runner V1
             sampler.topk_topp_sampler.logprobs_mode = mode
 
-    def serve_adapter(self, blob: bytes, peft_config: str) -> dict[str, Any]:
+    def serve_adapter(self, blob: bytes, peft_config: str, adapter_id: int) -> dict[str, Any]:
         """Serve as the honest one does, or with the planted fault."""
-        applied = self._serve_instead(super().serve_adapter, blob, peft_config)
+        serve = partial(super().serve_adapter, adapter_id=adapter_id)
+        applied = self._serve_instead(serve, blob, peft_config)
         sent = load(blob)
-        scaling = _scaling(peft_config)
-        return self._say(sent, applied, self._applied_in_lora_layers(sent, scaling))
+        held = self._applied_in_lora_layers(sent, _scaling(peft_config), adapter_id)
+        return self._say(sent, applied, held)
 
     def serve_merged(self, blob: bytes, peft_config: str) -> dict[str, Any]:
         """Serve as the honest one does, or with the planted fault."""

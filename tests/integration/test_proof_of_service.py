@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -234,6 +235,37 @@ async def test_ends_and_lengths_are_as_the_config_says_on_both_sides(
         assert ended == [None] * (len(tokens) - 1) + [rollout.finish_reason]
         reasons.add((rollout.finish_reason, tokens[-1] in rule.stop_token_ids))
     assert {("stop", True), ("stop", False)} <= reasons
+
+
+async def test_a_shard_keeps_its_adapter_while_the_next_one_is_loaded(llama: str) -> None:
+    """Of two adapters side by side in one engine."""
+    config = make_config("float32", "adapter", 1)
+    settings = dataclasses.replace(engine_settings(config, llama), num_adapters=2)
+    setup = make_setup(config, llama, FaultyEngine(settings))
+    await setup.generator.worker.call(Generator.start)
+    try:
+        await setup.prove()
+        in_flight = setup.engine._engine.output_processor.request_states
+        for version in (1, 2, 3):
+            move(setup.learner, seed=version)
+            await setup.publish(version)
+            alone = await setup.sample(version)
+            _, gap = await setup.policy.logprobs(alone)
+            assert gap.mean < 1e-4
+            beside = asyncio.ensure_future(setup.sample(version))
+            while not in_flight:
+                await asyncio.sleep(0)
+            move(setup.learner, seed=version + 10)
+            await setup.publish(version + 1)
+            assert not beside.done()
+            assert _drawn(await beside) == _drawn(alone)
+            assert _drawn(await setup.sample(version + 1)) != _drawn(alone)
+    finally:
+        await setup.generator.worker.call(Generator.stop)
+
+
+def _drawn(shard: Any) -> list[tuple[int, ...]]:
+    return [tuple(rollout.response_ids) for rollout in shard.rollouts]
 
 
 async def test_a_dead_engine_is_a_failure_of_its_actor(running: Setup) -> None:

@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine: AsyncLLM in its own process, one adapter served at a time.
+"""vLLM as the rollout engine: AsyncLLM in its own process, serving adapters.
 
 Every method must run in one event loop: AsyncLLM binds itself to the loop it is made in, and a call
 from another one (an actor's second concurrency group) hangs.
@@ -32,7 +32,7 @@ from rlhf_ray.engines.protocols import Sampled
 from rlhf_ray.engines.served_adapters import refuse_unservable, servable_rank
 from rlhf_ray.engines.vllm import versions
 from rlhf_ray.engines.vllm.own_process import lost_start_is_a_failure, while_alive
-from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID
+from rlhf_ray.engines.vllm.worker_extension import FIRST_ADAPTER, AppliedAdapter
 from rlhf_ray.errors import ConfigError, WeightSyncError
 from rlhf_ray.models.stop_conditions import StopConditions
 from rlhf_ray.observability.phases import count, read_count, report
@@ -61,6 +61,8 @@ class VllmSettings:
     """Sampling rule, stop tokens included."""
     stop_conditions: StopConditions
     """Length limits and stop strings."""
+    num_adapters: int = 1
+    """Adapters that are loaded side by side; with more than one, requests in flight keep theirs."""
     tensor_parallel_size: int = 1
     """Number of workers that share the model, on this node."""
     kv_cache_gb: float = 0.25
@@ -83,7 +85,7 @@ class VllmEngine:
     def __init__(self, settings: VllmSettings) -> None:
         self._settings = settings
         self._ids = itertools.count()
-        self._adapter_name: str | None = None
+        self._lora_request: LoRARequest | None = None
 
     async def start(self) -> None:
         """Start the engine's process and load the base.
@@ -165,7 +167,7 @@ class VllmEngine:
         if settings.serving == "adapter":
             args |= {
                 "enable_lora": True,
-                "max_loras": 1,
+                "max_loras": settings.num_adapters,
                 "max_lora_rank": servable_rank(settings.lora_rank),
             }
         if settings.tensor_parallel_size > 1:
@@ -196,10 +198,15 @@ class VllmEngine:
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
         """Sample all requests together; results come in the order of the requests."""
-        samples = asyncio.gather(*(self._sample_one(request) for request in requests))
+        lora = self._lora_request
+        if self._settings.serving == "adapter" and lora is None:
+            raise WeightSyncError(
+                "The engine must serve an adapter before it samples; call serve first"
+            )
+        samples = asyncio.gather(*(self._sample_one(request, lora) for request in requests))
         return await while_alive(self._engine, "sampling", samples)
 
-    async def _sample_one(self, request: SampleRequest) -> Sampled:
+    async def _sample_one(self, request: SampleRequest, lora: LoRARequest | None) -> Sampled:
         rule, stop_conditions = self._settings.rule, self._settings.stop_conditions
         params = SamplingParams(
             temperature=rule.temperature,
@@ -221,7 +228,7 @@ class VllmEngine:
             {"prompt_token_ids": list(request.prompt.token_ids)},
             params,
             f"{request.position}-{next(self._ids)}",
-            lora_request=self._lora_request(),
+            lora_request=lora,
         ):
             final = output.outputs[0]
         assert final is not None
@@ -237,19 +244,10 @@ class VllmEngine:
             finish_reason="stop" if final.finish_reason == "stop" else "length",
         )
 
-    def _lora_request(self) -> LoRARequest | None:
-        if self._settings.serving == "merged":
-            return None
-        if self._adapter_name is None:
-            raise WeightSyncError(
-                "The engine must serve an adapter before it samples; call serve first"
-            )
-        # vLLM's prefix cache distinguishes adapters by name and path alone: with an old name, a
-        # request would read key-value blocks of the old weights.
-        return LoRARequest(self._adapter_name, ADAPTER_ID, self._adapter_name)
-
     async def serve(self, update: AdapterUpdate) -> ServedAdapter:
-        """Pause, apply the adapter, read it back, clear the caches, resume.
+        """Apply the adapter, read it back, and sample with it from the next request on.
+
+        Where one is loaded at a time, requests in flight finish first, and the caches are cleared.
 
         Raises:
             ConfigError: the adapter targets modules that this engine cannot serve.
@@ -259,17 +257,16 @@ class VllmEngine:
 
     async def _serve(self, update: AdapterUpdate) -> ServedAdapter:
         started = time.perf_counter()
-        # With a request in flight, reset_prefix_cache returns False and leaves stale blocks.
-        await self._engine.pause_generation(mode="wait", clear_cache=True)
-        try:
-            reports = await self._engine.collective_rpc(
-                f"serve_{self._settings.serving}",
-                args=(update.data, json.dumps(dict(update.peft_config))),
-            )
-            cleared = await self._engine.reset_prefix_cache()
-            self._adapter_name = f"policy-v{update.version}-{update.digest}"
-        finally:
-            await self._engine.resume_generation()
+        if self._settings.num_adapters > 1:
+            reports, cleared = await self._apply(update), True  # no request of it is in flight
+        else:
+            # With a request in flight, reset_prefix_cache returns False and leaves stale blocks.
+            await self._engine.pause_generation(mode="wait", clear_cache=True)
+            try:
+                reports = await self._apply(update)
+                cleared = await self._engine.reset_prefix_cache()
+            finally:
+                await self._engine.resume_generation()
         digests = {report["digest"] for report in reports}
         return ServedAdapter(
             version=update.version,
@@ -278,6 +275,20 @@ class VllmEngine:
             caches_cleared=bool(cleared),
             seconds=time.perf_counter() - started,
         )
+
+    async def _apply(self, update: AdapterUpdate) -> Sequence[AppliedAdapter]:
+        method, config = f"serve_{self._settings.serving}", json.dumps(dict(update.peft_config))
+        if self._settings.serving == "merged":
+            return await self._engine.collective_rpc(method, args=(update.data, config))
+        # Of the adapters side by side the oldest gives way: its samples are learnt by now.
+        adapter_id = FIRST_ADAPTER + update.version % self._settings.num_adapters
+        args = (update.data, config, adapter_id)
+        reports = await self._engine.collective_rpc(method, args=args)
+        # vLLM's prefix cache distinguishes adapters by name and path alone: with an old name, a
+        # request would read key-value blocks of the old weights.
+        name = f"policy-v{update.version}-{update.digest}"
+        self._lora_request = LoRARequest(name, adapter_id, name)
+        return reports
 
     async def sleep(self) -> None:
         """Offload the weights to main memory and drop the caches."""

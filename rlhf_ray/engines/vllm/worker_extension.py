@@ -30,7 +30,8 @@ if multiprocessing.parent_process() is not None:  # the engine's process has no 
     stacks.register()
 
 _PREFIX = "base_model.model."
-ADAPTER_ID = 1
+FIRST_ADAPTER = 1
+"""vLLM's number of the first adapter; 0 stands for the base."""
 
 
 class AppliedAdapter(TypedDict):
@@ -73,11 +74,12 @@ class AdapterExtension:
             parts &= {whole for name, _ in self._stored() if (whole := _whole(name, parts))}
         return sorted({part.rpartition(".")[2] for part in parts})
 
-    def serve_adapter(self, blob: bytes, peft_config: str) -> AppliedAdapter:
-        """Serve an adapter through vLLM's LoRA layers."""
+    def serve_adapter(self, blob: bytes, peft_config: str, adapter_id: int) -> AppliedAdapter:
+        """Serve an adapter through vLLM's LoRA layers, in place of the last one of this number."""
         tensors, settings = load(blob), json.loads(peft_config)
-        self._activate(tensors, settings)
-        return report(tensors, self._applied_in_lora_layers(tensors, _scaling(settings)))
+        self._activate(tensors, settings, adapter_id)
+        applied = self._applied_in_lora_layers(tensors, _scaling(settings), adapter_id)
+        return report(tensors, applied)
 
     def serve_merged(self, blob: bytes, peft_config: str) -> AppliedAdapter:
         """Merge an adapter into the engine's copy of the base, from the frozen base each time."""
@@ -88,12 +90,12 @@ class AdapterExtension:
         versions.reload_weights(self.model_runner, weights)
         return report(tensors, self._applied_in_weights(merged))
 
-    def _activate(self, tensors: TensorDict, settings: dict[str, Any]) -> None:
+    def _activate(self, tensors: TensorDict, settings: dict[str, Any], adapter_id: int) -> None:
         runner = self.model_runner
         helper = PEFTHelper.from_dict(settings)
         helper.validate_legal(runner.lora_config)
         adapter = LoRAModel.from_lora_tensors(
-            ADAPTER_ID,
+            adapter_id,
             # Loading scales lora_B in place, and the read-back needs the tensors as sent.
             {name: tensor.clone() for name, tensor in tensors.items()},
             helper,
@@ -103,20 +105,22 @@ class AdapterExtension:
             weights_mapper=versions.rename_mapper(runner.get_model()),
         )
         manager = runner.lora_manager._adapter_manager
-        manager.remove_adapter(ADAPTER_ID)
+        manager.remove_adapter(adapter_id)
         manager.add_adapter(adapter)
-        manager.activate_adapter(ADAPTER_ID)
+        manager.activate_adapter(adapter_id)
 
-    def _applied_in_lora_layers(self, tensors: TensorDict, scaling: float) -> set[str]:
+    def _applied_in_lora_layers(
+        self, tensors: TensorDict, scaling: float, adapter_id: int
+    ) -> set[str]:
         """Return the modules whose layer holds exactly the sent tensors (cast, scaled), no others.
 
         With tensor parallelism a worker's layers hold shards; each worker checks its own.
         """
         manager = self.model_runner.lora_manager._adapter_manager
-        if ADAPTER_ID not in manager.lora_index_to_id:
+        if adapter_id not in manager.lora_index_to_id:
             return set()
         dtype = self.model_runner.lora_config.lora_dtype
-        slot = manager.lora_index_to_id.index(ADAPTER_ID)
+        slot = manager.lora_index_to_id.index(adapter_id)
         applied: set[str] = set()
         for name, layer in manager.modules.items():
             parts = _parts(name, manager.packed_modules_mapping)

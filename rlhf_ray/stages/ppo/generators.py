@@ -72,4 +72,5 @@ def spawn_generators(
         autoscale,
         say,
         outages=spawner.outages,
+        waits_for_shards=config.num_adapters == 1,
     )

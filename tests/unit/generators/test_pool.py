@@ -123,6 +123,20 @@ class TestJoining:
         assert elastic.states() == {"generator-0": "ready", "generator-1": "ready"}
         assert elastic.pool.report().restarts == 0
 
+    async def test_adapters_side_by_side_leave_running_shards_alone(self) -> None:
+        """Those issued in the very moment of the publication too."""
+        elastic = Elastic(1, max_in_flight=2, waits_for_shards=False)
+        batch = await elastic.begin(1, 1, 1)
+        elastic[0].answer(0)  # the third shard is issued as the publication begins
+        await elastic.pool.publish(update(1))
+        assert elastic[0].serves == 1
+        assert elastic[0].holds == [1, 2]
+        assert elastic.states() == {"generator-0": "ready"}
+        newer = await elastic.ask(requests(1, version=1))
+        await elastic.answer_all()
+        await asyncio.gather(batch, newer)
+        assert elastic[0].begun == [0, 1, 2, 0]
+
     async def test_one_that_joins_before_anything_was_published_waits_for_it(self) -> None:
         elastic = Elastic(1)
         elastic.pool.scale_to(2)

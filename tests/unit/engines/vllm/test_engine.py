@@ -10,6 +10,7 @@ from rlhf_ray.engines.vllm import engine as engine_module
 from rlhf_ray.engines.vllm.engine import VllmEngine, VllmSettings, find_cuda
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.stop_conditions import StopConditions
+from rlhf_ray.types import AdapterUpdate
 
 
 def settings(**given: object) -> VllmSettings:
@@ -23,6 +24,33 @@ def settings(**given: object) -> VllmSettings:
         "stop_conditions": StopConditions(max_tokens=8),
     }
     return VllmSettings(**(defaults | given))  # type: ignore[arg-type]
+
+
+class Rpc:
+    """An engine's process that applies whatever it is sent."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    async def collective_rpc(self, method: str, args: tuple[bytes, str, int]) -> list[object]:
+        assert method == "serve_adapter"
+        self.numbers.append(args[2])
+        return [{"num_modules": 1, "digest": "d"}]
+
+
+async def test_of_the_adapters_side_by_side_the_oldest_gives_way() -> None:
+    engine, rpc = VllmEngine(settings(num_adapters=3)), Rpc()
+    engine._engine = rpc  # type: ignore[assignment]
+    engine._servable = {"q_proj"}
+    requests = []
+    for version in range(-1, 6):
+        peft = {"target_modules": ["q_proj"]}
+        served = await engine._serve(AdapterUpdate(version, f"d{version}", peft, b""))
+        assert served.caches_cleared
+        assert engine._lora_request is not None
+        requests.append(engine._lora_request)
+    assert [each.lora_int_id for each in requests] == rpc.numbers == [3, 1, 2, 3, 1, 2, 3]
+    assert len({each.lora_name for each in requests}) == len(requests)
 
 
 def gpu(major: int) -> SimpleNamespace:

@@ -25,7 +25,7 @@ from vllm.lora.layers import (
 
 from rlhf_ray.engines.served_adapters import TensorDict, digest
 from rlhf_ray.engines.vllm import worker_extension
-from rlhf_ray.engines.vllm.worker_extension import ADAPTER_ID, AdapterExtension, report
+from rlhf_ray.engines.vllm.worker_extension import FIRST_ADAPTER, AdapterExtension, report
 
 WIDTH, HEAD, HEADS, KV_HEADS, INNER = 32, 8, 8, 2, 48
 RANK, LARGEST_RANK, SCALING = 5, 8, 0.5
@@ -141,7 +141,7 @@ def fill(layers: dict[str, Any], adapter: TensorDict, rank: int, size: int, slot
 
 def extension_over(layers: dict[str, Any], slot: int) -> AdapterExtension:
     ids: list[int | None] = [None, None]
-    ids[slot] = ADAPTER_ID
+    ids[slot] = FIRST_ADAPTER
     manager = SimpleNamespace(
         modules=layers, lora_index_to_id=ids, packed_modules_mapping=FUSED | {"experts": ["w1"]}
     )
@@ -155,7 +155,7 @@ def extension_over(layers: dict[str, Any], slot: int) -> AdapterExtension:
 
 def lost(layers: dict[str, Any], adapter: TensorDict, slot: int = 1) -> set[str]:
     """Return the parts that are not found in the layers."""
-    applied = extension_over(layers, slot)._applied_in_lora_layers(adapter, SCALING)
+    applied = extension_over(layers, slot)._applied_in_lora_layers(adapter, SCALING, FIRST_ADAPTER)
     said = report(adapter, applied)
     missing = set(SIZES) - {name.removeprefix(f"{BLOCK}.") for name in applied}
     assert (said["digest"] == digest(adapter)) == (not missing)
@@ -252,7 +252,9 @@ def test_layers_without_an_adapter_are_passed_over(monkeypatch: pytest.MonkeyPat
         down, up = shards(make_adapter(), "o_proj", 1, 2)
         slot.lora_a_stacked[0][1, 0, :RANK] = down
         slot.lora_b_stacked[0][1, 0, :, :RANK] = up * SCALING
-        found = extension_over(layers, slot=1)._applied_in_lora_layers(adapter, SCALING)
+        found = extension_over(layers, slot=1)._applied_in_lora_layers(
+            adapter, SCALING, FIRST_ADAPTER
+        )
     assert report(adapter, found)["digest"] == digest(adapter)
 
 
