@@ -19,11 +19,11 @@ from rlhf_ray.types import (
 )
 
 
-def requests(*prompt_lengths: int, version: int = 0) -> list[ShardRequest]:
-    """A shard a prompt."""
+def requests(*prompt_lengths: int, version: int = 0, start: int = 0) -> list[ShardRequest]:
+    """A shard a prompt, numbered from ``start``."""
     return [
         ShardRequest(i, (SampleRequest(i, Prompt(str(i), "", (1,) * length), 0),), version)
-        for i, length in enumerate(prompt_lengths)
+        for i, length in enumerate(prompt_lengths, start)
     ]
 
 
@@ -179,13 +179,15 @@ class Elastic:
         await self.pool.publish(update(0))
         return await self.ask(requests(*prompt_lengths))
 
-    async def ask(self, shards: Sequence[ShardRequest]) -> asyncio.Future[None]:
-        batch = asyncio.ensure_future(self._collect(shards))
+    async def ask(
+        self, shards: Sequence[ShardRequest], *, or_newer: bool = False
+    ) -> asyncio.Future[None]:
+        batch = asyncio.ensure_future(self._collect(shards, or_newer))
         await settle()
         return batch
 
-    async def _collect(self, shards: Sequence[ShardRequest]) -> None:
-        async for shard in self.pool.generate(shards):
+    async def _collect(self, shards: Sequence[ShardRequest], or_newer: bool) -> None:
+        async for shard in self.pool.generate(shards, or_newer=or_newer):
             self.done.append((shard.info.index, shard.rollouts))
 
     async def answer_all(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from typing import Generic
 
 from rlhf_ray.config.rollout import GeneratorsConfig
@@ -157,14 +158,14 @@ class Dispatch(Generic[GeneratorT]):
 
     def hand_out(self) -> None:
         """Give waiting shards to generators with free slots, the least loaded first."""
+        limit = self._settings.max_in_flight
         for batch in self._batches:
-            while len(batch.queue) and (free := self._free(batch)):
+            while len(batch.queue) and (free := self._free(batch, limit)):
                 member = min(free, key=lambda member: member.load)
                 self._issue(batch, member, batch.queue.take())
         self.note()
 
-    def _free(self, batch: _Batch[GeneratorT]) -> list[Member[GeneratorT]]:
-        limit = self._settings.max_in_flight
+    def _free(self, batch: _Batch[GeneratorT], limit: float) -> list[Member[GeneratorT]]:
         return [each for each in self.ready() if each.load < limit and batch.may_go_to(each)]
 
     def _issue(
@@ -231,8 +232,11 @@ class Dispatch(Generic[GeneratorT]):
         """Give shards that take far longer than any of the other generators' did to idle ones.
 
         The longest one counts, not the usual one: responses differ in length by nature. A
-        generator is idle if it has nothing but such shards.
+        generator is idle if it has nothing of the batch but such shards; shards of later batches,
+        which may fill it up, are less urgent.
         """
+        is_urgent = batch is self._batches[0] and len(self._batches) > 1
+        limit = inf if is_urgent else self._settings.max_in_flight
         for issue in sorted(batch.issues, key=lambda issue: issue.began_s):
             others = [seconds for name, seconds in batch.took if name != issue.member.name]
             if len(batch.queue) or not others or len(batch.at(issue.request.index)) > 1:
@@ -240,7 +244,7 @@ class Dispatch(Generic[GeneratorT]):
             if self._clock() - issue.began_s <= max(PATIENCE_S, factor * max(others)):
                 continue
             own = [each.member for each in batch.issues if not each.is_again]
-            idle = [member for member in self._free(batch) if member not in own]
+            idle = [member for member in self._free(batch, limit) if member not in own]
             if not idle:
                 return
             self._issue(batch, min(idle, key=lambda each: each.load), issue.request, is_again=True)

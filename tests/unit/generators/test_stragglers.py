@@ -107,6 +107,23 @@ async def test_short_shards_are_not_issued_again() -> None:
     await batch
 
 
+async def test_one_that_is_full_of_later_shards_takes_a_straggler_all_the_same() -> None:
+    elastic = Elastic(2, max_in_flight=1)
+    await elastic.begin()
+    batch = await elastic.ask(requests(2, 1), or_newer=True)
+    later = await elastic.ask(requests(5, 4, 3, start=2), or_newer=True)
+    elastic.now += 20
+    elastic[1].answer(1)
+    await settle()
+    assert (elastic[0].holds, elastic[1].holds) == ([0], [2])
+    elastic.now += 100
+    await look()
+    assert (elastic[0].holds, elastic[1].holds) == ([0], [0, 2])
+    await elastic.answer_all()
+    await asyncio.gather(batch, later)
+    assert elastic.pool.report().samples_reissued == 1
+
+
 async def test_a_generator_with_shards_of_its_own_takes_no_straggler() -> None:
     elastic = Elastic(2)
     batch = await elastic.begin(3, 2, 1)
