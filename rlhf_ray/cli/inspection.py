@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.cli.arguments import AsJson, ConfigPath, Overrides, print_json, read_config
-from rlhf_ray.config import Config
+from rlhf_ray.config import Config, dump
 
 app = typer.Typer()
 
@@ -37,6 +37,9 @@ def plan(
             "Overrides given here stay as they are.",
         ),
     ] = False,
+    with_config: Annotated[
+        bool, typer.Option("--config", help="Show the resolved config behind the plan.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory, placement and run time of a config.
@@ -52,6 +55,8 @@ def plan(
         print_json(tables.as_json(estimate, changes, layouts))
     else:
         typer.echo(tables.as_text(estimate, changes, layouts))
+        if with_config:
+            typer.echo(f"\n{dump(estimate.config).rstrip()}")
     raise typer.Exit(0 if estimate.fits else 1)
 
 

@@ -1,4 +1,4 @@
-"""The command plan: the resolved config, what it needs of a cluster, and whether it fits."""
+"""The command plan: what a config needs of a cluster, and whether it fits."""
 
 import dataclasses
 import math

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
 
-from rlhf_ray.config import Config, dump
+from rlhf_ray.config import Config
 from rlhf_ray.placement.hardware import GPU_KINDS
 from rlhf_ray.placement.layout import held_at_once
 from rlhf_ray.planning.layout_options import Change
@@ -23,25 +23,22 @@ WIDTH = 100
 
 
 def as_text(plan: Plan, changes: list[Change], layouts: list[Layout] | None = None) -> str:
-    """Return the resolved config and the plan as text; no layouts: they were not searched."""
-    config = plan.config
+    """Return the plan as text, its answer first; no layouts: they were not searched."""
     lines = [
-        dump(config).rstrip(),
-        *_roles(config),
+        *_verdict(plan, changes),
+        *_days(plan),
+        *_run(plan.config),
+        *([] if layouts is None else layout_table(layouts, WIDTH)),
+        *_roles(plan.config),
         *_models(plan),
         *_trainings(plan),
         *_memory(plan),
         *_placement(plan),
         *_order(plan),
         *_time(plan),
-        *([] if layouts is None else layout_table(layouts, WIDTH)),
-        "",
-        f"stages: {', '.join(config.run.stages)}",
-        f"folder: {Path(config.run.dir).absolute()}",
-        *_ppo(config),
-        *_verdict(plan, changes),
+        *_notes(plan),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def as_json(
@@ -147,8 +144,10 @@ def _roles(config: Config) -> Iterator[str]:
         yield f"{role:<12}{count:>8}  {what}"
 
 
-def _ppo(config: Config) -> Iterator[str]:
+def _run(config: Config) -> Iterator[str]:
     ppo = config.ppo
+    yield f"stages: {', '.join(config.run.stages)}"
+    yield f"folder: {Path(config.run.dir).absolute()}"
     if "ppo" in config.run.stages:
         yield (
             f"ppo: {ppo.iterations} iterations of {ppo.batch_size} rollouts "
@@ -280,12 +279,9 @@ def _rows(cells: list[str]) -> Iterator[str]:
 
 def _time(plan: Plan) -> Iterator[str]:
     config, time = plan.config, plan.time
-    if time is None:
+    if not _has_days(time):
         return
     yield ""
-    if not _has_days(time):
-        yield "time of the run: not known"
-        return
     if time.phases:
         yield f"{'phase':<10}{'seconds of an iteration':>25}"
         for name, (best, worst) in _all(time).items():
@@ -295,15 +291,22 @@ def _time(plan: Plan) -> Iterator[str]:
         took = f"{seconds[0]:,.2g} to {seconds[1]:,.2g} s"
         yield f"bytes of a commit: {size:,.0f}, written beside the next iteration in {took}"
         yield f"idle GPU-hours of this layout: {time.idle_gpu_hours:,.0f}"
-    best, worst = time.days
-    if best < 0.1:
+    yield "assumptions, at best and at worst:"
+    yield from (f"  {assumption}" for assumption in _time_assumptions(plan))
+
+
+def _days(plan: Plan) -> Iterator[str]:
+    if plan.time is None:
+        return
+    best, worst = plan.time.days
+    if not _has_days(plan.time):
+        yield "time of the run: not known"
+    elif best < 0.1:
         yield f"hours of the run: {24 * best:.2g} to {24 * worst:.2g}"
     else:
         yield f"days of the run: {best:,.2f} to {worst:,.2f}"
-    if plan.confirmed_by is None:
+    if worst and plan.confirmed_by is None:
         yield "predicted, and confirmed by no GPU: rlhf-ray rehearse measures it on the cluster"
-    yield "assumptions, at best and at worst:"
-    yield from (f"  {assumption}" for assumption in _time_assumptions(plan))
 
 
 def _time_assumptions(plan: Plan) -> list[str]:
@@ -316,14 +319,16 @@ def _time_assumptions(plan: Plan) -> list[str]:
     ]
 
 
-def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
+def _notes(plan: Plan) -> Iterator[str]:
+    yield ""
     for note in plan.assumptions:
         yield _wrapped(f"note: {note}")
-    kinds = {node.gpu_kind for node in plan.nodes if node.gpu_kind}
-    for kind in sorted(kinds):
+    for kind in sorted({node.gpu_kind for node in plan.nodes if node.gpu_kind}):
         memory = GPU_KINDS[kind].memory_gb
         yield f"{kind}: {memory:g} GB, of which tensors can use {USABLE * memory:,.1f}"
-    yield ""
+
+
+def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
     yield "It fits." if plan.fits else "It does not fit:"
     for shortage in plan.shortages:
         yield _wrapped(f"  - {_reason(shortage, changes)}")

@@ -86,9 +86,12 @@ def test_plan_prints_generators_and_steps_of_the_config(tmp_path: Path) -> None:
     path.write_text("generators: {num: 3}\nppo: {iterations: 5}\n")
     result = CliRunner().invoke(cli.app, ["plan", str(path), "ppo.gamma=0.5"])
     assert result.exit_code == 0, result.output
-    assert "gamma: 0.5" in result.output
+    assert result.output.startswith("It fits.\n")
+    assert "gamma: 0.5" not in result.output
     assert "generator          3  vllm, merged serving" in result.output
     assert "5 iterations of 64 rollouts (320 in all), 4 optimizer steps each" in result.output
+    result = CliRunner().invoke(cli.app, ["plan", str(path), "ppo.gamma=0.5", "--config"])
+    assert "\n  gamma: 0.5\n" in result.output
 
 
 @pytest.mark.parametrize("mode", ["local", "inline"])
