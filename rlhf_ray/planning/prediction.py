@@ -17,7 +17,7 @@ from rlhf_ray.placement.layout import (
     what_fits,
 )
 from rlhf_ray.planning.memory import GB
-from rlhf_ray.planning.roles import Engine, PlannedRole, Setting, engine, ppo_roles
+from rlhf_ray.planning.roles import Engine, PlannedRole, Setting, engine, longest_held, ppo_roles
 from rlhf_ray.planning.shapes import Models, models_of
 from rlhf_ray.planning.throughput import TimeEstimate, estimate_time, late_calls, sync_bytes
 from rlhf_ray.planning.trainings import stage_roles, unknown_extents
@@ -245,7 +245,7 @@ class Plan:
     places: tuple[Slot, ...]
     """Where PPO's workers are; empty without GPUs, or where not all of them fit."""
     sequences: int
-    """Sequences of model.max_length that a generator's KV cache holds at a time; 0 if its GPUs are
+    """Sequences of `longest_held` that a generator's KV cache holds at a time; 0 if its GPUs are
     of unknown kind."""
     shortages: tuple[Shortage, ...]
     """Reasons why it does not fit."""
@@ -295,7 +295,7 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
         short += _machine_shortages(ppo, stages)
     generator = engine(setting)
     is_known = setting.kinds.get("generator") is not None or not has_gpus
-    sequences = generator.sequences(config.model.max_length) if is_known else 0
+    sequences = generator.sequences(longest_held(config)) if is_known else 0
     samples = runs_ppo or "evaluate" in config.run.stages
     if samples and is_known and not sequences:
         short.append(_cache_shortage(config, generator))

@@ -155,6 +155,17 @@ def state_bytes(config: Config, models: Models) -> float:
     return (policy + critic) * (4 + ADAM_BYTES) + saved
 
 
+def longest_held(config: Config) -> int:
+    """Return the tokens of a sequence for which each engine must have room.
+
+    vLLM refuses to start with less than `model.max_length`; with transformers a cache grows with
+    the rollouts that are sampled, and is planned for them.
+    """
+    if config.rollout.engine == "vllm":
+        return config.model.max_length
+    return config.rollout.max_prompt_tokens + config.rollout.max_tokens
+
+
 def engine(setting: Setting) -> Engine:
     """Return the memory of a generator's engine."""
     kind = setting.kinds.get("generator")

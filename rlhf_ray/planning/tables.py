@@ -13,7 +13,7 @@ from rlhf_ray.planning.layout_options import Change
 from rlhf_ray.planning.memory import GB, gb, weights_bytes
 from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb
 from rlhf_ray.planning.role_times import ASSUMPTIONS
-from rlhf_ray.planning.roles import CACHE_KEY, PlannedRole, state_bytes
+from rlhf_ray.planning.roles import CACHE_KEY, PlannedRole, longest_held, state_bytes
 from rlhf_ray.planning.suggestions import Layout, layout_table, overrides
 from rlhf_ray.planning.throughput import TimeEstimate, middle, save_seconds
 from rlhf_ray.planning.trainings import planned_training, trained_parts
@@ -234,7 +234,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.sequences and "ppo" in plan.config.run.stages:
         yield (
             f"a generator's KV cache holds {plan.sequences:,} sequences of "
-            f"{plan.config.model.max_length:,} tokens at a time"
+            f"{longest_held(plan.config):,} tokens at a time"
         )
 
 

@@ -23,6 +23,7 @@ from rlhf_ray.planning.roles import PlannedRole
 from rlhf_ray.planning.suggestions import fitting_changes
 from rlhf_ray.planning.tables import as_json, as_text
 
+QUICKSTART = CONFIGS / "quickstart.yaml"
 STACKLLAMA = CONFIGS / "stackllama" / "ppo_3x8_a100.yaml"
 SHIPPED = [
     ("stackllama/ppo_1_gpu.yaml", "1xA100-80GB"),
@@ -126,6 +127,17 @@ def test_70b_fits_two_nodes_as_an_adapter_on_nf4_with_four_gpus_a_generator() ->
                   "generators.tensor_parallel_size=1")  # fmt: skip
     assert "a generator has 0.00 GB left for its KV cache" in reasons(one)
     assert any("generators.tensor_parallel_size" in change for change in fitting_changes(one))
+
+
+@pytest.mark.parametrize("nodes", [(), parse_cluster("1xA100-80GB")], ids=["cpu", "gpu"])
+def test_a_cache_that_grows_with_what_is_sampled_is_not_short(nodes: tuple[Node, ...]) -> None:
+    keys = ["model.max_length=96", "rollout.max_prompt_tokens=24", "rollout.max_tokens=12"]
+    keys += ["rollout.shard_size=2", "placement.gpus=0.2"]
+    grows = prediction(load(QUICKSTART, [*keys, "rollout.engine=transformers"]), nodes)
+    assert not grows.shortages
+    assert "a generator's KV cache holds 2 sequences of 36 tokens" in as_text(grows, [])
+    fixed = prediction(load(QUICKSTART, [*keys, "rollout.kv_cache_gb=1e-5"]), ())
+    assert "one sequence of model.max_length 96 needs 0.00 GB" in reasons(fixed)
 
 
 def test_8b_with_32k_of_context_fits_and_needs_recomputing() -> None:
@@ -259,7 +271,7 @@ def test_in_a_ray_job_the_cluster_that_the_run_joins_is_what_there_is(
 
 
 def test_without_gpus_the_machines_memory_is_what_there_is(monkeypatch: Any) -> None:
-    config = load(CONFIGS / "quickstart.yaml")
+    config = load(QUICKSTART)
     assert prediction(config, ()).fits
     monkeypatch.setattr("rlhf_ray.planning.prediction.memory_of_machine", lambda: GB)
     plan = prediction(config, ())
@@ -311,7 +323,7 @@ def test_the_plan_of_supervised_stages_says_nothing_of_ppo(
 
 
 def test_the_plan_of_an_evaluation_lists_what_it_runs() -> None:
-    plan = planned("quickstart.yaml", "1xA100-80GB", "run.stages=[evaluate]")
+    plan = planned(QUICKSTART, "1xA100-80GB", "run.stages=[evaluate]")
     _, _, table = as_text(plan, []).partition("\nrole ")
     listed = [line.split()[0] for line in table.partition("\nmodel ")[0].splitlines() if line]
     assert listed == ["workers", "generator", "reward"]
