@@ -2,11 +2,10 @@
 
 import asyncio
 import errno
-import math
+import itertools
 import os
 import threading
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -49,12 +48,10 @@ class Disk(Checkpoints):
         super().__init__(folder, 3, {})
         self.gate = threading.Event()
         self.gate.set()
-        self.takes_s = 0.0
         self.order: list[str] = []
 
     def save(self, version: int, *args: Any) -> None:
         self.gate.wait(20)
-        time.sleep(self.takes_s)
         super().save(version, *args)
         self.order.append(f"saved {version}")
 
@@ -135,72 +132,77 @@ def test_a_commit_that_is_not_due_waits_for_no_disk(tmp_path: Path) -> None:
     assert run.disk.order == [*committed, "saved 2", "committed 4", "saved 4"]
 
 
+ITERATION_S = 8.0
+
+
+class Clock:
+    """Seconds that pass as a test says, not as busy as its machine is."""
+
+    def __init__(self, run: Run, patch: pytest.MonkeyPatch) -> None:
+        self._run = run
+        self._now_s = self._written_s = 0.0
+        patch.setattr(commits, "time", self)
+
+    def monotonic(self) -> float:
+        return self._now_s
+
+    async def iterate(self, iterations: Iterable[int], writes_s: Iterable[float]) -> None:
+        """Let iterations of `ITERATION_S` pass, whose commits take so long to write."""
+        disk, held, seconds = self._run.disk, self._run.commits, iter(writes_s)
+        for iteration in iterations:
+            if held.is_due(iteration):  # it waits for the one before
+                asyncio.get_running_loop().call_soon(self._end_write)
+            await self._run.iterate(iteration)
+            if held.is_due(iteration):
+                disk.gate.clear()
+                self._written_s = self._now_s + next(seconds)
+                await asyncio.sleep(0)  # it begins
+            next_s = self._now_s + ITERATION_S
+            if held._writing is not None and self._written_s <= next_s:
+                self._end_write()
+                await asyncio.wait([held._writing])
+            self._now_s = next_s
+
+    def _end_write(self) -> None:
+        self._now_s = max(self._now_s, self._written_s)
+        self._run.disk.gate.set()
+
+
 def test_a_slow_disk_gets_fewer_commits_and_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commits, "SLOW_S", 0.02)
     run = Run(tmp_path)
-
-    async def scene() -> None:
-        run.disk.gate.clear()
-        await run.iterate(1)
-        await asyncio.sleep(0.04)
-        asyncio.get_running_loop().call_later(0.06, run.disk.gate.set)
-        await run.iterate(2)  # some 0.1 s of writing in iterations of 0.04 s
-        await run.commits.written()
-
-    played(scene)
+    clock = Clock(run, monkeypatch)
+    played(lambda: clock.iterate(range(1, 4), [20.0, 1.0]))
     ((iteration, warning),) = run.warnings
     assert (iteration, warning.guard) == (2, "slow_disk")
-    every = next(number for number in range(1, 99) if run.commits.is_due(number))
-    numbers = warning.numbers
-    assert every == math.ceil(numbers["save_s"] / numbers["interval_s"]) > 1
-    assert f"one iteration in {every} is saved" in warning.text
+    assert warning.numbers == {"save_s": 20.0, "interval_s": ITERATION_S}
+    assert [number for number in range(1, 10) if run.commits.is_due(number)] == [3, 6, 9]
+    assert "one iteration in 3 is saved" in warning.text
+    assert list(run.outages.lost_s) == ["driver: slow disk"]
 
 
 def test_a_disk_that_is_fast_again_gets_every_commit_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commits, "SLOW_S", 0.02)
     run = Run(tmp_path, save_every=2)
-
-    async def scene() -> None:
-        run.disk.gate.clear()
-        await run.iterate(2)
-        await asyncio.sleep(0.04)
-        await run.iterate(3)
-        asyncio.get_running_loop().call_later(0.2, run.disk.gate.set)
-        await run.iterate(4)  # some 0.24 s of writing in iterations of 0.02 s
-        every = next(number for number in range(1, 99) if run.commits.is_due(number))
-        assert every > 2
-        assert every % 2 == 0
-        await run.iterate(every)
-        await asyncio.sleep(0.5)  # a write takes milliseconds now
-        await run.iterate(every + 1)
-        await run.commits.written()
-        assert [number for number in range(1, 7) if run.commits.is_due(number)] == [2, 4, 6]
-
-    played(scene)
+    clock = Clock(run, monkeypatch)
+    played(lambda: clock.iterate(range(1, 8), [60.0]))
+    assert [number for number in range(1, 17) if run.commits.is_due(number)] == [8, 16]
+    played(lambda: clock.iterate(range(8, 11), [0.1, 0.1]))
+    assert [number for number in range(1, 7) if run.commits.is_due(number)] == [2, 4, 6]
     assert [warning.action for _, warning in run.warnings] == ["save fewer", "save more"]
-    assert "one iteration in 2 is saved, no longer one in" in run.warnings[1][1].text
+    assert "one iteration in 2 is saved, no longer one in 8" in run.warnings[1][1].text
 
 
 def test_a_disk_that_is_hardly_fast_enough_keeps_its_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a run would wait for it, save fewer, save more and wait again."""
-    monkeypatch.setattr(commits, "SLOW_S", 0.02)
     run = Run(tmp_path)
-
-    async def scene() -> None:
-        run.disk.takes_s = 0.12
-        for iteration in range(1, 8):
-            await run.iterate(iteration)
-            await asyncio.sleep(0.08)
-        await run.commits.written()
-
-    played(scene)
-    assert [warning.action for _, warning in run.warnings] == ["save fewer"]
+    clock = Clock(run, monkeypatch)
+    played(lambda: clock.iterate(range(1, 15), itertools.cycle([9.5, 7.0])))
+    assert [(at, warning.action) for at, warning in run.warnings] == [(2, "save fewer")]
 
 
 def test_a_run_waits_for_space_on_a_full_disk(
