@@ -126,16 +126,16 @@ def trace_iteration(folder: Path) -> set[str]:
 def trace_death(folder: Path) -> set[str]:
     """Trace the pool from the rollout that fails to the start of another process."""
     from actors.generator import Generator
-    from rlhf_ray.driver.ppo_loop import PpoLoop
+    from rlhf_ray.driver.batches import Batches
     from rlhf_ray.errors import ActorFailure
 
     trail, stage = Trail(under="rlhf_ray/generators/"), "proof"
-    rollout, generate, make = PpoLoop._rollout, Generator.generate, Generator.__init__
+    scored, generate, make = Batches.scored, Generator.generate, Generator.__init__
 
-    async def arm(loop: PpoLoop, draw: Any) -> Any:
+    async def arm(batches: Batches, *args: Any) -> Any:
         nonlocal stage
         stage = "armed"
-        return await rollout(loop, draw)
+        return await scored(batches, *args)
 
     async def die(generator: Generator, request: Any) -> Any:
         nonlocal stage
@@ -151,7 +151,7 @@ def trace_death(folder: Path) -> set[str]:
         make(generator, *args)
 
     with (
-        patch.object(PpoLoop, "_rollout", arm),
+        patch.object(Batches, "scored", arm),
         patch.object(Generator, "generate", die),
         patch.object(Generator, "__init__", restart),
     ):

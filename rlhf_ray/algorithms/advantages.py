@@ -115,9 +115,14 @@ def grpo(scores_B: Tensor, group_size: int, sizes_B: Tensor | None = None) -> Te
     sizes_GN = scores_GN.abs() if sizes_B is None else _groups(sizes_B, group_size)
     centred_GN = scores_GN - scores_GN.mean(1, keepdim=True)
     std_G1 = scores_GN.std(1, keepdim=True, unbiased=True)
-    range_G1 = scores_GN.amax(1, keepdim=True) - scores_GN.amin(1, keepdim=True)
-    is_rounding_G1 = range_G1 <= ROUNDING * sizes_GN.amax(1, keepdim=True).clamp(min=1.0)
-    return torch.where(is_rounding_G1, 0.0, centred_GN / (std_G1 + 1e-8)).flatten().float()
+    is_equal_G1 = _are_equal(scores_GN, sizes_GN)
+    return torch.where(is_equal_G1, 0.0, centred_GN / (std_G1 + 1e-8)).flatten().float()
+
+
+def equal_groups(scores_B: Tensor, group_size: int) -> list[bool]:
+    """Return for each group whether its scores differ by no more than rounding, see `grpo`."""
+    scores_GN = _groups(scores_B, group_size)
+    return [bool(is_equal) for is_equal in _are_equal(scores_GN, scores_GN.abs())]
 
 
 def dr_grpo(scores_B: Tensor, group_size: int) -> Tensor:
@@ -129,6 +134,11 @@ def dr_grpo(scores_B: Tensor, group_size: int) -> Tensor:
     """
     scores_GN = _groups(scores_B, group_size)
     return (scores_GN - scores_GN.mean(1, keepdim=True)).flatten().float()
+
+
+def _are_equal(scores_GN: Tensor, sizes_GN: Tensor) -> Tensor:
+    range_G1 = scores_GN.amax(1, keepdim=True) - scores_GN.amin(1, keepdim=True)
+    return range_G1 <= ROUNDING * sizes_GN.amax(1, keepdim=True).clamp(min=1.0)
 
 
 def _groups(scores_B: Tensor, group_size: int) -> Tensor:
@@ -197,6 +207,11 @@ class Estimator:
     def needs_critic(self) -> bool:
         """Whether it needs the critic's values."""
         return "values_BT" in self.asks
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether it compares responses to the same prompt."""
+        return "group_size" in self.asks
 
     def __call__(self, rewards_BT: Tensor, mask_BT: Tensor, **given: Tensor | float) -> Tensor:
         """Return the advantages `_BT`, zero on padding.

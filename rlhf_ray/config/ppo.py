@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.algorithms import ESTIMATORS, POLICY_LOSSES
+from rlhf_ray.config.filter_groups import FilterGroupsConfig
 from rlhf_ray.config.importance_mask import ImportanceMaskConfig
 from rlhf_ray.config.overlong import OverlongConfig
 from rlhf_ray.config.section import (
@@ -181,6 +182,9 @@ class PpoConfig(Section):
     overlong: OverlongConfig = fixed(
         OverlongConfig(), description="Long responses, and those that are cut off at their limit."
     )
+    filter_groups: FilterGroupsConfig = adjustable(
+        FilterGroupsConfig(), description="Prompts whose responses all score the same."
+    )
     max_staleness: int = changeable(
         0,
         unit="versions",
@@ -259,6 +263,7 @@ class PpoConfig(Section):
             )
         self._schedule()
         self._bootstrap()
+        self.filter_groups.require_groups(self.advantage, self.samples_per_prompt)
         if self.importance_level != "token" and self.importance_cap is None:
             raise ValueError(
                 f"ppo.importance_level {self.importance_level} has no effect without weights; set "

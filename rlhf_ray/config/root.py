@@ -202,6 +202,8 @@ class Config(Section):
             self._colocation_is_possible()
         self.require_corrected_truncation(self.engine_is_exact)
         self.ppo.overlong.require_endings(self.rollout, self.ppo.missing_eos_penalty)
+        shard_size, per_prompt = self.rollout.shard_size, self.ppo.samples_per_prompt
+        self.ppo.filter_groups.require_whole_groups(per_prompt, shard_size)
         if self.rollout.autoscale is not None:
             self._generators_start_within_bounds(self.rollout.autoscale)
         if self.cluster.mode == "inline":

@@ -29,20 +29,23 @@ def require_inputs(config: Config, stages: Collection[str]) -> None:
     if "evaluate" in stages:
         _require_compared(config)
     if "ppo" in stages:
-        _require_critic(config)
+        _require_estimator(config)
         resolve_policy_loss(config.ppo.policy_loss)
         for source in config.rewards:
             if isinstance(source, FunctionSourceConfig):
                 load_function(source.function, "rewards")
 
 
-def _require_critic(config: Config) -> None:
-    """Check that the advantage function can be used, and has a critic if keys are about one."""
-    if not resolve(config.ppo.advantage).needs_critic:
-        try:
-            config.ppo.refuse_keys_of_a_critic()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+def _require_estimator(config: Config) -> None:
+    """Check that the advantage function can be used, and has what keys are about."""
+    ppo, estimator = config.ppo, resolve(config.ppo.advantage)
+    try:
+        if not estimator.needs_critic:
+            ppo.refuse_keys_of_a_critic()
+        if ppo.filter_groups.max_refills and not estimator.needs_groups:
+            raise ppo.filter_groups.without_groups(ppo.advantage)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def files_of_roles(folder: RunFolder) -> list[str]:

@@ -33,18 +33,22 @@ class RunState:
     version: int = 0
     """Adapter version."""
     prompts_drawn: int = 0
-    """Data cursor: number of prompts learnt from or discarded."""
-    in_flight: Sequence[Mapping[str, int]] = ()
-    """Batches drawn behind the cursor and not learnt yet, as `ledger.Draw`; a resumed run draws
-    them again, at the same positions."""
+    """Number of prompts learnt from, discarded or filtered."""
+    in_flight: Sequence[Mapping[str, Any]] = ()
+    """Batches drawn and not learnt yet, as `ledger.Draw`; a resumed run draws their prompts again,
+    before those that were never drawn."""
+    prompts_returned: Sequence[int] = ()
+    """Prompts of batches that were in flight before a resume, and are to be drawn again still."""
     samples_drawn: int | None = None
     """Number of rollouts requested, those in flight included; None in commits of older versions."""
     samples_generated: int = 0
-    """Number of rollouts in all batches that were learnt from or discarded."""
+    """Number of rollouts that were learnt from, discarded or filtered."""
     samples_learnt: int = 0
     """Number of rollouts that were learnt from."""
     samples_set_aside: int = 0
     """Number of rollouts discarded by rollbacks."""
+    samples_filtered: int = 0
+    """Number of rollouts replaced by others, because their prompt's all scored the same."""
     samples_requeued: int = 0
     """Number of rollouts requeued after a generator failed or left."""
     samples_reissued: int = 0

@@ -46,7 +46,8 @@ class Alarm:
     """A guard that fired."""
 
     guard: str
-    """Its name: of `GUARDS`, or ``slow_disk``, ``disk_full``, ``data_lost``, ``damaged_commit``."""
+    """Its name: of `GUARDS`, or ``slow_disk``, ``disk_full``, ``data_lost``, ``damaged_commit``,
+    ``filter_groups``."""
     action: str
     """The response, such as warn, skip, rollback or stop for those that a config sets."""
     numbers: Mapping[str, float]

@@ -1,17 +1,19 @@
-"""The ledger of samples: each drawn position is learnt, discarded or in flight, and none twice.
+"""The ledger of samples: each drawn position is learnt, discarded, filtered or in flight, once.
 
     draw --> in flight --> arrived, each position once, of the version requested or a newer one
-                              |
+               ^              |
+               +-- refill <-- +--> filtered: the next prompts take their place
                               +--> learnt by every group, each position once --> settled
                               +--> or discarded by a rollback -----------------> settled
 
-A position is a sample's index in its batch; batches are settled in the order of their index. What
-is settled is counted, so that the ledger is as small as the batches in flight however long the run.
+A position is a sample's index in its batch, of which a refill adds further ones; batches are
+settled in the order of their index. What is settled is counted, so that the ledger is as small as
+the batches in flight however long the run.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlhf_ray.driver.checkpoint import RunState
@@ -28,32 +30,42 @@ class Draw:
 
     batch: int
     """Its index; that of the iteration which learns it."""
-    first_prompt: int
-    """Number of its first prompt in the endless sequence of prompts."""
-    num_prompts: int
+    prompts: tuple[int, ...]
+    """Numbers of its prompts in the endless sequence of prompts, in the order of its positions."""
     num_samples: int
+    """Number of its positions, the filtered ones included."""
     version: int
     """Adapter version when it was drawn: none of its samples is from an older one."""
+    filtered: tuple[int, ...] = ()
+    """Positions that a refill has replaced: they are not learnt."""
+
+    @property
+    def num_kept(self) -> int:
+        """Number of samples that are learnt or discarded: that of a batch."""
+        return self.num_samples - len(self.filtered)
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Number of samples of each prompt."""
+        return self.num_samples // len(self.prompts)
 
     @property
     def span(self) -> str:
         """Its positions, in words."""
-        last = self.first_prompt + self.num_prompts - 1
-        return (
-            f"positions 0 to {self.num_samples - 1} (prompts {self.first_prompt} to {last} of the "
-            "run)"
-        )
+        return f"positions 0 to {self.num_samples - 1} (prompts {_runs(self.prompts)} of the run)"
 
     def named(self, what: str, positions: Iterable[int]) -> str:
         """Name what is wrong with some positions; an empty string if there are none."""
-        known, samples = sorted(positions), self.num_samples // self.num_prompts
-        named = [
-            f"{position} (prompt {self.first_prompt + position // samples} of the run, sample "
-            f"{position % samples})"
-            for position in known[:NUM_NAMED]
-        ]
+        known = sorted(positions)
+        named = [self._named(position) for position in known[:NUM_NAMED]]
         rest = f" and {len(known) - NUM_NAMED} more" if len(known) > NUM_NAMED else ""
         return f"{what}: {', '.join(named)}{rest}" if known else ""
+
+    def _named(self, position: int) -> str:
+        if position not in range(self.num_samples):
+            return str(position)
+        index, sample = divmod(position, self.samples_per_prompt)
+        return f"{position} (prompt {self.prompts[index]} of the run, sample {sample})"
 
 
 class Ledger:
@@ -65,7 +77,14 @@ class Ledger:
         drawn = state.samples_generated if state.samples_drawn is None else state.samples_drawn
         self._drawn = drawn - lost
         self._learnt, self._discarded = state.samples_learnt, state.samples_set_aside
-        self._next_prompt = state.prompts_drawn
+        self._filtered = state.samples_filtered
+        self._num_prompts = state.prompts_drawn
+        """Number of prompts in settled batches."""
+        in_flight = [number for draw in state.in_flight for number in _prompts(draw)]
+        self._returned = sorted([*state.prompts_returned, *in_flight])
+        """Prompts that were drawn and neither settled nor in flight, in order: the next ones."""
+        self._next_prompt = self._num_prompts + len(self._returned)
+        """The first prompt that was never drawn."""
         self._batch, self._version = state.iteration, state.version
         self._sampled_from = 0
         """Version that the last settled batch was sampled from."""
@@ -76,8 +95,7 @@ class Ledger:
         last = self._in_flight[-1] if self._in_flight else None
         draw = Draw(
             batch=(last.batch if last else self._batch) + 1,
-            first_prompt=last.first_prompt + last.num_prompts if last else self._next_prompt,
-            num_prompts=num_prompts,
+            prompts=self._take(num_prompts),
             num_samples=num_samples,
             version=version,
         )
@@ -89,6 +107,42 @@ class Ledger:
         self._in_flight.append(draw)
         self._drawn += num_samples
         return draw
+
+    def refill(self, draw: Draw, filtered: Collection[int]) -> Draw:
+        """Draw prompts in place of some positions of a batch, all those of their prompts.
+
+        Returns:
+            The batch, with as many positions more; as many are left to be learnt.
+        """
+        prompts = self._take(len(filtered) // draw.samples_per_prompt)
+        self._drawn += len(filtered)
+        refilled = replace(
+            draw,
+            prompts=draw.prompts + prompts,
+            num_samples=draw.num_samples + len(filtered),
+            filtered=tuple(sorted({*draw.filtered, *filtered})),
+        )
+        return self._replaced(draw, refilled)
+
+    def empty(self, draw: Draw) -> Draw:
+        """Return the prompts of a batch's refills, which is sampled again; they are the next."""
+        num_first = draw.num_kept // draw.samples_per_prompt
+        self._returned = sorted([*self._returned, *draw.prompts[num_first:]])
+        self._drawn -= len(draw.filtered)
+        first = replace(
+            draw, prompts=draw.prompts[:num_first], num_samples=draw.num_kept, filtered=()
+        )
+        return self._replaced(draw, first)
+
+    def _take(self, num: int) -> tuple[int, ...]:
+        """Take the next prompts: those that were returned, then those never drawn."""
+        again, self._returned = self._returned[:num], self._returned[num:]
+        first, self._next_prompt = self._next_prompt, self._next_prompt + num - len(again)
+        return (*again, *range(first, self._next_prompt))
+
+    def _replaced(self, draw: Draw, by: Draw) -> Draw:
+        self._in_flight[self._in_flight.index(draw)] = by
+        return by
 
     @property
     def num_in_flight(self) -> int:
@@ -110,7 +164,7 @@ class Ledger:
         if wrong := _wrong(held, draw):
             raise LedgerError(
                 f"The batch holds {held.total()} samples ({len(held)} distinct) where "
-                f"{draw.num_samples} were requested: a shard was lost or arrived twice. {wrong}"
+                f"{draw.num_kept} were requested: a shard was lost or arrived twice. {wrong}"
             )
         stale = {
             position: version
@@ -133,7 +187,7 @@ class Ledger:
         for group, report in reports.items():
             if wrong := _wrong(Counter(report.positions), draw):
                 raise LedgerError(
-                    f"The {group} learnt {len(report.positions)} of the {draw.num_samples} samples "
+                    f"The {group} learnt {len(report.positions)} of the {draw.num_kept} samples "
                     f"that were generated: its ranks did not share the batch out once. {wrong}"
                 )
 
@@ -161,18 +215,21 @@ class Ledger:
             )
         self._in_flight.pop(0)
         self._batch, self._version, self._sampled_from = draw.batch, version, draw.version
-        self._next_prompt = draw.first_prompt + draw.num_prompts
+        self._num_prompts += len(draw.prompts)
+        self._filtered += len(draw.filtered)
         if is_learnt:
-            self._learnt += draw.num_samples
+            self._learnt += draw.num_kept
         else:
-            self._discarded += draw.num_samples
+            self._discarded += draw.num_kept
         self._require_balanced()
         return {
-            "prompts_drawn": self._next_prompt,
+            "prompts_drawn": self._num_prompts,
+            "prompts_returned": tuple(self._returned),
             "samples_drawn": self._drawn,
-            "samples_generated": self._learnt + self._discarded,
+            "samples_generated": self._learnt + self._discarded + self._filtered,
             "samples_learnt": self._learnt,
             "samples_set_aside": self._discarded,
+            "samples_filtered": self._filtered,
             "in_flight": [asdict(draw) for draw in self._in_flight],
         }
 
@@ -183,27 +240,46 @@ class Ledger:
             "drawn": self._drawn,
             "learnt": self._learnt,
             "discarded": self._discarded,
+            "filtered": self._filtered,
             "in_flight": sum(draw.num_samples for draw in self._in_flight),
         }
 
     def _require_balanced(self) -> None:
         in_flight = sum(draw.num_samples for draw in self._in_flight)
-        if self._drawn != self._learnt + self._discarded + in_flight:
+        if self._drawn != self._learnt + self._discarded + self._filtered + in_flight:
             batches = "; ".join(f"batch {draw.batch}, {draw.span}" for draw in self._in_flight)
             raise LedgerError(
-                f"After batch {self._batch} (prompts up to number {self._next_prompt}) "
-                f"{self._drawn} samples were drawn, but {self._learnt} learnt, {self._discarded} "
-                f"discarded and {in_flight} in flight: {batches or 'no batch'}"
+                f"After batch {self._batch} ({self._num_prompts} prompts) {self._drawn} samples "
+                f"were drawn, but {self._learnt} learnt, {self._discarded} discarded, "
+                f"{self._filtered} filtered and {in_flight} in flight: {batches or 'no batch'}"
             )
+
+
+def _prompts(draw: Mapping[str, Any]) -> Iterable[int]:
+    """Return the prompts of a saved draw; older versions saved the first and their number."""
+    first = draw.get("first_prompt", 0)
+    return draw.get("prompts", range(first, first + draw.get("num_prompts", 0)))
 
 
 def _wrong(held: Counter[int], draw: Draw) -> str:
     """Name the positions that are not there exactly once; an empty string if there are none."""
-    positions = range(draw.num_samples)
+    positions = {*range(draw.num_samples)}.difference(draw.filtered)
     found = (
-        draw.named("missing", [position for position in positions if position not in held]),
+        draw.named("missing", positions.difference(held)),
         draw.named("more than once", [position for position in held if held[position] > 1]),
-        draw.named("never drawn", [position for position in held if position not in positions]),
+        draw.named("filtered", held.keys() & {*draw.filtered}),
+        draw.named("never drawn", [each for each in held if each not in range(draw.num_samples)]),
     )
     said = "; ".join(filter(None, found))
     return f"Batch {draw.batch}: {said}" if said else ""
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Name numbers by their runs."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][-1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first} to {last}" for first, last in runs)

@@ -204,6 +204,7 @@ def run_summary(
         "samples_generated": state["samples_generated"],
         "samples_learnt": state["samples_learnt"],
         "samples_set_aside": state["samples_set_aside"],
+        "samples_filtered": state["samples_filtered"],
         "samples_requeued": state["samples_requeued"],
         "generator_restarts": state["generator_restarts"],
         "adapter_version": state["version"],

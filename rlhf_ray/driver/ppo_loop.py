@@ -22,14 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from rlhf_ray.algorithms.kl_controller import kl_controller
-from rlhf_ray.algorithms.rewards import length_penalty
 from rlhf_ray.config import Config
-from rlhf_ray.driver.batches import (
-    PromptCursor,
-    draw_requests,
-    learn_from,
-    whitens,
-)
+from rlhf_ray.driver.batches import Batches, PromptCursor, ScoredBatch, learn_from, whitens
 from rlhf_ray.driver.checkpoint import Checkpoints, PlainMoments, RunState
 from rlhf_ray.driver.commits import Commits
 from rlhf_ray.driver.evaluation import Evaluator
@@ -42,7 +36,6 @@ from rlhf_ray.driver.metrics import (
     num_stepped_on,
     pace_metrics,
     run_summary,
-    with_scores,
 )
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.driver.rollouts import Rollouts
@@ -99,7 +92,7 @@ class PpoLoop:
         self._keeper = BatchKeeper(
             config, parts.recorder, parts.checkpoints, parts.roles.fetch, warn
         )
-        self._requests = partial(draw_requests, cursor=parts.cursor, config=config)
+        self._batches = Batches(config, self._rollouts, self._ledger, parts.cursor, warn)
         self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
         self._stop_requested = False
         self._droppable = Droppable()
@@ -140,9 +133,8 @@ class PpoLoop:
 
     async def _run(self) -> dict[str, object]:
         config = self._config
-        num_drawn = config.ppo.iterations * config.num_prompts_per_iteration
         self._keeper.drop_after(self._state.iteration)
-        self._guards.check_prompts(num_drawn, len(self._parts.cursor))
+        self._check_prompts()
         await self._commits.hold(self._state)  # what a rollback of the first iteration restores
         self._show_commit()
         # Prove before the first publication: the proof leaves probe adapters in the engines.
@@ -172,12 +164,14 @@ class PpoLoop:
         started = time.monotonic()
         draw = self._draw()
         iteration = draw.batch
-        batch, reward_moments, stats, reports = await self._commits.despite_losses(
-            state, iteration, lambda: self._sampled_and_learnt(draw), draw.num_samples
+        scored, stats, reports = await self._commits.despite_losses(
+            state, iteration, self._sampled_and_learnt, draw.num_samples
         )
+        draw, batch = self._ledger.next_in_flight, scored.shards  # with refills
         metrics = iteration_metrics(
             config.rewards, batch, stats, reports, self._kl.coef, state.version
         )
+        metrics |= scored.metrics
         found = self._guards.check(iteration, metrics, state.losses)
         has_warned = self._guards.has_warned(iteration)
         step = Step(iteration, self._kl.coef, self._commits.held, dict(metrics), has_warned)
@@ -185,7 +179,9 @@ class PpoLoop:
         if self._guards.require_rollback(iteration, found, state.rollbacks_in_a_row):
             await self._roll_back(draw)
         else:
-            await self._commit(draw, reward_moments, stats, metrics)
+            await self._commit(draw, scored.reward_moments, stats, metrics)
+        if draw.filtered:
+            self._check_prompts()
         self._show_commit()
         # Only what is committed is published: were a generator ahead of the commit, samples of a
         # policy that a failure has undone would be learnt from after the restore.
@@ -204,6 +200,13 @@ class PpoLoop:
         if self._evaluation_is_due():
             await self._droppable.wait(self._evaluate())
 
+    def _check_prompts(self) -> None:
+        """Warn if the prompts will not do: refills draw more of them than the batches."""
+        state, config = self._state, self._config
+        num_left = config.ppo.iterations - state.iteration
+        num_drawn = state.prompts_drawn + num_left * config.num_prompts_per_iteration
+        self._guards.check_prompts(num_drawn, len(self._parts.cursor))
+
     def _draw(self) -> Draw:
         """Draw batches until as many are in flight as may be; return the one to learn next."""
         ppo, num_prompts = self._config.ppo, self._config.num_prompts_per_iteration
@@ -211,29 +214,23 @@ class PpoLoop:
         while self._ledger.num_in_flight < min(1 + ppo.max_staleness, num_left):
             draw = self._ledger.draw(num_prompts, ppo.batch_size, self._state.version)
             if ppo.max_staleness:
-                self._rollouts.begin(self._requests(draw), draw.batch)
+                self._rollouts.begin(self._batches.requests(draw), draw.batch)
         return self._ledger.next_in_flight
 
     async def _sampled_and_learnt(
-        self, draw: Draw
-    ) -> tuple[list[ScoredShard], PlainMoments, AssembledStats, Sequence[StepReport]]:
+        self,
+    ) -> tuple[ScoredBatch, AssembledStats, Sequence[StepReport]]:
         """Take the steps that need a batch's data, and that are taken again where it is lost."""
-        batch, reward_moments = await self._droppable.wait(self._rollout(draw))
-        return batch, reward_moments, *await self._learn(batch, draw)
-
-    async def _rollout(self, draw: Draw) -> tuple[list[ScoredShard], PlainMoments]:
-        """Return the scored batch in prompt order, and the reward moments to commit with it."""
-        config = self._config
-        batch = await self._rollouts.sample(self._requests(draw), draw.batch)
-        self._ledger.arrived(draw, [scored.shard.info for scored in batch])
-        ppo, moments = config.ppo, self._state.reward_moments
-        of_length = partial(length_penalty, ppo.overlong, config.rollout.max_tokens)
-        return with_scores(batch, config.rewards, moments, ppo.missing_eos_penalty, of_length)
+        state, draw = self._state, self._ledger.next_in_flight
+        scoring = self._batches.scored(draw, state.version, state.reward_moments)
+        scored = await self._droppable.wait(scoring)
+        return scored, *await self._learn(scored.shards)
 
     async def _learn(
-        self, batch: Sequence[ScoredShard], draw: Draw
+        self, batch: Sequence[ScoredShard]
     ) -> tuple[AssembledStats, Sequence[StepReport]]:
         """Learn, policy and critic at the same time, and check that each learnt all positions."""
+        draw = self._ledger.next_in_flight
         with self._recorder.phase("learn", draw.batch):
             stats, reports = await self._learn_from(
                 batch, self._roles.learners, self._kl.coef, iteration=draw.batch

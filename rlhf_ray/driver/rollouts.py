@@ -94,7 +94,7 @@ class Rollouts:
 
     def begin(self, requests: Sequence[ShardRequest], iteration: int) -> None:
         """Begin to generate the batch of an iteration, which `sample` then takes."""
-        arriving = self._each(requests, self._arrive, lambda _: nullcontext())
+        arriving = self._each(requests, self._arrive, lambda _: nullcontext(), or_newer=True)
         self._ahead[iteration] = asyncio.ensure_future(arriving)
 
     async def close(self) -> None:
@@ -103,14 +103,22 @@ class Rollouts:
             task.cancel()
         await asyncio.gather(*self._ahead.values(), return_exceptions=True)
 
-    async def sample(self, requests: Sequence[ShardRequest], iteration: int) -> list[ScoredShard]:
+    async def sample(
+        self, requests: Sequence[ShardRequest], iteration: int, *, is_refill: bool = False
+    ) -> list[ScoredShard]:
         """Return a batch in prompt order; what is not sampled from the policy is replaced once.
+
+        Args:
+            requests: those of the batch.
+            iteration: which learns it.
+            is_refill: whether they are a part for which the rest waits: it is sampled with the
+                current version, before what is generated ahead.
 
         Raises:
             WeightSyncError: no generator is at fault: all of several have the same, or it comes
                 back with the same positions.
         """
-        batch = await self._score_each(requests, iteration)
+        batch = await self._score_each(requests, iteration, is_refill)
         # Before learning: a batch of another policy than the learner's would poison the commit.
         found = self._guard.find(batch)
         if found is None:
@@ -124,8 +132,9 @@ class Rollouts:
             found = replace(found, shards=theirs)
         generators.replace(found.generators, found.error)
         self._warn(iteration, _replaced(found))
-        indices = [scored.shard.info.index for scored in found.shards]
-        fresh = await self._score_each([requests[index] for index in indices], iteration)
+        indices = {scored.shard.info.index for scored in found.shards}
+        again = [request for request in requests if request.index in indices]
+        fresh = await self._score_each(again, iteration, is_refill)
         self._recorder.outages.lost("generator", "mismatch", time.monotonic() - began_s)
         by_index = {scored.shard.info.index: scored for scored in [*batch, *fresh]}
         batch = [by_index[scored.shard.info.index] for scored in batch]
@@ -155,14 +164,14 @@ class Rollouts:
         return compared
 
     async def _score_each(
-        self, requests: Sequence[ShardRequest], iteration: int
+        self, requests: Sequence[ShardRequest], iteration: int, is_refill: bool
     ) -> list[ScoredShard]:
         """Generate and score shards, unless that has begun; return them in prompt order."""
 
         def phase(name: str) -> AbstractContextManager[None]:
             return self._recorder.phase(name, iteration)
 
-        if not self._max_staleness:
+        if is_refill or not self._max_staleness:
             return await self._each(requests, self._score, phase)
         if iteration not in self._ahead:  # what is sampled again
             self.begin(requests, iteration)
@@ -177,10 +186,11 @@ class Rollouts:
         requests: Sequence[ShardRequest],
         take_in: Callable[[Shard], Coroutine[Any, Any, OfShardT]],
         phase: Callable[[str], AbstractContextManager[None]],
+        *,
+        or_newer: bool = False,
     ) -> list[OfShardT]:
         """Generate shards, taking in each as it arrives; return them in prompt order."""
         taken_in: list[asyncio.Task[OfShardT]] = []
-        or_newer = self._max_staleness > 0
         try:
             with phase("gen"):
                 async for shard in self._roles.generators.generate(requests, or_newer=or_newer):

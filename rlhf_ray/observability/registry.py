@@ -101,6 +101,18 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
      "Effective sample size of the weights, (sum w)^2 / sum w^2, as a share of the tokens."),
     ("rollout/staleness", "versions", _MAX_SAMPLES,
      "Versions between the policy that sampled and the one that learns; 0 is on-policy."),
+    ("filter/prompts", "1", _LAST,
+     "Prompts drawn for the batch, those of its refills included; logged with "
+     "ppo.filter_groups.max_refills, as are the next four."),
+    ("filter/replaced", "1", ("count", "the batch's prompts"),
+     "Prompts whose responses all scored the same, and that others have replaced."),
+    ("filter/equal_share", "share", ("mean", "prompts drawn for the batch"),
+     "Share of prompts whose responses all scored the same, also those that were not replaced."),
+    ("filter/refills", "1", ("count", "the batch's refills"),
+     "Times that prompts were replaced."),
+    ("filter/scores", "1", ("mean", "samples of the batch and those filtered"),
+     "Raw score (weighted sum) of all responses. objective/scores is of those that were learnt, "
+     "which leaves out prompts that are always, or never, answered well."),
     ("timing_s/gen", "s", _SUM, "Wall time until the batch's last rollout arrived."),
     ("timing_s/score", "s", _SUM, "Wall time of scoring that did not overlap with generation."),
     ("timing_s/learn", "s", _SUM, "Wall time of the policy's and the critic's updates."),
@@ -160,10 +172,12 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
      "Restarts of a role's processes, or of a whole learner group. Only in Ray's metrics and the "
      "summary."),
     ("ledger/drawn", "1", _TOTAL,
-     "Samples requested: those learnt, discarded and in flight. Only in Ray's metrics and the "
-     "summary, as are the next three."),
+     "Samples requested: those learnt, discarded, filtered and in flight. Only in Ray's metrics "
+     "and the summary, as are the next four."),
     ("ledger/learnt", "1", _TOTAL, "Samples whose learning is in a commit."),
     ("ledger/discarded", "1", _TOTAL, "Samples discarded by rollbacks."),
+    ("ledger/filtered", "1", _TOTAL,
+     "Samples replaced by others, because all of their prompt's scored the same."),
     ("ledger/in_flight", "1", _LAST, "Samples requested and not settled yet."),
     ("disk/free", "bytes", _LAST, "Free space on the disk of run.dir. Only in Ray's metrics."),
     ("disk/free_share", "share", _LAST, "Free share of that disk. Only in Ray's metrics."),

@@ -72,6 +72,7 @@ def worst_keys(config: Config) -> dict[str, dict[str, object]]:
             "overlong": {"truncated": "score"},
             "critic_warmup": 0,
             "warmup_iterations": 0,
+            "filter_groups": {"max_refills": 0},
         },
         "rollout": {
             "ignore_eos": True,

@@ -124,6 +124,11 @@ def unknown_extents(config: Config, models: Models) -> list[str]:
             notes.append(
                 f"{part.stage}.epochs: its rows are not known yet, so its days are not included"
             )
+    if "ppo" in config.run.stages and (most := config.ppo.filter_groups.max_refills):
+        notes.append(
+            f"ppo.filter_groups.max_refills {most}: how many prompts are replaced depends on their "
+            "scores; times are without refills, of which each samples at most a whole batch again"
+        )
     return notes
 
 

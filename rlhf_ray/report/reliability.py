@@ -46,7 +46,7 @@ def reliability(files: RunFiles) -> Reliability | None:
     events = [record for record in files.outages if _is_event(record)]
     counts = [
         (name.replace("_", " "), number(summary, "ledger", name))
-        for name in ("drawn", "learnt", "discarded", "in_flight")
+        for name in ("drawn", "learnt", "discarded", "filtered", "in_flight")
     ]
     useful_s = number(summary, "seconds_useful")
     return Reliability(

@@ -64,6 +64,7 @@ _PPO_CHARTS = (
     _Plan("Responses that repeat themselves", {"response/repeating_share": "training rollouts"}),
     _Plan("Distinct bigrams", {"response/distinct_bigrams": "training rollouts"}),
     _Plan("KL coefficient", {"objective/kl_coef": "coefficient"}),
+    _Plan("Prompts whose responses all score the same", {"filter/equal_share": "of those drawn"}),
     _Plan("Log-prob mismatch between engine and learner", {"sampler/gap_mean": "mismatch"}),
 )
 

@@ -36,7 +36,7 @@ def faults_of_records(run: Path, iterations: int) -> Iterator[str]:
 def faults_of_ledger(summary: Mapping[str, Any], iterations: int) -> Iterator[str]:
     """Yield what is wrong with a summary: a sample lost, learnt twice or discarded."""
     samples = iterations * BATCH_SIZE
-    exact = {"drawn": samples, "learnt": samples, "discarded": 0, "in_flight": 0}
+    exact = {"drawn": samples, "learnt": samples, "discarded": 0, "filtered": 0, "in_flight": 0}
     if summary["iterations"] != iterations:
         yield f"{summary['iterations']} iterations of {iterations}"
     if summary["ledger"] != exact:

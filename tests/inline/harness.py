@@ -81,8 +81,25 @@ class Processes:
         self.num_wanted = num
 
 
+def ledger(
+    learnt: int, discarded: int = 0, filtered: int = 0, in_flight: int = 0
+) -> dict[str, int]:
+    """A summary's ledger that adds up."""
+    return {
+        "drawn": learnt + discarded + filtered + in_flight,
+        "learnt": learnt,
+        "discarded": discarded,
+        "filtered": filtered,
+        "in_flight": in_flight,
+    }
+
+
 def make_config(
-    folder: Path, guards: dict[str, Any] | None = None, max_restarts: int = 0, **ppo: Any
+    folder: Path,
+    guards: dict[str, Any] | None = None,
+    max_restarts: int = 0,
+    shard_size: int = 3,
+    **ppo: Any,
 ) -> Config:
     """A run of six iterations of eight rollouts, two of a prompt, in shards of three."""
     values = {
@@ -90,7 +107,7 @@ def make_config(
         "cluster": {"mode": "inline"},
         "rollout": {
             "engine": "transformers",
-            "shard_size": 3,
+            "shard_size": shard_size,
             "max_prompt_tokens": 8,
             "max_tokens": 8,
         },

@@ -61,6 +61,20 @@ class TestInputsOfLaterStages:
         says = r"needs a critic, which a run with ppo\.advantage mine\.py:f has not"
         refused("run", config_file, *overrides, override, says=says)
 
+    def test_a_function_without_groups_has_none_to_filter(
+        self,
+        refused: Refused,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mine.py").write_text("def f(rewards_BT, mask_BT):\n    return rewards_BT\n")
+        overrides = (f"run.dir={tmp_path}/r", "ppo.advantage=mine.py:f", "rollout.shard_size=2")
+        groups = ("ppo.samples_per_prompt=2", "ppo.filter_groups.max_refills=1")
+        says = r"max_refills 1 replaces prompts .* with ppo\.advantage mine\.py:f those are learnt"
+        refused("run", config_file, *overrides, *groups, says=says)
+
 
 class TestRunFolder:
     def test_below_a_file(self, refused: Refused, config_file: Path) -> None:

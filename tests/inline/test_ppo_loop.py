@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Harness, make_config
+from harness import Harness, ledger, make_config
 
 from rlhf_ray.algorithms.advantages import Estimator
 from rlhf_ray.driver import batches
@@ -62,7 +62,7 @@ def test_counts_and_version_add_up(tmp_path: Path) -> None:
     assert summary["iterations"] == summary["adapter_version"] == 6
     assert summary["samples_generated"] == summary["samples_learnt"] == summary["episodes"] == 48
     assert summary["samples_requeued"] == summary["generator_restarts"] == 0
-    assert summary["ledger"] == {"drawn": 48, "learnt": 48, "discarded": 0, "in_flight": 0}
+    assert summary["ledger"] == ledger(48)
     assert summary["effective_time_ratio"] == 1.0
     assert set(summary["restarts"].values()) == {0}
     assert [record["policy/version"] for record in harness.metrics()] == [1, 2, 3, 4, 5, 6]

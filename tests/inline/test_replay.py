@@ -100,6 +100,27 @@ def test_a_step_is_reproduced_bit_for_bit(
         assert ("loss/value_avg" in printed) == (folder / "checkpoints/2/critic").is_dir()
 
 
+def test_a_batch_that_was_refilled_is_learnt_and_replayed_as_any_other(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rewards of two values: of some prompts both responses get the same."""
+    (tmp_path / "mine.py").write_text(
+        "def vowels(completions, **columns):\n"
+        "    return [float(len(text) % 2) for text in completions]\n"
+    )
+    ppo = {"advantage": "grpo", "filter_groups": {"max_refills": 3}}
+    folder = ran(tmp_path, model, ppo=ppo, rollout={"shard_size": 2})
+    ledger = json.loads((folder / "ppo" / "summary.json").read_text())["ledger"]
+    assert ledger["filtered"] > 0
+    assert ledger["learnt"] == ledger["drawn"] - ledger["filtered"] == 16
+    records = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").open()]
+    assert sum(2 * record["filter/replaced"] for record in records) == ledger["filtered"]
+    for iteration in (1, 2):
+        assert command("replay", folder, "--iteration", iteration) == 0
+        assert "8 samples" in (printed := capsys.readouterr().out)
+        assert "Reproduced bit for bit" in printed
+
+
 def test_a_moved_run_is_replayed_where_it_is(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

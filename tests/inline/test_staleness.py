@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from fakes import FakePolicy
-from harness import Harness, make_config
+from harness import Harness, ledger, make_config
 from test_wrong_generators import Wrong, honest, moved
 
 from rlhf_ray.engines.fake import FakeEngine
 from rlhf_ray.errors import WeightSyncError
 
-EXACT = {"drawn": 48, "learnt": 48, "discarded": 0, "in_flight": 0}
+EXACT = ledger(48)
 
 
 def ahead(
@@ -83,12 +83,7 @@ def test_a_run_that_was_stopped_draws_again_what_was_in_flight(
     policy.learn = stop_at_third  # type: ignore[method-assign]
     summary = first.run()
     assert summary["iterations"] == 3
-    assert summary["ledger"] == {
-        "drawn": 24 + 8 * before,
-        "learnt": 24,
-        "discarded": 0,
-        "in_flight": 8 * before,
-    }
+    assert summary["ledger"] == ledger(24, in_flight=8 * before)
     second = ahead(tmp_path, after, iterations=6)
     assert second.run()["ledger"] == EXACT
     assert [record["iteration"] for record in second.metrics()] == [1, 2, 3, 4, 5, 6]
@@ -119,7 +114,7 @@ def test_a_rolled_back_batch_leaves_those_in_flight(tmp_path: Path) -> None:
 
     policy.learn = once  # type: ignore[method-assign]
     harness = ahead(tmp_path, 1, policy=policy)
-    assert harness.run()["ledger"] == {"drawn": 48, "learnt": 40, "discarded": 8, "in_flight": 0}
+    assert harness.run()["ledger"] == ledger(40, discarded=8)
     assert max(ages(harness)) == 1
 
 

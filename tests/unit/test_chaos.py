@@ -82,11 +82,15 @@ def test_the_table_shows_each_role_and_phase_in_a_hundred_columns() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"iterations": 3}, {"ledger": {"drawn": 64, "learnt": 60, "discarded": 4, "in_flight": 0}}],
+    [
+        {"iterations": 3},
+        {"ledger": {"drawn": 64, "learnt": 60, "discarded": 4, "filtered": 0, "in_flight": 0}},
+        {"ledger": {"drawn": 64, "learnt": 62, "discarded": 0, "filtered": 2, "in_flight": 0}},
+    ],
 )
 def test_a_run_that_lost_or_repeated_a_sample_has_a_fault(wrong: dict[str, Any]) -> None:
     samples = 4 * BATCH_SIZE
-    exact = {"drawn": samples, "learnt": samples, "discarded": 0, "in_flight": 0}
+    exact = {"drawn": samples, "learnt": samples, "discarded": 0, "filtered": 0, "in_flight": 0}
     summary = {"iterations": 4, "ledger": exact}
     assert not list(faults_of_ledger(summary, 4))
     assert list(faults_of_ledger(summary | wrong, 4))

@@ -15,6 +15,7 @@ _ROW_OF = {
     "rollout/": "Generation",
     "response": "Generation",
     "sampler/": "Generation",
+    "filter/": "Generation",
     "generators/": "Generation",
     "timing_s/": "Roles",
     "throughput/": "Roles",
@@ -37,6 +38,7 @@ _ROW_OF = {
 """Row of a metric by the longest of these that its name begins with; else the first row."""
 
 _CORRECTED = "with ppo.importance_cap or ppo.importance_mask"
+_FILTERED = "with ppo.filter_groups.max_refills"
 _SCHEDULED = "with ppo.scheduler or ppo.warmup_iterations"
 _NOT_ALWAYS: Mapping[str, str] = {
     "cost/per_1000_samples": "where cluster.gpu_hour_price is set",
@@ -47,6 +49,11 @@ _NOT_ALWAYS: Mapping[str, str] = {
     "sampler/weight_mean": _CORRECTED,
     "sampler/masked_share": _CORRECTED,
     "sampler/ess_share": _CORRECTED,
+    "filter/prompts": _FILTERED,
+    "filter/replaced": _FILTERED,
+    "filter/equal_share": _FILTERED,
+    "filter/refills": _FILTERED,
+    "filter/scores": _FILTERED,
     "eval/gold": "where the data has a gold score",
     "timing_s/eval": "after an evaluation",
     "timing_s/keep": "with run.keep_batches",

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_ray.algorithms.advantages import (
     describe,
     dr_grpo,
+    equal_groups,
     gae,
     grpo,
     reinforce,
@@ -142,6 +143,12 @@ def test_rloo_by_hand() -> None:
     scores_B = torch.tensor([1.0, 2.0, 6.0, 0.7, 0.7, 0.7])
     expected_B = torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
     torch.testing.assert_close(rloo(scores_B, group_size=3), expected_B)
+
+
+def test_groups_whose_scores_differ_by_rounding_alone_are_equal() -> None:
+    scores = torch.tensor([1.0, 1.0, 0.0, 1.0, 3e6, 3e6 + 1, 3e6, 3e6 + 4, 1e-7, 2e-7])
+    assert equal_groups(scores.double(), 2) == [True, False, True, False, True]
+    assert equal_groups(torch.tensor([NAN, 1.0, float("inf"), float("inf")]), 2) == [False, False]
 
 
 def test_dr_grpo_leaves_the_deviation_out() -> None:

@@ -67,6 +67,31 @@ SAMPLER = "rollout.length_sampler={min: 32, max: 128}"
             ["ppo.overlong.truncated=bootstrap", "ppo.advantage=reinforce"],
             r"overlong\.truncated bootstrap needs a critic",
         ),
+        (["ppo.filter_groups.max_refills=-1"], r"ppo\.filter_groups\.max_refills"),
+        (
+            ["ppo.filter_groups.max_refills=2", "ppo.samples_per_prompt=4"],
+            r"max_refills 2 replaces prompts .*ppo\.advantage gae .* set it to 0, or .* to rloo",
+        ),
+        (
+            [
+                "ppo.filter_groups.max_refills=2",
+                "ppo.advantage=reinforce",
+                "ppo.samples_per_prompt=4",
+            ],
+            r"max_refills 2 replaces prompts .*ppo\.advantage reinforce",
+        ),
+        (
+            ["ppo.filter_groups.max_refills=2", "ppo.advantage=mine.py:f"],
+            r"max_refills 2 compares responses .*samples_per_prompt is 1; set it to 2 or more",
+        ),
+        (
+            [
+                "ppo.filter_groups.max_refills=2",
+                "ppo.advantage=grpo",
+                "ppo.samples_per_prompt=8",
+            ],
+            r"a shard of rollout\.shard_size 16 holds .* set rollout\.shard_size=8, which is ppo",
+        ),
         (
             ["rollout.repetition_penalty=1.1"],
             r"rollout\.repetition_penalty 1\.1 is not supported.* leave it out",

@@ -134,6 +134,7 @@ def test_a_run_in_numbers() -> None:
         "samples_generated": 64,
         "samples_learnt": 56,
         "samples_set_aside": 8,
+        "samples_filtered": 0,
         "samples_requeued": 3,
         "generator_restarts": 1,
         "adapter_version": 7,

@@ -257,6 +257,16 @@ def test_gpus_of_an_unknown_kind_are_placed_and_not_compared() -> None:
     assert unknown in " ".join(plan.assumptions)
 
 
+def test_a_plan_says_that_it_knows_no_refills() -> None:
+    keys = ["ppo.advantage=grpo", "ppo.samples_per_prompt=8", "rollout.shard_size=8"]
+    cluster = parse_cluster("3x8xA100-80GB")
+    without = prediction(load(STACKLLAMA, keys), cluster)
+    plan = prediction(load(STACKLLAMA, [*keys, "ppo.filter_groups.max_refills=3"]), cluster)
+    (note,) = set(plan.assumptions) - set(without.assumptions)
+    assert note.startswith("ppo.filter_groups.max_refills 3: how many prompts are replaced")
+    assert plan.time == without.time
+
+
 def test_in_a_ray_job_the_cluster_that_the_run_joins_is_what_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,7 +20,7 @@ DIED = {
 }
 DOWN = {"time": 1_700_000_090.0, "role": "driver", "cause": "down", "restarts": 1, "lost_s": 7.5}
 SUMMARY = {
-    "ledger": {"drawn": 64, "learnt": 56, "discarded": 8, "in_flight": 0},
+    "ledger": {"drawn": 64, "learnt": 56, "discarded": 8, "filtered": 0, "in_flight": 0},
     "effective_time_ratio": 0.8,
     "seconds_useful": 80.0,
 }
@@ -41,7 +41,8 @@ def test_a_finished_run_shows_ledger_ratio_restarts_and_each_outage(run_dir: Pat
     found = reliability(read(run_dir))
     assert found is not None
     assert found.ratio == 0.8
-    assert found.ledger == [("drawn", 64), ("learnt", 56), ("discarded", 8), ("in flight", 0)]
+    counts = [("drawn", 64), ("learnt", 56), ("discarded", 8), ("filtered", 0), ("in flight", 0)]
+    assert found.ledger == counts
     assert found.restarts == [("driver", 1), ("policy", 1)]
     assert [(event["what"], event["out_s"], event["lost_s"]) for event in found.events] == [
         ("policy: died", 12.5, 12.5),
