@@ -22,7 +22,6 @@ from rlhf_ray import interruption
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config import Config
 from rlhf_ray.errors import DivergenceError, PlacementError
-from rlhf_ray.stages.supervised import launcher as supervised
 from rlhf_ray.stages.supervised import pretrain
 from rlhf_ray.stages.supervised.pretrain import PretrainTraining
 
@@ -54,21 +53,38 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.chdir(before)
 
 
-def test_two_workers_train_what_one_process_trains(workplace: Path) -> None:
-    summaries = [
-        pretrain.run(make_config("inline", "inline")),
-        pretrain.run(make_config("two", "local", train_workers=2)),
-    ]
-    assert summaries[1]["loss_after"] == pytest.approx(summaries[0]["loss_after"], abs=1e-4)
+class KilledTraining(PretrainTraining):
+    """A stage whose second process dies once, as by the kernel's out-of-memory killer."""
+
+    def collate(self, rows: Any) -> Any:
+        is_saved = (self.checkpoints / "checkpoint-4" / "trainer_state.json").exists()
+        died = self.folder / "died"
+        if is_saved and torch.distributed.get_rank() == 1 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().collate(rows)
+
+
+def test_two_workers_of_which_one_is_killed_train_what_one_process_trains(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = pretrain.run(make_config("inline", "inline"))
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(pretrain, "PretrainTraining", KilledTraining)
+    two = pretrain.run(make_config("two", "local", train_workers=2, trainer={"save_steps": 4}))
+    said = capsys.readouterr().out
+    assert "It resumes from its last checkpoint, step 4 (restart 1 of 8" in said
+    assert two["loss_after"] == pytest.approx(alone["loss_after"], abs=1e-4)
     weights = [
         load_file(workplace / run / "pretrain/model/model.safetensors") for run in ("inline", "two")
     ]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3)
-    files = {path.name for path in (workplace / "two" / "pretrain").iterdir()}
-    assert files == {"base", "model", "metrics.jsonl", "summary.json", "tensorboard"}
-    lines = (workplace / "two" / "pretrain" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 8
+    folder = workplace / "two" / "pretrain"
+    files = {"base", "model", "metrics.jsonl", "summary.json", "tensorboard", "died"}
+    assert {path.name for path in folder.iterdir()} == files
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
 
 
 def test_an_error_in_a_worker_reaches_the_user(
@@ -104,36 +120,6 @@ def test_processes_of_a_local_run_ask_its_own_cluster_beside_others(workplace: P
         raylet.kill()
         raylet.wait()
     assert found == own
-
-
-class KilledTraining(PretrainTraining):
-    """A stage whose second process dies once, as by the kernel's out-of-memory killer."""
-
-    def collate(self, rows: Any) -> Any:
-        is_saved = (self.checkpoints / "checkpoint-4" / "trainer_state.json").exists()
-        died = self.folder / "died"
-        if is_saved and torch.distributed.get_rank() == 1 and not died.exists():
-            died.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().collate(rows)
-
-
-@pytest.mark.slow
-def test_a_stage_survives_a_killed_worker(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    config = make_config("killed", "local", train_workers=2, trainer={"save_steps": 4})
-    work = supervised.open_training(KilledTraining, config, str(workplace / "inline/pretrain/base"))
-    blocks = [[5 + i] * 32 for i in range(40)]
-    rows = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
-    supervised.run_training(work, {"train": rows, "held_out": rows.select(range(4))})
-    assert (work.folder / "died").exists()
-    said = capsys.readouterr().out
-    assert "It resumes from its last checkpoint, step 4 (restart 1 of 8" in said
-    lines = [json.loads(line) for line in work.metrics_file.read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 9))
-    assert not (work.folder / "ray").exists()
 
 
 @pytest.mark.slow
