@@ -1,10 +1,11 @@
 """One PPO policy step in a process of its own, and its peak memory.
 
-A module of its own, because what is measured is a process: run with a config file and a model
-folder, it prints a line of JSON.
+A module of its own, because what is measured is a process: run with a model folder and config
+files, it prints a line of JSON for each, from processes that have their libraries imported.
 """
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -59,11 +60,7 @@ def longest_rollouts(config: Config) -> list[Rollout]:
 
 def step(config: Config, model: str) -> dict[str, int]:
     """Bytes of the idle process, of the loaded learner, and at the peak of a step."""
-    import deepspeed  # noqa: F401  (the idle actor has its libraries imported)
-
-    learner = PolicyLearner(
-        "policy-0", config, model, __import__("os").environ.get("ENG", "deepspeed")
-    )
+    learner = PolicyLearner("policy-0", config, model, "deepspeed")
     idle = resident()
     learner.start(0, 1, "127.0.0.1", learner.free_port())
     loaded = resident()
@@ -77,5 +74,19 @@ def step(config: Config, model: str) -> dict[str, int]:
     return {"idle": idle, "loaded": loaded, "peak": peak.num_bytes}
 
 
+def main(model: str, *config_files: str) -> None:
+    """Take a step for each config, one after the other."""
+    import deepspeed  # noqa: F401  (the idle actor has its libraries imported)
+
+    for file in config_files:
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda file=file: print(json.dumps(step(load(file), model)), flush=True)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{file}: {process.exitcode}")
+
+
 if __name__ == "__main__":
-    print(json.dumps(step(load(sys.argv[1]), sys.argv[2])))
+    main(*sys.argv[1:])
