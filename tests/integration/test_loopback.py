@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 def test_every_socket_of_ray_listens_on_loopback_alone_and_signals_stay_the_programs(
     tmp_path: Path,
 ) -> None:
-    """Those of engines and learners are looked at in `test_pipeline.py`."""
+    """Those of engines and learners are looked at in `test_kill_and_resume.py`."""
     config = resolve({"run": {"dir": str(tmp_path)}, "cluster": {"mode": "local"}})
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
