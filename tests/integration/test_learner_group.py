@@ -1,7 +1,8 @@
 """Learner groups as Ray actors over DeepSpeed: what is learnt does not depend on how many ranks.
 
 One scenario runs every group over the same two batches; the tests look at what came of it. The
-oracle is the same learner in this process, over plain PyTorch.
+oracle is the same learner in this process, over plain PyTorch. That one rank goes on where two were
+is for `test_deepspeed_engine.py`, and for `test_kill_and_resume.py` the other way round.
 """
 
 import asyncio
@@ -81,12 +82,11 @@ async def scenario(session: Config, model: str) -> dict[str, Learnt]:
     plain, int8 = make_config(), make_config(model={"quantization": "int8"})
     sharded = make_config(policy={"zero_stage": 3})
     spawner = RoleSpawner(session, lambda *_: None)
-    counts = {"one": 1, "two": 2, "sharded": 2, "int8": 1, "int8-again": 1, "critic": 2}
+    counts = {"two": 2, "sharded": 2, "int8": 1, "int8-again": 1, "critic": 2}
     await spawner.place([Demand(name, count, 1, is_group=True) for name, count in counts.items()])
     policies = {
         name: spawner.spawn(PolicyLearner, name, counts[name], config, model, "deepspeed")
         for name, config in (
-            ("one", plain),
             ("two", plain),
             ("sharded", sharded),
             ("int8", int8),
@@ -126,14 +126,13 @@ def inline(role_class: type, config: Config, model: str) -> LearnerGroupClient:
 async def learn_two_batches(
     groups: dict[str, LearnerGroupClient], oracles: dict[str, LearnerGroupClient]
 ) -> dict[str, Learnt]:
-    """Let all learn both; between them, `one` and `int8-again` continue from the state of `two`."""
+    """Let all learn both; between them, `int8-again` continues from the state of `int8`."""
     first = {name: await learn(oracle, batch(0)) for name, oracle in oracles.items()}
     first |= {
         name: await learn(group, batch(0, ray.put))
         for name, group in groups.items()
         if name != "int8-again"
     }
-    await groups["one"].load(await groups["two"].state())
     await groups["int8-again"].load(await groups["int8"].state())
     second = {name: await learn(oracle, batch(1)) for name, oracle in oracles.items()}
     second |= {name: await learn(group, batch(1, ray.put)) for name, group in groups.items()}
@@ -209,7 +208,7 @@ def moved(state: State) -> float:
     return max(float(weight.abs().max()) for name, weight in state.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("name", ["one/1", "two/1", "two/2", "sharded/1", "sharded/2"])
+@pytest.mark.parametrize("name", ["two/1", "two/2", "sharded/1", "sharded/2"])
 def test_a_group_learns_what_one_process_learns(learnt: dict[str, Learnt], name: str) -> None:
     found, expected = learnt[name], learnt[f"oracle/{name[-1]}"]
     assert moved(expected.adapter) > 1e-3, "a learner that does nothing would pass"
@@ -229,11 +228,6 @@ def test_a_critic_group_learns_what_one_process_learns(
     assert found.report.metrics["loss/value_avg"] == pytest.approx(
         expected.report.metrics["loss/value_avg"], abs=1e-5
     )
-
-
-def test_one_rank_goes_on_where_two_were(learnt: dict[str, Learnt]) -> None:
-    assert largest_difference(learnt["one/2"].state, learnt["two/2"].state) < 1e-5
-    assert largest_difference(learnt["one/2"].adapter, learnt["oracle/2"].adapter) < 1e-5
 
 
 def test_an_int8_base_learns_and_goes_on_elsewhere(learnt: dict[str, Learnt]) -> None:
