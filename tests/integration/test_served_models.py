@@ -18,12 +18,17 @@ from tiny_models import with_random_adapter
 
 from rlhf_ray.config import Config, dump, resolve
 from rlhf_ray.models import loading
-from rlhf_ray.serving import export
+from rlhf_ray.serving import export, serve
 
 if TYPE_CHECKING:
     from conftest import CommandLine
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("vllm_here"),
+]
 
 PROMPT = list(range(20, 40))
 START_S = 200.0
@@ -112,6 +117,30 @@ def complete(address: str, model: str) -> tuple[list[int], list[float]]:
     return ids, logprobs["token_logprobs"]
 
 
+def complete_here(model: str) -> tuple[list[int], list[float]]:
+    """As `complete`, by vLLM alone over a model's folder."""
+    from vllm import LLM, SamplingParams
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    engine = LLM(
+        model,
+        dtype="float32",  # as `serve.command` says; by itself vLLM halves the precision
+        max_model_len=96,
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**28,
+        distributed_executor_backend=UniProcExecutor,
+    )
+    likeliest = SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True)
+    try:
+        (answer,) = engine.generate([{"prompt_token_ids": PROMPT}], likeliest)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    (output,) = answer.outputs
+    ids = [*output.token_ids]
+    assert output.logprobs is not None
+    return ids, [each[token].logprob for each, token in zip(output.logprobs, ids, strict=True)]
+
+
 def test_vllm_serves_adapters_and_merged_models(
     command_line: "CommandLine", tmp_path: Path
 ) -> None:
@@ -136,10 +165,11 @@ def test_vllm_serves_adapters_and_merged_models(
             "model": config.model.model_copy(update={"path": merged, "rope_scaling": None}),
         }
     )
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "config.yaml").write_text(dump(alone), encoding="utf-8")
-    with serving(command_line, tmp_path / "merged") as address:
-        from_merged, merged_logprobs = complete(address, "sft")
+    arguments = serve.command(alone)
+    assert {merged, "sft"} <= set(arguments)
+    assert arguments[arguments.index("--dtype") + 1] == "float32"
+    assert not {"--enable-lora", "--hf-overrides"} & set(arguments), "it is a model like any other"
+    from_merged, merged_logprobs = complete_here(merged)
     assert from_merged == from_adapter
     assert merged_logprobs == pytest.approx(adapter_logprobs, abs=1e-3)
     command_line.wait_until_nothing_left()
