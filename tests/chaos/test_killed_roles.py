@@ -6,17 +6,16 @@ Real Ray and DeepSpeed, one session for both runs: one in which nothing happens,
 import asyncio
 import dataclasses
 import json
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from kills.outcome import faults_of_leftovers
+from kills.processes import MARK, Marked, kill
 from model_families import TEXTS
 from tiny_models import build_servable, write_prompts
 
@@ -79,8 +78,8 @@ def make_config(folder: Path, name: str, model: str, prompts: Path) -> Config:
 class Fatal:
     """A role during whose calls processes are killed."""
 
-    def __init__(self, name: str, role: Any, killed: list[str]) -> None:
-        self._name, self._role, self._killed = name, role, killed
+    def __init__(self, name: str, role: Any, marked: Marked, killed: list[str]) -> None:
+        self._name, self._role, self._marked, self._killed = name, role, marked, killed
         self._calls: Counter[str] = Counter()
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
@@ -90,26 +89,24 @@ class Fatal:
             answer = asyncio.ensure_future(getattr(self._role, method)(*args))
             if victim:
                 await asyncio.sleep(0.02)
-                kill(victim)
+                seen = self._marked.refresh().values()
+                self._marked.read_shared_memory()
+                kill(next(process for process in seen if process.name == victim))
                 self._killed.append(victim)
             return await answer
 
         return call
 
 
-def kill(name: str) -> None:
-    """Kill the process of an actor, which shows its name in its title."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            title = " ".join(process.cmdline()).split(" ")[0]
-            if title == f"ray::{name}":
-                os.kill(process.pid, signal.SIGKILL)
-                return
-    raise AssertionError(f"no process of {name}")
+def run(
+    config: Config, marked: Marked | None
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """Run the stage ppo; returns its summary, its metrics, and who was killed.
 
-
-def run(config: Config, is_calm: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-    """Run the stage ppo; returns its summary, its metrics, and who was killed."""
+    Args:
+        config: of the run.
+        marked: its processes; None: none is killed.
+    """
     killed: list[str] = []
     original = ppo.ppo_roles
 
@@ -117,8 +114,10 @@ def run(config: Config, is_calm: bool) -> tuple[dict[str, Any], list[dict[str, A
     async def fatal_roles(*args: Any) -> AsyncIterator[Roles]:
         async with original(*args) as roles:
             names = ("scorer", "reference", "policy", "critic")
-            fatal: Any = {name: Fatal(name, getattr(roles, name), killed) for name in names}
-            yield roles if is_calm else dataclasses.replace(roles, **fatal)
+            fatal: Any = {
+                name: Fatal(name, getattr(roles, name), marked, killed) for name in names if marked
+            }
+            yield dataclasses.replace(roles, **fatal)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "ppo_roles", fatal_roles)
@@ -135,13 +134,18 @@ def adapter(config: Config, group: str) -> bytes:
     return (latest / group / "learner.safetensors").read_bytes()
 
 
-def test_a_run_outlives_its_roles_and_learns_the_same(tmp_path: Path) -> None:
+def test_a_run_outlives_its_roles_and_learns_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = Marked()
+    monkeypatch.setenv(MARK, marked.mark)
     model = build_servable(tmp_path / "model", TEXTS)
     prompts = write_prompts(tmp_path / "prompts.jsonl", TEXTS)
     calm, killed = (make_config(tmp_path, name, model, prompts) for name in ("calm", "killed"))
     with ray_session(calm):
-        _, undisturbed, _ = run(calm, is_calm=True)
-        summary, records, dead = run(killed, is_calm=False)
+        _, undisturbed, _ = run(calm, None)
+        summary, records, dead = run(killed, marked)
+    assert not list(faults_of_leftovers(marked))
     assert sorted(dead) == sorted(KILLS.values())
     assert summary["iterations"] == summary["adapter_version"] == ITERATIONS
     assert summary["samples_generated"] == summary["samples_learnt"] == ITERATIONS * BATCH_SIZE
