@@ -12,7 +12,7 @@ Source: "Trace Event Format", JSON Array Format, complete (X) and metadata (M) e
 import json
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -197,15 +197,15 @@ def read_spans(path: str | Path) -> list[Span]:
     ]
 
 
-def phase_totals(path: str | Path) -> dict[str, dict[str, float]]:
+def phase_totals(spans: Iterable[Span]) -> dict[str, dict[str, float]]:
     """Return the seconds of each row by kind of span: ``{row: {name: seconds}}``.
 
     The time of nested spans is not counted again in the span around them, so that a row's sum is at
     most the time that it was busy.
     """
     totals: dict[str, dict[str, float]] = {}
-    spans = sorted(read_spans(path), key=lambda span: (span.row, span.start_s, -span.end_s))
-    for row, row_spans in groupby(spans, key=lambda span: span.row):
+    in_order = sorted(spans, key=lambda span: (span.row, span.start_s, -span.end_s))
+    for row, row_spans in groupby(in_order, key=lambda span: span.row):
         own = totals.setdefault(row, {})
         open_spans: list[Span] = []
         for span in row_spans:
@@ -230,7 +230,7 @@ def _read_events(path: Path) -> list[_Event]:
 def _parsed(line: bytes) -> _Event | None:
     """Return a line's event; None for a bracket, a torn line or what is no event."""
     try:
-        event = json.loads(line.rstrip(b",\n"))
+        event = json.loads(line.rstrip(b",\n").decode())
     except (ValueError, RecursionError):
         return None
     match event:

@@ -130,7 +130,7 @@ def read(run_dir: Path) -> RunFiles:
         instructions=lines("evaluate/instructions.jsonl"),
         quality={name: counted for name, path in sets.items() if (counted := record(path))},
         spans=spans,
-        phase_totals=phase_totals(run_dir / "trace.json") if spans else {},
+        phase_totals=phase_totals(spans),
     )
 
 

@@ -110,14 +110,14 @@ def test_totals_count_nested_time_once(path: Path):
     tracer.add("driver", "learn", 4.0, 6.0)
     tracer.add("driver", "iteration", 0.0, 10.0)
     tracer.add("policy-0", "learn", 0.5, 0.75)
-    assert phase_totals(path) == {
+    assert phase_totals(read_spans(path)) == {
         "driver": {"iteration": 5.0, "learn": 4.0, "commit": 1.0},
         "policy-0": {"learn": 0.25},
     }
 
 
 def test_a_missing_trace_has_no_totals(path: Path):
-    assert phase_totals(path) == {}
+    assert phase_totals(read_spans(path)) == {}
 
 
 def lanes(path: Path) -> dict[int, list[tuple[float, float]]]:
