@@ -11,10 +11,12 @@ several batches the oldest one's shards go first, after those that one version a
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import heapify, heappop, heapreplace
+from itertools import chain
 from math import inf
 from typing import Generic
 
@@ -54,7 +56,8 @@ class _Batch(Generic[GeneratorT]):
     """Whether a newer one will do as well."""
     done: asyncio.Queue[Shard | BaseException] = field(default_factory=asyncio.Queue)
     """Results in order of arrival: finished shards, or an error that ends the batch."""
-    issues: list[_Issue[GeneratorT]] = field(default_factory=list)
+    by_index: dict[int, list[_Issue[GeneratorT]]] = field(default_factory=dict)
+    """Index of a shard at generators -> its issues."""
     calls: set[asyncio.Task[Shard]] = field(default_factory=set)
     """The running calls, also of shards that another generator has finished."""
     took: list[tuple[str, float]] = field(default_factory=list)
@@ -65,9 +68,14 @@ class _Batch(Generic[GeneratorT]):
         served = -1 if member.serves is None else member.serves.version
         return served == self.version or (self.or_newer and served > self.version)
 
+    @property
+    def issues(self) -> "Iterator[_Issue[GeneratorT]]":
+        """All issues, in the order of their shards' first ones."""
+        return chain.from_iterable(self.by_index.values())
+
     def at(self, index: int) -> "list[_Issue[GeneratorT]]":
         """Return the issues of a shard."""
-        return [issue for issue in self.issues if issue.request.index == index]
+        return self.by_index.get(index, [])
 
 
 class Dispatch(Generic[GeneratorT]):
@@ -125,7 +133,7 @@ class Dispatch(Generic[GeneratorT]):
         finally:
             # Before the calls are cancelled: their callbacks must not hand shards out again.
             self._batches.remove(batch)
-            batch.issues.clear()
+            batch.by_index.clear()
             self.note()
             await cancel([*batch.calls])
 
@@ -160,9 +168,16 @@ class Dispatch(Generic[GeneratorT]):
         """Give waiting shards to generators with free slots, the least loaded first."""
         limit = self._settings.max_in_flight
         for batch in self._batches:
-            while len(batch.queue) and (free := self._free(batch, limit)):
-                member = min(free, key=lambda member: member.load)
+            free = self._free(batch, limit) if len(batch.queue) else []
+            by_load = [(member.load, place, member) for place, member in enumerate(free)]
+            heapify(by_load)
+            while len(batch.queue) and by_load:
+                load, place, member = by_load[0]
                 self._issue(batch, member, batch.queue.take())
+                if load + 1 < limit:
+                    heapreplace(by_load, (load + 1, place, member))
+                else:
+                    heappop(by_load)
         self.note()
 
     def _free(self, batch: _Batch[GeneratorT], limit: float) -> list[Member[GeneratorT]]:
@@ -179,7 +194,7 @@ class Dispatch(Generic[GeneratorT]):
         request = replace(request, version=member.serves.version)
         call = asyncio.ensure_future(member.process.generate(request))
         issue = _Issue(member, request, self._clock(), call, is_again)
-        batch.issues.append(issue)
+        batch.by_index.setdefault(request.index, []).append(issue)
         batch.calls.add(call)
         member.calls.add(call)
         call.add_done_callback(partial(self._take_in, batch, issue))
@@ -192,7 +207,7 @@ class Dispatch(Generic[GeneratorT]):
         member.calls.discard(call)
         batch.calls.discard(call)
         error = None if call.cancelled() else call.exception()
-        if call.cancelled() or issue not in batch.issues:
+        if call.cancelled() or issue not in batch.at(issue.request.index):
             pass  # passing it on would count it twice
         elif isinstance(error, ActorFailure):
             if member.state == "retired":
@@ -200,8 +215,7 @@ class Dispatch(Generic[GeneratorT]):
             else:
                 self._lose(member, error)
         else:
-            for each in batch.at(issue.request.index):
-                batch.issues.remove(each)
+            for each in batch.by_index.pop(issue.request.index):
                 each.call.cancel()  # the others'; this one is done
             batch.took.append((member.name, self._clock() - issue.began_s))
             member.wait = None
@@ -216,7 +230,8 @@ class Dispatch(Generic[GeneratorT]):
             call.cancel()
         for batch in self._batches:
             held = [issue for issue in batch.issues if issue.member is member]
-            batch.issues = [issue for issue in batch.issues if issue.member is not member]
+            for issue in held:
+                batch.at(issue.request.index).remove(issue)
             left = [issue.request for issue in held if not batch.at(issue.request.index)]
             batch.queue.put_back(left)
             self.requeued += sum(len(request.samples) for request in left)
