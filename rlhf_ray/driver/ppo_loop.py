@@ -15,6 +15,7 @@ iteration back.
 """
 
 import asyncio
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -120,6 +121,8 @@ class PpoLoop:
         Raises:
             asyncio.CancelledError: interrupted, or cancelled; the last commit is saved.
         """
+        # At Python's own 700, batches of 10,000 samples are searched for cycles again and again.
+        gc.set_threshold(20_000, *gc.get_threshold()[1:])
         try:
             return await self._run()
         except asyncio.CancelledError:
