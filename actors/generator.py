@@ -1,5 +1,6 @@
 """The generator: a generation engine and the adapter that it serves."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ class Generator:
         self._name = name
         self._engine = make_engine()
         self._tokenizer = make_tokenizer()
+        self._starting: asyncio.Future[None] | None = None
         self.version: int | None = None
         self._update: AdapterUpdate | None = None
         """The served adapter with its tensors, to serve it again after a sleep."""
@@ -37,8 +39,10 @@ class Generator:
         return self._name
 
     async def start(self) -> None:
-        """Load the base model."""
-        await self._engine.start()
+        """Load the base model; later calls wait for the first."""
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._engine.start())
+        await asyncio.shield(self._starting)
 
     async def publish(self, update: AdapterUpdate, tensors: bytes) -> ServedAdapter:
         """Serve an adapter; return what the engine then holds.

@@ -37,8 +37,8 @@ class RewardScorer:
         return self._name
 
     def start(self) -> None:
-        """Make the sources, which loads their models and functions."""
-        self._sources = self._make_sources()
+        """Make the sources, which loads their models and functions, if they are not there."""
+        self._sources = self._sources or self._make_sources()
 
     async def score(self, rollouts: Sequence[Rollout]) -> RawScores:
         """Return the raw score of each response from every source.

@@ -283,8 +283,9 @@ def spawn(
     timeout_s: float,
     on_call: OnCall,
     watch: Watch,
+    actor: Any = None,
 ) -> RayWorker[RoleT]:
-    """Start a role's class as a named actor."""
+    """Start a role's class as a named actor; ``actor`` is one that was made alike before."""
     options: dict[str, Any] = {
         "name": name,
         "num_cpus": num_cpus,
@@ -295,7 +296,7 @@ def spawn(
         options["runtime_env"] = {"env_vars": dict(environment)}
     if concurrency > 1:
         options["max_concurrency"] = concurrency
-    actor = ray.remote(titled(role_class)).options(**options).remote(name, *args)
+    actor = actor or ray.remote(titled(role_class)).options(**options).remote(name, *args)
     return RayWorker(
         name,
         actor,

@@ -31,6 +31,7 @@ from rlhf_ray.interruption import cleaned_up_by, handlers_kept
 from rlhf_ray.observability.phases import LIMIT
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.quiet import GC_THRESHOLDS, environment
+from rlhf_ray.placement.idle_actors import IDLE
 
 POLL_S = 0.2
 NAME_FREE_WITHIN_S = 10.0
@@ -99,6 +100,7 @@ def ray_session(config: Config) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+            IDLE.clear()
             if record is not None:
                 record.close()
             if joined:

@@ -3,10 +3,12 @@
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar, cast
+
+import ray
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS, ColocatedWorker, Colocation
 from rlhf_ray.cluster.learner_groups import LearnerGroupClient
@@ -20,6 +22,7 @@ from rlhf_ray.errors import RlhfError
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.placement.bundles import role_of
 from rlhf_ray.placement.groups import Placement
+from rlhf_ray.placement.idle_actors import IDLE
 from rlhf_ray.placement.layout import Demand
 from rlhf_ray.roles import GeneratorProcess, Process, Sleeper
 
@@ -241,7 +244,20 @@ class RoleSpawner:
             timeout_s=self._config.cluster.call_timeout_s,
             on_call=self._on_call,
             watch=self._watch,
+            actor=None if slot else _idle(name, role_class, args),
         )
+
+    def leave(self, names: Collection[str]) -> None:
+        """Leave workers to the next stage that makes them alike; generators load their base.
+
+        Only on a machine of the run's own, and without slots, for which others wait.
+        """
+        for worker in [*self.workers]:
+            is_free = not self.joins_cluster and self._placement.slot(worker.name) is None
+            if worker.name in names and isinstance(worker, RayWorker) and is_free:
+                loading = worker.actor.start.remote() if _is_generator(worker) else None
+                IDLE.add(worker.name, self._spawned[worker.name], worker.actor, loading)
+                self.workers.remove(worker)
 
     async def start_all(self, groups: Sequence[LearnerGroupClient[Any]]) -> None:
         """Start every crew and learner group at once.
@@ -289,6 +305,17 @@ class RoleSpawner:
             for worker, peak in zip(workers, peaks, strict=True)
             if isinstance(peak, int)
         }
+
+
+def _idle(name: str, role_class: type[Process], args: tuple[object, ...]) -> Any:
+    """Return the idle actor of this name that was made alike; end one that was not."""
+    actor, is_alike = IDLE.take(name, (role_class, args))
+    if actor is None or is_alike:
+        return actor
+    with suppress(Exception):  # it has no method `stop`, or does not answer
+        ray.get(actor.stop.remote(), timeout=END_TIMEOUT_S)
+    ray.kill(actor)
+    return None
 
 
 def _is_generator(worker: Worker[Process]) -> bool:

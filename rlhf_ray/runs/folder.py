@@ -154,22 +154,30 @@ class RunFolder:
             return str(self.path / "sft" / "model")
         return self._given("sft.path or model.path", self.config.model.path, "sft")
 
-    def reward_model(self) -> str | None:
-        """Return reward.path, else the reward stage's result; None if no reward model is needed."""
+    def reward_model(self, *, to_be: bool = False) -> str | None:
+        """Return reward.path, else the reward stage's result; None if no reward model is needed.
+
+        Args:
+            to_be: whether that stage need not have finished.
+        """
         if not self.config.needs_reward_model:
             return None
         if self.config.reward.path:
             return absolute(self.config.reward.path)
-        if self.summary("reward") is not None:
+        if to_be or self.summary("reward") is not None:
             return str(self.path / "reward" / "model")
         return self._given("reward.path", None, "reward")
 
-    def critic_model(self) -> str:
-        """Return what the critic starts from: critic.path, else what critic.init names."""
+    def critic_model(self, *, to_be: bool = False) -> str:
+        """Return what the critic starts from: critic.path, else what critic.init names.
+
+        Args:
+            to_be: as of `reward_model`.
+        """
         critic = self.config.critic
         if critic.path:
             return absolute(critic.path)
-        reward_model = self.reward_model() if critic.init == "reward" else None
+        reward_model = self.reward_model(to_be=to_be) if critic.init == "reward" else None
         return reward_model or self.sft_model()
 
     def _given(self, key: str, value: str | None, stage: str) -> str:

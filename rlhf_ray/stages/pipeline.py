@@ -71,12 +71,22 @@ def run(config: Config) -> Path:
             if STAGES[stage].needs_ray and not on_ray:
                 _enter_ray(session, folder, progress, pending)
                 on_ray = True
+            _begin_ppo_beside(stage, folder, config)
             if _stopped_in(stage, config, folder, control):
                 control.update(state="stopped")
                 progress.say(f"Stopped on request; run or submit {folder.path} again to resume")
                 return folder.path
         control.update(state="finished")
     return folder.path
+
+
+def _begin_ppo_beside(stage: str, folder: RunFolder, config: Config) -> None:
+    """Start PPO's processes beside the last stage before it, if that is not what trains SFT."""
+    after = [s for s in STAGES if s in config.run.stages and not _finished(folder, s)]
+    if stage in ("reward", "dpo") and after[1:2] == ["ppo"]:
+        from rlhf_ray.stages.ppo.stage import begin_ahead
+
+        begin_ahead(config)
 
 
 def _require_known_arguments(config: Config, stages: Sequence[str]) -> None:

@@ -84,6 +84,8 @@ ALLOWED = {
     "cluster/ray_workers.py RayWorker._held: await data": "awaited by RayWorker._await",
     "cluster/ray_workers.py _resolve: await answer": "in a task that RayWorker._until_done watches",
     "cluster/workers.py fetch: await handle": "within FETCH_TIMEOUT_S",
+    "cluster/spawner.py RoleSpawner.leave: .remote": "its stage awaits it, by RayWorker._await",
+    "cluster/spawner.py _idle: .remote": "ray.get with END_TIMEOUT_S",
     "cluster/nodes.py on_nodes: .remote": "ray.get with what is left of the deadline",
     "doctor/bandwidth.py _link: .remote": "ray.get with TIMEOUT_S",
     # Awaited in a task that somebody watches, or that is done.

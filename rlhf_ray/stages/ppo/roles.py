@@ -1,7 +1,7 @@
 """Spawns the roles of a PPO run: actors in Ray, or objects in this process (inline)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -10,13 +10,14 @@ from actors.policy_learner import PolicyLearner
 from actors.reference import Reference
 from actors.reward_scorer import RewardScorer
 from rlhf_ray.cluster.learner_groups import CriticClient, PolicyBaseClient, PolicyClient
-from rlhf_ray.cluster.role_clients import ReferenceClient, ScorerClient
+from rlhf_ray.cluster.role_clients import Crew, GeneratorClient, ReferenceClient, ScorerClient
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.cluster.workers import fetch
 from rlhf_ray.config import Config
 from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.engines.scoring import reward_sources
 from rlhf_ray.generators.member import cancel
+from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.placement.layout import demands
 from rlhf_ray.roles import Roles
 from rlhf_ray.runs.folder import located
@@ -55,16 +56,12 @@ async def ppo_roles(
     needed = [demand for demand in demands(config) if demand.role != "critic" or critic_model]
     async with AsyncExitStack() as stack:
         stack.push_async_callback(spawner.stop_all)
+        if "evaluate" in config.run.stages:
+            stack.callback(spawner.leave, _names(config, ("generator", "reward")))
         await spawner.place(needed)
-        generators = spawn_generators(spawner, config, policy_model, say, config.rollout.autoscale)
+        spawned = _spawn(spawner, config, policy_model, reward_model, critic_model, say)
+        generators, scorer, references, policy, critic = spawned
         stack.push_async_callback(generators.close)
-        scorer = spawn_scorers(spawner, config, reward_model, policy_model)
-        num_references = config.reference.num_processes
-        references = spawner.spawn_crew(
-            Reference, "reference", num_references, config, policy_model
-        )
-        policy = _policy(spawner, config, policy_model)
-        critic = _critic(spawner, config, critic_model) if critic_model else None
         groups = {"policy": policy} | ({"critic": critic} if critic else {})
         await stack.enter_async_context(drains_followed(spawner, groups, say))
         starts = asyncio.ensure_future(generators.start())
@@ -74,13 +71,64 @@ async def ppo_roles(
             generators=generators,
             scorer=scorer,
             # Without reference processes the policy's own base answers, its adapter switched off.
-            reference=ReferenceClient(references) if num_references else PolicyBaseClient(policy),
+            reference=(
+                ReferenceClient(references)
+                if config.reference.num_processes
+                else PolicyBaseClient(policy)
+            ),
             policy=policy,
             critic=critic,
             fetch=fetch,
             num_gpus=spawner.num_gpus,
             peak_memory=spawner.peak_memory,
         )
+
+
+def begin_roles(
+    config: Config, policy_model: str, reward_model: str | None, critic_model: str | None
+) -> None:
+    """Start the roles' processes before their stage: they import, generators load their base.
+
+    The stage goes on with them. The models of rewards and critic need not exist yet.
+    """
+    spawner = RoleSpawner(config, lambda *_: None)
+    _spawn(spawner, config, policy_model, reward_model, critic_model, lambda _: None)
+    spawner.leave([worker.name for worker in spawner.workers])
+
+
+def _names(config: Config, roles: Collection[str]) -> list[str]:
+    """Return the workers with which a stage begins in some roles."""
+    known = [demand for demand in demands(config) if demand.role in roles]
+    return [f"{demand.role}-{rank}" for demand in known for rank in range(demand.workers)]
+
+
+Spawned = tuple[
+    GeneratorPool[GeneratorClient],
+    ScorerClient,
+    Crew[Reference],
+    PolicyClient,
+    CriticClient | None,
+]
+
+
+def _spawn(
+    spawner: RoleSpawner,
+    config: Config,
+    policy_model: str,
+    reward_model: str | None,
+    critic_model: str | None,
+    say: Callable[[str], None],
+) -> Spawned:
+    """Make every role that the config needs, not started."""
+    return (
+        spawn_generators(spawner, config, policy_model, say, config.rollout.autoscale),
+        spawn_scorers(spawner, config, reward_model, policy_model),
+        spawner.spawn_crew(
+            Reference, "reference", config.reference.num_processes, config, policy_model
+        ),
+        _policy(spawner, config, policy_model),
+        _critic(spawner, config, critic_model) if critic_model else None,
+    )
 
 
 def _policy(spawner: RoleSpawner, config: Config, model: str) -> PolicyClient:

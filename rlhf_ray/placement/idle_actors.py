@@ -1,0 +1,41 @@
+"""Actors between two stages: begun before theirs, or left to the next one.
+
+They lie on the driver's own machine and hold nothing but memory: no slot, nothing that others wait
+for. They end with Ray's session.
+"""
+
+from functools import partial
+from typing import Any
+
+Made = tuple[type, tuple[object, ...]]
+"""Class and arguments of an actor."""
+
+
+class IdleActors:
+    """Actors by name, with what they were made of."""
+
+    def __init__(self) -> None:
+        self._actors: dict[str, tuple[Made, Any, object]] = {}
+
+    def add(self, name: str, made: Made, actor: Any, loading: object = None) -> None:
+        """Keep an actor; ``loading`` is its call that loads a model, which ends with its handle."""
+        self._actors[name] = made, actor, loading
+
+    def take(self, name: str, made: Made) -> tuple[Any, bool]:
+        """Return the actor of this name, None if there is none, and whether it was made alike."""
+        known, actor, _ = self._actors.pop(name, (None, None, None))
+        return actor, _values(known) == _values(made)
+
+    def clear(self) -> None:
+        """Forget all: they have ended."""
+        self._actors.clear()
+
+
+IDLE = IdleActors()
+
+
+def _values(made: object) -> object:
+    """Return what can be compared: a partial function equals none but itself."""
+    if isinstance(made, partial):
+        return made.func, _values(made.args), made.keywords
+    return [*map(_values, made)] if isinstance(made, tuple | list) else made
