@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -38,6 +38,9 @@ NAME_FREE_WITHIN_S = 10.0
 """Time for the actors of an earlier run of the same name to disappear."""
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+CARRIED = ExitStack()
+"""What a stage carries to the next one of its kind: closed before others, and before Ray ends."""
 
 _OWN_GPUS_ALONE = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
@@ -99,6 +102,7 @@ def ray_session(config: Config) -> Iterator[None]:
             show_warnings(Progress().say)
             yield
         finally:
+            CARRIED.close()
             ray.shutdown()
             IDLE.clear()
             if record is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from rlhf_ray import interruption
-from rlhf_ray.cluster.session import dashboard_url, ray_session
+from rlhf_ray.cluster.session import CARRIED, dashboard_url, ray_session
 from rlhf_ray.config import Config
 from rlhf_ray.config.identity import Change, adjustments, differences, settled
 from rlhf_ray.config.section import is_mapping
@@ -71,6 +71,8 @@ def run(config: Config) -> Path:
             if STAGES[stage].needs_ray and not on_ray:
                 _enter_ray(session, folder, progress, pending)
                 on_ray = True
+            if stage not in SUPERVISED:
+                CARRIED.close()
             _begin_ppo_beside(stage, folder, config)
             if _stopped_in(stage, config, folder, control):
                 control.update(state="stopped")

@@ -118,9 +118,8 @@ ALLOWED = {
     "doctor/bandwidth.py Peer._serve: self._server.accept": "a thread that serves its peers",
     "serving/text_generation.py TextGenerator.stream: thread.join": "it has sent its last text",
     "stages/rehearse.py _killing_a_generator: killer.join": "it looks at its event every 50 ms",
-    "stages/supervised/ray_train.py _fit: fitting.result": (
-        "its processes end themselves where they make no progress (ends_when_stalled)"
-    ),
+    "stages/supervised/processes.py TrainingProcesses.train: self._fitting.result": "it is done",
+    "stages/supervised/processes.py trainings: while": "ended by its driver, or with it",
     "cli/models.py _typed_lines: input": "a person types",
     "cluster/colocation.py Colocation._enter: with self._lock": (
         "held while calls with deadlines swap groups"

@@ -2,32 +2,32 @@
 
 import itertools
 import os
-import pickle
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_ray.cluster.session import CARRIED
 from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.observability import quiet
 from rlhf_ray.observability.phases import ends_when_stalled
 from rlhf_ray.observability.repeated import repeated
+from rlhf_ray.stages.supervised.processes import (
+    KEYS,
+    TrainingProcesses,
+    interrupted_key,
+    trainings,
+)
 from rlhf_ray.stages.supervised.trainer import Trained, train
 from rlhf_ray.stages.supervised.training import Training
 
-if TYPE_CHECKING:
-    from ray import ObjectRef
-    from ray.train.torch import TorchTrainer
-
 POLL_S = 1.0
 """Seconds between two checks of the cluster's resources, or of a signal."""
-KEYS = b"rlhf_ray"
-"""Namespace of our keys in Ray's own store."""
+
+_waiting: list[TrainingProcesses] = []
+"""The processes of the last stage, which wait for the next one; at most one entry."""
 
 
 def train_on_ray(
@@ -57,97 +57,44 @@ def train_on_ray(
 
 
 def _fit(training: Training, interrupted: threading.Event) -> Trained | None:
-    # Else Ray Train moves each worker to a folder of its own, where the config's relative paths
-    # point nowhere.
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    import ray
-    from ray.experimental.internal_kv import _internal_kv_put
-    from ray.train import RunConfig, ScalingConfig
-
-    storage = training.folder / "ray"
-    # Arguments and results pass through Ray Train's controller, a process that would import all of
-    # PyTorch, Transformers and PEFT to unpickle them: it sees a reference, and bytes.
-    trainer = _trainer_class(training.config.cluster.joins_cluster)(
-        _train_worker,
-        train_loop_config={"training": ray.put(training)},
-        scaling_config=ScalingConfig(
-            num_workers=training.settings.train_workers, use_gpu=_on_gpu(training)
-        ),
-        run_config=RunConfig(name=training.name, storage_path=str(storage)),
-    )
-    # In the main thread Ray Train would replace the handler of Ctrl-C.
-    pool = ThreadPoolExecutor(1, "ray-train")
-    fitting = pool.submit(trainer.fit)
+    """Train in the processes of the stage before, if they fit, else in new ones."""
+    if not (_waiting and _waiting[0].fit(training)):
+        CARRIED.close()  # their resources, first
+        _waiting.append(TrainingProcesses(_train_worker, training, on_gpu=_on_gpu(training)))
+        CARRIED.callback(lambda: _waiting.pop().end())
+    trained = None
     try:
-        while wait([fitting], POLL_S).not_done:
-            if interrupted.is_set():
-                _internal_kv_put(_interrupted_key(), b"1", namespace=KEYS)
-        trained = fitting.result().return_value
+        trained = _waiting[0].train(training, interrupted)
     finally:
-        pool.shutdown(wait=False)
-        shutil.rmtree(storage, ignore_errors=True)
-    if trained is None:
-        raise ActorFailure(f"{training.name}: Ray Train ended without a result; see its logs")
-    return pickle.loads(trained)
+        if trained is None:  # interrupted, failed or lost
+            CARRIED.close()
+    return trained
 
 
-def _trainer_class(joined: bool) -> "type[TorchTrainer]":
-    """Return Ray Train's trainer, on a cluster of the run's own without its cleaner.
-
-    The cleaner frees the workers' placement group if the controller dies: such a cluster ends with
-    the driver. It asks Ray's dashboard whether the controller lives; without a dashboard each stage
-    would end 10 s later, when that question times out.
-    """
-    from ray.train.torch import TorchTrainer
-
-    if joined:
-        return TorchTrainer
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,
-    )
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
-
-    return Trainer
-
-
-def _interrupted_key() -> str:
-    """Return the key in Ray's own store that this job's training processes look up."""
-    import ray
-
-    return f"interrupted/{ray.get_runtime_context().get_job_id()}"
-
-
-def _train_worker(loop_config: "Mapping[str, ObjectRef[Training]]") -> bytes:
-    """Train in a process that Ray Train started; return the pickled `Trained`, or None."""
+def _train_worker(loop_config: Mapping[str, str]) -> None:
+    """Train in a process that Ray Train started."""
     quiet.silence_dependencies()
-    import ray
     from ray.experimental.internal_kv import _internal_kv_get
     from ray.train import get_context
 
-    from rlhf_ray.cluster.workers import FETCH_TIMEOUT_S
-
-    training = ray.get(loop_config["training"], timeout=FETCH_TIMEOUT_S)
     context = get_context()
-    key, interrupted = _interrupted_key(), threading.Event()
+    key, interrupted = interrupted_key(), threading.Event()
 
     def look() -> None:
         with suppress(Exception):  # a head that does not answer just now is asked again
             if _internal_kv_get(key, namespace=KEYS):
                 interrupted.set()
 
-    # Ray sets OMP_NUM_THREADS=1 for a one-CPU actor, but nothing else runs during the training.
+    # Ray sets OMP_NUM_THREADS=1 for a one-CPU actor, but little else runs during the training.
     torch.set_num_threads(num_threads(context.get_local_world_size()))
-    who = f"{training.name}-{context.get_world_rank()}"
-    limit_s = training.config.cluster.call_timeout_s
-    with (
-        ends_when_stalled(limit_s, "cluster.call_timeout_s", who),
-        repeated(look, POLL_S, "interruption"),
-    ):
-        return pickle.dumps(train(training, context.get_world_size(), interrupted.is_set))
+    for training, answer in trainings(loop_config["name"], context.get_world_rank()):
+        who = f"{training.name}-{context.get_world_rank()}"
+        limit_s = training.config.cluster.call_timeout_s
+        with (
+            ends_when_stalled(limit_s, "cluster.call_timeout_s", who),
+            repeated(look, POLL_S, "interruption"),
+        ):
+            answer(train(training, context.get_world_size(), interrupted.is_set))
 
 
 def _on_gpu(training: Training) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.algorithms.losses import pairwise_reward_loss, pointwise_reward_loss
 from rlhf_ray.algorithms.whitening import ROUNDING
+from rlhf_ray.cluster.session import CARRIED
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PointwiseLoss
 from rlhf_ray.data.datasets.ratings import TargetColumn, load_ratings
@@ -134,6 +135,7 @@ def run(config: Config) -> dict[str, object]:
         summary = _train(folder) | {"seconds": time.monotonic() - start_s}
         folder.write_summary("reward", summary)
     if config.reward.benchmark is not None:
+        CARRIED.close()  # the scorers may need its GPUs
         summary |= {"benchmark": benchmark(config, _model(folder))}
         folder.write_summary("reward", summary)
     return summary
