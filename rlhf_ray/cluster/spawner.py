@@ -21,7 +21,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.placement.bundles import role_of
-from rlhf_ray.placement.groups import Placement
+from rlhf_ray.placement.groups import Placement, live_nodes
 from rlhf_ray.placement.idle_actors import IDLE
 from rlhf_ray.placement.layout import Demand
 from rlhf_ray.roles import GeneratorProcess, Process, Sleeper
@@ -247,14 +247,16 @@ class RoleSpawner:
             actor=None if slot else _idle(name, role_class, args),
         )
 
-    def leave(self, names: Collection[str]) -> None:
-        """Leave workers to the next stage that makes them alike; generators load their base.
+    @property
+    def needs_no_slots(self) -> bool:
+        """Whether its actors hold nothing that others wait for: on a machine of the run's own."""
+        is_own = self._on_ray and not self.joins_cluster
+        return is_own and not any(live.node.gpus for live in live_nodes())
 
-        Only on a machine of the run's own, and without slots, for which others wait.
-        """
-        for worker in [*self.workers]:
-            is_free = not self.joins_cluster and self._placement.slot(worker.name) is None
-            if worker.name in names and isinstance(worker, RayWorker) and is_free:
+    def leave(self, names: Collection[str]) -> None:
+        """Leave workers to the next stage that makes them alike; generators load their base."""
+        for worker in [*self.workers] if self.needs_no_slots else ():
+            if worker.name in names and isinstance(worker, RayWorker):
                 loading = worker.actor.start.remote() if _is_generator(worker) else None
                 IDLE.add(worker.name, self._spawned[worker.name], worker.actor, loading)
                 self.workers.remove(worker)

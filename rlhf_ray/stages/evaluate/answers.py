@@ -119,6 +119,14 @@ class _Roles:
             self.bar.advance(len(rollouts))
 
 
+def begin_likelihood(inputs: Inputs) -> None:
+    """Start the process of `perplexities` while models answer, where it needs no slot."""
+    spawner = RoleSpawner(inputs.config, lambda *_: None)
+    if spawner.needs_no_slots:
+        spawner.spawn(Likelihood, "likelihood", 1, inputs.config, inputs.sft_model)
+        spawner.leave(["likelihood-0"])
+
+
 async def perplexities(
     inputs: Inputs, answers: Sequence[Rollout], bar: Bar, say: Callable[[str], None]
 ) -> dict[str, float]:

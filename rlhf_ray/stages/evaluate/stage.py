@@ -25,6 +25,7 @@ from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.evaluate.answers import (
     SAMPLES_PER_INSTRUCTION,
     answers_of_models,
+    begin_likelihood,
     perplexities,
 )
 from rlhf_ray.stages.evaluate.comparison import (
@@ -38,6 +39,7 @@ from rlhf_ray.stages.evaluate.comparison import (
 )
 from rlhf_ray.stages.evaluate.inputs import Inputs, load_inputs
 from rlhf_ray.stages.evaluate.records import log_metrics, metrics_of, tables, withdraw_summary
+from rlhf_ray.types import Rollout
 
 LOG_WIDTH = 100
 """Columns of a table where the output is no terminal and has no width."""
@@ -50,13 +52,16 @@ def run(config: Config) -> Summary:
     inputs = load_inputs(folder)
     num_prompts = len(inputs.prompts)
     per_model = num_prompts + SAMPLES_PER_INSTRUCTION * len(inputs.instructions)
+    references = _references(inputs)
+    if references:
+        begin_likelihood(inputs)
     progress = Progress(config.run.stages)
     with progress.stage("evaluate", len(inputs.adapters) * per_model, "sample") as bar:
         answers = interruption.run(answers_of_models(inputs, bar, progress.say))
         samples = {name: each.held_out for name, each in answers.items()}
         _add_scores(samples, inputs)
         outcomes = {judge: _outcomes(config, judge, samples, bar) for judge in inputs.judged_by}
-        perplexity = _perplexities(inputs, bar, progress.say)
+        perplexity = _perplexities(inputs, references, bar, progress.say)
     summary = summarize(samples, outcomes, config.evaluate.bootstrap, config.run.seed)
     followed = follow(inputs.instructions, answers)
     for name, model in summary["models"].items():
@@ -100,15 +105,21 @@ def _outcomes(config: Config, judge: str, samples: Samples, bar: Bar) -> np.ndar
     return interruption.run(outcomes_by_judge(config.evaluate.judge, samples, bar))
 
 
-def _perplexities(inputs: Inputs, bar: Bar, say: Callable[[str], None]) -> dict[str, float]:
-    """Measure each model on the held-out rows' reference answers; empty where there are none."""
+def _references(inputs: Inputs) -> list[Rollout]:
+    """Return the held-out rows' own answers, on which perplexity is measured; there may be none."""
     config = inputs.config
     renderer = Renderer(inputs.tokenizer, config.template)
-    answers = reference_rollouts(inputs.prompts, renderer, config.model.max_length)
-    if not answers:
+    return reference_rollouts(inputs.prompts, renderer, config.model.max_length)
+
+
+def _perplexities(
+    inputs: Inputs, references: Sequence[Rollout], bar: Bar, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Measure each model on the reference answers; empty where there are none."""
+    if not references:
         return {}
-    bar.restart(len(inputs.adapters) * len(answers), "reference answer")
-    return interruption.run(perplexities(inputs, answers, bar, say))
+    bar.restart(len(inputs.adapters) * len(references), "reference answer")
+    return interruption.run(perplexities(inputs, references, bar, say))
 
 
 def _side_by_side(samples: Samples, inputs: Inputs) -> list[dict[str, object]]:

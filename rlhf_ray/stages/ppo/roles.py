@@ -89,11 +89,13 @@ def begin_roles(
 ) -> None:
     """Start the roles' processes before their stage: they import, generators load their base.
 
-    The stage goes on with them. The models of rewards and critic need not exist yet.
+    The stage goes on with them, where it needs no slots. The models of rewards and critic need not
+    exist yet.
     """
     spawner = RoleSpawner(config, lambda *_: None)
-    _spawn(spawner, config, policy_model, reward_model, critic_model, lambda _: None)
-    spawner.leave([worker.name for worker in spawner.workers])
+    if spawner.needs_no_slots:
+        _spawn(spawner, config, policy_model, reward_model, critic_model, lambda _: None)
+        spawner.leave([worker.name for worker in spawner.workers])
 
 
 def _names(config: Config, roles: Collection[str]) -> list[str]:

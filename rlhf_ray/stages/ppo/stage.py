@@ -31,7 +31,6 @@ from rlhf_ray.models.tokenizers import load_tokenizer, save_tokenizer
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer
-from rlhf_ray.placement.groups import live_nodes
 from rlhf_ray.roles import Roles
 from rlhf_ray.runs.datasets import ppo_prompts
 from rlhf_ray.runs.folder import RunFolder, located_function
@@ -97,21 +96,16 @@ def run(config: Config) -> dict[str, object]:
 
 
 def begin_ahead(config: Config) -> None:
-    """Start PPO's processes while the reward model is trained: a core is free then.
-
-    Only on a machine of the run's own without GPUs: elsewhere their slots are waited for.
-    """
+    """Start PPO's processes while the reward model is trained: a core is free then."""
     config = _with_located_functions(config)
     folder = RunFolder(config)
-    is_own = config.cluster.runs_on_ray and not config.cluster.joins_cluster
-    if is_own and not any(live.node.gpus for live in live_nodes()):
-        needs_critic = resolve(config.ppo.advantage).needs_critic
-        begin_roles(
-            config,
-            folder.sft_model(),
-            folder.reward_model(to_be=True),
-            folder.critic_model(to_be=True) if needs_critic else None,
-        )
+    needs_critic = resolve(config.ppo.advantage).needs_critic
+    begin_roles(
+        config,
+        folder.sft_model(),
+        folder.reward_model(to_be=True),
+        folder.critic_model(to_be=True) if needs_critic else None,
+    )
 
 
 def _finish(folder: RunFolder, summary: dict[str, object]) -> dict[str, object]:
