@@ -19,15 +19,16 @@ class Likelihood:
 
     def __init__(self, name: str, config: Config, model_path: str) -> None:
         self._name = name
-        self._max_tokens = config.ppo.max_tokens_per_micro_batch
-        model = answer_with_logprobs(load_causal_lm(model_path, config.model, quantized=True))
-        self._slot = AdapterSlot(on_device(model))
+        self._config = config
+        self._model_path = model_path
 
     def __repr__(self) -> str:
         return self._name
 
     def start(self) -> None:
-        """Do nothing: the constructor has loaded the model."""
+        """Load the model."""
+        model = load_causal_lm(self._model_path, self._config.model, quantized=True)
+        self._slot = AdapterSlot(on_device(answer_with_logprobs(model)))
 
     def hold(self, peft_config: Mapping[str, Any], tensors: bytes) -> None:
         """Replace the adapter by that of a PEFT config and safetensors bytes."""
@@ -43,7 +44,7 @@ class Likelihood:
             self._slot.model,
             answers,
             rule=PLAIN,
-            max_tokens=self._max_tokens,
+            max_tokens=self._config.ppo.max_tokens_per_micro_batch,
             device=self._slot.model.device,
         )
         return -float(sum(row.sum(dtype=np.float64) for row in logprobs)), sum(map(len, logprobs))

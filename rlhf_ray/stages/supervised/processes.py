@@ -80,7 +80,7 @@ class TrainingProcesses:
         Raises:
             Exception: Ray Train's, where processes fail or are lost.
         """
-        from ray import cloudpickle
+        from ray.cloudpickle.cloudpickle_fast import dumps
         from ray.experimental.internal_kv import (
             _internal_kv_del,
             _internal_kv_get,
@@ -90,7 +90,7 @@ class TrainingProcesses:
         task = f"{self._name}/{self._number}"
         self._number += 1
         self._is_training = True
-        _internal_kv_put(task, cloudpickle.dumps(training), namespace=KEYS)
+        _internal_kv_put(task, dumps(training), namespace=KEYS)
         is_over = False
         while not is_over:
             is_over = bool(wait([self._fitting], LOOK_S).done)
