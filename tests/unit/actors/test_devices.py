@@ -88,7 +88,9 @@ def test_the_frozen_roles_load_any_base_onto_the_gpu(
 ) -> None:
     assert gpu.holds(Reference("reference-0", config, wide_base)._model)
     gpu.moved.clear()
-    assert gpu.holds(Likelihood("likelihood-0", config, wide_base)._slot.model)
+    likelihood = Likelihood("likelihood-0", config, wide_base)
+    likelihood.start()
+    assert gpu.holds(likelihood._slot.model)
 
 
 @pytest.mark.parametrize("kind", [PolicyLearner, CriticLearner])

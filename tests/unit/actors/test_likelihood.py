@@ -27,7 +27,9 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(
     with torch.no_grad():
         model.lm_head.weight.zero_()
     save_model(model, load_tokenizer(base), tmp_path)
-    loss, num_tokens = Likelihood("l", make_config(), str(tmp_path)).loss(rollouts)
+    likelihood = Likelihood("l", make_config(), str(tmp_path))
+    likelihood.start()
+    loss, num_tokens = likelihood.loss(rollouts)
     assert num_tokens == sum(len(rollout.response_ids) for rollout in rollouts)
     assert math.exp(loss / num_tokens) == pytest.approx(model.config.vocab_size, rel=1e-5)
 
@@ -37,6 +39,7 @@ def test_each_adapter_is_the_one_that_is_measured(
 ) -> None:
     """The temperature of rollouts must have no effect."""
     likelihood = Likelihood("l", make_config(rollout={"temperature": 0.5}), base)
+    likelihood.start()
     for r in (4, 2):
         adapted = with_random_adapter(base, ModelConfig(), r=r, deviation=0.3)
         likelihood.hold(peft_config(adapted), tensors_to_bytes(adapter_state(adapted)))
