@@ -21,8 +21,8 @@ from rlhf_ray.config import Config
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.placement.bundles import role_of
-from rlhf_ray.placement.groups import Placement, live_nodes
-from rlhf_ray.placement.idle_actors import IDLE
+from rlhf_ray.placement.groups import Placement
+from rlhf_ray.placement.idle_actors import IDLE, needs_no_slots
 from rlhf_ray.placement.layout import Demand
 from rlhf_ray.roles import GeneratorProcess, Process, Sleeper
 
@@ -247,15 +247,9 @@ class RoleSpawner:
             actor=None if slot else _idle(name, role_class, args),
         )
 
-    @property
-    def needs_no_slots(self) -> bool:
-        """Whether its actors hold nothing that others wait for: on a machine of the run's own."""
-        is_own = self._on_ray and not self.joins_cluster
-        return is_own and not any(live.node.gpus for live in live_nodes())
-
     def leave(self, names: Collection[str]) -> None:
         """Leave workers to the next stage that makes them alike; generators load their base."""
-        for worker in [*self.workers] if self.needs_no_slots else ():
+        for worker in [*self.workers] if needs_no_slots(self._config) else ():
             if worker.name in names and isinstance(worker, RayWorker):
                 loading = worker.actor.start.remote() if _is_generator(worker) else None
                 IDLE.add(worker.name, self._spawned[worker.name], worker.actor, loading)

@@ -7,6 +7,9 @@ for. They end with Ray's session.
 from functools import partial
 from typing import Any
 
+from rlhf_ray.config import Config
+from rlhf_ray.placement.groups import live_nodes
+
 Made = tuple[type, tuple[object, ...]]
 """Class and arguments of an actor."""
 
@@ -32,6 +35,15 @@ class IdleActors:
 
 
 IDLE = IdleActors()
+
+
+def needs_no_slots(config: Config) -> bool:
+    """Return whether a run's processes hold nothing that others wait for.
+
+    That is so on a machine of its own without GPUs: there they may start before their stage.
+    """
+    is_own = config.cluster.runs_on_ray and not config.cluster.joins_cluster
+    return is_own and not any(live.node.gpus for live in live_nodes())
 
 
 def _values(made: object) -> object:

@@ -68,12 +68,11 @@ def run(config: Config) -> Path:
             if _finished(folder, stage):
                 progress.say(f"{stage}: {_why_skipped(config, stage)}")
                 continue
-            if STAGES[stage].needs_ray and not on_ray:
+            # Before prepare already: what comes next starts meanwhile.
+            if not on_ray and any(STAGES[name].needs_ray for name in pending):
                 _enter_ray(session, folder, progress, pending)
                 on_ray = True
-            if stage not in SUPERVISED:
-                CARRIED.close()
-            _begin_ppo_beside(stage, folder, config)
+            _begin_ahead(stage, folder, config)
             if _stopped_in(stage, config, folder, control):
                 control.update(state="stopped")
                 progress.say(f"Stopped on request; run or submit {folder.path} again to resume")
@@ -82,10 +81,20 @@ def run(config: Config) -> Path:
     return folder.path
 
 
-def _begin_ppo_beside(stage: str, folder: RunFolder, config: Config) -> None:
-    """Start PPO's processes beside the last stage before it, if that is not what trains SFT."""
-    after = [s for s in STAGES if s in config.run.stages and not _finished(folder, s)]
-    if stage in ("reward", "dpo") and after[1:2] == ["ppo"]:
+def _begin_ahead(stage: str, folder: RunFolder, config: Config) -> None:
+    """Start the processes of this stage's training while it reads its data, and of the next one's.
+
+    They wait for the data, or for models that are still trained.
+    """
+    due = [name for name in STAGES if name in config.run.stages and not _finished(folder, name)]
+    trained = next((name for name in due[:2] if name in SUPERVISED), None)
+    if trained is None:
+        CARRIED.close()
+    else:
+        from rlhf_ray.stages.supervised import ray_train
+
+        ray_train.begin_ahead(config, trained)
+    if stage in ("reward", "dpo") and due[1:2] == ["ppo"]:
         from rlhf_ray.stages.ppo.stage import begin_ahead
 
         begin_ahead(config)

@@ -18,6 +18,7 @@ from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
 from rlhf_ray.generators.pool import GeneratorPool
 from rlhf_ray.models.folders import ADAPTER_CONFIG
 from rlhf_ray.observability.progress import Bar
+from rlhf_ray.placement.idle_actors import needs_no_slots
 from rlhf_ray.placement.layout import held_at_once
 from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.stages.evaluate.inputs import Inputs
@@ -121,8 +122,8 @@ class _Roles:
 
 def begin_likelihood(inputs: Inputs) -> None:
     """Start the process of `perplexities` while models answer, where it needs no slot."""
-    spawner = RoleSpawner(inputs.config, lambda *_: None)
-    if spawner.needs_no_slots:
+    if needs_no_slots(inputs.config):
+        spawner = RoleSpawner(inputs.config, lambda *_: None)
         spawner.spawn(Likelihood, "likelihood", 1, inputs.config, inputs.sft_model)
         spawner.leave(["likelihood-0"])
 

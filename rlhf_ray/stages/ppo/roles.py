@@ -18,6 +18,7 @@ from rlhf_ray.driver.recorder import Recorder
 from rlhf_ray.engines.scoring import reward_sources
 from rlhf_ray.generators.member import cancel
 from rlhf_ray.generators.pool import GeneratorPool
+from rlhf_ray.placement.idle_actors import needs_no_slots
 from rlhf_ray.placement.layout import demands
 from rlhf_ray.roles import Roles
 from rlhf_ray.runs.folder import located
@@ -92,8 +93,8 @@ def begin_roles(
     The stage goes on with them, where it needs no slots. The models of rewards and critic need not
     exist yet.
     """
-    spawner = RoleSpawner(config, lambda *_: None)
-    if spawner.needs_no_slots:
+    if needs_no_slots(config):
+        spawner = RoleSpawner(config, lambda *_: None)
         _spawn(spawner, config, policy_model, reward_model, critic_model, lambda _: None)
         spawner.leave([worker.name for worker in spawner.workers])
 

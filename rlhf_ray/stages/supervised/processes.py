@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_ray import interruption
+from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure
+from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.trainer import Trained
 from rlhf_ray.stages.supervised.training import Training
 
@@ -41,38 +44,44 @@ class TrainingProcesses:
 
     Args:
         work: what each of them runs; called with the name under which they get their trainings.
-        training: of the first stage.
+        config: of the run.
+        stage: the first one that they train.
         on_gpu: whether each has a GPU.
     """
 
     def __init__(
-        self, work: Callable[[Mapping[str, str]], None], training: Training, *, on_gpu: bool
+        self,
+        work: Callable[[Mapping[str, str]], None],
+        config: Config,
+        stage: str,
+        *,
+        on_gpu: bool,
     ) -> None:
         # Else Ray Train moves each worker to a folder of its own, where the config's relative paths
         # point nowhere.
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         from ray.train import RunConfig, ScalingConfig
 
-        self._kind = _kind(training)
+        self._kind = _kind(config, stage)
         self._name = f"training/{uuid.uuid4().hex}"
         self._number = 0
         self._is_training = False
-        self._storage = training.folder.parent / ".ray_train"
-        trainer = _trainer_class(training.config.cluster.joins_cluster)(
+        self._storage = RunFolder(config).path.resolve() / ".ray_train"
+        trainer = _trainer_class(config.cluster.joins_cluster)(
             work,
             train_loop_config={"name": self._name},
             scaling_config=ScalingConfig(
-                num_workers=training.settings.train_workers, use_gpu=on_gpu
+                num_workers=getattr(config, stage).train_workers, use_gpu=on_gpu
             ),
-            run_config=RunConfig(name=training.name, storage_path=str(self._storage)),
+            run_config=RunConfig(name=stage, storage_path=str(self._storage)),
         )
         # In the main thread Ray Train would replace the handler of Ctrl-C.
         self._pool = ThreadPoolExecutor(1, "ray-train")
         self._fitting = self._pool.submit(trainer.fit)
 
-    def fit(self, training: Training) -> bool:
+    def fit(self, config: Config, stage: str) -> bool:
         """Return whether they live, and are what a stage needs."""
-        return not self._fitting.done() and self._kind == _kind(training)
+        return not self._fitting.done() and self._kind == _kind(config, stage)
 
     def train(self, training: Training, interrupted: threading.Event) -> Trained | None:
         """Train a stage to its end; None where it was interrupted, with a checkpoint.
@@ -105,11 +114,11 @@ class TrainingProcesses:
         raise ActorFailure(f"{training.name}: Ray Train ended without a result; see its logs")
 
     def end(self) -> None:
-        """End them; those that train something, with Ray's session alone."""
+        """End them; those that train, and all after a signal, with Ray's session alone."""
         from ray.experimental.internal_kv import _internal_kv_put
 
         with suppress(Exception):  # a cluster that does not answer must not keep a run from ending
-            if not self._is_training:
+            if not self._is_training and interruption.exit_code() is None:
                 _internal_kv_put(f"{self._name}/{self._number}", b"", namespace=KEYS)
                 wait([self._fitting], END_S)
         self._pool.shutdown(wait=False)
@@ -148,13 +157,13 @@ def _result(task: str) -> str:
     return f"{task}/trained"
 
 
-def _kind(training: Training) -> object:
+def _kind(config: Config, stage: str) -> object:
     """Return what must be alike for a stage to go on with the processes of another one.
 
     Arguments of its own, such as DeepSpeed's, may leave traces in a process.
     """
-    settings = training.settings
-    return settings.train_workers, training.name if settings.trainer else None
+    settings = getattr(config, stage)
+    return settings.train_workers, stage if settings.trainer else None
 
 
 def _trainer_class(joined: bool) -> "type[TorchTrainer]":

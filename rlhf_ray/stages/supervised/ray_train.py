@@ -10,10 +10,12 @@ from contextlib import suppress
 import torch
 
 from rlhf_ray.cluster.session import CARRIED
+from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, PlacementError, RlhfError
 from rlhf_ray.observability import quiet
 from rlhf_ray.observability.phases import ends_when_stalled
 from rlhf_ray.observability.repeated import repeated
+from rlhf_ray.placement.idle_actors import needs_no_slots
 from rlhf_ray.stages.supervised.processes import (
     KEYS,
     TrainingProcesses,
@@ -56,15 +58,26 @@ def train_on_ray(
     raise AssertionError
 
 
-def _fit(training: Training, interrupted: threading.Event) -> Trained | None:
-    """Train in the processes of the stage before, if they fit, else in new ones."""
-    if not (_waiting and _waiting[0].fit(training)):
+def begin_ahead(config: Config, stage: str) -> None:
+    """Start a stage's processes before it has data for them, where that takes nothing of others."""
+    if needs_no_slots(config):
+        _begin(config, stage, lambda: False)
+
+
+def _begin(config: Config, stage: str, on_gpu: Callable[[], bool]) -> TrainingProcesses:
+    """Return the processes of the stage before, if they fit, else new ones."""
+    if not (_waiting and _waiting[0].fit(config, stage)):
         CARRIED.close()  # their resources, first
-        _waiting.append(TrainingProcesses(_train_worker, training, on_gpu=_on_gpu(training)))
+        _waiting.append(TrainingProcesses(_train_worker, config, stage, on_gpu=on_gpu()))
         CARRIED.callback(lambda: _waiting.pop().end())
+    return _waiting[0]
+
+
+def _fit(training: Training, interrupted: threading.Event) -> Trained | None:
+    processes = _begin(training.config, training.name, lambda: _on_gpu(training))
     trained = None
     try:
-        trained = _waiting[0].train(training, interrupted)
+        trained = processes.train(training, interrupted)
     finally:
         if trained is None:  # interrupted, failed or lost
             CARRIED.close()

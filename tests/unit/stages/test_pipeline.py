@@ -12,11 +12,14 @@ import psutil
 import pytest
 
 from rlhf_ray.cluster.process_identity import identity
+from rlhf_ray.cluster.session import CARRIED
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.runs.control import ControlFiles
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import pipeline
+from rlhf_ray.stages.ppo import stage as ppo_stage
+from rlhf_ray.stages.supervised import ray_train
 
 
 @pytest.mark.parametrize("unguarded", [[], ["10.0.0.2", "10.0.0.3"]])
@@ -84,3 +87,40 @@ def test_the_folder_of_a_run_in_progress_is_left_unchanged(resume: str, tmp_path
         other.kill()
     assert list(tmp_path.iterdir()) == [run]
     assert (run / "config.yaml").read_text() == "{}\n"
+
+
+def test_processes_begin_before_their_stage_has_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def session(_: Config) -> Iterator[None]:
+        events.append("Ray")
+        yield
+
+    def run_stage(config: Config, stage: str) -> None:
+        events.append(stage)
+        RunFolder(config).write_summary(stage, {"iterations": config.ppo.iterations})
+
+    monkeypatch.setattr(pipeline, "ray_session", session)
+    monkeypatch.setattr(pipeline, "dashboard_url", lambda: None)
+    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    monkeypatch.setattr(ray_train, "begin_ahead", lambda _, stage: events.append(f"begin {stage}"))
+    monkeypatch.setattr(ppo_stage, "begin_ahead", lambda _: events.append("begin ppo"))
+    monkeypatch.setattr(CARRIED, "close", lambda: events.append("close"))
+    stages = ["prepare", "pretrain", "sft", "reward", "ppo", "report"]
+    pipeline.run(
+        resolve(
+            {
+                "run": {"dir": str(tmp_path / "run"), "stages": stages},
+                "cluster": {"mode": "local"},
+            }
+        )
+    )
+    assert events == [
+        *("Ray", "begin pretrain", "prepare"),
+        *("begin pretrain", "pretrain", "begin sft", "sft"),
+        *("begin reward", "begin ppo", "reward"),
+        *("close", "ppo", "close", "report"),
+    ]
