@@ -2,9 +2,10 @@
 
 import json
 import os
+import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import reduce
 from operator import getitem
@@ -39,6 +40,8 @@ from rlhf_ray.stages.gpu_layout import require_capacity, settle_layout
 
 MOST_SHOWN = 20
 """Changed keys that a refusal lists."""
+IMPORT_S = 60.0
+"""Longest wait for imports once Ray has started; a slower one goes on beside the run."""
 
 
 @restored_gpus()
@@ -174,12 +177,29 @@ def run_single(config: Config, stage: str) -> Path:
     return folder.path
 
 
+@contextmanager
+def _imported_meanwhile(stages: Collection[str]) -> Iterator[None]:
+    """Import the first stage that needs Ray while the block waits for Ray's own processes."""
+
+    def load() -> None:
+        with suppress(Exception):  # the stage itself meets the error again
+            next(s for name, s in STAGES.items() if name in stages and s.needs_ray).load()
+
+    importing = threading.Thread(target=load, name="imports", daemon=True)
+    importing.start()
+    try:
+        yield
+    finally:
+        importing.join(IMPORT_S)
+
+
 def _enter_ray(
     session: ExitStack, folder: RunFolder, progress: Progress, stages: Collection[str]
 ) -> None:
     """Start or join Ray for the length of a session; check the nodes of a joined cluster."""
     config = folder.config
-    session.enter_context(ray_session(config))
+    with _imported_meanwhile(stages):
+        session.enter_context(ray_session(config))
     if config.cluster.joins_cluster:
         files = files_of_roles(folder)
         if unguarded := require_same_files(folder.path, files, config.cluster.interface):

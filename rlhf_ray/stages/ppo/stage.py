@@ -51,6 +51,7 @@ def run(config: Config) -> dict[str, object]:
     folders.require_whole(policy_model, "ppo")
     tokenizer = load_tokenizer(policy_model, config.model)
     critic_model = _critic_model(folder, tokenizer)
+    begin_roles(config, policy_model, reward_model, critic_model)
     checks = template_checks(config, reward_model, policy_model)
     prompts, eval_prompts, dropped = ppo_prompts(config, folder, tokenizer, checks)
     checkpoints = _checkpoints(folder, tokenizer, {"policy": policy_model, "critic": critic_model})
