@@ -43,7 +43,8 @@ def needs_no_slots(config: Config) -> bool:
     That is so on a machine of its own without GPUs: there they may start before their stage.
     """
     is_own = config.cluster.runs_on_ray and not config.cluster.joins_cluster
-    return is_own and not any(live.node.gpus for live in live_nodes())
+    may_be = is_own and not config.placement.gpus
+    return may_be and not any(live.node.gpus for live in live_nodes())
 
 
 def _values(made: object) -> object:
