@@ -95,6 +95,7 @@ ALLOWED = {
     "generators/dispatch.py Dispatch._take_in: call.result": "it is done",
     "generators/pool.py GeneratorPool.publish: await publication": "calls of generators",
     "generators/publications.py Publications._catch_up: asyncio.wait": "calls of a generator",
+    "generators/publications.py Publications._catch_up: while": "calls of a generator",
     "generators/publications.py Publications._join_late: await step": "calls of a generator",
     "interruption.py run.cancellable: await main": "the run itself",
     "interruption.py Droppable.wait: await task": "the run's own calls, which have deadlines",
