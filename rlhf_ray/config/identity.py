@@ -18,16 +18,14 @@ def differences(
     saved: Mapping[str, object], config: Config, begun: Collection[str]
 ) -> list[Change]:
     """Return the fixed keys of begun stages that changed."""
-    return [change for change in _changes(saved, config, _is_fixed) if _is_read(change[0], begun)]
+    return [change for change in _changes(saved, config, _is_fixed) if is_read(change[0], begun)]
 
 
 def adjustments(
     saved: Mapping[str, object], config: Config, begun: Collection[str]
 ) -> list[Change]:
     """Return the changed keys of begun stages that may change, but not without a record."""
-    return [
-        change for change in _changes(saved, config, _is_recorded) if _is_read(change[0], begun)
-    ]
+    return [change for change in _changes(saved, config, _is_recorded) if is_read(change[0], begun)]
 
 
 def settled(
@@ -45,13 +43,24 @@ def settled(
     return {
         key: _look_up(saved, key)
         for key, _, _ in changes
-        if not _is_read(key, active) and _look_up(now, key) == _look_up(defaults, key)
+        if not is_read(key, active) and _look_up(now, key) == _look_up(defaults, key)
     }
 
 
 def fixed_keys(model: type[BaseModel]) -> Iterator[str]:
     """Yield the dotted keys that are not declared changeable."""
     return _keys(model, _is_fixed)
+
+
+def is_read(key: str, stages: Collection[str]) -> bool:
+    """Return whether any of the stages reads a key."""
+    section, _, rest = key.partition(".")
+    dataset = rest.partition(".")[0]
+    if section == "data" and any(dataset in stage.datasets for stage in STAGES.values()):
+        return any(dataset in STAGES[stage].datasets for stage in stages)
+    if section in STAGES and rest != "path":
+        return section in stages  # of another stage's section a stage reads which model to take
+    return any(section in STAGES[stage].sections for stage in stages)
 
 
 def _changes(
@@ -90,16 +99,6 @@ def _is_recorded(field: FieldInfo) -> bool:
 def _has(field: FieldInfo, mark: str) -> bool:
     extra = field.json_schema_extra
     return is_mapping(extra) and bool(extra.get(mark))
-
-
-def _is_read(key: str, stages: Collection[str]) -> bool:
-    section, _, rest = key.partition(".")
-    dataset = rest.partition(".")[0]
-    if section == "data" and any(dataset in stage.datasets for stage in STAGES.values()):
-        return any(dataset in STAGES[stage].datasets for stage in stages)
-    if section in STAGES and rest != "path":
-        return section in stages  # of another stage's section a stage reads which model to take
-    return any(section in STAGES[stage].sections for stage in stages)
 
 
 def _part(key: str, value: object, wanted: Callable[[FieldInfo], bool]) -> object:

@@ -3,32 +3,32 @@
 from typing import Literal
 
 from rlhf_ray.config.rollout import RolloutConfig
-from rlhf_ray.config.section import Section, fixed
+from rlhf_ray.config.section import Section, adjustable
 
 
 class OverlongConfig(Section):
     """Shapes the score and the loss of long responses."""
 
-    buffer: int | None = fixed(
+    buffer: int | None = adjustable(
         None,
         unit="tokens",
         ge=1,
         description="Last tokens before rollout.max_tokens in which a response's score falls by up "
         "to ppo.overlong.penalty, linearly; none: it doesn't.",
     )
-    penalty: float = fixed(
+    penalty: float = adjustable(
         1.0,
         unit="score",
         gt=0,
         description="Subtracted from the score of a response that fills the buffer.",
     )
-    per_token: float = fixed(
+    per_token: float = adjustable(
         0.0,
         unit="score per token",
         ge=0,
         description="Subtracted from a response's score for each of its tokens.",
     )
-    truncated: Literal["score", "mask", "bootstrap"] = fixed(
+    truncated: Literal["score", "mask", "bootstrap"] = adjustable(
         "score",
         description="Responses that did not end by themselves. score: they count as they are "
         "scored; mask: they take no part in the policy's loss; bootstrap: the critic's value after "

@@ -69,14 +69,14 @@ class PpoConfig(Section):
         False,
         description="Shuffle rollouts into new mini-batches in each epoch after the first.",
     )
-    adam_epsilon: float = fixed(
+    adam_epsilon: float = adjustable(
         1e-5, unit="–", gt=0, description="Adam's epsilon; 1e-5 damps the first updates of PPO."
     )
     max_grad_norm: float = adjustable(
         1.0, unit="–", gt=0, description="Largest gradient norm; larger ones are clipped."
     )
     gamma: float = fixed(1.0, unit="–", ge=0, le=1, description="Discount factor.")
-    gae_lambda: float = fixed(0.95, unit="–", ge=0, le=1, description="GAE's lambda.")
+    gae_lambda: float = adjustable(0.95, unit="–", ge=0, le=1, description="GAE's lambda.")
     advantage: str = fixed(
         "gae",
         description="Advantage estimator: "
@@ -172,7 +172,7 @@ class PpoConfig(Section):
         description="Token that gets the score; first_pad: the one after the last, unless the "
         "response has rollout.max_tokens.",
     )
-    missing_eos_penalty: float = fixed(
+    missing_eos_penalty: float = adjustable(
         0.0,
         unit="score",
         ge=0,

@@ -65,26 +65,26 @@ class SupervisedConfig(Section):
         16, unit="sequences", ge=1, description="Global batch; for reward and dpo in pairs."
     )
     learning_rate: float = adjustable(1e-4, unit="–", gt=0, description="Peak learning rate.")
-    scheduler: Literal["cosine", "linear", "constant"] = fixed(
+    scheduler: Literal["cosine", "linear", "constant"] = adjustable(
         "cosine", description="Decay of the learning rate."
     )
-    final_lr_share: float = fixed(
+    final_lr_share: float = adjustable(
         0.0,
         unit="share",
         ge=0,
         le=1,
         description="Final learning rate of cosine, relative to the peak.",
     )
-    warmup_steps: int = fixed(
+    warmup_steps: int = adjustable(
         0,
         unit="steps",
         ge=0,
         description="Steps of linear warm-up; the minimum if warmup_share is set.",
     )
-    warmup_share: float = fixed(
+    warmup_share: float = adjustable(
         0.0, unit="share", ge=0, lt=1, description="Warm-up as a share of all steps."
     )
-    weight_decay: float = fixed(0.0, unit="–", ge=0, description="AdamW's weight decay.")
+    weight_decay: float = adjustable(0.0, unit="–", ge=0, description="AdamW's weight decay.")
     train_workers: int = changeable(
         1, unit="processes", ge=1, description="Data-parallel training processes."
     )
@@ -261,7 +261,7 @@ class DpoConfig(PairsConfig):
     """Direct preference optimisation of the SFT model, instead of a reward model and PPO."""
 
     learning_rate: float = adjustable(5e-5, unit="–", gt=0, description="Peak learning rate.")
-    beta: float = fixed(
+    beta: float = adjustable(
         0.1, unit="1/nat", gt=0, description="Strength of the pull towards the SFT model."
     )
     loss: Literal["sigmoid", "ipo"] = fixed("sigmoid", description="Loss function.")
@@ -270,7 +270,7 @@ class DpoConfig(PairsConfig):
         description="ipo on log-ratios divided by the answers' numbers of tokens, as TRL computes "
         "it; false: on their sums, as in the paper.",
     )
-    label_smoothing: float = fixed(
+    label_smoothing: float = adjustable(
         0.0,
         unit="probability",
         ge=0,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_ray.config.trackers import TrackersConfig
 from rlhf_ray.observability.outages import Outages
-from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink
+from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.tracing import BusyTime, Tracer, unix_now
 from rlhf_ray.observability.trackers import current, numbers
 from rlhf_ray.types import GeneratorsReport, Rollout
@@ -64,6 +64,8 @@ class Recorder:
         self.seen_at = tracer.seen_at
         self._iteration = max(kept, 0)
         self._seconds: dict[str, float] = {}
+        num_changes = len(read_jsonl(folder.parent / "changes.jsonl"))
+        self._changes = {"config/changes": float(num_changes)} if num_changes else {}
 
     @contextmanager
     def phase(self, name: str, iteration: int) -> Generator[None]:
@@ -109,7 +111,7 @@ class Recorder:
         """Record an iteration's metrics, with the times of its phases."""
         times = {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
-        self._sinks.log(iteration, {**metrics, **times})
+        self._sinks.log(iteration, {**metrics, **times, **self._changes})
         disk = shutil.disk_usage(self.folder)
         busy = self._busy.shares(unix_now())
         self._live.log(

@@ -181,6 +181,9 @@ ROWS: tuple[tuple[str, str, Over, str], ...] = (
     ("ledger/in_flight", "1", _LAST, "Samples requested and not settled yet."),
     ("disk/free", "bytes", _LAST, "Free space on the disk of run.dir. Only in Ray's metrics."),
     ("disk/free_share", "share", _LAST, "Free share of that disk. Only in Ray's metrics."),
+    ("config/changes", "1", _TOTAL,
+     "Resumes that changed a recorded key; logged from the first iteration under the changed "
+     "values on. Which ones is in changes.jsonl."),
     ("data/skipped", "1", _TOTAL, "Prompts discarded as unusable."),
     ("loss", "nats", ("mean", "the steps since the last record"),
      "Training loss of a supervised stage."),

@@ -60,6 +60,8 @@ class RunFiles:
     """trace.json."""
     phase_totals: Mapping[str, Mapping[str, float]]
     """Own seconds by row and span name."""
+    changes: Sequence[Record] = ()
+    """changes.jsonl: what was changed on resume, and after which iteration or step."""
 
     @property
     def is_empty(self) -> bool:
@@ -131,6 +133,7 @@ def read(run_dir: Path) -> RunFiles:
         quality={name: counted for name, path in sets.items() if (counted := record(path))},
         spans=spans,
         phase_totals=phase_totals(spans),
+        changes=lines("changes.jsonl"),
     )
 
 

@@ -74,12 +74,17 @@ class Curve:
     """Whether these are sparse evaluations, drawn as dots; other curves get a smoothed line."""
 
 
-def curves(title: str, lines: Sequence[Curve], x_label: str) -> str:
-    """Draw a line chart as SVG: pale raw values, a smoothed line on top, evaluations as dots."""
+def curves(title: str, lines: Sequence[Curve], x_label: str, marks: Sequence[float] = ()) -> str:
+    """Draw a line chart as SVG: pale raw values, a smoothed line on top, evaluations as dots.
+
+    A dashed line stands behind each of ``marks``, the last x before something was changed.
+    """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure, axes = _figure(2.5)
         for line, colour in zip(lines, _COLOURS, strict=False):
             _draw_curve(axes, line, colour)
+        for mark in marks:
+            axes.axvline(mark + 0.5, color=_MUTED, linewidth=0.8, linestyle="--")
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=_STEPS, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))

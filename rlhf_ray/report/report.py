@@ -27,6 +27,7 @@ _RECORDS = {
     "completions": "ppo/completions.jsonl",
     "warnings": "ppo/warnings.jsonl",
     "outages": "ppo/outages.jsonl",
+    "changes": "changes.jsonl",
     "samples": "evaluate/samples.jsonl",
     "instructions": "evaluate/instructions.jsonl",
 }
@@ -154,6 +155,7 @@ def _page(files: RunFiles) -> str:
         status=_status(files),
         cards=list(_cards(files)),
         charts=sections.ppo_charts(files),
+        changes=sections.changes(files),
         warnings=sections.warnings(files),
         reliability=report_reliability.reliability(files),
         supervised=sections.supervised(files),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from rlhf_ray.config.section import masked
 from rlhf_ray.observability.metrics import METRICS
 from rlhf_ray.observability.tracing import Span
 from rlhf_ray.report.data import Record, RunFiles, number
@@ -103,9 +104,24 @@ def ppo_charts(files: RunFiles) -> list[Chart]:
             names = names or [plan.evaluation]
         lines = [line for line in lines if line.x]
         if lines:
-            svg = Markup(curves(plan.title, lines, "iteration"))
+            svg = Markup(curves(plan.title, lines, "iteration", _marks(files, "ppo")))
             charts.append(Chart(f"{plan.title}{_unit(names[0])}", svg, _caption(names)))
     return charts
+
+
+def changes(files: RunFiles) -> list[Record]:
+    """Return a row per key that was changed on resume, with the last unit of work before it."""
+    rows = []
+    for record in files.changes:
+        units = {s: "iteration" if s == "ppo" else "step" for s in record.get("after", {})}
+        after = ", ".join(f"{unit} {record['after'][s]} of {s}" for s, unit in units.items())
+        for key, change in record["changes"].items():
+            name = key.rpartition(".")[2]
+            values = {which: _short(masked(change[which], name)) for which in ("before", "now")}
+            rows.append(
+                {"time": record.get("time", "–"), "after": after or "–", "key": key} | values
+            )
+    return rows
 
 
 def warnings(files: RunFiles) -> list[Record]:
@@ -133,9 +149,7 @@ def supervised(files: RunFiles) -> list[Supervised]:
         summary = files.summaries.get(stage, {})
         line = _curve("training loss", files.metrics.get(stage, ()), "loss", key="step")
         chart = (
-            Chart("Training loss", Markup(curves(f"{title}: loss", [line], "optimizer step")), "")
-            if line.x
-            else None
+            Chart("Training loss", _loss_curve(files, stage, title, line), "") if line.x else None
         )
         rows = [row for name in figures if any((row := _before_after(summary, name))[1:])]
         known = [(name, value) for name in facts if (value := number(summary, name)) is not None]
@@ -144,6 +158,16 @@ def supervised(files: RunFiles) -> list[Supervised]:
             groups = summary.get("parameter_groups", ())
             stages.append(Supervised(title, chart, rows, named, groups))
     return stages
+
+
+def _loss_curve(files: RunFiles, stage: str, title: str, line: Curve) -> Markup:
+    return Markup(curves(f"{title}: loss", [line], "optimizer step", _marks(files, stage)))
+
+
+def _marks(files: RunFiles, stage: str) -> list[float]:
+    """Return where values of a stage were changed on resume: after this iteration or step."""
+    known = (number(record, "after", stage) for record in files.changes)
+    return [last for last in known if last is not None]
 
 
 def samples(files: RunFiles) -> list[Record]:

@@ -17,10 +17,13 @@ from rlhf_ray.config.rewards import (
 )
 from rlhf_ray.disk import DAMAGE, unwritable_is_an_error, write_atomically
 from rlhf_ray.errors import CheckpointError, ConfigError, DataError
+from rlhf_ray.observability.sinks import read_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+CHANGES = "changes.jsonl"
+"""What was changed on resume, and when."""
 CHECKPOINTS = "trainer/checkpoint-*"
 """Checkpoints from which the supervised stages resume an unfinished training."""
 
@@ -112,6 +115,18 @@ class RunFolder:
         patterns = [f"{stage}/summary.json", f"{stage}/{CHECKPOINTS}"]
         patterns += ["checkpoints/*/state.json"] * (stage == "ppo")
         return any(True for pattern in patterns for _ in self.path.glob(pattern))
+
+    def position(self, stage: str) -> int | None:
+        """Return the last iteration or optimizer step that a stage has saved; None without one."""
+        pattern = "checkpoints/[0-9]*/state.json"
+        if stage != "ppo":
+            pattern = f"{stage}/{CHECKPOINTS}/trainer_state.json"
+        names = (path.parent.name for path in self.path.glob(pattern))
+        return max((int(name.rpartition("-")[2]) for name in names), default=None)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """Return the recorded changes of the config, one per resume that changed any."""
+        return read_jsonl(self.path / CHANGES)
 
     def dataset(self, name: str) -> Path:
         """Return the folder of a set that prepare writes: finetune, reward, rl or evaluation.

@@ -1,10 +1,11 @@
 """The lineage of a model: its base, the stages it went through, their data and licences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.identity import is_read
 from rlhf_ray.config.section import masked
 from rlhf_ray.config.stages import STAGES
 from rlhf_ray.config.yaml_values import parsed
@@ -38,6 +39,17 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Retuned:
+    """A config key that was changed when the run was resumed."""
+
+    key: str
+    before: object
+    now: object
+    after: Mapping[str, int]
+    """The last iteration or optimizer step, by stage, that was done without the change."""
+
+
+@dataclass(frozen=True)
 class Lineage:
     """The lineage of a model."""
 
@@ -47,6 +59,8 @@ class Lineage:
     settings: Mapping[str, object]
     """Config values that differ from the defaults, of the sections that the steps read, without
     secrets."""
+    changes: tuple[Retuned, ...] = ()
+    """What was changed on resume of the keys that the steps read, without secrets."""
 
 
 def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
@@ -71,7 +85,8 @@ def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
         steps += _reward_sources(config)
     base = config.sft.path or config.model.path
     start = Source(base, model_licence(base)) if base else Source("a small random Llama", "none")
-    return Lineage(start, tuple(steps), _settings(config, stages))
+    changes = tuple(_changes(folder, [step.stage for step in steps if not step.external]))
+    return Lineage(start, tuple(steps), _settings(config, stages), changes)
 
 
 def model_licence(path: str) -> str:
@@ -130,6 +145,16 @@ def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
         return (Source(f"synthetic Stack Exchange site, part {part}", "none (generated)"),)
     dump = f"Stack Exchange dump {config.prepare.posts or folder.path / 'prepare'}, part {part}"
     return (Source(dump, "CC BY-SA, of each post's author"),)
+
+
+def _changes(folder: RunFolder, stages: Sequence[str]) -> Iterator[Retuned]:
+    for record in folder.changes():
+        after = {s: last for s, last in record.get("after", {}).items() if s in stages}
+        for key, change in record["changes"].items():
+            if is_read(key, stages):
+                name = key.rpartition(".")[2]
+                before, now = (masked(change[which], name) for which in ("before", "now"))
+                yield Retuned(key, before, now, after)
 
 
 def _settings(config: Config, stages: Sequence[str]) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """The model card: README.md of an exported model."""
 
 import html
+import json
 import re
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ def model_card(exported: Exported, history: Lineage) -> str:
         _description(exported),
         f"## Use\n\n{_block('python', _use(exported))}",
         f"## Lineage\n\nStarted from {_named(history.base)}.\n\n{_steps(history)}",
+        *([f"## Changes on resume\n\n{_changes(history)}"] if history.changes else []),
         f"## Numbers\n\n{_numbers(history)}",
         "## Settings\n\nWhat differs from the defaults.\n\n"
         + _block("yaml", yaml.safe_dump(dict(history.settings), sort_keys=False)),
@@ -125,6 +127,16 @@ def _step_row(step: Step) -> str:
     names = "<br>".join(_text(source.name) for source in step.data)
     licences = "<br>".join(_text(source.licence) for source in step.data)
     return f"| {step.stage} | trained in this run | {names} | {licences} |"
+
+
+def _changes(history: Lineage) -> str:
+    lines = ["| key | before | now | changed after |", "| --- | --- | --- | --- |"]
+    for change in history.changes:
+        values = " | ".join(_code(json.dumps(value)) for value in (change.before, change.now))
+        units = {s: "iteration" if s == "ppo" else "step" for s in change.after}
+        after = ", ".join(f"{unit} {change.after[s]} of {s}" for s, unit in units.items())
+        lines.append(f"| {_code(change.key)} | {values} | {_text(after or UNKNOWN)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _numbers(history: Lineage) -> str:

@@ -17,7 +17,7 @@ import yaml
 from rlhf_ray import interruption
 from rlhf_ray.cluster.session import CARRIED, dashboard_url, ray_session
 from rlhf_ray.config import Config
-from rlhf_ray.config.identity import Change, adjustments, differences, settled
+from rlhf_ray.config.identity import Change, adjustments, differences, is_read, settled
 from rlhf_ray.config.section import is_mapping
 from rlhf_ray.config.stages import STAGES, SUPERVISED
 from rlhf_ray.config.yaml_values import parsed
@@ -35,7 +35,7 @@ from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.trackers import tracking
 from rlhf_ray.placement.hardware import hide_gpus, restored_gpus
 from rlhf_ray.runs.control import ControlFiles, reporting_status
-from rlhf_ray.runs.folder import RunFolder, require_durable_folder
+from rlhf_ray.runs.folder import CHANGES, RunFolder, require_durable_folder
 from rlhf_ray.stages.gpu_layout import require_capacity, settle_layout
 
 MOST_SHOWN = 20
@@ -131,13 +131,7 @@ def _stopped_in(stage: str, config: Config, folder: RunFolder, control: ControlF
 
 def _kept(folder: RunFolder, stage: str) -> str:
     """Say what a stage that was interrupted has kept, and how to resume."""
-    kept = {
-        "ppo": ("checkpoints/[0-9]*/state.json", "version"),
-        **dict.fromkeys(SUPERVISED, (f"{stage}/trainer/*/trainer_state.json", "step")),
-    }
-    pattern, unit = kept.get(stage, ("", ""))
-    found = folder.path.glob(pattern) if pattern else []
-    saved = max((int(path.parent.name.rpartition("-")[2]) for path in found), default=None)
+    saved, unit = folder.position(stage), "version" if stage == "ppo" else "step"
     if folder.summary(stage) is not None:
         what = f"The stage {stage} is finished"
     elif saved is None:
@@ -289,12 +283,15 @@ def _record(folder: RunFolder, adjusted: Sequence[Change]) -> None:
     if not adjusted:
         return
     done = [stage for stage in STAGES if folder.summary(stage) is not None]
+    concerned = [s for s in STAGES if any(is_read(key, [s]) for key, _, _ in adjusted)]
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": done,
+        # The last iteration or optimizer step of each stage that was done without the change.
+        "after": {s: last for s in concerned if (last := folder.position(s)) is not None},
         "changes": {key: {"before": old, "now": new} for key, old, new in adjusted},
     }
-    path = folder.path / "changes.jsonl"
+    path = folder.path / CHANGES
     with unwritable_is_an_error(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     listed = "; ".join(f"{key} {old!r} -> {new!r}" for key, old, new in adjusted)

@@ -179,17 +179,20 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both, and apply the config's learning rate, which may have changed since."""
+        """Load both, and apply the config's schedule and decay, which may have changed since."""
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
         if checkpoint is None or optimizer is None or scheduler is None:
             return
         new = self.args.learning_rate
-        for group in optimizer.param_groups:
-            if group.get("initial_lr"):
-                group["lr"] *= new / group["initial_lr"]
-                group["initial_lr"] = new
+        shares = getattr(scheduler, "lr_lambdas", None)  # DeepSpeed's own schedulers have none
+        for index, group in enumerate(optimizer.param_groups):
+            # The Trainer makes two groups, and the weights of the first decay.
+            group["weight_decay"] = 0.0 if index else self.args.weight_decay
+            if initial := group.get("initial_lr"):
+                share = shares[index](scheduler.last_epoch) if shares else group["lr"] / initial
+                group["lr"], group["initial_lr"] = new * share, new
         scheduler.base_lrs = [new] * len(optimizer.param_groups)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
 

@@ -133,6 +133,27 @@ def test_a_learning_rate_changed_on_resume_is_the_one_that_is_used(
     assert [rates[step] for step in range(1, 7)] == pytest.approx(expected)
 
 
+def test_schedule_and_decay_changed_on_resume_are_those_that_are_used(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer's saved state holds the old ones: of the linear schedule 3/6 were left."""
+    few = {"steps": 6, "warmup_steps": 0, "learning_rate": 1e-3, "trainer": {"save_steps": 3}}
+    with monkeypatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(Killed):
+            pretrain.run(make_run(pretrain=few | {"scheduler": "linear", "weight_decay": 0.0}))
+    seen: list[tuple[float, list[float]]] = []
+
+    class _Spy(trainer.StepLog):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            groups = named["optimizer"].param_groups
+            seen.append((groups[0]["lr"], [group["weight_decay"] for group in groups]))
+
+    monkeypatch.setattr(trainer, "StepLog", _Spy)
+    pretrain.run(make_run(pretrain=few | {"scheduler": "constant", "weight_decay": 0.1}))
+    assert seen == [(1e-3, [0.1, 0.0])] * 3
+
+
 def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

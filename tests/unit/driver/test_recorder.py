@@ -108,3 +108,14 @@ def test_a_save_beside_the_next_iteration_is_a_row_of_its_own(tmp_path: Path, li
         ("policy-0", "logprobs", 2),
         ("driver", "gen", 2),
     ]
+
+
+def test_iterations_after_a_change_of_the_config_say_so(tmp_path: Path) -> None:
+    settings = TrackersConfig(tensorboard=False)
+    for num_changes in (0, 2):
+        tracer = Tracer(tmp_path / "trace.json")
+        (tmp_path / "changes.jsonl").write_text("{}\n" * num_changes)
+        recorder = Recorder(tmp_path / "ppo", tracer, settings, num_changes)
+        recorder.log(num_changes + 1, {"objective/kl": 2.0})
+        recorder.close()
+    assert [record.get("config/changes") for record in recorder.history()] == [None, 2.0]

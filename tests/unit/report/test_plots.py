@@ -29,3 +29,9 @@ def test_a_chart_takes_its_colours_from_the_page_and_its_text_stays_text():
 def test_the_same_data_draws_the_same_bytes():
     lines = [Curve("rollouts", range(9), range(9))]
     assert curves("Reward", lines, "iteration") == curves("Reward", lines, "iteration")
+
+
+def test_a_dashed_line_stands_where_the_config_was_changed() -> None:
+    lines = [Curve("rollouts", range(9), range(9))]
+    plain, marked = (curves("Reward", lines, "iteration", marks) for marks in ((), (3, 5)))
+    assert marked.count("stroke-dasharray") == plain.count("stroke-dasharray") + 2

@@ -95,6 +95,27 @@ def test_texts_of_the_run_are_escaped(run_dir: Path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_changes_on_resume_are_listed_with_the_iteration_before_them(run_dir: Path):
+    assert "Changes on resume" not in Page(_build(run_dir)).headings
+    changes = {
+        "ppo.kl_coef": {"before": 0.2, "now": 0.5},
+        "data.overlong": {"before": "drop", "now": "<b>"},
+    }
+    record = {
+        "time": "2026-11-30T10:00:00+00:00",
+        "after": {"ppo": 12, "sft": 100},
+        "changes": changes,
+    }
+    (run_dir / "changes.jsonl").write_text(json.dumps(record) + "\n")
+    html = _build(run_dir)
+    assert "Changes on resume" in Page(html).headings
+    row = next(line for line in html.splitlines() if "<td>ppo.kl_coef</td>" in line)
+    assert "<td>iteration 12 of ppo, step 100 of sft</td>" in row
+    assert "<td>0.2</td><td>0.5</td>" in row
+    assert "&lt;b&gt;" in html
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_warnings_are_shown_by_guard(run_dir: Path):
     assert "Warnings" not in Page(_build(run_dir)).headings
     seen = [(0, "prompt_reuse"), (3, "loss_spike"), (7, "ratio"), (9, "loss_spike")]

@@ -2,7 +2,7 @@
 
 import re
 
-from rlhf_ray.runs.lineage import Lineage, Source, Step
+from rlhf_ray.runs.lineage import Lineage, Retuned, Source, Step
 from rlhf_ray.serving.model_card import Exported, model_card
 
 EVIL = "a|b\n<img src=x onerror=alert(1)> ``` [x](http://h) `"
@@ -31,3 +31,13 @@ def test_names_break_neither_tables_nor_code_and_bring_no_html() -> None:
     assert cells == [5] * 4 + [4] * 4
     text = "\n".join(line.replace("<br>", "").replace("<!-- Written", "") for line in outside)
     assert "<img" not in re.sub(r"(?<!\\)(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
+
+
+def test_changes_on_resume_are_listed() -> None:
+    change = Retuned("rewards", [{"clip": "`|"}], 0.5, {"ppo": 12})
+    history = Lineage(Source("b", "mit"), (), {}, (change,))
+    card = model_card(Exported("t", "f", "CAUSAL_LM", None, None, "float32"), history)
+    assert "\n## Changes on resume\n" in card
+    row = next(line for line in card.splitlines() if line.startswith("| `rewards`"))
+    assert row.endswith("| `0.5` | iteration 12 of ppo |")
+    assert row.replace("\\|", "").count("|") == 5

@@ -19,11 +19,13 @@ from rlhf_ray.config.stages import STAGES, SUPERVISED
 from rlhf_ray.driver.guards import WATCHED, alarms, prompt_reuse
 from rlhf_ray.errors import CheckpointError, DivergenceError
 from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.runs.lineage import Retuned, lineage
 from rlhf_ray.stages.pipeline import open_run
 from rlhf_ray.stages.supervised.ray_train import _cause
 from rlhf_ray.stages.supervised.trainer import StepLog
 
 ROOT = Path(__file__).parents[3]
+KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 CONFIGS = ROOT / "configs"
 
 
@@ -95,6 +97,9 @@ def test_a_change_on_resume_is_recorded_and_printed(
     run = tmp_path / "run"
     opened(run)
     finish(run, "prepare", "sft", "ppo")
+    for version in (9, 12):
+        (run / f"checkpoints/{version}").mkdir(parents=True)
+        (run / f"checkpoints/{version}/state.json").write_text("{}")
     opened(run, "ppo.learning_rate=1.0e-6", "ppo.kl_coef=0.5", "ppo.save_every=7")
     (record,) = map(json.loads, (run / "changes.jsonl").read_text().splitlines())
     assert record["changes"] == {
@@ -102,9 +107,28 @@ def test_a_change_on_resume_is_recorded_and_printed(
         "ppo.kl_coef": {"before": 0.2, "now": 0.5},
     }
     assert record["finished"] == ["prepare", "sft", "ppo"]
+    assert record["after"] == {"ppo": 12}
     assert "ppo.learning_rate 1.4e-05 -> 1e-06" in capsys.readouterr().out
-    opened(run, "ppo.learning_rate=1.0e-6", "ppo.kl_coef=0.5")
+    config = opened(run, "ppo.learning_rate=1.0e-6", "ppo.kl_coef=0.5")
     assert len((run / "changes.jsonl").read_text().splitlines()) == 1
+    changed, _ = lineage(config, "ppo").changes
+    assert changed == Retuned("ppo.learning_rate", 1.4e-5, 1e-6, {"ppo": 12})
+    assert lineage(config, "sft").changes == ()
+
+
+@pytest.mark.parametrize("stage", SUPERVISED)
+def test_a_change_of_a_stage_that_trains_is_recorded_with_its_step(
+    stage: str, tmp_path: Path
+) -> None:
+    opened(tmp_path)
+    for step in (20, 100):
+        checkpoint = tmp_path / stage / "trainer" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+    config = opened(tmp_path, f"{stage}.learning_rate=1.0e-6", f"{stage}.weight_decay=0.1")
+    (record,) = RunFolder(config).changes()
+    assert record["after"] == {stage: 100}
+    assert {*record["changes"]} == {f"{stage}.learning_rate", f"{stage}.weight_decay"}
 
 
 def test_a_refused_resume_records_nothing(tmp_path: Path) -> None:
@@ -136,8 +160,43 @@ VALUES = {
     "ppo.iterations": "3",
     "guards.loss_spike.action": "rollback",
     "rollout.engine_args": "{}",
+    "cluster.call_timeout_s": "9.0",
+    "cluster.mode": "ray",
+    "placement.gpus": "0",
+    "ppo.keep_checkpoints": "1",
+    "ppo.max_staleness": "0",
+    "ppo.save_every": "9",
+    "rollout.dtype": "bfloat16",
+    "rollout.engine": "transformers",
+    "rollout.shard_size": "4",
 }
-"""What is done with each key that a guard's text names."""
+"""What is done with each key that a message advises to change."""
+AT_START = {"engines": {"reward.path", "lora.target_modules"}}
+"""Keys that messages of a room name where a model is refused before the first iteration."""
+ROOMS = ("driver", "generators", "cluster", "observability", "jobs", "placement", "algorithms")
+ROOMS += ("rewards", "engines", "../actors")
+ADVICE = re.compile(
+    r"(?:[Ll]ower|[Rr]aise|[Ss]et)((?:,? (?:a |or |and )?[a-z_]+(?:\.[a-z_]+)+(?:=[\w.]+)?)+)"
+)
+
+
+def advised(room: str) -> set[str]:
+    """Return the keys that the messages of a room advise to change."""
+    found: set[str] = set()
+    for file in (ROOT / "rlhf_ray" / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.update(*(KEY.findall(match) for match in ADVICE.findall(node.value)))
+    return found & set(keys())
+
+
+def test_whatever_a_message_of_a_running_ppo_advises_can_be_done_on_resume(tmp_path: Path) -> None:
+    changes = {key for room in ROOMS for key in advised(room) - AT_START.get(room, set())}
+    assert changes >= {"ppo.kl_coef", "ppo.learning_rate", "cluster.call_timeout_s"}
+    opened(tmp_path, "ppo.batch_size=128")
+    finish(tmp_path, *(stage for stage in STAGES if stage != "report"))
+    for key in sorted(changes):
+        opened(tmp_path, "ppo.batch_size=128", f"{key}={VALUES[key]}")
 
 
 def test_the_remedies_of_every_guard_can_be_followed(tmp_path: Path) -> None:
@@ -150,7 +209,7 @@ def test_the_remedies_of_every_guard_can_be_followed(tmp_path: Path) -> None:
     opened(run, "ppo.batch_size=128")
     finish(run, "ppo")
     for alarm in [*found, reuse]:
-        named = set(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", alarm.text)) & known
+        named = set(KEY.findall(alarm.text)) & known
         for key in named:
             opened(run, "ppo.batch_size=128", f"{key}={VALUES[key]}")
 
@@ -172,7 +231,7 @@ def test_the_remedies_of_a_failed_training_can_be_followed(stage: str, tmp_path:
     for error in (diverged.value, _cause(training, RuntimeError("CUDA out of memory"))):
         now, begins_anew, _ = str(error).partition("or begin a new run (run.resume=never)")
         assert begins_anew
-        named = set(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", now)) & set(keys())
+        named = set(KEY.findall(now)) & set(keys())
         assert named
         assert not named & fixed
 
@@ -181,9 +240,9 @@ FIXED_BUT_NAMED = {"ppo.advantage", "ppo.policy_loss"}
 """Keys of functions that are refused before the first iteration."""
 
 
-@pytest.mark.parametrize("room", ["driver", "generators", "cluster", "observability", "jobs"])
+@pytest.mark.parametrize("room", ROOMS)
 def test_no_message_of_a_running_ppo_names_a_key_that_is_fixed_by_then(room: str) -> None:
-    fixed = set(fixed_keys(Config)) - FIXED_BUT_NAMED
+    fixed = set(fixed_keys(Config)) - FIXED_BUT_NAMED - AT_START.get(room, set())
     named: dict[str, set[str]] = {}
     for file in (ROOT / "rlhf_ray" / room).rglob("*.py"):
         tree = ast.parse(file.read_text())
@@ -195,6 +254,6 @@ def test_no_message_of_a_running_ppo_names_a_key_that_is_fixed_by_then(room: str
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         ]
         for text in texts:
-            if found := set(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", text)) & fixed:
+            if found := set(KEY.findall(text)) & fixed:
                 named.setdefault(file.name, set()).update(found)
     assert named == {}
