@@ -56,6 +56,19 @@ class NodeLeaves(ActorFailure):
     """A role's process was ended because its node is to leave the cluster: no fault of its own."""
 
 
+class NodeLost(ActorFailure):
+    """A role's process died with its node, as others may have."""
+
+    def __init__(self, message: str, node: str = "") -> None:
+        """
+        Args:
+            message: of the error.
+            node: Ray's id of the node.
+        """
+        super().__init__(message)
+        self.node = node
+
+
 class DataLost(ActorFailure):
     """What a call works on is gone: another process could not do it either."""
 

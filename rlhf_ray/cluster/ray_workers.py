@@ -32,6 +32,7 @@ from rlhf_ray.errors import (
     DataLost,
     MemoryFailure,
     NodeLeaves,
+    NodeLost,
     PlacementError,
     RlhfError,
 )
@@ -44,13 +45,13 @@ RoleT = TypeVar("RoleT")
 STARTING = {"address", "free_port", "start"}
 """Calls that wait for a process to come up and for its model to load."""
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError, ObjectLostError)
-"""Ray's errors for a dead process: crashed, killed by the memory monitor, lost with its node; and
-for its answer, where that was lost before a copy reached the driver's node."""
+"""Ray's errors of a process that is dead, or whose answer was lost on its way to the driver."""
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 BROKEN = (*OUT_OF_MEMORY, torch.AcceleratorError, torch.distributed.DistError, ConnectionError)
 """What a process raises whose memory, GPU or connection to the other ranks of its group failed."""
 BROKEN_WORDS = re.compile(r"gloo|NCCL|process group|CUDA error|cuBLAS|cuDNN|allocate memory", re.I)
 """Words of PyTorch's plain RuntimeErrors that mean the same."""
+NODE_DIED = re.compile(r"node has died\. Node Id:\s+(\w+)")  # as Ray says of an actor
 
 
 class RayWorker(Generic[ProcessT_co]):
@@ -94,8 +95,7 @@ class RayWorker(Generic[ProcessT_co]):
 
     async def address(self) -> str:
         """Return the address of its node in the cluster."""
-        node_address = self.actor.__ray_call__.remote(_node_address)
-        return await self._await("address", node_address)
+        return await self._await("address", self.actor.__ray_call__.remote(_node_address))
 
     async def peak_memory(self) -> int:
         """Return the process's peak memory, bytes; see `peak_memory` below."""
@@ -149,8 +149,7 @@ class RayWorker(Generic[ProcessT_co]):
 
     def _is_elsewhere(self) -> bool:
         """Return whether the process is on another node than the driver."""
-        if self._found_on is None:
-            self._found_on = _info(self.actor)["Address"]["NodeID"]
+        self._found_on = self._found_on or _info(self.actor)["Address"]["NodeID"]
         return self._found_on != ray.get_runtime_context().get_node_id()
 
     async def _await(
@@ -169,6 +168,8 @@ class RayWorker(Generic[ProcessT_co]):
             has_died = isinstance(meaning, ActorFailure) and not isinstance(meaning, DataLost)
             if self.is_moved and has_died:
                 meaning = self._moved(method)
+            elif isinstance(error, DEATHS) and has_died and (node := self._lost_node(error)):
+                meaning = NodeLost(str(meaning), node)
             raise meaning from (error if isinstance(meaning, ActorFailure) else None)
         finally:
             if not call.done():
@@ -195,10 +196,9 @@ class RayWorker(Generic[ProcessT_co]):
         while not (await asyncio.wait([call], timeout=min(INTERVAL_S, limit_s / 4)))[0]:
             # It may have queued behind other calls until then.
             since = max(since, self._last_end_s) if self._one_at_a_time else since
-            if is_start and self._has_lost_its_node():
-                is_leaving = self._node_id in draining_nodes()
+            if is_start and (node := self._lost_node()):
                 gone = f"{self.name} died during {method}: its node is gone"
-                raise self._moved(method) if is_leaving else ActorFailure(gone)
+                raise self._moved(method) if node in draining_nodes() else NodeLost(gone, node)
             reason = await self._watch.overdue(self.name, self.actor_id, since, limit_s, key)
             if reason is None or call.done():
                 continue
@@ -214,9 +214,11 @@ class RayWorker(Generic[ProcessT_co]):
     def _moved(self, method: str) -> NodeLeaves:
         return NodeLeaves(f"{self.name} was ended during {method}: its node leaves the cluster")
 
-    def _has_lost_its_node(self) -> bool:
-        """Return whether its slot is on no living node; Ray would wait there for ever."""
-        return self._node_id is not None and all(n.id != self._node_id for n in live_nodes())
+    def _lost_node(self, error: RayError | None = None) -> str | None:
+        """Return its node where that is gone, and Ray would wait there for ever; else None."""
+        found = NODE_DIED.search(str(error))
+        node = found[1] if found else self._node_id or self._found_on
+        return node if found or (node and all(n.id != node for n in live_nodes())) else None
 
 
 def _abort(reference: Awaitable[Any]) -> None:
@@ -260,8 +262,8 @@ def _meaning(error: RayError, worker: str, method: str) -> Exception:
             )
         words = BROKEN_WORDS.search(str(cause)) if isinstance(cause, RuntimeError) else None
         if isinstance(cause, BROKEN) or words:
-            what = f"{type(cause).__name__}: {_first_line(cause)}"
             kind = MemoryFailure if isinstance(cause, OUT_OF_MEMORY) else ActorFailure
+            what = f"{type(cause).__name__}: {_first_line(cause)}"
             return kind(f"{worker} failed during {method}: {what}")
         return raised.as_instanceof_cause()
     if isinstance(error, DEATHS):

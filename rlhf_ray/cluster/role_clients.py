@@ -8,7 +8,14 @@ from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from rlhf_ray.cluster.workers import ProcessT_co, ResultT, Worker, arriving
-from rlhf_ray.errors import ActorFailure, DataLost, MemoryFailure, NodeLeaves, PlacementError
+from rlhf_ray.errors import (
+    ActorFailure,
+    DataLost,
+    MemoryFailure,
+    NodeLeaves,
+    NodeLost,
+    PlacementError,
+)
 from rlhf_ray.observability.outages import Outages
 from rlhf_ray.observability.repeated import GrowingWait
 from rlhf_ray.roles import GeneratorProcess, Process, ReferenceProcess, ScorerProcess
@@ -75,6 +82,7 @@ class Restarts:
         self._outages = outages
         self._first_wait_s = first_wait_s
         self._used = 0
+        self._lost_nodes: set[str] = set()
         self._waits: dict[str, GrowingWait] = {}
         """Who was restarted, and has not worked since."""
 
@@ -89,7 +97,8 @@ class Restarts:
     ) -> ResultT:
         """Attempt a restart until it succeeds.
 
-        Each attempt counts, but for a node that leaves, and those that found no place.
+        Each attempt counts, but for a node that leaves, and those that found no place; a lost node
+        counts once, whatever it takes along.
 
         Args:
             who: what is restarted: a worker, or the role of a group.
@@ -105,11 +114,13 @@ class Restarts:
         began_s, cause = time.monotonic(), failure
         self._require_memory(who, cause)
         while True:
-            is_free = isinstance(cause, NodeLeaves)
+            is_free = isinstance(cause, NodeLeaves) or self._is_counted(cause)
             if self._used >= self._limit and not is_free:
                 budget = f"All {self._limit} restarts ({self._key}) are used up"
                 raise ActorFailure(f"{_sentence(cause)}. {budget}. {RESUMES}") from cause
             self._used += not is_free
+            if isinstance(cause, NodeLost):
+                self._lost_nodes.add(cause.node)
             await asyncio.sleep(self._next_wait_s(who))
             may_fail = may_wait()  # before: an attempt that is needed has waited for as long as any
             try:
@@ -135,6 +146,9 @@ class Restarts:
     def worked(self, who: str) -> None:
         """Note that it does its work: a later failure is the first in a row."""
         self._waits.pop(who, None)
+
+    def _is_counted(self, cause: ActorFailure) -> bool:
+        return isinstance(cause, NodeLost) and cause.node in self._lost_nodes
 
     def _require_memory(self, who: str, cause: ActorFailure) -> None:
         if isinstance(cause, MemoryFailure) and who in self._waits:

@@ -85,7 +85,8 @@ class ClusterConfig(Section):
         unit="restarts",
         ge=0,
         description="Restarts of failed scorers, references and other roles without a state, in "
-        "all of a stage; after that it continues with those that are left, if any.",
+        "all of a stage; after that it continues with those that are left, if any. The loss of a "
+        "node counts once.",
     )
     max_group_restarts: int = changeable(
         8,
@@ -225,7 +226,8 @@ class PlacementConfig(Section):
         300.0,
         unit="seconds",
         gt=0,
-        description="Deadline for the cluster to have the capacity for all roles.",
+        description="Deadline for the cluster to have the capacity for all roles, at the start and "
+        "after the loss of a node.",
     )
 
     @field_validator("share")

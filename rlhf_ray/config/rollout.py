@@ -38,7 +38,7 @@ class GeneratorsConfig(Section):
         unit="restarts",
         ge=0,
         description="Restarts of failed generators in all; after that the stage continues without "
-        "those that fail.",
+        "those that fail. The loss of a node counts once.",
     )
     drain_timeout_s: float = changeable(
         60.0,

@@ -134,7 +134,8 @@ def too_few(
         else "No generator is left"
     )
     why = (
-        "the cluster has no capacity for another"
+        "the cluster has no capacity for another; run again once it has: the run resumes at its "
+        "last commit"
         if any(each.lacks_capacity for each in members)
         else f"{max_restarts} restarts (generators.max_restarts) are used up"
     )

@@ -29,6 +29,7 @@ that compete wins."""
 MANY = 10**6
 """Ranks from here on stand for workers that are to return."""
 NODE_ID = "ray.io/node-id"
+Ranks = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class Placement:
         self._on_gpus = self._needs_gpus(demands)
         self._demands = {demand.role: demand for demand in demands}
         if self._on_gpus:
-            await self._reserve(demands, {d.role: range(d.workers) for d in demands})
+            deadline = time.monotonic() + self._timeout_s
+            await self._reserve(demands, {d.role: range(d.workers) for d in demands}, deadline)
 
     async def reserve_again(self, demand: Demand, ranks: Sequence[int]) -> None:
         """Reserve slots for workers of a role that join, or that return after `release`."""
@@ -181,11 +183,12 @@ class Placement:
             return
         # Also while another holds the lock, who may wait for nodes that come late, or never.
         missing = self._take_spare(demand.role, ranks)
+        deadline = time.monotonic() + self._timeout_s  # whoever waited for the lock has waited
         known = (self._former.get(f"{demand.role}-{rank}") for rank in missing)
         former = next(filter(None, known), None)
         async with former.lock if former else nullcontext():
             if missing := self._take_spare(demand.role, missing):
-                await self._reserve_with_lost(demand, missing, former)
+                await self._reserve_with_lost(demand, missing, former, deadline)
 
     def _take_spare(self, role: str, ranks: Sequence[int]) -> list[int]:
         """Have workers without a slot on a node that stays take spare ones; return the others."""
@@ -203,7 +206,7 @@ class Placement:
         return [rank for name, rank in names.items() if name not in self._slots]
 
     async def _reserve_with_lost(
-        self, demand: Demand, ranks: Sequence[int], former: _Group | None
+        self, demand: Demand, ranks: Sequence[int], former: _Group | None, deadline: float
     ) -> None:
         """Reserve slots, and with them all others of their former group that went with a node.
 
@@ -216,9 +219,8 @@ class Placement:
         placeholders = {role: range(MANY, MANY + count) for role, count in others.items()}
         asked = {**placeholders, demand.role: [*ranks, *placeholders.get(demand.role, ())]}
         known = {**self._demands, demand.role: demand}
-        await self._reserve(
-            [replace(known[role], workers=len(numbers)) for role, numbers in asked.items()], asked
-        )
+        demands = [replace(known[role], workers=len(numbers)) for role, numbers in asked.items()]
+        await self._reserve(demands, asked, deadline)
         seats[:] = [seat for seat in seats if seat not in lost]
         for role, numbers in placeholders.items():
             for number in numbers:
@@ -247,14 +249,11 @@ class Placement:
             self.release(worker)
         self._spare.clear()
 
-    async def _reserve(self, demands: Sequence[Demand], ranks: Mapping[str, Sequence[int]]) -> None:
-        deadline = time.monotonic() + self._timeout_s
+    async def _reserve(self, demands: Sequence[Demand], ranks: Ranks, deadline: float) -> None:
         while not await self._try_reserve(demands, ranks, deadline):
             await asyncio.sleep(random.SystemRandom().uniform(0, MAX_PAUSE_S))
 
-    async def _try_reserve(
-        self, demands: Sequence[Demand], ranks: Mapping[str, Sequence[int]], deadline: float
-    ) -> bool:
+    async def _try_reserve(self, demands: Sequence[Demand], ranks: Ranks, deadline: float) -> bool:
         """Lay out and reserve; return False, and hold nothing, if Ray could not reserve all."""
         layout, nodes = await self._lay_out(demands, deadline, lambda live: live.free)
         slots = [replace(slot, rank=ranks[slot.role][slot.rank]) for slot in layout]

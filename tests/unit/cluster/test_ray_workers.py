@@ -18,7 +18,14 @@ from ray.exceptions import (
 
 from rlhf_ray.cluster import ray_workers
 from rlhf_ray.cluster.ray_workers import RayWorker
-from rlhf_ray.errors import ActorFailure, ConfigError, DataLost, DivergenceError, RlhfError
+from rlhf_ray.errors import (
+    ActorFailure,
+    ConfigError,
+    DataLost,
+    DivergenceError,
+    NodeLost,
+    RlhfError,
+)
 
 
 class Method:
@@ -244,3 +251,11 @@ async def test_only_calls_of_actors_that_take_several_are_dropped(
 async def test_a_call_whose_argument_is_lost_is_no_fault_of_its_process() -> None:
     with pytest.raises(DataLost, match=r"What generator-0 needed for score was lost: .*resumes"):
         await broken(raised(ObjectLostError("a1", "", ""))).call(Scorer.score)
+
+
+async def test_a_process_that_died_with_its_node_says_with_which() -> None:
+    death = ActorDiedError()
+    death.error_msg += "\nThe actor died because its node has died. Node Id: 3fe1a0\n\treason: x"
+    with pytest.raises(NodeLost, match="generator-0 died during score") as lost:
+        await broken(death).call(Scorer.score)
+    assert lost.value.node == "3fe1a0"

@@ -15,6 +15,7 @@ from rlhf_ray.errors import (
     DataLost,
     MemoryFailure,
     NodeLeaves,
+    NodeLost,
     PlacementError,
     RlhfError,
 )
@@ -122,6 +123,22 @@ async def test_moves_from_a_node_that_leaves_use_up_no_restarts() -> None:
     deaths.errors["score"] = died()
     with pytest.raises(ActorFailure, match="All 1 restarts"):
         await crew.ask(lambda worker: worker.call(ScorerProcess.score))
+
+
+async def test_the_loss_of_a_node_costs_one_restart_whatever_it_took_along() -> None:
+    deaths = Deaths(limit=1)
+    lost = [NodeLost(f"reward-{rank} died during score: its node", "node-a") for rank in range(3)]
+    crew: Any = Crew(
+        [deaths.worker(f"reward-{rank}", {"score": [lost[rank]]}) for rank in range(3)],
+        deaths.restarts,
+    )
+    scorer = ScorerClient(crew)
+    await asyncio.gather(*(scorer.score(SHARD) for _ in range(6)))
+    await until(lambda: len(deaths.said) == 3)
+    assert deaths.outages.restarts == {"reward": 3}, "processes are told as they are"
+    deaths.errors["score"] = [NodeLost("reward-0 died during score: its node", "node-b")] * 3
+    with pytest.raises(ActorFailure, match="All 1 restarts"):
+        await asyncio.gather(*(scorer.score(SHARD) for _ in range(6)))
 
 
 async def until(is_so: Callable[[], bool]) -> None:

@@ -5,7 +5,14 @@ import asyncio
 import pytest
 from elastic import Elastic, requests, settle, update
 
-from rlhf_ray.errors import ActorFailure, ConfigError, NodeLeaves, WeightSyncError
+from rlhf_ray.errors import (
+    ActorFailure,
+    ConfigError,
+    NodeLeaves,
+    NodeLost,
+    PlacementError,
+    WeightSyncError,
+)
 from rlhf_ray.generators import member
 
 DEAD, WRONG = ActorFailure("it died"), WeightSyncError("it serves something else")
@@ -249,6 +256,53 @@ async def test_one_that_dies_while_it_is_late_is_started_again(
     await settle()
     assert elastic.pool.report().restarts == 1
     assert [status.version for status in elastic.pool.statuses()] == [2, 2]
+
+
+async def test_the_loss_of_a_node_costs_one_restart_whatever_it_took_along() -> None:
+    elastic = Elastic(3, max_restarts=1)
+    batch = await elastic.begin(*[1] * 3)
+    for number in range(3):
+        elastic[number].die(NodeLost(f"generator-{number} died with its node", "node-a"))
+    await settle()
+    await elastic.answer_all()
+    await batch
+    assert set(elastic.states().values()) == {"ready"}
+    assert elastic.pool.report().restarts == 1
+    assert elastic.outages.restarts == {"generator": 3}, "processes are told as they are"
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+async def test_where_the_only_node_of_generators_never_comes_back_the_run_ends(
+    is_asked: bool,
+) -> None:
+    """Each waits for placement.timeout_s once; in a batch, or between two of them."""
+    elastic = Elastic(2, max_restarts=1)
+    batch = await elastic.begin(*[1] * 4)
+    for number in range(2):
+        refusals = [PlacementError("Waited 300 s for free GPUs (placement.timeout_s)")] * 99
+        elastic.processes.faults["start", f"generator-{number}"] = [*refusals]
+    if not is_asked:
+        await elastic.answer_all()
+        await batch
+        lost = NodeLost("died with its node", "node-a")
+        for number in range(2):
+            elastic.processes.faults["publish 1", f"generator-{number}"] = [lost]
+        batch = asyncio.ensure_future(elastic.pool.publish(update(1)))
+        await asyncio.wait([batch])
+        if batch.exception() is None:  # they are being placed
+            await settle()
+            batch = await elastic.ask(requests(1, version=1))
+    else:
+        for number in range(2):
+            elastic[number].die(NodeLost("died with its node", "node-a"))
+    message = (
+        "No generator is left, and the cluster has no capacity for another; run again once it has: "
+        "the run resumes at its last commit. The last failure: Waited 300 s"
+    )
+    with pytest.raises(ActorFailure, match=message):
+        await asyncio.wait_for(batch, 5)
+    assert elastic.pool.report().restarts == 1
+    await elastic.pool.close()
 
 
 class TestReplacement:

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,6 +262,30 @@ async def test_a_spare_slot_is_taken_while_others_wait_for_a_node(cluster: Clust
     cluster.nodes.append(Node("o", 1))
     await asyncio.wait_for(waiting, 5)
     assert _node(held, f"reward-{lost}") == "o"
+
+
+async def test_whoever_waits_for_a_node_behind_others_waits_no_longer_than_they(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a lost node of eight workers would be waited for eight times as long."""
+    now = 0.0
+
+    def poll() -> None:
+        nonlocal now
+        now += 1.0
+
+    monkeypatch.setattr(placement, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(placement, "POLL_S", 0.0)
+    held = Placement(300.0, may_grow=True, request_nodes=poll)
+    await held.reserve([CRITIC, REWARD])
+    cluster.nodes = []
+    for rank in range(2):
+        held.release(f"reward-{rank}")
+    ends = await asyncio.gather(
+        *(held.reserve_again(REWARD, [rank]) for rank in range(2)), return_exceptions=True
+    )
+    assert [type(end) for end in ends] == [PlacementError] * 2
+    assert 300 <= now < 310
 
 
 async def test_a_slot_whose_node_dies_or_drains_after_it_was_reserved_is_no_slot(
