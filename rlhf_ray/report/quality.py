@@ -9,6 +9,9 @@ from rlhf_ray.report.data import Record, RunFiles, number
 from rlhf_ray.report.plots import counts, histogram
 from rlhf_ray.report.sections import Chart
 
+_TOGETHER = "rows with one prompt are all held out or all learnt from"
+_PREPARED = "prepare's set evaluation, whose questions no training set has"
+_EVALUATED = {"ppo": "ppo.eval_prompts", "evaluate": "evaluate.num_prompts"}
 _KINDS = ("questions", "prompts", "answers", "texts")
 
 
@@ -71,6 +74,44 @@ def row_counts(files: RunFiles) -> list[RowCounts]:
             label = f"{stage}, {part.replace('_', ' ')}" if part else stage
             counts_by_stage.append(RowCounts(label, number(counted, "kept") or 0, dropped))
     return counts_by_stage
+
+
+def held_out(files: RunFiles) -> list[tuple[str, float | None, str]]:
+    """Return of each stage that measures on held-out rows: their number, and how they were drawn.
+
+    Every draw is by the run's seed, and repeats whenever the stage is run again.
+    """
+    drawn = []
+    for stage, summary in files.summaries.items():
+        if stage in ("pretrain", "sft"):
+            drawn.append((stage, None, f"A twentieth of the texts; {_TOGETHER}"))
+        elif stage in ("reward", "dpo"):
+            num = number(summary, "pairs_eval")
+            num = number(summary, "rows_eval") if num is None else num
+            how = _of_pairs(files) + _at_most(files, f"{stage}.eval_rows")
+            drawn.append((stage, num, how))
+        elif stage in _EVALUATED:
+            drawn.append((stage, None, _of_prompts(files) + _at_most(files, _EVALUATED[stage])))
+    return drawn
+
+
+def _at_most(files: RunFiles, key: str) -> str:
+    most = files.option(key)
+    return "" if most is None else f"; at most {most} ({key})"
+
+
+def _of_pairs(files: RunFiles) -> str:
+    if files.option("data.preferences") is None:
+        return f"A sample of {_PREPARED}"
+    return f"A sample of data.preferences, a twentieth; {_TOGETHER}"
+
+
+def _of_prompts(files: RunFiles) -> str:
+    if files.option("data.eval") is not None:
+        return "A sample of data.eval"
+    if files.option("data.prompts") is None:
+        return f"A sample of {_PREPARED}"
+    return f"A sample of a tenth of data.prompts, which was drawn as well; {_TOGETHER}"
 
 
 def _counted(summary: Record) -> Iterator[tuple[str, Record]]:

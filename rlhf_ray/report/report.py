@@ -165,6 +165,7 @@ def _page(files: RunFiles) -> str:
         duplicates=report_quality.duplicates(files),
         ties=report_quality.ties(files),
         row_counts=report_quality.row_counts(files),
+        held_out=report_quality.held_out(files),
         judged=report_evaluation.judged(files),
         model_numbers=report_evaluation.numbers(files),
         instructions=report_evaluation.instructions(files),

@@ -32,7 +32,7 @@ TRAIN, HELD_OUT = "train", "held_out"
 """Names of the two tokenised data sets of a stage."""
 
 HELD_OUT_SHARE = 0.05
-"""Share of the rows, the last ones, that is held out where the data has no held-out set."""
+"""Share of the rows that is drawn and held out where the data has no held-out set."""
 
 HELD_OUT_LOSS = "held_out_loss"
 """Name under which `Training.measure` gives the loss of all held-out rows. The Trainer's own counts

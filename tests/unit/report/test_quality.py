@@ -1,11 +1,16 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from rlhf_ray.report import report
 from rlhf_ray.report.data import read
 from rlhf_ray.report.quality import (
     RowCounts,
     duplicates,
+    held_out,
     quality_charts,
     row_counts,
     ties,
@@ -86,3 +91,29 @@ def test_the_report_shows_the_data_charts(run_dir: Path) -> None:
     assert "Programming languages in answers" in html
     assert "answers that repeat an earlier one" in html
     assert "450 (3.0%)" in html
+
+
+def test_each_held_out_set_is_told_with_its_draw(run_dir: Path) -> None:
+    files = read(run_dir)
+    told = {stage: (num, how) for stage, num, how in held_out(files)}
+    assert list(told) == [s for s in files.summaries if s != "prepare"]
+    assert told["reward"][0] == files.summaries["reward"]["pairs_eval"]
+    assert "prepare's set evaluation" in told["reward"][1]
+    assert "prepare's set evaluation" in told["ppo"][1]
+    assert "<td>A twentieth of the texts; rows with one prompt" in report.render(files)
+
+
+@pytest.mark.parametrize(
+    ("data", "stage", "how"),
+    [
+        ({"preferences": [{}]}, "reward", "data.preferences, a twentieth"),
+        ({"prompts": [{}]}, "ppo", "a tenth of data.prompts"),
+        ({"prompts": [{}], "eval": [{}]}, "evaluate", "A sample of data.eval"),
+    ],
+)
+def test_sets_of_the_users_are_drawn_from_them(
+    data: dict[str, Any], stage: str, how: str, run_dir: Path
+) -> None:
+    files = read(run_dir)
+    files = replace(files, config={**files.config, "data": data})
+    assert how in {name: told for name, _, told in held_out(files)}[stage]
