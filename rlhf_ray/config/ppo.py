@@ -182,7 +182,7 @@ class PpoConfig(Section):
     overlong: OverlongConfig = fixed(
         OverlongConfig(), description="Long responses, and those that are cut off at their limit."
     )
-    filter_groups: FilterGroupsConfig = adjustable(
+    filter_groups: FilterGroupsConfig = fixed(
         FilterGroupsConfig(), description="Prompts whose responses all score the same."
     )
     max_staleness: int = changeable(

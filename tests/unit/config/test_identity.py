@@ -1,7 +1,10 @@
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from rlhf_ray.config import Config, load
 from rlhf_ray.config.identity import adjustments, differences, fixed_keys, settled
@@ -152,6 +155,19 @@ def test_what_a_run_is_steered_by_may_change_and_is_recorded(override: str) -> N
     given = yaml.safe_load(override.partition("=")[2].replace("1e-6", "1.0e-6"))
     assert name == key
     assert new == given or given.items() <= new.items()
+
+
+def test_each_recorded_key_within_a_section_is_compared() -> None:
+    """A section that were marked itself would be passed over with all its keys."""
+
+    def sections(model: type[BaseModel]) -> Iterator[FieldInfo]:
+        for field in model.model_fields.values():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield field
+                yield from sections(field.annotation)
+
+    marked: list[Any] = [field.json_schema_extra or {} for field in sections(Config)]
+    assert not any(extra.get("recorded") for extra in marked)
 
 
 def test_a_sources_clip_and_scale_may_change_and_are_recorded() -> None:
