@@ -224,7 +224,8 @@ class Batches:
             f"ppo.filter_groups.max_refills {self._max_refills} is used up, and prompts whose "
             f"{num} responses all score the same are left, {num_left} of {draw.num_kept // num}; "
             "the batch is learnt with them. They may be too easy or too hard for the policy, or "
-            "the reward too coarse: choose others, or raise ppo.samples_per_prompt or the limit",
+            "the reward too coarse: raise the limit, or begin a new run with other prompts or more "
+            "responses to each",
         )
 
 

@@ -150,7 +150,7 @@ def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
 def _changes(folder: RunFolder, stages: Sequence[str]) -> Iterator[Retuned]:
     for record in folder.changes():
         after = {s: last for s, last in record.get("after", {}).items() if s in stages}
-        for key, change in record["changes"].items():
+        for key, change in record.get("changes", {}).items():
             if is_read(key, stages):
                 name = key.rpartition(".")[2]
                 before, now = (masked(change[which], name) for which in ("before", "now"))
