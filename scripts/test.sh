@@ -42,6 +42,11 @@ tests() { # tests FOLDER [pytest argument ...]
   return $status
 }
 
+integration() { # integration MARKERS [pytest argument ...]
+  local marker="${marker:+$marker and }$1"
+  tests tests/integration "${@:2}"
+}
+
 has_tests() {
   compgen -G "$1/test_*.py" >/dev/null
 }
@@ -58,7 +63,8 @@ step types pyright --pythonpath "$VENV/bin/python"
 step imports lint-imports
 step unit other_tests "$@"
 step inline tests tests/inline -n "$NUM_WORKERS" --dist loadfile "$@" # fixtures of a file are shared
-# One at a time: a run alone fills two cores, and some tests count the whole machine's processes.
-step integration tests tests/integration "$@"
+# Two at a time: an engine or a cluster that starts leaves a core to another.
+step integration integration "not alone" -n 2 --dist loadfile "$@"
+step "whole runs" integration alone "$@"
 ! has_tests tests/gpu || step gpu tests tests/gpu "$@"
 [[ -n $marker ]] || ! has_tests tests/chaos || step chaos tests tests/chaos "$@"

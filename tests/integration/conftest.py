@@ -26,6 +26,14 @@ from rlhf_ray.models.loading import load_tokenizer, save_model
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have those that look for what a run leaves in shared memory run alone: others leave, too."""
+    for item in items:
+        if {"command_line", "new_command_line"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a small Llama with its tokenizer."""
