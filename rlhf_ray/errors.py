@@ -69,6 +69,22 @@ class NodeLost(ActorFailure):
         self.node = node
 
 
+class LostNodes:
+    """Nodes whose loss has cost a restart: each costs one, whatever it takes along."""
+
+    def __init__(self) -> None:
+        self._nodes: set[str] = set()
+
+    def has(self, error: Exception) -> bool:
+        """Return whether a node was lost that has cost its restart."""
+        return isinstance(error, NodeLost) and error.node in self._nodes
+
+    def add(self, error: Exception) -> None:
+        """Note that a restart is spent, where a node was lost."""
+        if isinstance(error, NodeLost):
+            self._nodes.add(error.node)
+
+
 class DataLost(ActorFailure):
     """What a call works on is gone: another process could not do it either."""
 

@@ -11,9 +11,9 @@ from rlhf_ray.cluster.workers import ProcessT_co, ResultT, Worker, arriving
 from rlhf_ray.errors import (
     ActorFailure,
     DataLost,
+    LostNodes,
     MemoryFailure,
     NodeLeaves,
-    NodeLost,
     PlacementError,
 )
 from rlhf_ray.observability.outages import Outages
@@ -82,7 +82,7 @@ class Restarts:
         self._outages = outages
         self._first_wait_s = first_wait_s
         self._used = 0
-        self._lost_nodes: set[str] = set()
+        self._lost_nodes = LostNodes()
         self._waits: dict[str, GrowingWait] = {}
         """Who was restarted, and has not worked since."""
 
@@ -114,13 +114,12 @@ class Restarts:
         began_s, cause = time.monotonic(), failure
         self._require_memory(who, cause)
         while True:
-            is_free = isinstance(cause, NodeLeaves) or self._is_counted(cause)
+            is_free = isinstance(cause, NodeLeaves) or self._lost_nodes.has(cause)
             if self._used >= self._limit and not is_free:
                 budget = f"All {self._limit} restarts ({self._key}) are used up"
                 raise ActorFailure(f"{_sentence(cause)}. {budget}. {RESUMES}") from cause
             self._used += not is_free
-            if isinstance(cause, NodeLost):
-                self._lost_nodes.add(cause.node)
+            self._lost_nodes.add(cause)
             await asyncio.sleep(self._next_wait_s(who))
             may_fail = may_wait()  # before: an attempt that is needed has waited for as long as any
             try:
@@ -146,9 +145,6 @@ class Restarts:
     def worked(self, who: str) -> None:
         """Note that it does its work: a later failure is the first in a row."""
         self._waits.pop(who, None)
-
-    def _is_counted(self, cause: ActorFailure) -> bool:
-        return isinstance(cause, NodeLost) and cause.node in self._lost_nodes
 
     def _require_memory(self, who: str, cause: ActorFailure) -> None:
         if isinstance(cause, MemoryFailure) and who in self._waits:

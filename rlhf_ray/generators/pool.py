@@ -20,8 +20,8 @@ from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig
 from rlhf_ray.errors import (
     ActorFailure,
     ConfigError,
+    LostNodes,
     NodeLeaves,
-    NodeLost,
     PlacementError,
     WeightSyncError,
 )
@@ -96,7 +96,7 @@ class GeneratorPool(Generic[GeneratorT]):
             self._members, serve, self._dispatch.admit, self._lose, say, waits_for_shards
         )
         self._restarts = 0
-        self._lost_nodes: set[str] = set()
+        self._lost_nodes = LostNodes()
         self._last_failure: Exception | None = None
         self._beside: asyncio.Future[None] | None = None
         """The publication that goes on beside the run, or its outcome."""
@@ -267,14 +267,14 @@ class GeneratorPool(Generic[GeneratorT]):
         await self._end(member)
         member.change_to("dead")
         member.lacks_capacity = isinstance(error, PlacementError)
-        is_fault = not (isinstance(error, PlacementError | NodeLeaves) or self._is_counted(error))
+        is_free = isinstance(error, PlacementError | NodeLeaves) or self._lost_nodes.has(error)
+        is_fault = not is_free
         if is_fault and self._restarts >= self._settings.max_restarts:
             member.change = None
             self._end_without_any()
             return
         self._restarts += is_fault  # the others cost no restart
-        if isinstance(error, NodeLost):
-            self._lost_nodes.add(error.node)
+        self._lost_nodes.add(error)
         member.restarts += is_fault
         self._dispatch.count_restart(error)
         member.change_to("restarting")
@@ -282,10 +282,6 @@ class GeneratorPool(Generic[GeneratorT]):
         await asyncio.sleep(member.next_wait_s(self._first_wait_s))
         member.change_to("starting")
         await self._bring_up(member)
-
-    def _is_counted(self, error: Exception) -> bool:
-        """Return whether a node was lost, and cost its restart when another generator was."""
-        return isinstance(error, NodeLost) and error.node in self._lost_nodes
 
     async def _leave(self, member: Member[GeneratorT]) -> None:
         """Finish its shards, or requeue them after drain_timeout_s; then end its process."""
