@@ -241,5 +241,17 @@ def stale(shard: Shard, version: int) -> Shard:
     return replace(shard, info=replace(shard.info, versions=(version, *shard.info.versions[1:])))
 
 
+def stop_at_third(harness: Harness) -> None:
+    """Have a run asked to stop while its third batch is learnt."""
+    policy, learn = harness.policy, harness.policy.learn
+
+    async def learn_or_stop(*args: float) -> Any:
+        if policy.learnt == 2:
+            harness.loop.request_stop()
+        return await learn(*args)
+
+    policy.learn = learn_or_stop  # type: ignore[method-assign]
+
+
 async def _fetch(handle: Any) -> Any:
     return handle

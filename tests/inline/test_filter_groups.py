@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fakes import FakePolicy, FakeScorer
-from harness import PROMPTS, Harness, ledger, make_config
+from harness import PROMPTS, Harness, ledger, make_config, stop_at_third
 from test_lost_data import losing
 from test_resumed_loop import _without_times
 
@@ -231,14 +231,7 @@ def test_a_run_that_was_stopped_repeats_and_loses_no_prompt(
     )
     first.policy = policy
     policy.events = first.events
-    learn = policy.learn
-
-    async def stop_at_third(*args: float) -> Any:
-        if policy.learnt == 2:
-            first.loop.request_stop()
-        return await learn(*args)
-
-    policy.learn = stop_at_third  # type: ignore[method-assign]
+    stop_at_third(first)
     counts = first.run()["ledger"]
     assert counts == ledger(24, filtered=counts["filtered"], in_flight=8 * before)
     assert len(settled) == 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fakes import FakePolicy
-from harness import Harness, ledger, make_config
+from harness import Harness, ledger, make_config, stop_at_third
 from test_wrong_generators import Wrong, honest, moved
 
 from rlhf_ray.engines.fake import FakeEngine
@@ -72,15 +72,7 @@ def test_a_run_that_was_stopped_draws_again_what_was_in_flight(
 ) -> None:
     """Also where it goes on with another staleness."""
     first = ahead(tmp_path, before, iterations=6, save_every=1)
-    policy = first.policy
-    learn = policy.learn
-
-    async def stop_at_third(*args: float) -> Any:
-        if policy.learnt == 2:
-            first.loop.request_stop()
-        return await learn(*args)
-
-    policy.learn = stop_at_third  # type: ignore[method-assign]
+    stop_at_third(first)
     summary = first.run()
     assert summary["iterations"] == 3
     assert summary["ledger"] == ledger(24, in_flight=8 * before)
