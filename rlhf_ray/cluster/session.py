@@ -282,6 +282,8 @@ def role_environment(config: Config, joined: bool) -> dict[str, str]:
         **({CLEANS_UP: "1"} if joined else {}),
         "PATH": os.environ["PATH"],
         **dict.fromkeys(THREADS, threads),
+        # Else threads spin while they wait for one that has lost its core.
+        "OMP_WAIT_POLICY": "passive",
         # vLLM on CPU binds its threads to the first cores: several engines would share one core.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Ours renews by progress; a shorter one of vLLM's would end a slow start all the same.

@@ -129,6 +129,9 @@ DEFAULT_STAGES: tuple[StageName, ...] = tuple(
 SUPERVISED = tuple(name for name, stage in STAGES.items() if stage.is_supervised)
 """Stages that transformers.Trainer runs."""
 
+BEFORE_PPO = ("reward", "dpo")
+"""Stages beside which PPO's processes start, where it comes next."""
+
 POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "policy")
 """Stages that leave a policy, which is called by the stage's name."""
 

@@ -19,7 +19,7 @@ from rlhf_ray.cluster.session import CARRIED, dashboard_url, ray_session
 from rlhf_ray.config import Config
 from rlhf_ray.config.identity import Change, adjustments, differences, is_read, settled
 from rlhf_ray.config.section import is_mapping
-from rlhf_ray.config.stages import STAGES, SUPERVISED
+from rlhf_ray.config.stages import BEFORE_PPO, STAGES, SUPERVISED
 from rlhf_ray.config.yaml_values import parsed
 from rlhf_ray.disk import (
     full_disk_is_an_error,
@@ -97,7 +97,7 @@ def _begin_ahead(stage: str, folder: RunFolder, config: Config) -> None:
         from rlhf_ray.stages.supervised import ray_train
 
         ray_train.begin_ahead(config, trained)
-    if stage in ("reward", "dpo") and due[1:2] == ["ppo"]:
+    if stage in BEFORE_PPO and due[1:2] == ["ppo"]:
         from rlhf_ray.stages.ppo.stage import begin_ahead
 
         begin_ahead(config)

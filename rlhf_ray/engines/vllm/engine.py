@@ -97,6 +97,9 @@ class VllmEngine:
         versions.prefer_exact_runner(self._settings.rule.temperature, self._settings.dtype)
         if current_platform.device_type == "cuda" and (home := find_cuda()):
             os.environ["CUDA_HOME"] = str(home)  # where FlashInfer looks first
+        if current_platform.is_cpu():
+            # The engine's process would compile two lines of the sampler, for many seconds.
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         report("starting vLLM's engine, which loads the weights")
         with lost_start_is_a_failure():
             self._engine = AsyncLLM.from_engine_args(self._engine_args())

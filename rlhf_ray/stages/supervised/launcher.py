@@ -87,7 +87,7 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
         _interruptible() as interrupted,
     ):
         if training.config.cluster.mode == "inline":
-            torch.set_num_threads(num_threads(1))
+            torch.set_num_threads(num_threads(1, alone=False))
             trained = train(training, 1, interrupted.is_set)
         else:
             trained = train_on_ray(training, interrupted, progress.say)

@@ -13,7 +13,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from rlhf_ray.cluster import nodes
 from rlhf_ray.config import Config
 from rlhf_ray.errors import ActorFailure, DataError, DivergenceError, PlacementError, RlhfError
-from rlhf_ray.stages.supervised import pretrain, ray_train
+from rlhf_ray.stages.supervised import pretrain, ray_train, reward
 
 MakeRun = Callable[..., Config]
 
@@ -145,10 +145,28 @@ def test_a_joined_cluster_is_waited_for_until_it_has_gpus(
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes", "threads"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (16, 1, 15), (16, 4, 3)]
+    ("cores", "processes", "threads", "alone"),
+    [(1, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 1), (16, 1, 15, 16), (16, 4, 3, 4)],
 )
-def test_one_core_is_left_to_driver_and_ray(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: int
+def test_others_have_one_core_and_a_stage_alone_has_all(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: int, alone: int
 ) -> None:
     monkeypatch.setattr(ray_train.os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert ray_train.num_threads(processes) == threads
+    assert ray_train.num_threads(processes, alone=False) == threads
+    assert ray_train.num_threads(processes, alone=True) == alone
+
+
+@pytest.mark.parametrize(
+    ("stage", "stages", "mode", "is_alone"),
+    [
+        (pretrain.PretrainTraining, ["pretrain", "sft", "reward", "ppo"], "local", True),
+        (reward.RewardTraining, ["reward", "ppo"], "local", False),
+        (reward.RewardTraining, ["reward"], "local", True),
+        (pretrain.PretrainTraining, ["pretrain"], "ray", False),
+    ],
+)
+def test_a_stage_is_alone_on_a_machine_of_its_own_unless_ppo_starts_beside_it(
+    make_run: MakeRun, stage: type, stages: list[str], mode: str, is_alone: bool
+) -> None:
+    config = make_run(run={"stages": stages}, cluster={"mode": mode})
+    assert ray_train._is_alone(stage(config, Path("x"), "base")) is is_alone

@@ -1,5 +1,6 @@
 """What vLLM's engine checks and sets before it starts."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,7 +57,9 @@ async def test_of_the_adapters_side_by_side_the_oldest_gives_way() -> None:
 def gpu(major: int) -> SimpleNamespace:
     """vLLM's platform with a GPU of this compute capability."""
     return SimpleNamespace(
-        device_type="cuda", get_device_capability=lambda: SimpleNamespace(major=major)
+        device_type="cuda",
+        is_cpu=lambda: False,
+        get_device_capability=lambda: SimpleNamespace(major=major),
     )
 
 
@@ -86,6 +89,24 @@ async def test_a_data_type_that_a_gpu_cannot_serve_is_refused(
     assert [
         word for word in said.split() if word.startswith("rollout.") and "=" in word
     ] == remedies
+
+
+async def test_an_engine_on_cpus_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    def start(_: object) -> None:
+        seen.append(os.environ.get("TORCH_COMPILE_DISABLE"))
+        raise ConfigError("enough")
+
+    for platform in (SimpleNamespace(is_cpu=lambda: True, device_type="cpu"), gpu(9)):
+        monkeypatch.setenv("TORCH_COMPILE_DISABLE", "")  # so that what is set is taken back
+        monkeypatch.delenv("TORCH_COMPILE_DISABLE")
+        monkeypatch.setattr(engine_module, "current_platform", platform)
+        monkeypatch.setattr(engine_module.versions, "prefer_exact_runner", lambda *_: None)
+        monkeypatch.setattr(engine_module.AsyncLLM, "from_engine_args", start)
+        with pytest.raises(ConfigError, match="enough"):
+            await VllmEngine(settings(dtype="bfloat16")).start()
+    assert seen == ["1", None]
 
 
 @pytest.fixture
