@@ -1,20 +1,24 @@
 """The recipe's configs run for two steps in this process, a tiny model in the place of theirs."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_models import build_tiny
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.config import Config, load
+from rlhf_ray.data.stack_exchange.synthetic_site import write_posts
 from rlhf_ray.models.loading import load_tokenizer, save_model
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.stages import pipeline
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 TEXTS = [f"Question: how do I sort list {i}?\n\nAnswer: call sorted(x{i})." for i in range(60)]
 INLINE = ("cluster.mode=inline", "rollout.engine=transformers", "sft.train_workers=1")
 TRAINING = ("steps=2", "batch_size=2", "eval_rows=4", "train_workers=1")
@@ -142,6 +146,74 @@ def small_config(name: str, files: Path, folder: Path, *more: str) -> Config:
     given = [override.format(files=files) for override in CASES[name]]
     model = [f"model.path={files}/llama"]
     return load(CONFIGS / name, [*more, f"run.dir={folder}/run", *INLINE, *model, *given])
+
+
+PAGE = (ROOT / "docs" / "stackllama.md").read_text(encoding="utf-8")
+EVERYWHERE = ("On a Slurm cluster", "On a Ray cluster", "On Kubernetes")
+SMALL_STEPS = (
+    *(*small("sft"), "sft.block_size=32"),
+    *(*small("reward"), "reward.epochs=null", "reward.eval_every=1"),
+    *PPO,
+)
+"""What makes each step small; its paths stay those of the page."""
+
+
+def jobs_of(heading: str) -> list[tuple[str, list[str]]]:
+    """The config and the overrides of each command in a section of the page on StackLLaMA."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    lines = section.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if "configs/stackllama/" in line]
+    return [
+        next((word, words[words.index(word) + 1 :]) for word in words if word.endswith(".yaml"))
+        for words in commands
+        if "=" in words[-1]
+    ]
+
+
+def overrides_of(words: list[str]) -> set[str]:
+    return {word for word in words if "=" in word and not word.startswith("-")}
+
+
+@pytest.mark.parametrize("heading", ["On one machine", "In four folders"])
+def test_the_commands_of_the_page_on_stackllama_lead_to_a_policy(
+    heading: str, files: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(files / "llama", tmp_path / "models" / "llama-7b")
+    (tmp_path / "data").mkdir()
+    write_posts(tmp_path / "data" / "Posts.xml", num_questions=100, seed=0)
+    names = {"/shared": str(tmp_path), "stackoverflow.com-Posts.7z": "Posts.xml"}
+    done = []
+    for file, words in jobs_of(heading):
+        for name, here in names.items():
+            words = [word.replace(name, here) for word in words]
+        config = load(ROOT / file, [*words, *INLINE, *SMALL_STEPS])
+        pipeline.run(config)
+        done += [Path(config.run.dir) / stage for stage in config.run.stages]
+    assert [folder.name for folder in done] == STEPS
+    assert all((folder / "summary.json").is_file() for folder in done if folder.name != "report")
+
+
+STEPS = ["prepare", "sft", "reward", "ppo", "evaluate", "report"]
+
+
+@pytest.mark.parametrize("heading", EVERYWHERE)
+def test_launchers_get_the_same_jobs_with_absolute_paths(heading: str) -> None:
+    alone, theirs = jobs_of("On one machine"), jobs_of(heading)
+    assert len(theirs) == 4
+    for (file, words), (their_file, their_words) in zip(alone, theirs, strict=True):
+        assert their_file == file.replace("1x8", "3x8")
+        assert overrides_of(their_words) == overrides_of(words)
+        config = load(ROOT / their_file, sorted(overrides_of(their_words)))
+        data = config.data
+        sources = [*(data.preferences or []), *(data.sft or []), *(data.prompts or [])]
+        paths = [config.run.dir, config.prepare.posts, config.sft.path, config.reward.path]
+        paths += [source.path for source in sources]
+        assert all(path is None or path.startswith("/shared/") for path in paths)
+
+
+def test_the_kubernetes_job_is_the_last_step_of_the_page() -> None:
+    job = yaml.safe_load((ROOT / "scripts" / "cluster" / "rayjob.yaml").read_text())
+    assert job["spec"]["entrypoint"] in PAGE
 
 
 @pytest.mark.parametrize("name", CASES)
