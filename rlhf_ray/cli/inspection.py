@@ -111,12 +111,24 @@ def dashboards(
         float,
         typer.Option(min=0, help="Raise an alert when the KL to the reference exceeds this, nats."),
     ] = 50.0,
+    kubernetes: Annotated[
+        bool,
+        typer.Option(
+            "--kubernetes",
+            help="Write manifests for the Prometheus operator and Grafana of a Kubernetes cluster.",
+        ),
+    ] = False,
+    release: Annotated[
+        str,
+        typer.Option(help="Label by which that Prometheus finds monitors and rules: its release."),
+    ] = "prometheus",
 ) -> None:
     """Write a Grafana dashboard and a Prometheus configuration with alert rules."""
-    from rlhf_ray.observability.dashboards.files import write
+    from rlhf_ray.observability.dashboards.files import write, write_for_kubernetes
     from rlhf_ray.observability.dashboards.prometheus import Bounds
 
-    typer.echo(write(out, Bounds(no_commit_minutes, max_kl)))
+    bounds = Bounds(no_commit_minutes, max_kl)
+    typer.echo(write_for_kubernetes(out, bounds, release) if kubernetes else write(out, bounds))
 
 
 @app.command(rich_help_panel=CHECK, epilog="Example: rlhf-ray doctor config.yaml --cluster")

@@ -138,9 +138,10 @@ def test_pods_of_a_cluster_let_in_each_other_and_at_the_dashboard_submitters() -
     own = {"matchExpressions": [{"key": "ray.io/cluster", "operator": "Exists"}]}
     assert spec["podSelector"] == own
     assert spec["policyTypes"] == ["Ingress"]
-    among, submitters = spec["ingress"]
+    among, submitters, scraper = spec["ingress"]
     assert among == {"from": [{"podSelector": own}]}
     assert submitters["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert scraper["ports"] == [{"protocol": "TCP", "port": 8080}]
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_cu12"])

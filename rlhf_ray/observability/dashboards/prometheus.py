@@ -81,6 +81,34 @@ def alert_rules(bounds: Bounds) -> dict[str, object]:
     return {"groups": [{"name": "rlhf_ray", "rules": rules}]}
 
 
+def pod_monitor(release: str) -> dict[str, object]:
+    """Return the manifest by which the Prometheus operator scrapes the pods of Ray clusters."""
+    cluster = {
+        "sourceLabels": ["__meta_kubernetes_pod_label_ray_io_cluster"],
+        "targetLabel": "ray_io_cluster",
+    }
+    # KubeRay names the port of each container of Ray so, and gives each pod this label.
+    endpoint = {"port": "metrics", "interval": INTERVAL, "relabelings": [cluster]}
+    pods = {"matchExpressions": [{"key": "ray.io/node-type", "operator": "Exists"}]}
+    return _of_operator(
+        "PodMonitor", release, {"selector": pods, "podMetricsEndpoints": [endpoint]}
+    )
+
+
+def prometheus_rule(bounds: Bounds, release: str) -> dict[str, object]:
+    """Return the alert rules as a manifest of the Prometheus operator."""
+    return _of_operator("PrometheusRule", release, alert_rules(bounds))
+
+
+def _of_operator(kind: str, release: str, spec: dict[str, object]) -> dict[str, object]:
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": kind,
+        "metadata": {"name": "rlhf-ray", "labels": {"release": release}},
+        "spec": spec,
+    }
+
+
 def _rule(
     name: str, expr: str, lasting: str, severity: str, summary: str, description: str
 ) -> dict[str, object]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlhf_ray.cluster import session
-from rlhf_ray.observability.dashboards.files import write
+from rlhf_ray.observability.dashboards.files import write, write_for_kubernetes
 from rlhf_ray.observability.dashboards.grafana import dashboard
 from rlhf_ray.observability.dashboards.panels import ROWS, panels
 from rlhf_ray.observability.dashboards.prometheus import Bounds, alert_rules
@@ -189,3 +189,25 @@ def test_a_panel_of_an_optional_metric_shows_only_its_values(tmp_path: Path) -> 
     quoted = json.dumps(expr.replace("$run", "priced"))
     (tmp_path / "tests.yml").write_text(OPTIONAL_TESTS.replace("EXPR", quoted), encoding="utf-8")
     promtool(tmp_path, "test", "rules", "tests.yml")
+
+
+def test_kubernetes_manifests_carry_the_dashboard_and_the_alerts(tmp_path: Path) -> None:
+    bounds = Bounds(no_commit_minutes=7, max_kl=3)
+    said = write_for_kubernetes(tmp_path, bounds, "monitoring")
+    folder = tmp_path / "kubernetes"
+    assert f"kubectl apply --namespace NAMESPACE -f {folder}" in said
+    monitor, rule, shown = (
+        yaml.safe_load((folder / f"{name}.yaml").read_text())
+        for name in ("pod_monitor", "prometheus_rule", "grafana_dashboard")
+    )
+    assert (monitor["kind"], rule["kind"]) == ("PodMonitor", "PrometheusRule")
+    for manifest in (monitor, rule):
+        assert manifest["apiVersion"] == "monitoring.coreos.com/v1"
+        assert manifest["metadata"]["labels"] == {"release": "monitoring"}
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics"
+    assert rule["spec"] == alert_rules(bounds)
+    assert shown["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert json.loads(shown["data"]["rlhf_ray.json"]) == dashboard()
+    size = (folder / "grafana_dashboard.yaml").stat().st_size
+    assert size < 2**18, "kubectl apply keeps a copy of at most 256 KiB in an annotation"
