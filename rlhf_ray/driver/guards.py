@@ -107,16 +107,18 @@ def _repetition(guard: RepetitionGuard, metrics: Metrics) -> Alarm | None:
     if repeating <= guard.max_repeating_share and distinct >= guard.min_distinct_bigrams:
         return None
     kl, entropy = metrics["objective/kl"], metrics["objective/entropy"]
+    ended = metrics["response_length/eos_share"]
     names = ("response/repeating_share", "response/distinct_bigrams", "objective/kl")
     return Alarm(
         "repetition",
         guard.action,
-        _picked(metrics, (*names, "objective/entropy")),
+        _picked(metrics, (*names, "objective/entropy", "response_length/eos_share")),
         f"{repeating:.0%} of the responses repeat a token {REPETITION} times or more in a row "
         f"(bound {guard.max_repeating_share:.0%}), and {distinct:.2f} of the bigrams of a response "
         f"are distinct (bound {guard.min_distinct_bigrams:g}), at a KL of {kl:.3g} nats a response "
         f"and an entropy of {entropy:.2g} nats a token. The policy may be gaming its reward: read "
-        "ppo/completions.jsonl; if so, raise ppo.kl_coef, lower ppo.kl_target, or fix the reward",
+        "ppo/completions.jsonl; if so, raise ppo.kl_coef, lower ppo.kl_target, set "
+        f"ppo.missing_eos_penalty if few responses end ({ended:.0%} do), or fix the reward",
     )
 
 

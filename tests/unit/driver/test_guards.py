@@ -25,6 +25,7 @@ HEALTHY = {
     "response/distinct_bigrams": 0.999,
     "objective/kl": 1.5,
     "objective/entropy": 2.0,
+    "response_length/eos_share": 0.09,
     "policy/ratio_exceeded": 0.0,
     "val/ratio_minibatch_max": 1.1,
     "loss/policy_avg": -0.02,
@@ -66,6 +67,7 @@ class TestRepetition:
         assert f"{repeating:.0%} of the responses" in alarm.text
         assert f"a KL of {kl:.3g} nats" in alarm.text
         assert "raise ppo.kl_coef" in alarm.text
+        assert "set ppo.missing_eos_penalty if few responses end (9% do)" in alarm.text
 
     @pytest.mark.parametrize(("repeating", "distinct"), [(0.0, 0.999), (0.02, 0.99), (0.2, 0.8)])
     def test_it_is_silent_on_healthy_answers(self, repeating: float, distinct: float) -> None:
