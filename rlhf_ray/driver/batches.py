@@ -19,6 +19,7 @@ from rlhf_ray.algorithms.rewards import length_penalty
 from rlhf_ray.algorithms.whitening import Moments
 from rlhf_ray.config import Config
 from rlhf_ray.config.ppo import PpoConfig
+from rlhf_ray.data.datasets.drawn_prompts import DrawnPrompts
 from rlhf_ray.driver.checkpoint import PlainMoments
 from rlhf_ray.driver.guards import Alarm
 from rlhf_ray.driver.ledger import Draw, Ledger
@@ -47,7 +48,11 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class PromptCursor:
-    """An endless sequence of prompts: passes over the dataset, each shuffled by (seed, pass)."""
+    """An endless sequence of prompts: passes over the dataset, each shuffled by (seed, pass).
+
+    The first pass over drawn prompts is in the order of their draw, so it renders only what it
+    takes.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         self._prompts = prompts
@@ -59,10 +64,14 @@ class PromptCursor:
 
     def take(self, numbers: Iterable[int]) -> list[Prompt]:
         """Return prompts of the endless sequence, by their numbers."""
-        size = len(self._prompts)
         orders: dict[int, np.ndarray] = {}
         taken: list[Prompt] = []
         for number in numbers:
+            drawn = self._prompts
+            if isinstance(drawn, DrawnPrompts) and number < drawn.reach(number + 1):
+                taken.append(drawn[number])
+                continue
+            size = len(self._prompts)
             which = number // size
             if which not in orders:
                 orders[which] = np.random.default_rng([self._seed, which]).permutation(size)

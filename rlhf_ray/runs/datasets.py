@@ -5,7 +5,8 @@ Rows are read with a progress bar, and statistics of their texts are written for
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,12 +14,14 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.datasets.prompts import Check, Prompts, load_prompts
+from rlhf_ray.data.datasets.drawn_prompts import LARGE, DrawnPrompts, is_held_out
+from rlhf_ray.data.datasets.prompts import Check, PromptRendering, Prompts, load_prompts
 from rlhf_ray.data.reading.draws import try_sample
 from rlhf_ray.data.reading.formats import Use
 from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.data.rendering.tokens import tokenizer_state
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Progress
@@ -26,6 +29,9 @@ from rlhf_ray.rewards.required_columns import require_read_columns
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.quality import RowStats
 from rlhf_ray.types import Prompt
+
+RENDERED = "prompts"
+"""Folder in that of stage ppo for the prompts rendered so far; removed when the stage is done."""
 
 
 def user_rows(
@@ -62,7 +68,13 @@ def user_rows(
         )
     report["digests"] = {**earlier, use: digest.hexdigest()}
     write_atomically(path, json.dumps(report, indent=2) + "\n")
-    return loaded
+    return replace(loaded, digest=digest.hexdigest())
+
+
+def prepared_rows(folder: RunFolder, name: str) -> StoredRows:
+    """Return a set that prepare wrote."""
+    table = folder.rows(name)
+    return StoredRows(table, digest=table._fingerprint)
 
 
 def _digests(path: Path) -> dict[str, str]:
@@ -78,19 +90,22 @@ def ppo_prompts(
     folder: RunFolder,
     tokenizer: PreTrainedTokenizerBase,
     checks: Sequence[Check] = (),
-) -> tuple[Prompts, list[Prompt], dict[str, int]]:
+) -> tuple[Prompts | DrawnPrompts, list[Prompt], dict[str, int]]:
     """Return the prompts to train on, the held-out ones, and counts of dropped rows.
 
     They come from data.prompts, else from prepare's rl set. ``checks`` are as in `load_prompts`.
+    Of a large set the counts are those of the rows read so far, and grow with them.
     """
     load = partial(_load, config, tokenizer, checks)
+    store = folder.stage("ppo") / RENDERED
     if config.data.prompts is None:
-        prompts, counts = load("prompts", StoredRows(folder.rows("rl")))
+        prompts, counts = load("prompts", prepared_rows(folder, "rl"), store)
     else:
-        prompts, counts = load("prompts", user_rows(config, "prompts", "prompts"))
+        rows = user_rows(config, "prompts", "prompts")
         if config.data.eval is None:
-            prompts, held_out = _split(config, prompts)
+            prompts, held_out, counts = _split(config, load, rows, store)
             return prompts, held_out.sample(config.ppo.eval_prompts, config.run.seed), counts
+        prompts, counts = load("prompts", rows, store)
     held_out = held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts, checks)
     return prompts, held_out, counts
 
@@ -110,25 +125,34 @@ def held_out_prompts(
     if config.data.eval is not None:
         prompts, _ = load("eval", user_rows(config, "eval", "prompts"))
     elif config.data.prompts is not None:
-        prompts, _ = load("prompts", user_rows(config, "prompts", "prompts"))
-        _, prompts = _split(config, prompts)
+        _, prompts, _ = _split(config, load, user_rows(config, "prompts", "prompts"))
     else:
-        prompts, _ = load("evaluation", StoredRows(folder.rows("evaluation")))
+        prompts, _ = load("evaluation", prepared_rows(folder, "evaluation"))
     return prompts.sample(limit, config.run.seed)
 
 
-def _split(config: Config, prompts: Prompts) -> tuple[Prompts, Prompts]:
-    """Hold out a tenth of the user's prompts, where data.eval is not set.
+def _split(
+    config: Config,
+    load: Callable[..., tuple[Prompts | DrawnPrompts, dict[str, int]]],
+    rows: StoredRows,
+    store: Path | None = None,
+) -> tuple[Prompts | DrawnPrompts, Prompts | DrawnPrompts, dict[str, int]]:
+    """Hold out a tenth of the user's prompts, where data.eval is not set; returns counts as well.
 
     Raises:
         DataError: there are fewer than two.
     """
+    seed = config.run.seed
+    prompts, counts = load("prompts", rows, store, lambda text: not is_held_out(text, seed))
+    if isinstance(prompts, DrawnPrompts):
+        held_out, _ = load("prompts", rows, store, lambda text: is_held_out(text, seed))
+        return prompts, held_out, counts
     if len(prompts) < 2:
         raise DataError(
             f"data.prompts holds {len(prompts)} usable prompts; at least 2 are needed, as one is "
             "held out for evaluation. Add prompts, or set data.eval"
         )
-    return prompts.split(max(1, len(prompts) // 10), config.run.seed)
+    return *prompts.split(max(1, len(prompts) // 10), seed), counts
 
 
 def _load(
@@ -137,13 +161,44 @@ def _load(
     checks: Sequence[Check],
     name: str,
     rows: StoredRows,
-) -> tuple[Prompts, dict[str, int]]:
-    load = partial(
-        load_prompts,
-        renderer=Renderer(tokenizer, config.template),
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        overlong=config.data.overlong,
-        checks=[partial(require_read_columns, config.rewards), *checks],
+    store: Path | None = None,
+    part: Callable[[str], bool] | None = None,
+) -> tuple[Prompts | DrawnPrompts, dict[str, int]]:
+    """Load prompts, or begin to draw them from a large set; returns counts as well.
+
+    Args:
+        config: the run's.
+        tokenizer: of the policy.
+        checks: as in `load_prompts`.
+        name: the set, for messages.
+        rows: of the set.
+        store: folder for what is rendered of a large set.
+        part: of a large set, as in `DrawnPrompts`.
+    """
+    rendering = PromptRendering(
+        Renderer(tokenizer, config.template),
+        config.rollout.max_prompt_tokens,
+        config.data.overlong,
+        [partial(require_read_columns, config.rewards), *checks],
     )
-    try_sample(rows, load, config.data.max_bad_share, name)
-    return load(rows, max_bad_share=config.data.max_bad_share, name=name)
+    load, share = partial(load_prompts, **vars(rendering)), config.data.max_bad_share
+    try_sample(rows, load, share, name)
+    if len(rows.table) <= LARGE:
+        return load(rows, max_bad_share=share, name=name)
+    if store is not None:
+        store = store / _digest(config, tokenizer, rows)
+    prompts = DrawnPrompts(rows, rendering, config.run.seed, share, name, part, store)
+    prompts.reach(1)
+    return prompts, prompts.counts
+
+
+def _digest(config: Config, tokenizer: PreTrainedTokenizerBase, rows: StoredRows) -> str:
+    """Return a name for all that decides which prompts a row becomes, and in which order."""
+    given = [
+        rows.digest,
+        tokenizer_state(tokenizer),
+        config.template.model_dump_json(),
+        *(source.model_dump_json() for source in (*config.rewards, *(config.data.prompts or ()))),
+        (config.run.seed, config.rollout.max_prompt_tokens, config.data.overlong),
+    ]
+    return hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()

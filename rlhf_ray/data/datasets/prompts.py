@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import overload
 
 import datasets
@@ -27,9 +28,25 @@ Check = Callable[[Row], None]
 
 _ID_COLUMNS = ("id", "question_id")
 _NO_FIELDS = ("prompt", "messages", SOURCE)
-_PROMPTS = datasets.Features(
-    {name: datasets.Value("string") for name in ("id", "text", "fields")} | {"token_ids": TOKEN_IDS}
+PROMPT_COLUMNS = datasets.Features(
+    {name: datasets.Value("string") for name in ("id", "text", "fields", "row_id")}
+    | {"token_ids": TOKEN_IDS, "group": datasets.Value("int64")}
 )
+"""Of a prompt on disk: ``row_id`` is the row's own id, empty if it has none, and ``group`` stands
+for the rendered text: rows that have both in common are repeated."""
+
+Seen = dict[str, set[int]]
+"""The row's id -> groups of the prompts with it."""
+
+
+@dataclass(frozen=True)
+class PromptRendering:
+    """How rows become prompts; arguments as those of `load_prompts`."""
+
+    renderer: Renderer
+    max_prompt_tokens: int
+    overlong: Overlong = "drop"
+    checks: Sequence[Check] = ()
 
 
 class Prompts(Sequence[Prompt]):
@@ -97,80 +114,79 @@ def load_prompts(
         DataError: too many bad rows, nothing left, or an over-long one with ``overlong="error"``.
     """
     tally = RowTally(name, max_bad_share)
-    prompts = _rendered(rows, renderer, max_prompt_tokens, overlong, tally, checks)
-    return Prompts(write_table(prompts, _PROMPTS)), tally.finish()
+    rendering = PromptRendering(renderer, max_prompt_tokens, overlong, checks)
+    prompts = render_prompts(rows, rendering, tally, {})
+    return Prompts(write_table(prompts, PROMPT_COLUMNS)), tally.finish()
 
 
-def _rendered(
+def render_prompts(
     rows: Iterable[Row | SkippedRows],
-    renderer: Renderer,
-    max_prompt_tokens: int,
-    overlong: Overlong,
+    rendering: PromptRendering,
     tally: RowTally,
-    checks: Sequence[Check],
+    seen: Seen,
+    numbers: Iterable[int] | None = None,
 ) -> Iterator[Row]:
-    """Yield rows with the columns `_PROMPTS`."""
-    seen: dict[str, set[int]] = {}
-    for batch in batches(rows, tally):
-        fresh = _usable(batch, renderer, seen, tally, checks)
+    """Yield the prompts of rows, with the columns `PROMPT_COLUMNS`.
+
+    Args:
+        rows: of the dataset.
+        rendering: how they become prompts.
+        tally: counts them all.
+        seen: prompts before these; new ones are added.
+        numbers: of the rows in the dataset; None: they are the whole of it.
+    """
+    renderer, limit = rendering.renderer, rendering.max_prompt_tokens
+    for batch in batches(rows, tally, numbers=numbers):
+        fresh = _usable(batch, rendering, seen, tally)
         rendered = renderer.tokenize([texts for *_, texts in fresh], ended=False)
-        for (index, row_id, fields, texts), tokens in zip(fresh, rendered, strict=True):
+        for (index, prompt, texts), tokens in zip(fresh, rendered, strict=True):
             token_ids = tokens.token_ids
             text = renderer.visible_text(texts)
-            if len(token_ids) > max_prompt_tokens:
-                if overlong == "error":
+            if len(token_ids) > limit:
+                if rendering.overlong == "error":
                     key = "rollout.max_prompt_tokens"
-                    raise overlong_error(tally.name, index, len(token_ids), max_prompt_tokens, key)
-                if overlong == "drop":
+                    raise overlong_error(tally.name, index, len(token_ids), limit, key)
+                if rendering.overlong == "drop":
                     # Left out by request: nothing is wrong with a long question.
                     tally.drop_unused("overlong")
                     continue
-                token_ids = token_ids[-max_prompt_tokens:]
+                token_ids = token_ids[-limit:]
                 text = renderer.strip_bos(str(renderer.tokenizer.decode(token_ids)))
             tally.keep()
-            stored = json.dumps(fields, default=str)
-            yield {"id": row_id, "text": text, "token_ids": token_ids, "fields": stored}
+            yield {**prompt, "text": text, "token_ids": token_ids}
 
 
 def _usable(
-    batch: Sequence[tuple[int, Row]],
-    renderer: Renderer,
-    seen: dict[str, set[int]],
-    tally: RowTally,
-    checks: Sequence[Check],
-) -> list[tuple[int, str, Row, TextSegments]]:
-    """Return (index, id, fields, texts) of the rows with a prompt that is not repeated.
-
-    Args:
-        batch: rows with their indices.
-        renderer: of the policy's tokenizer.
-        seen: id -> hashes of the rendered prompts with it; new ones are added.
-        tally: counts the others.
-        checks: as in `load_prompts`.
-    """
-    fresh: list[tuple[int, str, Row, TextSegments]] = []
+    batch: Sequence[tuple[int, Row]], rendering: PromptRendering, seen: Seen, tally: RowTally
+) -> list[tuple[int, Row, TextSegments]]:
+    """Return (index, columns, texts) of the rows with a prompt that is not repeated."""
+    renderer = rendering.renderer
+    fresh: list[tuple[int, Row, TextSegments]] = []
     for index, row in batch:
         try:
             texts = renderer.prompt(row_prompt(row), row_question(row), row_tools(row))
             fields = _fields(row, renderer)
-            for check in checks:
+            for check in rendering.checks:
                 check(fields)
         except BadRow as bad:
             tally.drop_row(bad)
             continue
-        row_id = _row_id(row)
+        row_id, group = _row_id(row), text_group("".join(texts.texts))
+        prompt_id = row_id or str(index)
         if row_id:
-            prompts, text = seen.setdefault(row_id, set()), hash(texts.texts)
-            if text in prompts:
+            prompts = seen.setdefault(row_id, set())
+            if group in prompts:
                 tally.drop_unused("repeated")
                 continue
             if prompts:  # other prompts have this id, so it identifies none of them
-                row_id += f"#{index}"
+                prompt_id += f"#{index}"
                 tally.note("without_identity")
-            prompts.add(text)
+            prompts.add(group)
         elif row_id is not None:
             tally.note("without_identity")
-        fresh.append((index, row_id or str(index), fields, texts))
+        stored = json.dumps(fields, default=str)
+        columns = {"id": prompt_id, "row_id": row_id or "", "group": group, "fields": stored}
+        fresh.append((index, columns, texts))
     return fresh
 
 

@@ -1,7 +1,9 @@
 """Counts of the rows that a loader keeps and drops, and the share of bad rows that it accepts."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_ray.errors import DataError
 
@@ -71,6 +73,24 @@ class RowTally:
     def drop_row(self, row: BadRow) -> None:
         """Count a row that raised `BadRow`."""
         self.drop_bad(row.reason, explanation=row.explanation)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Return the counts as plain values, for a tally that `add`s them."""
+        return {
+            "kept": {"": self._num_kept},
+            "bad": dict(self._bad),
+            "unused": dict(self._unused),
+            "notes": dict(self._notes),
+            "explanations": self._explanations,
+        }
+
+    def add(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add the counts of another tally, as its `state` returned them."""
+        self._num_kept += state["kept"][""]
+        self._bad.update(state["bad"])
+        self._unused.update(state["unused"])
+        self._notes.update(state["notes"])
+        self._explanations |= state["explanations"]
 
     def skip(self, rows: SkippedRows) -> None:
         """Count rows that a reader left out."""

@@ -90,14 +90,17 @@ def try_sample(
     """
     if not isinstance(rows, StoredRows) or len(rows.table) < 4 * SAMPLE:
         return
+    drawn = sorted(random.Random(name).sample(range(len(rows.table)), SAMPLE))
+    load(
+        StoredRows(rows.table.select(drawn)),
+        max_bad_share=share_of_sample(share_of_stored(rows, max_bad_share), SAMPLE),
+        name=f"a sample of {SAMPLE} rows of {name}",
+    )
+
+
+def share_of_stored(rows: StoredRows, max_bad_share: float) -> float:
+    """Return the share of stored rows that may be bad, given those that their reader skipped."""
     num_rows = len(rows.table)
     num_skipped_bad = sum(skipped.num for skipped in rows.skipped if skipped.is_bad)
     num_all = num_rows + sum(skipped.num for skipped in rows.skipped)
-    share = min(1.0, max(0.0, (max_bad_share * num_all - num_skipped_bad) / num_rows))
-    drawn = sorted(random.Random(name).sample(range(num_rows), SAMPLE))
-    sample = StoredRows(rows.table.select(drawn))
-    load(
-        sample,
-        max_bad_share=share_of_sample(share, SAMPLE),
-        name=f"a sample of {SAMPLE} rows of {name}",
-    )
+    return min(1.0, max(0.0, (max_bad_share * num_all - num_skipped_bad) / num_rows))

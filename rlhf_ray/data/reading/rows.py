@@ -48,10 +48,12 @@ class StoredRows:
     Attributes:
         table: the usable rows on disk, with the columns `STORED_FEATURES`.
         skipped: counts of the others.
+        digest: of what was read, the same whenever the same is read again.
     """
 
     table: datasets.Dataset
     skipped: Sequence[SkippedRows] = ()
+    digest: str = ""
 
     def __iter__(self) -> Iterator[Row | SkippedRows]:
         yield from self.table  # type: ignore[misc]  (rows of a Dataset are mappings)
@@ -116,10 +118,16 @@ def require_readable(row: Row) -> None:
 
 
 def batches(
-    rows: Iterable[Row | SkippedRows], tally: RowTally, size: int = 1000
+    rows: Iterable[Row | SkippedRows],
+    tally: RowTally,
+    size: int = 1000,
+    numbers: Iterable[int] | None = None,
 ) -> Iterator[list[tuple[int, Row]]]:
-    """Yield (index, row) in batches: tokenizers are faster on many texts at once."""
-    numbered = enumerate(rows)
+    """Yield (index, row) in batches: tokenizers are faster on many texts at once.
+
+    ``numbers`` are the indices where the rows were drawn from a larger set.
+    """
+    numbered = enumerate(rows) if numbers is None else zip(numbers, rows, strict=True)
     while batch := list(islice(numbered, size)):
         usable: list[tuple[int, Row]] = []
         for index, row in batch:

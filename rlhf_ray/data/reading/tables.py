@@ -1,19 +1,27 @@
 """Tables of rows that lie on disk instead of in memory."""
 
+import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
+from pyarrow import ipc
+
+from rlhf_ray.disk import DAMAGE, unwritable_is_an_error
 
 TokenRow = Mapping[str, Any]
 """A row of a table of token ids; each loader documents its columns."""
 
 TOKEN_IDS = datasets.List(datasets.Value("int32"))
 """Type of a column of token ids."""
+
+_BATCH = 1000
+"""Rows that are copied at once."""
 
 
 def write_table(
@@ -34,3 +42,34 @@ def write_table(
         return datasets.Dataset.from_file(path)
     finally:
         shutil.rmtree(folder)
+
+
+def cached_table(
+    folder: Path, build: Callable[[], tuple[datasets.Dataset, dict[str, Any]]]
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Load a table and its counts from a folder; where they are not there, build and store them.
+
+    The folder appears whole or not at all, so a run that was killed resumes with what it has built.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    file, notes = folder / "rows.arrow", folder / "counts.json"
+    try:
+        counts = json.loads(notes.read_text(encoding="utf-8"))
+        return datasets.Dataset.from_file(str(file)), counts
+    except (*DAMAGE, OSError):  # not built yet, or damaged
+        table, counts = build()
+    with unwritable_is_an_error(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as building:
+            whole = Path(building) / folder.name
+            whole.mkdir()
+            batches = table.with_format("arrow").iter(_BATCH)
+            with ipc.new_stream(str(whole / file.name), table.features.arrow_schema) as stream:
+                for batch in batches:
+                    stream.write_table(batch)
+            (whole / notes.name).write_text(json.dumps(counts), encoding="utf-8")
+            os.replace(whole, folder)
+    return datasets.Dataset.from_file(str(file)), counts

@@ -22,6 +22,13 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[l
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def tokenizer_state(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return all that decides how a tokenizer turns rows into ids: equal texts, equal ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if isinstance(backend, Tokenizer) else str(tokenizer.get_vocab())
+    return json.dumps([rules, tokenizer.chat_template, str(tokenizer.special_tokens_map)])
+
+
 def without_prefix(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
     """Return the tokenizer without the space that it puts before a text; None if it puts none.
 

@@ -1,8 +1,9 @@
 """Stage ppo: wires roles, data and checkpoints into the loop of `driver.ppo_loop`."""
 
 import asyncio
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ray import interruption
 from rlhf_ray.algorithms.advantages import resolve
 from rlhf_ray.config import Config
-from rlhf_ray.data.datasets.prompts import Prompts
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
 from rlhf_ray.driver.evaluation import Evaluator
@@ -32,11 +32,12 @@ from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer
 from rlhf_ray.roles import Roles
-from rlhf_ray.runs.datasets import ppo_prompts
+from rlhf_ray.runs.datasets import RENDERED, ppo_prompts
 from rlhf_ray.runs.folder import RunFolder, located_function
 from rlhf_ray.stages.ppo.control import controlled
 from rlhf_ray.stages.ppo.roles import begin_roles, ppo_roles
 from rlhf_ray.stages.ppo.watchdog import watched
+from rlhf_ray.types import Prompt
 
 
 def run(config: Config) -> dict[str, object]:
@@ -114,10 +115,11 @@ def _finish(folder: RunFolder, summary: dict[str, object]) -> dict[str, object]:
     policy = folder.path / "checkpoints" / "latest" / "policy"
     verify_names(str(policy), folder.config.model, is_lm=True)
     folder.write_summary("ppo", summary)
+    shutil.rmtree(folder.path / "ppo" / RENDERED, ignore_errors=True)
     return summary
 
 
-def _weight_sync(config: Config, roles: Roles, prompts: Prompts) -> WeightSync:
+def _weight_sync(config: Config, roles: Roles, prompts: Sequence[Prompt]) -> WeightSync:
     probe_prompts = probe_requests(prompts, config.rollout.max_prompt_tokens, config.run.seed)
     on_gpu = roles.num_gpus() > 0 or (
         not config.cluster.runs_on_ray and own_device().type == "cuda"

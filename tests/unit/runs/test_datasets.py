@@ -9,6 +9,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config import Config, resolve
+from rlhf_ray.config.data import TemplateConfig
+from rlhf_ray.data.datasets import drawn_prompts
+from rlhf_ray.driver.batches import PromptCursor
+from rlhf_ray.runs import datasets
 from rlhf_ray.runs.datasets import ppo_prompts, user_rows
 from rlhf_ray.runs.folder import RunFolder
 
@@ -86,3 +90,31 @@ def test_what_an_older_version_wrote_is_no_change(
     user_rows(config, "prompts", "prompts")
     assert "Warning" not in "".join(capfd.readouterr())
     assert json.loads(path.read_text(encoding="utf-8"))["digests"].keys() == {"prompts"}
+
+
+def test_a_large_set_is_rendered_as_far_as_it_is_drawn_and_never_twice(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "LARGE", 50)
+    monkeypatch.setattr(drawn_prompts, "BLOCK", 20)
+    write(config, *(f"q{n}" for n in range(200)))
+    words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    folder, read = RunFolder(config), []
+
+    def load() -> tuple[list[str], list[str], dict[str, int]]:
+        read.clear()
+        prompts, held_out, counts = ppo_prompts(config, folder, tokenizer, [read.append])
+        taken = PromptCursor(prompts, 0).take(range(30))
+        return [prompt.text for prompt in taken], [prompt.text for prompt in held_out], counts
+
+    texts, held_out, counts = load()
+    assert {"kept", "unread"} == counts.keys()
+    assert counts["unread"] >= 100
+    assert len(read) >= 40
+    assert set(texts).isdisjoint(held_out)
+    assert load() == (texts, held_out, counts)
+    assert not read
+    other = config.model_copy(update={"template": TemplateConfig(kind="question_answer")})
+    prompts, *_ = ppo_prompts(other, folder, tokenizer, [read.append])
+    assert prompts[0].text.startswith("Question: ")
