@@ -42,7 +42,7 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate the memory, placement and run time of a config.
+    """Estimate the memory, placement and run time of a config, and what each stage takes.
 
     The exit code is 1 if the config does not fit on the cluster. Nothing is started.
     """

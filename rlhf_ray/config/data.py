@@ -24,6 +24,12 @@ class PrepareConfig(Section):
         description="Posts.xml of a Stack Exchange dump, or the .7z with it; none: generate a "
         "synthetic site.",
     )
+    posts_gb: float | None = changeable(
+        None,
+        unit="GB",
+        gt=0,
+        description="Size of the dump's XML, used only by the command plan; none: that of `posts`.",
+    )
     site: str | None = fixed(
         None,
         description="Site of the dump, such as ai.stackexchange.com, for links to questions; "

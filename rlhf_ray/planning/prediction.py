@@ -250,7 +250,7 @@ class Plan:
     shortages: tuple[Shortage, ...]
     """Reasons why it does not fit."""
     time: TimeEstimate | None
-    """Predicted times; None where the speed of GPUs or the placement is unknown."""
+    """Predicted times of PPO; None without it, or where GPUs' speed or the placement is unknown."""
     bytes_per_sync: int
     """Bytes of the adapter that each generator receives."""
     late_calls: str | None
@@ -285,7 +285,7 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     has_gpus = any(node.gpus for node in nodes)
     runs_ppo = "ppo" in config.run.stages
     places, short = _places(config, nodes) if has_gpus and runs_ppo else ([], [])
-    setting = Setting(config, models, _kinds(config, nodes, places) if has_gpus else {})
+    setting = Setting(config, models, kinds_of(config, nodes, places) if has_gpus else {})
     ppo = ppo_roles(setting) if runs_ppo else []
     stages = stage_roles(config, models, has_gpus)
     if has_gpus:
@@ -301,8 +301,7 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
         short.append(_cache_shortage(config, generator))
     if samples and (refused := unservable(config, nodes)):
         short.append(refused)
-    is_placed = has_gpus and (bool(places) or not runs_ppo)
-    time = estimate_time(setting, on_gpus(ppo, places).values()) if is_placed else None
+    time = estimate_time(setting, on_gpus(ppo, places).values()) if places else None
     return Plan(
         config=config,
         nodes=tuple(nodes),
@@ -324,7 +323,7 @@ def _places(config: Config, nodes: Sequence[Node]) -> tuple[list[Slot], list[Sho
     return ([], [_unplaced(demanded, nodes)]) if places is None else (places, [])
 
 
-def _kinds(
+def kinds_of(
     config: Config, nodes: Sequence[Node], places: Iterable[Slot]
 ) -> dict[str, GpuKind | None]:
     """Return each role's `smallest_kind`, of the whole cluster where it is not placed."""

@@ -29,10 +29,17 @@ ASSUMPTIONS: dict[str, Range] = {
     "GB/s from a learner through the object store": (2.0, 0.4),
     "publishing an adapter, fixed seconds": (0.2, 2.0),
     "GB/s to run.dir": (1.0, 0.1),
+    "GB/s from a model's folder": (2.0, 0.2),
+    "starting a stage's processes, seconds": (10.0, 60.0),
     "GB/s between GPU and host memory for sleep and wake": (20.0, 2.0),
     "all-reduce within a generator of several GPUs, fixed seconds": (1e-5, 5e-5),
+    "length of texts that are not packed, as a share of the longest": (0.5, 1.0),
+    "prepare, MB of a dump's XML a second on one core": (2.3, 1.0),
+    "prepare, bytes of the sets for one of the dump's XML": (0.6, 1.05),
+    "prepare, bytes while it runs for one of the dump's XML": (1.3, 1.5),
 }
-"""Name of an assumption -> its best and worst case."""
+"""Name of an assumption -> its best and worst case. Those of prepare were measured
+(docs/performance.md, "A large dump"); the others are confirmed by no GPU."""
 
 SEQUENCES_AT_A_TIME = 256
 """Most sequences that vLLM samples together (its max_num_seqs)."""
@@ -83,7 +90,7 @@ def _rollouts(config: Config) -> int:
 
 def _generate(setting: Setting, end: int) -> float:
     config = setting.config
-    return _sample(setting, _rollouts(config), _response_tokens(config, end), end)
+    return sample_seconds(setting, _rollouts(config), response_tokens(config, end), end)
 
 
 def longest_shard(setting: Setting) -> float:
@@ -92,7 +99,7 @@ def longest_shard(setting: Setting) -> float:
     config = setting.config
     sampler = config.rollout.length_sampler
     longest = sampler.max - 1 if sampler else config.rollout.max_tokens
-    return _sample(setting, min(_rollouts(config), _in_flight(config)), longest, end=1)
+    return sample_seconds(setting, min(_rollouts(config), _in_flight(config)), longest, end=1)
 
 
 def _in_flight(config: Config) -> int:
@@ -100,7 +107,7 @@ def _in_flight(config: Config) -> int:
     return config.generators.max_in_flight * config.rollout.shard_size
 
 
-def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
+def sample_seconds(setting: Setting, rollouts: int, steps: float, end: int) -> float:
     """Return the seconds of a generator's rollouts of ``steps`` tokens each."""
     config, shape = setting.config, setting.models.tuned.shape
     kind, generator = setting.kinds["generator"], engine(setting)
@@ -120,7 +127,7 @@ def _sample(setting: Setting, rollouts: int, steps: float, end: int) -> float:
     return waves * steps * (of_token + beside) + rollouts * prompt * operations / flops
 
 
-def _response_tokens(config: Config, end: int) -> float:
+def response_tokens(config: Config, end: int) -> float:
     """Return the mean length of a response."""
     sampler = config.rollout.length_sampler
     longest = (sampler.min + sampler.max - 1) / 2 if sampler else config.rollout.max_tokens
@@ -130,9 +137,7 @@ def _response_tokens(config: Config, end: int) -> float:
 
 
 def _iteration_tokens(config: Config, end: int) -> float:
-    return config.ppo.batch_size * (
-        config.rollout.max_prompt_tokens + _response_tokens(config, end)
-    )
+    return config.ppo.batch_size * (config.rollout.max_prompt_tokens + response_tokens(config, end))
 
 
 def _all_reduces(setting: Setting, kind: GpuKind, tokens: int, end: int) -> float:

@@ -309,7 +309,7 @@ def layout_table(layouts: Sequence[Layout], width: int) -> Iterator[str]:
     if not layouts:
         yield "no layouts to compare: that takes PPO, and enough GPUs of a known kind"
         return
-    columns = f"{'days of the run':>18}{'GPU-hours':>12}{'GPUs':>7}{'free':>7}{'GB a GPU':>12}"
+    columns = f"{'days of PPO':>18}{'GPU-hours':>12}{'GPUs':>7}{'free':>7}{'GB a GPU':>12}"
     yield f"{'layout, as predicted':<44}{columns}"
     for number, layout in enumerate(layouts, start=bool(layouts[0].changes)):
         name = f"{number}" if layout.changes else "as configured"

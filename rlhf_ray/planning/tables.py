@@ -2,9 +2,8 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 from rlhf_ray.config import Config
 from rlhf_ray.placement.hardware import GPU_KINDS
@@ -12,10 +11,11 @@ from rlhf_ray.placement.layout import held_at_once
 from rlhf_ray.planning.layout_options import Change
 from rlhf_ray.planning.memory import GB, gb, weights_bytes
 from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb
-from rlhf_ray.planning.role_times import ASSUMPTIONS
 from rlhf_ray.planning.roles import CACHE_KEY, PlannedRole, longest_held, state_bytes
+from rlhf_ray.planning.stages.estimates import StageEstimate, stage_estimates, whole_run
+from rlhf_ray.planning.stages.table import as_values, assumed, stage_table, total_time
 from rlhf_ray.planning.suggestions import Layout, layout_table, overrides
-from rlhf_ray.planning.throughput import TimeEstimate, middle, save_seconds
+from rlhf_ray.planning.throughput import SECONDS_PER_DAY, TimeEstimate, middle, save_seconds
 from rlhf_ray.planning.trainings import planned_training, trained_parts
 
 WIDTH = 100
@@ -24,10 +24,12 @@ WIDTH = 100
 
 def as_text(plan: Plan, changes: list[Change], layouts: list[Layout] | None = None) -> str:
     """Return the plan as text, its answer first; no layouts: they were not searched."""
+    stages = stage_estimates(plan)
     lines = [
         *_verdict(plan, changes),
-        *_days(plan),
+        *_days(plan, stages),
         *_run(plan.config),
+        *stage_table(stages, WIDTH),
         *([] if layouts is None else layout_table(layouts, WIDTH)),
         *_roles(plan.config),
         *_models(plan),
@@ -36,6 +38,7 @@ def as_text(plan: Plan, changes: list[Change], layouts: list[Layout] | None = No
         *_placement(plan),
         *_order(plan),
         *_time(plan),
+        *_assumptions(assumed(stages)),
         *_notes(plan),
     ]
     return "\n".join(lines).rstrip()
@@ -46,6 +49,9 @@ def as_json(
 ) -> dict[str, object]:
     """Return the plan as JSON values; names that end in ``_gb`` are in 10^9 bytes."""
     config, time, stages = plan.config, plan.time, plan.config.run.stages
+    estimates = stage_estimates(plan)
+    total = whole_run(estimates)
+    days = total.seconds and [each / SECONDS_PER_DAY for each in total.seconds]
     return {
         "fits": plan.fits,
         "reasons": [_reason(shortage, changes) for shortage in plan.shortages],
@@ -62,13 +68,15 @@ def as_json(
         "bytes_per_sync": plan.bytes_per_sync,
         "bytes_per_commit": round(state_bytes(config, plan.models)) if "ppo" in stages else 0,
         "seconds_per_commit": list(save_seconds(config, plan.models)) if "ppo" in stages else None,
-        "days": middle(time.days) if _has_days(time) else None,
-        "days_range": list(time.days) if _has_days(time) else None,
+        "days": days and sum(days) / 2,
+        "days_range": days,
+        "stage_estimates": [as_values(each) for each in estimates],
+        "whole_run": as_values(total),
         "idle_gpu_hours": time.idle_gpu_hours if time else None,
         "confirmed_by": plan.confirmed_by,
         "layouts": [_layout(layout) for layout in layouts or ()],
         "sequences_per_generator": plan.sequences,
-        "assumptions": [*plan.assumptions, *_time_assumptions(plan)],
+        "assumptions": [*plan.assumptions, *assumed(estimates)],
         "cluster": [
             dataclasses.asdict(node) | {"labels": dict(node.labels)} for node in plan.nodes
         ],
@@ -125,11 +133,6 @@ def _layout(layout: Layout) -> dict[str, object]:
 
 def _all(time: TimeEstimate) -> dict[str, tuple[float, float]]:
     return {**time.phases, "total": time.iteration}
-
-
-def _has_days(time: TimeEstimate | None) -> TypeGuard[TimeEstimate]:
-    """Return whether a time is known: not of prepare, nor of epochs over uncounted rows."""
-    return time is not None and time.days[1] > 0
 
 
 def _roles(config: Config) -> Iterator[str]:
@@ -279,44 +282,31 @@ def _rows(cells: list[str]) -> Iterator[str]:
 
 def _time(plan: Plan) -> Iterator[str]:
     config, time = plan.config, plan.time
-    if not _has_days(time):
+    if time is None:
         return
     yield ""
-    if time.phases:
-        yield f"{'phase':<10}{'seconds of an iteration':>25}"
-        for name, (best, worst) in _all(time).items():
-            yield f"{name:<10}{f'{best:,.1f} to {worst:,.1f}':>25}"
-        yield f"bytes of the adapter sent to each generator: {plan.bytes_per_sync:,}"
-        size, seconds = state_bytes(config, plan.models), save_seconds(config, plan.models)
-        took = f"{seconds[0]:,.2g} to {seconds[1]:,.2g} s"
-        yield f"bytes of a commit: {size:,.0f}, written beside the next iteration in {took}"
-        yield f"idle GPU-hours of this layout: {time.idle_gpu_hours:,.0f}"
-    yield "assumptions, at best and at worst:"
-    yield from (f"  {assumption}" for assumption in _time_assumptions(plan))
+    yield f"{'phase':<10}{'seconds of an iteration':>25}"
+    for name, (best, worst) in _all(time).items():
+        yield f"{name:<10}{f'{best:,.1f} to {worst:,.1f}':>25}"
+    yield f"bytes of the adapter sent to each generator: {plan.bytes_per_sync:,}"
+    size, seconds = state_bytes(config, plan.models), save_seconds(config, plan.models)
+    took = f"{seconds[0]:,.2g} to {seconds[1]:,.2g} s"
+    yield f"bytes of a commit: {size:,.0f}, written beside the next iteration in {took}"
+    yield f"idle GPU-hours of this layout: {time.idle_gpu_hours:,.0f}"
 
 
-def _days(plan: Plan) -> Iterator[str]:
-    if plan.time is None:
-        return
-    best, worst = plan.time.days
-    if not _has_days(plan.time):
-        yield "time of the run: not known"
-    elif best < 0.1:
-        yield f"hours of the run: {24 * best:.2g} to {24 * worst:.2g}"
-    else:
-        yield f"days of the run: {best:,.2f} to {worst:,.2f}"
-    if worst and plan.confirmed_by is None:
-        yield "predicted, and confirmed by no GPU: rlhf-ray rehearse measures it on the cluster"
+def _days(plan: Plan, stages: Sequence[StageEstimate]) -> Iterator[str]:
+    yield total_time(stages)
+    if plan.confirmed_by is None and any(stage.seconds and stage.on_gpu for stage in stages):
+        measured = ": rlhf-ray rehearse measures it on the cluster" if plan.time else ""
+        yield f"predicted, and confirmed by no GPU{measured}"
 
 
-def _time_assumptions(plan: Plan) -> list[str]:
-    if not _has_days(plan.time):
-        return []
-    return [
-        f"{name}: {best:g} to {worst:g}"
-        for name, (best, worst) in ASSUMPTIONS.items()
-        if plan.time.phases or name.startswith("learners")
-    ]
+def _assumptions(listed: Sequence[str]) -> Iterator[str]:
+    if listed:
+        yield ""
+        yield "assumptions, at best and at worst:"
+        yield from (f"  {assumption}" for assumption in listed)
 
 
 def _notes(plan: Plan) -> Iterator[str]:

@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
 from rlhf_ray.observability.phases import LIMIT
-from rlhf_ray.placement.hardware import GpuKind
 from rlhf_ray.planning.memory import BYTES, Shape
 from rlhf_ray.planning.role_times import (
     ASSUMPTIONS,
     WORKING_PHASES,
     Range,
     as_range,
-    learners_mfu,
     longest_shard,
     role_seconds,
 )
 from rlhf_ray.planning.roles import PlannedRole, Setting, state_bytes
 from rlhf_ray.planning.shapes import Models
-from rlhf_ray.planning.trainings import section, tokens_per_step, trained_parts
 
 Sharing = Collection[Collection[PlannedRole]]
 """For each GPU, the role of each worker on it."""
@@ -36,13 +33,13 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Predicted seconds of an iteration, and days of the run."""
+    """Predicted seconds of an iteration of PPO, and the days of all of them."""
 
     phases: Mapping[str, Range]
     """Phase -> seconds of an iteration, named like the metrics ``timing_s/...``. A run spends
     ``turns`` (sleep and wake) within its phases ``score`` and ``sync``."""
     days: Range
-    """Days of PPO, and of supervised stages with a given number of steps; without evaluations."""
+    """Days of PPO's iterations; without evaluations."""
     idle_gpu_hours: float
     """Hours that GPUs of PPO are idle, because no role on them works; at the range's midpoint."""
     is_ahead: bool = False
@@ -60,22 +57,17 @@ def middle(ends: Range) -> float:
 
 
 def estimate_time(setting: Setting, sharing: Sharing) -> TimeEstimate | None:
-    """Estimate the time of a run; None where the speed of a GPU is unknown."""
+    """Estimate the time of PPO; None where the speed of a GPU is unknown."""
     kinds = [kind for kind in setting.kinds.values() if kind is not None and kind.bf16_tflops]
     if not kinds or len(kinds) < len(setting.kinds):
         return None
     config = setting.config
-    phases = _phases(setting, sharing) if "ppo" in config.run.stages else {}
+    phases = _phases(setting, sharing)
     is_ahead = config.ppo.max_staleness > 0 and not any(_is_shared(held) for held in sharing)
     iteration = _iteration(phases, is_ahead=is_ahead)
-    slowest = min(kinds, key=lambda kind: kind.bf16_tflops)
-    supervised = [_supervised(setting, slowest, end) for end in (0, 1)]
-    best, worst = (
-        (supervised[end] + config.ppo.iterations * iteration[end]) / SECONDS_PER_DAY
-        for end in (0, 1)
-    )
+    days = as_range(config.ppo.iterations * each / SECONDS_PER_DAY for each in iteration)
     idle = sum(idle_seconds(held, phases, is_ahead=is_ahead) for held in sharing)
-    return TimeEstimate(phases, (best, worst), idle * config.ppo.iterations / 3600, is_ahead)
+    return TimeEstimate(phases, days, idle * config.ppo.iterations / 3600, is_ahead)
 
 
 def _is_shared(held: Collection[PlannedRole]) -> bool:
@@ -172,22 +164,6 @@ def _moved_bytes(sharing: Sharing) -> float:
             weights = sum(r.parts["weights"] for r in held if COLOCATED_GROUPS.get(r.role) == side)
             largest[side] = max(largest[side], weights)
     return 2 * sum(largest.values())
-
-
-def _supervised(setting: Setting, kind: GpuKind, end: int) -> float:
-    """Return the seconds of the supervised stages in sequence; stages with epochs are left out."""
-    config, seconds = setting.config, 0.0
-    for part in trained_parts(config, setting.models):
-        if part.role in ("policy", "critic"):
-            continue
-        settings = section(config, part)
-        if settings.epochs is not None:
-            continue
-        passes = (6 if part.lora is None else 4) + 2 * settings.gradient_checkpointing
-        operations = passes * tokens_per_step(config, part) * part.shape.size.parameters
-        rate = settings.train_workers * kind.bf16_tflops * 1e12 * learners_mfu(config, end)
-        seconds += settings.steps * operations / rate
-    return seconds
 
 
 _BUSY: dict[str, tuple[str, ...]] = {

@@ -109,7 +109,7 @@ def section(config: Config, part: Trained) -> SupervisedConfig:
 def tokens_per_step(config: Config, part: Trained) -> int:
     """Return the tokens of the global batch, with every sequence at full length."""
     settings = section(config, part)
-    return settings.batch_size * _sequences(config, part) * _length(config, part)
+    return settings.batch_size * sequences_of_row(config, part) * tokens_of_sequence(config, part)
 
 
 def unknown_extents(config: Config, models: Models) -> list[str]:
@@ -119,10 +119,6 @@ def unknown_extents(config: Config, models: Models) -> list[str]:
         if part.unfreeze and part.model.folder is None:
             notes.append(
                 f"{part.stage}.unfreeze: {part.model.path} is not here; all its weights are counted"
-            )
-        if part.role not in ("policy", "critic") and section(config, part).epochs is not None:
-            notes.append(
-                f"{part.stage}.epochs: its rows are not known yet, so its days are not included"
             )
     if "ppo" in config.run.stages and (most := config.ppo.filter_groups.max_refills):
         notes.append(
@@ -174,24 +170,25 @@ def _logits(config: Config, part: Trained, micro: Pass) -> float:
 
 
 def _micro_batch(config: Config, part: Trained) -> Pass:
-    settings, length = section(config, part), _length(config, part)
+    settings, length = section(config, part), tokens_of_sequence(config, part)
     accumulated = settings.trainer.get("gradient_accumulation_steps", 1)
     rows = max(1, settings.batch_size // (settings.train_workers * accumulated))
     return Pass(
-        tokens=rows * _sequences(config, part) * length,
+        tokens=rows * sequences_of_row(config, part) * length,
         length=length,
         num_bytes=BYTES[config.model.dtype],
         recomputes=settings.gradient_checkpointing,
     )
 
 
-def _sequences(config: Config, part: Trained) -> int:
+def sequences_of_row(config: Config, part: Trained) -> int:
     """Return the sequences of one row: two for a pair."""
     is_pair = part.stage == "dpo" or (part.stage == "reward" and config.reward.loss == "pairwise")
     return 2 if is_pair else 1
 
 
-def _length(config: Config, part: Trained) -> int:
+def tokens_of_sequence(config: Config, part: Trained) -> int:
+    """Return the tokens of the longest sequence, or of a packed block."""
     return getattr(section(config, part), "block_size", config.model.max_length)
 
 

@@ -190,8 +190,7 @@ def test_people_read_a_table_of_100_columns() -> None:
     plan = planned("models/qwen3_8b.yaml", "8xA100-80GB")
     text = as_text(plan, [], best_layouts(plan))
     table = text.split("\nlayout, as predicted", 1)[1].split("\n\n", 1)[0].splitlines()
-    assert table[0].split() == ["days", "of", "the", "run", "GPU-hours", "GPUs", "free", "GB", "a",
-                                "GPU"]  # fmt: skip
+    assert table[0].split() == ["days", "of", "PPO", "GPU-hours", "GPUs", "free", "GB", "a", "GPU"]
     assert table[1].startswith("as configured ")
     assert table[2].startswith("1 ")
     assert max(map(len, table)) <= 100

@@ -1,0 +1,95 @@
+"""Bytes that a stage writes to run.dir: those that stay, and the most at a time."""
+
+from dataclasses import dataclass
+
+from rlhf_ray.config import Config
+from rlhf_ray.planning.memory import ADAM_BYTES, BYTES
+from rlhf_ray.planning.role_times import ASSUMPTIONS, Range, as_range
+from rlhf_ray.planning.roles import state_bytes
+from rlhf_ray.planning.shapes import Models
+from rlhf_ray.planning.stages.hours import is_packed
+from rlhf_ray.planning.trainings import Trained, section, tokens_per_step
+
+KEPT = "prepare, bytes of the sets for one of the dump's XML"
+WRITTEN = "prepare, bytes while it runs for one of the dump's XML"
+
+TEXT = 5.0
+"""Bytes of a token's text as JSON: four of English (OpenAI's rule of thumb), one of escapes."""
+TOKEN = 4.0
+"""Bytes of a token's id in a tokenised data set."""
+ROLLOUT_TOKEN = 8 + 4 * 4 + TEXT
+"""Bytes of a token of a kept batch: its id, four fp32 numbers, its text."""
+RECORDS = 5.9e3
+"""Bytes of an iteration in metrics and trace (measured: 59 MB of 10,000 iterations)."""
+COMPLETIONS = 4
+"""Samples of an iteration whose texts are recorded."""
+WARNED = 5
+"""Most batches kept because a guard warned of them."""
+REPORT = 5e5
+"""Bytes of a report (measured, 10,000 iterations)."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes in run.dir."""
+
+    kept: Range
+    """What stays when the stage is done."""
+    peak: Range
+    """The most while it runs, what stays included."""
+
+
+def prepare_disk(config: Config, num_bytes: float) -> Disk:
+    """Return the bytes of prepare, whose dump has ``num_bytes`` of XML.
+
+    Of a .7z it unpacks a copy and deletes it; a synthetic dump stays.
+    """
+    synthetic = config.prepare.posts is None and config.prepare.posts_gb is None
+    kept, written = (
+        as_range(num_bytes * (share + synthetic) for share in ASSUMPTIONS[name])
+        for name in (KEPT, WRITTEN)
+    )
+    copy = num_bytes * is_packed(config)
+    return Disk(kept, (written[0] + copy, written[1] + copy))
+
+
+def training_disk(config: Config, part: Trained, steps: int | None) -> Disk:
+    """Return the bytes of a supervised stage: models, two checkpoints, tokens of its rows.
+
+    The Trainer writes a checkpoint before it deletes the one before; checkpoints and tokens go when
+    the stage is done. Without ``steps`` the tokens are not known and left out.
+    """
+    trained, size = part.trainable, part.shape.size.parameters
+    whole = size * BYTES[config.model.dtype]
+    kept = whole if part.lora is None else BYTES["float32"] * trained
+    if part.stage == "sft" and part.lora is not None:
+        kept += whole  # the adapter, merged
+    weights = BYTES["float32"] * (size if part.lora is None else trained)
+    passes = max(1.0, section(config, part).epochs or 1.0)
+    tokens = (steps or 0) / passes * tokens_per_step(config, part)
+    peak = kept + 2 * (weights + ADAM_BYTES * trained) + TOKEN * tokens
+    return Disk((kept, kept), (peak, peak))
+
+
+def ppo_disk(config: Config, models: Models) -> Disk:
+    """Return the bytes of PPO: commits, kept batches with the commit before each, records."""
+    ppo, state = config.ppo, state_bytes(config, models)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+    batch = state + ppo.batch_size * longest * ROLLOUT_TOKEN
+    commits = (max(2, ppo.keep_checkpoints) + 1) * state  # and the best one
+    records = ppo.iterations * (RECORDS + COMPLETIONS * longest * TEXT)
+    at_least, at_most = {
+        "none": (0, 0),
+        "warned": (0, WARNED),
+        "last": (1, 1 + WARNED),
+        "all": (ppo.iterations, ppo.iterations),
+    }[config.run.keep_batches]
+    best, worst = (commits + records + number * batch for number in (at_least, at_most))
+    return Disk((best, worst), (best + state, worst + state))
+
+
+def comparison_disk(config: Config, num_models: int) -> Disk:
+    """Return the bytes of evaluate: each model's answers."""
+    longest = config.rollout.max_prompt_tokens + num_models * config.rollout.max_tokens
+    size = config.evaluate.num_prompts * longest * TEXT
+    return Disk((size, size), (size, size))
