@@ -266,7 +266,7 @@ def _order(plan: Plan) -> Iterator[str]:
         listed = ", ".join(f"{role.role} {role.workers} x {role.gpus:g}" for role in asked)
         yield f"  {what:<12}{listed}"
     if cache := plan.config.rollout.engine_args.get(CACHE_KEY):
-        yield (
+        yield _wrapped(
             f"  a generator reserves {gb(cache)} of KV cache and measures no free memory, so roles "
             "on its GPU may load before, beside or after it"
         )
