@@ -81,15 +81,7 @@ def as_json(
             dataclasses.asdict(node) | {"labels": dict(node.labels)} for node in plan.nodes
         ],
         "config": config.model_dump(mode="json"),
-        "models": [
-            {
-                "key": model.key,
-                "path": model.path,
-                "parameters": model.shape.size.parameters,
-                "weights_bytes": weights_bytes(model.shape.size, config.model.dtype),
-            }
-            for model in plan.models.distinct
-        ],
+        "models": _model_values(plan),
         "trainings": [
             dataclasses.asdict(planned_training(config, part))
             for part in trained_parts(config, plan.models)
@@ -97,6 +89,18 @@ def as_json(
         "stages": list(stages),
         "folder": str(Path(config.run.dir).absolute()),
     }
+
+
+def _model_values(plan: Plan) -> list[dict[str, object]]:
+    return [
+        {
+            "key": model.key,
+            "path": model.path,
+            "parameters": model.shape.size.parameters,
+            "weights_bytes": weights_bytes(model.shape.size, plan.config.model.dtype),
+        }
+        for model in plan.models.distinct
+    ]
 
 
 def _held(config: Config) -> list[dict[str, object]]:
