@@ -24,9 +24,9 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.isolation import isolate_texts
 from rlhf_ray.models.tokenizers import load_tokenizer
-from rlhf_ray.runs.datasets import user_rows
+from rlhf_ray.runs.datasets import prepared_rows, user_rows
 from rlhf_ray.runs.folder import RunFolder
-from rlhf_ray.stages.supervised.launcher import run_training
+from rlhf_ray.stages.supervised.launcher import run_training, tokenised
 from rlhf_ray.stages.supervised.pairs import padded_texts
 from rlhf_ray.stages.supervised.trainer import Trained
 from rlhf_ray.stages.supervised.training import (
@@ -100,7 +100,7 @@ def text_rows(config: Config, stage: Literal["pretrain", "sft"]) -> StoredRows:
     """
     if getattr(config.data, stage) is not None:
         return user_rows(config, stage, stage)
-    return StoredRows(RunFolder(config).rows("finetune"))
+    return prepared_rows(RunFolder(config), "finetune")
 
 
 def packed_blocks(
@@ -176,14 +176,19 @@ def train_on_texts(
     The summary has the held-out loss (nats a token) and perplexity, exp(loss), before and after.
     """
     name, config = training.name, training.config
-    renderer = Renderer(load_tokenizer(training.base, config.model), config.template)
-    load, share = partial(load, renderer=renderer), config.data.max_bad_share
-    try_sample(rows, load, share, f"{name}'s texts")
-    documents, counts = load(rows, max_bad_share=share, name=f"{name}'s texts")
-    num_held_out = _num_held_out(documents)
-    train, drawn = split_groups(documents["group"][:], num_held_out, config.run.seed)
-    ordered = documents.select([*train, *drawn])
-    blocks = packed_blocks(name, ordered, training.settings, training.pad_id, len(drawn))
+
+    def build() -> tuple[dict[str, Dataset], Counts]:
+        renderer = Renderer(load_tokenizer(training.base, config.model), config.template)
+        load_with, share = partial(load, renderer=renderer), config.data.max_bad_share
+        try_sample(rows, load_with, share, f"{name}'s texts")
+        documents, counts = load_with(rows, max_bad_share=share, name=f"{name}'s texts")
+        num_held_out = _num_held_out(documents)
+        train, drawn = split_groups(documents["group"][:], num_held_out, config.run.seed)
+        ordered = documents.select([*train, *drawn])
+        settings, pad_id = training.settings, training.pad_id
+        return packed_blocks(name, ordered, settings, pad_id, len(drawn)), counts
+
+    blocks, counts = tokenised(training, rows.digest, build)
     trained = run_training(training, blocks)
     held_out = {
         f"{key}_{when}": numbers[key]

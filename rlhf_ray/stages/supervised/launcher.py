@@ -1,21 +1,25 @@
 """Runs a supervised stage from the driver: in Ray Train's TorchTrainer, or inline."""
 
+import hashlib
+import json
 import math
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 
 from rlhf_ray import interruption
 from rlhf_ray.config import Config
-from rlhf_ray.disk import unwritable_is_an_error
+from rlhf_ray.data.rendering.tokens import tokenizer_state
+from rlhf_ray.disk import DAMAGE, unwritable_is_an_error, write_atomically
 from rlhf_ray.models import folders
+from rlhf_ray.models.tokenizers import load_tokenizer
 from rlhf_ray.models.trainable import parameter_table
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
@@ -26,9 +30,12 @@ from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.arguments import refuse_unknown_arguments
 from rlhf_ray.stages.supervised.ray_train import num_threads, train_on_ray
 from rlhf_ray.stages.supervised.trainer import Trained, train
-from rlhf_ray.stages.supervised.training import TRAIN, Training
+from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN, Training
 
 T = TypeVar("T", bound=Training)
+
+_STORED = "stored.json"
+"""File beside the tokenised parts that a resumed stage takes: their digest and counts."""
 
 FOLLOW_INTERVAL_S = 0.5
 """Seconds between two reads of the metrics that the training processes write."""
@@ -60,6 +67,58 @@ def with_steps(training: Training, num_rows: int) -> Training:
     return replace(training, config=config)
 
 
+def tokenised(
+    training: Training,
+    rows_digest: str,
+    build: Callable[[], tuple[Mapping[str, Dataset], Mapping[str, Any]]],
+) -> tuple[Mapping[str, Dataset], Mapping[str, Any]]:
+    """Return a stage's tokenised parts and counts: those stored before, if the same would be built.
+
+    A run that was killed so tokenises nothing again when it resumes.
+
+    Args:
+        training: the stage.
+        rows_digest: of the rows; empty where it is not known, and nothing is stored then.
+        build: tokenises the rows.
+
+    Raises:
+        RlhfError: what ``build`` raises.
+        ConfigError: the folder cannot be written.
+    """
+    config, notes = training.config, training.data / _STORED
+    given = [
+        rows_digest,
+        tokenizer_state(load_tokenizer(training.base, training.model_settings)),
+        config.template.model_dump_json(),
+        config.data.model_dump_json(include={"overlong", "max_bad_share"}),
+        training.settings.model_dump_json(),
+        (config.model.max_length, config.run.seed),
+    ]
+    digest = hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
+    try:
+        stored = json.loads(notes.read_text(encoding="utf-8"))
+        if rows_digest and stored["digest"] == digest:
+            parts = {part: training.load_data(part) for part in (TRAIN, HELD_OUT)}
+            return parts, stored["counts"]
+    except (*DAMAGE, OSError):  # nothing is stored, or not whole
+        pass
+    with unwritable_is_an_error(training.data):
+        shutil.rmtree(training.data, ignore_errors=True)
+    data, counts = build()
+    if rows_digest:
+        with unwritable_is_an_error(training.data):
+            _save(training, data)
+        # Last: what has this file is whole.
+        write_atomically(notes, json.dumps({"digest": digest, "counts": counts}))
+    return data, counts
+
+
+def _save(training: Training, data: Mapping[str, Dataset]) -> None:
+    shutil.rmtree(training.data, ignore_errors=True)
+    for split, rows in data.items():
+        rows.save_to_disk(str(training.data / split))
+
+
 def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
     """Train one stage to its end, with progress; remove its tokenised data and checkpoints then.
 
@@ -75,9 +134,8 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
     with unwritable_is_an_error(training.data):
         # First: a stage that has a summary counts as finished, also if it is killed from here on.
         summary.unlink(missing_ok=True)
-        shutil.rmtree(training.data, ignore_errors=True)
-        for split, rows in data.items():
-            rows.save_to_disk(str(training.data / split))
+        if not (training.data / _STORED).is_file():
+            _save(training, data)
     training = with_steps(training, len(data[TRAIN]))
     done = training.cut_records()
     progress = Progress(training.config.run.stages)

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,9 +28,10 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import loading
 from rlhf_ray.models.token_logprobs import position_ids
-from rlhf_ray.runs.datasets import user_rows
+from rlhf_ray.runs.datasets import prepared_rows, user_rows
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.ai_labels import ai_labelled_rows
+from rlhf_ray.stages.supervised.launcher import tokenised
 from rlhf_ray.stages.supervised.training import (
     HELD_OUT,
     HELD_OUT_LOSS,
@@ -93,14 +95,31 @@ def padded_texts(token_lists: Sequence[Sequence[int]], pad_id: int) -> dict[str,
     }
 
 
-def load_training_pairs(training: PairTraining) -> tuple[dict[str, Dataset], dict[str, Counts]]:
+def load_training_pairs(
+    training: PairTraining,
+) -> tuple[Mapping[str, Dataset], Mapping[str, Counts]]:
     """Load tokenised pairs to train on and held out, and the counts of the rows read for each.
 
     Raises:
         DataError: no rows, or too many that cannot be used.
     """
     rows, what = _pair_rows(training), f"{training.name}'s pairs"
-    return load_parts(rows, load_pairs, training.config, training.base, what)
+    return load_stage_parts(training, rows, load_pairs, what)
+
+
+def load_stage_parts(
+    training: Training,
+    parts: Mapping[str, StoredRows],
+    load: Callable[..., tuple[Dataset, Counts]],
+    what: str,
+) -> tuple[Mapping[str, Dataset], Mapping[str, Counts]]:
+    """Tokenise a stage's parts as `load_parts`, or take those that it stored before."""
+    config = training.config
+    return tokenised(
+        training,
+        parts[TRAIN].digest,
+        lambda: load_parts(parts, load, config, training.base, what),
+    )
 
 
 def load_parts(
@@ -141,8 +160,9 @@ def _pair_rows(training: PairTraining) -> dict[str, StoredRows]:
     seed = config.run.seed
     if config.data.preferences is None:
         run_folder = RunFolder(config)
-        train_rows, held_out = run_folder.rows("reward"), run_folder.rows("evaluation")
-        return _limited(StoredRows(train_rows), held_out, settings, seed)
+        train, held_out = (prepared_rows(run_folder, name) for name in ("reward", "evaluation"))
+        both = replace(train, digest=train.digest + held_out.digest)
+        return _limited(both, held_out.table, settings, seed)
     if settings.judge is not None:
         loaded = ai_labelled_rows(config, training.name, settings.judge)
     else:
@@ -166,7 +186,7 @@ def split_rows(loaded: StoredRows, settings: PairsConfig, seed: int) -> dict[str
     stored: Any = rows  # datasets types a row as a dict or a list
     groups = [prompt_group(unpack_row(row)) for row in stored]
     train, held_out = split_groups(groups, num_held_out, seed)
-    train_rows = StoredRows(rows.select(train), loaded.skipped)
+    train_rows = replace(loaded, table=rows.select(train))
     return _limited(train_rows, rows.select(held_out), settings, seed)
 
 
@@ -180,7 +200,7 @@ def _limited(
         # They still count as good rows: max_bad_share is a share of the whole set.
         skipped.append(SkippedRows("over_max_pairs", is_bad=False, num=num_left_out))
     return {
-        TRAIN: StoredRows(chosen, skipped),
+        TRAIN: StoredRows(chosen, skipped, train_rows.digest),
         HELD_OUT: StoredRows(_at_most(held_out, settings.eval_rows, seed)),
     }
 

@@ -1,7 +1,7 @@
 """Stage reward: a reward model learns which answers people preferred, or how they rated each."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -26,7 +26,7 @@ from rlhf_ray.stages.supervised.pairs import (
     CHOSEN,
     REJECTED,
     PairTraining,
-    load_parts,
+    load_stage_parts,
     load_training_pairs,
     padded_texts,
     split_rows,
@@ -184,13 +184,15 @@ def _train(folder: RunFolder) -> dict[str, object]:
     }
 
 
-def _load_ratings(training: RatedRewardTraining) -> tuple[dict[str, Dataset], dict[str, Counts]]:
+def _load_ratings(
+    training: RatedRewardTraining,
+) -> tuple[Mapping[str, Dataset], Mapping[str, Counts]]:
     """Load tokenised rows to train on and held out, and the counts of the rows read for each."""
     config, column = training.config, TARGETS[training.loss]
     rows = user_rows(config, "preferences", "ratings")
     parts = split_rows(rows, config.reward, config.run.seed)
     load = partial(load_ratings, target_column=column)
-    ratings, counts = load_parts(parts, load, config, training.base, "reward's rated answers")
+    ratings, counts = load_stage_parts(training, parts, load, "reward's rated answers")
     if len(set(ratings[HELD_OUT]["target"])) < 2:
         raise DataError(
             f"reward.loss {training.loss}: all {len(ratings[HELD_OUT])} held-out rows of "

@@ -10,6 +10,7 @@ import torch
 
 from rlhf_ray import disk, interruption
 from rlhf_ray.config import Config
+from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import ConfigError, DivergenceError
 from rlhf_ray.models import loading
 from rlhf_ray.runs.folder import RunFolder
@@ -57,11 +58,15 @@ def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
+def refuse(*_: object) -> None:
+    raise AssertionError("tokenised again")
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
 def test_a_killed_stage_resumes_and_ends_as_if_never_killed(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """Killed after step 4, last saved at step 3: the same weights and the same curve follow."""
+    """Killed after step 4, saved at step 3: the same weights and curve; nothing is tokenised."""
     run = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward_model.run}[stage]
     few = {stage: {"steps": 6, "trainer": {"save_steps": 3}}}
     whole, killed = make_run("whole", **few), make_run("killed", **few)
@@ -76,7 +81,9 @@ def test_a_killed_stage_resumes_and_ends_as_if_never_killed(
         with pytest.raises(Killed):
             run(killed)
     assert RunFolder(killed).summary(stage) is None
-    summary = run(killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(Renderer, "tokenize", refuse)
+        summary = run(killed)
     assert summary | {"seconds": 0} == expected_summary | {"seconds": 0}
     curves = [
         (Path(config.run.dir) / stage / "metrics.jsonl").read_text() for config in (whole, killed)
