@@ -178,8 +178,14 @@ def restored_gpus() -> Iterator[None]:
 
 
 def this_machine() -> Node:
-    """Return this machine as a node; its kind of GPU is found by name and memory."""
-    import torch
+    """Return this machine as a node; its kind of GPU is found by name and memory.
+
+    Without PyTorch, which every stage on GPUs needs, it has none.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return Node("this machine", 0)
 
     count = torch.cuda.device_count()
     if not count:

@@ -1,0 +1,62 @@
+"""Planning, submitting and watching runs elsewhere needs no library that trains or samples."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+HEAVY = ("torch", "deepspeed", "vllm", "transformers", "peft")
+
+BLOCKED = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY}:
+            raise ModuleNotFoundError("blocked: " + name, name=name)
+
+sys.meta_path.insert(0, Blocked())
+from rlhf_ray.cli import main
+main()
+"""
+NOBODY = ["--address", "http://127.0.0.1:9"]
+"""A port where no dashboard answers: the command gets as far as asking it."""
+
+
+def client(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BLOCKED, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", str(CONFIGS / "quickstart.yaml")], "It fits."),
+        (["plan", str(CONFIGS / "stackllama/sft.yaml"), "--cluster", "8xA100-80GB"], "It fits."),
+        (["dashboards", "--out", "files"], "prometheus"),
+        (["init", "quickstart"], "quickstart.yaml"),
+        (["submit", str(CONFIGS / "quickstart.yaml"), "run.dir=/shared/q", "--dry-run"], "MB"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else "",
+)
+def test_commands_of_this_machine_load_nothing_that_trains(
+    tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    done = client(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["status", "a"], ["logs", "a"], ["stop", "a"], ["scale", "a", "--generators", "2"]],
+    ids=lambda given: given[0],
+)
+def test_commands_of_a_cluster_load_nothing_that_trains(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    done = client(tmp_path, *arguments, *NOBODY)
+    assert done.returncode == 1
+    assert "Nothing answers at http://127.0.0.1:9" in done.stderr
