@@ -121,6 +121,7 @@ class DataSource(Section):
         "folder saved by `datasets`, or the name of a dataset on the hub.",
     )
     name: str | None = fixed(None, description="Configuration of a dataset on the hub.")
+    data_dir: str | None = fixed(None, description="Folder within a dataset on the hub.")
     split: str = fixed(
         "train",
         description="Split of a dataset on the hub, of a saved folder, or of a folder whose files "
@@ -128,6 +129,11 @@ class DataSource(Section):
     )
     format: Format = fixed("auto", description="Row format; auto: detected from the columns.")
     columns: dict[str, str] = fixed({}, description="Our column name -> the column in the file.")
+    function: str | None = fixed(
+        None,
+        description="module:name or file.py:name of f(row) -> row or text, called with each row of "
+        "the file; what it returns takes the row's place.",
+    )
     weight: float | None = fixed(
         None,
         unit="–",
@@ -148,6 +154,13 @@ class DataSource(Section):
     @classmethod
     def _one_filter(cls, given: object) -> object:
         return given if is_list(given) else [given]
+
+    @field_validator("function")
+    @classmethod
+    def _is_a_function(cls, given: str | None) -> str | None:
+        if given is not None and ":" not in given:
+            raise ValueError(f"{given!r} must have the form module:name or file.py:name")
+        return given
 
 
 def _as_list(given: object) -> object:

@@ -68,12 +68,14 @@ class ReadOptions:
         use: what the rows are for.
         max_pairs: most pairs of one question; if there are more, they are drawn.
         seed: of that draw.
+        prepare: called with each row of the dataset, and returns it with our columns.
     """
 
     name: str
     use: Use
     max_pairs: int
     seed: int
+    prepare: Callable[[Row], Row] = dict
 
     @property
     def needs_answer(self) -> bool:
@@ -128,6 +130,7 @@ def _convert_each(
 ) -> Iterator[Row | SkippedRows]:
     for row in rows:
         try:
+            row = options.prepare(row)
             require_readable(row)
             yield from converter(row, options)
         except BadRow as bad:

@@ -146,7 +146,13 @@ def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
 def _read_hub(source: DataSource) -> Iterator[RawRow]:
     try:
         HfApi().dataset_info(source.path, timeout=20)
-        rows = datasets.load_dataset(source.path, source.name, split=source.split, streaming=True)
+        rows = datasets.load_dataset(
+            source.path,
+            source.name,
+            data_dir=source.data_dir,
+            split=source.split,
+            streaming=True,
+        )
         yield from rows  # type: ignore[misc]  (rows of a streamed split are mappings)
     except Exception as error:  # the hub's HTTP client raises errors of its own
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 
 from rlhf_ray.config.data import DataSource
+from rlhf_ray.config.section import is_mapping
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
 from rlhf_ray.data.reading.filters import Predicate, build_predicate
 from rlhf_ray.data.reading.formats import ReadOptions, Use, convert, detect_format
@@ -14,6 +15,7 @@ from rlhf_ray.data.reading.hub_layouts import in_our_names
 from rlhf_ray.data.reading.readers import read_rows
 from rlhf_ray.data.reading.rows import SOURCE, Row, StoredRows, store_rows
 from rlhf_ray.errors import DataError
+from rlhf_ray.plugins import load_function
 
 
 def load_rows(
@@ -43,7 +45,9 @@ def load_rows(
     loaded = []
     for number, source in enumerate(sources):
         origin = {SOURCE: number} if len(sources) > 1 else {}
-        rows = _converted(source, ReadOptions(source.path, use, max_pairs, seed), on_row)
+        prepare = _preparation(source)
+        options = ReadOptions(source.path, use, max_pairs, seed, prepare)
+        rows = _converted(source, options, on_row)
         loaded.append(
             store_rows(row if isinstance(row, SkippedRows) else {**row, **origin} for row in rows)
         )
@@ -105,12 +109,14 @@ def _converted(
         raise DataError(
             f"{source.path} (split {source.split}) holds no rows; give a file with at least one"
         )
-    _check_columns(source, first)
-    renamed = (in_our_names(_renamed(source, row)) for row in chain([first], raw))
-    row_format = detect_format(list(in_our_names(_renamed(source, first))), source.format, options)
+    try:
+        columns = list(options.prepare(first))
+    except BadRow as bad:
+        raise DataError(f"{source.path}: in its first row {bad.explanation}") from bad
+    row_format = detect_format(columns, source.format, options)
     passes = build_predicate(source.filter, source.path)
     num_kept = 0
-    for row in convert(renamed, row_format, options):
+    for row in convert(chain([first], raw), row_format, options):
         if not isinstance(row, SkippedRows):
             row = _filtered(row, passes)
         if not isinstance(row, SkippedRows):
@@ -119,6 +125,43 @@ def _converted(
         num_kept += not isinstance(row, SkippedRows) or row.is_bad
         if num_kept == source.limit:
             return
+
+
+def _preparation(source: DataSource) -> Callable[[Row], Row]:
+    """Return what makes of a dataset's row one with our columns: the user's function, renaming.
+
+    It raises `BadRow` where the function fails.
+
+    Raises:
+        ConfigError: the function cannot be imported.
+    """
+    function = load_function(source.function, "function") if source.function else None
+    columns_are_known = False
+
+    def prepare(row: Row) -> Row:
+        nonlocal columns_are_known
+        if function is not None:
+            row = _returned(function, row)
+        if not columns_are_known:
+            _check_columns(source, row)
+            columns_are_known = True
+        return in_our_names(_renamed(source, row))
+
+    return prepare
+
+
+def _returned(function: Callable[[Row], object], row: Row) -> Row:
+    try:
+        made = function(row)
+    except Exception as error:  # a user's function may raise anything
+        failure = f"{type(error).__name__}: {error}"
+        raise BadRow("function_fails", f"the dataset's function fails: {failure}") from error
+    if isinstance(made, str):
+        return {"text": made}
+    if is_mapping(made):
+        return dict(made)
+    returned = f"the dataset's function returns {type(made).__name__}, expected a row or a text"
+    raise BadRow("function_fails", returned)
 
 
 def _filtered(row: Row, passes: Predicate) -> Row | SkippedRows:

@@ -123,15 +123,15 @@ def test_invalid_json_is_refused_before_the_whole_file_is_read(
 def test_a_data_set_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load_dataset(path: str, name: str, split: str, streaming: bool) -> Any:
-        asked.append((path, name, split, streaming))
+    def load_dataset(path: str, name: str, data_dir: str, split: str, streaming: bool) -> Any:
+        asked.append((path, name, data_dir, split, streaming))
         return iter(ROWS)
 
     monkeypatch.setattr(readers.datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(readers.HfApi, "dataset_info", lambda *_, **__: None)
-    rows = read_rows(source(path, name="small", split="test"))
+    rows = read_rows(source(path, name="small", data_dir="data/reward", split="test"))
     assert list(rows) == ROWS
-    assert asked == [(path, "small", "test", True)]
+    assert asked == [(path, "small", "data/reward", "test", True)]
 
 
 def test_a_folder_is_no_owner_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

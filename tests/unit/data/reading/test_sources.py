@@ -109,6 +109,49 @@ def test_a_row_on_which_a_filter_fails_is_counted(tmp_path: Path) -> None:
     assert (found, dropped) == (rows[:1], {"filter_fails": 2})
 
 
+FUNCTIONS = """
+def joined(row):
+    return {"prompt": f"{row['title']}: {row['body']}", "n": row["n"]}
+
+def text(row):
+    return row["title"]
+
+def nothing(row):
+    return None
+"""
+
+
+def test_a_function_makes_rows_of_what_a_file_holds(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    rows = [{"title": "a", "body": "b", "n": 1}, {"title": "c", "body": "d", "n": 2}, {"n": 3}]
+    path = write(tmp_path / "a.jsonl", rows)
+    source = {"path": path, "function": f"{tmp_path}/mine.py:joined", "columns": {"id": "n"}}
+    found, dropped = load(source)
+    assert [(row["prompt"], row["id"]) for row in found] == [("a: b", 1), ("c: d", 2)]
+    assert dropped == {"function_fails": 1}
+    source = {"path": path, "function": f"{tmp_path}/mine.py:text"}
+    texts, _ = load(source, use="pretrain")
+    assert [row["text"] for row in texts] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "says"),
+    [
+        ("nothing", DataError, "first row the dataset's function returns NoneType"),
+        ("missing", ConfigError, "has no function missing"),
+    ],
+)
+def test_a_function_that_cannot_serve_is_refused(
+    tmp_path: Path, function: str, error: type[Exception], says: str
+) -> None:
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    path = write(tmp_path / "a.jsonl", [{"title": "a", "body": "b", "n": 1}])
+    with pytest.raises(error, match=says):
+        load({"path": path, "function": f"{tmp_path}/mine.py:{function}"})
+    with pytest.raises(ConfigError, match="must have the form module:name"):
+        resolve({"data": {"prompts": {"path": path, "function": "joined"}}})
+
+
 def test_filters_come_before_the_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "x" * n, "n": n} for n in range(1, 9)])
     filters = [{"column": "prompt", "length": True, "op": ">", "value": 2}]
