@@ -31,7 +31,7 @@ from rlhf_ray.runs.quality import RowStats
 from rlhf_ray.types import Prompt
 
 RENDERED = "prompts"
-"""Folder in that of stage ppo for the prompts rendered so far; removed when the stage is done."""
+"""Folder in that of stage ppo for the prompts rendered so far; emptied when the stage is done."""
 
 
 def user_rows(
@@ -96,7 +96,7 @@ def ppo_prompts(
     They come from data.prompts, else from prepare's rl set. ``checks`` are as in `load_prompts`.
     Of a large set the counts are those of the rows read so far, and grow with them.
     """
-    load = partial(_load, config, tokenizer, checks)
+    load = partial(_load, config, folder, tokenizer, checks)
     store = folder.stage("ppo") / RENDERED
     if config.data.prompts is None:
         prompts, counts = load("prompts", prepared_rows(folder, "rl"), store)
@@ -121,7 +121,7 @@ def held_out_prompts(
 
     They are a sample of data.eval, else of what data.prompts holds out, else of prepare's set.
     """
-    load = partial(_load, config, tokenizer, checks)
+    load = partial(_load, config, folder, tokenizer, checks)
     if config.data.eval is not None:
         prompts, _ = load("eval", user_rows(config, "eval", "prompts"))
     elif config.data.prompts is not None:
@@ -157,6 +157,7 @@ def _split(
 
 def _load(
     config: Config,
+    folder: RunFolder,
     tokenizer: PreTrainedTokenizerBase,
     checks: Sequence[Check],
     name: str,
@@ -168,6 +169,7 @@ def _load(
 
     Args:
         config: the run's.
+        folder: of the run.
         tokenizer: of the policy.
         checks: as in `load_prompts`.
         name: the set, for messages.
@@ -183,13 +185,18 @@ def _load(
     )
     load, share = partial(load_prompts, **vars(rendering)), config.data.max_bad_share
     try_sample(rows, load, share, name)
-    if len(rows.table) <= LARGE:
+    if len(rows.table) <= LARGE or _is_older(folder):
         return load(rows, max_bad_share=share, name=name)
     if store is not None:
         store = store / _digest(config, tokenizer, rows)
     prompts = DrawnPrompts(rows, rendering, config.run.seed, share, name, part, store)
     prompts.reach(1)
     return prompts, prompts.counts
+
+
+def _is_older(folder: RunFolder) -> bool:
+    """Return whether PPO has begun without drawing large sets first: such a run keeps its order."""
+    return (folder.path / "checkpoints").is_dir() and not (folder.stage("ppo") / RENDERED).is_dir()
 
 
 def _digest(config: Config, tokenizer: PreTrainedTokenizerBase, rows: StoredRows) -> str:

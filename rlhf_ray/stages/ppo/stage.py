@@ -115,7 +115,8 @@ def _finish(folder: RunFolder, summary: dict[str, object]) -> dict[str, object]:
     policy = folder.path / "checkpoints" / "latest" / "policy"
     verify_names(str(policy), folder.config.model, is_lm=True)
     folder.write_summary("ppo", summary)
-    shutil.rmtree(folder.path / "ppo" / RENDERED, ignore_errors=True)
+    for rendered in (folder.path / "ppo" / RENDERED).glob("*"):
+        shutil.rmtree(rendered, ignore_errors=True)
     return summary
 
 

@@ -118,3 +118,24 @@ def test_a_large_set_is_rendered_as_far_as_it_is_drawn_and_never_twice(
     other = config.model_copy(update={"template": TemplateConfig(kind="question_answer")})
     prompts, *_ = ppo_prompts(other, folder, tokenizer, [read.append])
     assert prompts[0].text.startswith("Question: ")
+
+
+def test_a_run_that_had_begun_before_large_sets_were_drawn_first_keeps_its_order(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(config, *(f"q{n}" for n in range(200)))
+    words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    folder = RunFolder(config)
+
+    def taken() -> tuple[list[str], list[str]]:
+        prompts, held_out, _ = ppo_prompts(config, folder, tokenizer)
+        drawn = PromptCursor(prompts, 0).take(range(30))
+        return [prompt.text for prompt in drawn], [prompt.text for prompt in held_out]
+
+    before = taken()
+    monkeypatch.setattr(datasets, "LARGE", 50)
+    (folder.path / "checkpoints" / "7").mkdir(parents=True)
+    assert taken() == before
+    (folder.stage("ppo") / datasets.RENDERED).mkdir(parents=True)
+    assert taken() != before, "begun with sets drawn first, and done: what was rendered is gone"
