@@ -72,7 +72,7 @@ def status_of(cluster: JobCluster, run: str) -> dict[str, Any]:
 
 def wait_until(cluster: JobCluster, folder: Path, holds: Callable[[RunStatus], bool]) -> None:
     """Looks into the run's folder: asking the cluster all the time would slow the run."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480  # starts of two runs, on two cores that other tests share
     files = ControlFiles(folder)
     while not ((folder / "status.json").is_file() and holds(files.status())):
         if time.monotonic() > deadline:
