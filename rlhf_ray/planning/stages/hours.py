@@ -169,8 +169,12 @@ def report_seconds(config: Config) -> Range:
 
 
 def _share_of_length(config: Config, part: Trained, end: int) -> float:
-    is_packed = getattr(section(config, part), "packing", "none") != "none"
-    return 1.0 if is_packed else ASSUMPTIONS[UNPACKED][end]
+    return 1.0 if _packs_texts(section(config, part)) else ASSUMPTIONS[UNPACKED][end]
+
+
+def _packs_texts(settings: object) -> bool:
+    """Return whether a stage's section packs texts into blocks; pairs are never packed."""
+    return getattr(settings, "packing", "none") != "none"
 
 
 def _of_ends(seconds: Callable[[int], float]) -> Range:
@@ -187,6 +191,5 @@ def assumptions_of(config: Config, stage: str) -> tuple[str, ...]:
         return tuple(name for name in ASSUMPTIONS if not name.startswith(_OF_NO_ITERATION))
     if stage == "evaluate":
         return tuple(name for name in ASSUMPTIONS if name.startswith(_OF_EVALUATE))
-    is_packed = getattr(getattr(config, stage), "packing", "none") != "none"
-    its = (*_OF_TRAINING, *(() if is_packed else (UNPACKED,)))
+    its = (*_OF_TRAINING, *(() if _packs_texts(getattr(config, stage)) else (UNPACKED,)))
     return tuple(name for name in ASSUMPTIONS if name.startswith(its))
