@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from io import FileIO
 from pathlib import Path
 
@@ -22,6 +23,7 @@ PASSING = (*FULL, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 """Those that may pass by themselves: also the hiccups of a network's file system."""
 LEAST_FREE_BYTES = 2**20
 """Less free space than this counts as a full disk."""
+_large_files: ContextVar[Path | None] = ContextVar("_large_files", default=None)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -117,6 +119,21 @@ def temporary_folder() -> Path:
             f"{os.environ.get('TMPDIR', 'not set')}). Set TMPDIR to a folder of yours with free "
             "space"
         ) from error
+
+
+def large_files_folder() -> Path | None:
+    """Return the folder for temporary files that grow with the data; None: that of all others."""
+    return _large_files.get()
+
+
+@contextmanager
+def large_files_in(folder: Path) -> Iterator[None]:
+    """Have temporary files that grow with the data in another folder, within the block."""
+    before = _large_files.set(folder)
+    try:
+        yield
+    finally:
+        _large_files.reset(before)
 
 
 def private_name() -> str:

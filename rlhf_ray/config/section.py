@@ -22,7 +22,7 @@ PassThrough = dict[str, Any]
 MOST_PROCESSES = 100_000
 """Most processes of a role; the plan counts them one by one."""
 
-_PATHS = ("path", "dir", "posts", "instructions")
+_PATHS = ("path", "dir", "scratch", "posts", "instructions")
 """Names of keys that hold paths."""
 _FROM_HOME = (*_PATHS, "function", "advantage", "policy_loss", "tracking_uri", "models")
 """Names of keys, or of lists, whose text may begin with a path."""

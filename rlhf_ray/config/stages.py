@@ -145,6 +145,13 @@ class RunConfig(Section):
 
     name: str = changeable("run", min_length=1, description="Name of the run.")
     dir: str = changeable("", description="Folder of the run; default runs/<run.name>.")
+    scratch: str | None = changeable(
+        None,
+        min_length=1,
+        description="Local folder for large temporary files, which lie in a folder of the run's "
+        "own in it and are deleted when the run is done; on a cluster each node has its own. None: "
+        "what a resumed run reads again is in run.dir/scratch, and the rest in TMPDIR.",
+    )
     seed: int = fixed(
         0, unit="–", ge=0, le=2**32 - 1, description="Seed that every random state derives from."
     )

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from rlhf_ray.data.reading.rows import Row
+from rlhf_ray.disk import large_files_folder
 
 LENGTH_BOUNDS = (0, *(2**power for power in range(5, 15)))
 """Lower bounds of the length bins, in characters; the last bin has no upper bound."""
@@ -42,7 +43,7 @@ class TextStats:
         self._lengths = [0] * len(LENGTH_BOUNDS)
         self._languages: Counter[str] = Counter()
         self._digests = array("Q")
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
+        self._file = tempfile.TemporaryFile(dir=large_files_folder())  # noqa: SIM115  (closed by __exit__)
 
     def __enter__(self) -> "TextStats":
         return self

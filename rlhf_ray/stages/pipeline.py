@@ -36,6 +36,7 @@ from rlhf_ray.observability.trackers import tracking
 from rlhf_ray.placement.hardware import hide_gpus, restored_gpus
 from rlhf_ray.runs.control import ControlFiles, reporting_status
 from rlhf_ray.runs.folder import CHANGES, RunFolder, require_durable_folder
+from rlhf_ray.runs.scratch import delete_scratch, large_files_in_scratch
 from rlhf_ray.stages.gpu_layout import require_capacity, settle_layout
 
 MOST_SHOWN = 20
@@ -63,6 +64,7 @@ def run(config: Config) -> Path:
     progress = Progress(config.run.stages)
     config = settle_layout(config, pending, progress.say)
     with ExitStack() as session:
+        session.enter_context(large_files_in_scratch(config))
         session.enter_context(tracking(config, folder.path))
         control = session.enter_context(reporting_status(config.run.name, folder.path))
         on_ray = False
@@ -80,6 +82,7 @@ def run(config: Config) -> Path:
                 control.update(state="stopped")
                 progress.say(f"Stopped on request; run or submit {folder.path} again to resume")
                 return folder.path
+        delete_scratch(config)
         control.update(state="finished")
     return folder.path
 
@@ -162,11 +165,14 @@ def run_single(config: Config, stage: str) -> Path:
     open_run(folder, [stage])
     config = settle_layout(config, [stage], Progress().say)
     with ExitStack() as session:
+        session.enter_context(large_files_in_scratch(config))
         session.enter_context(tracking(config, folder.path))
         control = session.enter_context(reporting_status(config.run.name, folder.path))
         if STAGES[stage].needs_ray:
             _enter_ray(session, folder, Progress(), [stage])
         stopped = _stopped_in(stage, config, folder, control)
+        if not stopped:
+            delete_scratch(config)
         control.update(state="stopped" if stopped else "finished")
     return folder.path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlhf_ray.data.reading.counts import SkippedRows
 from rlhf_ray.data.reading.rows import Row
+from rlhf_ray.disk import large_files_folder
 
 
 def pairs_by_prompt(
@@ -29,7 +30,7 @@ def pairs_by_prompt(
         without a pair is skipped as ``prompt_without_pair``.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="pairs-") as folder,
+        tempfile.TemporaryDirectory(prefix="pairs-", dir=large_files_folder()) as folder,
         closing(sqlite3.connect(Path(folder) / "answers.sqlite")) as table,
     ):
         table.executescript(

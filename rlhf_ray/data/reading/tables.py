@@ -12,7 +12,7 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 from pyarrow import ipc
 
-from rlhf_ray.disk import DAMAGE, unwritable_is_an_error
+from rlhf_ray.disk import DAMAGE, large_files_folder, unwritable_is_an_error
 
 TokenRow = Mapping[str, Any]
 """A row of a table of token ids; each loader documents its columns."""
@@ -29,10 +29,10 @@ def write_table(
 ) -> datasets.Dataset:
     """Write rows one by one to a file and map it into memory, so that at most a batch is held.
 
-    The file is in the system's temporary folder and is unlinked at once: the mapping keeps its
-    content, and the space is freed when the table is garbage-collected or the process dies.
+    The file is in the folder for large temporary files and is unlinked at once: the mapping keeps
+    its content, and the space is freed when the table is garbage-collected or the process dies.
     """
-    folder = tempfile.mkdtemp(prefix="rows-")
+    folder = tempfile.mkdtemp(prefix="rows-", dir=large_files_folder())
     try:
         path = str(Path(folder) / "rows.arrow")
         with ArrowWriter(features=features, path=path) as writer:
