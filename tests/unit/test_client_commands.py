@@ -12,12 +12,7 @@ HEAVY = ("torch", "deepspeed", "vllm", "transformers", "peft")
 BLOCKED = f"""
 import sys
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {HEAVY}:
-            raise ModuleNotFoundError("blocked: " + name, name=name)
-
-sys.meta_path.insert(0, Blocked())
+sys.modules.update(dict.fromkeys({HEAVY}))
 from rlhf_ray.cli import main
 main()
 """
@@ -47,6 +42,15 @@ def test_commands_of_this_machine_load_nothing_that_trains(
     done = client(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "prepare", "chat", "merge"])
+def test_a_command_that_trains_or_samples_says_what_it_needs(tmp_path: Path, command: str) -> None:
+    done = client(tmp_path, command, str(CONFIGS / "quickstart.yaml"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: This command needs t")
+    assert "pip install 'rlhf-ray[gpu]'" in done.stderr
+    assert list(tmp_path.iterdir()) == [], "it began"
 
 
 @pytest.mark.parametrize(
