@@ -14,7 +14,7 @@ import aiohttp
 
 from rlhf_ray.cluster.current_job import RUN_FOLDER, RUN_NAME
 from rlhf_ray.errors import ActorFailure, ConfigError
-from rlhf_ray.runs.control import RunStatus
+from rlhf_ray.runs.status import RunStatus
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails

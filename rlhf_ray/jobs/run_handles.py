@@ -4,20 +4,19 @@ It is a job of a cluster, behind the job server, or a run in a folder of this ma
 """
 
 import os
-import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import psutil
-
-from rlhf_ray.cluster.process_identity import living_process
 from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
 from rlhf_ray.jobs.connection import configured_address, connect
-from rlhf_ray.jobs.job_server import Job, JobServer
-from rlhf_ray.runs.control import ControlFiles, RunStatus, State, is_here
+from rlhf_ray.jobs.job_server import POLL_S, Job, JobServer
+from rlhf_ray.observability.progress import Progress
+from rlhf_ray.runs.control import LIFE_SIGN_S, ControlFiles
+from rlhf_ray.runs.status import RunStatus, State
 from rlhf_ray.secrecy import redacted
 
 COMMITS = "ppo"
@@ -25,6 +24,10 @@ COMMITS = "ppo"
 
 ENDED: dict[str, State] = {"SUCCEEDED": "finished", "FAILED": "failed", "STOPPED": "stopped"}
 """Job status -> state of the run."""
+
+END_TIMEOUT_S = 70.0
+"""Longest time until a driver has ended that was requested to end now: it takes a second to see
+that, and ends within a minute."""
 
 MESSAGE_CHARS = 500
 """Most that is kept of the job server's message, which may contain the end of the log."""
@@ -83,6 +86,11 @@ def find_run(run: str, address: str | None) -> Run:
     return JobRun(server, server.find(run))
 
 
+def _say(text: str) -> None:
+    """Print beside the output that programs read."""
+    Progress(stream=sys.stderr).say(text)
+
+
 class LocalRun:
     """A run in a folder of this machine, handled through its control files."""
 
@@ -91,42 +99,37 @@ class LocalRun:
         self._files = ControlFiles(folder)
 
     def status(self) -> RunStatus:
-        """Return what its driver wrote last."""
-        return self._files.status()
+        """Return what its driver wrote last, if it lives."""
+        return self._files.observed_status(_say, trusted_s=LIFE_SIGN_S)
 
     def stop(self, now: bool, say: Say) -> None:
-        """End the run: see `Run`."""
-        status = self._files.status()
+        """End the run: see `Run`; waits for the end, unless a commit comes first."""
+        status = self._files.observed_status(_say)
         require_running(status)
         if status.stage == COMMITS and not now:
             self._files.request(stop=True)
             say(STOPPING)
             return
-        self._require_here()
-        self._files.request(stop=True, now=now)
-        self._interrupt()
-        say(ended_at_once(status))
+        self._files.request(stop=True, now=True)
+        is_finished = self._end_state() == "finished"
+        say("The run has finished" if is_finished else ended_at_once(status))
 
-    def _interrupt(self) -> None:
-        process = living_process(self._files.driver())
-        if process is None:
-            require_running(self._files.status())  # says how it has ended in the meantime
-            return
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
-
-    def _require_here(self) -> None:
-        driver = self._files.driver()
-        if not is_here(driver):
-            raise ConfigError(
-                f"The driver of {self._folder} runs on {driver['host']}, not on this machine or in "
-                f"another container of it; it was not stopped. Run rlhf-ray stop there, or give "
-                "the cluster with --address"
-            )
+    def _end_state(self) -> State:
+        """Wait for the driver's end; return how the run ended."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while (state := self._files.status().state) == "running":
+            if time.monotonic() > deadline:
+                driver = self._files.driver()
+                raise ActorFailure(
+                    f"The driver of {self._folder}, process {driver['pid']} on {driver['host']}, "
+                    f"has not ended within {END_TIMEOUT_S:g} s; end it there, or its job"
+                )
+            time.sleep(POLL_S)
+        return state
 
     def scale(self, num_generators: int) -> None:
         """Request another number of generators."""
-        status = self._files.status()
+        status = self._files.observed_status(_say)
         require_running(status)
         require_generators(status)
         self._files.request(num_generators=num_generators)

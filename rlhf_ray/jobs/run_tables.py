@@ -10,7 +10,7 @@ from rich.text import Text
 
 from rlhf_ray.jobs.job_server import Job
 from rlhf_ray.observability.progress import clock_time
-from rlhf_ray.runs.control import RunStatus
+from rlhf_ray.runs.status import RunStatus
 from rlhf_ray.secrecy import printable
 
 

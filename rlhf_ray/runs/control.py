@@ -9,32 +9,27 @@ own. For a cluster, `jobs.job_server` runs this module on the driver's node, as 
 
 import argparse
 import json
-import socket
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from rlhf_ray.cluster.current_job import name_current_job, record_run_folder, run_folder_of_job
-from rlhf_ray.cluster.process_identity import (
-    ProcessIdentity,
-    identity,
-    is_visible,
-    living_process,
-    same_process,
-)
+from rlhf_ray.cluster.process_identity import living_process, same_process
 from rlhf_ray.disk import locked, write_atomically
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.interruption import cleaned_up_by
 from rlhf_ray.observability.progress import Bar, Progress, watched_by
 from rlhf_ray.observability.repeated import repeated
-from rlhf_ray.types import GeneratorStatus
+from rlhf_ray.runs.status import Driver, Request, RunStatus, is_here, this_driver
 
 INTERVAL_S = 1.0
 """Interval at which the driver looks for requests."""
@@ -46,14 +41,6 @@ SILENT_S = 60.0
 _updating = threading.Lock()
 """Held to change the status: the loop and the heartbeat thread both write the file."""
 
-State = Literal["running", "stopped", "finished", "failed", "dead"]
-
-
-class Driver(ProcessIdentity):
-    """The process that drives a run, as written to status.json."""
-
-    host: str
-
 
 class _Written(TypedDict):
     """The contents of status.json."""
@@ -63,93 +50,7 @@ class _Written(TypedDict):
 
 
 _WRITTEN = TypeAdapter(_Written)
-
-
-@dataclass(frozen=True, slots=True)
-class RunStatus:
-    """The status of a run, as written to status.json and printed by ``status --json``."""
-
-    name: str
-    """``run.name``."""
-    folder: str
-    """``run.dir``, absolute."""
-    state: State = "running"
-    """stopped: on request; failed: by an error; dead: its driver vanished without reporting."""
-    stage: str | None = None
-    """The current stage, or the last one."""
-    progress: str | None = None
-    """Progress of the stage, such as ``120/600 steps``."""
-    eta_s: FiniteFloat | None = None
-    """Estimated seconds left of the stage."""
-    iteration: int | None = None
-    """Committed PPO iterations; None until PPO's roles are ready, as are all fields below."""
-    iterations: int | None = None
-    """Total iterations."""
-    reward: float | None = None
-    """Mean score of the last iteration."""
-    kl: float | None = None
-    """Mean KL of the last iteration, nats per sample."""
-    version: int | None = None
-    """Adapter version that is served."""
-    seconds_per_iteration: FiniteFloat | None = None
-    """Mean over this process's iterations except the first."""
-    generators: tuple[GeneratorStatus, ...] = ()
-    """The state of each generator."""
-    updated: FiniteFloat = 0.0
-    """Unix seconds at which this was written."""
-    repeats: bool = False
-    """Failed, by an error that the same commit leads to again."""
-    message: str | None = None
-    """Of the watchdog, about a run that hangs; of the job server, about a driver out of reach."""
-    restarts: Mapping[str, int] | None = None
-    """Restarts by role, over all processes of the run."""
-    effective_time_ratio: FiniteFloat | None = None
-    """Useful over wall seconds, over all processes of the run."""
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunStatus":
-        """Return the status of which `asdict` gave ``values``.
-
-        Fields of another kind, such as a text for a number, are left out and named in ``message``.
-        """
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        try:
-            return _STATUS.validate_python(known)
-        except ValidationError as error:
-            odd = sorted({str(detail["loc"][0]) for detail in error.errors()})
-        rest = {name: value for name, value in known.items() if name not in odd}
-        message = f"status.json is damaged; left out: {', '.join(odd)}"
-        return _STATUS.validate_python({"name": "-", "folder": "-", **rest, "message": message})
-
-
-_STATUS = TypeAdapter(RunStatus)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request to a running driver, as written to asked.json."""
-
-    stop: bool = False
-    """End after the current iteration."""
-    now: bool = False
-    """Do not finish that either; a signal follows."""
-    num_generators: int | None = None
-    """New number of generators; None: as it is."""
-    scalings: int = 0
-    """Count of requests for a number: the same number may be requested again after the driver has
-    changed it by itself."""
-
-
 _REQUEST = TypeAdapter(Request)
-
-
-def is_here(driver: Driver) -> bool:
-    """Return whether a driver is, or was, a process that can be looked up from this one."""
-    return driver["host"] == socket.gethostname() and is_visible(driver)
-
-
-def _this_driver() -> Driver:
-    return {**identity(), "host": socket.gethostname()}
 
 
 class ControlFiles:
@@ -167,7 +68,7 @@ class ControlFiles:
         """
         self.require_free()
         self._requests.unlink(missing_ok=True)
-        self._write_status(RunStatus(name, str(self._status.parent)), _this_driver())
+        self._write_status(RunStatus(name, str(self._status.parent)), this_driver())
 
     def require_free(self) -> None:
         """Refuse a folder that another process writes to.
@@ -179,7 +80,7 @@ class ControlFiles:
             driver, state = self.driver(), self.status().state
         except (OSError, ValueError, KeyError, TypeError, ConfigError):
             return  # not the folder of a run, or its status is damaged
-        is_other = not same_process(driver, _this_driver())
+        is_other = not same_process(driver, this_driver())
         if is_other and state == "running" and self._is_driven_by(driver):
             raise self._in_use()
 
@@ -206,16 +107,23 @@ class ControlFiles:
         )
 
     def _is_driven_by(self, driver: Driver) -> bool:
-        """Return whether the driver of a run whose state is "running" lives.
-
-        On another host only a change of its status proves it, so one is waited for: the age of the
-        last change says nothing, because the hosts' clocks may differ.
-        """
+        """Return whether the driver of a run whose state is "running" lives."""
         if is_here(driver):
             return True  # `status` has looked for the process
-        Progress().say(
-            f"{self._status.parent} was left running by a driver on {driver['host']}: waiting up "
-            f"to {SILENT_S:g} s for a sign of life"
+        if (status := self._changed_status(Progress().say)) is not None:
+            return status.state == "running"
+        self.update(state="dead")
+        return False
+
+    def _changed_status(self, say: Callable[[str], None]) -> RunStatus | None:
+        """Return the status once it has changed; None if it does not in time.
+
+        On another host only this proves that a driver lives: the age of the last change says
+        nothing, because the hosts' clocks may differ.
+        """
+        say(
+            f"{self._status.parent} was left running by a driver on {self.driver()['host']}: "
+            f"waiting up to {SILENT_S:g} s for a sign of life"
         )
         before, deadline = None, time.monotonic() + SILENT_S
         while time.monotonic() < deadline:
@@ -223,11 +131,23 @@ class ControlFiles:
             with suppress(OSError, ValueError, ConfigError):
                 status = self.status()
                 if before is not None and status != before:
-                    return status.state == "running"
+                    return status
                 before = status
             time.sleep(INTERVAL_S)
-        self.update(state="dead")
-        return False
+        return None
+
+    def observed_status(self, say: Callable[[str], None], trusted_s: float = 0.0) -> RunStatus:
+        """Return the status; "dead" also if a driver that cannot be looked up shows no life.
+
+        Args:
+            say: prints what is waited for.
+            trusted_s: a report of this age, by this host's clock, is taken for a sign of life.
+        """
+        status = self.status()
+        is_fresh = abs(time.time() - status.updated) < trusted_s
+        if status.state != "running" or is_here(self.driver()) or is_fresh:
+            return status
+        return self._changed_status(say) or replace(status, state="dead")
 
     def begin_stage(self, stage: str) -> None:
         """Begin a stage: reset what is known of the one before."""
@@ -318,6 +238,7 @@ def _reported(name: str, folder: Path) -> Iterator[ControlFiles]:
         with (
             watched_by(report_progress),
             repeated(files.update, LIFE_SIGN_S, "signs of life"),
+            repeated(_ending_on_request(files), INTERVAL_S, "requests to end"),
             cleaned_up_by(lambda: files.update(state="stopped")),
         ):
             yield files
@@ -327,6 +248,21 @@ def _reported(name: str, folder: Path) -> Iterator[ControlFiles]:
     except BaseException:
         files.update(state="stopped")
         raise
+
+
+def _ending_on_request(files: ControlFiles) -> Callable[[], None]:
+    """Return a call that ends this process, once, when it is requested to end now.
+
+    A signal of its own: whoever requests it may be on another host.
+    """
+    asked = threading.Event()
+
+    def end() -> None:
+        if not asked.is_set() and files.requested().now:
+            asked.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return end
 
 
 def main(arguments: list[str] | None = None) -> None:

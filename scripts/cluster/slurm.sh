@@ -2,6 +2,7 @@
 # A Ray cluster for the length of a Slurm job, and a run on it.
 # Usage, at the root of the checkout on storage that all nodes share:
 #   sbatch --nodes=3 scripts/cluster/slurm.sh run CONFIG run.dir=/shared/runs/NAME
+#   sbatch --array=0-2 ... run.seed=%a run.dir=/shared/runs/seed-%a   %a: the task's number
 #   ROLLOUT_NODES=1        of the nodes, the last ones get the label role=rollout, the others role=train
 #   RAY_PORT=6379          of Ray's head
 #   RAY_INTERFACE=ib0      network interface between nodes; default: the one of the node's name
@@ -26,6 +27,8 @@ export PATH=$VENV/bin:$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
   echo "usage: sbatch --nodes=N $0 COMMAND CONFIG [key=value ...]" >&2
   exit 2
 }
+
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
 
 # A token of this job's own, in a file for its owner alone: never an argument, which others can list.
 umask 077

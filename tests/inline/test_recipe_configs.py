@@ -162,6 +162,8 @@ def jobs_of(heading: str) -> list[tuple[str, list[str]]]:
     """The config and the overrides of each command in a section of the page on StackLLaMA."""
     (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
     lines = section.replace("\\\n", " ").splitlines()
+    # On Slurm some are what a variable is set to.
+    lines = [re.sub(r"^\w+=\$\((.*)\)$", r"\1", line) for line in lines]
     commands = [shlex.split(line) for line in lines if "configs/stackllama/" in line]
     return [
         next((word, words[words.index(word) + 1 :]) for word in words if word.endswith(".yaml"))

@@ -16,7 +16,8 @@ import pytest
 from built_wheel import install_client
 from job_cluster import JobCluster, job_cluster
 
-from rlhf_ray.runs.control import ControlFiles, RunStatus
+from rlhf_ray.runs.control import ControlFiles
+from rlhf_ray.runs.status import RunStatus
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(590)]
 

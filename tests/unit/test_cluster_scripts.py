@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jsonschema
@@ -188,14 +190,19 @@ STAND_INS = {
 }
 
 
-def slurm_job(tmp_path: Path, **stand_ins: str) -> "subprocess.Popen[str]":
+def slurm_job(
+    tmp_path: Path,
+    arguments: Sequence[str] = ("run", "c.yaml", "run.dir=/shared/r"),
+    variables: Mapping[str, str] = MappingProxyType({}),
+    **stand_ins: str,
+) -> "subprocess.Popen[str]":
     for name, body in {**STAND_INS, **stand_ins}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     log = tmp_path / "log"
     log.touch()
     return subprocess.Popen(
-        [FOLDER / "slurm.sh", "run", "c.yaml", "run.dir=/shared/r"],
+        [FOLDER / "slurm.sh", *arguments],
         env={
             **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -205,6 +212,7 @@ def slurm_job(tmp_path: Path, **stand_ins: str) -> "subprocess.Popen[str]":
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "n[1-3]",
             "SLURM_SUBMIT_DIR": str(tmp_path),
+            **variables,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -247,3 +255,31 @@ def test_a_slurm_job_whose_time_is_up_is_queued_again_unless_its_run_ended(
     job.send_signal(signal.SIGTERM)
     assert job.wait(20) == code
     assert ("requeue 7" in (tmp_path / "log").read_text().splitlines()) is queued
+
+
+def test_the_slurm_jobs_of_the_recipe_wait_for_what_they_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "stackllama.md").read_text(encoding="utf-8")
+    block = page.partition("## On a Slurm cluster")[2].partition("```bash\n")[2].partition("```")[0]
+    log, sbatch = tmp_path / "log", tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$*" >>{log}\nwc -l <{log}\n')
+    sbatch.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-eu", "-c", block], env={"PATH": path}, cwd=ROOT, check=True)
+    jobs = log.read_text().splitlines()
+    configs = [re.findall(r"configs/stackllama/(\w+)\.yaml", job)[0] for job in jobs]
+    assert configs == ["prepare", "sft", "reward", "ppo_3x8_a100"]
+    after = [re.findall(r"--dependency=(\S+)", job) for job in jobs]
+    assert after == [[], ["afterok:1"], ["afterok:1"], ["afterok:2:3"]]
+    for job in jobs:
+        assert "--parsable --kill-on-invalid-dep=yes" in job
+        script = next(word for word in job.split() if word.endswith(".sh"))
+        assert os.access(ROOT / script, os.X_OK)
+
+
+def test_each_task_of_a_slurm_array_has_a_seed_and_a_folder_of_its_own(tmp_path: Path) -> None:
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    (arguments,) = re.findall(r"`sbatch --array=.*slurm\.sh (run .*)`", page)
+    job = slurm_job(tmp_path, arguments.split(), {"SLURM_ARRAY_TASK_ID": "2"})
+    out, err = job.communicate(timeout=30)
+    assert job.returncode == 0, err
+    assert out.startswith("run run CONFIG run.seed=2 run.dir=/shared/runs/seed-2 cluster.mode=ray")

@@ -4,7 +4,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from rlhf_ray.errors import ActorFailure, ConfigError
 from rlhf_ray.jobs import connection, run_handles
 from rlhf_ray.jobs.job_server import JobServer
 from rlhf_ray.jobs.run_handles import JobRun, LocalRun, find_run
-from rlhf_ray.runs.control import ControlFiles, Request
+from rlhf_ray.runs import control
+from rlhf_ray.runs.control import ControlFiles
+from rlhf_ray.runs.status import Request
 from rlhf_ray.types import GeneratorStatus
 
 GENERATORS = (GeneratorStatus("generator-0", "ready", 3, 0),)
@@ -27,19 +31,34 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def driver(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start another process that drives a run in the test's folder; it is in PPO."""
-    (tmp_path / "config.yaml").write_text("{}\n")
-    code = (
-        "import sys, time; from pathlib import Path\n"
-        "from rlhf_ray.runs.control import ControlFiles\n"
-        "files = ControlFiles(Path(sys.argv[1])); files.open('mine'); files.update(stage='ppo')\n"
-        "print('ready', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE
-    ) as process:
+DRIVER = """
+import socket, sys, time
+from pathlib import Path
+from rlhf_ray import interruption
+from rlhf_ray.runs import control
+
+folder, host, stage = sys.argv[1:]
+socket.gethostname = lambda: host
+control.LIFE_SIGN_S = 0.1
+try:
+    with interruption.handled(), control.reporting_status("mine", Path(folder)) as files:
+        files.begin_stage(stage)
+        print("ready", flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(interruption.exit_code())
+"""
+HERE, ELSEWHERE = socket.gethostname(), "node-2"
+on_any_host = pytest.mark.parametrize("host", [HERE, ELSEWHERE], ids=["here", "elsewhere"])
+"""Where the driver is: on another host, which has the same folder, it cannot be looked up."""
+
+
+@contextmanager
+def driven(folder: Path, host: str, stage: str = "ppo") -> Iterator["subprocess.Popen[bytes]"]:
+    """Have another process drive a run in a folder, as if it were on a host."""
+    (folder / "config.yaml").write_text("{}\n")
+    command = [sys.executable, "-c", DRIVER, str(folder), host, stage]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         process.stdout.readline()
         yield process
@@ -84,66 +103,93 @@ def test_with_an_address_the_run_is_looked_up_on_the_cluster(
     assert asked == ["http://head:8265", None]
 
 
-def test_a_local_stop_waits_for_the_commit_or_ends_the_process(
-    tmp_path: Path, driver: "subprocess.Popen[bytes]"
-) -> None:
+@on_any_host
+def test_a_stop_waits_for_the_commit_or_ends_the_process(tmp_path: Path, host: str) -> None:
     said: list[str] = []
     run = LocalRun(tmp_path)
-    run.stop(False, said.append)
-    assert ControlFiles(tmp_path).requested() == Request(stop=True)
-    assert driver.poll() is None
-    run.stop(True, said.append)
-    assert driver.wait(10) == -signal.SIGTERM
+    with driven(tmp_path, host) as driver:
+        run.stop(False, said.append)
+        assert ControlFiles(tmp_path).requested() == Request(stop=True)
+        assert driver.poll() is None
+        run.stop(True, said.append)
+        assert driver.wait(10) == 128 + signal.SIGTERM
     assert said[0].endswith("after the current iteration, committed and saved")
     assert said[1].endswith("PPO will resume from its last saved commit (ppo.save_every)")
-    with pytest.raises(ConfigError, match="is not running but dead"):
+    with pytest.raises(ConfigError, match="is not running but stopped"):
         run.stop(False, said.append)
 
 
-def test_a_supervised_stage_of_this_machine_ends_at_once(
-    tmp_path: Path, driver: "subprocess.Popen[bytes]"
-) -> None:
+@on_any_host
+def test_a_supervised_stage_ends_at_once(tmp_path: Path, host: str) -> None:
     said: list[str] = []
-    ControlFiles(tmp_path).update(stage="sft")
-    LocalRun(tmp_path).stop(False, said.append)
-    assert driver.wait(10) == -signal.SIGTERM
+    with driven(tmp_path, host, "sft") as driver:
+        LocalRun(tmp_path).stop(False, said.append)
+        assert ControlFiles(tmp_path).status().state == "stopped"
+        assert driver.wait(10) == 128 + signal.SIGTERM
     assert said == [
         "Stopped in the stage sft; it will resume from that stage's last checkpoint, or repeat "
         "the stage if it has none"
     ]
 
 
-def test_a_driver_on_another_machine_is_not_signalled(
-    tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+@on_any_host
+def test_a_driver_that_does_not_end_when_it_is_stopped_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
-    host, said = socket.gethostname(), list[str]()
-    monkeypatch.setattr(socket, "gethostname", lambda: "laptop")
-    with pytest.raises(
-        ConfigError,
-        match=f"runs on {host}, not on this machine or in another container of it; it was not",
-    ):
-        LocalRun(tmp_path).stop(True, print)
-    assert driver.poll() is None
-    assert ControlFiles(tmp_path).requested() == Request(), "a refused stop leaves no request"
-    LocalRun(tmp_path).stop(False, said.append)
-    assert ControlFiles(tmp_path).requested() == Request(stop=True), "a commit needs no signal"
-    assert said == [run_handles.STOPPING]
+    monkeypatch.setattr(run_handles, "END_TIMEOUT_S", 0.0)
+    with driven(tmp_path, host) as driver:
+        named = rf"process {driver.pid} on {host}, has not ended within 0 s"
+        with pytest.raises(ActorFailure, match=named):
+            LocalRun(tmp_path).stop(True, print)
 
 
-def test_a_driver_that_ends_while_it_is_stopped_is_not_on_another_machine(
-    tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+def test_a_driver_of_another_host_that_died_neither_runs_nor_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ask = ControlFiles.request
-
-    def ask_too_late(files: ControlFiles, *, stop: bool, now: bool) -> None:
-        ask(files, stop=stop, now=now)
-        files.update(state="finished")
+    monkeypatch.setattr(control, "SILENT_S", 0.3)
+    monkeypatch.setattr(control, "INTERVAL_S", 0.01)
+    with driven(tmp_path, ELSEWHERE) as driver:
         driver.kill()
         driver.wait(10)
+    run, said = LocalRun(tmp_path), list[str]()
+    assert run.status().state == "running", "it has just reported"
+    assert capsys.readouterr() == ("", "")
+    for order in (lambda: run.stop(False, said.append), lambda: run.scale(3)):
+        with pytest.raises(ConfigError, match="Run mine is not running but dead"):
+            order()
+    assert (said, ControlFiles(tmp_path).requested()) == ([], Request())
+    capsys.readouterr()
+    now = time.time() + 2 * control.LIFE_SIGN_S
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert run.status().state == "dead"
+    out, err = capsys.readouterr()
+    assert out == "", "which programs read"
+    assert "was left running by a driver on node-2: waiting up to 0.3 s" in err.replace("\n", " ")
+    assert ControlFiles(tmp_path).status().state == "running", "a look changes no file"
 
+
+def test_clocks_that_differ_make_no_run_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    with driven(tmp_path, ELSEWHERE):
+        monkeypatch.setattr(time, "time", lambda: now + 3600)
+        assert LocalRun(tmp_path).status().state == "running"
+
+
+def test_a_run_that_finishes_while_it_is_stopped_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, said = ControlFiles.request, list[str]()
+
+    def ask_too_late(files: ControlFiles, *, stop: bool, now: bool) -> None:
+        files.update(state="finished")
+        ask(files, stop=stop, now=now)
+
+    ControlFiles(tmp_path).open("mine")
     monkeypatch.setattr(ControlFiles, "request", ask_too_late)
-    with pytest.raises(ConfigError, match="Run mine is not running but finished"):
-        LocalRun(tmp_path).stop(True, print)
+    LocalRun(tmp_path).stop(True, said.append)
+    assert said == ["The run has finished"]
 
 
 def test_a_local_run_is_scaled_while_it_has_generators(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from rlhf_ray.jobs.job_server import Job
 from rlhf_ray.jobs.run_tables import list_table, status_table
-from rlhf_ray.runs.control import RunStatus
+from rlhf_ray.runs.status import RunStatus
 from rlhf_ray.types import GeneratorStatus
 
 

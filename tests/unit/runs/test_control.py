@@ -20,7 +20,8 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.repeated import repeated
 from rlhf_ray.runs import control
-from rlhf_ray.runs.control import ControlFiles, Request, RunStatus, reporting_status
+from rlhf_ray.runs.control import ControlFiles, reporting_status
+from rlhf_ray.runs.status import Request, RunStatus
 from rlhf_ray.types import GeneratorStatus
 
 

@@ -11,7 +11,8 @@ from rlhf_ray.cli import app
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.jobs.run_handles import find_run
 from rlhf_ray.jobs.run_tables import status_table
-from rlhf_ray.runs.control import ControlFiles, Request, RunStatus
+from rlhf_ray.runs.control import ControlFiles
+from rlhf_ray.runs.status import Request, RunStatus
 
 GARBAGE = [
     *(b"", b"null", b"[1]", b"7", b'{"status": ', b"{}", bytes(range(256)), b"[" * 100_000),
