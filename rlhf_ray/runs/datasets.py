@@ -14,7 +14,8 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.datasets.drawn_prompts import LARGE, DrawnPrompts, is_held_out
+from rlhf_ray.data.datasets.drawn_prompts import DrawnPrompts, is_held_out
+from rlhf_ray.data.datasets.drawn_rows import LARGE
 from rlhf_ray.data.datasets.prompts import Check, PromptRendering, Prompts, load_prompts
 from rlhf_ray.data.reading.draws import try_sample
 from rlhf_ray.data.reading.formats import Use

@@ -1,12 +1,14 @@
 """Prompts of a large set: drawn first, by number, and rendered as far as they are used."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import datasets
 import numpy as np
 
+from rlhf_ray.data.datasets import drawn_rows
+from rlhf_ray.data.datasets.drawn_rows import DrawnRows
 from rlhf_ray.data.datasets.prompts import (
     PROMPT_COLUMNS,
     PromptRendering,
@@ -15,16 +17,10 @@ from rlhf_ray.data.datasets.prompts import (
     render_prompts,
 )
 from rlhf_ray.data.reading.counts import RowTally
-from rlhf_ray.data.reading.draws import share_of_sample, share_of_stored, text_group
+from rlhf_ray.data.reading.draws import is_drawn_group, text_group
 from rlhf_ray.data.reading.rows import StoredRows
 from rlhf_ray.data.reading.tables import cached_table, write_table
 from rlhf_ray.types import Prompt
-
-LARGE = 10_000
-"""Rows above which a set is rendered as it is used; rendering fewer takes seconds."""
-
-BLOCK = 1000
-"""Rows that are rendered together."""
 
 HELD_OUT_PART = 10
 """One of so many prompts is held out where a set is split."""
@@ -58,34 +54,31 @@ class DrawnPrompts(Sequence[Prompt]):
         part: Callable[[str], bool] | None = None,
         store: Path | None = None,
     ) -> None:
-        self._rows = rows
+        self._drawn = DrawnRows(rows, seed, max_bad_share, name)
         self._rendering = rendering
-        self._max_bad_share = max_bad_share
         self._name = name
         self._part = part
         self._store = store
-        self._order = np.random.default_rng([seed, 0]).permutation(len(rows.table))
         self._blocks: list[Prompts] = []
         self._ends = [0]
         self._seen: Seen = {}
-        self._tally = RowTally(name, max_bad_share)
-        self.counts: dict[str, int] = {}
+        self.counts = self._drawn.counts
         """Counts of the rows read so far, and how many were not (``unread``)."""
 
     @property
     def _num_read(self) -> int:
-        return min(len(self._blocks) * BLOCK, len(self._order))
+        return min(len(self._blocks) * drawn_rows.BLOCK, len(self._drawn.order))
 
     def reach(self, num: int) -> int:
         """Render until there are ``num`` prompts; return how many there are, less at the end."""
-        while self._ends[-1] < num and self._num_read < len(self._order):
+        while self._ends[-1] < num and self._num_read < len(self._drawn.order):
             self._read_block()
         return self._ends[-1]
 
     def __len__(self) -> int:
         """Return the number of prompts; an estimate until all rows have been read."""
         self.reach(1)
-        return round(self._ends[-1] * len(self._order) / max(self._num_read, 1))
+        return round(self._ends[-1] * len(self._drawn.order) / max(self._num_read, 1))
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -93,7 +86,7 @@ class DrawnPrompts(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> list[Prompt]: ...
     def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
         if isinstance(index, slice):
-            stop = len(self._order) if index.stop is None else index.stop
+            stop = len(self._drawn.order) if index.stop is None else index.stop
             return [self[number] for number in range(*index.indices(self.reach(stop)))]
         if not 0 <= index < self.reach(index + 1):
             raise IndexError(f"{self._name}: no prompt {index}")
@@ -118,35 +111,16 @@ class DrawnPrompts(Sequence[Prompt]):
             table = table.select([index for index, text in texts if self._part(text)])
         self._blocks.append(Prompts(table))
         self._ends.append(self._ends[-1] + len(table))
-        self._tally.add(counts)
-        self._count()
+        self._drawn.count(self._num_read - start, counts)
 
     def _render(self, start: int) -> tuple[datasets.Dataset, dict[str, Any]]:
-        numbers = self._order[start : start + BLOCK].tolist()
-        tally = RowTally(self._name, self._max_bad_share)
-        rows: Any = self._rows.table.select(numbers)  # datasets types a row as a dict or a list
+        numbers = self._drawn.order[start : start + drawn_rows.BLOCK].tolist()
+        tally = RowTally(self._name, 1.0)
+        rows = self._drawn.select(numbers)
         prompts = render_prompts(rows, self._rendering, tally, self._seen, numbers)
         return write_table(prompts, PROMPT_COLUMNS), tally.state()
-
-    def _count(self) -> None:
-        """Count the rows read so far.
-
-        Raises:
-            DataError: too many of them are bad.
-        """
-        num_unread = len(self._order) - self._num_read
-        share = share_of_stored(self._rows, self._max_bad_share)
-        # The reader's skipped rows are in this share already.
-        self._tally.max_bad_share = share_of_sample(share, self._num_read) if num_unread else share
-        counts: Mapping[str, int] = self._tally.finish()
-        self.counts.update(counts)
-        for skipped in self._rows.skipped:
-            self.counts[skipped.reason] = counts.get(skipped.reason, 0) + skipped.num
-        self.counts["unread"] = num_unread
-        if not num_unread:
-            del self.counts["unread"]
 
 
 def is_held_out(text: str, seed: int) -> bool:
     """Return whether a prompt is held out: a function of its text and the seed alone."""
-    return text_group(f"rows:{seed}:{text_group(text)}") % HELD_OUT_PART == 0
+    return is_drawn_group(text_group(text), HELD_OUT_PART, seed)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import datasets
@@ -18,7 +19,7 @@ from rlhf_ray.data.reading.rows import (
     row_question,
     row_tools,
 )
-from rlhf_ray.data.reading.tables import TOKEN_IDS, write_table
+from rlhf_ray.data.reading.tables import TOKEN_IDS, TokenRow, write_table
 from rlhf_ray.data.rendering.render import Renderer, TextSegments, TokenizedRow
 from rlhf_ray.data.rendering.tokens import Overlong, overlong_error
 from rlhf_ray.errors import DataError
@@ -33,6 +34,17 @@ _DOCUMENTS = datasets.Features(
         "group": datasets.Value("int64"),
     }
 )
+
+
+@dataclass(frozen=True)
+class TextRendering:
+    """How rows become texts to learn; arguments as those of `load_documents`."""
+
+    renderer: Renderer
+    preferred_only: bool = False
+    loss_on: LossOn = "all"
+    max_tokens: int | None = None
+    overlong: Overlong = "drop"
 
 
 def load_documents(
@@ -59,34 +71,49 @@ def load_documents(
         texts of one prompt), one text a row, and counts: ``kept``, and dropped rows by reason.
     """
     tally = RowTally(name, max_bad_share)
-    limit = sys.maxsize if max_tokens is None else max_tokens
+    rendering = TextRendering(renderer, preferred_only, loss_on, max_tokens, overlong)
+    return write_table(render_documents(rows, rendering, tally), _DOCUMENTS), tally.finish()
 
-    def documents() -> Iterator[dict[str, object]]:
-        for batch in batches(rows, tally):
-            texts: dict[int, TextSegments] = {}
-            groups = {index: prompt_group(row) for index, row in batch}
-            for index, row in batch:
-                if preferred_only and parse_bool(row.get("preferred")) is False:
-                    tally.drop_unused("not_preferred")
-                    continue
-                try:
-                    texts[index] = _render(row, renderer, loss_on, name)
-                except BadRow as bad:
-                    tally.drop_row(bad)
-            for index, rendered in zip(texts, renderer.tokenize(list(texts.values())), strict=True):
-                learnt = _learnt(rendered, loss_on)
-                num_tokens = len(rendered.token_ids)
-                if num_tokens > limit and overlong == "error":
-                    raise overlong_error(name, index, num_tokens, limit, "sft.block_size")
-                # A cut text may hold nothing of its answer, so there would be nothing to learn.
-                if num_tokens > limit and (overlong == "drop" or not any(learnt[1:limit])):
-                    tally.drop_bad("overlong")
-                    continue
-                tally.keep()
-                kept = {"token_ids": rendered.token_ids[:limit], "learnt": learnt[:limit]}
-                yield {**kept, "group": groups[index]}
 
-    return write_table(documents(), _DOCUMENTS), tally.finish()
+def render_documents(
+    rows: Iterable[Row | SkippedRows],
+    rendering: TextRendering,
+    tally: RowTally,
+    numbers: Iterable[int] | None = None,
+) -> Iterator[TokenRow]:
+    """Yield the texts of rows, with the columns of `load_documents`.
+
+    Args:
+        rows: of the dataset.
+        rendering: how they become texts.
+        tally: counts them all.
+        numbers: of the rows in the dataset; None: they are the whole of it.
+    """
+    limit = sys.maxsize if rendering.max_tokens is None else rendering.max_tokens
+    for batch in batches(rows, tally, numbers=numbers):
+        texts: dict[int, TextSegments] = {}
+        groups = {index: prompt_group(row) for index, row in batch}
+        for index, row in batch:
+            if rendering.preferred_only and parse_bool(row.get("preferred")) is False:
+                tally.drop_unused("not_preferred")
+                continue
+            try:
+                texts[index] = _render(row, rendering.renderer, rendering.loss_on, tally.name)
+            except BadRow as bad:
+                tally.drop_row(bad)
+        tokens = rendering.renderer.tokenize(list(texts.values()))
+        for index, rendered in zip(texts, tokens, strict=True):
+            learnt = _learnt(rendered, rendering.loss_on)
+            num_tokens = len(rendered.token_ids)
+            if num_tokens > limit and rendering.overlong == "error":
+                raise overlong_error(tally.name, index, num_tokens, limit, "sft.block_size")
+            # A cut text may hold nothing of its answer, so there would be nothing to learn.
+            if num_tokens > limit and (rendering.overlong == "drop" or not any(learnt[1:limit])):
+                tally.drop_bad("overlong")
+                continue
+            tally.keep()
+            kept = {"token_ids": rendered.token_ids[:limit], "learnt": learnt[:limit]}
+            yield {**kept, "group": groups[index]}
 
 
 def _render(row: Row, renderer: Renderer, loss_on: LossOn, name: str) -> TextSegments:

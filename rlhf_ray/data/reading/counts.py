@@ -104,8 +104,11 @@ class RowTally:
         """Number of rows left out, by reason."""
         return dict(sorted((self._bad + self._unused).items()))
 
-    def finish(self) -> dict[str, int]:
-        """Return the counts of the whole set: ``kept``, dropped rows by reason, and notes.
+    def finish(self, is_part: bool = False) -> dict[str, int]:
+        """Return the counts of a set: ``kept``, dropped rows by reason, and notes.
+
+        Args:
+            is_part: more rows may follow, so none need be kept yet.
 
         Raises:
             DataError: more than the allowed share is bad, or nothing is left.
@@ -122,9 +125,9 @@ class RowTally:
                 f"than the {self.max_bad_share:.0%} that data.max_bad_share allows; "
                 f"{remedy}{details}"
             )
-        if not num_rows:
+        if not (num_rows or is_part):
             raise DataError(f"{self.name}: none of 0 rows can be used; give a dataset with rows")
-        if not self._num_kept:
+        if not (self._num_kept or is_part):
             remedy = "check the dataset's columns and filters, or give another dataset"
             if "overlong" in self.dropped:
                 remedy += f", or {_SHORTER}"

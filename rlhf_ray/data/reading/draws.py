@@ -66,6 +66,11 @@ def text_group(text: str) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
+def is_drawn_group(group: object, one_of: int, seed: int) -> bool:
+    """Return whether a group is among one of so many, whatever the others are."""
+    return text_group(f"rows:{seed}:{group}") % one_of == 0
+
+
 def share_of_sample(share: float, num: int) -> float:
     """Return the share that a sample of ``num`` rows may have: four standard errors more."""
     return share + 4 * math.sqrt(share * (1 - share) / max(num, 1))

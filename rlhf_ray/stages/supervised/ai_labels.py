@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,11 +55,12 @@ def ai_labelled_rows(config: Config, stage: str, judge: PairJudgeConfig) -> Stor
         DataError: the data set cannot be read.
     """
     rows = user_rows(config, "preferences", "prompts")
-    path = RunFolder(config).stage(stage) / f"verdicts-{_digest(config, judge)}.jsonl"
+    digest = _digest(config, judge)
+    path = RunFolder(config).stage(stage) / f"verdicts-{digest}.jsonl"
     pairs = partial(_pairs, rows, f"{stage}.judge", columns_in(judge))
     interruption.run(_judge(PairJudge(f"{stage}.judge", judge), pairs, path, config))
     verdicts = iter(record["verdict"] for record in read_jsonl(path))
-    return store_rows(_labelled(pairs(), verdicts))
+    return replace(store_rows(_labelled(pairs(), verdicts)), digest=f"{rows.digest}-{digest}")
 
 
 def _pairs(rows: StoredRows, judge: str, columns: Sequence[str]) -> Iterator[Pair | SkippedRows]:

@@ -94,7 +94,7 @@ def run(config: Config) -> dict[str, object]:
     run_folder = RunFolder(config)
     training = open_training(DpoTraining, config, run_folder.sft_model())
     pairs, counts = load_training_pairs(training)
-    trained = run_training(training, pairs)
+    trained = run_training(training, len(pairs[TRAIN]))
     summary = {
         "pairs_train": len(pairs[TRAIN]),
         "pairs_eval": len(pairs[HELD_OUT]),

@@ -1,7 +1,7 @@
 """The base of pretrain and SFT: packed blocks, next-token loss, perplexity."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
-from rlhf_ray.data.datasets.texts import load_documents
+from rlhf_ray.data.datasets.drawn_rows import LARGE
+from rlhf_ray.data.datasets.drawn_texts import DrawnTexts
+from rlhf_ray.data.datasets.texts import TextRendering, load_documents
 from rlhf_ray.data.reading.draws import split_groups, try_sample
 from rlhf_ray.data.reading.rows import StoredRows
 from rlhf_ray.data.reading.tables import TOKEN_IDS, TokenRow, write_table
@@ -123,27 +125,49 @@ def packed_blocks(
             f"{stage}: {len(documents)} text can be used; at least 2 are needed, as one is held "
             "out. Add data"
         )
-    size = settings.block_size
     num_train = len(documents) - (num_held_out or _num_held_out(documents))
-    texts = {
+    texts: dict[str, Any] = {  # datasets types a row as a dict or a list
         TRAIN: documents.select(range(num_train)),
         HELD_OUT: documents.select(range(num_train, len(documents))),
     }
     max_blocks = {TRAIN: None, HELD_OUT: settings.eval_rows}
+    return {
+        part: _write_blocks(stage, part, rows, settings, pad_id, max_blocks[part])
+        for part, rows in texts.items()
+    }
+
+
+def _write_blocks(
+    stage: str,
+    part: str,
+    documents: Iterable[TokenRow],
+    settings: PretrainConfig | SftConfig,
+    pad_id: int,
+    max_blocks: int | None,
+) -> Dataset:
+    """Pack texts into at most ``max_blocks`` blocks; texts that these do not need are not taken.
+
+    Raises:
+        DataError: there is not one whole block.
+    """
     columns = _COLUMNS[settings.packing]
     features = Features(dict.fromkeys(columns, TOKEN_IDS))
-    parts: dict[str, Dataset] = {}
-    for part, rows in texts.items():
-        blocks = islice(_blocks(rows, settings, pad_id), max_blocks[part])
-        parts[part] = write_table(
-            ({c: getattr(block, c) for c in columns} for block in blocks), features
+    num_texts = 0
+
+    def counted() -> Iterator[TokenRow]:
+        nonlocal num_texts
+        for document in documents:
+            num_texts += 1
+            yield document
+
+    blocks = islice(_blocks(counted(), settings, pad_id), max_blocks)
+    table = write_table(({c: getattr(block, c) for c in columns} for block in blocks), features)
+    if not len(table):
+        raise DataError(
+            f"{stage}: {num_texts} texts fill no block of {settings.block_size} tokens "
+            f"({part.replace('_', '-')} part); add data or lower {stage}.block_size"
         )
-        if not len(parts[part]):
-            raise DataError(
-                f"{stage}: {len(documents)} texts fill no block of {size} tokens "
-                f"({part.replace('_', '-')} part); add data or lower {stage}.block_size"
-            )
-    return parts
+    return table
 
 
 def _num_held_out(documents: Dataset) -> int:
@@ -151,11 +175,10 @@ def _num_held_out(documents: Dataset) -> int:
 
 
 def _blocks(
-    documents: Dataset, settings: PretrainConfig | SftConfig, pad_id: int
+    documents: Iterable[TokenRow], settings: PretrainConfig | SftConfig, pad_id: int
 ) -> Iterator[Block]:
     """Pack the texts, and leave out blocks from which nothing would be learnt."""
-    rows: Any = documents  # datasets types a row as a dict or a list
-    texts = ((row["token_ids"], row["learnt"]) for row in rows)
+    texts = ((row["token_ids"], row["learnt"]) for row in documents)
     if settings.packing == "concat":
         blocks = concatenated(texts, settings.block_size)
     elif settings.packing == "isolate":
@@ -169,30 +192,51 @@ def _blocks(
 def train_on_texts(
     training: LanguageModelTraining,
     rows: StoredRows,
-    load: Callable[..., tuple[Dataset, Counts]] = load_documents,
+    rendering: Callable[[Renderer], TextRendering] = TextRendering,
 ) -> tuple[Trained, dict[str, object]]:
     """Tokenise and pack the rows and train on them; returns also the summary, but for the seconds.
 
     The summary has the held-out loss (nats a token) and perplexity, exp(loss), before and after.
     """
-    name, config = training.name, training.config
+
+    is_drawn = len(rows.table) > LARGE and not training.began_whole
 
     def build() -> tuple[dict[str, Dataset], Counts]:
+        config = training.config
         renderer = Renderer(load_tokenizer(training.base, config.model), config.template)
-        load_with, share = partial(load, renderer=renderer), config.data.max_bad_share
-        try_sample(rows, load_with, share, f"{name}'s texts")
-        documents, counts = load_with(rows, max_bad_share=share, name=f"{name}'s texts")
-        num_held_out = _num_held_out(documents)
-        train, drawn = split_groups(documents["group"][:], num_held_out, config.run.seed)
-        ordered = documents.select([*train, *drawn])
-        settings, pad_id = training.settings, training.pad_id
-        return packed_blocks(name, ordered, settings, pad_id, len(drawn)), counts
+        return _build_blocks(training, rows, rendering(renderer), is_drawn)
 
     blocks, counts = tokenised(training, rows.digest, build)
-    trained = run_training(training, blocks)
+    trained = run_training(training, len(blocks[TRAIN]))
     held_out = {
         f"{key}_{when}": numbers[key]
         for key in ("loss", "perplexity")
         for when, numbers in (("before", trained.before), ("after", trained.after))
     }
     return trained, held_out | trained.sizes() | {"rows": counts}
+
+
+def _build_blocks(
+    training: LanguageModelTraining, rows: StoredRows, rendering: TextRendering, is_drawn: bool
+) -> tuple[dict[str, Dataset], Counts]:
+    """Return a set's blocks and counts; of drawn texts only as many as the training needs."""
+    config, settings = training.config, training.settings
+    name, share, seed = f"{training.name}'s texts", config.data.max_bad_share, config.run.seed
+    load = partial(load_documents, **vars(rendering))
+    try_sample(rows, load, share, name)
+    if is_drawn:
+        drawn = DrawnTexts(rows, rendering, seed, share, name)
+        pad_id = training.pad_id
+        num_needed = None if settings.epochs else settings.steps * settings.batch_size
+        parts = {
+            part: _write_blocks(
+                training.name, part, drawn.documents(part == HELD_OUT), settings, pad_id, num
+            )
+            for part, num in ((TRAIN, num_needed), (HELD_OUT, settings.eval_rows))
+        }
+        return parts, drawn.counts
+    documents, counts = load(rows, max_bad_share=share, name=name)
+    train, held_out = split_groups(documents["group"][:], _num_held_out(documents), seed)
+    ordered = documents.select([*train, *held_out])
+    blocks = packed_blocks(training.name, ordered, settings, training.pad_id, len(held_out))
+    return blocks, counts

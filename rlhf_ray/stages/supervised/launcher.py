@@ -6,7 +6,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from rlhf_ray import interruption
 from rlhf_ray.config import Config
+from rlhf_ray.config.identity import fixed_keys
 from rlhf_ray.data.rendering.tokens import tokenizer_state
 from rlhf_ray.disk import DAMAGE, unwritable_is_an_error, write_atomically
 from rlhf_ray.models import folders
@@ -33,9 +34,6 @@ from rlhf_ray.stages.supervised.trainer import Trained, train
 from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN, Training
 
 T = TypeVar("T", bound=Training)
-
-_STORED = "stored.json"
-"""File beside the tokenised parts that a resumed stage takes: their digest and counts."""
 
 FOLLOW_INTERVAL_S = 0.5
 """Seconds between two reads of the metrics that the training processes write."""
@@ -78,49 +76,44 @@ def tokenised(
 
     Args:
         training: the stage.
-        rows_digest: of the rows; empty where it is not known, and nothing is stored then.
+        rows_digest: of the rows.
         build: tokenises the rows.
 
     Raises:
         RlhfError: what ``build`` raises.
         ConfigError: the folder cannot be written.
     """
-    config, notes = training.config, training.data / _STORED
+    config, settings = training.config, training.settings
     given = [
         rows_digest,
         tokenizer_state(load_tokenizer(training.base, training.model_settings)),
         config.template.model_dump_json(),
         config.data.model_dump_json(include={"overlong", "max_bad_share"}),
-        training.settings.model_dump_json(),
+        settings.model_dump_json(include={*fixed_keys(type(settings))}),
         (config.model.max_length, config.run.seed),
     ]
     digest = hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
-    try:
-        stored = json.loads(notes.read_text(encoding="utf-8"))
-        if rows_digest and stored["digest"] == digest:
+    stored = training.stored()
+    if stored.get("digest") == digest:
+        with suppress(*DAMAGE, OSError):  # they are not whole
             parts = {part: training.load_data(part) for part in (TRAIN, HELD_OUT)}
             return parts, stored["counts"]
-    except (*DAMAGE, OSError):  # nothing is stored, or not whole
-        pass
+    data, counts = build()
     with unwritable_is_an_error(training.data):
         shutil.rmtree(training.data, ignore_errors=True)
-    data, counts = build()
-    if rows_digest:
-        with unwritable_is_an_error(training.data):
-            _save(training, data)
-        # Last: what has this file is whole.
-        write_atomically(notes, json.dumps({"digest": digest, "counts": counts}))
+        for part, rows in data.items():
+            rows.save_to_disk(str(training.data / part))
+    # Last: what has this file is whole.
+    write_atomically(training.stored_file, json.dumps({"digest": digest, "counts": counts}))
     return data, counts
 
 
-def _save(training: Training, data: Mapping[str, Dataset]) -> None:
-    shutil.rmtree(training.data, ignore_errors=True)
-    for split, rows in data.items():
-        rows.save_to_disk(str(training.data / split))
-
-
-def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
+def run_training(training: Training, num_rows: int) -> Trained:
     """Train one stage to its end, with progress; remove its tokenised data and checkpoints then.
+
+    Args:
+        training: the stage, its data stored by `tokenised`.
+        num_rows: of the part to train on.
 
     Raises:
         RlhfError: what a training process raised.
@@ -131,12 +124,10 @@ def run_training(training: Training, data: Mapping[str, Dataset]) -> Trained:
     summary = training.folder / "summary.json"
     if summary.is_file():  # trained again: trackers get its steps once more
         current().forget(training.name)
-    with unwritable_is_an_error(training.data):
-        # First: a stage that has a summary counts as finished, also if it is killed from here on.
+    # First: a stage that has a summary counts as finished, also if it is killed from here on.
+    with unwritable_is_an_error(summary):
         summary.unlink(missing_ok=True)
-        if not (training.data / _STORED).is_file():
-            _save(training, data)
-    training = with_steps(training, len(data[TRAIN]))
+    training = with_steps(training, num_rows)
     done = training.cut_records()
     progress = Progress(training.config.run.stages)
     with (

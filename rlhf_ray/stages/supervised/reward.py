@@ -173,7 +173,7 @@ def _train(folder: RunFolder) -> dict[str, object]:
         training = open_training(RatedRewardTraining, config, folder.sft_model())
         data, counts = _load_ratings(training)
         unit, measure = "rows", "auc" if loss == "bce" else "correlation"
-    trained = run_training(training, data)
+    trained = run_training(training, len(data[TRAIN]))
     return {
         f"{unit}_train": len(data[TRAIN]),
         f"{unit}_eval": len(data[HELD_OUT]),

@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.datasets.texts import load_documents
+from rlhf_ray.data.datasets.texts import TextRendering
 from rlhf_ray.models import loading
 from rlhf_ray.models.adapters import Model
 from rlhf_ray.models.merging import merge_adapter
@@ -46,15 +46,15 @@ def run(config: Config) -> dict[str, object]:
     run_folder = RunFolder(config)
     settings = config.sft
     training = open_training(SftTraining, config, run_folder.pretrained_model())
-    load = partial(
-        load_documents,
+    rendering = partial(
+        TextRendering,
         preferred_only=settings.preferred_only,
         loss_on=settings.loss_on,
         # With plain concatenation a text continues in the next block, so none is too long.
         max_tokens=None if settings.packing == "concat" else settings.block_size,
         overlong=config.data.overlong,
     )
-    _, summary = train_on_texts(training, text_rows(config, "sft"), load)
+    _, summary = train_on_texts(training, text_rows(config, "sft"), rendering)
     model = training.folder / "model"
     if not training.all_weights:
         adapter = str(training.folder / training.adapter_folder)

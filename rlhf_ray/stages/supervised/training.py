@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -142,6 +142,23 @@ class Training(ABC):
     def data(self) -> Path:
         """Folder of the tokenised data sets."""
         return self.folder / "tokens"
+
+    @property
+    def stored_file(self) -> Path:
+        """File beside the tokenised data sets: their digest and counts."""
+        return self.data / "stored.json"
+
+    def stored(self) -> dict[str, Any]:
+        """Return what `stored_file` holds; empty where the data sets are missing or not whole."""
+        try:
+            return dict(json.loads(self.stored_file.read_text(encoding="utf-8")))
+        except (*DAMAGE, OSError):
+            return {}
+
+    @property
+    def began_whole(self) -> bool:
+        """Whether it has trained on the tokens of a whole large set, as before sets were drawn."""
+        return self.last_checkpoint()[0] > 0 and "unread" not in self.stored().get("counts", {})
 
     def load_data(self, part: str) -> Dataset:
         """Load one of the tokenised data sets."""

@@ -72,7 +72,7 @@ def test_blocks_hold_out_the_last_twentieth() -> None:
     assert blocks["train"]["input_ids"][-1] == [37, 37, 37, 0, 38, 38, 38, 0]
     assert list(blocks["held_out"]["input_ids"]) == [[39, 39, 39, 0, 40, 40, 40, 0]]
     large = settings.model_copy(update={"block_size": 64})
-    with pytest.raises(DataError, match=r"40 texts fill no block of 64 tokens \(held-out part\)"):
+    with pytest.raises(DataError, match=r"2 texts fill no block of 64 tokens \(held-out part\)"):
         packed_blocks("sft", documents, large, pad_id=99)
 
 

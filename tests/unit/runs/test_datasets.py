@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.config.data import TemplateConfig
-from rlhf_ray.data.datasets import drawn_prompts
+from rlhf_ray.data.datasets import drawn_rows
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.runs import datasets
 from rlhf_ray.runs.datasets import ppo_prompts, user_rows
@@ -96,7 +96,7 @@ def test_a_large_set_is_rendered_as_far_as_it_is_drawn_and_never_twice(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets, "LARGE", 50)
-    monkeypatch.setattr(drawn_prompts, "BLOCK", 20)
+    monkeypatch.setattr(drawn_rows, "BLOCK", 20)
     write(config, *(f"q{n}" for n in range(200)))
     words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.data.datasets import drawn_prompts
+from rlhf_ray.data.datasets import drawn_rows
 from rlhf_ray.data.datasets.drawn_prompts import DrawnPrompts, is_held_out
 from rlhf_ray.data.datasets.prompts import PromptRendering
 from rlhf_ray.data.reading.counts import BadRow, SkippedRows
@@ -22,7 +22,7 @@ NUM_ROWS = 95
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawn_prompts, "BLOCK", 10)
+    monkeypatch.setattr(drawn_rows, "BLOCK", 10)
 
 
 class Counted:
@@ -122,7 +122,7 @@ def test_a_repeated_prompt_is_dropped_in_any_block(
     prompts = drawn(tokenizer, given, Counted(), store=store)
     assert prompts.reach(90) == 45
     assert sorted(texts(prompts[:])) == sorted(f"q{n}" for n in range(45))
-    assert prompts.counts == {"kept": 45, "repeated": 45}
+    assert prompts.counts == {"kept": 45, "repeated": 45, "unread": 0}
 
 
 def test_bad_rows_are_counted_with_those_that_the_reader_skipped(
@@ -131,7 +131,7 @@ def test_bad_rows_are_counted_with_those_that_the_reader_skipped(
     given = StoredRows(rows(every_bad=10).table, [SkippedRows("refused", True, num=2)])
     prompts = drawn(tokenizer, given, Counted())
     prompts.reach(NUM_ROWS)
-    assert prompts.counts == {"kept": 85, "refused": 12}
+    assert prompts.counts == {"kept": 85, "refused": 12, "unread": 0}
     assert len(prompts) == 85
 
 

@@ -85,13 +85,6 @@ def test_other_rows_and_other_tokenizers_have_them_built_again(
     assert built.num == 3
 
 
-def test_nothing_is_stored_of_rows_without_a_digest(built: Built, tmp_path: Path) -> None:
-    tokenised(stage(tmp_path), "rows", built)
-    tokenised(stage(tmp_path), "", built)
-    tokenised(stage(tmp_path), "rows", built)
-    assert built.num == 3
-
-
 def test_parts_that_are_not_whole_are_built_again(built: Built, tmp_path: Path) -> None:
     training = stage(tmp_path)
     tokenised(training, "rows", built)
