@@ -105,7 +105,7 @@ def try_sample(
 
 def share_of_stored(rows: StoredRows, max_bad_share: float) -> float:
     """Return the share of stored rows that may be bad, given those that their reader skipped."""
-    num_rows = len(rows.table)
+    num_rows = len(rows.table) + rows.num_unread
     num_skipped_bad = sum(skipped.num for skipped in rows.skipped if skipped.is_bad)
     num_all = num_rows + sum(skipped.num for skipped in rows.skipped)
     return min(1.0, max(0.0, (max_bad_share * num_all - num_skipped_bad) / num_rows))

@@ -49,11 +49,13 @@ class StoredRows:
         table: the usable rows on disk, with the columns `STORED_FEATURES`.
         skipped: counts of the others.
         digest: of what was read, the same whenever the same is read again.
+        num_unread: rows of a larger set of which these were drawn, without being looked at.
     """
 
     table: datasets.Dataset
     skipped: Sequence[SkippedRows] = ()
     digest: str = ""
+    num_unread: int = 0
 
     def __iter__(self) -> Iterator[Row | SkippedRows]:
         yield from self.table  # type: ignore[misc]  (rows of a Dataset are mappings)

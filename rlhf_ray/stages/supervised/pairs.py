@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PairsConfig
+from rlhf_ray.data.datasets.drawn_rows import LARGE, DrawnRows
 from rlhf_ray.data.datasets.preferences import load_pairs
 from rlhf_ray.data.reading.counts import SkippedRows
 from rlhf_ray.data.reading.draws import (
     prompt_group,
     share_of_sample,
+    share_of_stored,
     split_groups,
     try_sample,
 )
@@ -147,10 +150,17 @@ def load_parts(
     for part, rows in parts.items():
         name = f"{what} ({part.replace(HELD_OUT, 'held-out')})"
         try_sample(rows, load, share, name)
-        allowed = share
-        if part == HELD_OUT and isinstance(rows, StoredRows):  # few of the rows, drawn
+        given, allowed = rows, share
+        if isinstance(rows, StoredRows) and rows.num_unread:
+            # The reader's skipped rows are of the whole set, these are a part.
+            given = StoredRows(rows.table)
+            allowed = share_of_sample(share_of_stored(rows, share), len(rows.table))
+        elif part == HELD_OUT and isinstance(rows, StoredRows):  # few of the rows, drawn
             allowed = share_of_sample(share, len(rows.table))
-        data[part], counts[part] = load(rows, max_bad_share=allowed, name=name)
+        data[part], counts[part] = load(given, max_bad_share=allowed, name=name)
+        if isinstance(rows, StoredRows) and rows.num_unread:
+            counts[part] |= {each.reason: each.num for each in rows.skipped}
+            counts[part]["unread"] = rows.num_unread
     return data, counts
 
 
@@ -167,16 +177,23 @@ def _pair_rows(training: PairTraining) -> dict[str, StoredRows]:
         loaded = ai_labelled_rows(config, training.name, settings.judge)
     else:
         loaded = user_rows(config, "preferences", "preferences")
-    return split_rows(loaded, settings, seed)
+    return split_rows(loaded, settings, seed, training.began_whole)
 
 
-def split_rows(loaded: StoredRows, settings: PairsConfig, seed: int) -> dict[str, StoredRows]:
+def split_rows(
+    loaded: StoredRows, settings: PairsConfig, seed: int, is_whole: bool = False
+) -> dict[str, StoredRows]:
     """Split the user's rows: a sample is held out, the others are to train on.
+
+    Of a large set with ``max_pairs``, rows are drawn first and the others are not looked at, unless
+    ``is_whole``.
 
     Raises:
         DataError: one row is usable, which cannot be both.
     """
     rows = loaded.table
+    if len(rows) > LARGE and settings.max_pairs is not None and not is_whole:
+        return _drawn_parts(loaded, settings.max_pairs, settings.eval_rows, seed)
     if len(rows) == 1:
         raise DataError(
             "data.preferences holds 1 usable row; at least 2 are needed, as one is held out. Add "
@@ -188,6 +205,21 @@ def split_rows(loaded: StoredRows, settings: PairsConfig, seed: int) -> dict[str
     train, held_out = split_groups(groups, num_held_out, seed)
     train_rows = replace(loaded, table=rows.select(train))
     return _limited(train_rows, rows.select(held_out), settings, seed)
+
+
+def _drawn_parts(
+    loaded: StoredRows, num_train: int, num_held_out: int, seed: int
+) -> dict[str, StoredRows]:
+    drawn, rows = DrawnRows(loaded, seed, 1.0, "pairs"), loaded.table
+    train, held_out = (
+        [number for number, _ in islice(chain.from_iterable(drawn.part(is_held_out)), num)]
+        for is_held_out, num in ((False, num_train), (True, num_held_out))
+    )
+    num_unread = len(rows) - len(train) - len(held_out)
+    return {
+        TRAIN: replace(loaded, table=rows.select(train), num_unread=num_unread),
+        HELD_OUT: StoredRows(rows.select(held_out)),
+    }
 
 
 def _limited(

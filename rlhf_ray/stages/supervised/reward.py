@@ -190,7 +190,7 @@ def _load_ratings(
     """Load tokenised rows to train on and held out, and the counts of the rows read for each."""
     config, column = training.config, TARGETS[training.loss]
     rows = user_rows(config, "preferences", "ratings")
-    parts = split_rows(rows, config.reward, config.run.seed)
+    parts = split_rows(rows, config.reward, config.run.seed, training.began_whole)
     load = partial(load_ratings, target_column=column)
     ratings, counts = load_stage_parts(training, parts, load, "reward's rated answers")
     if len(set(ratings[HELD_OUT]["target"])) < 2:

@@ -158,7 +158,8 @@ class Training(ABC):
     @property
     def began_whole(self) -> bool:
         """Whether it has trained on the tokens of a whole large set, as before sets were drawn."""
-        return self.last_checkpoint()[0] > 0 and "unread" not in self.stored().get("counts", {})
+        counts = self.stored().get("counts", {})
+        return self.last_checkpoint()[0] > 0 and "unread" not in counts.get(TRAIN, counts)
 
     def load_data(self, part: str) -> Dataset:
         """Load one of the tokenised data sets."""

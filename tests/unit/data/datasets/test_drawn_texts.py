@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.data.datasets import drawn_rows, drawn_texts
+from rlhf_ray.data.datasets import drawn_rows
 from rlhf_ray.data.datasets.drawn_texts import DrawnTexts
 from rlhf_ray.data.datasets.texts import TextRendering, load_documents
 from rlhf_ray.data.reading.counts import SkippedRows
@@ -20,7 +20,7 @@ NUM_PROMPTS = 60
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawn_rows, "BLOCK", 10)
-    monkeypatch.setattr(drawn_texts, "FEW_PROMPTS", 5)
+    monkeypatch.setattr(drawn_rows, "FEW_PROMPTS", 5)
 
 
 class CountedRenderer(Renderer):

@@ -1,6 +1,7 @@
 """Rows that the stages on pairs train on, and those that they hold out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from tiny_models import build_tiny
 from rlhf_ray.config import resolve
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.config.supervised import RewardConfig
+from rlhf_ray.data.datasets import drawn_rows
 from rlhf_ray.data.datasets.preferences import load_pairs
-from rlhf_ray.data.reading.counts import RowTally
-from rlhf_ray.data.reading.rows import StoredRows, batches, store_rows
+from rlhf_ray.data.reading.counts import RowTally, SkippedRows
+from rlhf_ray.data.reading.rows import Row, StoredRows, batches, store_rows, unpack_row
 from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.errors import DataError
+from rlhf_ray.stages.supervised import pairs
 from rlhf_ray.stages.supervised.pairs import _pair_rows, load_parts, split_rows
 from rlhf_ray.stages.supervised.reward import RewardTraining
 from rlhf_ray.stages.supervised.training import HELD_OUT, TRAIN
@@ -79,14 +82,54 @@ def test_a_few_bad_rows_may_meet_in_a_small_held_out_part(tmp_path: Path) -> Non
     """Of 100 rows 15 may be bad, so 2 of the 5 held out often are."""
     tokenizer = build_tiny(tmp_path / "tiny", ["a q b"])
 
-    def pairs(num: int, num_bad: int) -> StoredRows:
+    def judged(num: int, num_bad: int) -> StoredRows:
         answers = ["b"] * (num - num_bad) + ["a"] * num_bad  # of equal answers none is better
         return store_rows({"prompt": "q", "chosen": "a", "rejected": other} for other in answers)
 
     def counts(num_bad: int) -> dict[str, dict[str, int]]:
-        parts = {TRAIN: pairs(95, 13), HELD_OUT: pairs(5, num_bad)}
+        parts = {TRAIN: judged(95, 13), HELD_OUT: judged(5, num_bad)}
         return load_parts(parts, load_pairs, resolve({}), tokenizer, "pairs")[1]
 
     assert counts(2) == {TRAIN: {"kept": 82, "equal": 13}, HELD_OUT: {"kept": 3, "equal": 2}}
     with pytest.raises(DataError, match=r"pairs \(held-out\): 5 of 5 rows are bad"):
         counts(5)
+
+
+def test_of_a_large_set_the_drawn_pairs_alone_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that are bad are held against the number that was read."""
+    num_read = 0
+
+    def counting(row: Row) -> Row:
+        nonlocal num_read
+        num_read += 1
+        return unpack_row(row)
+
+    for module in (pairs, drawn_rows):
+        monkeypatch.setattr(module, "unpack_row", counting, raising=False)
+    monkeypatch.setattr(pairs, "LARGE", 1000)
+    monkeypatch.setattr(drawn_rows, "LARGE", 50)
+    monkeypatch.setattr(drawn_rows, "FEW_PROMPTS", 10)
+    monkeypatch.setattr(drawn_rows, "BLOCK", 20)
+    given = ({"prompt": f"q{n // 2}", "chosen": f"a{n % 7}", "rejected": "a1"} for n in range(2000))
+    loaded = replace(store_rows(given), skipped=[SkippedRows("filtered", False, num=5)])
+    settings = RewardConfig(eval_rows=4, max_pairs=100)
+    parts = split_rows(loaded, settings, 0)
+    assert num_read < 500
+    prompts = {part: {row["prompt"] for row in found.table} for part, found in parts.items()}
+    assert not prompts[TRAIN] & prompts[HELD_OUT]
+    tokenizer = build_tiny(tmp_path / "tiny", ["a q b"])
+    _, counts = load_parts(parts, load_pairs, resolve({}), tokenizer, "pairs")
+    assert counts[TRAIN]["kept"] + counts[TRAIN]["equal"] == 100
+    assert counts[TRAIN] | {"kept": 0, "equal": 0} == {
+        "kept": 0,
+        "equal": 0,
+        "filtered": 5,
+        "unread": 1896,
+    }
+    whole = split_rows(loaded, settings, 0, is_whole=True)  # a training that had begun with it
+    assert (len(whole[TRAIN].table), whole[TRAIN].num_unread) == (100, 0)
+    few_allowed = resolve({"data": {"max_bad_share": 0.01}})
+    with pytest.raises(DataError, match="of 100 rows are bad"):
+        load_parts(parts, load_pairs, few_allowed, tokenizer, "pairs")
