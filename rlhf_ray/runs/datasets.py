@@ -6,21 +6,24 @@ Rows are read with a progress bar, and statistics of their texts are written for
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.data import DataSource
 from rlhf_ray.data.datasets.drawn_prompts import DrawnPrompts, is_held_out
 from rlhf_ray.data.datasets.drawn_rows import LARGE
 from rlhf_ray.data.datasets.prompts import Check, PromptRendering, Prompts, load_prompts
+from rlhf_ray.data.reading.counts import SkippedRows
 from rlhf_ray.data.reading.draws import try_sample
 from rlhf_ray.data.reading.formats import Use
 from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.reading.sources import load_rows
+from rlhf_ray.data.reading.tables import cached_table
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.rendering.tokens import tokenizer_state
 from rlhf_ray.disk import write_atomically
@@ -29,7 +32,12 @@ from rlhf_ray.observability.progress import Progress
 from rlhf_ray.rewards.required_columns import require_read_columns
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.quality import RowStats
+from rlhf_ray.runs.scratch import scratch_folder
 from rlhf_ray.types import Prompt
+from rlhf_ray.version import __version__
+
+LARGE_BYTES = 10_000_000
+"""Bytes of files above which their converted rows are kept in the run's scratch folder."""
 
 RENDERED = "prompts"
 """Folder in that of stage ppo for the prompts rendered so far; emptied when the stage is done."""
@@ -47,8 +55,30 @@ def user_rows(
         DataError: they cannot be read.
         ConfigError: a filter's function cannot be imported, or the run folder cannot be written.
     """
-    name = f"data.{key}"
+    sources = getattr(config.data, key)
+    if identity := _identity(config, sources, use):
+        folder = scratch_folder(config) / "rows" / identity
+        table, notes = cached_table(folder, lambda: _read_rows(config, key, use))
+    else:
+        table, notes = _read_rows(config, key, use)
+    report, digest = notes["report"], notes["digest"]
+    path = RunFolder(config).stage("data") / f"{key}.json"
+    earlier = _digests(path)
+    if earlier.get(use, digest) != digest:
+        paths = ", ".join(source.path for source in sources)
+        Progress(config.run.stages).say(
+            f"Warning: data.{key} ({paths}) holds other rows than when this run read it before, so "
+            "other rows are held out and learnt. Restore the data, or begin a new run"
+        )
+    report["digests"] = {**earlier, use: digest}
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
+    return StoredRows(table, [SkippedRows(**each) for each in notes["skipped"]], digest)
+
+
+def _read_rows(config: Config, key: str, use: Use) -> tuple[Dataset, dict[str, Any]]:
+    """Read and convert the rows of ``data.<key>``; returns also what is to be known of them."""
     digest = hashlib.blake2b(digest_size=16)
+    name, sources = f"data.{key}", getattr(config.data, key)
     with RowStats() as texts, Progress(config.run.stages).stage(name, unit="row") as bar:
 
         def count(row: Row) -> None:
@@ -56,20 +86,40 @@ def user_rows(
             digest.update(json.dumps(row, default=str).encode())
             bar.advance()
 
-        sources, seed = getattr(config.data, key), config.run.seed
-        loaded = load_rows(sources, use, config.prepare.max_pairs, seed, count)
+        loaded = load_rows(sources, use, config.prepare.max_pairs, config.run.seed, count)
         report = texts.report()
-    path = RunFolder(config).stage("data") / f"{key}.json"
-    earlier = _digests(path)
-    if earlier.get(use, digest.hexdigest()) != digest.hexdigest():
-        paths = ", ".join(source.path for source in sources)
-        Progress(config.run.stages).say(
-            f"Warning: {name} ({paths}) holds other rows than when this run read it before, so "
-            "other rows are held out and learnt. Restore the data, or begin a new run"
-        )
-    report["digests"] = {**earlier, use: digest.hexdigest()}
-    write_atomically(path, json.dumps(report, indent=2) + "\n")
-    return replace(loaded, digest=digest.hexdigest())
+    skipped = [vars(each) for each in loaded.skipped]
+    return loaded.table, {"skipped": skipped, "digest": digest.hexdigest(), "report": report}
+
+
+def _identity(config: Config, sources: Sequence[DataSource], use: Use) -> str | None:
+    """Return a name for all that decides what is read from large files; None: read them again.
+
+    That is so for a few megabytes, a dataset on the hub, and rows that functions of the user make,
+    which may have changed.
+    """
+    if any(each.function or any(test.function for test in each.filter) for each in sources):
+        return None
+    paths = [Path(source.path).expanduser() for source in sources]
+    if not all(path.exists() for path in paths):
+        return None
+    files = [
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+        if file.is_file()
+    ]
+    states = [file.stat() for file in files]
+    if sum(state.st_size for state in states) < LARGE_BYTES:
+        return None
+    given = [
+        [str(file.resolve()) for file in files],
+        # Whatever is written to a file changes the last one.
+        [(state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states],
+        [source.model_dump_json() for source in sources],
+        (use, config.prepare.max_pairs, config.run.seed, __version__),
+    ]
+    return hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
 
 
 def prepared_rows(folder: RunFolder, name: str) -> StoredRows:

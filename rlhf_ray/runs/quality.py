@@ -4,6 +4,7 @@ import hashlib
 import re
 import tempfile
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -53,8 +54,8 @@ class TextStats:
 
     def add(self, text: str) -> None:
         """Count a text."""
-        self._lengths[int(np.searchsorted(LENGTH_BOUNDS, len(text), side="right")) - 1] += 1
-        for language in _FENCE.findall(text):
+        self._lengths[bisect_right(LENGTH_BOUNDS, len(text)) - 1] += 1
+        for language in _FENCE.findall(text) if "```" in text else ():
             self._languages[language.strip().lower() or NO_LANGUAGE] += 1
         words = " ".join(text.lower().split())
         digest = hashlib.blake2b(words.encode(), digest_size=8).digest()

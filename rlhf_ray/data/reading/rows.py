@@ -113,10 +113,19 @@ def require_readable(row: Row) -> None:
     if score is not None and not math.isfinite(score):
         raise BadRow("score_not_finite", f"the column score must be a number, got {score}")
     try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
+        for value in (*row, *row.values()):
+            text = value if isinstance(value, str) else _as_text(value)
+            if not text.isascii():
+                text.encode()
     except UnicodeEncodeError:
         reason = "a text holds half of a character (a lone surrogate), which is not Unicode"
         raise BadRow("not_unicode", reason) from None
+
+
+def _as_text(value: object) -> str:
+    if value is None or isinstance(value, int | float):
+        return ""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def batches(

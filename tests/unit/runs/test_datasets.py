@@ -2,15 +2,20 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config import Config, resolve
-from rlhf_ray.config.data import TemplateConfig
+from rlhf_ray.config.data import DataSource, TemplateConfig
 from rlhf_ray.data.datasets import drawn_rows
+from rlhf_ray.data.reading.formats import Use
+from rlhf_ray.data.reading.rows import Row, StoredRows
+from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.driver.batches import PromptCursor
 from rlhf_ray.runs import datasets
 from rlhf_ray.runs.datasets import ppo_prompts, user_rows
@@ -139,3 +144,68 @@ def test_a_run_that_had_begun_before_large_sets_were_drawn_first_keeps_its_order
     assert taken() == before
     (folder.stage("ppo") / datasets.RENDERED).mkdir(parents=True)
     assert taken() != before, "begun with sets drawn first, and done: what was rendered is gone"
+
+
+def rows_file(path: Path, num: int) -> Path:
+    rows = [{"prompt": f"q{n}", "score": n} for n in range(num)]
+    bad = [{"prompt": "", "score": 1}, {"prompt": "x", "score": -1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
+    return path
+
+
+@pytest.fixture
+def num_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Uses for which files were read; any file counts as large."""
+    reads: list[str] = []
+
+    def reading(sources: Sequence[DataSource], use: Use, *rest: Any) -> StoredRows:
+        reads.append(use)
+        return load_rows(sources, use, *rest)
+
+    monkeypatch.setattr(datasets, "load_rows", reading)
+    monkeypatch.setattr(datasets, "LARGE_BYTES", 10)
+    return reads
+
+
+def test_a_large_file_is_read_once_until_it_changes(
+    tmp_path: Path, num_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", 30)
+    source = {"path": str(path), "filter": [{"column": "score", "op": ">=", "value": 0}]}
+    config = resolve({"run": {"dir": str(tmp_path / "run")}, "data": {"prompts": source}})
+    first, second = (user_rows(config, "prompts", "prompts") for _ in range(2))
+    assert num_reads == ["prompts"]
+    assert second.table.to_list() == first.table.to_list()
+    assert second.skipped == first.skipped
+    assert {each.reason: each.num for each in second.skipped} == {"filtered": 1, "empty": 1}
+    assert second.digest == first.digest
+    assert len(scratch_files(tmp_path)) == 1
+    user_rows(config, "prompts", "pretrain")  # other rows are made of it
+    assert num_reads == ["prompts", "pretrain"]
+    assert "holds other rows" not in capsys.readouterr().out
+    rows_file(path, 31)
+    assert len(user_rows(config, "prompts", "prompts").table) == 31
+    assert "holds other rows" in capsys.readouterr().out
+
+
+def scratch_files(folder: Path) -> list[Path]:
+    return list((folder / "run" / "scratch" / "rows").iterdir())
+
+
+def keep_all(row: Row) -> bool:
+    return bool(row)
+
+
+@pytest.mark.parametrize("more", [{"filter": [f"{__name__}:keep_all"]}, {"path": "rows"}])
+def test_what_may_have_changed_unseen_is_read_again(
+    tmp_path: Path, num_reads: list[str], monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """Here rows that a function of the user chooses; and a small file."""
+    path = rows_file(tmp_path / "rows.jsonl", 30)
+    if "path" in more:
+        monkeypatch.setattr(datasets, "LARGE_BYTES", 10**6)
+    source = {"path": str(path)} | {key: value for key, value in more.items() if key != "path"}
+    config = resolve({"run": {"dir": str(tmp_path / "run")}, "data": {"prompts": source}})
+    for _ in range(2):
+        user_rows(config, "prompts", "prompts")
+    assert len(num_reads) == 2
