@@ -204,36 +204,40 @@ class Config(Section):
         self.ppo.overlong.require_endings(self.rollout, self.ppo.missing_eos_penalty)
         shard_size, per_prompt = self.rollout.shard_size, self.ppo.samples_per_prompt
         self.ppo.filter_groups.require_whole_groups(per_prompt, shard_size)
-        if self.rollout.autoscale is not None:
-            self._generators_start_within_bounds(self.rollout.autoscale)
+        if bounds := self.rollout.autoscale:
+            self._generators_start_within_bounds(bounds)
         if self.cluster.mode == "inline":
             self._inline_is_one_process()
         return self
 
     def _quantised_base_is_kept(self) -> None:
         """Refuse settings that would shard or train the quantised weights."""
-        quantization = self.model.quantization
+        kind = self.model.quantization
         for role, group in (("policy", self.policy), ("critic", self.critic)):
             if group.zero_stage == 3:
                 raise ValueError(
-                    f"{role}.zero_stage 3 cannot shard the base with model.quantization "
-                    f"{quantization}; set {role}.zero_stage=2"
+                    f"{role}.zero_stage 3 cannot shard the base with model.quantization {kind}; "
+                    f"set {role}.zero_stage=2"
                 )
-        for name, stage in (("sft", self.sft), ("reward", self.reward)):
-            if stage.tuning == "full":
+        for name, stage in (("sft", self.sft), ("reward", self.reward), ("dpo", self.dpo)):
+            if getattr(stage, "tuning", None) == "full":
                 raise ValueError(
                     f"{name}.tuning full trains the weights that model.quantization "
-                    f"{quantization} freezes; set {name}.tuning=lora or model.quantization=none"
+                    f"{kind} freezes; set {name}.tuning=lora or model.quantization=none"
+                )
+            if stage.zero_stage is not None:
+                raise ValueError(
+                    f"{name}.zero_stage cannot divide a base with model.quantization {kind}; "
+                    f"set {name}.zero_stage=null or model.quantization=none"
                 )
         if self.critic.init == "reward" and self.reward.path is None:
             raise ValueError(
                 "critic.init reward merges the reward model's adapter into its base, which "
-                f"model.quantization {quantization} does not allow; set critic.init=sft"
+                f"model.quantization {kind} does not allow; set critic.init=sft"
             )
 
     def _generators_start_within_bounds(self, bounds: AutoscaleConfig) -> None:
-        num = self.generators.num
-        if not bounds.minimum <= num <= bounds.maximum:
+        if not bounds.minimum <= (num := self.generators.num) <= bounds.maximum:
             raise ValueError(
                 f"generators.num {num} is not between rollout.autoscale.minimum {bounds.minimum} "
                 f"and rollout.autoscale.maximum {bounds.maximum}; change one of them"
@@ -333,11 +337,9 @@ class Config(Section):
             "generators.num": self.generators.num,
             "reference.num_workers": self.reference.num_workers,
             "reward.num_workers": self.reward.num_workers,
+            **{f"{name}.train_workers": getattr(self, name).train_workers for name in SUPERVISED},
         }
-        for name in SUPERVISED:
-            counts[f"{name}.train_workers"] = getattr(self, name).train_workers
-        plural = [f"{key}={count}" for key, count in counts.items() if count != 1]
-        if plural:
+        if plural := [f"{key}={count}" for key, count in counts.items() if count != 1]:
             raise ValueError(f"cluster.mode inline is one process; set {', '.join(plural)} to 1")
 
 

@@ -14,6 +14,7 @@ from rlhf_ray.config.section import (
     adjustable,
     changeable,
     fixed,
+    is_mapping,
     refuse_owned,
     refuse_secrets,
 )
@@ -43,6 +44,21 @@ _OWNED = {
     "label_names": "the stage",
     "logging_nan_inf_filter": "the stage",
     "remove_unused_columns": "the stage",
+    "deepspeed": "{section}.zero_stage (further keys of DeepSpeed: {section}.deepspeed)",
+}
+
+_OWNED_DEEPSPEED = {
+    "zero_optimization": "{section}.zero_stage (further ZeRO keys: {section}.deepspeed.zero)",
+    "train_batch_size": "{section}.batch_size",
+    "train_micro_batch_size_per_gpu": "{section}.batch_size and {section}.train_workers",
+    "gradient_accumulation_steps": "{section}.trainer.gradient_accumulation_steps",
+    "gradient_clipping": "{section}.trainer.max_grad_norm",
+    "optimizer": "{section}.learning_rate and {section}.trainer.optim",
+    "scheduler": "{section}.scheduler",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "checkpoint": "the stage",
 }
 
 
@@ -103,6 +119,18 @@ class SupervisedConfig(Section):
         description="Optimizer steps between evaluations on the held-out rows, or `epoch`; none: "
         "only before and after.",
     )
+    zero_stage: Literal[1, 2, 3] | None = changeable(
+        None,
+        unit="–",
+        description="DeepSpeed's ZeRO stage, which divides over the processes: 1 the optimizer, 2 "
+        "also the gradients, 3 also the weights; none: each process holds all. Inline mode has "
+        "nothing to divide.",
+    )
+    deepspeed: PassThrough = changeable(
+        {},
+        description="More keys of DeepSpeed's config, with zero_stage; `zero` holds more ZeRO "
+        "keys, such as `{offload_optimizer: {device: cpu}}`.",
+    )
     trainer: PassThrough = fixed({}, description="More TrainingArguments.")
 
     @classmethod
@@ -117,6 +145,27 @@ class SupervisedConfig(Section):
         owned = {key: value.format(section=section) for key, value in _OWNED.items()}
         refuse_secrets(f"{section}.trainer", trainer, "export HF_TOKEN instead")
         return refuse_owned(f"{section}.trainer", trainer, owned)
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _own_deepspeed_keys(cls, given: PassThrough) -> PassThrough:
+        section = cls.section()
+        owned = {key: value.format(section=section) for key, value in _OWNED_DEEPSPEED.items()}
+        refuse_owned(f"{section}.deepspeed", given, owned)
+        if not is_mapping(zero := given.get("zero", {})):
+            raise ValueError(f"{section}.deepspeed.zero: expected a mapping, got {zero!r}")
+        refuse_owned(f"{section}.deepspeed.zero", zero, {"stage": f"{section}.zero_stage"})
+        return given
+
+    @model_validator(mode="after")
+    def _deepspeed_is_used(self) -> Self:
+        if self.deepspeed and self.zero_stage is None:
+            section = self.section()
+            raise ValueError(
+                f"{section}.deepspeed has no effect without {section}.zero_stage; set "
+                f"{section}.zero_stage=2 or 3, or leave {section}.deepspeed out"
+            )
+        return self
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Return the warm-up steps of a training with ``num_steps`` steps."""

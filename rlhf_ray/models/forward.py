@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from rlhf_ray.algorithms.experience import pad, response_logits
@@ -181,7 +182,7 @@ def initialise_head(model: nn.Module, seed: int | None) -> None:
     if hasattr(head, "modules_to_save"):
         head = head.get_submodule("modules_to_save.default")
     weight = head.get_parameter("weight")
-    with torch.no_grad():
+    with torch.no_grad(), gather_params_ctx([weight]):  # it may be divided (ZeRO-3)
         if seed is None:
             weight.zero_()
         else:

@@ -59,8 +59,9 @@ def isolate_texts(model: nn.Module, block_size: int, key: str) -> None:
 def _leak(model: nn.Module, block_size: int) -> float | None:
     """Return by how much a text's logits depend on what precedes it; None: not at all."""
     base: Any = unwrapped(model)
-    table: Tensor = base.get_input_embeddings().weight
-    ids_1S = torch.randint(len(table), (1, block_size), generator=torch.Generator().manual_seed(0))
+    table: Tensor = base.get_input_embeddings().weight  # empty where it is divided (ZeRO-3)
+    num_tokens = base.config.get_text_config().vocab_size
+    ids_1S = torch.randint(num_tokens, (1, block_size), generator=torch.Generator().manual_seed(0))
     first = min(PROBE_TOKENS, block_size // 2)
     positions_S = torch.cat([torch.arange(first), torch.arange(block_size - first)])
     ids_1S, positions_1S = ids_1S.to(table.device), positions_S[None].to(table.device)
@@ -78,7 +79,8 @@ def _leak(model: nn.Module, block_size: int) -> float | None:
         )
     changes_S = (packed_SV - alone_SV).square().mean(-1).sqrt() / alone_SV.std(-1).mean()
     ends = changes_S[:num].mean(), changes_S[num:].mean()
-    rounded = getattr(base, "is_quantized", False) or base.dtype != torch.float32
+    is_half = base.dtype != torch.float32 or torch.is_autocast_enabled(table.device.type)
+    rounded = is_half or getattr(base, "is_quantized", False)
     leak = float(max(ends))
     return None if leak <= (LEAK_OF_ROUNDED if rounded else LEAK) else leak
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from peft.utils.integrations import gather_params_ctx
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -144,7 +145,8 @@ def _restore_head(model: nn.Module, path: str) -> None:
     for file in safetensors_files(path):
         with safe_open(str(file), framework="pt") as tensors:
             for name in heads.keys() & set(tensors.keys()):
-                heads[name].copy_(tensors.get_tensor(name))
+                with gather_params_ctx([heads[name]]):  # it may be divided (ZeRO-3)
+                    heads[name].copy_(tensors.get_tensor(name))
 
 
 def on_device(model: ModelT) -> ModelT:

@@ -147,8 +147,10 @@ def _group_name(stem: str, blocks: Sequence[int | None]) -> str:
 
 
 def num_elements(parameter: Tensor) -> int:
-    """Return the number of weights in a parameter, unpacked if it is packed into 4 bits."""
+    """Return the number of weights in a parameter that may be packed into 4 bits, or divided."""
     packed = getattr(parameter, "quant_state", None)
+    if (divided := getattr(parameter, "ds_numel", None)) is not None:
+        return divided
     return parameter.numel() if packed is None else packed.shape.numel()
 
 

@@ -20,7 +20,7 @@ of b bytes (2 or 4):
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_ray.config.model import Dtype, LoraConfig
 
@@ -139,15 +139,17 @@ def deepspeed_parts(
     dtype: Dtype,
     stage: int,
     ranks: int,
-    zero: Mapping[str, float],
+    zero: Mapping[str, Any],
     on_gpu: bool,
+    passes: Dtype | None = None,
 ) -> Parts:
-    """Return what one rank of a DeepSpeed group holds besides its activations.
+    """Return what one rank of a DeepSpeed group holds on its device besides its activations.
 
     ZeRO shards the optimizer (its fp32 weights and Adam's moments) from stage 1, the gradients from
     stage 2, and the weights, frozen ones too, from stage 3 (Rajbhandari et al. 2019,
     arXiv:1910.02054, section 5). The weights that a pass gathers again and the buffer that
-    gradients are reduced in have DeepSpeed's default sizes, unless ``zero`` sets others.
+    gradients are reduced in have DeepSpeed's default sizes, unless ``zero`` sets others. What it
+    has offloaded is in main memory (`offloaded_bytes`); stage 3 keeps gradients on its device.
 
     Args:
         frozen: bytes of the weights that are not trained.
@@ -158,20 +160,37 @@ def deepspeed_parts(
         ranks: size of the group.
         zero: keys of DeepSpeed's ``zero_optimization``.
         on_gpu: whether memory counts once it is allocated; on a CPU only what is touched counts.
+        passes: data type that stage 3 gathers weights in; None: ``dtype``.
     """
-    weights = frozen + trainable * BYTES[dtype]
-    live = min(weights, BYTES[dtype] * zero.get("stage3_max_live_parameters", 1e9))
+    gathered = BYTES[passes or dtype] / BYTES[dtype]
+    weights = (frozen + trainable * BYTES[dtype]) * gathered
+    live = min(weights, BYTES[passes or dtype] * zero.get("stage3_max_live_parameters", 1e9))
     bucket = zero.get("reduce_bucket_size", 5e8)
+    has_optimizer, has_weights = (
+        not is_offloaded(zero, "optimizer"),
+        not is_offloaded(zero, "param"),
+    )
     gradient = trainable * BYTES[dtype] / (ranks if stage >= 2 else 1)
     at_the_step = trainable * 4 / (ranks if stage >= 1 else 1)
+    share = has_weights / ranks if stage == 3 else 1
     return {
-        "weights": frozen / (ranks if stage == 3 else 1),
-        "adapter": trainable * BYTES[dtype] / (ranks if stage == 3 else 1),
-        "gathered": live if stage == 3 and ranks > 1 else 0,
-        "gradients": gradient + at_the_step,
-        "optimizer": trainable * (4 + ADAM_BYTES) / (ranks if stage >= 1 else 1),
+        "weights": frozen * share,
+        "adapter": trainable * BYTES[dtype] * share,
+        "gathered": live if stage == 3 and (ranks > 1 or not has_weights) else 0,
+        "gradients": gradient * (has_optimizer or stage != 2) + at_the_step * has_optimizer,
+        "optimizer": optimizer_bytes(trainable, stage, ranks) * has_optimizer,
         "reduce buffer": BYTES[dtype] * (bucket if on_gpu else min(bucket, trainable)),
     }
+
+
+def is_offloaded(zero: Mapping[str, Any], what: Literal["optimizer", "param"]) -> bool:
+    """Return whether a part is in main memory or on a disk (``offload_optimizer``, ...)."""
+    return zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+
+
+def optimizer_bytes(trainable: int, stage: int, ranks: int) -> float:
+    """Return the bytes of a rank's fp32 weights and Adam's moments, beside the weights in use."""
+    return trainable * (4 + ADAM_BYTES) / (ranks if stage >= 1 else 1)
 
 
 def training_bytes(trainable: int) -> int:

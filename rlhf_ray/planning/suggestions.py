@@ -21,7 +21,7 @@ from rlhf_ray.planning.layouts import (
     no_worse,
     planned,
 )
-from rlhf_ray.planning.memory import GB
+from rlhf_ray.planning.memory import GB, is_offloaded
 from rlhf_ray.planning.prediction import Plan, on_gpus, prediction, together
 from rlhf_ray.planning.role_times import Range
 
@@ -46,15 +46,16 @@ def fitting_changes(plan: Plan) -> list[Change]:
     Single changes where any is enough; else one that joins several, none of which can be left out;
     else the fastest layout with the same base; none where that does not fit either.
     """
-    candidates = list(_change_candidates(plan.config))
-    single = [change for change in candidates if _missing(plan, [change]) == 0]
-    if single:
-        return single[:MAX_SINGLE_CHANGES]
+    candidates = [*_change_candidates(plan.config)]
+    new = Space(plan.config, plan.models, plan.nodes, ()).differing
+    single = [new(change) or {} for change in candidates if _missing(plan, [change]) == 0]
+    if single:  # each without those that need more than another one
+        least = [one for one in single if not any(o.items() < one.items() for o in single)]
+        return least[:MAX_SINGLE_CHANGES]
     helpful, still_missing = _helping(plan, candidates)
     if still_missing:
-        layouts = [layout for layout in best_layouts(plan) if layout.learns_the_same]
-        return [layout.changes for layout in layouts[:1]]
-    return [_joined(_needed(plan, helpful))]
+        return [layout.changes for layout in best_layouts(plan) if layout.learns_the_same][:1]
+    return [new(_joined(_needed(plan, helpful))) or {}]
 
 
 def _helping(plan: Plan, candidates: Sequence[Change]) -> tuple[list[Change], float]:
@@ -95,6 +96,7 @@ def _change_candidates(config: Config) -> Iterator[Change]:
     """Yield changes, from those that cost a little time to those that change what is learnt."""
     yield from _recomputed(config)
     yield from _smaller_passes(config)
+    yield from _divided(config)
     yield from _spread(config)
     yield from _fewer(config)
     yield from _smaller_models(config)
@@ -118,6 +120,18 @@ def _smaller_passes(config: Config) -> Iterator[Change]:
         while accumulated < stage.batch_size // stage.train_workers:
             accumulated *= 2
             yield {f"{name}.trainer.gradient_accumulation_steps": accumulated}
+
+
+def _divided(config: Config) -> Iterator[Change]:
+    if config.model.quantization != "none" or config.cluster.mode == "inline":
+        return
+    for name in _stages(config):
+        stage = getattr(config, name)
+        for number in range((stage.zero_stage or 1) + 1, 4 if stage.train_workers > 1 else 0):
+            yield {f"{name}.zero_stage": number}
+        if not is_offloaded(zero := stage.deepspeed.get("zero", {}), "optimizer"):
+            further = {**stage.deepspeed, "zero": {**zero, "offload_optimizer": {"device": "cpu"}}}
+            yield {f"{name}.zero_stage": 3, f"{name}.deepspeed": further}
 
 
 def _spread(config: Config) -> Iterator[Change]:
@@ -157,15 +171,18 @@ def _fewer(config: Config) -> Iterator[Change]:
 def _smaller_models(config: Config) -> Iterator[Change]:
     if config.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}
-    full = {f"{name}.tuning": "lora" for name in _stages(config) if _is_full(config, name)}
+    stages = ((name, getattr(config, name)) for name in _stages(config))
+    full = {f"{n}.tuning": "lora" for n, each in stages if getattr(each, "tuning", "") == "full"}
     if full:
         yield full
     smaller = {"none": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}
-    unsharded = {
+    unsharded: dict[str, object] = {
         f"{role}.zero_stage": 2
         for role in ("policy", "critic")
         if getattr(config, role).zero_stage == 3
     }
+    for name in _stages(config):  # also where another change sets them
+        unsharded |= {f"{name}.zero_stage": None, f"{name}.deepspeed": {}}
     for quantization in smaller[config.model.quantization]:
         yield {"model.quantization": quantization, **full, **unsharded}
 
@@ -184,10 +201,6 @@ def _learners(config: Config) -> list[str]:
     if "ppo" not in config.run.stages:
         return []
     return ["policy", "critic"] if config.may_have_critic else ["policy"]
-
-
-def _is_full(config: Config, name: str) -> bool:
-    return getattr(getattr(config, name), "tuning", None) == "full"
 
 
 @dataclass(frozen=True)

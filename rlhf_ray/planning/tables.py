@@ -8,9 +8,9 @@ from pathlib import Path
 from rlhf_ray.config import Config
 from rlhf_ray.placement.hardware import GPU_KINDS
 from rlhf_ray.placement.layout import held_at_once
-from rlhf_ray.planning.layout_options import Change
+from rlhf_ray.planning.layout_options import Change, changed
 from rlhf_ray.planning.memory import GB, gb, weights_bytes
-from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb
+from rlhf_ray.planning.prediction import USABLE, Plan, Shortage, memory_gb, prediction
 from rlhf_ray.planning.roles import CACHE_KEY, PlannedRole, longest_held, state_bytes
 from rlhf_ray.planning.stages.estimates import StageEstimate, stage_estimates, whole_run
 from rlhf_ray.planning.stages.table import as_values, assumed, stage_table, total_time
@@ -308,8 +308,7 @@ def _days(plan: Plan, stages: Sequence[StageEstimate]) -> Iterator[str]:
 
 def _assumptions(listed: Sequence[str]) -> Iterator[str]:
     if listed:
-        yield ""
-        yield "assumptions, at best and at worst:"
+        yield from ("", "assumptions, at best and at worst:")
         yield from (f"  {assumption}" for assumption in listed)
 
 
@@ -329,7 +328,14 @@ def _verdict(plan: Plan, changes: list[Change]) -> Iterator[str]:
     if changes:
         yield "It would fit with" + (" any of these:" if len(changes) > 1 else ":")
     for change in changes:
-        yield _wrapped(f"  {' '.join(overrides(change))}")
+        yield _wrapped(f"  {' '.join(overrides(change))}{_needs(plan, change)}")
+
+
+def _needs(plan: Plan, change: Change) -> str:
+    """Return the memory of the roles that a change gives more or less of it."""
+    peaks = {(role.role, role.peak) for role in plan.roles}
+    roles = prediction(changed(plan.config, change), plan.nodes).roles
+    return "".join(f"; {r.role} {gb(r.peak)}" for r in roles if (r.role, r.peak) not in peaks)
 
 
 def _reason(shortage: Shortage, changes: list[Change]) -> str:

@@ -14,6 +14,10 @@ from rlhf_ray.planning.memory import (
     Shape,
     adapter_pass_bytes,
     chunked_logits_bytes,
+    deepspeed_parts,
+    gb,
+    is_offloaded,
+    optimizer_bytes,
     training_bytes,
     weights_bytes,
     whole_logits_bytes,
@@ -120,6 +124,15 @@ def unknown_extents(config: Config, models: Models) -> list[str]:
             notes.append(
                 f"{part.stage}.unfreeze: {part.model.path} is not here; all its weights are counted"
             )
+        if part.stage in config.run.stages and (stage := zero_stage(config, part)):
+            size, ranks = part.trainable, section(config, part).train_workers
+            zero = section(config, part).deepspeed.get("zero", {})
+            if is_offloaded(zero, "optimizer"):
+                needed = gb(optimizer_bytes(size, stage, ranks) + 4 * size / ranks)
+                notes.append(
+                    f"{part.stage} has its optimizer in main memory, {needed} for each process, "
+                    "which is not checked"
+                )
     if "ppo" in config.run.stages and (most := config.ppo.filter_groups.max_refills):
         notes.append(
             f"ppo.filter_groups.max_refills {most}: how many prompts are replaced depends on their "
@@ -129,23 +142,45 @@ def unknown_extents(config: Config, models: Models) -> list[str]:
 
 
 def _parts(config: Config, part: Trained, on_gpu: bool) -> Parts:
-    """Return the parts of a process of transformers.Trainer under DDP, which shards nothing."""
-    settings, trainable = section(config, part), part.trainable
-    in_group = settings.train_workers > 1
+    """Return the parts of a process of transformers.Trainer."""
+    in_group = section(config, part).train_workers > 1
     libraries = GPU_LIBRARIES + NCCL * in_group if on_gpu else CPU_LIBRARIES
     micro = _micro_batch(config, part)
-    state = {name: trainable * count for name, count in STATE_BYTES.items()}
+    held = _held(config, part, on_gpu)
+    if part.lora is None:
+        held["weights"] += held.pop("adapter")
     return {
         "libraries": libraries,
-        "weights": _frozen_bytes(config, part, trainable) + (0 if part.lora else state["weights"]),
-        "adapter": state["weights"] if part.lora else 0,
-        "gradients": state["gradients"],
-        "optimizer": state["optimizer"],
-        "reduce buffer": 4 * trainable * in_group,
-        "autocast weights": _autocast_bytes(config, part),
+        **held,
         "activations": _activations(config, part, micro),
         "logits": _logits(config, part, micro),
     }
+
+
+def _held(config: Config, part: Trained, on_gpu: bool) -> Parts:
+    """Return weights and training state: under DDP, which divides nothing, or under ZeRO."""
+    settings, trainable = section(config, part), part.trainable
+    ranks, frozen = settings.train_workers, _frozen_bytes(config, part, trainable)
+    halved = _autocast_bytes(config, part)
+    if (stage := zero_stage(config, part)) is not None:
+        zero, passes = settings.deepspeed.get("zero", {}), config.model.dtype
+        state = deepspeed_parts(frozen, trainable, "float32", stage, ranks, zero, on_gpu, passes)
+        # Stage 3 gathers weights in half precision, so there autocast has nothing to copy.
+        return {**state, "autocast weights": halved if stage < 3 else 0}
+    state = {name: trainable * count for name, count in STATE_BYTES.items()}
+    return {
+        "weights": frozen,
+        "adapter": state["weights"],
+        "gradients": state["gradients"],
+        "optimizer": state["optimizer"],
+        "reduce buffer": 4 * trainable * (ranks > 1),
+        "autocast weights": halved,
+    }
+
+
+def zero_stage(config: Config, part: Trained) -> int | None:
+    """Return a stage's ZeRO stage; None: without, as always inline, in one process."""
+    return None if config.cluster.mode == "inline" else section(config, part).zero_stage
 
 
 def _activations(config: Config, part: Trained, micro: Pass) -> float:

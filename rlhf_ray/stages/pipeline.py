@@ -108,10 +108,11 @@ def _begin_ahead(stage: str, folder: RunFolder, config: Config) -> None:
 
 def _require_known_arguments(config: Config, stages: Sequence[str]) -> None:
     for stage in stages:
-        if stage in SUPERVISED and (trainer := getattr(config, stage).trainer):
+        settings = getattr(config, stage) if stage in SUPERVISED else None
+        if settings and (settings.trainer or settings.deepspeed):
             from rlhf_ray.stages.supervised.arguments import refuse_unknown_arguments
 
-            refuse_unknown_arguments(stage, trainer)
+            refuse_unknown_arguments(settings)
 
 
 def _stopped_in(stage: str, config: Config, folder: RunFolder, control: ControlFiles) -> bool:

@@ -89,6 +89,13 @@ GSM8K = (
     *("data.prompts={{path: {files}/sums.jsonl}}", "data.eval={{path: {files}/sums.jsonl}}"),
     "rollout.max_tokens=16",
 )
+STACKLLAMA_FULL = (
+    *(*small("pretrain"), "pretrain.epochs=null", "pretrain.block_size=32"),
+    *(*small("sft"), "sft.block_size=32", *small("reward"), "reward.epochs=null"),
+    *(f"{stage}.trainer={{{{}}}}" for stage in ("pretrain", "sft", "reward")),
+    *("data.pretrain.path={files}/texts.jsonl", "data.sft.path={files}/pairs.jsonl"),
+    "data.preferences.path={files}/pairs.jsonl",
+)
 CASES = {
     "gsm8k_qwen25_0_5b.yaml": GSM8K,
     "stackllama/prepare.yaml": ("prepare.num_questions=60",),
@@ -103,6 +110,8 @@ CASES = {
         "reward.eval_every=1",
         "data.preferences.path={files}/pairs.jsonl",
     ),
+    "stackllama/full_1x8_a100.yaml": STACKLLAMA_FULL,
+    "stackllama/full_3x8_a100.yaml": STACKLLAMA_FULL,
     "stackllama/ppo_3x8_a100.yaml": STACKLLAMA_PPO,
     "stackllama/ppo_1x8_a100.yaml": STACKLLAMA_PPO,
     "stackllama/ppo_1_gpu.yaml": STACKLLAMA_PPO,

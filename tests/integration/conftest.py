@@ -34,6 +34,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("alone")
 
 
+@pytest.fixture(scope="module")
+def nothing_compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No rank compiles an operation, and none leaves a buffer in shared memory."""
+    buffers, shared = Path("/dev/shm"), "deepspeed_allreduce_buffer_*"
+    before, folder = set(buffers.glob(shared)), tmp_path_factory.mktemp("operations")
+    with pytest.MonkeyPatch.context() as variables:
+        variables.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        yield
+    assert not list(folder.iterdir())
+    assert set(buffers.glob(shared)) <= before
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a small Llama with its tokenizer."""

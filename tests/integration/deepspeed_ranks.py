@@ -1,12 +1,8 @@
 """The code of each rank of the DeepSpeed test; a module of its own, so that processes find it."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from prepared_runs import make_config
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -184,50 +180,3 @@ def rank_main(
     if rank == 0:
         queue.put((norms, exported))
     torch.distributed.barrier()
-
-
-def reward_stage_main(rank: int, world_size: int, port: int, run_dir: str, queue: Any) -> None:
-    """Train a whole reward model in bf16, inside accelerate's DeepSpeed."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK="0",
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        LOCAL_SIZE=str(world_size),
-    )
-    from rlhf_ray.stages.supervised import pretrain, reward
-
-    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    deepspeed = dict.fromkeys(auto, "auto") | {
-        "zero_optimization": {"stage": 2},
-        "zero_allow_untested_optimizer": True,
-    }
-    config = make_config(
-        Path(run_dir),
-        model={"max_length": 64, "dtype": "bfloat16", "tiny": {"vocab_size": 300}},
-        pretrain={"steps": 1},
-        sft={"path": f"{run_dir}/pretrain/model"},
-        reward={
-            "tuning": "full",
-            "steps": 2,
-            "batch_size": 8,
-            "eval_rows": 15,
-            "trainer": {"deepspeed": deepspeed},
-        },
-    )
-    pretrain.run(config)
-    seen = []
-    predict = reward.RewardTraining.predict_rows
-
-    def predict_rows(training: Any, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
-        loss, scores_BP = predict(training, model, inputs)
-        weights = {name: str(p.dtype) for name, p in model.named_parameters() if "score" in name}
-        seen.append((*weights.values(), bool((scores_BP != scores_BP.bfloat16()).any())))
-        return loss, scores_BP
-
-    reward.RewardTraining.predict_rows = predict_rows  # type: ignore[method-assign]
-    reward.run(config)
-    saved = load_file(f"{run_dir}/reward/model/model.safetensors")
-    queue.put((set(seen), {name: str(weight.dtype) for name, weight in saved.items()}))

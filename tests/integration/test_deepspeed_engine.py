@@ -5,11 +5,7 @@ Three steps are learnt at one number of ranks, three more from their state at th
 is held against `TorchEngine`, which takes the steps in one process.
 """
 
-import multiprocessing
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,26 +18,17 @@ from deepspeed_ranks import (
     critic_rank_main,
     learn_values,
     rank_main,
-    reward_stage_main,
     take_steps,
 )
-from prepared_runs import write_prepared
+from forked_ranks import in_group
 
 from rlhf_ray.engines.torch_engine import TorchEngine
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
-
-# Ranks are forked off a process that has imported what takes ten seconds to import.
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(
-    [
-        *("torch", "transformers", "peft", "deepspeed", "datasets"),
-        *("rlhf_ray.config", "rlhf_ray.engines.deepspeed.engine", "rlhf_ray.models.adapters"),
-        *("rlhf_ray.algorithms.experience", "rlhf_ray.models.forward"),
-    ]
-)
-
-BUFFERS, BUFFER = Path("/dev/shm"), "deepspeed_allreduce_buffer_*"
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("nothing_compiled"),
+]
 
 
 def learn(
@@ -54,37 +41,6 @@ def learn(
 ) -> tuple[list[float], Any]:
     """Run a group of ranks in processes; gradient norms and state of rank 0."""
     return in_group(rank_main, world_size, zero_stage, recompute, state, first, discarding)
-
-
-def in_group(main: Any, world_size: int, *arguments: Any) -> tuple[Any, Any]:
-    """Run a group of ranks in processes; what rank 0 puts into its queue."""
-    queue = RANKS.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        RANKS.Process(target=main, args=(rank, world_size, port, *arguments, queue))
-        for rank in range(world_size)
-    ]
-    for rank in ranks:
-        rank.start()
-    try:
-        return queue.get(timeout=200)
-    finally:
-        for rank in ranks:
-            rank.join(timeout=30)
-            rank.kill()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No rank compiles an operation, and none leaves a buffer in shared memory."""
-    before, folder = set(BUFFERS.glob(BUFFER)), tmp_path_factory.mktemp("operations")
-    with pytest.MonkeyPatch.context() as variables:
-        variables.setenv("TORCH_EXTENSIONS_DIR", str(folder))
-        yield
-    assert not list(folder.iterdir())
-    assert set(BUFFERS.glob(BUFFER)) <= before
 
 
 @dataclass(frozen=True)
@@ -160,13 +116,3 @@ def test_a_half_precision_critic_keeps_its_head_in_fp32_and_learns_as_in_plain_p
     torch.testing.assert_close(learnt["head"], learnt[head], rtol=0, atol=0)
     for name, tolerance in TOLERANCES.items():
         torch.testing.assert_close(learnt[name], expected[name], rtol=tolerance, atol=tolerance)
-
-
-def test_a_whole_reward_model_keeps_its_head_in_fp32_in_accelerates_deepspeed(
-    tmp_path: Path,
-) -> None:
-    write_prepared(tmp_path)
-    seen, saved = in_group(reward_stage_main, 1, str(tmp_path))
-    assert seen == {("torch.float32", True)}
-    assert saved.pop("score.weight") == "torch.float32"
-    assert set(saved.values()) == {"torch.bfloat16"}

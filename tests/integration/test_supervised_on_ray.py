@@ -65,22 +65,29 @@ class KilledTraining(PretrainTraining):
         return super().collate(rows)
 
 
+@pytest.mark.parametrize("zero_stage", [None, 3])
 def test_two_workers_of_which_one_is_killed_train_what_one_process_trains(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    zero_stage: int | None,
 ) -> None:
-    alone = pretrain.run(make_config("inline", "inline"))
+    inline, together = f"inline-{zero_stage}", f"two-{zero_stage}"
+    alone = pretrain.run(make_config(inline, "inline", zero_stage=zero_stage))
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(pretrain, "PretrainTraining", KilledTraining)
-    two = pretrain.run(make_config("two", "local", train_workers=2, trainer={"save_steps": 4}))
+    keys = {"zero_stage": zero_stage, "trainer": {"save_steps": 4}}
+    two = pretrain.run(make_config(together, "local", train_workers=2, **keys))
     said = capsys.readouterr().out
     assert "It resumes from its last checkpoint, step 4 (restart 1 of 8" in said
     assert two["loss_after"] == pytest.approx(alone["loss_after"], abs=1e-4)
     weights = [
-        load_file(workplace / run / "pretrain/model/model.safetensors") for run in ("inline", "two")
+        load_file(workplace / run / "pretrain/model/model.safetensors")
+        for run in (inline, together)
     ]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3)
-    folder = workplace / "two" / "pretrain"
+    folder = workplace / together / "pretrain"
     files = {"base", "model", "metrics.jsonl", "summary.json", "tensorboard", "died"}
     assert {path.name for path in folder.iterdir()} == files
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

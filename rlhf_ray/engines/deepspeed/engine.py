@@ -36,8 +36,6 @@ def join_group(rank: int, world_size: int, address: str, port: int, timeout_s: f
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
-    if not cuda:
-        os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(world_size))
     backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
     store = _meeting_point(rank, world_size, address, port, timeout)
     torch.distributed.init_process_group(
@@ -48,14 +46,9 @@ def join_group(rank: int, world_size: int, address: str, port: int, timeout_s: f
         timeout=timeout,
         device_id=torch.device("cuda", 0) if cuda and world_size > 1 else None,
     )
-    report("importing DeepSpeed")
+    import_deepspeed(world_size)
     import deepspeed
 
-    compile_nothing()
-    if cuda:  # settings of the user's may have other operations compiled
-        from rlhf_ray.engines.deepspeed.build_locks import wait_for_builds
-
-        wait_for_builds()
     # Uses the process group from above. Without auto_mpi_discovery=False, a missing variable would
     # make it look for mpi4py.
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -67,18 +60,26 @@ def wait_for_ranks(have: str) -> None:
     torch.distributed.barrier()
 
 
-def compile_nothing() -> None:
-    """Keep DeepSpeed from compiling an operation when it starts.
+def import_deepspeed(world_size: int) -> None:
+    """Import DeepSpeed, and keep it from compiling an operation when it starts.
 
     On a CPU it would: an all-reduce for tensor-parallel inference, which nothing here calls. That
     takes a minute of a compiler in each environment, and 69 MB of shared memory for each rank.
     """
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(world_size))
+    report("importing DeepSpeed")
     import deepspeed
 
     # DeepSpeed asks which operations this machine can compile, which runs a compiler, unless the
     # answer is there.
     operations: Any = deepspeed.ops
     operations.__compatible_ops__ = {}
+    if cuda:  # settings of the user's may have other operations compiled
+        from rlhf_ray.engines.deepspeed.build_locks import wait_for_builds
+
+        wait_for_builds()
 
 
 def _meeting_point(

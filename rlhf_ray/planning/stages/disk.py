@@ -8,7 +8,7 @@ from rlhf_ray.planning.role_times import ASSUMPTIONS, Range, as_range
 from rlhf_ray.planning.roles import state_bytes
 from rlhf_ray.planning.shapes import Models
 from rlhf_ray.planning.stages.hours import is_packed
-from rlhf_ray.planning.trainings import Trained, section, tokens_per_step
+from rlhf_ray.planning.trainings import Trained, section, tokens_per_step, zero_stage
 
 KEPT = "prepare, bytes of the sets for one of the dump's XML"
 WRITTEN = "prepare, bytes while it runs for one of the dump's XML"
@@ -65,6 +65,8 @@ def training_disk(config: Config, part: Trained, steps: int | None) -> Disk:
     if part.stage == "sft" and part.lora is not None:
         kept += whole  # the adapter, merged
     weights = BYTES["float32"] * (size if part.lora is None else trained)
+    if zero_stage(config, part) in (1, 2):  # DeepSpeed saves those in use beside the optimizer's
+        weights *= 2
     passes = max(1.0, section(config, part).epochs or 1.0)
     tokens = (steps or 0) / passes * tokens_per_step(config, part)
     peak = kept + 2 * (weights + ADAM_BYTES * trained) + TOKEN * tokens

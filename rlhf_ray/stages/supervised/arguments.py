@@ -1,25 +1,24 @@
 """TrainingArguments of a supervised stage, from its section of the config."""
 
 import difflib
-import json
-from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from rlhf_ray.config.supervised import SupervisedConfig
-from rlhf_ray.engines.deepspeed.engine import compile_nothing
+from rlhf_ray.engines.deepspeed.zero_training import refuse_unknown_zero, trainer_config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.stages.supervised.training import Training
 
 Keywords = dict[str, Any]
 
 
-def arguments(training: Training, num_processes: int) -> TrainingArguments:
+def arguments(training: Training, num_processes: int, universal: bool) -> TrainingArguments:
     """Build TrainingArguments: our defaults, then ``<stage>.trainer``, then the keys that we own.
+
+    ``universal``: whether what DeepSpeed will load was saved by another number of processes.
 
     Raises:
         ConfigError: a wrong value in ``<stage>.trainer``, or a batch that does not divide.
@@ -67,41 +66,21 @@ def arguments(training: Training, num_processes: int) -> TrainingArguments:
         "label_names": ["labels"],
         "report_to": [],
     }
-    owned |= _half_precision(training)
+    owned |= _division(training, universal)
     try:
         return _on_one_gpu(TrainingArguments(**{**defaults, **settings.trainer, **owned}))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{training.name}.trainer: {error}") from error
 
 
-def _half_precision(training: Training) -> Keywords:
-    """Return how to compute in half precision over fp32 weights, and make DeepSpeed ready for it.
-
-    DeepSpeed's bf16 and fp16 would cast every weight, a reward model's head too; autocast doesn't.
-    """
-    deepspeed = _deepspeed(training.name, training.settings.trainer)
-    if deepspeed is not None:  # it starts with the TrainingArguments
-        compile_nothing()
-    if training.autocast is None or deepspeed is None:
+def _division(training: Training, universal: bool) -> Keywords:
+    """Return DeepSpeed's config, if there is a ZeRO stage, and how to compute."""
+    if training.zero_stage is None:
         return {training.autocast: True} if training.autocast else {}
-    autocast = {"enabled": True, "dtype": training.config.model.dtype}
-    return {"deepspeed": {**deepspeed, "torch_autocast": autocast}}
-
-
-def _deepspeed(stage: str, trainer: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return DeepSpeed's config in ``<stage>.trainer``, which may be the path of a JSON file."""
-    key, given = f"{stage}.trainer.deepspeed", trainer.get("deepspeed")
-    if isinstance(given, str):
-        try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{key} {given} cannot be read as JSON: {error}") from error
-    if given is None or isinstance(given, Mapping):
-        owned = [name for name in ("bf16", "fp16", "torch_autocast") if name in (given or {})]
-        if owned:
-            raise ConfigError(f"{key} may not contain {', '.join(owned)} (set by model.dtype)")
-        return given
-    raise ConfigError(f"{key}: expected a mapping or the path of a JSON file, got {given!r}")
+    autocast = training.config.model.dtype if training.autocast else None
+    further = training.settings.deepspeed
+    made = trainer_config(training.zero_stage, further, autocast, universal=universal)
+    return {"deepspeed": made}
 
 
 def _on_one_gpu(made: TrainingArguments) -> TrainingArguments:
@@ -133,13 +112,14 @@ def _evaluations(settings: SupervisedConfig) -> Keywords:
     return {"eval_strategy": "steps", "eval_steps": settings.eval_every}
 
 
-def refuse_unknown_arguments(stage: str, trainer: Mapping[str, object]) -> None:
-    """Check the names in ``<stage>.trainer`` before any stage or process is started.
+def refuse_unknown_arguments(settings: SupervisedConfig) -> None:
+    """Check the names in ``<stage>.trainer`` and ``<stage>.deepspeed.zero``, before a stage starts.
 
     Raises:
-        ConfigError: naming the unknown key and the nearest valid one, or DeepSpeed's key that the
-            config sets itself.
+        ConfigError: naming the unknown key (of the trainer also the nearest valid one).
     """
+    stage, trainer = settings.section(), settings.trainer
+    refuse_unknown_zero(f"{stage}.deepspeed.zero", settings.deepspeed.get("zero", {}))
     known = [field.name for field in fields(TrainingArguments)]
     for name in trainer:
         if name not in known:
@@ -148,4 +128,3 @@ def refuse_unknown_arguments(stage: str, trainer: Mapping[str, object]) -> None:
             raise ConfigError(
                 f"{stage}.trainer.{name} is not one of transformers.TrainingArguments{hint}"
             )
-    _deepspeed(stage, trainer)

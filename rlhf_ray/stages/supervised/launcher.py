@@ -50,7 +50,7 @@ def open_training(kind: type[T], config: Config, base: str) -> T:
     folder = RunFolder(config).stage(kind.name).resolve()
     local = Path(base).is_dir()
     training = kind(config, folder, str(Path(base).resolve()) if local else base)
-    refuse_unknown_arguments(kind.name, training.settings.trainer)
+    refuse_unknown_arguments(training.settings)
     return training
 
 

@@ -160,10 +160,10 @@ def _result(task: str) -> str:
 def _kind(config: Config, stage: str) -> object:
     """Return what must be alike for a stage to go on with the processes of another one.
 
-    Arguments of its own, such as DeepSpeed's, may leave traces in a process.
+    Arguments of its own and DeepSpeed may leave traces in a process.
     """
     settings = getattr(config, stage)
-    return settings.train_workers, stage if settings.trainer else None
+    return settings.train_workers, stage if settings.trainer or settings.zero_stage else None
 
 
 def _trainer_class(joined: bool) -> "type[TorchTrainer]":

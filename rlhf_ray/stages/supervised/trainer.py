@@ -6,13 +6,14 @@ The same function runs in Ray Train's workers and, inline, in the driver's own p
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
@@ -23,7 +24,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rlhf_ray.engines.deepspeed.engine import import_deepspeed
+from rlhf_ray.engines.deepspeed.zero_training import (
+    divided_loading,
+    ready_checkpoint,
+    separate_steps,
+    whole_weights,
+)
 from rlhf_ray.errors import ConfigError, DivergenceError
 from rlhf_ray.models.trainable import ParameterGroup, parameter_groups
 from rlhf_ray.observability.phases import count, report
@@ -80,12 +89,23 @@ def train(
             f"see {training.data}; run.dir must be on storage that the training nodes share"
         )
     transformers.set_seed(training.config.run.seed)
+    _, checkpoint = training.last_checkpoint()
+    zero_stage = training.zero_stage
+    if zero_stage is not None:
+        import_deepspeed(num_processes)
+    universal = ready_checkpoint(checkpoint, zero_stage, num_processes)
     report("loading the model")
-    model = training.load_model()
+    # An adapter's base stays whole here: it has the data type of half precision, and its engine
+    # divides it.
+    with (
+        divided_loading(zero_stage or 0, training.settings.deepspeed)
+        if training.all_weights
+        else nullcontext()
+    ):
+        model = training.load_model()
     with closing(StepLog(training, is_interrupted)) as step_log:
-        trainer = StageTrainer(training, model, num_processes, step_log)
-        training.ready(model)
-        _, checkpoint = training.last_checkpoint()
+        made = arguments(training, num_processes, universal=universal)
+        trainer = StageTrainer(training, model, made, step_log)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < trainer.state.max_steps:
             return None
@@ -94,8 +114,9 @@ def train(
         before, after = evaluations[0], evaluations[-1] if is_done else trainer.evaluate()
     groups = parameter_groups(model)
     report("saving the model")
-    if trainer.is_world_process_zero():
-        training.save(model)
+    whole = trainer.whole_model()
+    if whole is not None:
+        training.save(whole)
     steps = trainer.state.global_step
     return Trained(steps, groups, held_out_numbers(before), held_out_numbers(after))
 
@@ -108,7 +129,7 @@ class StageTrainer(Trainer):
     """
 
     def __init__(
-        self, training: Training, model: nn.Module, num_processes: int, step_log: "StepLog"
+        self, training: Training, model: nn.Module, made: TrainingArguments, step_log: "StepLog"
     ) -> None:
         def measure(prediction: EvalPrediction) -> dict[str, float]:
             assert isinstance(prediction.predictions, np.ndarray)
@@ -116,7 +137,7 @@ class StageTrainer(Trainer):
 
         super().__init__(
             model=model,
-            args=arguments(training, num_processes),
+            args=made,
             train_dataset=training.load_data(TRAIN),
             eval_dataset=training.load_data(HELD_OUT),
             data_collator=training.collate,
@@ -162,11 +183,34 @@ class StageTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), computing(self._training, self.args.device):
             loss, numbers = self._training.predict_rows(model, self._prepare_inputs(inputs))
         count(_num_rows(inputs), "rows predicted")
         # The Trainer calls compute_metrics only where it has labels; ours reads none.
         return loss, numbers, torch.zeros_like(numbers)
+
+    def whole_model(self) -> nn.Module | None:
+        """Return the model with all of its weights: in the first process; None in others.
+
+        At ZeRO stage 3 it is loaded once more there, and gets the weights that were trained, after
+        which this trainer's own are of no use.
+        """
+        if self._training.zero_stage != 3:
+            return self.model if self.is_world_process_zero() else None
+        is_adapted = isinstance(self.model, PeftModel)
+        weights = whole_weights(self.deepspeed, trained_alone=is_adapted)
+        if weights is None:
+            return None
+        unset_hf_deepspeed_config()  # else what is loaded from here on would be divided
+        model = self._training.load_model()
+        found = model.load_state_dict(weights, strict=not is_adapted)
+        assert not found.unexpected_keys, found
+        return model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save nothing for a checkpoint of DeepSpeed, whose own files hold the weights."""
+        if self._training.zero_stage is None:
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **named: Any) -> None:
         report("saving a checkpoint")
@@ -185,6 +229,8 @@ class StageTrainer(Trainer):
         scheduler: Any = self.lr_scheduler
         if checkpoint is None or optimizer is None or scheduler is None:
             return
+        if self._training.zero_stage is not None:
+            separate_steps(optimizer.optimizer)
         new = self.args.learning_rate
         shares = getattr(scheduler, "lr_lambdas", None)  # DeepSpeed's own schedulers have none
         for index, group in enumerate(optimizer.param_groups):
@@ -195,6 +241,16 @@ class StageTrainer(Trainer):
                 group["lr"], group["initial_lr"] = new * share, new
         scheduler.base_lrs = [new] * len(optimizer.param_groups)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
+
+
+def computing(training: Training, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context of a pass in half precision over fp32 weights.
+
+    The Trainer's own is part of a model that DistributedDataParallel trains, but DeepSpeed's one is
+    of its engine, which evaluations go past.
+    """
+    dtype = getattr(torch, training.config.model.dtype)
+    return torch.autocast(device.type, dtype) if training.autocast else nullcontext()
 
 
 def _num_rows(batch: Mapping[str, Tensor]) -> int:
@@ -216,8 +272,16 @@ class StepLog(TrainerCallback):
         self._is_new = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **_: object,
     ) -> None:
+        with computing(self._training, args.device):
+            self._training.ready(model)
         # A resumed training is evaluated at once, as it was when its checkpoint was saved.
         self._is_new = state.global_step == 0
         report("")

@@ -81,6 +81,11 @@ class Training(ABC):
         return halves.get(self.config.model.dtype) if self.all_weights else None
 
     @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's ZeRO stage; None: without DeepSpeed, as always inline, in one process."""
+        return None if self.config.cluster.mode == "inline" else self.settings.zero_stage
+
+    @property
     def model_settings(self) -> ModelConfig:
         """Settings with which the base is loaded."""
         settings = self.config.model
@@ -91,7 +96,7 @@ class Training(ABC):
         """Load the model; its trainable weights require gradients."""
 
     def ready(self, model: nn.Module) -> None:  # noqa: B027  (most stages need nothing)
-        """Check and change the loaded model where it will be trained."""
+        """Check and change the loaded model where it is trained, before its first pass."""
 
     @abstractmethod
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from rlhf_ray.models import adapters, forward, loading, tiny
 from rlhf_ray.serving import merge
 from rlhf_ray.stages.supervised import pretrain, sft
 from rlhf_ray.stages.supervised import reward as reward_model
-from rlhf_ray.stages.supervised.arguments import refuse_unknown_arguments
 from rlhf_ray.stages.supervised.pairs import load_training_pairs
 from rlhf_ray.stages.supervised.reward import RewardTraining
 from rlhf_ray.stages.supervised.sft import SftTraining
@@ -210,18 +209,6 @@ def test_a_reward_models_head_is_trained_and_saved_in_fp32(
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16())
-
-
-def test_deepspeed_in_a_stage_leaves_the_data_type_to_the_config(tmp_path: Path) -> None:
-    file = tmp_path / "ds.json"
-    file.write_text('{"bf16": {"enabled": true}}')
-    for given in (str(file), {"bf16": {"enabled": True}}):
-        with pytest.raises(ConfigError, match=r"reward\.trainer\.deepspeed may not contain bf16"):
-            refuse_unknown_arguments("reward", {"deepspeed": given})
-    with pytest.raises(
-        ConfigError, match=r"reward\.trainer\.deepspeed .*none\.json cannot be read"
-    ):
-        refuse_unknown_arguments("reward", {"deepspeed": str(tmp_path / "none.json")})
 
 
 def test_user_rows_replace_the_prepared_ones(make_run: Any, tmp_path: Path) -> None:

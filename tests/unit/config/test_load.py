@@ -190,6 +190,12 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
             "critic.deepspeed={zero_optimization: {}}",
             ["set by critic.zero_stage", "critic.deepspeed.zero"],
         ),
+        ("sft.trainer={deepspeed: a.json}", ["sft.trainer", "'deepspeed' (set by sft.zero_stage"]),
+        ("dpo.deepspeed={zero: {}}", ["no effect without dpo.zero_stage; set dpo.zero_stage=2"]),
+        ("pretrain.zero_stage=0", ["pretrain.zero_stage", "1, 2 or 3", "got 0"]),
+        ("sft.deepspeed={bf16: {}}", ["sft.deepspeed", "'bf16' (set by model.dtype)"]),
+        ("sft.deepspeed={zero: {stage: 1}}", ["sft.deepspeed.zero", "(set by sft.zero_stage)"]),
+        ("sft.deepspeed={zero: 3}", ["sft.deepspeed.zero: expected a mapping, got 3"]),
         ("rollout.engine_args={seed: 1}", ["rollout.engine_args", "'seed' (set by run.seed)"]),
         # Secrets have no place in a config; what was written is not repeated.
         (
@@ -239,6 +245,9 @@ def test_further_combinations_are_refused() -> None:
     assert "placement.reward.gpus" in message
     message = refused("model.quantization=nf4", "critic.zero_stage=3")
     assert "critic.zero_stage 3 cannot shard the base with model.quantization nf4" in message
+    for stage in ("sft", "reward", "dpo"):
+        message = refused("model.quantization=int8", f"{stage}.zero_stage=2")
+        assert f"with model.quantization int8; set {stage}.zero_stage=null" in message
     message = refused("critic.init=reward", "critic.path=some/model")
     assert "critic.init reward and critic.path 'some/model' both set the critic's" in message
     message = refused("reference.kind=policy_base", "reference.num_workers=2")

@@ -51,6 +51,19 @@ def test_where_no_change_would_do_the_layout_says_what_would() -> None:
     assert reason.endswith("in total 4. It would fit with 3 more nodes of 4 GPUs")
 
 
+def test_weights_that_do_not_fit_whole_are_divided_and_the_plan_says_what_that_takes() -> None:
+    keys = ("pretrain.zero_stage=null", "pretrain.gradient_checkpointing=false")
+    path = "stackllama/full_3x8_a100.yaml"
+    plan = planned(path, "3x8xA100-80GB", *keys, "run.stages=[pretrain]")
+    assert {"pretrain.zero_stage": 3} in fitting_changes(plan)
+    needed = prediction(changed(plan.config, {"pretrain.zero_stage": 3}), plan.nodes)
+    arguments = ["plan", str(CONFIGS / path), *keys, "run.stages=[pretrain]"]
+    result = CliRunner().invoke(cli.app, [*arguments, "--cluster", "3x8xA100-80GB"])
+    assert result.exit_code == 1
+    takes = needed.role("pretrain").total / 1e9
+    assert f"pretrain.zero_stage=3; pretrain {takes:.2f} GB" in result.output
+
+
 def test_every_change_that_is_named_makes_it_fit() -> None:
     keys = [f"{name}.gradient_checkpointing=false" for name in ("policy", "critic", "reward")]
     plan = planned("models/qwen25_0_5b_1gpu.yaml", "1xA10G-24GB", *keys)

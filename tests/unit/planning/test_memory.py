@@ -220,6 +220,18 @@ def test_zero_shards_optimizer_then_gradients_then_weights(
     assert parts["reduce buffer"] == 200
 
 
+def test_what_is_offloaded_is_not_on_the_device() -> None:
+    to_cpu = {"device": "cpu"}
+    zero = {"offload_optimizer": to_cpu, "offload_param": to_cpu}
+    parts = deepspeed_parts(1000, 100, "float32", 3, 4, zero, False, "bfloat16")
+    assert parts["weights"] == parts["adapter"] == parts["optimizer"] == 0
+    assert parts["gathered"] == 700  # what a pass gathers, here all, in half precision
+    assert parts["gradients"] == 100
+    parts = deepspeed_parts(1000, 100, "float32", 2, 4, {"offload_optimizer": to_cpu}, False)
+    assert parts["gradients"] == parts["optimizer"] == 0
+    assert parts["weights"] == 1000
+
+
 def test_on_a_gpu_the_reduce_buffer_counts_whole() -> None:
     zero = {"reduce_bucket_size": 1000}
     assert deepspeed_parts(0, 100, "float32", 2, 1, {}, True)["reduce buffer"] == 4 * 5e8

@@ -30,6 +30,8 @@ SHIPPED = [
     ("stackllama/ppo_1x8_a100.yaml", "8xA100-80GB"),
     ("stackllama/ppo_3x8_a100.yaml", "3x8xA100-80GB"),
     ("stackllama/sft.yaml", "8xA100-80GB"),
+    ("stackllama/full_1x8_a100.yaml", "8xA100-80GB"),
+    ("stackllama/full_3x8_a100.yaml", "3x8xA100-80GB"),
     ("stackllama/reward.yaml", "8xA100-80GB"),
     ("models/llama31_8b_instruct.yaml", "8xA100-80GB"),
     ("models/llama31_70b_qlora.yaml", "2x8xA100-80GB"),
@@ -97,6 +99,40 @@ def test_full_fine_tuning_of_70b_does_not_fit_one_gpu() -> None:
     assert "sft needs 1,350.3 GB on one A100-80GB, which has 81.6 GB for tensors" in reasons(plan)
     (change,) = fitting_changes(plan)
     assert {"sft.tuning", "model.quantization"} <= set(change)
+
+
+def test_7b_in_full_is_divided_by_zero_and_may_be_offloaded() -> None:
+    size = 6_738_415_616
+    parts = planned("stackllama/full_1x8_a100.yaml", "8xA100-80GB").role("pretrain").parts
+    # Stage 3 on eight: of 4 bytes of weights, 4 + 4 of gradients, 4 + 8 of the optimizer. It
+    # gathers a billion weights at a time, in half precision.
+    assert parts["weights"] == size * 4 / 8
+    assert parts["gathered"] == 2e9
+    assert parts["gradients"] == size * 8 / 8
+    assert parts["optimizer"] == size * 12 / 8
+    assert parts["autocast weights"] == 0
+    parts = planned("stackllama/full_3x8_a100.yaml", "3x8xA100-80GB").role("pretrain").parts
+    # Stage 2 on 24 keeps the weights whole, and copies of them in half precision.
+    assert parts["weights"] == size * 4
+    assert parts["autocast weights"] == size * 2
+    assert parts["gradients"] == size * 8 / 24
+    assert parts["optimizer"] == size * 12 / 24
+    keys = ("pretrain.deepspeed={zero: {offload_optimizer: {device: cpu}}}",)
+    plan = planned("stackllama/full_1x8_a100.yaml", "8xA100-80GB", *keys)
+    assert plan.role("pretrain").parts["optimizer"] == 0
+    assert plan.role("pretrain").parts["gradients"] == size * 4 / 8
+    # 16 / 8 bytes of each: weights, moments, and gradients at the step.
+    assert "pretrain has its optimizer in main memory, 13.48 GB for each" in as_text(plan, [])
+
+
+def test_an_adapters_base_is_divided_by_zero_3() -> None:
+    keys = ("reward.zero_stage=3",)
+    whole, divided = (
+        planned("stackllama/reward.yaml", "8xA100-80GB", *more).role("reward_model").parts
+        for more in ((), keys)
+    )
+    assert divided["weights"] == pytest.approx(whole["weights"] / 8)
+    assert divided["gathered"] == 2e9
 
 
 def test_32b_fits_two_nodes_with_two_gpus_a_generator_and_zero_3() -> None:
