@@ -3,9 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from rlhf_ray.placement.layout import Node, demands, lay_out
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "cluster"
 KUBERAY = ("raycluster.yaml", "rayjob.yaml")
+KUBECTL = shutil.which("kubectl")
 
 
 def read(name: str) -> Any:
@@ -91,10 +93,13 @@ def test_the_ray_cluster_does_not_start_without_a_token(role: str, tmp_path: Pat
     assert caught.value.stdout == "no token in ~/.ray/auth_token\n"
 
 
+def kuberay_schema() -> Any:
+    return json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
+
+
 @pytest.mark.parametrize("name", KUBERAY)
 def test_kuberay_objects_are_valid(name: str) -> None:
-    schema = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
-    found = read(name)
+    schema, found = kuberay_schema(), read(name)
     jsonschema.validate(found, schema)
     for right, wrong in (
         ('"groupName"', '"name"'),
@@ -131,6 +136,70 @@ def test_kuberay_groups_have_roles_a_token_and_secrets_of_their_own(name: str) -
         assert container["envFrom"] == [{"secretRef": {"name": "rlhf-ray-secrets"}}]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def redis() -> tuple[Any, Any, Any]:
+    """Service, set of pods and network policy of the Redis that keeps a cluster's state."""
+    service, pods, policy = yaml.safe_load_all((FOLDER / "redis.yaml").read_text())
+    return service, pods, policy
+
+
+def with_redis() -> Any:
+    """The cluster that stays, as the kustomization makes it."""
+    kustomization = read("kustomization.yaml")
+    assert kustomization["resources"] == ["raycluster.yaml", "redis.yaml"]
+    (patch,) = kustomization["patches"]
+    (change,) = yaml.safe_load(patch["patch"])
+    assert (change["op"], patch["target"]) == ("add", {"kind": "RayCluster"})
+    *_, section, key = change["path"].split("/")
+    cluster = read("raycluster.yaml")
+    cluster[section][key] = change["value"]
+    return cluster
+
+
+def test_a_cluster_keeps_its_state_in_its_redis() -> None:
+    cluster, (service, pods, policy) = with_redis(), redis()
+    jsonschema.validate(cluster, kuberay_schema())
+    options = cluster["spec"]["gcsFaultToleranceOptions"]
+    (port,) = service["spec"]["ports"]
+    assert options["redisAddress"] == f"{service['metadata']['name']}:{port['port']}"
+    template = pods["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    (password,) = container["env"]
+    assert password["valueFrom"] == options["redisPassword"]["valueFrom"]
+    own = service["spec"]["selector"]
+    assert template["metadata"]["labels"] == own == pods["spec"]["selector"]["matchLabels"]
+    assert policy["spec"]["podSelector"] == {"matchLabels": own}
+    (among,) = policy["spec"]["ingress"]
+    assert among["from"] == read("networkpolicy.yaml")["spec"]["ingress"][0]["from"]
+    assert among["ports"] == [{"protocol": "TCP", "port": port["port"]}]
+    assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", container["image"])
+
+
+def test_the_password_of_the_redis_is_in_no_list_of_processes(tmp_path: Path) -> None:
+    (tmp_path / "redis-server").write_text('#!/bin/sh\necho "$*"\ncat\n')
+    (tmp_path / "redis-server").chmod(0o755)
+    (container,) = redis()[1]["spec"]["template"]["spec"]["containers"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PASSWORD": "hidden"}
+    started = subprocess.run(
+        container["command"], env=environment, capture_output=True, text=True, check=True
+    )
+    arguments, *settings = started.stdout.splitlines()
+    assert arguments == "- --appendonly yes --dir /data"
+    assert settings == ["requirepass hidden"]
+
+
+@pytest.mark.skipif(KUBECTL is None, reason="needs kubectl")
+def test_kubectl_reads_the_manifests_as_these_tests_do() -> None:
+    command = [str(KUBECTL), "kustomize", str(FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert by_name(yaml.safe_load_all(done.stdout)) == by_name([with_redis(), *redis()])
+
+
+def by_name(objects: Iterable[Any]) -> dict[tuple[str, str], Any]:
+    return {(each["kind"], each["metadata"]["name"]): each for each in objects}
 
 
 def test_pods_of_a_cluster_let_in_each_other_and_at_the_dashboard_submitters() -> None:

@@ -5,6 +5,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -211,3 +212,19 @@ def test_kubernetes_manifests_carry_the_dashboard_and_the_alerts(tmp_path: Path)
     assert json.loads(shown["data"]["rlhf_ray.json"]) == dashboard()
     size = (folder / "grafana_dashboard.yaml").stat().st_size
     assert size < 2**18, "kubectl apply keeps a copy of at most 256 KiB in an annotation"
+
+
+def test_kubernetes_manifests_are_valid_for_the_prometheus_operator(tmp_path: Path) -> None:
+    schema = json.loads((Path(__file__).parent / "prometheus_operator_schema.json").read_text())
+    write_for_kubernetes(tmp_path, BOUNDS, "monitoring")
+    for name, right, wrong in (
+        ("pod_monitor", '"podMetricsEndpoints"', '"endpoints"'),
+        ("pod_monitor", '"10s"', "10"),
+        ("prometheus_rule", '"5m"', '"5 minutes"'),
+        ("prometheus_rule", '"expr"', '"expression"'),
+    ):
+        text = json.dumps(yaml.safe_load((tmp_path / "kubernetes" / f"{name}.yaml").read_text()))
+        jsonschema.validate(json.loads(text), schema)
+        assert right in text
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(json.loads(text.replace(right, wrong)), schema)
