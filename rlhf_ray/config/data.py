@@ -1,6 +1,6 @@
 """Sections of the data: a Stack Exchange dump or the user's datasets, and how rows become text."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
@@ -113,12 +113,17 @@ class RowFilter(Section):
 
 
 class DataSource(Section):
-    """One of your datasets."""
+    """One of your datasets: where it is, or its rows."""
 
-    path: str = fixed(
-        ...,
+    path: str | None = fixed(
+        None,
         description="File (parquet; csv, json or jsonl, also as .gz), folder of such files, "
         "folder saved by `datasets`, or the name of a dataset on the hub.",
+    )
+    rows: list[dict[str, Any] | str] | None = fixed(
+        None,
+        description="The rows themselves, in place of `path`: columns and their values, or texts, "
+        "which are prompts in `data.prompts` and `data.eval`.",
     )
     name: str | None = fixed(None, description="Configuration of a dataset on the hub.")
     data_dir: str | None = fixed(None, description="Folder within a dataset on the hub.")
@@ -149,6 +154,21 @@ class DataSource(Section):
     filter: list[RowFilter] = fixed(
         [], description="Filters that all must hold: {column, op, value}, or module:name."
     )
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.path or f"the list of {len(self.rows or ())} in the config"
+
+    @model_validator(mode="after")
+    def _path_or_rows(self) -> "DataSource":
+        if (self.path is None) == (self.rows is None):
+            raise ValueError("a dataset has either path or rows; set one, and the other to null")
+        if self.rows == []:
+            raise ValueError("rows is an empty list; give at least one row, or a path")
+        if self.rows is not None and (self.name or self.data_dir):
+            raise ValueError("name and data_dir are about a path; leave them out beside rows")
+        return self
 
     @field_validator("filter", mode="before")
     @classmethod

@@ -67,7 +67,7 @@ def files_of_roles(folder: RunFolder) -> list[str]:
 def _require_rows(key: str, sources: Sequence[DataSource]) -> None:
     for source in sources:
         if next(read_rows(source), None) is None:
-            raise DataError(f"{key}: {source.path} holds no rows")
+            raise DataError(f"{key}: {source.label} holds no rows")
 
 
 def _require_compared(config: Config) -> None:

@@ -65,7 +65,7 @@ def user_rows(
     path = RunFolder(config).stage("data") / f"{key}.json"
     earlier = _digests(path)
     if earlier.get(use, digest) != digest:
-        paths = ", ".join(source.path for source in sources)
+        paths = ", ".join(source.label for source in sources)
         Progress(config.run.stages).say(
             f"Warning: data.{key} ({paths}) holds other rows than when this run read it before, so "
             "other rows are held out and learnt. Restore the data, or begin a new run"
@@ -100,7 +100,7 @@ def _identity(config: Config, sources: Sequence[DataSource], use: Use) -> str | 
     """
     if any(each.function or any(test.function for test in each.filter) for each in sources):
         return None
-    paths = [Path(source.path).expanduser() for source in sources]
+    paths = [Path(source.path).expanduser() for source in sources if source.path is not None]
     if not all(path.exists() for path in paths):
         return None
     files = [

@@ -138,7 +138,9 @@ def _reward_sources(config: Config) -> list[Step]:
 def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
     user_data = getattr(config.data, STAGES[stage].datasets[0])
     if user_data is not None:
-        return tuple(Source(masked(source.path), source.licence or UNKNOWN) for source in user_data)
+        return tuple(
+            Source(masked(source.label), source.licence or UNKNOWN) for source in user_data
+        )
     part = STAGES[stage].prepared
     prepared = folder.summary("prepare") or {}
     if prepared.get("synthetic"):

@@ -37,14 +37,17 @@ _METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json
 """JSON files that `datasets` writes beside the rows and that hold none."""
 
 
-def read_rows(source: DataSource) -> Iterator[RawRow]:
+def read_rows(source: DataSource, text_column: str = "text") -> Iterator[RawRow]:
     """Read the rows of a source as they are, a few at a time.
 
-    A path that does not exist is taken as a name on the hub if it can be one.
+    A path that does not exist is taken as a name on the hub if it can be one. ``text_column`` is
+    that of a text that stands in the config as a row.
 
     Raises:
         DataError: there is nothing to read, or a row is broken.
     """
+    if source.path is None:
+        return ({text_column: row} if isinstance(row, str) else row for row in source.rows or ())
     path = Path(source.path).expanduser()
     if path.is_dir():
         return _read_folder(path, source.split)
@@ -53,7 +56,7 @@ def read_rows(source: DataSource) -> Iterator[RawRow]:
     name = _HUB_NAME.fullmatch(source.path)
     # data/pairs is a misspelt file, not a dataset of the owner data, if the folder data exists.
     if name and not (name[1] and path.parent.is_dir()) and not _suffix(path):
-        return _read_hub(source)
+        return _read_hub(source.path, source)
     raise DataError(
         f"{path} does not exist (looked for in {Path.cwd()}); correct the dataset's path"
     )
@@ -143,11 +146,11 @@ def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
     yield from loaded  # type: ignore[misc]  (rows of a Dataset are mappings)
 
 
-def _read_hub(source: DataSource) -> Iterator[RawRow]:
+def _read_hub(path: str, source: DataSource) -> Iterator[RawRow]:
     try:
-        HfApi().dataset_info(source.path, timeout=20)
+        HfApi().dataset_info(path, timeout=20)
         rows = datasets.load_dataset(
-            source.path,
+            path,
             source.name,
             data_dir=source.data_dir,
             split=source.split,
@@ -157,7 +160,7 @@ def _read_hub(source: DataSource) -> Iterator[RawRow]:
     except Exception as error:  # the hub's HTTP client raises errors of its own
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"Dataset {source.path!r} (name {source.name}, split {source.split}) is no file here "
+            f"Dataset {path!r} (name {source.name}, split {source.split}) is no file here "
             f"and cannot be loaded from the hub: {first}. Check its name, its split, the network "
             "and your access, or give the path of a file"
         ) from error

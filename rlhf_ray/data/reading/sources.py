@@ -46,7 +46,7 @@ def load_rows(
     for number, source in enumerate(sources):
         origin = {SOURCE: number} if len(sources) > 1 else {}
         prepare = _preparation(source)
-        options = ReadOptions(source.path, use, max_pairs, seed, prepare)
+        options = ReadOptions(source.label, use, max_pairs, seed, prepare)
         rows = _converted(source, options, on_row)
         loaded.append(
             store_rows(row if isinstance(row, SkippedRows) else {**row, **origin} for row in rows)
@@ -57,7 +57,7 @@ def load_rows(
 def _mix(sources: Sequence[DataSource], loaded: Sequence[StoredRows]) -> StoredRows:
     for source, rows in zip(sources, loaded, strict=True):
         if not len(rows.table):
-            tally = RowTally(source.path, 1.0)
+            tally = RowTally(source.label, 1.0)
             for skipped in rows.skipped:
                 tally.skip(skipped)
             tally.finish()  # raises, with the reasons
@@ -103,18 +103,18 @@ def _converted(
     source: DataSource, options: ReadOptions, on_row: Callable[[Row], None]
 ) -> Iterator[Row | SkippedRows]:
     """Yield a dataset's rows in our form, up to its limit."""
-    raw = read_rows(source)
+    raw = read_rows(source, "prompt" if options.use == "prompts" else "text")
     first = next(raw, None)
     if first is None:
         raise DataError(
-            f"{source.path} (split {source.split}) holds no rows; give a file with at least one"
+            f"{source.label} (split {source.split}) holds no rows; give a file with at least one"
         )
     try:
         columns = list(options.prepare(first))
     except BadRow as bad:
-        raise DataError(f"{source.path}: in its first row {bad.explanation}") from bad
+        raise DataError(f"{source.label}: in its first row {bad.explanation}") from bad
     row_format = detect_format(columns, source.format, options)
-    passes = build_predicate(source.filter, source.path)
+    passes = build_predicate(source.filter, source.label)
     num_kept = 0
     for row in convert(chain([first], raw), row_format, options):
         if not isinstance(row, SkippedRows):
@@ -176,12 +176,12 @@ def _check_columns(source: DataSource, first: Row) -> None:
     missing = [name for name in names if name not in first]
     if missing:
         raise DataError(
-            f"{source.path} has no column {', '.join(missing)}, which the dataset's columns name; "
+            f"{source.label} has no column {', '.join(missing)}, which the dataset's columns name; "
             f"found {', '.join(first)}"
         )
     if len(set(names)) < len(names):
         raise DataError(
-            f"{source.path}: the dataset's columns name one column twice ({', '.join(names)}); "
+            f"{source.label}: the dataset's columns name one column twice ({', '.join(names)}); "
             "give each of our names a column of its own"
         )
 

@@ -126,7 +126,11 @@ def _labelled(
 
 def _digest(config: Config, judge: PairJudgeConfig) -> str:
     """Identify what decides the verdicts; the judge's address and time limits are left out."""
-    sources = [source.model_dump(mode="json") for source in config.data.preferences or ()]
+    # Without defaults: a key that is newer than a run does not have its pairs judged again.
+    sources = [
+        source.model_dump(mode="json", exclude_defaults=True)
+        for source in config.data.preferences or ()
+    ]
     fixed = {name: getattr(judge, name) for name in fixed_keys(PairJudgeConfig)}
     text = json.dumps([sources, fixed], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

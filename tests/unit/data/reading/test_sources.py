@@ -3,8 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from rlhf_ray.config import resolve
+from rlhf_ray.config import dump, resolve
+from rlhf_ray.config import load as load_config
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.data.reading.counts import RowTally, SkippedRows
 from rlhf_ray.data.reading.formats import Use
@@ -32,6 +34,62 @@ def test_columns_are_renamed_and_the_rest_goes_along(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"q": "why", "n": 1.5, "tags": ["x", {"y": None}]}])
     rows, _ = load({"path": path, "columns": {"prompt": "q"}})
     assert rows == [{"prompt": "why", "n": 1.5, "tags": ["x", {"y": None}]}]
+
+
+def test_rows_may_stand_in_the_config(tmp_path: Path) -> None:
+    given = [{"q": "why", "n": 1}, {"q": "how", "n": 2}, {"q": "who", "n": 3}]
+    source = {
+        "rows": given,
+        "columns": {"prompt": "q"},
+        "filter": {"column": "n", "op": ">", "value": 1},
+    }
+    assert load(source)[0] == [{"prompt": "how", "n": 2}, {"prompt": "who", "n": 3}]
+    path = write(tmp_path / "a.jsonl", given)
+    assert load(source) == load({**source, "rows": None, "path": path})
+    assert load({**source, "limit": 1})[0] == [{"prompt": "how", "n": 2}]
+    upper = {"rows": ["why"], "function": f"{__file__}:shout"}
+    assert load(upper)[0] == [{"prompt": "WHY"}]
+
+
+def shout(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.upper() for name, value in row.items()}
+
+
+@pytest.mark.parametrize(
+    ("use", "column"), [("prompts", "prompt"), ("pretrain", "text"), ("sft", "text")]
+)
+def test_a_text_in_the_config_is_a_row(use: Use, column: str) -> None:
+    assert load({"rows": ["a", "b"]}, use=use)[0] == [{column: "a"}, {column: "b"}]
+
+
+def test_texts_in_the_config_are_no_pairs() -> None:
+    with pytest.raises(DataError, match=r"^the list of 2 in the config: the columns text match"):
+        load({"rows": ["a", "b"]}, use="preferences")
+    with pytest.raises(DataError, match=r"^the list of 1 in the config has no column q, which"):
+        load({"rows": [{"prompt": "a"}], "columns": {"prompt": "q"}})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "either path or rows; set one"),
+        ({"path": "a.jsonl", "rows": ["a"]}, "either path or rows; set one, and the other to null"),
+        ({"rows": []}, "rows is an empty list"),
+        ({"rows": ["a"], "name": "main"}, "name and data_dir are about a path"),
+        ({"rows": [3]}, "rows.0"),
+    ],
+)
+def test_a_dataset_is_a_path_or_rows(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.prompts.*{message}"):
+        resolve({"data": {"prompts": source}})
+
+
+def test_rows_in_the_config_travel_with_it() -> None:
+    rows = ["How?", {"prompt": "Why?", "answer": 7, "tags": ["x"]}]
+    config = load_config(None, [f"data.prompts.rows={json.dumps(rows)}"])
+    assert resolve(yaml.safe_load(dump(config))) == config
+    assert config.data.prompts is not None
+    assert config.data.prompts[0].rows == rows
 
 
 def test_a_column_may_take_the_name_of_another(tmp_path: Path) -> None:
