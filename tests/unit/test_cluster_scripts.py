@@ -198,6 +198,36 @@ def test_kubectl_reads_the_manifests_as_these_tests_do() -> None:
     assert by_name(yaml.safe_load_all(done.stdout)) == by_name([with_redis(), *redis()])
 
 
+@pytest.mark.skipif(KUBECTL is None, reason="needs kubectl")
+def test_each_step_of_the_recipe_is_a_kubernetes_job_with_the_nodes_that_it_needs(
+    tmp_path: Path,
+) -> None:
+    """The page's commands, by a `kubectl` that keeps what would be created."""
+    page = (ROOT / "docs" / "stackllama.md").read_text(encoding="utf-8")
+    block = page.partition("## On Kubernetes")[2].partition("```bash\n")[2].partition("```")[0]
+    kept = 'f=$3; [ "$f" = - ] && f=/dev/stdin; cat "$f" >>"$KEPT"; echo --- >>"$KEPT"'
+    (tmp_path / "kubectl").write_text(
+        f'#!/bin/bash\nif [[ $1 == create ]]; then {kept}; else exec {KUBECTL} "$@"; fi\n'
+    )
+    (tmp_path / "kubectl").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment["KEPT"] = str(tmp_path / "kept")
+    subprocess.run(["bash", "-eu", "-c", block], env=environment, cwd=ROOT, check=True)
+    jobs = [job for job in yaml.safe_load_all((tmp_path / "kept").read_text()) if job]
+    nodes = []
+    for job in jobs:
+        jsonschema.validate(job, kuberay_schema())
+        groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        nodes.append([(g["minReplicas"], g["replicas"], g["maxReplicas"]) for g in groups])
+    assert nodes == [[(0, 0, 0)], [(1, 1, 1)], [(1, 1, 1)], [(2, 2, 2), (1, 1, 4)]]
+    entrypoints = [job["spec"]["entrypoint"] for job in jobs]
+    assert entrypoints[1] == (
+        "rlhf-ray run configs/stackllama/sft.yaml run.dir=/shared/runs/stackllama "
+        "model.path=/shared/models/llama-7b"
+    )
+    assert entrypoints[3] in page
+
+
 def by_name(objects: Iterable[Any]) -> dict[tuple[str, str], Any]:
     return {(each["kind"], each["metadata"]["name"]): each for each in objects}
 
