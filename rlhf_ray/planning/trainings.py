@@ -99,10 +99,24 @@ def stage_roles(config: Config, models: Models, on_gpu: bool) -> list[PlannedRol
             workers=section(config, part).train_workers,
             gpus=int(on_gpu),
             parts=_parts(config, part, on_gpu),
+            start=_whole_bytes(config, part, on_gpu),
         )
         for part in trained_parts(config, models)
         if part.role not in ("policy", "critic")
     ]
+
+
+def _whole_bytes(config: Config, part: Trained, on_gpu: bool) -> float:
+    """Return the bytes before stage 3 has divided an adapter's base; whole models load divided."""
+    if part.lora is None or zero_stage(config, part) != 3:
+        return 0
+    trained = part.trainable * STATE_BYTES["weights"]
+    return _frozen_bytes(config, part, part.trainable) + trained + _libraries(config, part, on_gpu)
+
+
+def _libraries(config: Config, part: Trained, on_gpu: bool) -> float:
+    in_group = section(config, part).train_workers > 1
+    return GPU_LIBRARIES + NCCL * in_group if on_gpu else CPU_LIBRARIES
 
 
 def section(config: Config, part: Trained) -> SupervisedConfig:
@@ -143,14 +157,12 @@ def unknown_extents(config: Config, models: Models) -> list[str]:
 
 def _parts(config: Config, part: Trained, on_gpu: bool) -> Parts:
     """Return the parts of a process of transformers.Trainer."""
-    in_group = section(config, part).train_workers > 1
-    libraries = GPU_LIBRARIES + NCCL * in_group if on_gpu else CPU_LIBRARIES
     micro = _micro_batch(config, part)
     held = _held(config, part, on_gpu)
     if part.lora is None:
         held["weights"] += held.pop("adapter")
     return {
-        "libraries": libraries,
+        "libraries": _libraries(config, part, on_gpu),
         **held,
         "activations": _activations(config, part, micro),
         "logits": _logits(config, part, micro),

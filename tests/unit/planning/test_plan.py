@@ -128,11 +128,13 @@ def test_7b_in_full_is_divided_by_zero_and_may_be_offloaded() -> None:
 def test_an_adapters_base_is_divided_by_zero_3() -> None:
     keys = ("reward.zero_stage=3",)
     whole, divided = (
-        planned("stackllama/reward.yaml", "8xA100-80GB", *more).role("reward_model").parts
+        planned("stackllama/reward.yaml", "8xA100-80GB", *more).role("reward_model")
         for more in ((), keys)
     )
-    assert divided["weights"] == pytest.approx(whole["weights"] / 8)
-    assert divided["gathered"] == 2e9
+    assert divided.parts["weights"] == pytest.approx(whole.parts["weights"] / 8)
+    assert divided.parts["gathered"] == 2e9
+    assert divided.start > whole.parts["weights"]  # each process loads it whole
+    assert whole.start == 0
 
 
 def test_32b_fits_two_nodes_with_two_gpus_a_generator_and_zero_3() -> None:
