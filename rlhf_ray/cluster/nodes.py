@@ -1,9 +1,11 @@
 """The nodes of the cluster that Ray is connected to: a function call on each, requests for more."""
 
+import os
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -14,7 +16,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlhf_ray.errors import RlhfError
 from rlhf_ray.stacks import stacks_of
 
+S = TypeVar("S")
 T = TypeVar("T")
+R = TypeVar("R")
+
+MOST_AT_ONCE = 32
+"""Most calls of `map_in_order` at a time: one process feeds them and takes what they return."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,52 @@ def on_nodes(
         _answer(node, reference, max(0.0, deadline - time.monotonic()), timeout_s)
         for node, reference in zip(nodes, references, strict=True)
     ]
+
+
+def map_in_order(
+    function: Callable[[S, T], R], shared: S, items: Iterable[T], timeout_s: float
+) -> Iterator[R]:
+    """Yield ``function(shared, item)`` of each item, in order, computed on all cores of all nodes.
+
+    Items are taken ahead, as many as there are cores; what is begun is cancelled where the rest is
+    not wanted.
+
+    Raises:
+        RlhfError: what the function raised.
+        RayError: a call failed otherwise, or took longer than ``timeout_s``.
+    """
+    # No CPU: processes that wait for their work have them all.
+    task = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(function)
+    num_at_once = min(MOST_AT_ONCE, num_cores())
+    given, rest = ray.put(shared), iter(items)
+    under_way: deque[ray.ObjectRef[R]] = deque()
+    try:
+        while True:
+            for item in islice(rest, num_at_once - len(under_way)):
+                under_way.append(task.remote(given, item))
+            if not under_way:
+                return
+            yield _value(under_way.popleft(), timeout_s)
+    finally:
+        for reference in under_way:
+            ray.cancel(reference)
+
+
+def _value(reference: "ray.ObjectRef[R]", timeout_s: float) -> R:
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, RlhfError):
+            raise error.cause from error
+        raise
+
+
+def num_cores() -> int:
+    """Return the cores of all nodes; a single one may declare more than its machine has."""
+    nodes = alive_nodes()
+    if len(nodes) == 1:
+        return os.cpu_count() or 1
+    return int(sum(node.entry["Resources"].get("CPU", 0) for node in nodes))
 
 
 def actor_stacks(timeout_s: float) -> dict[str, str]:

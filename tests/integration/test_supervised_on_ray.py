@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from rlhf_ray import interruption
+from rlhf_ray.cluster.nodes import map_in_order
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config import Config
-from rlhf_ray.errors import DivergenceError, PlacementError
+from rlhf_ray.data.datasets import drawn_rows
+from rlhf_ray.data.datasets.drawn_texts import DrawnTexts
+from rlhf_ray.data.datasets.texts import TextRendering
+from rlhf_ray.data.reading.rows import store_rows
+from rlhf_ray.data.rendering.render import Renderer
+from rlhf_ray.errors import DataError, DivergenceError, PlacementError
+from rlhf_ray.models.tokenizers import load_tokenizer
 from rlhf_ray.stages.supervised import pretrain
 from rlhf_ray.stages.supervised.pretrain import PretrainTraining
 
@@ -51,6 +60,28 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             yield folder
     finally:
         os.chdir(before)
+
+
+def test_texts_tokenised_in_rays_processes_are_those_of_this_one(
+    workplace: Path, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawn_rows, "BLOCK", 7)
+    given = ({"prompt": f"q{n} ", "completion": f"a{n}" * (n % 9)} for n in range(400))
+    rows, renderer = store_rows(given), Renderer(load_tokenizer(llama))
+
+    def drawn(rendering: TextRendering, *mapped: Any) -> DrawnTexts:
+        return DrawnTexts(rows, rendering, 0, 0.5, "set", *mapped)
+
+    spread = partial(map_in_order, timeout_s=60.0)
+    here, there = drawn(TextRendering(renderer)), drawn(TextRendering(renderer), spread)
+    for num in (20, None):  # what was tokenised ahead is not counted
+        expected, texts = (list(islice(each.documents(False), num)) for each in (here, there))
+        assert texts == expected
+        assert there.counts == here.counts
+    assert here.counts["kept"] > 300
+    strict = TextRendering(renderer, max_tokens=3, overlong="error")
+    with pytest.raises(DataError, match=r"set: row \d+ has \d+ tokens, more than sft.block_size 3"):
+        list(drawn(strict, spread).documents(False))
 
 
 class KilledTraining(PretrainTraining):

@@ -87,6 +87,7 @@ ALLOWED = {
     "cluster/spawner.py RoleSpawner.leave: .remote": "its stage awaits it, by RayWorker._await",
     "cluster/spawner.py _idle: .remote": "ray.get with END_TIMEOUT_S",
     "cluster/nodes.py on_nodes: .remote": "ray.get with what is left of the deadline",
+    "cluster/nodes.py map_in_order: .remote": "ray.get with a timeout",
     "doctor/bandwidth.py _link: .remote": "ray.get with TIMEOUT_S",
     # Awaited in a task that somebody watches, or that is done.
     "cluster/colocation.py Colocation._leave_if_entered: entering.result": "it is done",

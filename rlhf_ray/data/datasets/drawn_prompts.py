@@ -111,7 +111,7 @@ class DrawnPrompts(Sequence[Prompt]):
             table = table.select([index for index, text in texts if self._part(text)])
         self._blocks.append(Prompts(table))
         self._ends.append(self._ends[-1] + len(table))
-        self._drawn.count(self._num_read - start, counts)
+        self._drawn.count(counts)
 
     def _render(self, start: int) -> tuple[datasets.Dataset, dict[str, Any]]:
         numbers = self._drawn.order[start : start + drawn_rows.BLOCK].tolist()

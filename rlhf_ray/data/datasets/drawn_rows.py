@@ -14,6 +14,7 @@ from rlhf_ray.data.reading.draws import (
     share_of_stored,
 )
 from rlhf_ray.data.reading.rows import Row, StoredRows, unpack_row
+from rlhf_ray.data.reading.tables import rows_of
 
 LARGE = 10_000
 """Rows above which a set is read as it is used; reading fewer takes seconds."""
@@ -45,15 +46,15 @@ class DrawnRows:
         self._seed = seed
         self._share = share_of_stored(rows, max_bad_share)
         self._tally = RowTally(name, max_bad_share)
-        self._num_read = 0
         self.order = np.random.default_rng([seed, 0]).permutation(len(rows.table))
         """[N] row numbers."""
         self.counts: dict[str, int] = {}
         """Counts of the rows read so far, and how many were not (``unread``)."""
 
-    def select(self, numbers: list[int]) -> Any:  # datasets types a row as a dict or a list
+    def select(self, numbers: list[int]) -> list[Row]:
         """Return rows by their numbers."""
-        return self._rows.table.select(numbers)
+        columns: Any = self._rows.table[numbers]  # datasets types it as a dict or a list
+        return list(rows_of(columns))
 
     def part(self, held_out: bool) -> Iterator[list[tuple[int, Row]]]:
         """Yield (number, row) of the rows to train on, or those held out, in blocks.
@@ -74,20 +75,16 @@ class DrawnRows:
         first = self.select(self.order[:LARGE].tolist())
         return len({prompt_group(unpack_row(row)) for row in first}) < FEW_PROMPTS
 
-    def count(self, num_rows: int, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Count rows that were read, none twice.
-
-        Args:
-            num_rows: how many.
-            state: of their `RowTally`.
+    def count(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Count rows that were read, none twice, by the state of their `RowTally`.
 
         Raises:
             DataError: too many of the rows read so far are bad; or none of all can be used.
         """
-        self._num_read += num_rows
         self._tally.add(state)
-        num_unread = len(self.order) - self._num_read
-        share = share_of_sample(self._share, self._num_read) if num_unread else self._share
+        num_read = self._tally.num_rows
+        num_unread = len(self.order) - num_read
+        share = share_of_sample(self._share, num_read) if num_unread else self._share
         self._tally.max_bad_share = share  # the reader's skipped rows are in this share already
         counts = self._tally.finish(is_part=num_unread > 0)
         self.counts.update(counts)

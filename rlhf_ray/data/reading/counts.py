@@ -104,6 +104,11 @@ class RowTally:
         """Number of rows left out, by reason."""
         return dict(sorted((self._bad + self._unused).items()))
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows counted so far."""
+        return self._num_kept + self._bad.total() + self._unused.total()
+
     def finish(self, is_part: bool = False) -> dict[str, int]:
         """Return the counts of a set: ``kept``, dropped rows by reason, and notes.
 
@@ -114,7 +119,7 @@ class RowTally:
             DataError: more than the allowed share is bad, or nothing is left.
         """
         num_bad = self._bad.total()
-        num_rows = self._num_kept + num_bad + self._unused.total()
+        num_rows = self.num_rows
         details = "".join(f". {name}: {text}" for name, text in self._explanations.items())
         if num_bad > self.max_bad_share * num_rows:
             remedy = "fix the data, or raise data.max_bad_share"

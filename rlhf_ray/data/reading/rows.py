@@ -24,7 +24,7 @@ from rlhf_ray.data.reading.chats import (
     parse_tools,
 )
 from rlhf_ray.data.reading.counts import BadRow, RowTally, SkippedRows
-from rlhf_ray.data.reading.tables import write_table
+from rlhf_ray.data.reading.tables import BATCH, rows_of, write_table
 
 Row = Mapping[str, object]
 
@@ -58,7 +58,8 @@ class StoredRows:
     num_unread: int = 0
 
     def __iter__(self) -> Iterator[Row | SkippedRows]:
-        yield from self.table  # type: ignore[misc]  (rows of a Dataset are mappings)
+        for columns in self.table.iter(BATCH):
+            yield from rows_of(columns)  # type: ignore[arg-type]  (typed as a dict or a list)
         yield from self.skipped
 
 

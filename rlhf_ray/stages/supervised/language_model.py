@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_ray.cluster.nodes import map_in_order, num_cores
 from rlhf_ray.config import Config
 from rlhf_ray.config.supervised import PretrainConfig, SftConfig
 from rlhf_ray.data.datasets.drawn_rows import LARGE
-from rlhf_ray.data.datasets.drawn_texts import DrawnTexts
+from rlhf_ray.data.datasets.drawn_texts import BlockMap, DrawnTexts, one_by_one
 from rlhf_ray.data.datasets.texts import TextRendering, load_documents
 from rlhf_ray.data.reading.draws import split_groups, try_sample
 from rlhf_ray.data.reading.rows import StoredRows
@@ -46,6 +47,9 @@ _COLUMNS = {
     "none": ("input_ids", "labels"),
 }
 """Packing -> columns of a block."""
+
+MANY_CORES = 4
+"""Cores from which texts are tokenised in Ray's processes, each of which imports for seconds."""
 
 
 class LanguageModelTraining(Training):
@@ -225,7 +229,10 @@ def _build_blocks(
     load = partial(load_documents, **vars(rendering))
     try_sample(rows, load, share, name)
     if is_drawn:
-        drawn = DrawnTexts(rows, rendering, seed, share, name)
+        map_blocks: BlockMap = one_by_one
+        if config.cluster.runs_on_ray and num_cores() >= MANY_CORES:
+            map_blocks = partial(map_in_order, timeout_s=config.cluster.call_timeout_s)
+        drawn = DrawnTexts(rows, rendering, seed, share, name, map_blocks)
         pad_id = training.pad_id
         num_needed = None if settings.epochs else settings.steps * settings.batch_size
         parts = {
