@@ -140,8 +140,8 @@ def run_training(training: Training, num_rows: int) -> Trained:
             trained = train(training, 1, interrupted.is_set)
         else:
             trained = train_on_ray(training, interrupted, progress.say)
-    if trained is None:
-        raise KeyboardInterrupt
+        if trained is None:
+            raise KeyboardInterrupt
     # Not where training fails: a later run resumes from the checkpoints.
     shutil.rmtree(training.data, ignore_errors=True)
     shutil.rmtree(training.checkpoints, ignore_errors=True)

@@ -96,14 +96,16 @@ def test_a_killed_stage_resumes_and_ends_as_if_never_killed(
 
 
 def test_a_signal_ends_training_after_its_step_with_a_checkpoint(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, stopped = make_run("whole"), make_run("stopped")
     expected = pretrain.run(whole)
     with monkeypatch.context() as patch:
         interrupt_at(3, patch)
+        capsys.readouterr()
         with pytest.raises(KeyboardInterrupt):
             pretrain.run(stopped)
+        assert "pretrain stopped: 3/6 steps" in capsys.readouterr().out
     work = pretrain.PretrainTraining(stopped, Path(stopped.run.dir) / "pretrain", "base")
     assert work.last_checkpoint()[0] == 3
     assert RunFolder(stopped).summary("pretrain") is None
