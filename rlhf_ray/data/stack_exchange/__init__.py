@@ -3,12 +3,8 @@
 May import ``errors`` alone. Read ``posts`` first.
 """
 
-from rlhf_ray.data.stack_exchange.posts import (
-    answer_score,
-    html_to_markdown,
-    read_posts,
-    sample_pairs,
-)
+from rlhf_ray.data.stack_exchange.grouping import read_posts
+from rlhf_ray.data.stack_exchange.posts import answer_score, html_to_markdown, sample_pairs
 from rlhf_ray.data.stack_exchange.synthetic_site import gold_score, write_posts
 
 __all__ = [
