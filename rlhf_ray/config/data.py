@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from rlhf_ray.config.section import (
+    MOST_PROCESSES,
     PassThrough,
     Section,
     adjustable,
@@ -19,9 +20,10 @@ from rlhf_ray.config.section import (
 class PrepareConfig(Section):
     """Turns a dump's Posts.xml into four disjoint sets."""
 
-    posts: str | None = fixed(
+    posts: str | list[str] | None = fixed(
         None,
-        description="Posts.xml of a Stack Exchange dump, or the .7z with it; none: generate a "
+        description="Posts.xml of a Stack Exchange dump, plain or as .7z, .zst, .gz, .bz2 or .xz, "
+        "or a list of several sites' ones; a path or an address such as s3://...; none: generate a "
         "synthetic site.",
     )
     posts_gb: float | None = changeable(
@@ -34,6 +36,35 @@ class PrepareConfig(Section):
         None,
         description="Site of the dump, such as ai.stackexchange.com, for links to questions; "
         "none: the name of the .7z or of the dump's folder.",
+    )
+    limit: int | None = fixed(
+        None,
+        unit="questions",
+        ge=1,
+        description="Most questions taken: a sample drawn by run.seed of those selected.",
+    )
+    min_score: int | None = fixed(
+        None, unit="votes", description="Leaves out questions with fewer votes."
+    )
+    tags: list[str] = fixed([], description="Takes only questions with one of these tags.")
+    since: str | None = fixed(
+        None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="Takes only questions asked on this day or later, such as '2015-01-31' (YAML "
+        "needs the quotes).",
+    )
+    scratch: str | None = changeable(
+        None,
+        min_length=1,
+        description="Folder for the grouped posts while the stage runs, a third of the XML's "
+        "bytes; all nodes of a cluster must see it. None: in run.scratch, on a cluster in run.dir.",
+    )
+    num_workers: int | None = changeable(
+        None,
+        unit="processes",
+        ge=1,
+        le=MOST_PROCESSES,
+        description="Most processes at a time for dumps of more than 32 MB; none: one a CPU.",
     )
     num_questions: int = fixed(
         4000, unit="questions", ge=20, description="Questions of the synthetic site."
@@ -53,6 +84,27 @@ class PrepareConfig(Section):
     evaluation: float = fixed(
         0.1, unit="share", gt=0, lt=1, description="Questions held out of all training."
     )
+
+    @property
+    def dumps(self) -> list[str]:
+        """The dumps of `posts`; empty: a synthetic site."""
+        return [self.posts] if isinstance(self.posts, str) else self.posts or []
+
+    @field_validator("posts")
+    @classmethod
+    def _some_posts(cls, posts: str | list[str] | None) -> str | list[str] | None:
+        if posts == []:
+            raise ValueError("is an empty list; name at least one dump, or leave the key out")
+        return posts
+
+    @model_validator(mode="after")
+    def _one_site(self) -> "PrepareConfig":
+        if self.site is not None and len(self.dumps) > 1:
+            raise ValueError(
+                "prepare.site names one site, and prepare.posts has several dumps; leave it out "
+                "and name the dumps' folders or archives after their sites"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shares(self) -> "PrepareConfig":

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,22 @@ class TextStats:
         self._digests.frombytes(digest)
         if len(self._digests) >= _BUFFER:
             self._flush()
+
+    def state(self) -> tuple[dict[str, Any], np.ndarray]:
+        """Return plain counts, and a 64-bit digest of each text, for statistics that `add_all`."""
+        self._flush()
+        self._file.seek(0)
+        digests = np.frombuffer(self._file.read(), np.uint64)
+        return {"lengths": self._lengths, "languages": dict(self._languages)}, digests
+
+    def add_all(self, counts: Mapping[str, Any], digests: np.ndarray) -> None:
+        """Add the texts of other statistics, as their `state` returned them."""
+        self._lengths = [
+            mine + more for mine, more in zip(self._lengths, counts["lengths"], strict=True)
+        ]
+        self._languages.update(counts["languages"])
+        self._digests.frombytes(digests.tobytes())
+        self._flush()
 
     def report(self) -> dict[str, object]:
         """Return plain values for quality.json.

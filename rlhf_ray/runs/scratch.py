@@ -25,14 +25,31 @@ def scratch_folder(config: Config) -> Path:
     """
     if config.run.scratch is None:
         return RunFolder(config).stage("scratch")
+    return _made(config, "run.scratch", config.run.scratch)
+
+
+def shared_scratch(config: Config) -> Path:
+    """Return a folder for what prepare has grouped, which all its processes see.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if config.prepare.scratch is not None:
+        return _made(config, "prepare.scratch", config.prepare.scratch)
+    if config.cluster.joins_cluster:
+        return RunFolder(config).stage("scratch")
+    return scratch_folder(config)
+
+
+def _made(config: Config, key: str, parent: str) -> Path:
     try:
-        Path(config.run.scratch).mkdir(parents=True, exist_ok=True)
+        Path(parent).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"run.scratch {config.run.scratch} cannot be made ({error.strerror}); set it to a "
-            "folder on a local disk that you can write to"
+            f"{key} {parent} cannot be made ({error.strerror}); set it to a folder that you can "
+            "write to"
         ) from error
-    return make_private(_own_folder(config, config.run.scratch))
+    return make_private(_own_folder(config, parent))
 
 
 def _own_folder(config: Config, parent: str) -> Path:

@@ -1,35 +1,46 @@
-"""Stage prepare: split a Stack Exchange dump into four sets that share no question."""
+"""Stage prepare: split Stack Exchange dumps into four sets that share no question.
 
+The dumps are cut into parts, whose posts are grouped into buckets by question; then each bucket
+becomes a file of each set. With more than one part Ray Data spreads both over the nodes. What is
+done stays done: a run that was killed goes on at the next part or bucket.
+"""
+
+import hashlib
 import json
-import math
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import datasets
-from datasets.arrow_writer import ArrowWriter
 
 from rlhf_ray.config import Config
-from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
-from rlhf_ray.data.stack_exchange.archives import site_name, unpacked
-from rlhf_ray.data.stack_exchange.posts import Question, open_posts
-from rlhf_ray.disk import unwritable_is_an_error
+from rlhf_ray.data.stack_exchange.archives import site_name, stamp
+from rlhf_ray.data.stack_exchange.grouping import require_questions
+from rlhf_ray.data.stack_exchange.parts import find_dumps, num_buckets
+from rlhf_ray.disk import unwritable_is_an_error, write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.runs.folder import RunFolder
-from rlhf_ray.runs.quality import TextStats, histogram
-from rlhf_ray.stages.question_sets import SETS, set_of_question, to_markdown
+from rlhf_ray.runs.quality import histogram
+from rlhf_ray.runs.scratch import shared_scratch
+from rlhf_ray.stages.dump_shards import SetCounts, Shards
+from rlhf_ray.stages.question_sets import SETS
+from rlhf_ray.stages.shards_on_ray import convert_on_ray, group_on_ray, uses_ray
 
 MEGABYTE = 2**20
+MARKER = "digest"
+"""File with the digest of what is being prepared."""
+FORMAT = 1
+"""Version of the files that a killed run leaves: another one begins again."""
 
 
 def run(config: Config) -> dict[str, object]:
-    """Read the dump of ``prepare.posts`` (or write a synthetic one) and write the four sets.
+    """Read the dumps of ``prepare.posts`` (or write a synthetic one) and write the four sets.
 
     They replace the sets of an earlier run of this stage, and only once all of them are complete.
 
@@ -37,156 +48,170 @@ def run(config: Config) -> dict[str, object]:
         What ``prepare/summary.json`` holds; ``prepare/quality.json`` describes the texts.
 
     Raises:
-        DataError: the dump cannot be used, has too many bad posts, or is too small for four sets.
-        ConfigError: the run folder cannot be written, or a .7z cannot be unpacked without py7zr.
+        DataError: a dump cannot be used, has too many bad posts, or is too small for four sets.
+        ConfigError: the run folder cannot be written, or a package to read a dump is missing.
     """
     start = time.monotonic()
     folder = RunFolder(config)
     progress = Progress(config.run.stages)
     with (
         unwritable_is_an_error(folder.stage("prepare")),
-        _all_or_nothing(folder) as partial,
         progress.stage("prepare", unit="question") as bar,
+        _resumable(config, folder) as shards,
+        uses_ray(shards) as on_ray,
     ):
-        posts = Path(config.prepare.posts or partial / "Posts.xml")
-        if config.prepare.posts is None:
-            synthetic.write_posts(posts, config.prepare.num_questions, config.run.seed)
-        with unpacked(posts, partial) as file, _Sets(config, posts, partial) as sets:
-            _fill(sets, file, bar)
-        summary = sets.finish()
-    summary |= {
-        "synthetic": config.prepare.posts is None,
-        "seconds": round(time.monotonic() - start, 3),
-    }
-    folder.write_summary("prepare", summary)
+        names = _group(shards, bar, on_ray)
+        _convert(shards, names, bar, on_ray)
+        summary = _finish(shards)
+        _move(shards.sets, folder.stage("prepare"))
+        summary |= {
+            "synthetic": not config.prepare.dumps,
+            "seconds": round(time.monotonic() - start, 3),
+        }
+        folder.write_summary("prepare", summary)
     return summary
 
 
 @contextmanager
-def _all_or_nothing(folder: RunFolder) -> Iterator[Path]:
-    """Make a folder to write in; its files move into the stage's folder when the block is done."""
-    final = folder.stage("prepare")
-    partial = final / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+def _resumable(config: Config, folder: RunFolder) -> Iterator[Shards]:
+    """Give the shards of this run of the stage, with what an interrupted one has done of them.
+
+    Their files stay when the block is interrupted, and go when it is done or the data is bad.
+    """
+    stage, rows = folder.stage("prepare"), shared_scratch(config) / "posts"
+    sets, paths = stage / ".partial", config.prepare.dumps or [str(stage / "Posts.xml")]
+    digest, marker = _digest(config), sets / MARKER
+    if not (rows.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") == digest):
+        for made in (sets, rows):
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+        for name in SETS:
+            (sets / name).mkdir()
+        if not config.prepare.dumps:
+            synthetic.write_posts(paths[0], config.prepare.num_questions, config.run.seed)
+        write_atomically(marker, digest)
     try:
-        yield partial
-        (final / "summary.json").unlink(missing_ok=True)
-        for item in partial.iterdir():
-            target = final / item.name
+        dumps = find_dumps(paths)
+        sites = tuple(config.prepare.site or site_name(path) for path in paths)
+        yield Shards(config, tuple(dumps), sites, num_buckets(dumps), rows, sets)
+    except DataError:
+        shutil.rmtree(sets, ignore_errors=True)
+        shutil.rmtree(rows, ignore_errors=True)
+        raise
+    shutil.rmtree(sets)
+    shutil.rmtree(rows)
+
+
+def _digest(config: Config) -> str:
+    """Return a name for all that decides what the sets hold, and in which files it is."""
+    fixed = config.prepare.model_dump(exclude={"posts_gb", "scratch", "num_workers"})
+    given = (FORMAT, fixed, config.run.seed, [stamp(path) for path in config.prepare.dumps])
+    return hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
+
+
+def _group(shards: Shards, bar: Bar, on_ray: bool) -> list[str]:
+    """Group the posts of all parts; returns the parts' names, in order."""
+    total = sum(dump.num_bytes for dump in shards.dumps)
+    bar.restart(max(1, total // MEGABYTE), "megabyte")
+    names, num_bytes = [], 0
+    for name in (group_on_ray if on_ray else _grouped)(shards):
+        names.append(name)
+        num_bytes += shards.grouped(name).num_bytes
+        bar.advance(num_bytes // MEGABYTE - bar.done)
+    names.sort()
+    require_questions([dump.path for dump in shards.dumps], [shards.grouped(n) for n in names])
+    return names
+
+
+def _grouped(shards: Shards) -> Iterator[str]:
+    for dump in shards.dumps:
+        for part, xml in dump.pieces():
+            yield part.name if shards.is_grouped(part) else shards.group(part, xml)
+
+
+def _convert(shards: Shards, names: list[str], bar: Bar, on_ray: bool) -> None:
+    """Turn each bucket into a file of each set, and show the posts a second."""
+    num_questions = sum(shards.grouped(name).num_selected for name in names)
+    bar.restart(min(num_questions, shards.config.prepare.limit or num_questions), "question")
+    done = [bucket for bucket in range(shards.num_buckets) if shards.is_converted(bucket)]
+    bar.advance(sum(shards.counted(bucket)["questions"] for bucket in done))
+    start_s, num_posts = time.monotonic(), 0
+
+    def count(posts: Mapping[str, int]) -> None:
+        nonlocal num_posts
+        num_posts += posts["questions"] + posts["answers"]
+        rate = num_posts / max(time.monotonic() - start_s, 1e-3)
+        bar.advance(posts["questions"], **{"posts/s": rate})
+
+    buckets = [bucket for bucket in range(shards.num_buckets) if bucket not in done]
+    convert = partial(shards.convert, names=names, last_rank=shards.last_rank(names))
+    if on_ray:
+        for bucket in convert_on_ray(shards, convert, buckets):
+            count(shards.counted(bucket))
+    else:
+        for bucket in buckets:
+            convert(bucket, on_question=count)
+
+
+def _finish(shards: Shards) -> dict[str, object]:
+    """Check the counts, write quality.json and what makes folders of the sets' files.
+
+    Returns:
+        The summary's counts.
+    """
+    with SetCounts(shards.config, shards.name) as counts:
+        for bucket in range(shards.num_buckets):
+            counts.add_saved(shards.converted(bucket))
+        texts = {name: stats.report() for name, stats in counts.texts.items()}
+    for reason, num in counts.skipped.items():
+        counts.tally.drop_bad(reason, num)
+    counts.tally.finish()
+    rows = {name: counts.rows[name] for name in SETS}
+    if empty := [name for name, num in rows.items() if not num]:
+        raise DataError(
+            f"{shards.name}: its {counts.posts['questions']} questions leave no rows for "
+            f"{', '.join(empty)} (rows: {rows}); give a larger dump, or raise that share in "
+            "prepare. Sets reward and evaluation need questions with answers of different scores"
+        )
+    for name in SETS:
+        _describe(shards, name)
+    scores = histogram({int(score): num for score, num in counts.scores.items()})
+    pairs = {name: counts.posts[name] for name in ("pairs", "ties")}
+    quality = json.dumps({**texts, "scores": scores, "pairs": pairs}, indent=2) + "\n"
+    write_atomically(shards.sets / "quality.json", quality)
+    return {
+        "questions": counts.posts["questions"],
+        "answers": counts.posts["answers"],
+        "rows": rows,
+        "dropped": counts.tally.dropped | dict(counts.unused),
+    }
+
+
+def _describe(shards: Shards, name: str) -> None:
+    """Write what makes a folder for ``datasets.load_from_disk`` of a set's files."""
+    folder = shards.sets / name
+    if not folder.is_dir():  # moved already, by a run that was killed just then
+        return
+    datasets.DatasetInfo(features=SETS[name]).write_to_directory(str(folder))
+    digest = (shards.sets / MARKER).read_text(encoding="utf-8")
+    state = {
+        "_data_files": [{"filename": file.name} for file in sorted(folder.glob("*.arrow"))],
+        "_fingerprint": hashlib.blake2b(f"{digest}:{name}".encode(), digest_size=8).hexdigest(),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    write_atomically(folder / "state.json", json.dumps(state, indent=2) + "\n")
+
+
+def _move(made: Path, final: Path) -> None:
+    """Replace what an earlier run of the stage has left."""
+    (final / "summary.json").unlink(missing_ok=True)
+    for name in (*SETS, "quality.json"):
+        target = final / name
+        if (made / name).exists():
             if target.is_dir():
                 shutil.rmtree(target)
-            os.replace(item, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fill(sets: "_Sets", file: Path, bar: Bar) -> None:
-    """Pass over the posts, then over the questions; memory does not grow with the dump."""
-    num_megabytes = max(1, file.stat().st_size // MEGABYTE) if file.is_file() else None
-    bar.restart(num_megabytes, "megabyte")
-    with open_posts(
-        file,
-        sets.folder,
-        sets.skipped,
-        on_read=lambda num_bytes: bar.advance(num_bytes // MEGABYTE - bar.done),
-    ) as posts:
-        bar.restart(posts.num_questions, "question")
-        for question in posts.questions():
-            sets.add(question)
-            bar.advance()
-
-
-class _Sets:
-    """The four sets while they are written, with counts of what was read."""
-
-    def __init__(self, config: Config, posts: Path, folder: Path) -> None:
-        self.folder = folder
-        self.skipped: Counter[str] = Counter()
-        self._config = config
-        self._posts = posts
-        self._site = config.prepare.site or site_name(posts)
-        self._tally = RowTally(str(posts), config.data.max_bad_share)
-        self._unused: Counter[str] = Counter()
-        self._num_rows = dict.fromkeys(SETS, 0)
-        self._num_questions = self._num_answers = 0
-        self._quality: dict[str, object] = {}
-        self._scores: Counter[int] = Counter()
-        self._num_pairs = self._num_ties = 0
-
-    def __enter__(self) -> "_Sets":
-        with ExitStack() as stack:
-            texts = ("questions", "answers")
-            self._texts = {name: stack.enter_context(TextStats()) for name in texts}
-            tables = {name: str(self.folder / f"{name}.arrow") for name in SETS}
-            self._writers = {
-                name: stack.enter_context(ArrowWriter(features=features, path=tables[name]))
-                for name, features in SETS.items()
-            }
-            self._files = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._files:
-            if kind is None:
-                for writer in self._writers.values():
-                    writer.finalize()
-                self._quality = {name: texts.report() for name, texts in self._texts.items()}
-
-    def add(self, question: Question) -> None:
-        """Convert a question and write its rows into the set that it belongs to."""
-        self._num_questions += 1
-        self._num_answers += len(question.answers)
-        ready = to_markdown(question, self._config, self._site, self._tally, self._unused)
-        if ready is None:
-            return
-        self._texts["questions"].add(ready.text)
-        for answer in ready.question.answers:
-            self._texts["answers"].add(ready.answers[answer.id])
-            self._scores[answer.score] += 1
-        self._count_ties(Counter(answer.score for answer in ready.question.answers))
-        name = set_of_question(question.id, self._config)
-        rows = ready.rows(name)
-        if not rows:
-            self._unused["question_without_pairs"] += 1
-        for row in rows:
-            self._writers[name].write(dict(row))
-        self._num_rows[name] += len(rows)
-
-    def _count_ties(self, scores: Counter[int]) -> None:
-        """Count the pairs of answers to one question, and those with equal scores."""
-        self._num_pairs += math.comb(scores.total(), 2)
-        self._num_ties += sum(math.comb(num, 2) for num in scores.values())
-
-    def finish(self) -> dict[str, object]:
-        """Check the counts, save the sets and quality.json; returns the summary's counts."""
-        for reason, num in self.skipped.items():
-            self._tally.drop_bad(reason, num)
-        self._tally.finish()
-        if empty := [name for name, num in self._num_rows.items() if not num]:
-            raise DataError(
-                f"{self._posts}: its {self._num_questions} questions leave no rows for "
-                f"{', '.join(empty)} (rows: {self._num_rows}); give a larger dump, or raise that "
-                "share in prepare. Sets reward and evaluation need questions with answers of "
-                "different scores"
-            )
-        _save(self.folder)
-        ties = {"pairs": self._num_pairs, "ties": self._num_ties}
-        quality = {**self._quality, "scores": histogram(self._scores), "pairs": ties}
-        text = json.dumps(quality, indent=2) + "\n"
-        (self.folder / "quality.json").write_text(text, encoding="utf-8")
-        return {
-            "questions": self._num_questions,
-            "answers": self._num_answers,
-            "rows": self._num_rows,
-            "dropped": self._tally.dropped | dict(self._unused),
-        }
-
-
-def _save(partial: Path) -> None:
-    """Turn each set's Arrow file into a folder for ``datasets.load_from_disk``."""
-    datasets.disable_progress_bars()
-    for name in SETS:
-        table = partial / f"{name}.arrow"
-        datasets.Dataset.from_file(str(table)).save_to_disk(str(partial / name))
-        table.unlink()
+            os.replace(made / name, target)

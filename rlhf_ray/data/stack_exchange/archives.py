@@ -43,9 +43,9 @@ def _zstd(file: IO[bytes]) -> IO[bytes]:
 
 _STREAMS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
     ".zst": _zstd,
-    ".gz": lambda file: cast(IO[bytes], gzip.open(file)),
-    ".bz2": lambda file: cast(IO[bytes], bz2.open(file)),
-    ".xz": lambda file: cast(IO[bytes], lzma.open(file)),
+    ".gz": lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file)),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
 }
 """Suffix of a compressed file -> what unpacks it while it is read."""
 
@@ -108,6 +108,20 @@ def num_xml_bytes(path: str) -> int:
         return int(next(m for m in archive.list() if m.filename == MEMBER).uncompressed)
 
 
+def stamp(path: str) -> str:
+    """Return what changes with a dump's content: its size, and when it was written.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    size = packed_bytes(path)
+    if not is_url(path):
+        return f"{os.path.abspath(path)}:{size}:{os.stat(path).st_mtime_ns}"
+    files, name = fsspec.url_to_fs(path)
+    found = files.info(name)
+    return f"{path}:{size}:{found.get('ETag') or found.get('mtime') or found.get('updated')}"
+
+
 @contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
     """Open a dump's file as it is, wherever it lies.
@@ -117,7 +131,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
         ConfigError: the package for its object store is not installed.
     """
     try:
-        file = fsspec.open(path, "rb").open() if is_url(path) else open(path, "rb")
+        file = fsspec.open(path, "rb").open() if is_url(path) else Path(path).open("rb")  # noqa: SIM115
     except (ImportError, ValueError) as error:  # ValueError: a protocol that nobody knows
         raise ConfigError(f"Cannot open {path}: {error}") from error
     except Exception as error:  # object stores raise errors of their own

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from rlhf_ray.data.stack_exchange.archives import REMEDY
 from rlhf_ray.data.stack_exchange.parts import Part, find_dumps, num_buckets
-from rlhf_ray.data.stack_exchange.posts import Answer, Question, answer_score
+from rlhf_ray.data.stack_exchange.posts import Answer, Question, answer_score, tag_names
 from rlhf_ray.errors import DataError
 
 _INT64 = 2**63
@@ -58,6 +58,8 @@ class Counts:
     root: str = ""
     """Name of the XML's outermost element."""
     num_questions: int = 0
+    num_selected: int = 0
+    """Questions that are wanted."""
     num_answers: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Rows left out, by reason."""
@@ -129,6 +131,7 @@ def group(
             row = (part.dump, question, kind, post_id, place, *others)
             counts.num_answers += kind == _ANSWER
             counts.num_questions += kind != _ANSWER
+            counts.num_selected += kind == _QUESTION
             buckets[zlib.crc32(f"{part.dump}:{question}".encode()) % into].append(row)
     schema = pa.schema(_COLUMNS)
     partial = file.with_suffix(".tmp")
@@ -171,7 +174,7 @@ def _int64(text: str | int) -> int:
 
 
 def questions_in(
-    files: Iterable[Path], bucket: int, skipped: Counter[str]
+    files: Iterable[Path], bucket: int, skipped: Counter[str], unused: Counter[str]
 ) -> Iterator[tuple[int, Question]]:
     """Yield the questions of a bucket in the order of dumps and ids, each with its dump's index.
 
@@ -180,7 +183,8 @@ def questions_in(
     Args:
         files: those that `group` has written of all parts.
         bucket: its index.
-        skipped: filled with the number of posts left out, by reason.
+        skipped: filled with the number of posts that are wrong in themselves, by reason.
+        unused: filled with the number of questions that are not selected.
     """
     rows: list[Stored] = []
     for file in files:
@@ -193,19 +197,17 @@ def questions_in(
         if first["kind"] == _QUESTION:
             yield dump, _question(first, answers)
         elif first["kind"] == _LEFT_OUT:
-            skipped["not_selected"] += 1
+            unused["not_selected"] += 1
         else:
             skipped["answer_without_question"] += 1 + len(answers)
 
 
 def _question(asked: Stored, answers: Sequence[Stored]) -> Question:
-    # Old dumps write <a><b>, new ones |a|b|.
-    tags = asked["tags"].replace("<", "|").replace(">", "|").split("|")
     return Question(
         asked["id"],
         asked["title"],
         asked["body"],
-        tuple(filter(None, tags)),
+        tag_names(asked["tags"]),
         tuple(
             Answer(
                 id=answer["id"],
@@ -264,5 +266,5 @@ def read_posts(
             skipped.update(counts[-1].skipped)
         require_questions([str(path)], counts)
         for bucket in range(into):
-            for _, question in questions_in(files, bucket, skipped):
+            for _, question in questions_in(files, bucket, skipped, Counter()):
                 yield question

@@ -8,7 +8,7 @@ from itertools import count
 
 from rlhf_ray.data.stack_exchange import archives
 
-PART_BYTES = 64 * 2**20
+PART_BYTES = 32 * 2**20
 """Bytes of XML of a part."""
 MOST_PARTS = 1000
 """Parts of dumps for which these bytes are enough; those of larger dumps are larger."""
@@ -18,6 +18,7 @@ _TAG = len(b"<row ")
 _CHUNK = 2**20
 _HEAD = 4096
 _ENCODING = re.compile(rb"""encoding=["']([\w.-]+)""")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -37,6 +38,15 @@ class Part:
     def name(self) -> str:
         """Name of the part among those of all dumps."""
         return f"{self.dump:04d}-{self.number:05d}"
+
+    def xml(self) -> Iterator[bytes]:
+        """Yield its XML in chunks, a whole document; nothing where no row begins in it."""
+        if archives.suffix(self.path):
+            yield from _xml(_Scanner(archives.unpacked(self.path), 0), self)
+            return
+        with archives.opened(self.path) as file:
+            file.seek(self.start)
+            yield from _xml(_Scanner(iter(lambda: file.read(_CHUNK), b""), self.start), self)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Dump:
     def pieces(self) -> Iterator[tuple[Part, Iterator[bytes]]]:
         """Yield each part with its XML, which is lost when the next one is taken."""
         if not self.is_streamed:
-            yield from ((part, xml_of(part)) for part in self.parts())
+            yield from ((part, part.xml()) for part in self.parts())
             return
         scanner = _Scanner(archives.unpacked(self.path), 0)
         for number in count():
@@ -118,16 +128,6 @@ def _can_be_cut(path: str) -> bool:
     is_utf8 = encoding is None or encoding[1].lower() in (b"utf-8", b"utf8")
     before, tag, _ = head.partition(b"<row")
     return is_utf8 and bool(tag) and b"<posts>" in before and b"<!" not in before
-
-
-def xml_of(part: Part) -> Iterator[bytes]:
-    """Yield the XML of a part in chunks, a whole document; nothing where no row begins in it."""
-    if archives.suffix(part.path):
-        yield from _xml(_Scanner(archives.unpacked(part.path), 0), part)
-        return
-    with archives.opened(part.path) as file:
-        file.seek(part.start)
-        yield from _xml(_Scanner(iter(lambda: file.read(_CHUNK), b""), part.start), part)
 
 
 class _Scanner:

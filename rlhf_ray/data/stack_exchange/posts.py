@@ -4,12 +4,12 @@ import itertools
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from bs4 import BeautifulSoup, Tag
 from markdownify import MarkdownConverter
 
-if TYPE_CHECKING:
-    from bs4 import Tag
+MAX_DEPTH = 100
+"""Most elements of a post inside each other."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Question:
         return "\n\n".join(part for part in parts if part)
 
 
+def tag_names(tags: str) -> tuple[str, ...]:
+    """Return the names in a question's Tags: ``<a><b>`` in old dumps, ``|a|b|`` in new ones."""
+    return tuple(filter(None, tags.replace("<", "|").replace(">", "|").split("|")))
+
+
 def answer_score(upvotes: int, accepted: bool) -> int:
     """Return an answer's score as in StackLLaMA (after Askell et al. 2021, arXiv:2112.00861).
 
@@ -63,17 +68,26 @@ def answer_score(upvotes: int, accepted: bool) -> int:
 def html_to_markdown(html: str) -> str:
     """Convert a post's HTML to Markdown: ``<pre><code>`` becomes a fence, links and lists stay.
 
-    A fence names its language where the post does (``<pre class="lang-py ...">``). Elements nested
-    hundreds deep, which only broken posts have, give an empty text.
+    A fence names its language where the post does (``<pre class="lang-py ...">``). A post whose
+    elements are nested more than `MAX_DEPTH` deep, which only a broken one is, gives an empty text.
     """
-    try:
-        markdown = _CONVERTER.convert(html)
-    except RecursionError:
+    soup = BeautifulSoup(html, "html.parser")
+    # Not by Python's own limit: that one counts the caller's calls too.
+    if html.count("<") > MAX_DEPTH and _depth(soup) > MAX_DEPTH:
         return ""
+    markdown = _CONVERTER.convert_soup(soup)
     return markdown.strip()
 
 
-def _code_language(pre: "Tag") -> str:
+def _depth(soup: BeautifulSoup) -> int:
+    depth, level = -1, [soup]
+    while level:
+        depth += 1
+        level = [child for tag in level for child in tag.children if isinstance(child, Tag)]
+    return depth
+
+
+def _code_language(pre: Tag) -> str:
     """Return the language that the post gives to a block of code; empty if it gives none."""
     names = [name for name in pre.get("class") or [] if name.startswith("lang-")]
     return names[0].removeprefix("lang-") if names else ""
