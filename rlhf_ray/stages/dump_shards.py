@@ -127,10 +127,10 @@ class Shards:
                 for name, features in SETS.items()
             }
             for dump, question in questions_in(files, bucket, counts.skipped, counts.unused):
-                on_question({"questions": 1, "answers": len(question.answers)})
                 if last_rank is not None and self._rank(dump, question.id) > last_rank:
                     counts.unused["beyond_limit"] += 1
                     continue
+                on_question({"questions": 1, "answers": len(question.answers)})
                 name, rows = counts.add(question, self.sites[dump])
                 for row in rows:
                     writers[name].write(dict(row))

@@ -30,7 +30,7 @@ EXPANSION = 5
 """Bytes of XML for one of an archive: Stack Overflow's posts, 20 GB and 100 GB."""
 
 _CHUNK = 2**20
-_QUEUE = 8
+_QUEUE = 2
 """Chunks that are unpacked ahead."""
 
 _SITE = re.compile(r"(?:[a-z0-9-]+\.)+(?:com|net|org)")
@@ -241,7 +241,7 @@ def _handing_over(put: Callable[[bytes], None]) -> object:
 def _read_seven_zip(path: str, file: BinaryIO) -> Iterator[Any]:
     py7zr = _py7zr()
     try:
-        with py7zr.SevenZipFile(file) as archive:
+        with py7zr.SevenZipFile(file, blocksize=_CHUNK) as archive:
             names = archive.getnames()
             if MEMBER not in names:
                 raise DataError(

@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import pytest
 
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.data import template
+from rlhf_ray.data.stack_exchange import parts
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
+from rlhf_ray.data.stack_exchange.parts import Part
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import prepare
+from rlhf_ray.stages.dump_shards import Shards
 
 SETS = ("finetune", "reward", "rl", "evaluation")
 
@@ -126,7 +130,78 @@ def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
     assert not (tmp_path / "prepare" / ".partial").exists()
 
 
-def test_a_failed_run_keeps_the_earlier_sets(
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of all files of the sets, and quality.json."""
+    stage = folder / "prepare"
+    paths = [path for name in SETS for path in (stage / name).iterdir()]
+    return {str(path.relative_to(stage)): path.read_bytes() for path in paths} | {
+        "quality.json": (stage / "quality.json").read_bytes()
+    }
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_a_killed_run_goes_on_at_its_shard_and_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 40_000)
+    posts = str(tmp_path / "Posts.xml")
+    synthetic.write_posts(Path(posts), 200, seed=0)
+    asked = {"posts": posts, "limit": limit}
+    inline = {"cluster": {"mode": "inline"}, "rollout": {"engine": "transformers"}}
+
+    def prepared(folder: Path) -> Config:
+        return resolve({"run": {"dir": str(folder)}, "prepare": asked, **inline})
+
+    prepare.run(prepared(tmp_path / "whole"))
+    done: list[tuple[str, object]] = []
+    due: list[tuple[str, int]] = []
+
+    def killed_at(name: str) -> Callable[..., object]:
+        do = getattr(Shards, name)
+
+        def step(self: Shards, shard: Part | int, *args: Any, **kwargs: Any) -> object:
+            if due and due[0] == (name, sum(kind == name for kind, _ in done)):
+                if name == "convert":  # a file that is written by half
+                    self.file("rl", int(str(shard))).write_bytes(b"half")
+                raise KeyboardInterrupt
+            result = do(self, shard, *args, **kwargs)
+            done.append((name, shard))
+            return result
+
+        return step
+
+    for name in ("group", "convert"):
+        monkeypatch.setattr(Shards, name, killed_at(name))
+    for moment in (("group", 2), ("convert", 2), ("convert", 3)):
+        due[:] = [moment]
+        with pytest.raises(KeyboardInterrupt):
+            prepare.run(prepared(tmp_path / "killed"))
+    due.clear()
+    prepare.run(prepared(tmp_path / "killed"))
+    assert len(done) == len(set(done)) == 2 * len(parts.find_dumps([posts])[0].parts())
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert len(files(tmp_path / "whole")) > 12
+    assert not (tmp_path / "killed" / "prepare" / ".partial").exists()
+    assert not any((tmp_path / "killed" / "scratch").iterdir())
+
+
+def test_a_run_that_was_killed_with_another_dump_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posts = dump(tmp_path / "Posts.xml", *(question(i, (0, 3)) for i in range(1, 60)))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.run(config(tmp_path, posts=posts))
+    dump(tmp_path / "Posts.xml", *(question(i, (0, 3)) for i in range(1, 90)))
+    assert prepare.run(config(tmp_path, posts=posts))["questions"] == 89
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_keeps_the_earlier_sets_and_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare.run(config(tmp_path))
@@ -135,11 +210,82 @@ def test_a_failed_run_keeps_the_earlier_sets(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare, "_save", full_disk)
-    with pytest.raises(ConfigError, match="No space left on device"):
-        prepare.run(config(tmp_path, num_questions=100))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_finish", full_disk)
+        with pytest.raises(ConfigError, match="No space left on device"):
+            prepare.run(config(tmp_path, num_questions=100))
     assert load(tmp_path, "rl").to_list() == before
-    assert not (tmp_path / "prepare" / ".partial").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "convert", full_disk)  # it is not called again
+        assert prepare.run(config(tmp_path, num_questions=100))["questions"] == 100
+
+
+def test_only_questions_that_are_asked_for_are_taken(tmp_path: Path) -> None:
+    row = (
+        '<row Id="{0}" PostTypeId="1" Title="q{0}" Body="b" Score="{1}" Tags="{2}" '
+        'CreationDate="{3}T10:00"/>'
+    )
+    answer = '<row Id="{1}" PostTypeId="2" ParentId="{0}" Score="{2}" Body="up {2}"/>'
+    posts: list[str] = []
+    for i in range(1, 401):
+        day = f"201{i % 2}-06-30"
+        tags = "|python|c|" if i % 4 < 2 else "|c++|"
+        posts.append(row.format(i, i % 8, tags, day))
+        posts += [answer.format(i, 1000 * i + up, up) for up in (0, 3)]
+    path = dump(tmp_path / "Posts.xml", *posts)
+
+    def taken(**asked: Any) -> set[int]:
+        summary = prepare.run(config(tmp_path, posts=path, **asked))
+        assert summary["questions"] + sum(
+            summary["dropped"].get(reason, 0) for reason in ("not_selected", "beyond_limit")
+        ) == 400  # fmt: skip
+        assert "answer_without_question" not in summary["dropped"]
+        return {row["question_id"] for name in SETS for row in load(tmp_path, name).to_list()}
+
+    every = set(range(1, 401))
+    assert taken() == every
+    assert taken(min_score=5) == {i for i in every if i % 8 >= 5}
+    assert taken(tags=["python", "go"]) == {i for i in every if i % 4 < 2}
+    assert taken(since="2011-01-01") == {i for i in every if i % 2}
+    some = {i for i in every if i % 4 < 2 and i % 8 >= 1 and i % 2}
+    assert taken(tags=["c"], min_score=1, since="2011-06-30") == some
+    drawn = taken(limit=90)
+    assert len(drawn) == 90
+    assert drawn < taken(limit=120), "a larger sample holds the smaller one"
+    assert max(drawn) > 300
+    assert min(drawn) < 100
+    assert len(taken(limit=1000)) == 400
+
+
+def test_several_sites_are_one_dump(tmp_path: Path) -> None:
+    paths = []
+    for site, votes in (("tea.example.com", (0, 3)), ("coffee.example.com", (0, 7))):
+        (tmp_path / site).mkdir()
+        posts = (question(i, votes) for i in range(1, 60))
+        paths.append(dump(tmp_path / site / "Posts.xml", *posts))
+    summary = prepare.run(config(tmp_path, posts=paths))
+    assert (summary["questions"], summary["answers"]) == (118, 236)
+    for name in ("reward", "evaluation"):
+        for row in load(tmp_path, name).to_list():
+            best = "up 3" if "tea.example.com" in row["link"] else "up 7"
+            assert (row["chosen"], row["rejected"]) == (best, "up 0")
+    links = load(tmp_path, "rl")["link"]
+    assert {link.split("/")[2] for link in links} == {"tea.example.com", "coffee.example.com"}
+    with pytest.raises(ConfigError, match=r"prepare\.site names one site"):
+        config(tmp_path, posts=paths, site="tea.example.com")
+
+
+def test_grouped_posts_lie_in_the_scratch_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "disk"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.run(config(tmp_path / "run", scratch=str(scratch)))
+    assert [path.suffix for path in sorted(scratch.rglob("*.arrow"))] == [".arrow"]
+    prepare.run(config(tmp_path / "run", scratch=str(scratch)))
+    assert not list(scratch.rglob("*.arrow"))
 
 
 @pytest.mark.parametrize("bad_share", [0.1, 0.3])

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.data.stack_exchange.posts import Question, html_to_markdown, read_posts
+from rlhf_ray.data.stack_exchange.grouping import read_posts
+from rlhf_ray.data.stack_exchange.posts import Question, html_to_markdown
 from rlhf_ray.data.stack_exchange.synthetic_site import (
     _ADVICE,
     _COURTEOUS,
