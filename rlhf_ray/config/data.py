@@ -16,6 +16,15 @@ from rlhf_ray.config.section import (
     refuse_owned,
 )
 
+PACKED = (".7z", ".zst", ".gz", ".bz2", ".xz")
+"""Suffixes of dumps that are unpacked while they are read."""
+EXPANSION = 5
+"""Bytes of XML for one of an archive: Stack Overflow's posts, 20 GB and 100 GB."""
+PART_BYTES = 32 * 2**20
+"""Bytes of XML that prepare works on at a time."""
+MOST_PARTS = 1000
+"""Parts of dumps for which these bytes are enough; those of larger dumps are larger."""
+
 
 class PrepareConfig(Section):
     """Turns a dump's Posts.xml into four disjoint sets."""

@@ -59,9 +59,12 @@ class Section(BaseModel):
     @classmethod
     def _can_be_a_file(cls, value: object, info: ValidationInfo) -> object:
         """Refuse what no file system takes: looking for it would raise, wherever that is done."""
-        if isinstance(value, str) and info.field_name in _PATHS:
-            longest = max(len(part.encode()) for part in value.split("/"))
-            if longest > LONGEST_PART or len(value.encode()) > LONGEST_PATH:
+        paths = value if is_list(value) else [value]
+        for path in paths if info.field_name in _PATHS else ():
+            if not isinstance(path, str):
+                continue
+            longest = max(len(part.encode()) for part in path.split("/"))
+            if longest > LONGEST_PART or len(path.encode()) > LONGEST_PATH:
                 raise ValueError(
                     f"is no path: a file's name has at most {LONGEST_PART} bytes, and this has "
                     f"{longest}"

@@ -35,11 +35,15 @@ ASSUMPTIONS: dict[str, Range] = {
     "all-reduce within a generator of several GPUs, fixed seconds": (1e-5, 5e-5),
     "length of texts that are not packed, as a share of the longest": (0.5, 1.0),
     "prepare, MB of a dump's XML a second on one core": (2.3, 1.0),
+    "prepare, cores of a node for each of its GPUs": (12, 6),
+    "prepare, share of its speed that a core keeps beside others": (0.95, 0.7),
+    "prepare, MB of XML a second out of one archive": (80, 30),
     "prepare, bytes of the sets for one of the dump's XML": (0.6, 1.05),
-    "prepare, bytes while it runs for one of the dump's XML": (1.3, 1.5),
+    "prepare, bytes of the grouped posts for one of the dump's XML": (0.2, 0.3),
 }
 """Name of an assumption -> its best and worst case. Those of prepare were measured
-(docs/performance.md, "A large dump"); the others are confirmed by no GPU."""
+(docs/performance.md, "A large dump"), but for a node's cores and many cores' speed; the others are
+confirmed by no GPU."""
 
 SEQUENCES_AT_A_TIME = 256
 """Most sequences that vLLM samples together (its max_num_seqs)."""

@@ -145,7 +145,8 @@ def _data(config: Config, folder: RunFolder, stage: str) -> tuple[Source, ...]:
     prepared = folder.summary("prepare") or {}
     if prepared.get("synthetic"):
         return (Source(f"synthetic Stack Exchange site, part {part}", "none (generated)"),)
-    dump = f"Stack Exchange dump {config.prepare.posts or folder.path / 'prepare'}, part {part}"
+    dumps = ", ".join(config.prepare.dumps) or folder.path / "prepare"
+    dump = f"Stack Exchange dump {dumps}, part {part}"
     return (Source(dump, "CC BY-SA, of each post's author"),)
 
 

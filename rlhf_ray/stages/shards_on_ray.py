@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.data.stack_exchange.parts import Dump, Part
 from rlhf_ray.disk import unwritable_is_an_error
-from rlhf_ray.errors import ConfigError, DataError, RlhfError
+from rlhf_ray.errors import ActorFailure, ConfigError, DataError, RlhfError
 from rlhf_ray.stages.dump_shards import Shards
 
 if TYPE_CHECKING:
@@ -89,13 +89,18 @@ def _done(
         cut: makes several of each of ``tasks`` beforehand, in a process that hands them over.
 
     Raises:
-        RlhfError: of the first one that fails.
+        DataError: of the first one that fails so.
+        ConfigError: a file cannot be written.
+        ActorFailure: processes die again and again, or nothing has moved for
+            cluster.call_timeout_s.
     """
     if not tasks:
         return
     import ray
     import ray.data
     from ray.data import TaskPoolStrategy
+    from ray.data.exceptions import ExecutionTimeoutError
+    from ray.exceptions import RayError
 
     def attempt(task: Task) -> Task:
         try:
@@ -109,6 +114,7 @@ def _done(
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = shards.config.cluster.call_timeout_s
     joined = shards.config.cluster.joins_cluster
     cpus = ray.cluster_resources().get("CPU", 1) if joined else os.cpu_count() or 1
     processes = TaskPoolStrategy(size=shards.config.prepare.num_workers or int(cpus))
@@ -117,7 +123,13 @@ def _done(
         # Half a CPU: Ray Data runs steps that ask for the same one after the other.
         context.target_max_block_size = shards.dumps[0].step
         data = data.flat_map(cut, num_cpus=0.5, compute=processes)
-    for row in data.map(attempt, num_cpus=1, compute=processes).iter_rows():
-        if row["error"]:
-            raise (DataError if row["is_data"] else ConfigError)(row["error"])
-        yield row["done"]
+    try:
+        for row in data.map(attempt, num_cpus=1, compute=processes).iter_rows():
+            if row["error"]:
+                raise (DataError if row["is_data"] else ConfigError)(row["error"])
+            yield row["done"]
+    except (RayError, ExecutionTimeoutError) as error:
+        raise ActorFailure(
+            f"prepare: Ray Data has failed ({str(error).strip().splitlines()[-1]}). What is done "
+            "is kept: run or submit it again"
+        ) from error

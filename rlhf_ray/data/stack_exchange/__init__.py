@@ -1,6 +1,6 @@
 """Stack Exchange: readers of its data dump in bounded memory, and a synthetic site of that form.
 
-May import ``errors`` alone. Read ``posts`` first.
+May import ``config`` and ``errors``. Read ``posts`` first, then ``parts`` and ``grouping``.
 """
 
 from rlhf_ray.data.stack_exchange.grouping import read_posts

@@ -17,6 +17,7 @@ from typing import IO, Any, BinaryIO, cast
 import fsspec
 import pyarrow as pa
 
+from rlhf_ray.config.data import EXPANSION, PACKED
 from rlhf_ray.errors import ConfigError, DataError
 
 MEMBER = "Posts.xml"
@@ -26,12 +27,11 @@ MAX_EXPANSION = 200
 """Most times its own size to which an archive may expand."""
 LEAST_BYTES = 10**9
 """A member up to this size may be compressed however well."""
-EXPANSION = 5
-"""Bytes of XML for one of an archive: Stack Overflow's posts, 20 GB and 100 GB."""
-
 _CHUNK = 2**20
 _QUEUE = 2
 """Chunks that are unpacked ahead."""
+_STALLED_S = 600.0
+"""Longest wait for the next chunk: a storage that hangs doesn't answer at all."""
 
 _SITE = re.compile(r"(?:[a-z0-9-]+\.)+(?:com|net|org)")
 _SEVEN_ZIP = ".7z"
@@ -61,7 +61,7 @@ def is_url(path: str) -> bool:
 def suffix(path: str) -> str:
     """Return the suffix that tells how a dump is packed; empty if it is plain XML."""
     found = PurePosixPath(path).suffix.lower()
-    return found if found in (_SEVEN_ZIP, *_STREAMS) else ""
+    return found if found in PACKED else ""
 
 
 def site_name(path: str) -> str | None:
@@ -197,13 +197,15 @@ def _unpacked_7z(path: str, file: BinaryIO) -> Iterator[bytes]:
     thread = threading.Thread(target=unpack, name="unpack", daemon=True)
     thread.start()
     try:
-        while (chunk := chunks.get()) is not None:
+        while (chunk := chunks.get(timeout=_STALLED_S)) is not None:
             if isinstance(chunk, Exception):
                 raise chunk
             yield chunk
+    except queue.Empty:
+        raise DataError(f"Nothing of {path} was read within {_STALLED_S:g} s") from None
     finally:
         closed.set()
-        thread.join()
+        thread.join(_STALLED_S)
 
 
 def _handing_over(put: Callable[[bytes], None]) -> object:

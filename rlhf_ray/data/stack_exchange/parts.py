@@ -6,12 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from rlhf_ray.config.data import MOST_PARTS, PART_BYTES
 from rlhf_ray.data.stack_exchange import archives
-
-PART_BYTES = 32 * 2**20
-"""Bytes of XML of a part."""
-MOST_PARTS = 1000
-"""Parts of dumps for which these bytes are enough; those of larger dumps are larger."""
 
 _ROW = re.compile(rb"<row[\s/>]")
 _TAG = len(b"<row ")

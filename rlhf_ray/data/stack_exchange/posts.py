@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from bs4 import BeautifulSoup, Tag
 from markdownify import MarkdownConverter
@@ -71,12 +72,21 @@ def html_to_markdown(html: str) -> str:
     A fence names its language where the post does (``<pre class="lang-py ...">``). A post whose
     elements are nested more than `MAX_DEPTH` deep, which only a broken one is, gives an empty text.
     """
-    soup = BeautifulSoup(html, "html.parser")
+    soup = BeautifulSoup(html, "html.parser", element_classes={Tag: _Element})
     # Not by Python's own limit: that one counts the caller's calls too.
     if html.count("<") > MAX_DEPTH and _depth(soup) > MAX_DEPTH:
         return ""
     markdown = _CONVERTER.convert_soup(soup)
     return markdown.strip()
+
+
+class _Element(Tag):
+    """An element that finds a parent fast: markdownify asks each one for a ``<pre>`` around it."""
+
+    def find_parent(self, name: Any = None, attrs: Any = None, **kwargs: Any) -> Tag | None:
+        if not isinstance(name, str) or attrs or kwargs:
+            return super().find_parent(name, attrs, **kwargs)
+        return next((parent for parent in self.parents if parent.name == name), None)
 
 
 def _depth(soup: BeautifulSoup) -> int:

@@ -4,14 +4,10 @@ from dataclasses import dataclass
 
 from rlhf_ray.config import Config
 from rlhf_ray.planning.memory import ADAM_BYTES, BYTES
-from rlhf_ray.planning.role_times import ASSUMPTIONS, Range, as_range
+from rlhf_ray.planning.role_times import Range
 from rlhf_ray.planning.roles import state_bytes
 from rlhf_ray.planning.shapes import Models
-from rlhf_ray.planning.stages.hours import is_packed
 from rlhf_ray.planning.trainings import Trained, section, tokens_per_step, zero_stage
-
-KEPT = "prepare, bytes of the sets for one of the dump's XML"
-WRITTEN = "prepare, bytes while it runs for one of the dump's XML"
 
 TEXT = 5.0
 """Bytes of a token's text as JSON: four of English (OpenAI's rule of thumb), one of escapes."""
@@ -37,20 +33,6 @@ class Disk:
     """What stays when the stage is done."""
     peak: Range
     """The most while it runs, what stays included."""
-
-
-def prepare_disk(config: Config, num_bytes: float) -> Disk:
-    """Return the bytes of prepare, whose dump has ``num_bytes`` of XML.
-
-    Of a .7z it unpacks a copy and deletes it; a synthetic dump stays.
-    """
-    synthetic = config.prepare.posts is None and config.prepare.posts_gb is None
-    kept, written = (
-        as_range(num_bytes * (share + synthetic) for share in ASSUMPTIONS[name])
-        for name in (KEPT, WRITTEN)
-    )
-    copy = num_bytes * is_packed(config)
-    return Disk(kept, (written[0] + copy, written[1] + copy))
 
 
 def training_disk(config: Config, part: Trained, steps: int | None) -> Disk:

@@ -9,12 +9,9 @@ from rlhf_ray.planning.prediction import Plan, kinds_of, on_gpus, smallest_kind,
 from rlhf_ray.planning.role_times import Range, as_range
 from rlhf_ray.planning.roles import PlannedRole, Setting, planned_role
 from rlhf_ray.planning.stages import disk as disks
-from rlhf_ray.planning.stages import hours
+from rlhf_ray.planning.stages import hours, preparing
 from rlhf_ray.planning.stages.disk import Disk
 from rlhf_ray.planning.trainings import Trained, tokens_per_step, trained_parts
-
-PREPARED = 0.35e9
-"""Bytes of prepare's process (measured, a million posts)."""
 
 TOKENS = 1e8
 """Tokens whose hours are named where a stage's rows are not known."""
@@ -76,22 +73,22 @@ def whole_run(stages: Sequence[StageEstimate]) -> StageEstimate:
 
 
 def _prepare(plan: Plan) -> StageEstimate:
-    config = plan.config
-    size = hours.xml_bytes(config)
+    config, num_gpus = plan.config, sum(node.gpus for node in plan.nodes)
+    size = preparing.xml_bytes(config)
     if size is None:
         note = (
-            f"prepare.posts {config.prepare.posts} is not here; set prepare.posts_gb to the GB of "
-            "its XML (Stack Overflow: 100)"
+            f"prepare.posts {', '.join(config.prepare.dumps)} is not here; set prepare.posts_gb to "
+            "the GB of its XML (Stack Overflow: 100)"
         )
-        return StageEstimate("prepare", None, PREPARED, False, None, note)
+        return StageEstimate("prepare", None, None, False, None, note)
     return StageEstimate(
         "prepare",
-        hours.prepare_seconds(size),
-        PREPARED,
+        preparing.prepare_seconds(config, size, num_gpus),
+        preparing.prepare_memory(size),
         False,
-        disks.prepare_disk(config, size),
-        hours.read_by_prepare(config),
-        assumptions=(hours.PREPARED, disks.KEPT, disks.WRITTEN),
+        preparing.prepare_disk(config, size),
+        preparing.work_of(config, size, num_gpus),
+        assumptions=preparing.ASSUMED,
     )
 
 

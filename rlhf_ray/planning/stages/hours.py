@@ -5,7 +5,6 @@ Operations are those of `role_times`. A stage also starts its processes and load
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from rlhf_ray.config import Config
 from rlhf_ray.placement.hardware import GpuKind
@@ -29,7 +28,6 @@ from rlhf_ray.planning.trainings import (
 )
 
 SCORED = "scorers and prefill, MFU"
-PREPARED = "prepare, MB of a dump's XML a second on one core"
 UNPACKED = "length of texts that are not packed, as a share of the longest"
 STARTED = "starting a stage's processes, seconds"
 READ = "GB/s from a model's folder"
@@ -38,47 +36,8 @@ _OF_EVALUATE = ("scorers", "decoding", "response length", "all-reduce", "startin
 _OF_NO_ITERATION = ("prepare", UNPACKED)
 """Beginnings of the names of assumptions."""
 
-SYNTHETIC_QUESTION = 1354.0
-"""Bytes of XML of a question and its answers on the synthetic site (measured, 20,000 questions)."""
-UNPACKED_7Z = 5.0
-"""Bytes of XML for one of the .7z: Stack Overflow's posts, 20 GB and 100 GB."""
 REPORTED_S: Mapping[str, Range] = {"start": (1.0, 10.0), "iteration": (6e-4, 2e-3)}
 """Seconds of the report: measured at 10,000 iterations, and three times that."""
-
-
-def xml_bytes(config: Config) -> float | None:
-    """Return the bytes of the XML that prepare reads; None: the dump is not here."""
-    settings = config.prepare
-    if settings.posts_gb is not None:
-        return settings.posts_gb * 1e9
-    if settings.posts is None:
-        return settings.num_questions * SYNTHETIC_QUESTION
-    try:
-        size = Path(settings.posts).stat().st_size
-    except OSError:
-        return None
-    return size * UNPACKED_7Z if is_packed(config) else size
-
-
-def read_by_prepare(config: Config) -> str:
-    """Return what prepare reads, as a note on its estimate."""
-    settings = config.prepare
-    if settings.posts_gb is None and settings.posts is None:
-        return (
-            f"a synthetic site of {settings.num_questions:,} questions, as prepare.posts is not "
-            "set; for a dump that is not here set prepare.posts_gb"
-        )
-    return f"{settings.posts_gb or (xml_bytes(config) or 0) / 1e9:,.3g} GB of XML in one process"
-
-
-def is_packed(config: Config) -> bool:
-    """Return whether prepare unpacks its dump first."""
-    return Path(config.prepare.posts or "").suffix == ".7z"
-
-
-def prepare_seconds(num_bytes: float) -> Range:
-    """Return the seconds of prepare, which is one process, for so many bytes of XML."""
-    return _of_ends(lambda end: num_bytes / 1e6 / ASSUMPTIONS[PREPARED][end])
 
 
 def num_steps(config: Config, part: Trained) -> int | None:

@@ -7,7 +7,7 @@ from shipped_plans import CONFIGS, planned
 
 from rlhf_ray.config import load
 from rlhf_ray.planning.prediction import Plan, prediction
-from rlhf_ray.planning.stages import hours
+from rlhf_ray.planning.stages import preparing
 from rlhf_ray.planning.stages.estimates import StageEstimate, stage_estimates
 
 LLAMA = 6_738_415_616
@@ -20,22 +20,45 @@ def estimate(plan: Plan, stage: str) -> StageEstimate:
     return found
 
 
-def test_a_dump_of_100_gb_takes_12_to_28_hours_on_one_core() -> None:
-    plan = planned(PREPARE, "3x8xA100-80GB", "prepare.posts_gb=100")
-    seconds = estimate(plan, "prepare").seconds
-    assert seconds == pytest.approx((100e9 / 2.3e6, 100e9 / 1.0e6))
+def prepare_seconds(*keys: str, cluster: str = "3x8xA100-80GB") -> tuple[float, float]:
+    seconds = estimate(planned(PREPARE, cluster, "prepare.posts_gb=100", *keys), "prepare").seconds
+    assert seconds is not None
+    return seconds
+
+
+def test_processes_share_a_dump_until_the_storage_is_busy() -> None:
+    # 100 GB at 2.3 MB/s a core, the second at .95 of its speed; at worst 1 MB/s and .7.
+    assert prepare_seconds("prepare.num_workers=1") == pytest.approx((100e3 / 2.3, 100e3))
+    two = prepare_seconds("prepare.num_workers=2")
+    assert two == pytest.approx((100e3 / 2.3 / 1.95, 100e3 / 1.7))
+    # 288 cores need 160 s. 1 GB/s: read, grouped written and read (.2 each), sets .6; at worst
+    # 144 cores need 990 s, and .1 GB/s for 1 + .6 + 1.05 of it.
+    assert prepare_seconds() == pytest.approx((200, 2650))
+    # One process unpacks 80 MB/s, at worst 30.
+    packed = prepare_seconds("prepare.posts=Posts.7z")
+    assert packed == pytest.approx((200 + 100e3 / 80, 2650 + 100e3 / 30))
 
 
 def test_a_dump_that_is_here_has_its_own_size_and_one_that_is_not_is_not_estimated(
     tmp_path: Path,
 ) -> None:
-    for name, size in (("Posts.xml", 2000), ("site.7z", 5 * 2000)):
+    for name, size in (("Posts.xml", 2000), ("site.7z", 5 * 2000), ("Posts.xml.zst", 5 * 2000)):
         (tmp_path / name).write_bytes(bytes(2000))
-        assert hours.xml_bytes(load(PREPARE, [f"prepare.posts={tmp_path / name}"])) == size
+        assert preparing.xml_bytes(load(PREPARE, [f"prepare.posts={tmp_path / name}"])) == size
+    both = f"prepare.posts=[{tmp_path}/Posts.xml,{tmp_path}/site.7z]"
+    assert preparing.xml_bytes(load(PREPARE, [both])) == 12_000
     found = estimate(planned(PREPARE, "8xA100-80GB", "prepare.posts=/nowhere/Posts.xml"), "prepare")
     assert found.seconds is None
     assert found.disk is None
     assert "/nowhere/Posts.xml is not here; set prepare.posts_gb" in found.note
+
+
+def test_a_process_of_prepare_holds_one_part() -> None:
+    # 100 GB are a thousand parts of 100 MB.
+    found = estimate(planned(PREPARE, "3x8xA100-80GB", "prepare.posts_gb=100"), "prepare")
+    assert found.memory == pytest.approx(0.17e9 + 5 * 100e6)
+    found = estimate(planned(PREPARE, "3x8xA100-80GB", "prepare.posts_gb=1"), "prepare")
+    assert found.memory == pytest.approx(0.17e9 + 5 * 2**25)
 
 
 def test_sft_takes_its_steps_two_evaluations_and_its_start() -> None:
