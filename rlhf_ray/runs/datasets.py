@@ -26,12 +26,12 @@ from rlhf_ray.data.reading.sources import load_rows
 from rlhf_ray.data.reading.tables import cached_table
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.rendering.tokens import tokenizer_state
+from rlhf_ray.data.text_statistics import RowStats
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.rewards.required_columns import require_read_columns
 from rlhf_ray.runs.folder import RunFolder
-from rlhf_ray.runs.quality import RowStats
 from rlhf_ray.runs.scratch import scratch_folder
 from rlhf_ray.types import Prompt
 from rlhf_ray.version import __version__

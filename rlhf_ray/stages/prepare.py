@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,18 +18,18 @@ from pathlib import Path
 import datasets
 
 from rlhf_ray.config import Config
+from rlhf_ray.data.prepare.question_sets import SETS
+from rlhf_ray.data.prepare.shards import SetCounts, Shards
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
-from rlhf_ray.data.stack_exchange.archives import site_name, stamp
+from rlhf_ray.data.stack_exchange.archives import is_url, site_name, stamp
 from rlhf_ray.data.stack_exchange.grouping import require_questions
 from rlhf_ray.data.stack_exchange.parts import find_dumps, num_buckets
+from rlhf_ray.data.text_statistics import histogram
 from rlhf_ray.disk import unwritable_is_an_error, write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.runs.folder import RunFolder
-from rlhf_ray.runs.quality import histogram
 from rlhf_ray.runs.scratch import shared_scratch
-from rlhf_ray.stages.dump_shards import SetCounts, Shards
-from rlhf_ray.stages.question_sets import SETS
 from rlhf_ray.stages.shards_on_ray import convert_on_ray, group_on_ray, uses_ray
 
 MEGABYTE = 2**20
@@ -62,7 +62,7 @@ def run(config: Config) -> dict[str, object]:
     ):
         names = _group(shards, bar, on_ray)
         _convert(shards, names, bar, on_ray)
-        summary = _finish(shards)
+        summary = _finish(shards, names)
         _move(shards.sets, folder.stage("prepare"))
         summary |= {
             "synthetic": not config.prepare.dumps,
@@ -79,7 +79,9 @@ def _resumable(config: Config, folder: RunFolder) -> Iterator[Shards]:
     Their files stay when the block is interrupted, and go when it is done or the data is bad.
     """
     stage, rows = folder.stage("prepare"), shared_scratch(config) / "posts"
-    sets, paths = stage / ".partial", config.prepare.dumps or [str(stage / "Posts.xml")]
+    # Absolute: Ray's processes may have other working folders.
+    given = [path if is_url(path) else os.path.abspath(path) for path in config.prepare.dumps]
+    sets, paths = stage / ".partial", given or [str(stage / "Posts.xml")]
     digest, marker = _digest(config), sets / MARKER
     if not (rows.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") == digest):
         for made in (sets, rows):
@@ -153,7 +155,7 @@ def _convert(shards: Shards, names: list[str], bar: Bar, on_ray: bool) -> None:
             convert(bucket, on_question=count)
 
 
-def _finish(shards: Shards) -> dict[str, object]:
+def _finish(shards: Shards, names: Sequence[str]) -> dict[str, object]:
     """Check the counts, write quality.json and what makes folders of the sets' files.
 
     Returns:
@@ -163,6 +165,8 @@ def _finish(shards: Shards) -> dict[str, object]:
         for bucket in range(shards.num_buckets):
             counts.add_saved(shards.converted(bucket))
         texts = {name: stats.report() for name, stats in counts.texts.items()}
+    for name in names:
+        counts.skipped.update(shards.grouped(name).skipped)
     for reason, num in counts.skipped.items():
         counts.tally.drop_bad(reason, num)
     counts.tally.finish()

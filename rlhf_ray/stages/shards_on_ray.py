@@ -3,21 +3,21 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_ray.cluster.session import ray_session
+from rlhf_ray.data.prepare.shards import Shards
 from rlhf_ray.data.stack_exchange.parts import Dump, Part
 from rlhf_ray.disk import unwritable_is_an_error
 from rlhf_ray.errors import ActorFailure, ConfigError, DataError, RlhfError
-from rlhf_ray.stages.dump_shards import Shards
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-Task = Mapping[str, Any]
+Task = dict[str, Any]
 """What one process does at a time: a row of a Ray Data set."""
 
 
@@ -122,7 +122,7 @@ def _done(
     if cut is not None:
         # Half a CPU: Ray Data runs steps that ask for the same one after the other.
         context.target_max_block_size = shards.dumps[0].step
-        data = data.flat_map(cut, num_cpus=0.5, compute=processes)
+        data = data.flat_map(cast(Any, cut), num_cpus=0.5, compute=processes)
     try:
         for row in data.map(attempt, num_cpus=1, compute=processes).iter_rows():
             if row["error"]:

@@ -11,10 +11,10 @@ import pytest
 
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config import Config, resolve
+from rlhf_ray.data.prepare.question_sets import SETS
 from rlhf_ray.data.stack_exchange import parts, write_posts
 from rlhf_ray.errors import DataError
 from rlhf_ray.stages import prepare
-from rlhf_ray.stages.question_sets import SETS
 
 pytestmark = pytest.mark.integration
 

@@ -131,7 +131,11 @@ def opened(path: str) -> Iterator[BinaryIO]:
         ConfigError: the package for its object store is not installed.
     """
     try:
-        file = fsspec.open(path, "rb").open() if is_url(path) else Path(path).open("rb")  # noqa: SIM115
+        if is_url(path):
+            files, name = fsspec.url_to_fs(path)
+            file = files.open(name, "rb")
+        else:
+            file = Path(path).open("rb")  # noqa: SIM115  (closed below)
     except (ImportError, ValueError) as error:  # ValueError: a protocol that nobody knows
         raise ConfigError(f"Cannot open {path}: {error}") from error
     except Exception as error:  # object stores raise errors of their own

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import pyarrow as pa
@@ -80,7 +80,8 @@ def posts_in(path: str, xml: Iterable[bytes], counts: Counts) -> Iterator[Post]:
                 counts.num_bytes += len(chunk)
             elif counts.num_bytes:
                 parser.close()
-            for event, element in parser.read_events():
+            for found in parser.read_events():
+                event, element = cast(tuple[str, ElementTree.Element], found)
                 if root is None:
                     root, counts.root = element, element.tag
                 elif event == "end" and element.tag == "row":

@@ -9,20 +9,25 @@ import pytest
 
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.data import template
+from rlhf_ray.data.prepare.shards import Shards
 from rlhf_ray.data.stack_exchange import parts
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
 from rlhf_ray.data.stack_exchange.parts import Part
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages import prepare
-from rlhf_ray.stages.dump_shards import Shards
 
 SETS = ("finetune", "reward", "rl", "evaluation")
 
 
 def config(folder: Path, **prepare_section: Any) -> Config:
     return resolve(
-        {"run": {"dir": str(folder)}, "prepare": {"num_questions": 200, **prepare_section}}
+        {
+            "run": {"dir": str(folder)},
+            "cluster": {"mode": "inline"},
+            "rollout": {"engine": "transformers"},
+            "prepare": {"num_questions": 200, **prepare_section},
+        }
     )
 
 
@@ -146,11 +151,9 @@ def test_a_killed_run_goes_on_at_its_shard_and_ends_with_the_same_bytes(
     monkeypatch.setattr(parts, "PART_BYTES", 40_000)
     posts = str(tmp_path / "Posts.xml")
     synthetic.write_posts(Path(posts), 200, seed=0)
-    asked = {"posts": posts, "limit": limit}
-    inline = {"cluster": {"mode": "inline"}, "rollout": {"engine": "transformers"}}
 
     def prepared(folder: Path) -> Config:
-        return resolve({"run": {"dir": str(folder)}, "prepare": asked, **inline})
+        return config(folder, posts=posts, limit=limit)
 
     prepare.run(prepared(tmp_path / "whole"))
     done: list[tuple[str, object]] = []
@@ -302,6 +305,17 @@ def test_empty_posts_are_counted_up_to_the_share_allowed(tmp_path: Path, bad_sha
     else:
         with pytest.raises(DataError, match=r"60 of 260 rows are bad \(empty_answer: 60\)"):
             prepare.run(config(tmp_path, posts=posts))
+
+
+def test_rows_that_cannot_be_read_are_counted_over_all_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 1000)
+    odd = ('<row PostTypeId="1"/>', '<row Id="9" PostTypeId="2" ParentId="7777" Score="0"/>')
+    posts = (question(i, (0, 3, 7)) + "".join(odd[: i % 9 == 0]) for i in range(1, 91))
+    summary = prepare.run(config(tmp_path, posts=dump(tmp_path / "Posts.xml", *posts, odd[1])))
+    dropped = summary["dropped"]
+    assert (dropped["malformed_row"], dropped["answer_without_question"]) == (10, 1)
 
 
 def test_a_dump_without_a_preference_is_refused(tmp_path: Path) -> None:

@@ -10,21 +10,21 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
 from rlhf_ray.config import Config
+from rlhf_ray.data.prepare.question_sets import SETS, set_of_question, to_markdown
 from rlhf_ray.data.reading.counts import RowTally
 from rlhf_ray.data.reading.rows import Row
 from rlhf_ray.data.stack_exchange.grouping import Counts, Post, group, questions_in
 from rlhf_ray.data.stack_exchange.parts import Dump, Part
 from rlhf_ray.data.stack_exchange.posts import Question, tag_names
+from rlhf_ray.data.text_statistics import TextStats
 from rlhf_ray.disk import write_atomically
-from rlhf_ray.runs.quality import TextStats
-from rlhf_ray.stages.question_sets import SETS, set_of_question, to_markdown
 
 TEXTS = ("questions", "answers")
 """Kinds of texts whose statistics are kept apart."""
@@ -65,7 +65,7 @@ class Shards:
         file = self.rows / f"{part.name}.arrow"
         counts = group(part, xml, self.num_buckets, is_selected, file)
         np.save(self._ranks_of(part.name), np.array(ranks, np.uint64))
-        write_atomically(self._counts_of(part), json.dumps(asdict(counts)))
+        write_atomically(self._counts_of(part), json.dumps(vars(counts)))
         return part.name
 
     def grouped(self, name: str) -> Counts:

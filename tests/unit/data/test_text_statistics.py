@@ -1,7 +1,7 @@
 import pytest
 
-from rlhf_ray.runs import quality
-from rlhf_ray.runs.quality import LENGTH_BOUNDS, RowStats, TextStats
+from rlhf_ray.data import text_statistics
+from rlhf_ray.data.text_statistics import LENGTH_BOUNDS, RowStats, TextStats
 
 
 def test_counts_of_texts() -> None:
@@ -16,7 +16,7 @@ def test_counts_of_texts() -> None:
 
 
 def test_languages_of_code_fences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "MAX_LANGUAGES", 2)
+    monkeypatch.setattr(text_statistics, "MAX_LANGUAGES", 2)
     fence = "```{}\ncode\n```"
     names = ["py", "Py", "py", "", "", "rust"]
     with TextStats() as texts:
@@ -32,7 +32,7 @@ def test_nothing_at_all() -> None:
 
 
 def test_repeated_texts_are_found_across_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "_BUFFER", 7)
+    monkeypatch.setattr(text_statistics, "_BUFFER", 7)
     with TextStats() as texts:
         for number in range(100):
             texts.add(f"text {number % 60}")
