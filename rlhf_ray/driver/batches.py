@@ -5,7 +5,7 @@ Prompts and seeds are functions of the run's seed, the iteration and what was fi
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -62,8 +62,11 @@ class PromptCursor:
         """Return the number of prompts in a pass."""
         return len(self._prompts)
 
-    def take(self, numbers: Iterable[int]) -> list[Prompt]:
-        """Return prompts of the endless sequence, by their numbers."""
+    def take(self, numbers: Sequence[int]) -> list[Prompt]:
+        """Return prompts of the endless sequence, by their numbers.
+
+        Of drawn prompts, those that the next call of this kind would take are rendered meanwhile.
+        """
         orders: dict[int, np.ndarray] = {}
         taken: list[Prompt] = []
         for number in numbers:
@@ -76,6 +79,8 @@ class PromptCursor:
             if which not in orders:
                 orders[which] = np.random.default_rng([self._seed, which]).permutation(size)
             taken.append(self._prompts[int(orders[which][number % size])])
+        if isinstance(self._prompts, DrawnPrompts):
+            self._prompts.render_ahead(max(numbers, default=-1) + 1 + len(numbers))
         return taken
 
 

@@ -114,6 +114,9 @@ ALLOWED = {
     "rewards/function_process.py _Process.__init__: self.connection.recv": "within a scorer's call",
     "rewards/function_process.py FunctionProcess.__init__: .result": "within a scorer's start",
     "rewards/function_process.py _listen: connection.recv": "a thread that ends with its process",
+    "data/datasets/drawn_prompts.py DrawnPrompts._read_block: ahead.result": (
+        "a thousand rows, rendered in a second"
+    ),
     "disk.py large_files_folder: _large_files.get": "it is no queue",
     "rewards/function_worker.py _Calls.answer_all: self._connection.recv": "serves its parent",
     "rewards/function_worker.py main: connection.recv": "serves its parent",

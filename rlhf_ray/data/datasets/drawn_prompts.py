@@ -1,6 +1,8 @@
 """Prompts of a large set: drawn first, by number, and rendered as far as they are used."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,6 +26,10 @@ from rlhf_ray.types import Prompt
 
 HELD_OUT_PART = 10
 """One of so many prompts is held out where a set is split."""
+
+
+_thread = ThreadPoolExecutor(1, "prompts")
+"""Renders blocks before they are taken: half a second each would stop the loop that takes them."""
 
 
 class DrawnPrompts(Sequence[Prompt]):
@@ -62,6 +68,7 @@ class DrawnPrompts(Sequence[Prompt]):
         self._blocks: list[Prompts] = []
         self._ends = [0]
         self._seen: Seen = {}
+        self._ahead: Future[tuple[datasets.Dataset, dict[str, Any]]] | None = None
         self.counts = self._drawn.counts
         """Counts of the rows read so far, and how many were not (``unread``)."""
 
@@ -74,6 +81,11 @@ class DrawnPrompts(Sequence[Prompt]):
         while self._ends[-1] < num and self._num_read < len(self._drawn.order):
             self._read_block()
         return self._ends[-1]
+
+    def render_ahead(self, num: int) -> None:
+        """Begin to render the next block, in a thread, where ``num`` prompts need more."""
+        if self._ahead is None and self._ends[-1] < num and self._num_read < len(self._drawn.order):
+            self._ahead = _thread.submit(copy_context().run, self._load, self._num_read)
 
     def __len__(self) -> int:
         """Return the number of prompts; an estimate until all rows have been read."""
@@ -98,11 +110,8 @@ class DrawnPrompts(Sequence[Prompt]):
         return [self[number] for number in range(min(num, self.reach(num)))]
 
     def _read_block(self) -> None:
-        start = self._num_read
-        if self._store is None:
-            table, counts = self._render(start)
-        else:
-            table, counts = cached_table(self._store / str(start), lambda: self._render(start))
+        ahead, self._ahead = self._ahead, None
+        table, counts = ahead.result() if ahead else self._load(self._num_read)
         for row_id, group in zip(table["row_id"], table["group"], strict=True):
             if row_id:
                 self._seen.setdefault(row_id, set()).add(group)
@@ -112,6 +121,11 @@ class DrawnPrompts(Sequence[Prompt]):
         self._blocks.append(Prompts(table))
         self._ends.append(self._ends[-1] + len(table))
         self._drawn.count(counts)
+
+    def _load(self, start: int) -> tuple[datasets.Dataset, dict[str, Any]]:
+        if self._store is None:
+            return self._render(start)
+        return cached_table(self._store / str(start), lambda: self._render(start))
 
     def _render(self, start: int) -> tuple[datasets.Dataset, dict[str, Any]]:
         numbers = self._drawn.order[start : start + drawn_rows.BLOCK].tolist()

@@ -1,5 +1,6 @@
 """Prompts of a large set are rendered as far as they are used, and are the same ones each time."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ class Counted:
     """A check that counts the rows that were rendered."""
 
     def __init__(self) -> None:
-        self.num = 0
+        self.num = self.num_here = 0
+        self._here = threading.get_ident()
 
     def __call__(self, fields: Row) -> None:
         self.num += 1
+        self.num_here += threading.get_ident() == self._here
         if fields.get("bad"):
             raise BadRow("refused")
 
@@ -61,10 +64,24 @@ def test_only_what_is_used_is_rendered(tokenizer: PreTrainedTokenizerFast) -> No
     check = Counted()
     prompts = drawn(tokenizer, rows(), check)
     first = PromptCursor(prompts, 3).take(range(15))
-    assert check.num == 20
+    assert check.num_here == 20
+    assert check.num <= 30  # one block more, ahead
     assert len(set(texts(first))) == 15
     assert prompts.counts == {"kept": 20, "unread": 75}
     assert len(prompts) == NUM_ROWS
+
+
+def test_the_next_block_is_rendered_ahead_in_another_thread(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    check = Counted()
+    prompts = drawn(tokenizer, rows(), check)
+    cursor = PromptCursor(prompts, 3)
+    taken = texts(cursor.take(range(6))) + texts(cursor.take(range(6, 12)))
+    taken += texts(cursor.take(range(12, 18)))
+    assert check.num_here == 10
+    assert prompts.counts == {"kept": 20, "unread": 75}  # those taken, whatever is ready
+    assert taken == texts(PromptCursor(drawn(tokenizer, rows(), Counted()), 3).take(range(18)))
 
 
 @pytest.mark.parametrize("steps", [[300], [1] * 300, [7, 200, 93]])
