@@ -1,7 +1,6 @@
 """Build the reward sources of a config, with the models that some of them run."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, assert_never
 
 import numpy as np
@@ -33,7 +32,7 @@ from rlhf_ray.rewards.functions import FunctionSource
 from rlhf_ray.rewards.judge import JudgeSource
 from rlhf_ray.rewards.remote import RemoteSource
 from rlhf_ray.rewards.rouge import RougeSource
-from rlhf_ray.rewards.source import ClassifierSource, ModelSource, Source, require_template
+from rlhf_ray.rewards.source import ClassifierSource, ModelSource, Source, TemplateCheck
 
 
 def reward_sources(
@@ -93,7 +92,7 @@ def template_checks(config: Config, reward_model: str | None, policy_model: str)
     sources = [source for source in config.rewards if isinstance(source, ModelSourceConfig)]
     paths = dict.fromkeys(source.path or reward_model for source in sources)
     renderers = [_renderer(config, path, policy_model) for path in paths if path]
-    return [partial(require_template, renderer) for renderer in renderers if renderer]
+    return [TemplateCheck(renderer) for renderer in renderers if renderer]
 
 
 def _renderer(config: Config, path: str, policy_model: str) -> Renderer | None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, ParamSpec, Protocol, TypeVar, cast
 
@@ -87,23 +88,29 @@ def column_of(prompt: Prompt, column: str, source: str) -> object:
     return value
 
 
-def require_template(renderer: Renderer, fields: Row) -> None:
-    """Require that a reward model's chat template takes a prompt, given by its fields.
+@dataclass(frozen=True)
+class TemplateCheck:
+    """Requires that a reward model's chat template takes a prompt, given by its fields.
 
     Raises:
-        BadRow: it does not.
+        BadRow: when called: it does not.
     """
-    messages = cast("list[Message] | None", fields.get("messages"))
-    if not messages:
-        return
-    try:
-        renderer.prompt(messages, tools=row_tools(fields))
-    except BadRow as bad:
-        raise BadRow(
-            f"reward_{bad.reason}",
-            "the reward model, whose tokenizer is not the policy's, cannot read the chat: "
-            + bad.explanation,
-        ) from None
+
+    renderer: Renderer
+    """Of the reward model."""
+
+    def __call__(self, fields: Row) -> None:
+        messages = cast("list[Message] | None", fields.get("messages"))
+        if not messages:
+            return
+        try:
+            self.renderer.prompt(messages, tools=row_tools(fields))
+        except BadRow as bad:
+            raise BadRow(
+                f"reward_{bad.reason}",
+                "the reward model, whose tokenizer is not the policy's, cannot read the chat: "
+                + bad.explanation,
+            ) from None
 
 
 class ModelSource:

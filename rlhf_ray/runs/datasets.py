@@ -31,6 +31,7 @@ from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.rewards.required_columns import require_read_columns
+from rlhf_ray.rewards.source import TemplateCheck
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.scratch import scratch_folder
 from rlhf_ray.types import Prompt
@@ -239,7 +240,7 @@ def _load(
     if len(rows.table) <= LARGE or _is_older(folder):
         return load(rows, max_bad_share=share, name=name)
     if store is not None:
-        store = store / _digest(config, tokenizer, rows)
+        store = store / _digest(config, tokenizer, checks, rows)
     prompts = DrawnPrompts(rows, rendering, config.run.seed, share, name, part, store)
     prompts.reach(1)
     return prompts, prompts.counts
@@ -250,11 +251,21 @@ def _is_older(folder: RunFolder) -> bool:
     return (folder.path / "checkpoints").is_dir() and not (folder.stage("ppo") / RENDERED).is_dir()
 
 
-def _digest(config: Config, tokenizer: PreTrainedTokenizerBase, rows: StoredRows) -> str:
+def _digest(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    checks: Sequence[Check],
+    rows: StoredRows,
+) -> str:
     """Return a name for all that decides which prompts a row becomes, and in which order."""
     given = [
         rows.digest,
         tokenizer_state(tokenizer),
+        *(
+            tokenizer_state(check.renderer.tokenizer)
+            for check in checks
+            if isinstance(check, TemplateCheck)
+        ),
         config.template.model_dump_json(),
         *(source.model_dump_json() for source in (*config.rewards, *(config.data.prompts or ()))),
         (config.run.seed, config.rollout.max_prompt_tokens, config.data.overlong),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.config.data import DataSource, TemplateConfig
 from rlhf_ray.data.datasets import drawn_rows
+from rlhf_ray.data.datasets.prompts import Check
 from rlhf_ray.data.reading.formats import Use
 from rlhf_ray.data.reading.rows import Row, StoredRows
 from rlhf_ray.data.reading.sources import load_rows
+from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.driver.batches import PromptCursor
+from rlhf_ray.rewards.source import TemplateCheck
 from rlhf_ray.runs import datasets
 from rlhf_ray.runs.datasets import ppo_prompts, user_rows
 from rlhf_ray.runs.folder import RunFolder
@@ -105,11 +109,17 @@ def test_a_large_set_is_rendered_as_far_as_it_is_drawn_and_never_twice(
     write(config, *(f"q{n}" for n in range(200)))
     words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
-    folder, read = RunFolder(config), []
+    folder = RunFolder(config)
+    read: list[Row] = []
+    checks: list[Check] = []
+
+    def note(fields: Row) -> None:
+        if threading.current_thread() is threading.main_thread():  # another renders ahead
+            read.append(fields)
 
     def load() -> tuple[list[str], list[str], dict[str, int]]:
         read.clear()
-        prompts, held_out, counts = ppo_prompts(config, folder, tokenizer, [read.append])
+        prompts, held_out, counts = ppo_prompts(config, folder, tokenizer, [note, *checks])
         taken = PromptCursor(prompts, 0).take(range(30))
         return [prompt.text for prompt in taken], [prompt.text for prompt in held_out], counts
 
@@ -120,8 +130,11 @@ def test_a_large_set_is_rendered_as_far_as_it_is_drawn_and_never_twice(
     assert set(texts).isdisjoint(held_out)
     assert load() == (texts, held_out, counts)
     assert not read
+    checks.append(TemplateCheck(Renderer(tokenizer)))  # another reward model's, which may refuse
+    assert load() == (texts, held_out, counts)
+    assert read
     other = config.model_copy(update={"template": TemplateConfig(kind="question_answer")})
-    prompts, *_ = ppo_prompts(other, folder, tokenizer, [read.append])
+    prompts, *_ = ppo_prompts(other, folder, tokenizer)
     assert prompts[0].text.startswith("Question: ")
 
 
