@@ -138,6 +138,8 @@ def _kept(folder: RunFolder, stage: str) -> str:
     saved, unit = folder.position(stage), "version" if stage == "ppo" else "step"
     if folder.summary(stage) is not None:
         what = f"The stage {stage} is finished"
+    elif stage == "prepare":
+        what = "The stage prepare goes on after the parts of its dumps that are done"
     elif saved is None:
         what = f"The stage {stage} has saved nothing yet and begins again; finished ones are kept"
     else:

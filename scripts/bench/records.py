@@ -12,6 +12,7 @@ import yaml
 from bench.figures import Figure, of_rounds
 from bench.idle_roles import IdleRun
 from bench.running import Place
+from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config import resolve
 from rlhf_ray.data.stack_exchange import synthetic_site
 from rlhf_ray.observability.tracing import Tracer
@@ -42,7 +43,9 @@ SPANS = (
 )
 """Row, name and number of the spans of an iteration, as a run with one process a role has them."""
 ITERATION_S = 30.0
-NUM_QUESTIONS = 200_000
+NUM_QUESTIONS = 80_000
+PREPARED = 2
+"""Rounds of preparing a dump."""
 MB = 1e6
 
 
@@ -103,22 +106,32 @@ def _write_spans(path: Path) -> None:
 
 
 def prepare(place: Place) -> list[Figure]:
-    """Return the speed of `prepare` on a large dump, and its peak memory."""
-    place.begin(2)
+    """Return what a second process adds to `prepare` on a large dump, its speed and its memory."""
+    place.begin(1 + 2 * PREPARED)
     posts = place.folder / "Posts.xml"
     synthetic_site.write_posts(posts, NUM_QUESTIONS, seed=place.seed)
     place.step()
-    values = {"run": {"dir": str(place.folder / "run")}, "prepare": {"posts": str(posts)}}
-    began_s = time.perf_counter()
-    summary = prepare_stage.run(resolve(values))
-    seconds = time.perf_counter() - began_s
-    place.step()
+    values = {"run": {"dir": str(place.folder / "run")}, "cluster": {"mode": "local"}}
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    with ray_session(resolve(values)):
+        for _ in range(PREPARED):
+            for num_workers, taken in seconds.items():
+                asked = {"posts": str(posts), "num_workers": num_workers}
+                began_s = time.perf_counter()
+                summary = prepare_stage.run(resolve({**values, "prepare": asked}))
+                taken.append(time.perf_counter() - began_s)
+                place.step()
     num_posts = summary["questions"] + summary["answers"]
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     details = {
         "questions": summary["questions"],
         "posts": num_posts,
-        "seconds": seconds,
         "dump_mb": posts.stat().st_size / MB,
+        "seconds": seconds,
     }
-    return [Figure(num_posts / seconds, details=details), Figure(peak_mb)]
+    ratios = [one / two for one, two in zip(*seconds.values(), strict=True)]
+    return [
+        of_rounds(ratios),
+        Figure(num_posts / min(seconds[2]), details=details),
+        Figure(peak_mb),
+    ]

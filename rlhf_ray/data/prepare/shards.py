@@ -25,6 +25,7 @@ from rlhf_ray.data.stack_exchange.parts import Dump, Part
 from rlhf_ray.data.stack_exchange.posts import Question, tag_names
 from rlhf_ray.data.text_statistics import TextStats
 from rlhf_ray.disk import write_atomically
+from rlhf_ray.errors import ConfigError
 
 TEXTS = ("questions", "answers")
 """Kinds of texts whose statistics are kept apart."""
@@ -69,8 +70,19 @@ class Shards:
         return part.name
 
     def grouped(self, name: str) -> Counts:
-        """Return the counts of a part whose posts are there."""
-        return Counts(**json.loads((self.rows / f"{name}.json").read_text(encoding="utf-8")))
+        """Return the counts of a part whose posts are there.
+
+        Raises:
+            ConfigError: another node has written them to a folder of its own.
+        """
+        path = self.rows / f"{name}.json"
+        try:
+            return Counts(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path} was written on another node and is not here; set prepare.scratch to a "
+                "folder that all nodes share"
+            ) from None
 
     def last_rank(self, names: Iterable[str]) -> int | None:
         """Return the highest rank of a question within ``prepare.limit``; None: all are.
