@@ -172,9 +172,12 @@ class TestFullDisk:
         assert command(*arguments) == 0
         before = contents(tmp_path / "r")
         with monkeypatch.context() as patched:
-            patched.setattr(datasets.Dataset, "save_to_disk", self.full)
+            patched.setattr(datasets.arrow_writer.ArrowWriter, "finalize", self.full)
             refused(*arguments, says=r"Cannot write .*/prepare: No space left on device\. Free")
-        assert contents(tmp_path / "r") == before
+        after = contents(tmp_path / "r")
+        assert {path: after[path] for path in before} == before
+        assert command(*arguments) == 0
+        assert contents(tmp_path / "r").keys() == before.keys()
 
     def test_while_a_commit_is_written(
         self,

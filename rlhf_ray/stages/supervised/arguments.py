@@ -15,7 +15,7 @@ from rlhf_ray.stages.supervised.training import Training
 Keywords = dict[str, Any]
 
 
-def arguments(training: Training, num_processes: int, universal: bool) -> TrainingArguments:
+def arguments(training: Training, num_processes: int, universal: bool = False) -> TrainingArguments:
     """Build TrainingArguments: our defaults, then ``<stage>.trainer``, then the keys that we own.
 
     ``universal``: whether what DeepSpeed will load was saved by another number of processes.

@@ -102,10 +102,9 @@ def of_batches(config: Config, rows: int) -> list[int]:
     seen.clear()
     work = supervised.open_training(Counting, config, f"{config.run.dir}/pretrain/base")
     block = {"input_ids": [5] * 8, "labels": [5] * 8, "position_ids": list(range(8))}
-    held_out = Dataset.from_list([block])
-    trained = supervised.run_training(
-        work, {"train": Dataset.from_list([block] * rows), "held_out": held_out}
-    )
+    for part, num in (("train", rows), ("held_out", 1)):
+        Dataset.from_list([block] * num).save_to_disk(str(work.data / part))
+    trained = supervised.run_training(work, rows)
     assert trained.steps == len(seen) - 2  # evaluated before and after
     return seen[1:-1]
 
