@@ -24,7 +24,8 @@ MOST_PROCESSES = 100_000
 
 _PATHS = ("path", "dir", "scratch", "posts", "instructions")
 """Names of keys that hold paths."""
-_FROM_HOME = (*_PATHS, "function", "advantage", "policy_loss", "tracking_uri", "models")
+_NAMED = ("function", "advantage", "policy_loss", "tracking_uri", "models", "callbacks")
+_FROM_HOME = (*_PATHS, *_NAMED)
 """Names of keys, or of lists, whose text may begin with a path."""
 _DECLARATIONS = ("properties", "patternProperties", "$defs", "definitions")
 """What a JSON schema declares under names."""

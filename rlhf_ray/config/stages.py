@@ -165,6 +165,11 @@ class RunConfig(Section):
         description="auto: resume the folder's run if there is one; never: move an old run aside "
         "and start a new one; must: fail if there is no run to resume.",
     )
+    callbacks: list[str] = changeable(
+        [],
+        description="Classes of yours, as module:Class or file.py:Class, whose objects are called "
+        "with the run's events in the driver (docs/watching.md).",
+    )
     full_disk_wait_s: float = changeable(
         3600.0,
         unit="s",
@@ -178,6 +183,16 @@ class RunConfig(Section):
         "rlhf-ray replay. warned: the newest five that a guard warned of; last: the last one, and "
         "those; all: every one.",
     )
+
+    @field_validator("callbacks")
+    @classmethod
+    def _are_named(cls, specs: list[str]) -> list[str]:
+        for spec in specs:
+            if not all(spec.rpartition(":")):
+                raise ValueError(f"{spec!r} must have the form module:Class or file.py:Class")
+        if repeated := duplicates(specs):
+            raise ValueError(f"names {repeated} more than once")
+        return specs
 
     @model_validator(mode="before")
     @classmethod

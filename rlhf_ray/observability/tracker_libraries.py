@@ -63,12 +63,18 @@ class TrackedRun(Protocol):
         """Record a table; all rows have the same columns."""
         ...
 
+    def begin_stage(self, stage: str) -> None:
+        """Hear that a stage begins, or goes on."""
+
+    def end_stage(self, stage: str, folder: Path) -> None:
+        """Hear that a stage is done, and where its files are."""
+
     def close(self, failed: bool) -> None:
         """Mark the run as finished or failed, and wait until everything is stored."""
         ...
 
 
-class WandbRun:
+class WandbRun(TrackedRun):
     """A run in Weights & Biases."""
 
     def __init__(self, settings: WandbConfig, info: RunInfo, run_id: str | None) -> None:
@@ -130,7 +136,7 @@ class WandbRun:
         self._run.finish(exit_code=1 if failed else 0)
 
 
-class TrackioRun:
+class TrackioRun(TrackedRun):
     """A run in Trackio, which identifies runs by project and name."""
 
     def __init__(self, settings: TrackioConfig, info: RunInfo, run_id: str | None) -> None:
@@ -186,7 +192,7 @@ class TrackioRun:
             self._trackio.finish()
 
 
-class MlflowRun:
+class MlflowRun(TrackedRun):
     """A run in MLflow, written through a client, so that no global state is touched."""
 
     def __init__(self, settings: MlflowConfig, info: RunInfo, run_id: str | None) -> None:

@@ -20,6 +20,7 @@ from rlhf_ray.config.section import masked
 from rlhf_ray.config.trackers import Samples
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.observability.callbacks import callbacks
 from rlhf_ray.observability.metrics import is_registered
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import Sink, read_jsonl
@@ -57,6 +58,14 @@ class Tracker:
         if self._samples == "all" or (self._samples == "local" and local):
             self._record(name, step, lambda run: run.table(name, step, rows))
 
+    def hear(self, tell: Callable[[TrackedRun], None]) -> None:
+        """Tell an event that is recorded nowhere."""
+        if self._run is not None:
+            try:
+                tell(self._run)
+            except Exception as error:
+                self._give_up(error)
+
     def forget(self, stream: str) -> None:
         """Record a stream again from its first step."""
         if self._run is not None:
@@ -64,11 +73,7 @@ class Tracker:
 
     def close(self, failed: bool) -> None:
         """Close the tracker's run."""
-        if self._run is not None:
-            try:
-                self._run.close(failed)
-            except Exception as error:
-                self._give_up(error)
+        self.hear(lambda run: run.close(failed))
 
     def _record(self, stream: str, step: int, record: Callable[[TrackedRun], None]) -> None:
         if self._run is None or step <= self._memory.last_step(self._name, stream):
@@ -180,6 +185,16 @@ class Trackers:
         for tracker in self._trackers:
             tracker.table(name, step, rows)
 
+    def begin_stage(self, stage: str) -> None:
+        """Tell every tracker that a stage begins."""
+        for tracker in self._trackers:
+            tracker.hear(lambda run: run.begin_stage(stage))
+
+    def end_stage(self, stage: str, folder: Path) -> None:
+        """Tell every tracker that a stage is done, and where its files are."""
+        for tracker in self._trackers:
+            tracker.hear(lambda run: run.end_stage(stage, folder))
+
     def forget(self, stage: str) -> None:
         """Record the steps of a repeated stage again."""
         for tracker in self._trackers:
@@ -194,10 +209,10 @@ class Trackers:
 
 @contextmanager
 def tracking(config: Config, folder: Path) -> Iterator[None]:
-    """Record the body of the ``with`` in the trackers that the config turns on.
+    """Record the body of the ``with`` in the trackers that the config turns on, and callbacks.
 
     Raises:
-        ConfigError: the package of a tracker is not installed.
+        ConfigError: the package of a tracker is not installed, or a callback cannot be loaded.
     """
     connects = configured(config.trackers)
     missing = [name for name in connects if importlib.util.find_spec(name) is None]
@@ -206,6 +221,7 @@ def tracking(config: Config, folder: Path) -> Iterator[None]:
             f"trackers.{missing[0]} is set, but the package {missing[0]} is not installed; run "
             f"pip install {' '.join(missing)}, or remove the key"
         )
+    connects |= callbacks(config.run.callbacks)
     info = RunInfo(config.run.name, folder, masked(config.model_dump(mode="json")))
     memory = Memory(folder / "trackers.json")
     samples = config.trackers.samples

@@ -32,7 +32,7 @@ from rlhf_ray.doctor.shared_files import require_same_files
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.observability.lasting_output import keep_output
 from rlhf_ray.observability.progress import Progress
-from rlhf_ray.observability.trackers import tracking
+from rlhf_ray.observability.trackers import current, tracking
 from rlhf_ray.placement.hardware import hide_gpus, restored_gpus
 from rlhf_ray.runs.control import ControlFiles, reporting_status
 from rlhf_ray.runs.folder import CHANGES, RunFolder, require_durable_folder
@@ -122,9 +122,11 @@ def _stopped_in(stage: str, config: Config, folder: RunFolder, control: ControlF
         KeyboardInterrupt: by a signal without a request; the run is to be started again.
     """
     control.begin_stage(stage)
+    current().begin_stage(stage)
     interruption.explain(lambda: _kept(folder, stage))
     try:
         run_stage(config, stage)
+        current().end_stage(stage, folder.path / stage)
         if interruption.exit_code() is not None:
             raise KeyboardInterrupt
     except KeyboardInterrupt:

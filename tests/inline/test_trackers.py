@@ -13,11 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_ray.config import load
 from rlhf_ray.observability import trackers
+from rlhf_ray.observability.tracker_libraries import TrackedRun
 from rlhf_ray.observability.trackers import tracking
 from rlhf_ray.stages import pipeline
 
 
-class Told:
+class Told(TrackedRun):
     """A tracker that remembers, over several processes."""
 
     run_id, where, is_local = "one", "here", True
