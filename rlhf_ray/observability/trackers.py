@@ -1,5 +1,7 @@
 """Trackers record a whole pipeline run: the metrics of every stage, in one run per tracker.
 
+Callbacks of the user's hear the same, and of stages.
+
 ``trackers.json`` in the run's folder holds the id of each tracker's run, so that a resumed run
 continues there, and the last step of each stream, so that no step is recorded twice.
 """
@@ -19,12 +21,22 @@ from rlhf_ray.config import Config
 from rlhf_ray.config.section import masked
 from rlhf_ray.config.trackers import Samples
 from rlhf_ray.disk import write_atomically
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.observability.callbacks import callbacks
+from rlhf_ray.errors import ConfigError, RlhfError
 from rlhf_ray.observability.metrics import is_registered
 from rlhf_ray.observability.progress import Progress
 from rlhf_ray.observability.sinks import Sink, read_jsonl
 from rlhf_ray.observability.tracker_libraries import Connect, RunInfo, TrackedRun, configured
+from rlhf_ray.plugins import load_function
+
+EVENTS = (
+    "on_run_begin",
+    "on_stage_begin",
+    "on_metrics",
+    "on_samples",
+    "on_stage_end",
+    "on_run_end",
+)
+"""Methods that a callback may have, in the order in which they are first called."""
 
 # A context variable, so that stages need not pass the trackers through every call.
 _current: ContextVar["Trackers | None"] = ContextVar("trackers", default=None)
@@ -93,6 +105,64 @@ class Tracker:
             "without it. The next run in this folder sends it the missing metrics, but not the "
             "tables of completions; those are in completions.jsonl"
         )
+
+
+class CallbackRun:
+    """A run as one callback hears of it; what the callback lacks is not called."""
+
+    run_id, where, is_local = "", "called in the driver", True
+
+    def __init__(self, make: Callable[[], object], info: RunInfo) -> None:
+        self._callback = make()
+        if not any(hasattr(self._callback, event) for event in EVENTS):
+            raise RlhfError(f"it has none of the methods {', '.join(EVENTS)}")
+        self._tell("on_run_begin", info.folder, info.config)
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Tell metrics by their names in metrics.jsonl; ``axis`` is ``sft/step`` or PPO's."""
+        stage, slash, _ = axis.rpartition("/")
+        named = {name.removeprefix(f"{stage}{slash}"): value for name, value in metrics.items()}
+        self._tell("on_metrics", stage or "ppo", step, named)
+
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Tell samples; ``name`` is ``completions``."""
+        self._tell("on_samples", step, rows)
+
+    def begin_stage(self, stage: str) -> None:
+        """Tell that a stage begins, or goes on."""
+        self._tell("on_stage_begin", stage)
+
+    def end_stage(self, stage: str, folder: Path) -> None:
+        """Tell that a stage is done, and where its files are."""
+        self._tell("on_stage_end", stage, folder)
+
+    def close(self, failed: bool) -> None:
+        """Tell that the run ends."""
+        self._tell("on_run_end", failed)
+
+    def _tell(self, event: str, *told: object) -> None:
+        try:
+            getattr(self._callback, event, _nothing)(*told)
+        except SystemExit as error:
+            raise RlhfError(f"{event} raised SystemExit: {error.code}") from None
+
+
+def _nothing(*_: object) -> None:
+    """Stand for a method that a callback lacks."""
+
+
+def _callbacks(specs: Sequence[str]) -> dict[str, Connect]:
+    """Return what makes each callback of ``run.callbacks``, by its name in the config.
+
+    Raises:
+        ConfigError: one cannot be loaded.
+    """
+    makes = {spec: load_function(spec, "run.callbacks") for spec in specs}
+
+    def connect(make: Callable[..., object]) -> Connect:
+        return lambda info, _: CallbackRun(make, info)
+
+    return {spec: connect(make) for spec, make in makes.items()}
 
 
 class _Recorded(TypedDict):
@@ -221,7 +291,7 @@ def tracking(config: Config, folder: Path) -> Iterator[None]:
             f"trackers.{missing[0]} is set, but the package {missing[0]} is not installed; run "
             f"pip install {' '.join(missing)}, or remove the key"
         )
-    connects |= callbacks(config.run.callbacks)
+    connects |= _callbacks(config.run.callbacks)
     info = RunInfo(config.run.name, folder, masked(config.model_dump(mode="json")))
     memory = Memory(folder / "trackers.json")
     samples = config.trackers.samples
