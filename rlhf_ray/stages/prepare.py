@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -97,11 +97,16 @@ def _resumable(config: Config, folder: RunFolder) -> Iterator[Shards]:
         sites = tuple(config.prepare.site or site_name(path) for path in paths)
         yield Shards(config, tuple(dumps), sites, num_buckets(dumps), rows, sets)
     except DataError:
-        shutil.rmtree(sets, ignore_errors=True)
-        shutil.rmtree(rows, ignore_errors=True)
+        _remove(sets, rows)
         raise
-    shutil.rmtree(sets)
-    shutil.rmtree(rows)
+    _remove(sets, rows)
+
+
+def _remove(sets: Path, rows: Path) -> None:
+    for folder in (sets, rows):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # the run's folder in the scratch may hold other files
+        rows.parent.rmdir()
 
 
 def _digest(config: Config) -> str:

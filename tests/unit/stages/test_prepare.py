@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on_at_its_shard_and_ends_with_the_same_bytes(
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert len(files(tmp_path / "whole")) > 12
     assert not (tmp_path / "killed" / "prepare" / ".partial").exists()
-    assert not any((tmp_path / "killed" / "scratch").iterdir())
+    assert not (tmp_path / "killed" / "scratch").exists()
 
 
 def test_a_run_that_was_killed_with_another_dump_begins_again(
@@ -288,7 +288,7 @@ def test_grouped_posts_lie_in_the_scratch_folder(
             prepare.run(config(tmp_path / "run", scratch=str(scratch)))
     assert [path.suffix for path in sorted(scratch.rglob("*.arrow"))] == [".arrow"]
     prepare.run(config(tmp_path / "run", scratch=str(scratch)))
-    assert not list(scratch.rglob("*.arrow"))
+    assert not any(scratch.iterdir())
 
 
 @pytest.mark.parametrize("bad_share", [0.1, 0.3])
