@@ -68,6 +68,19 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(f"Report: {build(Path(read_config(config, overrides).run.dir))}")
 
 
+@app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray compare runs/a runs/b --out ab.html")
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of two runs or more.")
+    ],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("comparison.html"),
+) -> None:
+    """Lay runs beside each other on a page: outcomes, win rates, curves, config differences."""
+    from rlhf_ray.report.comparison import build
+
+    typer.echo(f"Comparison: {build(runs, out)}")
+
+
 @app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray replay runs/quickstart --iteration 12")
 def replay(
     config: ConfigPath,

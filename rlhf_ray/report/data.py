@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rlhf_ray.config import stages
 from rlhf_ray.config.section import is_mapping, masked
 from rlhf_ray.config.yaml_values import parsed
-from rlhf_ray.errors import RlhfError
+from rlhf_ray.errors import DataError, RlhfError
 from rlhf_ray.models.folders import first_line
 from rlhf_ray.observability.sinks import record_of
 from rlhf_ray.observability.tracing import Span, phase_totals, read_spans
@@ -84,6 +84,23 @@ class RunFiles:
 
     def _external(self, stage: str) -> bool:
         return stage in ("sft", "reward") and bool(self.option(f"{stage}.path"))
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read a run's folder.
+
+    Raises:
+        DataError: the folder does not exist or holds nothing of a run.
+    """
+    if not run_dir.is_dir():
+        raise DataError(f"No run folder at {run_dir}: give the run.dir of a run (runs/<run.name>).")
+    files = read(run_dir)
+    if files.is_empty:
+        raise DataError(
+            f"{run_dir} holds neither config.yaml nor a stage's summary.json or metrics.jsonl: "
+            "give the run.dir of a run (runs/<run.name>)."
+        )
+    return files
 
 
 def read(run_dir: Path) -> RunFiles:

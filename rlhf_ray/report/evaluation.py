@@ -86,6 +86,18 @@ def instructions(files: RunFiles) -> list[Record]:
     ]
 
 
+def final_model(files: RunFiles) -> str:
+    """Return the model whose win rate was measured."""
+    models = list(files.summaries.get("evaluate", {}).get("models", ()))
+    return "ppo" if "ppo" in models or not models else models[-1]
+
+
+def win_rate(files: RunFiles) -> tuple[float, float, float] | None:
+    """Return the final model's win rate against SFT and the ends of its 95% interval."""
+    measured = files.summaries.get("evaluate", {}).get("win_rate")
+    return (measured["value"], *measured["ci95"]) if measured else None
+
+
 def _ranks(elo: Mapping[str, Record]) -> list[Rank]:
     ends = [end for rating in elo.values() for end in (*rating["ci95"], rating["value"])]
     lowest, span = min(ends), max(max(ends) - min(ends), 1.0)

@@ -32,6 +32,8 @@ _VARIABLES = {
 }
 _INK, _MUTED, _GRID, *_COLOURS, _CARD = _VARIABLES
 _OTHER = "other"
+MAX_CURVES = len(_COLOURS)
+"""Lines of a chart that can be told apart."""
 _EVALUATION_COLOUR = _COLOURS[1]
 _WIDTH_INCHES = 5.4
 _STEPS = [1, 2, 5, 10]

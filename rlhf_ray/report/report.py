@@ -20,7 +20,7 @@ from rlhf_ray.report import evaluation as report_evaluation
 from rlhf_ray.report import quality as report_quality
 from rlhf_ray.report import reliability as report_reliability
 from rlhf_ray.report import sections
-from rlhf_ray.report.data import RunFiles, number, read
+from rlhf_ray.report.data import RunFiles, number, read_run
 
 _RECORDS = {
     "evaluations": "ppo/eval.jsonl",
@@ -55,17 +55,14 @@ def build(run_dir: Path) -> Path:
     Raises:
         DataError: the folder does not exist or holds nothing of a run.
     """
-    if not run_dir.is_dir():
-        raise DataError(f"No run folder at {run_dir}: give the run.dir of a run (runs/<run.name>).")
-    files = read(run_dir)
-    if files.is_empty:
-        raise DataError(
-            f"{run_dir} holds neither config.yaml nor a stage's summary.json or metrics.jsonl: "
-            "give the run.dir of a run (runs/<run.name>)."
-        )
     report = run_dir / "report.html"
-    write_atomically(report, render(files).encode("utf-8", "replace").decode("utf-8"))
+    write_page(report, render(read_run(run_dir)))
     return report
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page; half characters, which texts of models may hold, become question marks."""
+    write_atomically(path, html.encode("utf-8", "replace").decode("utf-8"))
 
 
 def render(files: RunFiles) -> str:
@@ -132,7 +129,8 @@ def _parts(files: RunFiles) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @functools.cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """Return one of the page templates."""
     environment = Environment(
         loader=PackageLoader("rlhf_ray.report", "templates"),
         autoescape=True,
@@ -142,11 +140,11 @@ def _template() -> Template:
     )
     environment.filters["figure"] = figure
     environment.filters["model_title"] = sections.model_title
-    return environment.get_template("report.html.j2")
+    return environment.get_template(f"{name}.html.j2")
 
 
 def _page(files: RunFiles) -> str:
-    return _template().render(
+    return template("report").render(
         name=files.name,
         started=files.started,
         written=datetime.now(),
@@ -181,9 +179,9 @@ def _page(files: RunFiles) -> str:
 
 def verdict(files: RunFiles) -> str:
     """Return the run's outcome as a sentence."""
-    if win_rate := _win_rate(files):
+    if win_rate := report_evaluation.win_rate(files):
         rate, low, high = win_rate
-        name = sections.model_title(_final_model(files))
+        name = sections.model_title(report_evaluation.final_model(files))
         if low > 0.5:
             outcome = f"{name} beats SFT on held-out questions"
         elif high < 0.5:
@@ -272,9 +270,9 @@ def _cards(files: RunFiles) -> Iterator[Card]:
 
 
 def _evaluation_cards(files: RunFiles) -> Iterator[Card]:
-    evaluation, final = files.summaries.get("evaluate"), _final_model(files)
+    evaluation, final = files.summaries.get("evaluate"), report_evaluation.final_model(files)
     name = sections.model_title(final)
-    if win_rate := _win_rate(files):
+    if win_rate := report_evaluation.win_rate(files):
         rate, low, high = win_rate
         yield Card(
             "Win rate against SFT",
@@ -327,18 +325,6 @@ def _ppo_cards(files: RunFiles) -> Iterator[Card]:
             figure(episodes),
             f"Answers that PPO sampled and trained on{speed}. Generator restarts: {restarts:.0f}.",
         )
-
-
-def _final_model(files: RunFiles) -> str:
-    """Return the model whose win rate was measured."""
-    models = list(files.summaries.get("evaluate", {}).get("models", ()))
-    return "ppo" if "ppo" in models or not models else models[-1]
-
-
-def _win_rate(files: RunFiles) -> tuple[float, float, float] | None:
-    """Return the final model's win rate against SFT and the ends of its 95% interval."""
-    measured = files.summaries.get("evaluate", {}).get("win_rate")
-    return (measured["value"], *measured["ci95"]) if measured else None
 
 
 def _seconds(value: object) -> float:

@@ -109,6 +109,30 @@ def ppo_charts(files: RunFiles) -> list[Chart]:
     return charts
 
 
+def compared_charts(runs: Mapping[str, RunFiles]) -> list[Chart]:
+    """Draw each of PPO's metrics over iterations, a line a run, where any run has logged it."""
+    charts = []
+    for plan in _PPO_CHARTS:
+        drawn = [(name, "ppo", plan.title, label) for name, label in plan.metrics.items()]
+        if plan.evaluation:
+            drawn.append((plan.evaluation, "eval", plan.title, "held-out prompts"))
+        for name, kind, title, label in drawn:
+            lines = [
+                _curve(
+                    run,
+                    files.evaluations if kind == "eval" else files.metrics.get("ppo", ()),
+                    name,
+                )
+                for run, files in runs.items()
+            ]
+            lines = [line for line in lines if line.x]
+            if lines:
+                title = f"{title}, {label}" if len(drawn) > 1 else title
+                svg = Markup(curves(f"{title} of runs", lines, "iteration"))
+                charts.append(Chart(f"{title}{_unit(name)}", svg, _caption([name])))
+    return charts
+
+
 def changes(files: RunFiles) -> list[Record]:
     """Return a row per key that was changed on resume, with the last unit of work before it."""
     rows = []

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,12 @@ def run_dir(tmp_path: Path) -> Path:
     """Folder of a finished run."""
     write_run(tmp_path / "quickstart")
     return tmp_path / "quickstart"
+
+
+@pytest.fixture
+def make_run() -> Callable[[Path], None]:
+    """Writes a finished run into a folder."""
+    return write_run
 
 
 def write_run(folder: Path) -> None:
