@@ -1,5 +1,6 @@
 """Sections of the data: a Stack Exchange dump or the user's datasets, and how rows become text."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
@@ -24,6 +25,11 @@ PART_BYTES = 32 * 2**20
 """Bytes of XML that prepare works on at a time."""
 MOST_PARTS = 1000
 """Parts of dumps for which these bytes are enough; those of larger dumps are larger."""
+
+
+def part_bytes(num_bytes: float) -> int:
+    """Return the bytes of XML of a part of dumps that have ``num_bytes``."""
+    return max(PART_BYTES, math.ceil(num_bytes / MOST_PARTS))
 
 
 class PrepareConfig(Section):

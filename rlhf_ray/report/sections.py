@@ -113,24 +113,22 @@ def compared_charts(runs: Mapping[str, RunFiles]) -> list[Chart]:
     """Draw each of PPO's metrics over iterations, a line a run, where any run has logged it."""
     charts = []
     for plan in _PPO_CHARTS:
-        drawn = [(name, "ppo", plan.title, label) for name, label in plan.metrics.items()]
+        metrics = dict(plan.metrics)
         if plan.evaluation:
-            drawn.append((plan.evaluation, "eval", plan.title, "held-out prompts"))
-        for name, kind, title, label in drawn:
-            lines = [
-                _curve(
-                    run,
-                    files.evaluations if kind == "eval" else files.metrics.get("ppo", ()),
-                    name,
-                )
-                for run, files in runs.items()
-            ]
+            metrics[plan.evaluation] = "held-out prompts"
+        for name, label in metrics.items():
+            lines = [_curve(run, _records(files, name), name) for run, files in runs.items()]
             lines = [line for line in lines if line.x]
             if lines:
-                title = f"{title}, {label}" if len(drawn) > 1 else title
+                title = f"{plan.title}, {label}" if len(metrics) > 1 else plan.title
                 svg = Markup(curves(f"{title} of runs", lines, "iteration"))
                 charts.append(Chart(f"{title}{_unit(name)}", svg, _caption([name])))
     return charts
+
+
+def _records(files: RunFiles, metric: str) -> Sequence[Record]:
+    """Return PPO's records that a metric is in."""
+    return files.evaluations if metric.startswith("eval/") else files.metrics.get("ppo", ())
 
 
 def changes(files: RunFiles) -> list[Record]:

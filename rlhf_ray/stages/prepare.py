@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from rlhf_ray.data.prepare.question_sets import SETS
 from rlhf_ray.data.prepare.shards import SetCounts, Shards
 from rlhf_ray.data.stack_exchange import synthetic_site as synthetic
 from rlhf_ray.data.stack_exchange.archives import is_url, site_name, stamp
-from rlhf_ray.data.stack_exchange.grouping import require_questions
+from rlhf_ray.data.stack_exchange.grouping import Counts, require_questions
 from rlhf_ray.data.stack_exchange.parts import find_dumps, num_buckets
 from rlhf_ray.data.text_statistics import histogram
 from rlhf_ray.disk import unwritable_is_an_error, write_atomically
@@ -35,7 +35,7 @@ from rlhf_ray.stages.shards_on_ray import convert_on_ray, group_on_ray, uses_ray
 MEGABYTE = 2**20
 MARKER = "digest"
 """File with the digest of what is being prepared."""
-FORMAT = 1
+FORMAT = 2
 """Version of the files that a killed run leaves: another one begins again."""
 
 
@@ -60,9 +60,9 @@ def run(config: Config) -> dict[str, object]:
         _resumable(config, folder) as shards,
         uses_ray(shards) as on_ray,
     ):
-        names = _group(shards, bar, on_ray)
-        _convert(shards, names, bar, on_ray)
-        summary = _finish(shards, names)
+        parts = _group(shards, bar, on_ray)
+        _convert(shards, parts, bar, on_ray)
+        summary = _finish(shards, parts.values())
         _move(shards.sets, folder.stage("prepare"))
         summary |= {
             "synthetic": not config.prepare.dumps,
@@ -116,18 +116,18 @@ def _digest(config: Config) -> str:
     return hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
 
 
-def _group(shards: Shards, bar: Bar, on_ray: bool) -> list[str]:
-    """Group the posts of all parts; returns the parts' names, in order."""
+def _group(shards: Shards, bar: Bar, on_ray: bool) -> dict[str, Counts]:
+    """Group the posts of all parts; returns the parts' names, in order, with their counts."""
     total = sum(dump.num_bytes for dump in shards.dumps)
     bar.restart(max(1, total // MEGABYTE), "megabyte")
-    names, num_bytes = [], 0
+    parts, num_bytes = {}, 0
     for name in (group_on_ray if on_ray else _grouped)(shards):
-        names.append(name)
-        num_bytes += shards.grouped(name).num_bytes
+        parts[name] = shards.grouped(name)
+        num_bytes += parts[name].num_bytes
         bar.advance(num_bytes // MEGABYTE - bar.done)
-    names.sort()
-    require_questions([dump.path for dump in shards.dumps], [shards.grouped(n) for n in names])
-    return names
+    parts = dict(sorted(parts.items()))
+    require_questions([dump.path for dump in shards.dumps], [*parts.values()])
+    return parts
 
 
 def _grouped(shards: Shards) -> Iterator[str]:
@@ -136,11 +136,11 @@ def _grouped(shards: Shards) -> Iterator[str]:
             yield part.name if shards.is_grouped(part) else shards.group(part, xml)
 
 
-def _convert(shards: Shards, names: list[str], bar: Bar, on_ray: bool) -> None:
+def _convert(shards: Shards, parts: Mapping[str, Counts], bar: Bar, on_ray: bool) -> None:
     """Turn each bucket into a file of each set, and show the posts a second."""
-    num_questions = sum(shards.grouped(name).num_selected for name in names)
+    num_questions = sum(counts.num_selected for counts in parts.values())
     bar.restart(min(num_questions, shards.config.prepare.limit or num_questions), "question")
-    done = [bucket for bucket in range(shards.num_buckets) if shards.is_converted(bucket)]
+    done = {bucket for bucket in range(shards.num_buckets) if shards.is_converted(bucket)}
     bar.advance(sum(shards.counted(bucket)["questions"] for bucket in done))
     start_s, num_posts = time.monotonic(), 0
 
@@ -151,7 +151,7 @@ def _convert(shards: Shards, names: list[str], bar: Bar, on_ray: bool) -> None:
         bar.advance(posts["questions"], **{"posts/s": rate})
 
     buckets = [bucket for bucket in range(shards.num_buckets) if bucket not in done]
-    convert = partial(shards.convert, names=names, last_rank=shards.last_rank(names))
+    convert = partial(shards.convert, names=[*parts], last_rank=shards.last_rank(parts))
     if on_ray:
         for bucket in convert_on_ray(shards, convert, buckets):
             count(shards.counted(bucket))
@@ -160,7 +160,7 @@ def _convert(shards: Shards, names: list[str], bar: Bar, on_ray: bool) -> None:
             convert(bucket, on_question=count)
 
 
-def _finish(shards: Shards, names: Sequence[str]) -> dict[str, object]:
+def _finish(shards: Shards, parts: Iterable[Counts]) -> dict[str, object]:
     """Check the counts, write quality.json and what makes folders of the sets' files.
 
     Returns:
@@ -170,8 +170,8 @@ def _finish(shards: Shards, names: Sequence[str]) -> dict[str, object]:
         for bucket in range(shards.num_buckets):
             counts.add_saved(shards.converted(bucket))
         texts = {name: stats.report() for name, stats in counts.texts.items()}
-    for name in names:
-        counts.skipped.update(shards.grouped(name).skipped)
+    for part in parts:
+        counts.skipped.update(part.skipped)
     for reason, num in counts.skipped.items():
         counts.tally.drop_bad(reason, num)
     counts.tally.finish()

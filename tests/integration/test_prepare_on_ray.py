@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.cluster.session import ray_session
-from rlhf_ray.config import Config, resolve
+from rlhf_ray.config import Config, data, resolve
 from rlhf_ray.data.prepare.question_sets import SETS
-from rlhf_ray.data.stack_exchange import parts, write_posts
+from rlhf_ray.data.stack_exchange import write_posts
 from rlhf_ray.errors import DataError
 from rlhf_ray.stages import prepare
 
@@ -23,10 +23,10 @@ NUM_PARTS = 10
 KILLED = f"""
 import sys
 from rlhf_ray.config import resolve
-from rlhf_ray.data.stack_exchange import parts
+from rlhf_ray.config import data
 from rlhf_ray.stages import prepare
 
-parts.PART_BYTES = {PART_BYTES}
+data.PART_BYTES = {PART_BYTES}
 prepare.run(resolve({{
     "run": {{"dir": sys.argv[1]}},
     "cluster": {{"mode": "local", "dashboard": False}},
@@ -63,7 +63,7 @@ def test_any_number_of_processes_writes_the_same_files(
     tmp_path: Path, posts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     py7zr = pytest.importorskip("py7zr")
-    monkeypatch.setattr(parts, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(data, "PART_BYTES", PART_BYTES)
     archive, broken = tmp_path / "site.7z", tmp_path / "broken.xml"
     with py7zr.SevenZipFile(archive, "w") as packed:
         packed.write(posts, "Posts.xml")
@@ -87,7 +87,7 @@ def test_any_number_of_processes_writes_the_same_files(
 def test_a_run_that_is_killed_twice_ends_with_the_same_files(
     tmp_path: Path, posts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(data, "PART_BYTES", PART_BYTES)
     killed, rows = tmp_path / "killed", tmp_path / "killed" / "scratch" / "posts"
     command = [sys.executable, "-c", KILLED, str(killed), str(posts)]
     for pattern, num in (("0*.json", 3), ("bucket-*.json", 4)):

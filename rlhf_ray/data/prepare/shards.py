@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
@@ -111,9 +112,7 @@ class Shards:
 
     def counted(self, bucket: int) -> Mapping[str, int]:
         """Return the numbers of ``questions`` and ``answers`` of a bucket in the sets."""
-        with SetCounts(self.config, self.name) as counts:
-            counts.add_saved(self.converted(bucket))
-            return counts.posts
+        return saved_counts(self.converted(bucket))["posts"]
 
     def convert(
         self,
@@ -205,7 +204,13 @@ class SetCounts:
         self.unused: Counter[str] = Counter()
         """Good questions left out, by reason."""
         self.tally = RowTally(name, config.data.max_bad_share)
-        self._added = (self.posts, self.rows, self.scores, self.skipped, self.unused)
+        self._added = {
+            "posts": self.posts,
+            "rows": self.rows,
+            "scores": self.scores,
+            "skipped": self.skipped,
+            "unused": self.unused,
+        }
         self._config = config
 
     def __enter__(self) -> "SetCounts":
@@ -243,14 +248,19 @@ class SetCounts:
         for name, stats in self.texts.items():
             texts[name], digests = stats.state()
             np.save(path.with_suffix(f".{name}.npy"), digests)
-        state = {"added": self._added, "tally": self.tally.state(), "texts": texts}
+        state = {**self._added, "tally": self.tally.state(), "texts": texts}
         write_atomically(path.with_suffix(".json"), json.dumps(state))
 
     def add_saved(self, path: Path) -> None:
         """Add the counts that were saved under a name."""
-        state = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        for mine, more in zip(self._added, state["added"], strict=True):
-            mine.update(more)
+        state = saved_counts(path)
+        for name, mine in self._added.items():
+            mine.update(state[name])
         self.tally.add(state["tally"])
         for name, stats in self.texts.items():
             stats.add_all(state["texts"][name], np.load(path.with_suffix(f".{name}.npy")))
+
+
+def saved_counts(path: Path) -> dict[str, Any]:
+    """Return the counts that `SetCounts.save` wrote under a name, without the texts' digests."""
+    return dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from rlhf_ray.config.data import MOST_PARTS, PART_BYTES
+from rlhf_ray.config.data import part_bytes
 from rlhf_ray.data.stack_exchange import archives
 
 _ROW = re.compile(rb"<row[\s/>]")
@@ -96,7 +96,7 @@ def find_dumps(paths: Sequence[str]) -> list[Dump]:
         ConfigError: a package to read it is missing.
     """
     sizes = [archives.num_xml_bytes(path) for path in paths]
-    step = _step(sum(sizes))
+    step = part_bytes(sum(sizes))
     return [
         Dump(index, path, size, step if _can_be_cut(path) else None)
         for index, (path, size) in enumerate(zip(paths, sizes, strict=True))
@@ -106,11 +106,7 @@ def find_dumps(paths: Sequence[str]) -> list[Dump]:
 def num_buckets(dumps: Sequence[Dump]) -> int:
     """Return into how many buckets the posts of dumps are grouped: each is as large as a part."""
     total = sum(dump.num_bytes for dump in dumps)
-    return math.ceil(total / _step(total))
-
-
-def _step(num_bytes: int) -> int:
-    return max(PART_BYTES, math.ceil(num_bytes / MOST_PARTS))
+    return math.ceil(total / part_bytes(total))
 
 
 def _can_be_cut(path: str) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 
 from rlhf_ray.config import Config
-from rlhf_ray.config.data import EXPANSION, MOST_PARTS, PACKED, PART_BYTES
+from rlhf_ray.config.data import EXPANSION, PACKED, part_bytes
 from rlhf_ray.planning.role_times import ASSUMPTIONS, Range, as_range
 from rlhf_ray.planning.stages.disk import Disk
 
@@ -59,7 +59,7 @@ def work_of(config: Config, num_bytes: float, num_gpus: int) -> str:
 
 def num_workers(config: Config, num_bytes: float, num_gpus: int) -> Range:
     """Return the most and the fewest processes of prepare."""
-    if num_bytes <= PART_BYTES:
+    if num_bytes <= part_bytes(num_bytes):
         return (1, 1)
     if config.prepare.num_workers is not None:
         return (config.prepare.num_workers, config.prepare.num_workers)
@@ -91,7 +91,7 @@ def prepare_seconds(config: Config, num_bytes: float, num_gpus: int) -> Range:
 
 def prepare_memory(num_bytes: float) -> float:
     """Return the bytes of one of its processes."""
-    return PROCESS + OF_PART * min(num_bytes, max(PART_BYTES, num_bytes / MOST_PARTS))
+    return PROCESS + OF_PART * min(num_bytes, part_bytes(num_bytes))
 
 
 def prepare_disk(config: Config, num_bytes: float) -> Disk:

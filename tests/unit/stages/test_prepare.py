@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_ray.config import Config, resolve
+from rlhf_ray.config import Config, data, resolve
 from rlhf_ray.data import template
 from rlhf_ray.data.prepare.shards import Shards
 from rlhf_ray.data.stack_exchange import parts
@@ -148,7 +148,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_killed_run_goes_on_at_its_shard_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 40_000)
+    monkeypatch.setattr(data, "PART_BYTES", 40_000)
     posts = str(tmp_path / "Posts.xml")
     synthetic.write_posts(Path(posts), 200, seed=0)
 
@@ -310,7 +310,7 @@ def test_empty_posts_are_counted_up_to_the_share_allowed(tmp_path: Path, bad_sha
 def test_rows_that_cannot_be_read_are_counted_over_all_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 1000)
+    monkeypatch.setattr(data, "PART_BYTES", 1000)
     odd = ('<row PostTypeId="1"/>', '<row Id="9" PostTypeId="2" ParentId="7777" Score="0"/>')
     posts = (question(i, (0, 3, 7)) + "".join(odd[: i % 9 == 0]) for i in range(1, 91))
     summary = prepare.run(config(tmp_path, posts=dump(tmp_path / "Posts.xml", *posts, odd[1])))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from rlhf_ray.config import data
 from rlhf_ray.data.stack_exchange import parts
 from rlhf_ray.data.stack_exchange.grouping import read_posts
 from rlhf_ray.data.stack_exchange.posts import Answer, Question
@@ -93,7 +94,7 @@ def test_a_folder_is_no_dump(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_dump(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 400_000)
+    monkeypatch.setattr(data, "PART_BYTES", 400_000)
     body = "word " * 400
     question = f'<row Id="{{0}}" PostTypeId="1" Body="{body}"/>'
     answer = f'<row Id="{{1}}" PostTypeId="2" ParentId="{{0}}" Score="1" Body="{body}"/>'
@@ -140,8 +141,8 @@ def test_parts_of_any_size_hold_each_post_once(
         packed = tmp_path / f"Posts.xml{suffix}"
         packed.write_bytes(pack(path.read_bytes()))
         paths.append(str(packed))
-    monkeypatch.setattr(parts, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(parts, "MOST_PARTS", 10)
+    monkeypatch.setattr(data, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(data, "MOST_PARTS", 10)
     for name in paths:
         assert sorted(read_posts(name), key=lambda question: question.id) == expected, name
 
@@ -160,7 +161,7 @@ def test_a_dump_whose_rows_need_what_is_before_them_is_one_part(
     text = site(tmp_path / "Posts.xml").read_text(encoding="utf-8-sig").replace("ä", "e")
     text = text.replace("<posts>", head).replace("</posts>", f"</{head.rpartition('<')[2]}")
     (tmp_path / "Posts.xml").write_text(text)
-    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    monkeypatch.setattr(data, "PART_BYTES", 500)
     assert len(list(read_posts(tmp_path / "Posts.xml"))) == 59
     (dump,) = parts.find_dumps([str(tmp_path / "Posts.xml")])
     assert [part.stop for part in dump.parts()] == [None]
@@ -169,7 +170,7 @@ def test_a_dump_whose_rows_need_what_is_before_them_is_one_part(
 def test_a_post_that_comes_twice_is_its_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 120)
+    monkeypatch.setattr(data, "PART_BYTES", 120)
     rows = [QUESTION.format(1, 'Tags="old"'), ANSWER.format(2, 1, 0), ANSWER.format(2, 1, 7)]
     (question,) = read_posts(write(tmp_path / "Posts.xml", *rows, QUESTION.format(1, 'Tags="new"')))
     assert question.tags == ("new",)
