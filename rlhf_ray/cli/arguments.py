@@ -17,6 +17,13 @@ ConfigPath = Annotated[
         metavar="CONFIG", help="A YAML file, a run's folder, or @NAME for a shipped config."
     ),
 ]
+RunVersions = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN[@VERSION,...]",
+        help="A config or a run's folder; @100,200,latest names versions of its policy.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Config keys to override, such as run.seed=1."),
@@ -35,9 +42,6 @@ OneModel = Annotated[
 ]
 StageModel = Annotated[
     str, typer.Option(help="sft, dpo, ppo or reward; ppo@best and ppo@7 name other commits of PPO.")
-]
-PolicyModel = Annotated[
-    str, typer.Option(help="sft, dpo, ppo, ppo@best, ppo@7 or a path to a language model.")
 ]
 ManyModels = Annotated[
     list[str] | None,
@@ -74,6 +78,20 @@ def read_config(path: Path, overrides: list[str] | None) -> Config:
         return config
     run = config.run.model_copy(update={"dir": str(path.absolute())})
     return config.model_copy(update={"run": run})
+
+
+def split_versions(path: Path) -> tuple[Path, list[str]]:
+    """Split ``RUN@100,latest`` into the run and its versions; none of a path without them.
+
+    A file or folder of that very name is itself, and so is ``@NAME``, a shipped config.
+    """
+    run, mark, versions = str(path).rpartition("@")
+    if not mark or not run or "/" in versions or os.path.lexists(path):
+        return path, []
+    names = [name.strip() for name in versions.split(",")]
+    if not all(names):
+        raise ConfigError(f"{path} names no version after a comma or @, as in {run}@100,latest")
+    return Path(run), list(dict.fromkeys(names))
 
 
 def print_json(value: object) -> None:

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
@@ -13,10 +13,11 @@ from rlhf_ray.cli.arguments import (
     ManyModels,
     MaxTokens,
     Overrides,
-    PolicyModel,
+    RunVersions,
     Temperature,
     print_json,
     read_config,
+    split_versions,
 )
 from rlhf_ray.secrecy import printable
 
@@ -25,9 +26,9 @@ app = typer.Typer()
 USE = "Use the models"
 
 
-@app.command(rich_help_panel=USE, epilog="Example: rlhf-ray generate runs/quickstart --num 8")
+@app.command(rich_help_panel=USE, epilog="Example: rlhf-ray generate runs/quickstart@5,latest")
 def generate(
-    config: ConfigPath,
+    config: RunVersions,
     overrides: Overrides = None,
     model: ManyModels = None,
     prompt: Annotated[
@@ -39,12 +40,16 @@ def generate(
     max_tokens: MaxTokens = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the answers of a run's models to the same prompts, side by side."""
+    """Show the answers of a run's models to the same prompts, side by side.
+
+    RUN@100,200,latest shows versions of its policy, which share their base in memory.
+    """
     from rlhf_ray.serving import generate as generate_stage
 
+    run, versions = split_versions(config)
     rows = generate_stage.run(
-        read_config(config, overrides),
-        models=model or [],
+        read_config(run, overrides),
+        models=[*_policies_at(versions), *(model or [])],
         prompts=prompt or [],
         num=num,
         temperature=temperature,
@@ -58,29 +63,43 @@ def generate(
     Console().print(generate_stage.table(rows))
 
 
-@app.command(rich_help_panel=USE, epilog="Example: rlhf-ray chat runs/quickstart --model ppo@best")
+@app.command(rich_help_panel=USE, epilog="Example: rlhf-ray chat runs/quickstart@5,latest")
 def chat(
-    config: ConfigPath,
+    config: RunVersions,
     overrides: Overrides = None,
-    model: PolicyModel = "ppo",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sft, dpo, ppo, ppo@best, ppo@7 or a path to a language model; may be repeated. "
+            "Default: ppo."
+        ),
+    ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
 ) -> None:
-    """Chat with one of a run's models in the terminal."""
+    """Chat with a run's models in the terminal, with several of them side by side.
+
+    RUN@100,200,latest are versions of its policy, which share their base in memory.
+    """
     from rlhf_ray.serving.chat import run as run_chat
 
     def write(text: str) -> None:
         typer.echo(printable(text), nl=False)
         sys.stdout.flush()
 
+    run, versions = split_versions(config)
     run_chat(
-        read_config(config, overrides),
+        read_config(run, overrides),
         _typed_lines(),
         write,
-        model=model,
+        models=[*_policies_at(versions), *(model or [])] or ["ppo"],
         temperature=temperature,
         max_tokens=max_tokens,
     )
+
+
+def _policies_at(versions: Sequence[str]) -> list[str]:
+    return [f"ppo@{version}" for version in versions]
 
 
 def _typed_lines() -> Iterator[str]:

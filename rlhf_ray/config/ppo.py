@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Collection
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.algorithms import ESTIMATORS, POLICY_LOSSES
 from rlhf_ray.config.filter_groups import FilterGroupsConfig
@@ -219,6 +219,18 @@ class PpoConfig(Section):
         description="Newest commits to keep, besides the best one. 1 counts as 2: where the last "
         "one is damaged, a run resumes from the one before it.",
     )
+    keep_adapters: Annotated[int, Field(ge=1)] | Literal["all"] | None = changeable(
+        None,
+        unit="versions",
+        description="Of commits that are dropped, which ones leave their adapter, for chat, "
+        "generate, evaluate and bisect: all, or of every n versions the first that was saved "
+        "(ppo.save_every); none: no adapter is kept.",
+    )
+
+    @property
+    def adapters_every(self) -> int:
+        """Versions of which one keeps its adapter when its commit is dropped; 0: none does."""
+        return 1 if self.keep_adapters == "all" else self.keep_adapters or 0
 
     @property
     def is_corrected(self) -> bool:

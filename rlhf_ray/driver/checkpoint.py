@@ -1,6 +1,7 @@
 """Atomic commits in the run's folder: a version is saved whole, or not at all.
 
 ``checkpoints/<version>/{policy,critic}/`` are PEFT folders that also hold the learner's state.
+A version that is no commit any more may keep its policy's adapter (``ppo.keep_adapters``).
 ``state.json`` holds the rest and every file's digest; ``latest`` and ``best`` link to versions.
 """
 
@@ -118,7 +119,11 @@ class Checkpoints:
     """The commits of one run."""
 
     def __init__(
-        self, folder: Path, keep: int, static_files: Mapping[str, Mapping[str, bytes]]
+        self,
+        folder: Path,
+        keep: int,
+        static_files: Mapping[str, Mapping[str, bytes]],
+        adapters_every: int = 0,
     ) -> None:
         """
         Args:
@@ -126,7 +131,10 @@ class Checkpoints:
             keep: number of newest versions to keep, besides the best one; less than `LEAST_KEPT`
                 counts as that.
             static_files: group -> files to add to each version's folder (the tokenizer).
+            adapters_every: of this many versions the first saved one keeps its policy's adapter
+                when its commit is dropped; 0: none does.
         """
+        self._adapters_every = adapters_every
         self._folder = folder
         self._keep = max(keep, LEAST_KEPT)
         self._static_files = static_files
@@ -211,7 +219,7 @@ class Checkpoints:
         Raises:
             CheckpointError: every commit is damaged.
         """
-        versions = self._versions()
+        versions = kept_versions(self._folder, whole=True)
         damage: list[str] = []
         for version in reversed(versions):
             try:
@@ -240,12 +248,6 @@ class Checkpoints:
             groups[group][file] = content
         return SavedCommit(version, groups["policy"], groups["critic"], state["progress"])
 
-    def _versions(self) -> list[int]:
-        if not self._folder.is_dir():
-            return []
-        names = [path.name for path in self._folder.iterdir() if (path / STATE).is_file()]
-        return sorted(int(name) for name in names if name.isdigit())
-
     @contextmanager
     def _unwritable_is_an_error(self, version: int) -> Generator[None]:
         try:
@@ -270,13 +272,48 @@ class Checkpoints:
 
     def _drop_old(self) -> None:
         best = self._folder / "best"
-        kept = {str(version) for version in self._versions()[-self._keep :]}
+        kept = {str(version) for version in kept_versions(self._folder, whole=True)[-self._keep :]}
         kept |= {os.readlink(best)} if best.is_symlink() else set()
+        adapters = self._with_adapter()
         for path in self._folder.iterdir():
             # Also what a kill left: a version that was half written, or half deleted.
             is_ours = path.name.isdigit() or path.name.startswith(WRITING)
-            if is_ours and path.name not in kept:
+            if not is_ours or path.name in kept:
+                continue
+            if path.name not in adapters:
                 shutil.rmtree(path, ignore_errors=True)
+            elif (path / STATE).is_file():
+                self._whole.discard(int(path.name))
+                _keep_adapter(path)
+
+    def _with_adapter(self) -> set[str]:
+        """Return the versions that keep their adapter: each the first saved one of its interval.
+
+        Not those at multiples alone: fewer commits are written where the disk is slow.
+        """
+        firsts = dict[int, str]()
+        for version in kept_versions(self._folder) if self._adapters_every else ():
+            firsts.setdefault(version // self._adapters_every, str(version))
+        return {version for interval, version in firsts.items() if interval}
+
+
+def kept_versions(folder: Path, *, whole: bool = False) -> list[int]:
+    """Return the versions in a folder of commits, in order.
+
+    Args:
+        folder: of the commits.
+        whole: leave out those of which the adapter alone is kept.
+    """
+    held = STATE if whole else "policy"
+    names = [path.parent.name for path in folder.glob(f"[0-9]*/{held}")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _keep_adapter(version: Path) -> None:
+    """Leave the policy's adapter alone of a commit; its state goes last, so a kill is made good."""
+    shutil.rmtree(version / "critic", ignore_errors=True)
+    (version / "policy" / "learner.safetensors").unlink(missing_ok=True)
+    (version / STATE).unlink(missing_ok=True)
 
 
 def _link(source: str, target: str) -> None:

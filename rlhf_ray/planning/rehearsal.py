@@ -29,7 +29,7 @@ RESULT = "rehearsal.json"
 ITERATIONS = 2
 NOT_COMPARED = ("run", "guards", "trackers", "evaluate")
 """Sections that change neither memory nor time, ..."""
-PPO_NOT_COMPARED = ("iterations", "save_every", "eval_every", "keep_checkpoints")
+PPO_NOT_COMPARED = ("iterations", "save_every", "eval_every", "keep_checkpoints", "keep_adapters")
 """... and such keys of ppo."""
 
 

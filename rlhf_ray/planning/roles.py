@@ -151,8 +151,13 @@ def state_bytes(config: Config, models: Models) -> float:
     if config.may_have_critic:
         shape = models.critic.shape
         critic = shape.adapter_parameters(config.critic.lora) + shape.hidden_size
-    saved = policy * BYTES[config.model.dtype] + critic * BYTES["float32"]
+    saved = policy_adapter_bytes(config, models) + critic * BYTES["float32"]
     return (policy + critic) * (4 + ADAM_BYTES) + saved
+
+
+def policy_adapter_bytes(config: Config, models: Models) -> float:
+    """Return the bytes of the policy's adapter alone, in the data type that is served."""
+    return models.tuned.shape.adapter_parameters(config.lora) * BYTES[config.model.dtype]
 
 
 def longest_held(config: Config) -> int:

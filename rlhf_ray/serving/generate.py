@@ -12,7 +12,7 @@ from rlhf_ray.runs.datasets import held_out_prompts
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.models import find_model, policies
 from rlhf_ray.secrecy import printable
-from rlhf_ray.serving.text_generation import load_generator, prompt_ids
+from rlhf_ray.serving.text_generation import Generators, prompt_ids
 from rlhf_ray.types import Prompt
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ def run(
     else:
         chosen_prompts = held_out_prompts(config, RunFolder(config), tokenizer, num)
     rows: list[Samples] = [{"prompt": prompt.text, "samples": {}} for prompt in chosen_prompts]
+    generators = Generators(config, temperature=temperature, max_tokens=max_tokens)
     for model in chosen:
-        generator = load_generator(config, model, temperature=temperature, max_tokens=max_tokens)
+        generator = generators.of(model)
         for index, (row, prompt) in enumerate(zip(rows, chosen_prompts, strict=True)):
             answer = generator.answer(prompt.token_ids, config.run.seed + index)
             row["samples"][model.name] = answer

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from rlhf_ray.config import Config
@@ -18,7 +19,8 @@ from rlhf_ray.data.reading.counts import BadRow
 from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.rendering.tokens import decode_after
 from rlhf_ray.errors import DataError
-from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_device
+from rlhf_ray.models.folders import is_adapter
+from rlhf_ray.models.loading import load_causal_lm, load_tokenizer, on_device, with_adapter
 from rlhf_ray.models.stop_conditions import CONTEXT, StopConditions, stop_token_ids
 from rlhf_ray.placement.hardware import hide_gpus
 from rlhf_ray.runs.models import RunModel
@@ -47,6 +49,9 @@ class Sampling:
 class TextGenerator:
     """A causal LM, with or without an adapter, that continues prompts.
 
+    Versions of a run share its base: `switch` replaces the adapter, so that any number of them
+    takes the memory of one.
+
     Raises:
         DataError: it cannot be loaded.
     """
@@ -68,6 +73,20 @@ class TextGenerator:
             eos_token_id=list(sampling.stop_token_ids),
             pad_token_id=self.tokenizer.pad_token_id,
         )
+
+    def switch(self, path: str) -> None:
+        """Continue with another adapter on the same base, or with the base itself.
+
+        Args:
+            path: PEFT folder on the base, or the base's own.
+
+        Raises:
+            DataError: the adapter is unreadable or does not fit.
+        """
+        base = self._model.unload() if isinstance(self._model, PeftModel) else self._model
+        self._model = base.eval()
+        if is_adapter(path):
+            self._model = on_device(with_adapter(base, path))
 
     def answer(self, prompt_ids: Sequence[int], seed: int) -> str:
         """Sample an answer, without special tokens; the same seed gives the same answer."""
@@ -190,6 +209,38 @@ def load_generator(
         stop=tuple(config.rollout.stop),
     )
     return TextGenerator(model.path, config.model, sampling)
+
+
+class Generators:
+    """Answers of several models of a run, one at a time; those on one base share it in memory.
+
+    Raises:
+        DataError: a model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """The arguments are those of `load_generator`."""
+        self._load = partial(load_generator, config, temperature=temperature, max_tokens=max_tokens)
+        self._loaded: dict[str, TextGenerator] = {}
+        self._served: dict[str, str] = {}
+
+    def of(self, model: RunModel) -> TextGenerator:
+        """Return what answers as a model until the next call."""
+        base = model.base
+        if is_adapter(base):  # an adapter on an adapter has its base to itself
+            base = model.path
+        if base not in self._loaded:
+            self._loaded[base] = self._load(model)
+        elif self._served[base] != model.path:
+            self._loaded[base].switch(model.path)
+        self._served[base] = model.path
+        return self._loaded[base]
 
 
 def prompt_ids(

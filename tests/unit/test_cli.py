@@ -13,7 +13,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from rlhf_ray import cli
-from rlhf_ray.cli.arguments import read_config
+from rlhf_ray.cli.arguments import read_config, split_versions
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.version import __version__
 
@@ -212,3 +212,19 @@ def test_a_copied_folder_is_the_run_that_a_command_reads_and_writes(tmp_path: Pa
     assert read_config(copy / "config.yaml", []).run.dir == str(old), "a file is a config, no run"
     shutil.rmtree(old)
     assert read_config(copy, []).run.name == "x"
+
+
+def test_versions_are_split_from_the_run(tmp_path: Path) -> None:
+    assert split_versions(Path("runs/a@100,200, latest,100")) == (
+        Path("runs/a"),
+        ["100", "200", "latest"],
+    )
+    for plain in ("@quickstart", "runs/a", "c.yaml", "me@host/runs/a"):
+        assert split_versions(Path(plain)) == (Path(plain), [])
+    folder = tmp_path / "a@1"
+    folder.mkdir()
+    assert split_versions(folder) == (folder, [])
+    assert split_versions(Path(f"{folder}@best")) == (folder, ["best"])
+    for wrong in ("runs/a@", "runs/a@1,"):
+        with pytest.raises(ConfigError, match="names no version after a comma or @"):
+            split_versions(Path(wrong))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from rlhf_ray.config import Config
 from rlhf_ray.planning.memory import ADAM_BYTES, BYTES
 from rlhf_ray.planning.role_times import Range
-from rlhf_ray.planning.roles import state_bytes
+from rlhf_ray.planning.roles import policy_adapter_bytes, state_bytes
 from rlhf_ray.planning.shapes import Models
 from rlhf_ray.planning.trainings import Trained, section, tokens_per_step, zero_stage
 
@@ -56,11 +56,14 @@ def training_disk(config: Config, part: Trained, steps: int | None) -> Disk:
 
 
 def ppo_disk(config: Config, models: Models) -> Disk:
-    """Return the bytes of PPO: commits, kept batches with the commit before each, records."""
+    """Return the bytes of PPO: commits, adapters, kept batches with their commits, records."""
     ppo, state = config.ppo, state_bytes(config, models)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_tokens
     batch = state + ppo.batch_size * longest * ROLLOUT_TOKEN
     commits = (max(2, ppo.keep_checkpoints) + 1) * state  # and the best one
+    if ppo.adapters_every:
+        num_adapters = ppo.iterations // max(ppo.adapters_every, ppo.save_every)
+        commits += num_adapters * policy_adapter_bytes(config, models)
     records = ppo.iterations * (RECORDS + COMPLETIONS * longest * TEXT)
     at_least, at_most = {
         "none": (0, 0),

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from rlhf_ray.driver.checkpoint import SavedCommit
+from rlhf_ray.driver.checkpoint import SavedCommit, kept_versions
 from rlhf_ray.engines.served_adapters import tensors_from_bytes, tensors_to_bytes
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
@@ -68,9 +68,8 @@ def _refuse_sft_alone(folder: RunFolder, own: dict[str, AdapterFiles]) -> None:
 
 def _existing(folder: RunFolder, own: dict[str, AdapterFiles]) -> str:
     commits = folder.path / "checkpoints"
-    versions = sorted(int(path.parent.name) for path in commits.glob("[0-9]*/state.json"))
     best = ["ppo@best"] if (commits / "best").exists() else []
-    return ", ".join([SFT, *own, *(f"ppo@{version}" for version in versions), *best])
+    return ", ".join([SFT, *own, *(f"ppo@{version}" for version in kept_versions(commits)), *best])
 
 
 def _read(path: Path) -> AdapterFiles:

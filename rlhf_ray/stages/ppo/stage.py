@@ -178,7 +178,8 @@ def _checkpoints(
     folder: RunFolder, tokenizer: PreTrainedTokenizerBase, bases: Mapping[str, str | None]
 ) -> Checkpoints:
     files = {name: _static_files(tokenizer, base, folder) for name, base in bases.items() if base}
-    return Checkpoints(folder.path / "checkpoints", folder.config.ppo.keep_checkpoints, files)
+    ppo = folder.config.ppo
+    return Checkpoints(folder.path / "checkpoints", ppo.keep_checkpoints, files, ppo.adapters_every)
 
 
 def _static_files(

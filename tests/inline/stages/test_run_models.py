@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_models import with_random_adapter
 from typer.testing import CliRunner
 
 from rlhf_ray import cli
@@ -21,8 +24,9 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models import folders, forward, loading
 from rlhf_ray.runs.lineage import lineage, model_licence
 from rlhf_ray.runs.models import find_model, policies
-from rlhf_ray.serving import chat, export, generate, serve
-from rlhf_ray.serving.text_generation import resolve_template
+from rlhf_ray.secrecy import printable
+from rlhf_ray.serving import chat, export, generate, serve, text_generation
+from rlhf_ray.serving.text_generation import Generators, load_generator, resolve_template
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
@@ -44,7 +48,9 @@ def test_models_are_found_by_name(policy_run: Config, tmp_path: Path) -> None:
     assert find_model(policy_run, "reward").is_adapter
     assert find_model(policy_run, str(run / "sft" / "model")).name == "model"
     for name, message in {
-        "ppo@9": "checkpoints/9/policy does not exist: run the stage ppo first",
+        "ppo@9": r"Version 9 is not kept in .*checkpoints; the nearest is 3, of 3\. ",
+        "ppo@newest": "no version 'newest': name latest, best or a number; it holds 3",
+        "ppo@best": "no version 'best'",
         "dpo": "run the stage dpo first",
         "./nowhere": "does not exist",
     }.items():
@@ -226,19 +232,72 @@ def test_a_chat_remembers_until_it_is_reset(
     written: list[str] = []
     roomy = with_keys(policy_run, model={"max_length": 400})
     lines = ["red?\n", "", "blue?\n", "/new", "green?", "/quit", "never"]
-    chat.run(roomy, lines, written.append, model="ppo", max_tokens=4)
+    chat.run(roomy, lines, written.append, models=["ppo"], max_tokens=4)
     assert [said[0] for said in asked] == ["red?", "red?", "green?"]
     assert len(asked[1]) == 3
-    assert asked[1][1] in "".join(written[1:])
-    assert "/quit" in written[0]
+    assert asked[1][1] in "".join(written[2:])
+    assert "/quit" in written[1]
 
 
 def test_a_chat_leaves_out_its_oldest_turns(policy_run: Config) -> None:
     tight = with_keys(policy_run, model={"max_length": 60})
     written: list[str] = []
-    chat.run(tight, ["red?"] * 5, written.append, model="sft", max_tokens=4)
+    chat.run(tight, ["red?"] * 5, written.append, models=["sft"], max_tokens=4)
     with pytest.raises(DataError, match=r"model.max_length 60 leaves 56"):
-        chat.run(tight, ["word " * 60], written.append, model="sft", max_tokens=4)
+        chat.run(tight, ["word " * 60], written.append, models=["sft"], max_tokens=4)
+
+
+@pytest.fixture
+def two_versions(policy_run: Config, tmp_path: Path) -> Config:
+    """A copy of the run with versions 3 and 5."""
+    run = tmp_path / "versions"
+    shutil.copytree(policy_run.run.dir, run, symlinks=True)
+    config = with_keys(policy_run, run={"dir": str(run)})
+    sft_model = find_model(config, "sft").path
+    for version, rank in (("3", 2), ("5", 4)):
+        model = with_random_adapter(sft_model, config.model, r=rank, deviation=1.0)
+        policy = run / "checkpoints" / version / "policy"
+        loading.save_adapter(model, loading.load_tokenizer(sft_model), policy, sft_model)
+    return config
+
+
+def test_versions_share_their_base_and_answer_as_if_alone(
+    two_versions: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["ppo@3", "sft", "ppo@5", "ppo@3"]
+    models = [find_model(two_versions, name) for name in names]
+    ids = [5, 6, 7]
+    alone = [load_generator(two_versions, m, max_tokens=24).answer(ids, 0) for m in models]
+    assert len(set(alone)) == 3
+    loads: list[str] = []
+    real = text_generation.load_causal_lm
+    monkeypatch.setattr(
+        text_generation, "load_causal_lm", lambda *args: loads.append(args[0]) or real(*args)
+    )
+    generators = Generators(two_versions, max_tokens=24)
+    assert [generators.of(model).answer(ids, 0) for model in models] == alone
+    assert len(loads) == 1
+
+
+def test_versions_chat_side_by_side_each_with_its_own_answers(
+    two_versions: Config, tmp_path: Path
+) -> None:
+    roomy = with_keys(two_versions, model={"max_length": 400})
+    path = tmp_path / "run.yaml"
+    path.write_text(dump(roomy))
+    result = CliRunner().invoke(
+        cli.app, ["chat", f"{path}@3,5", "--max-tokens", "4"], input="red?\nblue?\n"
+    )
+    assert result.exit_code == 0, result.output
+    for name in ("ppo@3", "ppo@5"):
+        alone: list[str] = []
+        chat.run(roomy, ["red?", "blue?"], alone.append, models=[name], max_tokens=4)
+        shown = re.findall(f"^{name}: (.*)$", result.output, re.MULTILINE)
+        assert shown == printable("".join(alone[2:])).splitlines()
+    result = CliRunner().invoke(
+        cli.app, ["generate", f"{path}@3,5", "--prompt", "red?", "--max-tokens", "4", "--json"]
+    )
+    assert list(json.loads(result.stdout)[0]["samples"]) == ["ppo@3", "ppo@5"]
 
 
 @pytest.fixture

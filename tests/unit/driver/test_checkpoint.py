@@ -2,13 +2,14 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit
+from rlhf_ray.driver.checkpoint import Checkpoints, RunState, SavedCommit, kept_versions
 from rlhf_ray.errors import CheckpointError
 
 
@@ -62,6 +63,40 @@ def test_old_versions_go_and_the_best_stays(store: Checkpoints, tmp_path: Path) 
     store.save(12, groups("12"), {})
     assert versions(tmp_path) == ["11", "12"]
     assert os.readlink(tmp_path / "best") == "11"
+
+
+@pytest.mark.parametrize(
+    ("every", "saved", "kept"),
+    [
+        (1, range(1, 6), ["1", "2", "3"]),
+        (2, range(1, 8), ["2", "4"]),
+        (5, (4, 8, 12, 16, 20, 24), ["8", "12", "16"]),
+        (0, range(1, 6), []),
+    ],
+)
+def test_dropped_commits_leave_their_adapter_where_asked(
+    tmp_path: Path, every: int, saved: Sequence[int], kept: list[str]
+) -> None:
+    store = Checkpoints(tmp_path, 2, {"policy": {"tokenizer.json": b"[1]"}}, every)
+    for version in saved:
+        store.save(version, groups(str(version)), {})
+    newest = [str(version) for version in saved[-2:]]
+    assert versions(tmp_path) == sorted([*kept, *newest])
+    assert kept_versions(tmp_path, whole=True) == [*saved[-2:]]
+    for name in kept:
+        files = [str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*.*")]
+        assert sorted(files) == ["policy/adapter_config.json", "policy/tokenizer.json"]
+        assert not store.has(int(name))
+    assert latest(store).version == saved[-1]
+
+
+def test_a_kill_while_a_commit_becomes_an_adapter_is_made_good(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, 2, {}, 1)
+    for version in (1, 2):
+        store.save(version, groups("x"), {})
+    shutil.rmtree(tmp_path / "1" / "critic")  # it got this far
+    Checkpoints(tmp_path, 2, {}, 1).save(3, groups("x"), {})
+    assert [path.name for path in (tmp_path / "1").rglob("*.*")] == ["adapter_config.json"]
 
 
 def _flip(folder: Path) -> None:

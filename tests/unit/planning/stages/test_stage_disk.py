@@ -51,6 +51,9 @@ def test_ppo_keeps_its_newest_commits_the_best_one_and_batches() -> None:
     fewer = disk(STACKLLAMA, "ppo", "run.keep_batches=none", "ppo.keep_checkpoints=2")
     assert none.kept[0] - fewer.kept[0] == pytest.approx(state)
     assert none.peak[0] - none.kept[0] == pytest.approx(state)
+    keys = ("run.keep_batches=none", "ppo.save_every=2", "ppo.keep_adapters=all")
+    adapters = disk(STACKLLAMA, "ppo", *keys)
+    assert adapters.kept[0] - none.kept[0] == pytest.approx(1250 * 2 * ADAPTER)
     batch = state + 64 * 640 * 29
     every = disk(STACKLLAMA, "ppo", "run.keep_batches=all")
     assert every.kept[0] - none.kept[0] == pytest.approx(2500 * batch)
