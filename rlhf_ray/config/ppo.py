@@ -222,9 +222,8 @@ class PpoConfig(Section):
     keep_adapters: Annotated[int, Field(ge=1)] | Literal["all"] | None = changeable(
         None,
         unit="versions",
-        description="Of commits that are dropped, which ones leave their adapter, for chat, "
-        "generate, evaluate and bisect: all, or of every n versions the first that was saved "
-        "(ppo.save_every); none: no adapter is kept.",
+        description="Commits that leave their adapter, for chat or bisect, when they are dropped: "
+        "all, or of every n versions the first that was saved (ppo.save_every); none: none does.",
     )
 
     @property
