@@ -4,8 +4,10 @@ They come from the model's folder or from a shape in the config; this module loa
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf_ray.config import Config
@@ -13,6 +15,9 @@ from rlhf_ray.config.model import LoraConfig, ModelConfig, ShapeConfig, TinyMode
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import base_of, cached_file, is_adapter
 from rlhf_ray.planning.memory import Linear, ModelSize, Shape, num_weights
+
+_DESCRIBED = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
+"""Architectures of which `described_shape` knows all but norms and biases, by ``model_type``."""
 
 
 def described_shape(shape: ShapeConfig) -> Shape:
@@ -186,6 +191,33 @@ def _config_folder(path: str) -> str | None:
 
 @functools.cache
 def _folder_shape(folder: str, remote: bool) -> Shape:
+    if find_spec("transformers") is None:  # a client that only plans and submits
+        shape = _common_shape(folder)
+        if shape is not None:
+            return described_shape(shape)
     from rlhf_ray.planning.model_sizes import shape_of, skeleton  # loads transformers
 
     return shape_of(skeleton(folder, ModelConfig(trust_remote_code=remote)))
+
+
+def _common_shape(folder: str) -> ShapeConfig | None:
+    """Return what a config.json says of a model of a common architecture; None: another one."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] not in _DESCRIBED:
+            return None
+        return ShapeConfig(
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config.get("num_key_value_heads"),
+            head_dim=config.get("head_dim"),
+            intermediate_size=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            tied_embeddings=config.get("tie_word_embeddings", False),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} has no config.json of a known architecture ({error}); name a model folder, "
+            "or give its shape for the plan (model.shape)"
+        ) from error

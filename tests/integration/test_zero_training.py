@@ -1,6 +1,8 @@
 """Supervised stages under ZeRO: two ranks train what one process trains, and go on as they were."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +79,32 @@ TUNED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def trained_by_one(tmp_path_factory: pytest.TempPathFactory, base: str) -> Callable[..., Path]:
+    """Trains a stage in one process, once for the tests that compare with it; gives its folder."""
+
+    @cache
+    def one(tuned: str, how: str = "") -> Path:
+        stage, folder = tuned.split()[0], tmp_path_factory.mktemp("one")
+        keys = TUNED[tuned] | (HARDER[how] if how else {})
+        train_stage(write_run(folder / "run", base, stage, **keys), stage, folder / "learnt")
+        return folder
+
+    return one
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 @pytest.mark.parametrize("tuned", TUNED)
 def test_two_ranks_train_what_one_process_trains(
-    tmp_path: Path, base: str, tuned: str, zero_stage: int
+    tmp_path: Path, base: str, trained_by_one: Callable[..., Path], tuned: str, zero_stage: int
 ) -> None:
     stage, keys = tuned.split()[0], TUNED[tuned]
-    train_stage(write_run(tmp_path / "one", base, stage, **keys), stage, tmp_path / "alone")
-    config = write_run(tmp_path / "two", base, stage, train_workers=2, **keys, **zero(zero_stage))
-    train(2, config, stage, tmp_path / "together")
-    require_same(tmp_path / "together", tmp_path / "alone")
+    config = write_run(tmp_path / "run", base, stage, train_workers=2, **keys, **zero(zero_stage))
+    train(2, config, stage, tmp_path / "learnt")
+    require_same(tmp_path / "learnt", trained_by_one(tuned) / "learnt")
     curves = [
-        (tmp_path / run / stage / "metrics.jsonl").read_text().splitlines()
-        for run in ("one", "two")
+        (folder / "run" / stage / "metrics.jsonl").read_text().splitlines()
+        for folder in (trained_by_one(tuned), tmp_path)
     ]
     for one, two in zip(*curves, strict=True):
         assert json.loads(two) == pytest.approx(json.loads(one), abs=1e-5)
@@ -98,8 +113,22 @@ def test_two_ranks_train_what_one_process_trains(
 SAVED = {"trainer": {"save_steps": 2}, "weight_decay": 0.1}
 
 
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory: pytest.TempPathFactory, base: str) -> Callable[..., Path]:
+    """Trains a stage to its end, once for every number of ranks that resumes a killed one."""
+
+    @cache
+    def whole(stage: str, zero_stage: int, ranks: int) -> Path:
+        folder, keys = tmp_path_factory.mktemp("whole"), TUNED[stage] | zero(zero_stage) | SAVED
+        config = write_run(folder / "run", base, stage, train_workers=ranks, **keys)
+        train(ranks, config, stage, folder / "learnt")
+        return folder / "learnt"
+
+    return whole
+
+
 @pytest.mark.parametrize(
-    ("tuned", "zero_stage", "ranks", "then_ranks"),
+    ("stage", "zero_stage", "ranks", "then_ranks"),
     [
         *(("sft", 2, 2, 2), ("sft", 2, 2, 1), ("sft", 1, 1, 2)),
         *(("sft", 3, 2, 2), ("sft", 3, 2, 1), ("reward", 3, 1, 2)),
@@ -107,11 +136,15 @@ SAVED = {"trainer": {"save_steps": 2}, "weight_decay": 0.1}
     ],
 )
 def test_a_killed_training_goes_on_in_as_many_processes_or_others(
-    tmp_path: Path, base: str, tuned: str, zero_stage: int, ranks: int, then_ranks: int
+    tmp_path: Path,
+    base: str,
+    never_killed: Callable[..., Path],
+    stage: str,
+    zero_stage: int,
+    ranks: int,
+    then_ranks: int,
 ) -> None:
-    stage, keys = tuned, TUNED[tuned] | zero(zero_stage) | SAVED
-    config = write_run(tmp_path / "whole", base, stage, train_workers=ranks, **keys)
-    train(ranks, config, stage, tmp_path / "of_whole")
+    keys = TUNED[stage] | zero(zero_stage) | SAVED
     config = write_run(tmp_path / "killed", base, stage, train_workers=ranks, **keys)
     with pytest.raises(AssertionError, match="a rank has failed"):
         train(ranks, config, stage, tmp_path / "of_killed", killed=2)
@@ -119,7 +152,8 @@ def test_a_killed_training_goes_on_in_as_many_processes_or_others(
     config = write_run(tmp_path / "killed", base, stage, train_workers=then_ranks, **keys)
     train(then_ranks, config, stage, tmp_path / "of_killed")
     exact = 0.0 if ranks == then_ranks else 1e-5
-    require_same(tmp_path / "of_killed", tmp_path / "of_whole", atol=exact)
+    whole = never_killed(stage, zero_stage, ranks)
+    require_same(tmp_path / "of_killed", whole, atol=exact)
     checkpoint = tmp_path / "killed" / stage / "trainer" / "checkpoint-2"
     assert (checkpoint / "latest_universal").exists() == (ranks != then_ranks)
 
@@ -135,18 +169,16 @@ HARDER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("zero_stage", [2, 3])
 @pytest.mark.parametrize("how", HARDER)
 def test_what_else_is_set_changes_nothing(
-    tmp_path: Path, base: str, how: str, zero_stage: int
+    tmp_path: Path, base: str, trained_by_one: Callable[..., Path], how: str, zero_stage: int
 ) -> None:
-    keys = TUNED["sft"] | HARDER[how]
-    train_stage(write_run(tmp_path / "one", base, "sft", **keys), "sft", tmp_path / "alone")
-    keys = keys | zero(zero_stage)
+    keys = TUNED["sft"] | HARDER[how] | zero(zero_stage)
     if how == "offloaded":
         device = {"device": "cpu"}
         held = {"offload_optimizer": device} | ({"offload_param": device} if zero_stage > 2 else {})
         keys |= {"deepspeed": {"zero": held}}
     config = write_run(tmp_path / "two", base, "sft", train_workers=2, **keys)
     train(2, config, "sft", tmp_path / "together")
-    require_same(tmp_path / "together", tmp_path / "alone")
+    require_same(tmp_path / "together", trained_by_one("sft", how) / "learnt")
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

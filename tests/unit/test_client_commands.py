@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEAVY = ("torch", "deepspeed", "vllm", "transformers", "peft")
@@ -42,6 +43,14 @@ def test_commands_of_this_machine_load_nothing_that_trains(
     done = client(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
+
+
+def test_plan_reads_a_model_folder_without_the_library_that_loads_it(tmp_path: Path) -> None:
+    AutoConfig.for_model("qwen2", num_hidden_layers=2, hidden_size=128).save_pretrained(tmp_path)
+    keys = (f"model.path={tmp_path}", "--cluster", "8xA100-80GB")
+    done = client(tmp_path, "plan", str(CONFIGS / "stackllama/sft.yaml"), *keys)
+    assert done.returncode == 0, done.stderr
+    assert "It fits." in done.stdout
 
 
 @pytest.mark.parametrize("command", ["run", "prepare", "chat", "merge"])
