@@ -40,7 +40,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class AppendedFile:
-    """A text file that grows; what a full disk refuses is kept, and written with the next text."""
+    """A file that grows; what a full disk refuses is kept, and written with what comes next."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,10 +48,10 @@ class AppendedFile:
         self._rest = b""
         self._lock = threading.RLock()  # the watchdog writes warnings from a thread
 
-    def write(self, text: str) -> None:
-        """Append a text; readers see it at once, unless the disk is full."""
+    def write(self, content: str | bytes) -> None:
+        """Append a text or bytes; readers see it at once, unless the disk is full."""
         with self._lock:
-            self._rest += text.encode()
+            self._rest += content.encode() if isinstance(content, str) else content
             try:
                 self.flush()
             except OSError as error:

@@ -140,6 +140,25 @@ LONGEST_NAME = 100
 """Bytes of run.name, which is part of names of files and of Ray's namespace."""
 
 
+class RecordConfig(Section):
+    """What PPO records of each iteration's samples."""
+
+    samples: int = changeable(
+        64,
+        unit="–",
+        ge=0,
+        description="Samples of an iteration whose texts, scores and KL are recorded; at most the "
+        "batch.",
+    )
+    tokens: int = changeable(
+        16,
+        unit="–",
+        ge=0,
+        description="Samples among them with values of each token: advantage, KL and log-prob "
+        "mismatch.",
+    )
+
+
 class RunConfig(Section):
     """Name, folder, seed and stages of a run."""
 
@@ -182,6 +201,9 @@ class RunConfig(Section):
         description="Batches that PPO keeps in ppo/batches, each with the commit before it, for "
         "rlhf-ray replay. warned: the newest five that a guard warned of; last: the last one, and "
         "those; all: every one.",
+    )
+    record: RecordConfig = fixed(
+        RecordConfig(), description="What PPO records of each iteration's samples."
     )
 
     @field_validator("callbacks")

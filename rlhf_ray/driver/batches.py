@@ -268,11 +268,16 @@ async def learn_from(
     stats, *_ = await _all([group.assemble(batch, kl_coef) for group in learners.values()])
     if iteration <= ppo.critic_warmup:
         learners = {name: group for name, group in learners.items() if name != "policy"}
+    moments = whitening(batch, stats) if whitened else (0.0, 1.0)
+    reports = await _all([group.learn(*moments, iteration) for group in learners.values()])
+    return stats, dict(zip(learners, reports, strict=True))
+
+
+def whitening(batch: Sequence[ScoredShard], stats: AssembledStats) -> tuple[float, float]:
+    """Return mean and standard deviation of a batch's advantages, by which they are whitened."""
     moments = Moments(stats.num_tokens, stats.advantage_total, stats.advantage_total_sq)
     largest = max(abs(score) for scored in batch for score in scored.scores)
-    whitening = (moments.mean, moments.std(size=largest)) if whitened else (0.0, 1.0)
-    reports = await _all([group.learn(*whitening, iteration) for group in learners.values()])
-    return stats, dict(zip(learners, reports, strict=True))
+    return moments.mean, moments.std(size=largest)
 
 
 async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

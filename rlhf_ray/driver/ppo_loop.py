@@ -17,7 +17,7 @@ iteration back.
 import asyncio
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,13 +39,13 @@ from rlhf_ray.driver.metrics import (
     run_summary,
 )
 from rlhf_ray.driver.recorder import Recorder
+from rlhf_ray.driver.records.samples import SampleRecords
 from rlhf_ray.driver.rollouts import Rollouts
 from rlhf_ray.driver.useful_time import UsefulTime
 from rlhf_ray.driver.weight_sync import WeightSync
 from rlhf_ray.errors import DataLost
 from rlhf_ray.interruption import Droppable
 from rlhf_ray.observability.progress import Bar
-from rlhf_ray.rewards.combine import raw_sums
 from rlhf_ray.roles import Roles
 from rlhf_ray.types import AssembledStats, ScoredShard, StepReport
 
@@ -65,6 +65,8 @@ class LoopParts:
     """State of the run: that of its last saved commit, or the initial one."""
     bar: Bar
     """Progress on the terminal."""
+    token_text: Callable[[int], str] = str
+    """Returns the text of a token's id, for the recorded samples."""
 
 
 class PpoLoop:
@@ -81,19 +83,18 @@ class PpoLoop:
         self.time = UsefulTime(parts.recorder.outages, state, parts.recorder.seen_at)
         bound = config.rollout.max_gap or state.gap_bound
         self._mismatch_guard = parts.sync.mismatch_guard(bound)
-        kept_in = None if config.run.keep_batches == "none" else FOLDER
-        self._guards = Guards(config.guards, parts.recorder, kept_in)
+        has_batches = config.run.keep_batches != "none"
+        self._guards = Guards(config.guards, parts.recorder, FOLDER if has_batches else None)
         is_whitened = whitens(config.ppo)  # asked once: it may load a file of the user's
         self._learn_from = partial(learn_from, ppo=config.ppo, whitened=is_whitened)
-        warn, max_staleness = self._guards.warn, config.ppo.max_staleness
+        warn, fetch, max_staleness = self._guards.warn, parts.roles.fetch, config.ppo.max_staleness
         self._commits = Commits(config, parts.roles, parts.checkpoints, parts.recorder, warn)
         self._rollouts = Rollouts(
             parts.roles, self._mismatch_guard, parts.recorder, warn, max_staleness
         )
-        self._keeper = BatchKeeper(
-            config, parts.recorder, parts.checkpoints, parts.roles.fetch, warn
-        )
+        self._keeper = BatchKeeper(config, parts.recorder, parts.checkpoints, fetch, warn)
         self._batches = Batches(config, self._rollouts, self._ledger, parts.cursor, warn)
+        self._samples = SampleRecords(config, fetch, parts.token_text, whitened=is_whitened)
         self._kl = kl_controller(config.ppo, state.adapted_kl_coef(config.ppo.kl_coef))
         self._stop_requested = False
         self._droppable = Droppable()
@@ -194,7 +195,7 @@ class PpoLoop:
         metrics |= generator_metrics(self._roles.generators.report(), self._state)
         price, num_gpus = config.cluster.gpu_hour_price, self._roles.num_gpus()
         metrics |= pace_metrics(stats, time.monotonic() - started, price, num_gpus)
-        await self._record(batch, metrics, iteration)
+        await self._record(batch, stats, metrics)
         self._at_end = self._stop_requested or iteration == config.ppo.iterations
         if self._at_end:
             await self._commits.save(iteration)
@@ -312,9 +313,9 @@ class PpoLoop:
         await self._rollouts.publish(await self._roles.policy.adapter(self._state.version))
 
     async def _record(
-        self, batch: Sequence[ScoredShard], metrics: Mapping[str, float], iteration: int
+        self, batch: Sequence[ScoredShard], stats: AssembledStats, metrics: Mapping[str, float]
     ) -> None:
-        state = self._state
+        state, iteration = self._state, self._state.iteration
         metrics = {
             **metrics,
             "policy/version": state.version,
@@ -322,10 +323,10 @@ class PpoLoop:
             "episode_set_aside": state.samples_set_aside,
         }
         self._recorder.log(iteration, metrics)
-        scores = raw_sums(self._config.rewards, batch[0].raw_scores)
         with suppress(DataLost):  # it is learnt and committed: its texts alone are missing
-            rollouts = await self._roles.fetch(batch[0].shard.rollouts)
-            self._recorder.completions(iteration, rollouts, scores)
+            kl_coef = metrics["objective/kl_coef"]
+            samples = await self._samples.of(iteration, batch, stats, kl_coef)
+            self._recorder.completions(iteration, samples)
         self._recorded = iteration
         self._parts.bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
 

@@ -10,12 +10,16 @@ from typing import Any
 
 from rlhf_ray.config.trackers import TrackersConfig
 from rlhf_ray.observability.outages import Outages
+from rlhf_ray.observability.samples.writing import SampleWriter
 from rlhf_ray.observability.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, read_jsonl
 from rlhf_ray.observability.tracing import BusyTime, Tracer, unix_now
 from rlhf_ray.observability.trackers import current, numbers
-from rlhf_ray.types import GeneratorsReport, Rollout
+from rlhf_ray.types import GeneratorsReport
 
-NUM_COMPLETIONS = 4
+IN_TABLE = 4
+"""Samples of an iteration in the tables of trackers."""
+TABLE = ("iteration", "prompt", "response", "score", "length", "finish_reason")
+"""Columns of these tables."""
 BESIDE = "save"
 """Phase that runs beside those of the next iteration, and so has its own row in the trace."""
 
@@ -30,6 +34,7 @@ class Recorder:
         settings: TrackersConfig,
         resume_after: int | None,
         live: Sequence[Sink] = (),
+        sources: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -38,17 +43,18 @@ class Recorder:
             settings: which trackers get the records besides the files in the folder.
             resume_after: last iteration whose records are kept; None: a new run.
             live: sinks that show current values; they also get values that no file keeps.
+            sources: names of the reward sources.
         """
         self.folder = folder
-        self._metrics, self._evals, self._completions, self._warnings = (
-            JsonlSink(folder / name)
-            for name in ("metrics.jsonl", "eval.jsonl", "completions.jsonl", "warnings.jsonl")
+        self._metrics, self._evals, self._warnings = (
+            JsonlSink(folder / name) for name in ("metrics.jsonl", "eval.jsonl", "warnings.jsonl")
         )
         self.outages = Outages(folder / "outages.jsonl")
         # Iterations after the commit are run again: without the cut they would be recorded twice.
         kept = -1 if resume_after is None else resume_after
-        for sink in (self._metrics, self._evals, self._completions, self._warnings):
+        for sink in (self._metrics, self._evals, self._warnings):
             sink.truncate_after("iteration", kept)
+        self._completions = SampleWriter(folder, sources, kept)
         local: list[Sink] = []
         if settings.tensorboard:
             local.append(TensorBoardSink(folder / "tensorboard", purge_step=kept + 1))
@@ -123,24 +129,11 @@ class Recorder:
             },
         )
 
-    def completions(
-        self, iteration: int, rollouts: Sequence[Rollout], scores: Sequence[float | None]
-    ) -> None:
-        """Record the texts of an iteration's first few samples."""
-        rows = [
-            {
-                "iteration": iteration,
-                "prompt": rollout.prompt.text,
-                "response": rollout.text,
-                "score": score,
-                "length": len(rollout.response_ids),
-                "finish_reason": rollout.finish_reason,
-            }
-            for rollout, score in list(zip(rollouts, scores, strict=True))[:NUM_COMPLETIONS]
-        ]
-        for row in rows:
-            self._completions.append(row)
+    def completions(self, iteration: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Record an iteration's samples (`driver.records.samples`)."""
+        self._completions.append(records)
         if iteration % self._completions_every == 0:
+            rows = [{name: record[name] for name in TABLE} for record in records[:IN_TABLE]]
             current().table("completions", iteration, rows)
 
     def warning(self, record: Mapping[str, object]) -> None:

@@ -67,6 +67,16 @@ def load_tokenizer(path: str, settings: ModelConfig = STRICT) -> PreTrainedToken
     return tokenizer
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return the text of a token as it stands within a text, with the space before it.
+
+    Alone, some tokenizers decode it without that space; as the second of two they keep it. A part
+    of a character of several bytes is the replacement character.
+    """
+    alone, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
+    return str(twice)[len(alone) :]
+
+
 def _refuse_unknown_ids(tokenizer: PreTrainedTokenizerBase, path: str, trusted: bool) -> None:
     """Refuse a tokenizer some of whose ids the model's embedding has no row for.
 

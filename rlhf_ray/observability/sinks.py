@@ -46,7 +46,7 @@ class JsonlSink:
 
     def append(self, record: Mapping[str, object]) -> None:
         """Append a record; non-finite numbers, which JSON lacks, become null."""
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
         if self._file is None:
             self._file = AppendedFile(self._path)
             # A torn last line is ended first, so that this one is whole.
@@ -172,11 +172,12 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """Return a value with null for each number, at any depth, that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

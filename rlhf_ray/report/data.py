@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError, ArithmeticError)
 """What reading a damaged file raises: it is a folder, is no text, nests too deeply, lacks a key."""
+_LAST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RunFiles:
     evaluations: Sequence[Record]
     """ppo/eval.jsonl."""
     completions: Sequence[Record]
-    """ppo/completions.jsonl."""
+    """The last ones of ppo/completions.jsonl, which may have gigabytes."""
     warnings: Sequence[Record]
     """ppo/warnings.jsonl, written by the guards."""
     outages: Sequence[Record]
@@ -117,8 +118,10 @@ def read(run_dir: Path) -> RunFiles:
             odd[name] = f"cannot be read: {first_line(error)}"
             return otherwise
 
-    def lines(name: str) -> list[Record]:
-        records, num_odd = from_file(name, _read_lines, ([], 0))
+    def lines(
+        name: str, read_some: Callable[[Path], tuple[list[Record], int]] = _read_lines
+    ) -> list[Record]:
+        records, num_odd = from_file(name, read_some, ([], 0))
         if num_odd:
             odd[name] = f"{num_odd} lines are no JSON objects and are left out"
         return records
@@ -142,7 +145,7 @@ def read(run_dir: Path) -> RunFiles:
         summaries={stage: summary for stage, summary in summaries.items() if summary},
         metrics={stage: records for stage, records in metrics.items() if records},
         evaluations=lines("ppo/eval.jsonl"),
-        completions=lines("ppo/completions.jsonl"),
+        completions=lines("ppo/completions.jsonl", _read_last_lines),
         warnings=lines("ppo/warnings.jsonl"),
         outages=lines("ppo/outages.jsonl"),
         samples=lines("evaluate/samples.jsonl"),
@@ -182,9 +185,22 @@ def _read_json(path: Path) -> Record:
     raise ValueError("it is no JSON object")
 
 
+def _read_last_lines(path: Path) -> tuple[list[Record], int]:
+    """Return the records in the last `_LAST_BYTES` of a file, and how many lines hold none."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        if file.tell():
+            file.readline()  # the rest of a line
+        return _records(file.read().decode(errors="replace"))
+
+
 def _read_lines(path: Path) -> tuple[list[Record], int]:
-    """Return the records, and how many lines hold none; the last one may be torn by a kill."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    """Return the records, and how many lines hold none."""
+    return _records(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _records(text: str) -> tuple[list[Record], int]:
+    """Return the records of lines, and how many hold none; the last one may be torn by a kill."""
     *whole, last = [(line, record_of(line)) for line in text.split("\n")]
     num_odd = sum(record is None for line, record in whole if line.strip())
     return [record for _, record in (*whole, last) if record is not None], num_odd

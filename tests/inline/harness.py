@@ -164,7 +164,11 @@ class Harness:
         state = RunState(**saved.progress) if saved else RunState()
         tracer = Tracer(self.folder / "trace.json")
         recorder = Recorder(
-            self.folder / "ppo", tracer, config.trackers, state.iteration if saved else None
+            self.folder / "ppo",
+            tracer,
+            config.trackers,
+            state.iteration if saved else None,
+            sources=[source.name for source in config.rewards],
         )
         await self._restore(saved)
         parts = LoopParts(

@@ -77,7 +77,8 @@ def test_every_iteration_leaves_completions(tmp_path: Path) -> None:
     harness = Harness(make_config(tmp_path, iterations=2))
     harness.run()
     records = harness.records("completions")
-    assert [record["iteration"] for record in records] == [1, 1, 1, 2, 2, 2]
+    assert [record["iteration"] for record in records] == [1] * 8 + [2] * 8
+    assert [record["version"] for record in records] == [0] * 8 + [1] * 8
     assert records[0]["length"] == len(records[0]["response"].split())
     assert all(record["prompt"].startswith("prompt ") for record in records)
 

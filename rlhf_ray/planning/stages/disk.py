@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rlhf_ray.config import Config
-from rlhf_ray.planning.memory import ADAM_BYTES, BYTES
+from rlhf_ray.planning.memory import ADAM_BYTES, BYTES, GB
 from rlhf_ray.planning.role_times import Range
 from rlhf_ray.planning.roles import policy_adapter_bytes, state_bytes
 from rlhf_ray.planning.shapes import Models
@@ -17,8 +17,10 @@ ROLLOUT_TOKEN = 8 + 4 * 4 + TEXT
 """Bytes of a token of a kept batch: its id, four fp32 numbers, its text."""
 RECORDS = 5.9e3
 """Bytes of an iteration in metrics and trace (measured: 59 MB of 10,000 iterations)."""
-COMPLETIONS = 4
-"""Samples of an iteration whose texts are recorded."""
+SAMPLE = 400.0
+"""Bytes of a recorded sample besides its texts: names, numbers, its row in the index."""
+RECORDED_TOKEN = 45.0
+"""Bytes of a token whose values are recorded: id, text and three numbers, as JSON."""
 WARNED = 5
 """Most batches kept because a guard warned of them."""
 REPORT = 5e5
@@ -64,7 +66,7 @@ def ppo_disk(config: Config, models: Models) -> Disk:
     if ppo.adapters_every:
         num_adapters = ppo.iterations // max(ppo.adapters_every, ppo.save_every)
         commits += num_adapters * policy_adapter_bytes(config, models)
-    records = ppo.iterations * (RECORDS + COMPLETIONS * longest * TEXT)
+    records = ppo.iterations * RECORDS + recorded_bytes(config)
     at_least, at_most = {
         "none": (0, 0),
         "warned": (0, WARNED),
@@ -73,6 +75,27 @@ def ppo_disk(config: Config, models: Models) -> Disk:
     }[config.run.keep_batches]
     best, worst = (commits + records + number * batch for number in (at_least, at_most))
     return Disk((best, worst), (best + state, worst + state))
+
+
+def recorded_bytes(config: Config) -> float:
+    """Return the bytes of the run's recorded samples, all of them as long as they may be."""
+    ppo, rollout, record = config.ppo, config.rollout, config.run.record
+    samples = min(record.samples, ppo.batch_size)
+    texts = samples * (SAMPLE + (rollout.max_prompt_tokens + rollout.max_tokens) * TEXT)
+    values = min(record.tokens, samples) * rollout.max_tokens * RECORDED_TOKEN
+    return ppo.iterations * (texts + values)
+
+
+def recorded(config: Config) -> str:
+    """Return how much the recorded samples take at most, as a note; empty where none are."""
+    record, size = config.run.record, recorded_bytes(config) / GB
+    if not size:
+        return ""
+    samples = min(record.samples, config.ppo.batch_size)
+    return (
+        f"run.record keeps the texts of {samples} samples an iteration, and the values of the "
+        f"tokens of {min(record.tokens, samples)}: at most {size:.2g} GB"
+    )
 
 
 def comparison_disk(config: Config, num_models: int) -> Disk:

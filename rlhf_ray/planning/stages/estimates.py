@@ -33,6 +33,8 @@ class StageEstimate:
     """Why something is not estimated, or what the estimate is of."""
     assumptions: tuple[str, ...] = ()
     """Names of the assumptions that it depends on."""
+    recorded: str = ""
+    """What its recorded samples take of the disk, at most; empty: it records none."""
 
 
 def stage_estimates(plan: Plan) -> list[StageEstimate]:
@@ -136,6 +138,7 @@ def _ppo(plan: Plan) -> StageEstimate:
         disks.ppo_disk(config, plan.models),
         note,
         hours.assumptions_of(config, "ppo") if seconds else (),
+        disks.recorded(config),
     )
 
 

@@ -42,6 +42,11 @@ def stage_table(stages: Sequence[StageEstimate], width: int) -> Iterator[str]:
         yield textwrap.fill(
             f"  {named}: {note}", width, subsequent_indent="    ", break_on_hyphens=False
         )
+    for stage in stages:
+        if stage.recorded:
+            yield textwrap.fill(
+                f"  {stage.stage}: {stage.recorded}", width, subsequent_indent="    "
+            )
 
 
 def assumed(stages: Sequence[StageEstimate]) -> list[str]:
@@ -65,6 +70,7 @@ def as_values(stage: StageEstimate) -> dict[str, object]:
         "disk_gb_range": disk and [each / GB for each in disk.kept],
         "disk_peak_gb_range": disk and [each / GB for each in disk.peak],
         "note": stage.note,
+        "recorded": stage.recorded,
     }
 
 

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ from rlhf_ray.models.folders import BASE_MODEL
 from rlhf_ray.models.load_arguments import own_device
 from rlhf_ray.models.merging import verify_names
 from rlhf_ray.models.stop_conditions import generation_config
-from rlhf_ray.models.tokenizers import load_tokenizer, save_tokenizer
+from rlhf_ray.models.tokenizers import load_tokenizer, save_tokenizer, token_text
 from rlhf_ray.observability.progress import Bar, Progress
 from rlhf_ray.observability.ray_metrics import ray_sinks
 from rlhf_ray.observability.tracing import Tracer
@@ -59,9 +60,7 @@ def run(config: Config) -> dict[str, object]:
     saved = checkpoints.latest()
     state = _state_of(saved).weighing([source.weight for source in config.rewards])
     tracer = Tracer(folder.path / "trace.json", config.run.name)
-    sinks = ray_sinks(config.run.name, "driver")
-    resumed_at = state.iteration if saved else None
-    recorder = Recorder(folder.stage("ppo"), tracer, config.trackers, resumed_at, sinks)
+    recorder = _recorder(folder, tracer, state.iteration if saved else None)
     progress = Progress(config.run.stages)
 
     async def train(bar: Bar) -> dict[str, object]:
@@ -82,6 +81,7 @@ def run(config: Config) -> dict[str, object]:
                 recorder=recorder,
                 state=state,
                 bar=bar,
+                token_text=partial(token_text, tokenizer),
             )
             loop = PpoLoop(parts)
             async with controlled(folder.path, loop, roles.generators, bar, recorder, progress.say):
@@ -95,6 +95,13 @@ def run(config: Config) -> dict[str, object]:
         recorder.close()
         tracer.close()
     return _finish(folder, summary)
+
+
+def _recorder(folder: RunFolder, tracer: Tracer, resumed_at: int | None) -> Recorder:
+    config = folder.config
+    sinks = ray_sinks(config.run.name, "driver")
+    sources = [source.name for source in config.rewards]
+    return Recorder(folder.stage("ppo"), tracer, config.trackers, resumed_at, sinks, sources)
 
 
 def begin_ahead(config: Config) -> None:
