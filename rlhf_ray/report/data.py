@@ -188,10 +188,10 @@ def _read_json(path: Path) -> Record:
 def _read_last_lines(path: Path) -> tuple[list[Record], int]:
     """Return the records in the last `_LAST_BYTES` of a file, and how many lines hold none."""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _LAST_BYTES))
-        if file.tell():
-            file.readline()  # the rest of a line
-        return _records(file.read().decode(errors="replace"))
+        begin = max(0, path.stat().st_size - _LAST_BYTES)
+        file.seek(begin)
+        text = file.read().decode(errors="replace")
+    return _records(text.partition("\n")[2] if begin else text)  # the first may be part of a line
 
 
 def _read_lines(path: Path) -> tuple[list[Record], int]:
