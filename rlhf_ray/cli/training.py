@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import ConfigPath, OneModel, Overrides, Retries, StageModel, read_config
+from rlhf_ray.cli.arguments import (
+    ConfigPath,
+    OneModel,
+    Overrides,
+    Retries,
+    StageModel,
+    read_config,
+    split_versions,
+)
 from rlhf_ray.cli.inspection import CHECK
 from rlhf_ray.cli.models import USE
 from rlhf_ray.config import Config
@@ -76,6 +84,37 @@ def run(
     report = run_pipeline(resolved) / "report.html"
     if report.is_file():
         typer.echo(f"Report: {report}")
+
+
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: rlhf-ray branch runs/my-run@412 run.name=lower-kl ppo.kl_coef=0.05",
+)
+def branch(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN@VERSION", help="A run's folder, and the commit: a number, latest or best."
+        ),
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Make a new run that starts from a commit of another one, with other settings.
+
+    run.name names it. What may change on resume may change here. The other run is only read: the
+    new one has copies of all but the models before PPO, which it reads where they are.
+    """
+    from rlhf_ray.runs.branch import branch as make_branch
+
+    folder, versions = split_versions(run)
+    if len(versions) != 1:
+        raise ConfigError(f"Name one commit to start from, as in {folder}@412; got {run}")
+    made = make_branch(read_config(folder, []), read_config(folder, overrides), versions[0])
+    origin = made.origin
+    typer.echo(
+        f"Wrote {made.folder}, which starts from version {origin.version} of {origin.run} with "
+        f"{max(0, made.num_left)} iterations left. Start it: rlhf-ray run {made.folder}"
+    )
 
 
 @app.command(rich_help_panel=CHECK)

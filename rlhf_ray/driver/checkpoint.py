@@ -223,7 +223,7 @@ class Checkpoints:
         damage: list[str] = []
         for version in reversed(versions):
             try:
-                saved = replace(self._read(version), damaged=tuple(damage))
+                saved = replace(read_commit(self._folder / str(version)), damaged=tuple(damage))
                 self._whole.add(version)
                 return saved
             except (*DAMAGE, OSError) as error:
@@ -235,18 +235,6 @@ class Checkpoints:
                 "begin a new run with run.resume=never"
             )
         return None
-
-    def _read(self, version: int) -> SavedCommit:
-        folder = self._folder / str(version)
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        groups: dict[str, dict[str, bytes]] = {group: {} for group in GROUPS}
-        for name, digest in state["sha256"].items():
-            content = (folder / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise ValueError(f"{name} is not what was written")
-            group, _, file = name.partition("/")
-            groups[group][file] = content
-        return SavedCommit(version, groups["policy"], groups["critic"], state["progress"])
 
     @contextmanager
     def _unwritable_is_an_error(self, version: int) -> Generator[None]:
@@ -295,6 +283,19 @@ class Checkpoints:
         for version in kept_versions(self._folder) if self._adapters_every else ():
             firsts.setdefault(version // self._adapters_every, str(version))
         return {version for interval, version in firsts.items() if interval}
+
+
+def read_commit(folder: Path) -> SavedCommit:
+    """Read a commit from its folder; damage raises one of `DAMAGE` or OSError."""
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    groups: dict[str, dict[str, bytes]] = {group: {} for group in GROUPS}
+    for name, digest in state["sha256"].items():
+        content = (folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{name} is not what was written")
+        group, _, file = name.partition("/")
+        groups[group][file] = content
+    return SavedCommit(state["version"], groups["policy"], groups["critic"], state["progress"])
 
 
 def kept_versions(folder: Path, *, whole: bool = False) -> list[int]:

@@ -4,11 +4,13 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.identity import Change
 from rlhf_ray.config.rewards import (
     ClassifierSourceConfig,
     FunctionSourceConfig,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 CHANGES = "changes.jsonl"
 """What was changed on resume, and when."""
+ORIGIN = "branch.json"
+"""The commit of another run from which this one started."""
 CHECKPOINTS = "trainer/checkpoint-*"
 """Checkpoints from which the supervised stages resume an unfinished training."""
 
@@ -127,6 +131,29 @@ class RunFolder:
     def changes(self) -> list[dict[str, Any]]:
         """Return the recorded changes of the config, one per resume that changed any."""
         return read_jsonl(self.path / CHANGES)
+
+    def record_changes(
+        self, changes: Sequence[Change], after: Mapping[str, int], finished: Sequence[str]
+    ) -> None:
+        """Append changes of the config to changes.jsonl.
+
+        Args:
+            changes: key, value before and value now.
+            after: stage -> the last iteration or optimizer step that was done without them.
+            finished: stages that were finished without them.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        record = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": list(finished),
+            "after": dict(after),
+            "changes": {key: {"before": old, "now": new} for key, old, new in changes},
+        }
+        path = self.path / CHANGES
+        with unwritable_is_an_error(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def dataset(self, name: str) -> Path:
         """Return the folder of a set that prepare writes: finetune, reward, rl or evaluation.

@@ -1,5 +1,6 @@
 """The lineage of a model: its base, the stages it went through, their data and licences."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from rlhf_ray.config.identity import is_read
 from rlhf_ray.config.section import masked
 from rlhf_ray.config.stages import STAGES
 from rlhf_ray.config.yaml_values import parsed
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.disk import DAMAGE
+from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.models.folders import cached_file
-from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.runs.folder import ORIGIN, RunFolder
 
 UNKNOWN = "unknown"
 
@@ -50,6 +52,33 @@ class Retuned:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The commit of another run from which a branch started, as branch.json holds it."""
+
+    run: str
+    """Name of the other run."""
+    folder: str
+    """Its folder, absolute, when the branch was made."""
+    version: int
+    iteration: int
+
+
+def origin_of(folder: Path) -> Origin | None:
+    """Return what the run in a folder was branched from; None: it began by itself.
+
+    Raises:
+        CheckpointError: the file that says so is damaged.
+    """
+    path = folder / ORIGIN
+    try:
+        return Origin(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (*DAMAGE, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore or remove it") from error
+
+
+@dataclass(frozen=True)
 class Lineage:
     """The lineage of a model."""
 
@@ -61,6 +90,8 @@ class Lineage:
     secrets."""
     changes: tuple[Retuned, ...] = ()
     """What was changed on resume of the keys that the steps read, without secrets."""
+    origin: Origin | None = None
+    """The commit that a branch started from."""
 
 
 def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
@@ -86,7 +117,8 @@ def lineage(config: Config, model: str, version: str | None = None) -> Lineage:
     base = config.sft.path or config.model.path
     start = Source(base, model_licence(base)) if base else Source("a small random Llama", "none")
     changes = tuple(_changes(folder, [step.stage for step in steps if not step.external]))
-    return Lineage(start, tuple(steps), _settings(config, stages), changes)
+    origin = origin_of(folder.path) if model == "ppo" else None
+    return Lineage(start, tuple(steps), _settings(config, stages), changes, origin)
 
 
 def model_licence(path: str) -> str:

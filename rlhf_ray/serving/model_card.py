@@ -43,7 +43,8 @@ def model_card(exported: Exported, history: Lineage) -> str:
         WRITTEN_BY,
         _description(exported),
         f"## Use\n\n{_block('python', _use(exported))}",
-        f"## Lineage\n\nStarted from {_named(history.base)}.\n\n{_steps(history)}",
+        f"## Lineage\n\nStarted from {_named(history.base)}.{_branched(history)}\n\n"
+        f"{_steps(history)}",
         *([f"## Changes on resume\n\n{_changes(history)}"] if history.changes else []),
         f"## Numbers\n\n{_numbers(history)}",
         "## Settings\n\nWhat differs from the defaults.\n\n"
@@ -111,6 +112,16 @@ def _use(exported: Exported) -> str:
     return (
         f"from {library} import {auto}\n\n"
         f"model = {auto}.from_pretrained({exported.folder!r}{more})\n"
+    )
+
+
+def _branched(history: Lineage) -> str:
+    origin = history.origin
+    if origin is None:
+        return ""
+    return (
+        f" PPO branched from version {origin.version} (iteration {origin.iteration}) of the run "
+        f"{_code(origin.run)}."
     )
 
 

@@ -1,12 +1,10 @@
 """A whole run: its stages in order, each once, resumed at the first unfinished one."""
 
-import json
 import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -295,18 +293,11 @@ def _record(folder: RunFolder, adjusted: Sequence[Change]) -> None:
         return
     done = [stage for stage in STAGES if folder.summary(stage) is not None]
     concerned = [s for s in STAGES if any(is_read(key, [s]) for key, _, _ in adjusted)]
-    record = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "finished": done,
-        # The last iteration or optimizer step of each stage that was done without the change.
-        "after": {s: last for s in concerned if (last := folder.position(s)) is not None},
-        "changes": {key: {"before": old, "now": new} for key, old, new in adjusted},
-    }
-    path = folder.path / CHANGES
-    with unwritable_is_an_error(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    # The last iteration or optimizer step of each stage that was done without the change.
+    after = {s: last for s in concerned if (last := folder.position(s)) is not None}
+    folder.record_changes(adjusted, after, done)
     listed = "; ".join(f"{key} {old!r} -> {new!r}" for key, old, new in adjusted)
-    Progress().say(f"Changed on resume, recorded in {path.name}: {listed}")
+    Progress().say(f"Changed on resume, recorded in {CHANGES}: {listed}")
 
 
 def _finished(folder: RunFolder, stage: str) -> bool:

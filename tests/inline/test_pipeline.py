@@ -2,21 +2,29 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from command_line import Refused
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from rlhf_ray import cli
+from rlhf_ray.cli.arguments import read_config
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.config.stages import DEFAULT_STAGES
 from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.engines.served_adapters import digest, tensors_from_bytes
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.models.adapters import adapter_state
+from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.runs.lineage import Origin, lineage
+from rlhf_ray.serving import export, generate
 from rlhf_ray.stages import pipeline
 
 TINY = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
@@ -199,6 +207,98 @@ def test_nothing_to_resume_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path / "none", run={"dir": str(tmp_path / "none"), "resume": "must"})
     with pytest.raises(ConfigError, match="holds no run"):
         pipeline.run(config)
+
+
+def branched(finished: Config, version: str, *overrides: str) -> Config:
+    """Make a branch by the command; returns its config."""
+    names = [override for override in overrides if override.startswith("run.name=")]
+    result = CliRunner().invoke(cli.app, ["branch", f"{finished.run.dir}@{version}", *overrides])
+    assert result.exit_code == 0, result.output
+    folder = Path(finished.run.dir).parent / names[0].partition("=")[2]
+    assert f"Wrote {folder}, which starts from version {version} of " in result.output
+    return read_config(folder, [])
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_branch_without_changes_takes_the_step_that_its_run_took(finished: Config) -> None:
+    old = Path(finished.run.dir)
+    before = _contents(old)
+    config = branched(finished, "1", "run.name=same", "run.stages=[sft, ppo]", "ppo.iterations=2")
+    new = Path(config.run.dir)
+    pipeline.run(config)
+    ours, theirs = (
+        [json.loads(line) for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines()][:2]
+        for run in (new, old)
+    )
+    assert ours[0] == theirs[0], "the record of the iteration before it"
+    learnt = ("objective/", "policy/", "loss/", "val/", "response", "sampler/")
+    for name, value in theirs[1].items():
+        if name.startswith(learnt):
+            assert ours[1][name] == value, name
+    weights = Path("checkpoints/2/policy/adapter_model.safetensors")
+    assert (new / weights).read_bytes() == (old / weights).read_bytes()
+    assert _contents(old) == before, "a branch leaves the other run as it was"
+    assert config.run.stages == ["ppo"]
+    assert not (new / "changes.jsonl").exists()
+
+
+def test_a_branch_says_where_it_comes_from_and_what_is_different(
+    finished: Config, tmp_path: Path
+) -> None:
+    config = branched(finished, "1", "run.name=lower-kl", "ppo.kl_coef=0.05", "ppo.iterations=2")
+    (change,) = RunFolder(config).changes()
+    assert change["after"] == {"ppo": 1}
+    assert change["changes"] == {"ppo.kl_coef": {"before": 0.2, "now": 0.05}}
+    pipeline.run(config)
+    history = lineage(config, "ppo")
+    assert history.origin == Origin("run", str(Path(finished.run.dir)), 1, 1)
+    assert [(each.key, each.now) for each in history.changes] == [("ppo.kl_coef", 0.05)]
+    export.run(config, out=tmp_path / "e")
+    card = (tmp_path / "e" / "README.md").read_text()
+    assert "PPO branched from version 1 (iteration 1) of the run `run`." in card
+    first, second = RunFolder(config).path.joinpath("ppo/metrics.jsonl").read_text().splitlines()
+    assert json.loads(first)["objective/kl_coef"] == 0.2
+    assert json.loads(second)["objective/kl_coef"] == 0.05
+    assert summary(config, "evaluate")["policy_version"] == 2
+    moved = Path(config.run.dir).rename(tmp_path / "moved")
+    assert generate.run(read_config(moved, []), models=["ppo"], num=1, max_tokens=2)
+
+
+def test_what_cannot_be_branched_is_refused(
+    finished: Config, refused: Refused, tmp_path: Path
+) -> None:
+    run = finished.run.dir
+    refused("branch", f"{run}@1", says="run of its own: give it a name, such as run.name=run-2")
+    refused("branch", run, "run.name=x", says="Name one commit to start from, as in .*@412")
+    refused("branch", f"{run}@1,2", "run.name=x", says="Name one commit")
+    refused("branch", f"{run}@7", "run.name=x", says="Version 7 is not kept in .* nearest is [23],")
+    refused("branch", f"{run}@nine", "run.name=x", says="no version 'nine'")
+    refused(
+        "branch",
+        f"{run}@1",
+        "run.name=x",
+        "ppo.gamma=0.5",
+        says=r"ppo\.gamma: 1\.0 there, 0\.5 here",
+    )
+    refused("branch", f"{run}@1", "run.name=x", f"run.dir={run}/x", says="lies in the folder of")
+    copy = tmp_path / "tiny"
+    shutil.copytree(run, copy, symlinks=True)
+    refused("branch", f"{copy}@1", "run.name=x", f"run.dir={run}", says="exists; choose another")
+    (copy / "checkpoints" / "1" / "state.json").unlink()
+    refused(
+        "branch",
+        f"{copy}@1",
+        "run.name=x",
+        says="The whole state of version 1 is not kept in .* the nearest is 2, of 2",
+    )
+    state = copy / "checkpoints" / "latest" / "policy" / "learner.safetensors"
+    state.write_bytes(b"X" + state.read_bytes()[1:])
+    refused("branch", f"{copy}@latest", "run.name=x", says="Version [23] .* is damaged .*branch")
+    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def _times(folder: Path) -> dict[str, int]:
