@@ -7,6 +7,7 @@ import typer
 
 from rlhf_ray.cli.arguments import AsJson, ConfigPath, Overrides, print_json, read_config
 from rlhf_ray.config import Config, dump
+from rlhf_ray.secrecy import printable
 
 app = typer.Typer()
 
@@ -109,6 +110,40 @@ def replay(
     else:
         typer.echo(step.as_text(result, changes))
     raise typer.Exit(0 if result.is_reproduced or changes else 1)
+
+
+@app.command(
+    rich_help_panel=SHOW, epilog="Example: rlhf-ray bisect runs/my-run --when 'repetition > .1'"
+)
+def bisect(
+    config: ConfigPath,
+    when: Annotated[
+        str,
+        typer.Option(
+            help="One metric, one of > >= < <=, and a number: 'objective/kl > 20'. repetition, "
+            "length, kl, score and entropy are short names; file.py:name is a function of yours."
+        ),
+    ],
+    overrides: Overrides = None,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Held-out prompts for a metric that was not logged.")
+    ] = 16,
+    num: Annotated[int, typer.Option(min=1, help="Rollouts to show.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Find the first version of a policy for which a condition holds, and what taught it.
+
+    A logged metric is looked up. Another one is measured on held-out prompts, for as few of the
+    kept versions as a binary search takes. The exit code is 1 if the condition holds for none.
+    """
+    from rlhf_ray.serving import bisect as search
+
+    find = search.run(read_config(config, overrides), when, num_prompts=prompts, num_rollouts=num)
+    if as_json:
+        print_json(search.as_mapping(find))
+    else:
+        typer.echo(printable(search.as_text(find, str(config))))
+    raise typer.Exit(0 if find.first is not None else 1)
 
 
 @app.command(rich_help_panel=SHOW)

@@ -90,9 +90,13 @@ class TextGenerator:
 
     def answer(self, prompt_ids: Sequence[int], seed: int) -> str:
         """Sample an answer, without special tokens; the same seed gives the same answer."""
+        return self.sample(prompt_ids, seed)[1]
+
+    def sample(self, prompt_ids: Sequence[int], seed: int) -> tuple[list[int], str]:
+        """Sample an answer as `answer` does; return its token ids, the last one too, and it."""
         output_S = self._generate(prompt_ids, seed)[0]
         ids = output_S[len(prompt_ids) :].tolist()
-        return decode_after(self.tokenizer, prompt_ids, ids, skip_special_tokens=True)
+        return ids, decode_after(self.tokenizer, prompt_ids, ids, skip_special_tokens=True)
 
     def stream(self, prompt_ids: Sequence[int], seed: int) -> Iterator[str]:
         """Yield the same answer in pieces of text, each as soon as its characters are complete."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from rlhf_ray.models import folders, forward, loading
 from rlhf_ray.runs.lineage import lineage, model_licence
 from rlhf_ray.runs.models import find_model, policies
 from rlhf_ray.secrecy import printable
-from rlhf_ray.serving import chat, export, generate, serve, text_generation
+from rlhf_ray.serving import bisect, chat, export, generate, serve, text_generation
 from rlhf_ray.serving.text_generation import Generators, load_generator, resolve_template
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -298,6 +299,32 @@ def test_versions_chat_side_by_side_each_with_its_own_answers(
         cli.app, ["generate", f"{path}@3,5", "--prompt", "red?", "--max-tokens", "4", "--json"]
     )
     assert list(json.loads(result.stdout)[0]["samples"]) == ["ppo@3", "ppo@5"]
+
+
+def test_what_was_not_logged_is_measured_on_held_out_prompts(
+    two_versions: Config, tmp_path: Path
+) -> None:
+    run = Path(two_versions.run.dir)
+    row = {"iteration": 4, "policy/version": 5, "objective/scores": 2.0}
+    (run / "ppo" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    names = ["ppo@3", "ppo@5"]
+    answers = [each["samples"] for each in generate.run(two_versions, models=names, num=6)]
+    means = [fmean(answer[name].count("e") for answer in answers) for name in names]
+    assert means[0] != means[1]
+    comparison = "<" if means[1] < means[0] else ">"
+    measure = tmp_path / "measure.py"
+    measure.write_text(
+        "def e(completions, **_):\n    return [text.count('e') for text in completions]"
+    )
+    when = f"{measure}:e {comparison} {fmean(means)}"
+    find = bisect.run(two_versions, when, num_prompts=6)
+    assert find.first == bisect.Value(5, pytest.approx(means[1]), None)
+    assert find.before == bisect.Value(3, pytest.approx(means[0]), None)
+    assert find.lesson is not None
+    assert find.lesson.iteration == 4
+    assert bisect.run(two_versions, "length > 0", num_prompts=2).first == bisect.Value(
+        3, pytest.approx(32, abs=32), None
+    )
 
 
 @pytest.fixture
