@@ -14,14 +14,16 @@ from rlhf_ray.disk import DAMAGE, full_disk_is_an_error, unwritable_is_an_error
 from rlhf_ray.driver.checkpoint import Checkpoints, SavedCommit, kept_versions, read_commit
 from rlhf_ray.errors import CheckpointError, ConfigError, DataError
 from rlhf_ray.models.folders import BASE_MODEL, relative_base
+from rlhf_ray.observability.samples.index import INDEX, TEXTS
+from rlhf_ray.observability.samples.writing import SampleWriter
 from rlhf_ray.observability.sinks import JsonlSink, read_jsonl
 from rlhf_ray.runs.datasets import RENDERED
 from rlhf_ray.runs.folder import CHANGES, ORIGIN, RunFolder
 from rlhf_ray.runs.lineage import Origin
 from rlhf_ray.runs.models import not_kept, shortened
 
-RECORDS = ("metrics.jsonl", "eval.jsonl", "completions.jsonl", "warnings.jsonl")
-"""Records of PPO that a branch takes over up to its commit."""
+RECORDS = ("metrics.jsonl", "eval.jsonl", "warnings.jsonl")
+"""Records of PPO that a branch takes over up to its commit, besides the samples."""
 PREPARED = ("rl", "evaluation", "summary.json", "quality.json")
 """What PPO and evaluate read of what prepare wrote."""
 AFTER_PPO = list(STAGES)[list(STAGES).index("ppo") + 1 :]
@@ -69,7 +71,7 @@ def branch(parent: Config, wanted: Config, version: str) -> Branch:
         try:
             temporary.mkdir(mode=0o700, parents=True)
             _write_commit(config, temporary, saved_commit)
-            _copy_records(source.path, temporary, iteration)
+            _copy_records(source, temporary, iteration)
             (temporary / ORIGIN).write_text(json.dumps(asdict(origin), indent=2) + "\n")
             here = RunFolder(_at(config, temporary))
             if changes:
@@ -175,15 +177,18 @@ def _write_commit(config: Config, folder: Path, commit: SavedCommit) -> None:
     )
 
 
-def _copy_records(source: Path, folder: Path, iteration: int) -> None:
+def _copy_records(run: RunFolder, folder: Path, iteration: int) -> None:
     """Copy what PPO reads of prepare, and its records up to an iteration."""
-    (folder / "ppo").mkdir()
-    for name in RECORDS:
+    source, stage = run.path, folder / "ppo"
+    stage.mkdir()
+    for name in (*RECORDS, TEXTS, INDEX):
         if (source / "ppo" / name).is_file():
-            shutil.copyfile(source / "ppo" / name, folder / "ppo" / name)
-            JsonlSink(folder / "ppo" / name).truncate_after("iteration", iteration)
+            shutil.copyfile(source / "ppo" / name, stage / name)
+    for name in RECORDS:
+        JsonlSink(stage / name).truncate_after("iteration", iteration)
+    SampleWriter(stage, [each.name for each in run.config.rewards], iteration).close()
     if (source / "ppo" / RENDERED).is_dir():  # it draws prompts as the other run does
-        (folder / "ppo" / RENDERED).mkdir()
+        (stage / RENDERED).mkdir()
     for record in read_jsonl(source / CHANGES):
         if record.get("after", {}).get("ppo", iteration) < iteration:
             JsonlSink(folder / CHANGES).append(record)

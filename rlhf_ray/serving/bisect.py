@@ -15,6 +15,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.driver.checkpoint import kept_versions
 from rlhf_ray.driver.kept_batches import FOLDER, SAMPLES
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.observability.samples.reading import Query, Samples
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.serving.measuring import measure_of, measured
@@ -206,18 +207,30 @@ def _lesson(folder: Path, records: Sequence[Record], version: int, num: int) -> 
     record, earlier = records[index], records[index - 1] if index else {}
     names = [*REWARDS, *(key for key in record if key.startswith("objective/scores/"))]
     iteration = int(_number(record, "iteration") or 0)
-    texts = read_jsonl(folder / "ppo" / FOLDER / str(iteration) / SAMPLES)
-    if not texts:
-        recorded = read_jsonl(folder / "ppo" / "completions.jsonl")
-        texts = [each for each in recorded if each.get("iteration") == iteration]
+    kept = read_jsonl(folder / "ppo" / FOLDER / str(iteration) / SAMPLES)
+    best = sorted(kept, key=lambda each: -(_number(each, "score") or 0.0))[:num]
+    num_kept = len(kept)
+    if not kept:
+        best, num_kept = _recorded(folder / "ppo", iteration, num)
     shown = ("prompt", "response", "score")
-    best = sorted(texts, key=lambda each: -(_number(each, "score") or 0.0))[:num]
     return Lesson(
         iteration=iteration,
         rewards={name: (_number(earlier, name), _number(record, name)) for name in names},
         rollouts=[{key: each.get(key) for key in shown} for each in best],
-        num_kept=len(texts),
+        num_kept=num_kept,
     )
+
+
+def _recorded(stage: Path, iteration: int, num: int) -> tuple[Sequence[Record], int]:
+    """Return the best rewarded of an iteration's recorded samples, and how many those are."""
+    samples = Samples(stage)
+    try:
+        of_iteration = Query(ranges={"iteration": (iteration, iteration)}, sort="score")
+        found = samples.find(of_iteration, size=num)
+        records = [samples.record(row) for row in found.rows]
+    except DataError:  # none are recorded (run.record.samples=0)
+        return [], 0
+    return [record for record in records if record is not None], found.total
 
 
 def as_mapping(find: Find) -> dict[str, object]:

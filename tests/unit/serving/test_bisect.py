@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from rlhf_ray import cli
 from rlhf_ray.config import Config, resolve
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.observability.samples.writing import SampleWriter
 from rlhf_ray.serving import bisect
 from rlhf_ray.serving.measuring import search
 
@@ -37,11 +38,17 @@ def run(tmp_path: Path) -> Config:
     ]
     write(tmp_path / "ppo" / "metrics.jsonl", rows)
     texts = [
-        {"iteration": number, "prompt": f"p{n}", "response": f"r{number}.{n}", "score": n}
+        {
+            "iteration": number,
+            "position": n,
+            "prompt": f"p{n}",
+            "response": f"r{number}.{n}",
+            "score": n,
+        }
         for number in range(1, 11)
-        for n in (0, 2, 1)
+        for n in (0, 1, 2)
     ]
-    write(tmp_path / "ppo" / "completions.jsonl", texts)
+    SampleWriter(tmp_path / "ppo", [], -1).append(texts)
     write(tmp_path / "ppo" / "eval.jsonl", [{"iteration": 8, "version": 8, "eval/score": 2.5}])
     config = resolve({"run": {"dir": str(tmp_path)}})
     (tmp_path / "config.yaml").write_text("{}\n")
