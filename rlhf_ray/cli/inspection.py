@@ -82,6 +82,26 @@ def compare(
     typer.echo(f"Comparison: {build(runs, out)}")
 
 
+@app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray view runs/quickstart")
+def view(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder; a copy will do.")],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on loopback. Default: a free one.")
+    ] = 0,
+) -> None:
+    """Browse a run's samples in a web page on this machine, also while it runs.
+
+    Samples over time with their scores, KL and length, their tokens coloured by advantage, KL or
+    log-prob mismatch, a prompt across versions, the guards' warnings, and the run's curves.
+    run.record says how many samples a run keeps. The page is on loopback, behind the token in its
+    address.
+    """
+    from rlhf_ray.web.server import serve
+    from rlhf_ray.web.view import Viewer
+
+    serve(Viewer(run).routes(), port, typer.echo)
+
+
 @app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray replay runs/quickstart --iteration 12")
 def replay(
     config: ConfigPath,

@@ -203,7 +203,7 @@ class RunConfig(Section):
         "those; all: every one.",
     )
     record: RecordConfig = fixed(
-        RecordConfig(), description="What PPO records of each iteration's samples."
+        RecordConfig(), description="How many samples of an iteration PPO records."
     )
 
     @field_validator("callbacks")

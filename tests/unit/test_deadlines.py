@@ -168,6 +168,7 @@ ALLOWED = {
     "runs/control.py ControlFiles.update: with _updating": (
         "held while another thread writes the file"
     ),
+    "web/view.py Viewer._page: with self._reading": "held while another thread reads a local file",
     "stacks.py stacks_of: with ThreadPoolExecutor": "processes with a timeout",
     "stages/ppo/control.py controlled.exchange: while": "it is cancelled with the block",
     "stages/supervised/trainer.py _on_any_rank: torch.distributed.all_reduce": (

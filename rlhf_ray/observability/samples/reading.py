@@ -7,7 +7,7 @@ came.
 
 import json
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,20 +214,20 @@ class Samples:
         return rows[name]
 
     def _blocks(self, query: Query) -> Iterator[Rows]:
-        """Yield the whole rows in blocks, in the order of the query; rows without text are left."""
+        """Yield the rows of the query's iterations in blocks, in its order."""
         kind, begin, num = self._extent()
         size = TEXT_BLOCK if query.text else BLOCK
-        first, beyond = query.ranges.get("iteration", (None, None))
-        starts = range(0, num, size)
+        least, most = query.ranges.get("iteration", (None, None))
         with self._open(self._index) as file:
+
+            def iteration(number: int) -> int:
+                return int(_read_rows(file, kind, begin, number, 1)[0]["iteration"])
+
+            first = 0 if least is None else bisect_left(range(num), least, key=iteration)
+            beyond = num if most is None else bisect_right(range(num), most, key=iteration)
+            starts = range(first, beyond, size)
             for start in reversed(starts) if query.descending else starts:
-                rows = _read_rows(file, kind, begin, start, min(size, num - start))
-                if not len(rows):
-                    continue
-                is_before = first is not None and int(rows[-1]["iteration"]) < first
-                is_behind = beyond is not None and int(rows[0]["iteration"]) > beyond
-                if not (is_before or is_behind):
-                    yield rows
+                yield _read_rows(file, kind, begin, start, min(size, beyond - start))
 
     def _layout(self) -> tuple[list[str], int]:
         found = read_header(self._index)
@@ -267,7 +267,9 @@ class Samples:
 def _read_rows(file: Any, kind: np.dtype[np.void], begin: int, first: int, num: int) -> Rows:
     file.seek(begin + first * kind.itemsize)
     content = file.read(num * kind.itemsize)
-    return np.frombuffer(content[: len(content) // kind.itemsize * kind.itemsize], kind)
+    if len(content) < num * kind.itemsize:
+        raise DataError("the run was resumed while its samples were read; load the page again")
+    return np.frombuffer(content, kind)
 
 
 def _gone(error: OSError) -> DataError:

@@ -1,0 +1,37 @@
+"""How texts and numbers of a run are shown: nothing in them is ever markup, or hidden."""
+
+import math
+import re
+
+from markupsafe import Markup, escape
+
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"
+)
+"""Control characters (of terminals, too), direction marks, and characters without width."""
+SHORT = 160
+"""Characters of an excerpt."""
+
+
+def visible(text: object) -> Markup:
+    """Return a text as HTML, with characters that act or hide shown by their number."""
+    return Markup(_HIDDEN.sub(_shown, str(escape(str(text)))))
+
+
+def excerpt(text: object) -> Markup:
+    """Return the beginning of a text on one line."""
+    line = " ".join(str(text)[: 2 * SHORT].split(" ")).replace("\n", " ⏎ ")
+    return visible(line if len(line) <= SHORT else f"{line[:SHORT]}…")
+
+
+def figure(value: object) -> str:
+    """Return a number with three digits or more; a dash where there is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "–"
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _shown(match: re.Match[str]) -> str:
+    return f'<span class="hidden-char">U+{ord(match.group()):04X}</span>'
