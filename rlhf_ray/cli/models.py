@@ -76,23 +76,44 @@ def chat(
     ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page",
+            help="Ask in a web page on this machine, with a slider over the kept versions.",
+        ),
+    ] = False,
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Port of the page, on loopback. Default: a free one."),
+    ] = 0,
 ) -> None:
     """Chat with a run's models in the terminal, with several of them side by side.
 
     RUN@100,200,latest are versions of its policy, which share their base in memory.
     """
+    run, versions = split_versions(config)
+    resolved = read_config(run, overrides)
+    models = [*_policies_at(versions), *(model or [])]
+    if page:
+        from rlhf_ray.serving.versions import Versions
+        from rlhf_ray.web.server import serve as serve_pages
+        from rlhf_ray.web.versions import VersionPages
+
+        answers = Versions(resolved, models, temperature=temperature, max_tokens=max_tokens)
+        serve_pages(VersionPages(resolved.run.name, answers).routes(), port, typer.echo)
+        return
     from rlhf_ray.serving.chat import run as run_chat
 
     def write(text: str) -> None:
         typer.echo(printable(text), nl=False)
         sys.stdout.flush()
 
-    run, versions = split_versions(config)
     run_chat(
-        read_config(run, overrides),
+        resolved,
         _typed_lines(),
         write,
-        models=[*_policies_at(versions), *(model or [])] or ["ppo"],
+        models=models or ["ppo"],
         temperature=temperature,
         max_tokens=max_tokens,
     )

@@ -60,7 +60,7 @@ def run(
                 write(f"{each.model.name}: ")
             each.messages.append({"role": "user", "content": text})
             generator = generators.of(each.model)
-            ids, each.messages = _fit(config, generator.tokenizer, each.messages, limit)
+            ids, each.messages = fitting(config, generator.tokenizer, each.messages, limit)
             answer = ""
             for piece in generator.stream(ids, config.run.seed + num_lines):
                 answer += piece
@@ -70,7 +70,7 @@ def run(
         num_lines += 1
 
 
-def _fit(
+def fitting(
     config: Config, tokenizer: PreTrainedTokenizerBase, messages: list[Message], limit: int
 ) -> tuple[list[int], list[Message]]:
     """Return the conversation's token ids and turns, the oldest dropped until ``limit`` is kept."""

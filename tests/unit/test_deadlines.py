@@ -123,6 +123,7 @@ ALLOWED = {
     "rewards/remote.py Endpoint.post_all: httpx.AsyncClient": "each attempt within timeout_s",
     "doctor/bandwidth.py Peer._serve: self._server.accept": "a thread that serves its peers",
     "serving/text_generation.py TextGenerator.stream: thread.join": "it has sent its last text",
+    "serving/versions.py Versions.answer: with self._one_at_a_time": "an answer has max_tokens",
     "stages/rehearse.py _killing_a_generator: killer.join": "it looks at its event every 50 ms",
     "stages/supervised/processes.py TrainingProcesses.train: self._fitting.result": "it is done",
     "stages/supervised/processes.py trainings: while": "ended by its driver, or with it",

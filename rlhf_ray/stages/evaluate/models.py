@@ -9,6 +9,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders
 from rlhf_ray.models.folders import safetensors_files
 from rlhf_ray.runs.folder import RunFolder
+from rlhf_ray.runs.models import MOST_NAMED, shortened
 
 SFT = "sft"
 """Name of the model that all others are compared with; a zero adapter stands for it."""
@@ -69,7 +70,11 @@ def _refuse_sft_alone(folder: RunFolder, own: dict[str, AdapterFiles]) -> None:
 def _existing(folder: RunFolder, own: dict[str, AdapterFiles]) -> str:
     commits = folder.path / "checkpoints"
     best = ["ppo@best"] if (commits / "best").exists() else []
-    return ", ".join([SFT, *own, *(f"ppo@{version}" for version in kept_versions(commits)), *best])
+    kept = kept_versions(commits)
+    versions = [f"ppo@{version}" for version in kept]
+    if len(kept) > MOST_NAMED:
+        versions = [f"ppo@VERSION ({shortened(kept)})"]
+    return ", ".join([SFT, *own, *versions, *best])
 
 
 def _read(path: Path) -> AdapterFiles:

@@ -28,6 +28,7 @@ from rlhf_ray.runs.models import find_model, policies
 from rlhf_ray.secrecy import printable
 from rlhf_ray.serving import bisect, chat, export, generate, serve, text_generation
 from rlhf_ray.serving.text_generation import Generators, load_generator, resolve_template
+from rlhf_ray.serving.versions import Versions
 
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
@@ -325,6 +326,19 @@ def test_what_was_not_logged_is_measured_on_held_out_prompts(
     assert bisect.run(two_versions, "length > 0", num_prompts=2).first == bisect.Value(
         3, pytest.approx(32, abs=32), None
     )
+
+
+def test_versions_answer_on_a_page_as_in_the_terminal(two_versions: Config) -> None:
+    page = Versions(two_versions, ["ppo@3"], max_tokens=4)
+    assert page.kept() == [3, 5]
+    (row,) = generate.run(two_versions, models=["ppo@5"], prompts=["red?"], max_tokens=4)
+    assert page.answer("ppo@5", "red?", page.seed) == row["samples"]["ppo@5"]
+    with pytest.raises(DataError, match="Version 4 is not kept in"):
+        page.answer("ppo@4", "red?", 0)
+    with pytest.raises(DataError, match="leaves"):
+        page.answer("ppo@3", "red " * 100, 0)
+    with pytest.raises(DataError, match="the nearest is 5"):
+        Versions(two_versions, ["ppo@7"])
 
 
 @pytest.fixture
