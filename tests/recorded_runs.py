@@ -52,6 +52,7 @@ def _sample(drawn: random.Random, iteration: int, row: int, has_tokens: bool) ->
         "scores": {"model": score, "length": length / 60},
         "kl": drawn.expovariate(0.2),
         "mismatch": 0.002,
+        "distinct_bigrams": drawn.random(),
         "length": length,
         "finish_reason": "stop" if row % 3 else "length",
     }

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.samples.index import prompt_key
-from rlhf_ray.observability.samples.reading import Found, Query, Samples
+from rlhf_ray.observability.samples.reading import SORTS, Found, Query, Samples
 from rlhf_ray.observability.sinks import record_of
 from rlhf_ray.web.curves import Curves
 from rlhf_ray.web.requests import RANGES, address, page_of, query_of
@@ -28,7 +28,7 @@ CAUSES = 3
 """Samples that are shown with a warning."""
 SORT_OF_GUARD = {
     "mismatch": ("mismatch", True),
-    "repetition": ("length", True),
+    "repetition": ("distinct_bigrams", False),
     "negative_kl": ("kl", False),
     "ratio": ("kl", True),
     "non_finite": ("kl", True),
@@ -85,6 +85,7 @@ class Viewer:
             number=number,
             num_pages=-(-found.total // PAGE),
             ranges=RANGES,
+            sorts=SORTS,
             sources=self._samples.sources,
             to=partial(address, values),
         )

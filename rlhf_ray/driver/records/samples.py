@@ -176,6 +176,7 @@ def _record(found: _Samples, row: int, iteration: int, score: float | None) -> d
         "scores": {name: scores[row] for name, scores in found.raw_scores.items()},
         "kl": float((old - ref).sum(dtype=np.float64)),
         "mismatch": float(mismatch.mean(dtype=np.float64)) if len(mismatch) else 0.0,
+        "distinct_bigrams": rollout.distinct_bigrams,
         "length": len(rollout.response_ids),
         "finish_reason": rollout.finish_reason,
     }

@@ -24,7 +24,7 @@ _HEADER_BYTES = 65536
 STOPPED, HAS_TOKENS = 1, 2
 """Bits of ``flags``."""
 NUMBERS = ("iteration", "version", "position", "length")
-SCORES = ("score", "kl", "mismatch")
+SCORES = ("score", "kl", "mismatch", "distinct_bigrams")
 
 
 def row_type(num_sources: int) -> np.dtype[np.void]:

@@ -32,7 +32,7 @@ MOST_SORTED = 10_000
 """Samples that can be paged through in another order than that of the run."""
 SEARCH_S = 2.0
 """Longest time that a search in the texts takes, seconds."""
-SORTS = ("iteration", "score", "kl", "mismatch", "length", "version")
+SORTS = ("iteration", "score", "kl", "mismatch", "length", "version", "distinct_bigrams")
 
 Rows = NDArray[np.void]
 

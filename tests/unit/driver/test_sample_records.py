@@ -111,6 +111,7 @@ def test_a_record_holds_texts_scores_and_sums_over_tokens(tmp_path: Path) -> Non
         "scores": {"model": 0.5},
         "kl": 1.5,  # three tokens of .5
         "mismatch": 0.25,
+        "distinct_bigrams": 1.0,
         "length": 3,
         "finish_reason": "stop",
     }

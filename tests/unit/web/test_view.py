@@ -88,12 +88,13 @@ def test_a_prompt_is_shown_across_versions(client: TestClient) -> None:
     assert f"/token/prompt/{prompt_key(PROMPT)}" in client.get("/token/fixed").text
 
 
-def test_warnings_come_with_the_samples_that_caused_them(client: TestClient) -> None:
+def test_warnings_come_with_the_samples_that_caused_them(run: Path, client: TestClient) -> None:
     text = client.get("/token/warnings").text
     causes = listed(text)
     assert [iteration for iteration, _ in causes] == [12] * 3 + [2] * 3
-    longest = client.get("/token/?iteration_min=12&iteration_max=12&sort=length").text
-    assert causes[:3] == listed(longest)[:3]
+    rows = [json.loads(line) for line in (run / "ppo/completions.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: (-row["iteration"], row["distinct_bigrams"]))
+    assert causes[:3] == [(12, row["position"]) for row in rows[:3]]
     assert "repeat a token" in client.get("/token/sample/2/0").text
 
 
