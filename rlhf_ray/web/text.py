@@ -29,7 +29,7 @@ def figure(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
     if float(value).is_integer():
-        return f"{value:,.0f}"
+        return f"{value + 0:,.0f}"  # and not -0
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -25,7 +25,7 @@ from rlhf_ray.roles import Fetch
 from rlhf_ray.types import AssembledStats, Handle, RawScores, Rollout, ScoredShard, TokenRows
 
 DIGITS = 4
-"""Decimals of a token's recorded numbers."""
+"""Significant digits of a token's recorded numbers."""
 
 
 @dataclass(frozen=True)
@@ -183,4 +183,4 @@ def _record(found: _Samples, row: int, iteration: int, score: float | None) -> d
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    return [round(float(value), DIGITS) for value in values]
+    return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
