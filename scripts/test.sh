@@ -56,8 +56,21 @@ other_tests() { # the fast ones, wherever they lie
     --ignore tests/chaos -n "$NUM_WORKERS" "$@"
 }
 
+# Without a browser the tests that need one are skipped, and say so.
+browser() {
+  ! command -v chromium || return 0
+  if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } \
+      >/dev/null 2>&1 && return
+    echo "apt-get could not install chromium; try: apt-get update && apt-get install chromium"
+  else
+    echo "no chromium, and no root or no apt-get to install it"
+  fi
+}
+
 trap show_timings EXIT
 step setup scripts/setup.sh
+step browser browser
 step lint lint
 step types pyright --pythonpath "$VENV/bin/python"
 step imports lint-imports

@@ -3,14 +3,11 @@ import json
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 from recorded_runs import HOSTILE, record_run
+from served_pages import served
 from starlette.testclient import TestClient
 
 from rlhf_ray.errors import ConfigError, DataError
@@ -188,19 +185,6 @@ def test_damaged_token_values_are_missing_ones() -> None:
     assert coloured("none", "kl") is None
 
 
-@contextmanager
-def served(run: Path) -> Iterator[str]:
-    """The address of the pages, on a real server."""
-    with listen(0) as taken:
-        app = application(Viewer(run).routes(), "token")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}/token/"
-        server.should_exit = True
-        thread.join(10)
-
-
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
 def test_in_a_browser_a_page_follows_the_run_and_hostile_text_stays_text(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +201,7 @@ def test_in_a_browser_a_page_follows_the_run_and_hostile_text_stays_text(
         return answer
 
     monkeypatch.setattr(Viewer, "_list", with_a_new_iteration)
-    with served(run) as address:
+    with served(Viewer(run).routes()) as address:
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
         command += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=7000"]
         found = subprocess.run([*command, address], capture_output=True, text=True, timeout=60)
