@@ -9,7 +9,6 @@ import typer
 
 from rlhf_ray.cli.arguments import (
     AsJson,
-    ConfigPath,
     ManyModels,
     MaxTokens,
     Overrides,
@@ -136,7 +135,7 @@ def _typed_lines() -> Iterator[str]:
 
 @app.command(rich_help_panel=USE, epilog="Example: rlhf-ray serve runs/my-run --model ppo")
 def serve(
-    config: ConfigPath,
+    config: RunVersions,
     overrides: Overrides = None,
     model: ManyModels = None,
     further: Annotated[
@@ -147,10 +146,12 @@ def serve(
         bool, typer.Option("--print-only", help="Print the command without running it.")
     ] = False,
 ) -> None:
-    """Serve a run's models through vLLM's OpenAI-compatible server."""
+    """Serve a run's models, or RUN@100,latest, through vLLM's OpenAI-compatible server."""
     from rlhf_ray.serving import serve as serve_stage
 
-    arguments = serve_stage.command(read_config(config, overrides), model or [], further or [])
+    run, versions = split_versions(config)
+    models = [*_policies_at(versions), *(model or [])]
+    arguments = serve_stage.command(read_config(run, overrides), models, further or [])
     if warning := serve_stage.exposure_warning(further or []):
         typer.echo(f"Warning: {warning}", err=True)
     typer.echo(shlex.join(arguments))

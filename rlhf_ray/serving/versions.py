@@ -6,6 +6,7 @@ from threading import Lock
 from rlhf_ray.config import Config
 from rlhf_ray.data.reading.chats import Message
 from rlhf_ray.driver.checkpoint import kept_versions
+from rlhf_ray.errors import DataError
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.runs.models import find_model
 from rlhf_ray.serving.chat import fitting
@@ -44,15 +45,23 @@ class Versions:
             self._generators.of(find_model(config, model))
 
     def kept(self) -> list[int]:
-        """Return the versions that are kept now, in order; a run that goes on makes more."""
-        return kept_versions(RunFolder(self._config).path / "checkpoints")
+        """Return the versions that are kept now, in order; a run that goes on makes more.
+
+        Raises:
+            DataError: the run's folder is gone.
+        """
+        run = RunFolder(self._config).path
+        if not run.is_dir():
+            raise DataError(f"{run} was moved or deleted; give its folder to rlhf-ray chat again")
+        return kept_versions(run / "checkpoints")
 
     def answer(self, model: str, question: str, seed: int) -> str:
         """Return a model's answer; the same seed and model give the same one.
 
         Raises:
-            DataError: the version is gone, or the question is empty or too long.
+            DataError: the version or the run is gone, or the question is too long.
         """
+        self.kept()
         with self._one_at_a_time:
             generator = self._generators.of(find_model(self._config, model))
             messages: list[Message] = [{"role": "user", "content": question}]

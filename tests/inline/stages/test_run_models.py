@@ -328,7 +328,7 @@ def test_what_was_not_logged_is_measured_on_held_out_prompts(
     )
 
 
-def test_versions_answer_on_a_page_as_in_the_terminal(two_versions: Config) -> None:
+def test_versions_answer_on_a_page_as_in_the_terminal(two_versions: Config, tmp_path: Path) -> None:
     page = Versions(two_versions, ["ppo@3"], max_tokens=4)
     assert page.kept() == [3, 5]
     (row,) = generate.run(two_versions, models=["ppo@5"], prompts=["red?"], max_tokens=4)
@@ -339,6 +339,10 @@ def test_versions_answer_on_a_page_as_in_the_terminal(two_versions: Config) -> N
         page.answer("ppo@3", "red " * 100, 0)
     with pytest.raises(DataError, match="the nearest is 5"):
         Versions(two_versions, ["ppo@7"])
+    Path(two_versions.run.dir).rename(tmp_path / "moved")
+    for ask in (page.kept, lambda: page.answer("ppo@3", "red?", 0)):
+        with pytest.raises(DataError, match="was moved or deleted"):
+            ask()
 
 
 @pytest.fixture
@@ -404,6 +408,8 @@ def test_commands_print_their_results(policy_run: Config, tmp_path: Path) -> Non
     assert "of the weights that the adapter changes still differ from the base" in result.output
     result = call(cli.app, ["serve", str(path), "--print-only"])
     assert result.output.startswith("vllm serve ")
+    result = call(cli.app, ["serve", f"{path}@3", "--print-only"])
+    assert f"ppo@3={policy_run.run.dir}/checkpoints/3/policy" in result.output
     result = call(
         cli.app,
         ["generate", str(path), "--prompt", "red?", "--max-tokens", "2", "--json"],
