@@ -90,7 +90,7 @@ def test_completions_are_told_every_few_iterations(told: Told, tmp_path: Path) -
     config = type(make_config(tmp_path)).model_validate(values)
     with tracking(config, tmp_path):
         Harness(config).run()
-    assert told.tables == [("completions", 3, 3), ("completions", 6, 3)]
+    assert told.tables == [("completions", 3, 4), ("completions", 6, 4)]
 
 
 def test_supervised_stages_tell_trackers_and_tensorboard(
