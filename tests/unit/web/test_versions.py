@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, expect
+from served_pages import served
 from starlette.testclient import TestClient
 
 from rlhf_ray.errors import DataError
@@ -81,3 +83,27 @@ def test_a_request_that_is_no_json_is_refused(client: TestClient) -> None:
         reply = client.post("/token/answer", content=content)
         assert reply.status_code == 400
         assert reply.json()["error"]
+
+
+def test_the_slider_shows_every_versions_answer_and_asks_once_for_each(browser: Browser) -> None:
+    echo = Echo()
+    asked: list[str] = []
+    real = echo.answer
+    echo.answer = lambda model, *rest: asked.append(model) or real(model, *rest)  # type: ignore[method-assign]
+    with served(VersionPages("run", echo).routes()) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.fill("#question", "why?")
+        page.keyboard.press("Enter")
+        first, pinned = page.locator("section").nth(0), page.locator("section").nth(1)
+        expect(first).to_contain_text("ppo@5 why? 7")
+        expect(pinned).to_contain_text("ppo@3 why? 7")
+        expect(first).to_contain_text("\\u202e<script>")  # a text, not markup
+        page.focus("#version")
+        page.keyboard.press("ArrowLeft")
+        expect(first.locator("div")).to_contain_text("ppo@3 why? 7")
+        page.keyboard.press("ArrowRight")
+        expect(first.locator("div")).to_contain_text("ppo@5 why? 7")
+        assert page.inner_text("#which") == "5"
+        page.close()
+    assert asked.count("ppo@3") == asked.count("ppo@5") == 1
