@@ -1,7 +1,7 @@
 """RLHF on a Ray cluster: vLLM generators, DeepSpeed learners, LoRA synced every iteration.
 
-The surface of the library: read a config, run it, catch what went wrong. Nothing here loads torch
-before a run begins. Whoever reads the code begins with ``docs/architecture.md``.
+The surface of the library: read a config, run it, look at the run, catch what went wrong. Nothing
+here loads torch before a run begins. Whoever reads the code begins with ``docs/architecture.md``.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from rlhf_ray.errors import (
     RlhfError,
     WeightSyncError,
 )
+from rlhf_ray.library import Run
 from rlhf_ray.observability.quiet import put_compiling_off
 from rlhf_ray.version import __version__
 
@@ -44,6 +45,7 @@ __all__ = [
     "DivergenceError",
     "PlacementError",
     "RlhfError",
+    "Run",
     "WeightSyncError",
     "__version__",
     "load_config",

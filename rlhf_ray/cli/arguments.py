@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.config import Config, load
+from rlhf_ray.config import read_config as read_config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.secrecy import printable
 
@@ -57,27 +57,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest answer in tokens. Default: rollout.max_tokens.")
 ]
-
-
-def read_config(path: Path, overrides: list[str] | None) -> Config:
-    """Read the config that a command names: a YAML file, or the one in a run's folder.
-
-    A folder that was moved or copied is the run that the command reads and writes, whatever run.dir
-    its config.yaml was written with.
-    """
-    if not os.path.isdir(path):  # False also for a name that is too long, where Path would raise
-        return load(path, overrides or [])
-    saved = path / "config.yaml"
-    if not saved.is_file():
-        raise ConfigError(
-            f"{path} is not the folder of a run: it has no config.yaml. Name a YAML file"
-        )
-    config = load(saved, overrides or [])
-    is_given = any(override.startswith("run.dir=") for override in overrides or [])
-    if is_given or Path(config.run.dir).resolve() == path.resolve():
-        return config
-    run = config.run.model_copy(update={"dir": str(path.absolute())})
-    return config.model_copy(update={"run": run})
 
 
 def split_versions(path: Path) -> tuple[Path, list[str]]:

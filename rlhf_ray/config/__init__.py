@@ -4,7 +4,7 @@ It holds the registries of stages, estimators and losses too. Imports `errors` a
 Read `root` first, then `load`.
 """
 
-from rlhf_ray.config.load import dump, load, resolve
+from rlhf_ray.config.load import dump, load, read_config, resolve
 from rlhf_ray.config.root import Config
 
-__all__ = ["Config", "dump", "load", "resolve"]
+__all__ = ["Config", "dump", "load", "read_config", "resolve"]

@@ -55,6 +55,27 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return resolve(values)
 
 
+def read_config(path: Path, overrides: Sequence[str] | None = None) -> Config:
+    """Read the config that a command names: a YAML file, or the one in a run's folder.
+
+    A folder that was moved or copied is the run that the command reads and writes, whatever run.dir
+    its config.yaml was written with.
+    """
+    if not os.path.isdir(path):  # False also for a name that is too long, where Path would raise
+        return load(path, overrides or [])
+    saved = path / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(
+            f"{path} is not the folder of a run: it has no config.yaml. Name a YAML file"
+        )
+    config = load(saved, overrides or [])
+    is_given = any(override.startswith("run.dir=") for override in overrides or [])
+    if is_given or Path(config.run.dir).resolve() == path.resolve():
+        return config
+    run = config.run.model_copy(update={"dir": str(path.absolute())})
+    return config.model_copy(update={"run": run})
+
+
 def resolve(values: Mapping[str, object]) -> Config:
     """Validate a nested mapping.
 
