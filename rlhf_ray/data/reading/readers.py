@@ -15,6 +15,7 @@ from pyarrow import csv, parquet
 
 from rlhf_ray.config.data import DataSource
 from rlhf_ray.errors import DataError
+from rlhf_ray.people.preferences import holds_preferences, training_rows
 
 RawRow = dict[str, object]
 """A row as its file has it: columns not renamed yet."""
@@ -167,7 +168,10 @@ def _read_hub(path: str, source: DataSource) -> Iterator[RawRow]:
 
 
 def _read_json(path: Path) -> Iterator[object]:
-    """Read either a list of objects, or one object a line."""
+    """Read a list of objects, one object a line, or the rows that follow from people's verdicts."""
+    if path.suffix == ".jsonl" and holds_preferences(path):
+        yield from training_rows(path)
+        return
     with _open_text(path) as file:
         first = file.read(1)
         while first.isspace():

@@ -1,0 +1,181 @@
+"""Pairs of answers that people are shown: their file, and which of many candidates are chosen."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from rlhf_ray.disk import DAMAGE, write_atomically
+from rlhf_ray.errors import DataError
+
+FOLDER = "rank"
+"""Folder of pairs and verdicts in that of a run."""
+PAIRS = "pairs.jsonl"
+
+Choice = Literal["random", "uncertain", "disagreement"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the two answers of a pair."""
+
+    text: str
+    model: str
+    """Who wrote it: `sft`, `ppo@12`, or the folder of an adapter."""
+    seed: int | None = None
+    """With which it was sampled; None: not known."""
+    reward: float | None = None
+    """Raw score of the run's reward sources; None: not scored."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with two answers."""
+
+    id: str
+    prompt: str
+    """The text that is shown, as the policy read it."""
+    fields: Mapping[str, object]
+    """The prompt's columns in a dataset (prompt, messages, tools, question): what is trained on."""
+    first: Candidate
+    second: Candidate
+    choice: Choice = "random"
+    """Why it is shown."""
+    judged: float | None = field(default=None)
+    """A judge's outcome for the first answer: 1 won, 0 lost, a half tied; None: not judged."""
+
+    @property
+    def reward_gap(self) -> float | None:
+        """Reward of the first answer less that of the second; None where one has no score."""
+        if self.first.reward is None or self.second.reward is None:
+            return None
+        return self.first.reward - self.second.reward
+
+
+def make_pair(
+    prompt: str, fields: Mapping[str, object], first: Candidate, second: Candidate
+) -> Pair:
+    """Return a pair whose id follows from its texts and models: sampled again, it is the same."""
+    parts = [prompt, first.text, second.text, first.model, second.model]
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+    return Pair(digest, prompt, fields, first, second)
+
+
+def choose_pairs(pairs: Iterable[Pair], choice: Choice, num: int, seed: int) -> list[Pair]:
+    """Choose at most ``num`` pairs with two different answers.
+
+    Args:
+        pairs: candidates.
+        choice: random; uncertain: the smallest difference of rewards first; disagreement: those
+            where a judge prefers one answer and the reward the other, the largest difference first.
+        num: most pairs.
+        seed: of the order where nothing else decides.
+
+    Raises:
+        DataError: no pair is left, or none has what the choice goes by.
+    """
+    different = {pair.id: pair for pair in pairs if pair.first.text != pair.second.text}
+    usable = list(different.values())
+    random.Random(f"pairs:{seed}").shuffle(usable)
+    if not usable:
+        raise DataError(
+            "No pair of different answers to rank; sample more prompts, or at a higher temperature"
+        )
+    if choice != "random":
+        usable = [pair for pair in usable if pair.reward_gap is not None]
+        usable.sort(key=lambda pair: abs(pair.reward_gap or 0.0), reverse=choice == "disagreement")
+    if choice == "disagreement":
+        usable = [pair for pair in usable if _is_disagreement(pair)]
+    if not usable:
+        needs = "reward" if choice == "uncertain" else "reward against a judge's verdict"
+        raise DataError(
+            f"rank.choice {choice} found no pair to show by their {needs}; set rank.choice=random"
+        )
+    return [Pair(**{**vars(pair), "choice": choice}) for pair in usable[:num]]
+
+
+def _is_disagreement(pair: Pair) -> bool:
+    if pair.judged is None or pair.reward_gap is None:
+        return False
+    return (pair.judged - 0.5) * pair.reward_gap < 0
+
+
+def pairs_path(run: Path) -> Path:
+    """Return the file of a run's pairs."""
+    return run / FOLDER / PAIRS
+
+
+def write_pairs(run: Path, pairs: Sequence[Pair]) -> None:
+    """Write a run's pairs, in the order in which they are shown.
+
+    Raises:
+        ConfigError: the disk is full or the folder cannot be written.
+    """
+    path = pairs_path(run)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, "".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+
+
+def read_pairs(run: Path) -> list[Pair]:
+    """Return a run's pairs; empty where none were written.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = pairs_path(run)
+    if not path.exists():
+        return []
+    pairs: list[Pair] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            pairs.append(_pair(json.loads(line)))
+        except DAMAGE as error:
+            raise DataError(
+                f"{path}, line {number}, is no pair ({error}); remove the file to have pairs "
+                "sampled again (verdicts are kept, in another file)"
+            ) from error
+    return pairs
+
+
+def _pair(row: dict[str, object]) -> Pair:
+    sides = {side: Candidate(**row.pop(side)) for side in ("first", "second")}  # type: ignore[arg-type]
+    return Pair(**row, **sides)  # type: ignore[arg-type]
+
+
+def evaluated_pairs(run: Path) -> list[Pair]:
+    """Return a pair for every two models and prompt of a run's last evaluation.
+
+    It needs neither model nor GPU, and works on a copied folder. Empty where none was done.
+
+    Raises:
+        DataError: the evaluation's samples are damaged.
+    """
+    path = run / "evaluate" / "samples.jsonl"
+    if not path.exists():
+        return []
+    pairs: list[Pair] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            pairs += _side_by_side(json.loads(line))
+        except DAMAGE as error:
+            raise DataError(
+                f"{path}, line {number}, is damaged ({error}); run the stage evaluate again"
+            ) from error
+    return pairs
+
+
+def _side_by_side(row: dict[str, object]) -> list[Pair]:
+    prompt = str(row.pop("prompt"))
+    answers = [_candidate(model, answer) for model, answer in row.items()]
+    fields = {"prompt": prompt}
+    return [make_pair(prompt, fields, *sides) for sides in combinations(answers, 2)]
+
+
+def _candidate(model: str, answer: object) -> Candidate:
+    if not isinstance(answer, dict):
+        raise ValueError(f"{model} has no answer")
+    return Candidate(answer["text"], model, reward=answer.get("reward"))
