@@ -140,12 +140,11 @@ ALLOWED = {
     "cluster/role_clients.py Crew._replace: await restart": "within a budget, as above",
     "cluster/role_clients.py Restarts.again: while": "starts with deadlines, within a budget",
     "data/rendering/bounded.py problem_of: os.waitpid": "it was killed",
+    **{
+        f"people/ranking.py Ranking.{method}: with self._lock": "held while a line is appended"
+        for method in ("_append", "disputed", "next", "progress", "undo")
+    },
     "people/preferences.py holds_preferences: file.readline": "a line of a file",
-    "people/ranking.py Ranking._append: with self._lock": "held while another thread appends a line",
-    "people/ranking.py Ranking.disputed: with self._lock": "held while another thread appends a line",
-    "people/ranking.py Ranking.next: with self._lock": "held while another thread appends a line",
-    "people/ranking.py Ranking.progress: with self._lock": "held while another thread appends a line",
-    "people/ranking.py Ranking.undo: with self._lock": "held while another thread appends a line",
     "disk.py AppendedFile.flush: with self._lock": "held while another thread writes to the file",
     "disk.py AppendedFile.write: with self._lock": "held while another thread writes to the file",
     "driver/batches.py _all: asyncio.wait": "calls of learners",
