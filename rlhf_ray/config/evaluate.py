@@ -8,7 +8,7 @@ from pydantic import field_validator, model_validator
 from rlhf_ray.config.rewards import PairJudgeConfig
 from rlhf_ray.config.section import Section, changeable, duplicates
 
-JudgedBy = Literal["gold", "reward", "rouge", "judge"]
+JudgedBy = Literal["gold", "reward", "rouge", "judge", "people"]
 
 
 class EvaluateConfig(Section):
@@ -35,7 +35,8 @@ class EvaluateConfig(Section):
         description="Judges of which of two answers is better; the first one gives `win_rate`. "
         "gold: the synthetic site's gold score; reward: the weighted sum of the sources in "
         "rewards; rouge: ROUGE-L against the row's `reference`, `completion` or `chosen`; judge: "
-        "the language model in evaluate.judge. none: gold on the synthetic site, else reward.",
+        "the language model in evaluate.judge; people: verdicts of `rlhf-ray rank` on this run's "
+        "answers. none: gold on the synthetic site, else reward.",
     )
     judge: PairJudgeConfig | None = changeable(
         None, description="Language model that compares answers, for judged_by judge."

@@ -1,6 +1,7 @@
 """The compared models in numbers: means, win rates between all of them, Elo, instructions."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean
 from typing import Any, TypedDict
@@ -13,6 +14,7 @@ from rlhf_ray.data.datasets.instructions import Instruction
 from rlhf_ray.driver.metrics import mean_score
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Bar
+from rlhf_ray.people.preferences import Answer
 from rlhf_ray.rewards.judge import Pair, PairJudge
 from rlhf_ray.stages.evaluate.answers import SAMPLES_PER_INSTRUCTION, Answers, Sample
 from rlhf_ray.stages.evaluate.models import SFT
@@ -87,6 +89,29 @@ async def outcomes_by_judge(settings: PairJudgeConfig, samples: Samples, bar: Ba
                 outcomes[index] = OUTCOMES[verdict]
             bar.advance(len(chunk))
         results.append((first, second, outcomes))
+    return outcomes_of_pairs(len(models), results)
+
+
+def outcomes_by_people(answers: Iterable[Answer], samples: Samples) -> np.ndarray:
+    """Return each model's outcome against each other, `_MMN`, as people ranked these very texts.
+
+    Of several people the mean counts; both bad is a tie. Pairs that nobody ranked are not known, so
+    neither are equal texts, which are not shown: as ties they would outweigh the ranked ones.
+    """
+    given: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for answer in answers:
+        if answer.preferred == "skip":
+            continue
+        outcome = {"first": 1.0, "second": 0.0}.get(answer.preferred, 0.5)
+        pair = answer.pair
+        given[pair.prompt, pair.first.text, pair.second.text].append(outcome)
+        given[pair.prompt, pair.second.text, pair.first.text].append(1 - outcome)
+    models = list(samples.values())
+    results = []
+    for first, second in combinations(range(len(models)), 2):
+        rows = zip(models[first], models[second], strict=True)
+        known = [given.get((a.prompt.text, a.text, b.text)) for a, b in rows]
+        results.append((first, second, [fmean(each) if each else None for each in known]))
     return outcomes_of_pairs(len(models), results)
 
 
@@ -175,6 +200,12 @@ def _nothing_known(judge: str, name: str, num_prompts: int) -> DataError:
             f"For none of the {num_prompts} held-out prompts did evaluate.judge say which of the "
             f"answers of {SFT} and {name} is better, in a form that its pattern finds; look at "
             "what it answers, and change template or pattern"
+        )
+    if judge == "people":
+        return DataError(
+            f"None of the verdicts of people is on these answers of {SFT} and {name} to the "
+            f"{num_prompts} held-out prompts; rank the run's own evaluation (rlhf-ray rank), and "
+            "evaluate the same models under the same settings"
         )
     return DataError(
         f"For none of the {num_prompts} held-out prompts do the sources of rewards have a score "

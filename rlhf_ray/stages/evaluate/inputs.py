@@ -12,6 +12,7 @@ from rlhf_ray.driver.checkpoint import Checkpoints
 from rlhf_ray.engines.scoring import template_checks
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import load_tokenizer
+from rlhf_ray.people.preferences import preferences_path, read_preferences
 from rlhf_ray.runs.datasets import held_out_prompts
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.serving.text_generation import prompt_ids
@@ -57,6 +58,8 @@ def load_inputs(folder: RunFolder) -> Inputs:
     prompts = held_out_prompts(config, folder, tokenizer, settings.num_prompts, checks)
     has_gold = _is_synthetic(folder)
     judged_by = _judged_by(config, has_gold, prompts)
+    if "people" in judged_by:
+        _require_verdicts(folder)
     instructions = load_instructions(settings.instructions) if settings.instructions else ()
     return Inputs(
         config=config,
@@ -97,6 +100,15 @@ def _judged_by(config: Config, has_gold: bool, prompts: Sequence[Prompt]) -> Seq
             "columns, for example columns: {reference: <its name>}"
         )
     return judged_by
+
+
+def _require_verdicts(folder: RunFolder) -> None:
+    path = preferences_path(folder.path)
+    if not read_preferences(path).standing():
+        raise DataError(
+            f"evaluate.judged_by names people, and {path} holds no verdict; evaluate without "
+            f"people, rank the answers with rlhf-ray rank {folder.path}, and evaluate again"
+        )
 
 
 def _instruction_prompts(

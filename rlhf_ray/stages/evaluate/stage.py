@@ -20,6 +20,7 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.stack_exchange.synthetic_site import gold_score
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.observability.progress import Bar, Progress
+from rlhf_ray.people.preferences import preferences_path, read_preferences
 from rlhf_ray.rewards.rouge import rouge
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.evaluate.answers import (
@@ -34,6 +35,7 @@ from rlhf_ray.stages.evaluate.comparison import (
     Summary,
     follow,
     outcomes_by_judge,
+    outcomes_by_people,
     outcomes_by_score,
     summarize,
 )
@@ -97,6 +99,9 @@ def _add_scores(samples: Samples, inputs: Inputs) -> None:
 
 
 def _outcomes(config: Config, judge: str, samples: Samples, bar: Bar) -> np.ndarray:
+    if judge == "people":
+        path = preferences_path(RunFolder(config).path)
+        return outcomes_by_people(read_preferences(path).standing(), samples)
     if judge != "judge":
         return outcomes_by_score(samples, judge)
     assert config.evaluate.judge is not None, "refused when the config is read"
