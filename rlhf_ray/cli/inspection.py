@@ -1,5 +1,6 @@
 """Commands that inspect a config, a run or a machine."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,13 @@ app = typer.Typer()
 
 CHECK = "Check a config or a machine"
 SHOW = "Look at a run"
+
+
+class Choice(StrEnum):
+    """Which pairs people are shown."""
+
+    random = "random"
+    uncertain = "uncertain"
 
 
 @app.command(
@@ -100,6 +108,49 @@ def view(
     from rlhf_ray.web.view import Viewer
 
     serve(Viewer(run).routes(), port, typer.echo)
+
+
+@app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray rank runs/quickstart")
+def rank(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder; a copy will do.")],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on loopback. Default: a free one.")
+    ] = 0,
+    choice: Annotated[
+        Choice,
+        typer.Option(
+            help="Pairs to make for a run without: random, or the smallest difference of rewards."
+        ),
+    ] = Choice.random,
+    num: Annotated[int, typer.Option(min=1, help="Most pairs to make.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the order of the pairs.")] = 0,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Cluster that has the run, http://HOST:8265: print the commands that serve the "
+            "page there and bring it here, and serve nothing."
+        ),
+    ] = None,
+) -> None:
+    """Let people rank pairs of a run's answers in a web page on this machine.
+
+    A person gives a name and sees a prompt and two answers, without their models and in random
+    order. Keys say which is better; every verdict is saved at once, in rank/preferences.jsonl.
+    Several people may rank one run; pairs on which they differ are shown again. The pairs are those
+    of rank/pairs.jsonl, else they are made of the answers of the run's evaluation. The page is on
+    loopback, behind the token in its address.
+    """
+    from rlhf_ray.web.rank import RankPages, prepare_pairs, tunnels
+    from rlhf_ray.web.server import serve
+
+    if address is not None:
+        typer.echo(tunnels(run, address, port))
+        return
+    prepare_pairs(run, choice.value, num, seed)
+    pages = RankPages(run)
+    if problem := pages.damage():
+        typer.echo(problem, err=True)
+    serve(pages.routes(), port, typer.echo)
 
 
 @app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray replay runs/quickstart --iteration 12")

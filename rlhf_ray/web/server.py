@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Mount
 
 from rlhf_ray.errors import ConfigError, RlhfError
-from rlhf_ray.web.text import excerpt, figure, visible
+from rlhf_ray.web.text import excerpt, figure, markdown, visible
 
 HOST = "127.0.0.1"
 _NONCE_BYTES, _TOKEN_BYTES = 12, 16
@@ -30,7 +30,7 @@ _pages = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_pages.filters |= {"visible": visible, "excerpt": excerpt, "figure": figure}
+_pages.filters |= {"visible": visible, "excerpt": excerpt, "figure": figure, "markdown": markdown}
 
 
 def page(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:

@@ -2,8 +2,13 @@
 
 import math
 import re
+from functools import cache
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
 
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"
@@ -16,6 +21,26 @@ SHORT = 160
 def visible(text: object) -> Markup:
     """Return a text as HTML, with characters that act or hide shown by their number."""
     return Markup(_HIDDEN.sub(_shown, str(escape(str(text)))))
+
+
+def markdown(text: str) -> Markup:
+    """Return a text in Markdown as HTML that holds none of the text's own.
+
+    Links and images stay as they were written: nothing leads or reaches elsewhere, and an address
+    is seen. Hidden characters are shown by their number.
+    """
+    shown = _HIDDEN.sub(lambda match: f"⟨{_number(match)}⟩", text)
+    return Markup(_parser().render(shown))
+
+
+@cache
+def _parser() -> "MarkdownIt":
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True})
+    parser.enable(["table", "strikethrough"])
+    # A definition of a link's address is not shown at all, if it is one.
+    return parser.disable(["link", "image", "autolink", "reference", "html_block", "html_inline"])
 
 
 def excerpt(text: object) -> Markup:
@@ -34,4 +59,8 @@ def figure(value: object) -> str:
 
 
 def _shown(match: re.Match[str]) -> str:
-    return f'<span class="hidden-char">U+{ord(match.group()):04X}</span>'
+    return f'<span class="hidden-char">{_number(match)}</span>'
+
+
+def _number(match: re.Match[str]) -> str:
+    return f"U+{ord(match.group()):04X}"
