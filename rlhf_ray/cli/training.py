@@ -179,15 +179,39 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write to. Default: export/ in the run's folder.")
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Also upload the folder to this repository of the model hub, with HF_TOKEN.",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="A repository that is made by --push is public.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what --push would upload.")
+    ] = False,
 ) -> None:
     """Export a model for other tools, with a model card that states its origin."""
+    from rlhf_ray.serving import push as hub
     from rlhf_ray.serving.export import run as run_export
 
+    if push is None and (public or dry_run):
+        raise ConfigError("--public and --dry-run are for --push OWNER/NAME, which is missing")
     resolved = read_config(config, overrides)
     summary = run_export(resolved, model=model, kind=kind.value, out=out)
     survived = summary["survived"]
     note = "" if survived is None else f"; {_survived(resolved, survived)}"
     typer.echo(f"Wrote {summary['folder']}{note}")
+    if push is not None and dry_run:
+        files = hub.files_of(Path(summary["folder"]))
+        typer.echo(f"Would upload to {push} ({'public' if public else 'private'}, if it is new):")
+        for name, size in files.items():
+            typer.echo(f"  {size / 1e6:10.3f} MB  {name}")
+        typer.echo(f"  {sum(files.values()) / 1e6:10.3f} MB in all")
+    elif push is not None:
+        typer.echo(f"Uploaded to {hub.push(Path(summary['folder']), push, private=not public)}")
 
 
 def _survived(config: Config, share: float) -> str:
