@@ -107,8 +107,8 @@ def preferences_path(run: Path) -> Path:
     return run / FOLDER / PREFERENCES
 
 
-def append(path: Path, record: Record) -> None:
-    """Append a record; once this returns, neither kill nor power failure loses it.
+def append(path: Path, record: Record) -> int:
+    """Append a record, and return its bytes; neither kill nor power failure loses it then.
 
     Several processes may append to one file. After a torn line a new one is begun.
 
@@ -124,6 +124,7 @@ def append(path: Path, record: Record) -> None:
             is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
             line = "\n" * is_torn + json.dumps(asdict(record)) + "\n"
             rest = line.encode()
+            num_bytes = len(rest)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
@@ -131,6 +132,7 @@ def append(path: Path, record: Record) -> None:
             os.close(descriptor)
         if is_new:
             _sync_folder(path.parent)
+        return num_bytes
 
 
 def _sync_folder(folder: Path) -> None:

@@ -68,6 +68,7 @@ class Ranking:
         self._path = preferences_path(run)
         self._lock = threading.Lock()
         self.pairs = {pair.id: pair for pair in read_pairs(run)}
+        self._num_bytes = self._size()  # before it is read: a verdict in between is seen later
         self.found = read_preferences(self._path)
         """What the file held at the start: `is_torn` and `num_bad` are to be reported."""
         self._records: list[Record] = list(self.found.records)
@@ -79,6 +80,7 @@ class Ranking:
         once more.
         """
         with self._lock:
+            self._read_others()
             mine = {a.pair.id for a in standing(self._records) if a.person == person}
             open_pairs = (pair for identity, pair in self.pairs.items() if identity not in mine)
             if (pair := next(open_pairs, None)) is not None:
@@ -109,6 +111,7 @@ class Ranking:
     def undo(self, person: str) -> Shown | None:
         """Take back a person's last standing answer, and return its pair; None without one."""
         with self._lock:
+            self._read_others()
             mine = [answer for answer in standing(self._records) if answer.person == person]
         if not mine:
             return None
@@ -118,6 +121,7 @@ class Ranking:
     def progress(self, person: str = "") -> Standing:
         """Return how far a person, and all of them, are."""
         with self._lock:
+            self._read_others()
             answers = standing(self._records)
             num_disputed = len(self._disputed())
         names = [answer.person for answer in answers]
@@ -133,6 +137,7 @@ class Ranking:
     def disputed(self) -> list[Pair]:
         """Return the pairs on which people gave different verdicts."""
         with self._lock:
+            self._read_others()
             return [self.pairs[identity] for identity in self._disputed()]
 
     def _disputed(self) -> list[str]:
@@ -145,8 +150,17 @@ class Ranking:
 
     def _append(self, record: Record) -> None:
         with self._lock:
-            append(self._path, record)
+            self._num_bytes += append(self._path, record)
             self._records.append(record)
+
+    def _read_others(self) -> None:
+        """Read the file again if another process has appended to it."""
+        if (num_bytes := self._size()) != self._num_bytes:
+            self._records = list(read_preferences(self._path).records)
+            self._num_bytes = num_bytes
+
+    def _size(self) -> int:
+        return self._path.stat().st_size if self._path.exists() else 0
 
     def _shown(self, pair: Pair, person: str, is_disputed: bool = False) -> Shown:
         is_first = random.Random(f"side:{pair.id}:{person}").random() < 0.5

@@ -285,3 +285,18 @@ def test_two_people_are_measured_by_kappa_and_three_by_alpha(tmp_path: Path) -> 
     # 10 first and 2 second in 4 units of 3: D_o = 2 * (2 * 1 + 1 * 2) / 2 = 4, D_e = 40 / 11.
     assert found.measure == "Krippendorff's alpha"
     assert found.value == pytest.approx(1 - 11 * 4 / 40)
+
+
+def test_two_servers_of_one_run_see_each_others_verdicts(tmp_path: Path) -> None:
+    first = ranking(tmp_path, num_pairs=1)
+    second = Ranking(tmp_path)
+    answer_good(first, "Ada")
+    answer_good(second, "Bob", good=False)
+    for people in (first, second):
+        assert people.progress("Ada").people == {"Ada": 1, "Bob": 1}
+        assert [pair.prompt for pair in people.disputed()] == ["prompt 0"]
+        shown = people.next("Ada")
+        assert shown is not None
+        assert shown.is_disputed
+    second.undo("Bob")
+    assert first.progress().people == {"Ada": 1}
