@@ -109,11 +109,16 @@ class IdleScorer:
         return {"model": tuple(float(position % 7) for position in shard.info.positions)}
 
 
+def _zeros(shard: Shard) -> Any:
+    """Return a zero for each token; the handle of values is the values."""
+    return [np.zeros(LENGTH, np.float32)] * len(shard.info.positions)
+
+
 class IdleReference:
-    """Has no log-probs."""
+    """Finds every token certain."""
 
     async def logprobs(self, shard: Shard) -> Any:
-        return None
+        return _zeros(shard)
 
 
 @dataclass
@@ -125,10 +130,10 @@ class IdleLearners:
 
     async def logprobs(self, shard: Shard) -> tuple[Any, Mismatch]:
         tokens = sum(shard.info.response_lengths)
-        return None, Mismatch(1e-7, 1e-6, tokens)
+        return _zeros(shard), Mismatch(1e-7, 1e-6, tokens)
 
     async def values(self, shard: Shard) -> Any:
-        return None
+        return _zeros(shard)
 
     async def sample_kl(self, shard: Shard, ref_logprobs: Any) -> tuple[float, ...]:
         return (0.0,) * len(shard.info.positions)
