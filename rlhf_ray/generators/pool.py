@@ -159,8 +159,15 @@ class GeneratorPool(Generic[GeneratorT]):
     async def generate(
         self, requests: Sequence[ShardRequest], *, or_newer: bool = False
     ) -> AsyncIterator[Shard]:
-        """Yield each shard as it finishes; the order of generation only changes the time."""
+        """Yield each shard as it finishes; the order of generation only changes the time.
+
+        Raises:
+            WeightSyncError: no generator serves the adapter that was published beside.
+        """
         self._require_left(1)
+        failed = self._beside.exception() if self._beside and self._beside.done() else None
+        if failed is not None:  # it has ended the batches that were under way, and not this one
+            raise failed
         async for shard in self._dispatch.run(requests, or_newer=or_newer):
             yield shard
 

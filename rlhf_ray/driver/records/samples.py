@@ -94,9 +94,7 @@ class SampleRecords:
                 "texts": [self._token_text(token) for token in ids],
                 "advantage": _rounded(advantages[row]) if row < len(advantages) else None,
                 "kl": _rounded(old - found.ref_logprobs[row]),
-                "mismatch": _rounded(
-                    found.rollouts[row].rollout_logprobs - found.old_logprobs[row]
-                ),
+                "mismatch": _rounded(rollout.rollout_logprobs - old),
             }
         return records
 

@@ -104,6 +104,20 @@ async def test_where_none_serves_right_the_run_ends() -> None:
     assert elastic.pool.report().restarts == 0
 
 
+async def test_a_batch_that_begins_after_a_failed_publication_ends_too() -> None:
+    elastic = Elastic(2)
+    batch = await elastic.begin(1)
+    await elastic.answer_all()
+    await batch
+    for number in range(2):
+        elastic.processes.faults["publish 1", f"generator-{number}"] = [WRONG]
+    await elastic.pool.publish(update(1), beside=True)
+    await settle()
+    shards = elastic.pool.generate(requests(1, version=1))
+    with pytest.raises(WeightSyncError, match="it serves something else"):
+        await asyncio.wait_for(anext(shards), 5)
+
+
 async def test_where_one_serves_right_the_run_goes_on() -> None:
     elastic = Elastic(2)
     elastic.processes.faults["prove", "generator-0"] = [WRONG]
