@@ -54,6 +54,7 @@ Temperature = Annotated[
     float | None, typer.Option(min=0.0, help="0 decodes greedily. Default: rollout.temperature.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port on loopback. Default: a free one.")]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest answer in tokens. Default: rollout.max_tokens.")
 ]

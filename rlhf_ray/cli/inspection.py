@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import AsJson, ConfigPath, Overrides, print_json, read_config
+from rlhf_ray.cli.arguments import (
+    AsJson,
+    ConfigPath,
+    Overrides,
+    Port,
+    print_json,
+    read_config,
+)
 from rlhf_ray.config import Config, dump
 from rlhf_ray.secrecy import printable
 
@@ -93,9 +100,7 @@ def compare(
 @app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray view runs/quickstart")
 def view(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder; a copy will do.")],
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port on loopback. Default: a free one.")
-    ] = 0,
+    port: Port = 0,
 ) -> None:
     """Browse a run's samples in a web page on this machine, also while it runs.
 
@@ -113,9 +118,7 @@ def view(
 @app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray rank runs/quickstart")
 def rank(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder; a copy will do.")],
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port on loopback. Default: a free one.")
-    ] = 0,
+    port: Port = 0,
     choice: Annotated[
         Choice,
         typer.Option(

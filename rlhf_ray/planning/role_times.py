@@ -34,7 +34,7 @@ ASSUMPTIONS: dict[str, Range] = {
     "GB/s between GPU and host memory for sleep and wake": (20.0, 2.0),
     "all-reduce within a generator of several GPUs, fixed seconds": (1e-5, 5e-5),
     "length of texts that are not packed, as a share of the longest": (0.5, 1.0),
-    "prepare, MB of a dump's XML a second on one core": (2.3, 1.0),
+    "prepare, MB of a dump's XML a second on one core": (3.5, 1.0),
     "prepare, cores of a node for each of its GPUs": (12, 6),
     "prepare, share of its speed that a core keeps beside others": (0.95, 0.7),
     "prepare, MB of XML a second out of one archive": (80, 30),
