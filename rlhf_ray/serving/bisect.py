@@ -254,6 +254,12 @@ def as_text(find: Find, run: str) -> str:
     lines = [f"{find.condition} holds first for {_said(first)}"]
     if find.before is not None:
         lines.append(f"Before it: {_said(find.before)}")
+    earliest = find.before.version + 1 if find.before else 0
+    if first.iteration is None and earliest < first.version:
+        lines.append(
+            f"Only kept versions can be measured: it may hold from version {earliest} on. The "
+            "iteration below made the first that was measured"
+        )
     if lesson is None:
         lines.append(
             "No iteration taught it: the run started from this version"

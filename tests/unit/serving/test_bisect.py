@@ -1,5 +1,6 @@
 """The first version with a property, among what a run logged or kept."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,17 @@ def test_nothing_taught_the_version_that_a_run_starts_from(run: Config) -> None:
     assert find.first == bisect.Value(version=0, value=0.5, iteration=1)
     assert find.lesson is None
     assert "the run started from this version" in bisect.as_text(find, "x")
+
+
+@pytest.mark.parametrize(("before", "says"), [(3, True), (5, False), (None, True)])
+def test_what_is_measured_of_kept_versions_alone_may_hold_before(
+    run: Config, before: int | None, says: bool
+) -> None:
+    find = bisect.run(run, "repetition > .1")
+    measured = bisect.Value(6, 0.4, None)
+    earlier = None if before is None else bisect.Value(before, 0.1, None)
+    text = bisect.as_text(dataclasses.replace(find, first=measured, before=earlier), "x")
+    assert (f"it may hold from version {(before or -1) + 1} on" in text) == says
 
 
 def test_a_condition_that_never_holds_ends_with_one(run: Config) -> None:
