@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -72,6 +73,11 @@ def split_versions(path: Path) -> tuple[Path, list[str]]:
     if not all(names):
         raise ConfigError(f"{path} names no version after a comma or @, as in {run}@100,latest")
     return Path(run), list(dict.fromkeys(names))
+
+
+def policies_at(versions: Sequence[str]) -> list[str]:
+    """Return the names of a run's policy at versions."""
+    return [f"ppo@{version}" for version in versions]
 
 
 def print_json(value: object) -> None:

@@ -1,5 +1,6 @@
 """Commands that inspect a config, a run or a machine."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +12,10 @@ from rlhf_ray.cli.arguments import (
     ConfigPath,
     Overrides,
     Port,
+    policies_at,
     print_json,
     read_config,
+    split_versions,
 )
 from rlhf_ray.config import Config, dump
 from rlhf_ray.secrecy import printable
@@ -28,6 +31,7 @@ class Choice(StrEnum):
 
     random = "random"
     uncertain = "uncertain"
+    disagreement = "disagreement"
 
 
 @app.command(
@@ -115,14 +119,17 @@ def view(
     serve(Viewer(run).routes(), port, typer.echo)
 
 
-@app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray rank runs/quickstart")
+@app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray rank runs/quickstart@10,latest")
 def rank(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder; a copy will do.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN[@VERSIONS]", help="A run's folder; a copy will do.")
+    ],
     port: Port = 0,
     choice: Annotated[
         Choice,
         typer.Option(
-            help="Pairs to make for a run without: random, or the smallest difference of rewards."
+            help="Pairs of the evaluation to show: random ones, those with the smallest difference "
+            "of rewards, or those on which a judge and the rewards disagree."
         ),
     ] = Choice.random,
     num: Annotated[int, typer.Option(min=1, help="Most pairs to make.")] = 100,
@@ -140,8 +147,10 @@ def rank(
     A person gives a name and sees a prompt and two answers, without their models and in random
     order. Keys say which is better; every verdict is saved at once, in rank/preferences.jsonl.
     Several people may rank one run; pairs on which they differ are shown again. The pairs are those
-    of rank/pairs.jsonl, else they are made of the answers of the run's evaluation. The page is on
-    loopback, behind the token in its address.
+    of rank/pairs.jsonl, else they are made of the answers of the run's evaluation.
+    RUN@100,latest samples answers of versions of the policy to held-out prompts first, and shows
+    those pairs before the others; RUN@100 compares with the SFT model. The page is on loopback,
+    behind the token in its address.
     """
     from rlhf_ray.web.rank import RankPages, prepare_pairs, tunnels
     from rlhf_ray.web.server import serve
@@ -149,11 +158,25 @@ def rank(
     if address is not None:
         typer.echo(tunnels(run, address, port))
         return
-    prepare_pairs(run, choice.value, num, seed)
+    run, versions = split_versions(run)
+    if versions:
+        _add_pairs(run, versions, num, seed)
+    else:
+        prepare_pairs(run, choice.value, num, seed)
     pages = RankPages(run)
     if problem := pages.damage():
         typer.echo(problem, err=True)
     serve(pages.routes(), port, typer.echo)
+
+
+def _add_pairs(run: Path, versions: Sequence[str], num: int, seed: int) -> None:
+    """Sample pairs of answers of a run's versions, and put them before those that it has."""
+    from rlhf_ray.people.pairs import choose_pairs, read_pairs, write_pairs
+    from rlhf_ray.serving.generate import sampled_pairs
+
+    models = [*(["sft"] if len(versions) == 1 else []), *policies_at(versions)]
+    new = choose_pairs(sampled_pairs(read_config(run), models, num), "random", num, seed)
+    write_pairs(run, [*{pair.id: pair for pair in (*new, *read_pairs(run))}.values()])
 
 
 @app.command(rich_help_panel=SHOW, epilog="Example: rlhf-ray replay runs/quickstart --iteration 12")

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -14,6 +14,7 @@ from rlhf_ray.cli.arguments import (
     Overrides,
     RunVersions,
     Temperature,
+    policies_at,
     print_json,
     read_config,
     split_versions,
@@ -48,7 +49,7 @@ def generate(
     run, versions = split_versions(config)
     rows = generate_stage.run(
         read_config(run, overrides),
-        models=[*_policies_at(versions), *(model or [])],
+        models=[*policies_at(versions), *(model or [])],
         prompts=prompt or [],
         num=num,
         temperature=temperature,
@@ -93,7 +94,7 @@ def chat(
     """
     run, versions = split_versions(config)
     resolved = read_config(run, overrides)
-    models = [*_policies_at(versions), *(model or [])]
+    models = [*policies_at(versions), *(model or [])]
     if page:
         from rlhf_ray.serving.versions import Versions
         from rlhf_ray.web.server import serve as serve_pages
@@ -116,10 +117,6 @@ def chat(
         temperature=temperature,
         max_tokens=max_tokens,
     )
-
-
-def _policies_at(versions: Sequence[str]) -> list[str]:
-    return [f"ppo@{version}" for version in versions]
 
 
 def _typed_lines() -> Iterator[str]:
@@ -150,7 +147,7 @@ def serve(
     from rlhf_ray.serving import serve as serve_stage
 
     run, versions = split_versions(config)
-    models = [*_policies_at(versions), *(model or [])]
+    models = [*policies_at(versions), *(model or [])]
     arguments = serve_stage.command(read_config(run, overrides), models, further or [])
     if warning := serve_stage.exposure_warning(further or []):
         typer.echo(f"Warning: {warning}", err=True)

@@ -145,7 +145,8 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 for _name, _stage in STAGES.items():
-    if _name != "report":  # its command also draws the report of an unfinished run
+    # The command report also draws an unfinished run's, and rank shows the page alone.
+    if _name not in ("report", "rank"):
         app.command(_name, help=_stage.does, rich_help_panel=TRAIN)(_stage_command(_name))
 
 

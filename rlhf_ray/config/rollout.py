@@ -131,6 +131,14 @@ class AutoscaleConfig(Section):
             )
         return self
 
+    def require_within(self, num: int) -> None:
+        """Raise a ValueError unless ``generators.num`` is within the bounds."""
+        if not self.minimum <= num <= self.maximum:
+            raise ValueError(
+                f"generators.num {num} is not between rollout.autoscale.minimum {self.minimum} "
+                f"and rollout.autoscale.maximum {self.maximum}; change one of them"
+            )
+
 
 class RolloutConfig(Section):
     """Sampling of responses."""

@@ -12,6 +12,7 @@ from rlhf_ray.config.guards import GuardsConfig
 from rlhf_ray.config.learners import CriticConfig, PolicyConfig, ReferenceConfig
 from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.config.ppo import PpoConfig
+from rlhf_ray.config.rank import RankConfig
 from rlhf_ray.config.rewards import (
     EndpointConfig,
     ModelSourceConfig,
@@ -19,7 +20,7 @@ from rlhf_ray.config.rewards import (
     refuse_equal_names,
     refuse_slow,
 )
-from rlhf_ray.config.rollout import AutoscaleConfig, GeneratorsConfig, RolloutConfig
+from rlhf_ray.config.rollout import GeneratorsConfig, RolloutConfig
 from rlhf_ray.config.section import PassThrough, Section, fixed
 from rlhf_ray.config.stages import SUPERVISED, RunConfig
 from rlhf_ray.config.supervised import DpoConfig, PretrainConfig, RewardConfig, SftConfig
@@ -40,6 +41,7 @@ class Config(Section):
     )
     pretrain: PretrainConfig = fixed(PretrainConfig(), description="Language modelling.")
     sft: SftConfig = fixed(SftConfig(), description="Supervised fine-tuning.")
+    rank: RankConfig = fixed(RankConfig(), description="People's verdicts on pairs of answers.")
     reward: RewardConfig = fixed(RewardConfig(), description="Reward model.")
     dpo: DpoConfig = fixed(DpoConfig(), description="Direct preference optimisation.")
     rewards: list[RewardSourceConfig] = fixed(
@@ -139,6 +141,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _ratings_are_given(self) -> "Config":
+        if "rank" in self.run.stages:
+            self.rank.require_mixable(self.reward, self.dpo, self.data)
         is_rated = self.reward.loss != "pairwise" and self.reward.path is None
         if is_rated and self.data.preferences is None:
             raise ValueError(
@@ -205,7 +209,7 @@ class Config(Section):
         shard_size, per_prompt = self.rollout.shard_size, self.ppo.samples_per_prompt
         self.ppo.filter_groups.require_whole_groups(per_prompt, shard_size)
         if bounds := self.rollout.autoscale:
-            self._generators_start_within_bounds(bounds)
+            bounds.require_within(self.generators.num)
         if self.cluster.mode == "inline":
             self._inline_is_one_process()
         return self
@@ -234,13 +238,6 @@ class Config(Section):
             raise ValueError(
                 "critic.init reward merges the reward model's adapter into its base, which "
                 f"model.quantization {kind} does not allow; set critic.init=sft"
-            )
-
-    def _generators_start_within_bounds(self, bounds: AutoscaleConfig) -> None:
-        if not bounds.minimum <= (num := self.generators.num) <= bounds.maximum:
-            raise ValueError(
-                f"generators.num {num} is not between rollout.autoscale.minimum {bounds.minimum} "
-                f"and rollout.autoscale.maximum {bounds.maximum}; change one of them"
             )
 
     def _generators_can_be_parallel(self) -> None:

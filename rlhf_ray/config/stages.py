@@ -13,8 +13,10 @@ from pydantic import field_validator, model_validator
 
 from rlhf_ray.config.section import Section, changeable, duplicates, fixed, is_mapping
 
-StageName = Literal["prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate", "report"]
-Made = Literal["datasets", "language model", "policy", "reward model", "numbers"]
+StageName = Literal[
+    "prepare", "pretrain", "sft", "rank", "reward", "dpo", "ppo", "evaluate", "report"
+]
+Made = Literal["datasets", "language model", "policy", "preferences", "reward model", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,16 @@ STAGES: Mapping[str, Stage] = {
         after=("pretrain",),
         is_supervised=True,
     ),
+    "rank": Stage(
+        function="rlhf_ray.stages.rank:run",
+        does="Sample pairs of answers of the SFT model, and wait for people to rank them.",
+        makes="preferences",
+        sections=(*_EVERYWHERE, "sft", "rank"),
+        datasets=("prompts", "eval"),
+        prepared="rl",
+        after=("pretrain", "sft"),
+        is_default=False,  # it waits for people
+    ),
     "reward": Stage(
         function="rlhf_ray.stages.supervised.reward:run",
         does="Train the reward model on pairs or rated answers.",
@@ -84,7 +96,7 @@ STAGES: Mapping[str, Stage] = {
         sections=(*_EVERYWHERE, "sft", "reward"),
         datasets=("preferences",),
         prepared="reward",
-        after=("pretrain", "sft"),
+        after=("pretrain", "sft", "rank"),
         is_supervised=True,
     ),
     "dpo": Stage(
@@ -94,7 +106,7 @@ STAGES: Mapping[str, Stage] = {
         sections=(*_EVERYWHERE, "sft", "dpo"),
         datasets=("preferences",),
         prepared="reward",
-        after=("pretrain", "sft"),
+        after=("pretrain", "sft", "rank"),
         is_supervised=True,
         is_default=False,  # another way from pairs to a policy than reward and ppo
     ),
@@ -105,7 +117,7 @@ STAGES: Mapping[str, Stage] = {
         sections=(*_EVERYWHERE, "sft", "reward", "rewards", "lora", "critic", "ppo", "rollout"),
         datasets=("prompts", "eval"),
         prepared="rl",
-        after=("pretrain", "sft", "reward"),
+        after=("pretrain", "sft", "rank", "reward"),
     ),
     "evaluate": Stage(
         function="rlhf_ray.stages.evaluate.stage:run",
@@ -128,6 +140,9 @@ DEFAULT_STAGES: tuple[StageName, ...] = tuple(
 
 SUPERVISED = tuple(name for name, stage in STAGES.items() if stage.is_supervised)
 """Stages that transformers.Trainer runs."""
+
+SAMPLING = ("rank", "ppo", "evaluate")
+"""Stages with generators."""
 
 BEFORE_PPO = ("reward", "dpo")
 """Stages beside which PPO's processes start, where it comes next."""
@@ -177,7 +192,7 @@ class RunConfig(Section):
     stages: list[StageName] = changeable(
         list(DEFAULT_STAGES),
         min_length=1,
-        description="Stages to run, in pipeline order; default all but dpo.",
+        description="Stages to run, in pipeline order; default all but rank and dpo.",
     )
     resume: Literal["auto", "never", "must"] = changeable(
         "auto",

@@ -3,16 +3,17 @@
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from rlhf_ray.config.model import ModelConfig
+from rlhf_ray.config.model import LoraConfig, ModelConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import folders, loading
-from rlhf_ray.models.adapters import Model, merge_into_base, unwrapped
+from rlhf_ray.models.adapters import Model, attach, merge_into_base, peft_config, unwrapped
 from rlhf_ray.models.probes import probe_logits, refuse_change
 
 MEMORY_SHARE = 0.8
@@ -119,8 +120,28 @@ def verify_names(folder: str, settings: ModelConfig, *, is_lm: bool) -> None:
     Raises:
         DataError: they have not.
     """
-    kwargs = settings.kwargs | {"device_map": "meta"}
-    _load(folder, settings.model_copy(update={"kwargs": kwargs}), is_lm)
+    _load(folder, _on_meta(settings), is_lm)
+
+
+def zero_adapter(
+    base: str, settings: ModelConfig, lora: LoraConfig
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the PEFT config and tensors of an adapter that leaves a causal LM as it is.
+
+    Takes no memory but the adapter's: of the base its shapes are enough.
+
+    Raises:
+        ConfigError: the base has no such modules as ``lora`` names.
+    """
+    model = attach(
+        loading.load_causal_lm(base, _on_meta(settings)), lora, "CAUSAL_LM", seed=0, dropout=0.0
+    )
+    shapes = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return peft_config(model), {name: torch.zeros(each.shape) for name, each in shapes.items()}
+
+
+def _on_meta(settings: ModelConfig) -> ModelConfig:
+    return settings.model_copy(update={"kwargs": settings.kwargs | {"device_map": "meta"}})
 
 
 def _load(folder: str, settings: ModelConfig, is_lm: bool) -> Model:

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from rlhf_ray.disk import DAMAGE, write_atomically
 from rlhf_ray.errors import DataError
@@ -15,6 +15,9 @@ from rlhf_ray.errors import DataError
 FOLDER = "rank"
 """Folder of pairs and verdicts in that of a run."""
 PAIRS = "pairs.jsonl"
+
+_GIVEN = ("messages", "tools", "question")
+"""Columns from which a prompt is rendered, besides its plain text."""
 
 Choice = Literal["random", "uncertain", "disagreement"]
 
@@ -65,6 +68,17 @@ def make_pair(
     return Pair(digest, prompt, fields, first, second)
 
 
+def shown_fields(prompt: str, columns: Mapping[str, object]) -> dict[str, object]:
+    """Return a pair's ``fields``: a row with them becomes the same prompt again.
+
+    Args:
+        prompt: rendered.
+        columns: `Prompt.fields`, which holds the messages where a template was applied.
+    """
+    given = {name: columns[name] for name in _GIVEN if columns.get(name)}
+    return given if "messages" in given else {"prompt": prompt, **given}
+
+
 def choose_pairs(pairs: Iterable[Pair], choice: Choice, num: int, seed: int) -> list[Pair]:
     """Choose at most ``num`` pairs with two different answers.
 
@@ -91,10 +105,12 @@ def choose_pairs(pairs: Iterable[Pair], choice: Choice, num: int, seed: int) -> 
     if choice == "disagreement":
         usable = [pair for pair in usable if _is_disagreement(pair)]
     if not usable:
-        needs = "reward" if choice == "uncertain" else "reward against a judge's verdict"
-        raise DataError(
-            f"rank.choice {choice} found no pair to show by their {needs}; set rank.choice=random"
+        needs = (
+            "of which both answers have a reward"
+            if choice == "uncertain"
+            else "on which a judge (evaluate.judged_by=[judge]) and the rewards disagree"
         )
+        raise DataError(f"--choice {choice} found no pair {needs}; take --choice random")
     return [Pair(**{**vars(pair), "choice": choice}) for pair in usable[:num]]
 
 
@@ -152,27 +168,58 @@ def evaluated_pairs(run: Path) -> list[Pair]:
     It needs neither model nor GPU, and works on a copied folder. Empty where none was done.
 
     Raises:
-        DataError: the evaluation's samples are damaged.
+        DataError: the evaluation's files are damaged.
     """
-    path = run / "evaluate" / "samples.jsonl"
+    folder = run / "evaluate"
+    samples = _lines(folder / "samples.jsonl", _side_by_side)
+    prompts = _lines(folder / "prompts.jsonl", _about)
+    if not prompts:  # an evaluation that is older than this file
+        return [*chain.from_iterable(samples)]
+    if len(prompts) != len(samples):
+        raise DataError(
+            f"{folder} has {len(samples)} prompts with samples and {len(prompts)} without; run the "
+            "stage evaluate again"
+        )
+    return [
+        replace(pair, fields=fields, judged=judged.get((pair.first.model, pair.second.model)))
+        for pairs, (fields, judged) in zip(samples, prompts, strict=True)
+        for pair in pairs
+    ]
+
+
+T = TypeVar("T")
+
+
+def _lines(path: Path, read: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Read each line of one of evaluate's files; a missing one has none."""
     if not path.exists():
         return []
-    pairs: list[Pair] = []
+    found: list[T] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            pairs += _side_by_side(json.loads(line))
+            found.append(read(json.loads(line)))
         except DAMAGE as error:
             raise DataError(
                 f"{path}, line {number}, is damaged ({error}); run the stage evaluate again"
             ) from error
-    return pairs
+    return found
 
 
-def _side_by_side(row: dict[str, object]) -> list[Pair]:
+def _side_by_side(row: dict[str, Any]) -> list[Pair]:
     prompt = str(row.pop("prompt"))
     answers = [_candidate(model, answer) for model, answer in row.items()]
     fields = {"prompt": prompt}
     return [make_pair(prompt, fields, *sides) for sides in combinations(answers, 2)]
+
+
+def _about(row: dict[str, Any]) -> tuple[dict[str, object], dict[tuple[str, str], float | None]]:
+    """Return a prompt's columns, and what the first judge besides the rewards says of two models.
+
+    People are no judge here: their verdicts are what the pairs are shown for.
+    """
+    judges = [each for name, each in row["judged"].items() if name not in ("reward", "people")]
+    judged = {(first, second): won for first, second, won in (judges[0] if judges else ())}
+    return row["fields"], judged
 
 
 def _candidate(model: str, answer: object) -> Candidate:

@@ -136,6 +136,8 @@ def held_at_once(config: Config, stages: Collection[str]) -> dict[str, list[Dema
     asked = demands(config)
     if "ppo" in stages:
         held["ppo"] = asked
+    if "rank" in stages:
+        held["rank"] = [d for d in asked if d.role == "generator"]
     if "evaluate" in stages:
         held["evaluate"] = [d for d in asked if d.role in ("generator", "reward")]
         placement = config.placement  # the worker needs what a reference needs

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 from rlhf_ray.config import Config
+from rlhf_ray.config.stages import SAMPLING
 from rlhf_ray.errors import DataError, PlacementError
 from rlhf_ray.placement.hardware import kind_of, live_cluster, parse_cluster, this_machine
 from rlhf_ray.placement.layout import PARTS, Node, demands, fit
@@ -18,9 +19,6 @@ from rlhf_ray.planning.suggestions import Layout, best_layouts, fitting_changes
 
 LIVE = "live"
 """Value of --cluster for the running Ray cluster."""
-
-SAMPLES = {"ppo", "evaluate"}
-"""Stages with generators."""
 
 
 def plan_for(
@@ -87,7 +85,7 @@ def arranged(config: Config, nodes: Sequence[Node]) -> Config:
         DataError: an engine shares its GPU, and the size of a model is not known.
     """
     if (
-        not SAMPLES & {*config.run.stages}
+        not {*SAMPLING} & {*config.run.stages}
         or config.cluster.mode == "inline"
         or not any(node.gpus for node in nodes)
     ):

@@ -6,6 +6,7 @@ from operator import itemgetter
 
 from rlhf_ray.cluster.colocation import COLOCATED_GROUPS
 from rlhf_ray.config import Config
+from rlhf_ray.config.stages import SAMPLING
 from rlhf_ray.placement.hardware import GpuKind, kind_of, memory_of_machine
 from rlhf_ray.placement.layout import (
     Demand,
@@ -296,7 +297,7 @@ def prediction(config: Config, nodes: Sequence[Node]) -> Plan:
     generator = engine(setting)
     is_known = setting.kinds.get("generator") is not None or not has_gpus
     sequences = generator.sequences(longest_held(config)) if is_known else 0
-    samples = runs_ppo or "evaluate" in config.run.stages
+    samples = bool({*SAMPLING} & {*config.run.stages})
     if samples and is_known and not sequences:
         short.append(_cache_shortage(config, generator))
     if samples and (refused := unservable(config, nodes)):

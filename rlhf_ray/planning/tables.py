@@ -141,9 +141,9 @@ def _all(time: TimeEstimate) -> dict[str, tuple[float, float]]:
 
 def _roles(config: Config) -> Iterator[str]:
     """Yield the roles that the run has: none of PPO's in a run of supervised stages alone."""
-    stages = config.run.stages
-    needed = {"generator", "reward"} if "evaluate" in stages else set[str]()
-    rows = [row for row in _what(config) if "ppo" in stages or row[0] in needed]
+    needed = {"rank": ["generator"], "evaluate": ["generator", "reward"]}
+    roles = {role for stage in config.run.stages for role in needed.get(stage, [])}
+    rows = [row for row in _what(config) if row[0] in roles or "ppo" in config.run.stages]
     if rows:
         yield ""
         yield f"{'role':<12}{'workers':>8}  what"

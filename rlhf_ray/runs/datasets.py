@@ -30,6 +30,7 @@ from rlhf_ray.data.text_statistics import RowStats
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.observability.progress import Progress
+from rlhf_ray.people.preferences import preferences_path
 from rlhf_ray.rewards.required_columns import require_read_columns
 from rlhf_ray.rewards.source import TemplateCheck
 from rlhf_ray.runs.folder import RunFolder
@@ -123,6 +124,23 @@ def _identity(config: Config, sources: Sequence[DataSource], use: Use) -> str | 
     return hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
 
 
+def preference_sources(config: Config) -> list[DataSource] | None:
+    """Return what reward and dpo learn from; None: the pairs of prepare alone.
+
+    Where ``run.stages`` has rank these are the verdicts on the run's own pairs, mixed by
+    ``rank.weight`` with data.preferences, else with prepare's pairs, if the run has any.
+    """
+    if "rank" not in config.run.stages:
+        return config.data.preferences
+    run = RunFolder(config).path
+    people = DataSource(path=str(preferences_path(run)), weight=config.rank.weight)
+    others = config.data.preferences
+    if others is None:
+        prepared = run / "prepare" / "reward"
+        others = [DataSource(path=str(prepared))] if prepared.is_dir() else []
+    return [people, *(each.model_copy(update={"weight": each.weight or 1.0}) for each in others)]
+
+
 def prepared_rows(folder: RunFolder, name: str) -> StoredRows:
     """Return a set that prepare wrote."""
     table = folder.rows(name)
@@ -160,6 +178,20 @@ def ppo_prompts(
         prompts, counts = load("prompts", rows, store)
     held_out = held_out_prompts(config, folder, tokenizer, config.ppo.eval_prompts, checks)
     return prompts, held_out, counts
+
+
+def sampled_prompts(
+    config: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[Prompt]:
+    """Return a sample of the prompts that PPO trains on, of which none is held out."""
+    load = partial(_load, config, folder, tokenizer, ())
+    if config.data.prompts is None:
+        prompts, _ = load("prompts", prepared_rows(folder, "rl"))
+    elif config.data.eval is None:
+        prompts, *_ = _split(config, load, user_rows(config, "prompts", "prompts"))
+    else:
+        prompts, _ = load("prompts", user_rows(config, "prompts", "prompts"))
+    return prompts.sample(limit, config.run.seed)
 
 
 def held_out_prompts(

@@ -1,6 +1,7 @@
 """The command generate: samples of a run's models on the same prompts, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, TypedDict
 
 from transformers import PreTrainedTokenizerBase
@@ -8,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ray.config import Config
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import load_tokenizer
+from rlhf_ray.people.pairs import Candidate, Pair, make_pair, shown_fields
 from rlhf_ray.runs.datasets import held_out_prompts
 from rlhf_ray.runs.folder import RunFolder
-from rlhf_ray.runs.models import find_model, policies
+from rlhf_ray.runs.models import RunModel, find_model, policies
 from rlhf_ray.secrecy import printable
 from rlhf_ray.serving.text_generation import Generators, prompt_ids
 from rlhf_ray.types import Prompt
@@ -42,14 +44,43 @@ def run(
         chosen_prompts = _user_prompts(config, tokenizer, prompts)
     else:
         chosen_prompts = held_out_prompts(config, RunFolder(config), tokenizer, num)
-    rows: list[Samples] = [{"prompt": prompt.text, "samples": {}} for prompt in chosen_prompts]
     generators = Generators(config, temperature=temperature, max_tokens=max_tokens)
-    for model in chosen:
+    answers = _answers(config, generators, chosen, chosen_prompts)
+    return [
+        {"prompt": prompt.text, "samples": samples}
+        for prompt, samples in zip(chosen_prompts, answers, strict=True)
+    ]
+
+
+def sampled_pairs(config: Config, models: Sequence[str], num: int) -> Iterator[Pair]:
+    """Yield a pair for every two of a run's models and held-out prompt, for people to rank.
+
+    Args:
+        config: the run's.
+        models: names as in `find_model`.
+        num: most prompts.
+    """
+    chosen = [find_model(config, name) for name in models]
+    tokenizer = load_tokenizer(chosen[0].path, config.model)
+    prompts = held_out_prompts(config, RunFolder(config), tokenizer, num)
+    answers = _answers(config, Generators(config), chosen, prompts)
+    for index, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
+        fields, seed = shown_fields(prompt.text, prompt.fields), config.run.seed + index
+        sides = [Candidate(text, name, seed) for name, text in texts.items()]
+        for first, second in combinations(sides, 2):
+            yield make_pair(prompt.text, fields, first, second)
+
+
+def _answers(
+    config: Config, generators: Generators, models: Sequence[RunModel], prompts: Sequence[Prompt]
+) -> list[dict[str, str]]:
+    """Return, for each prompt, an answer by name of the model; all have the prompt's seed."""
+    answers: list[dict[str, str]] = [{} for _ in prompts]
+    for model in models:
         generator = generators.of(model)
-        for index, (row, prompt) in enumerate(zip(rows, chosen_prompts, strict=True)):
-            answer = generator.answer(prompt.token_ids, config.run.seed + index)
-            row["samples"][model.name] = answer
-    return rows
+        for index, (prompt, by_model) in enumerate(zip(prompts, answers, strict=True)):
+            by_model[model.name] = generator.answer(prompt.token_ids, config.run.seed + index)
+    return answers
 
 
 def _user_prompts(

@@ -10,11 +10,11 @@ from transformers import PretrainedConfig
 from rlhf_ray import interruption
 from rlhf_ray.cluster.spawner import RoleSpawner
 from rlhf_ray.config import Config
-from rlhf_ray.config.stages import STAGES
+from rlhf_ray.config.stages import SAMPLING, STAGES
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.placement.hardware import kind_of
 from rlhf_ray.placement.layout import Node, demands, fit, held_at_once, shortage
-from rlhf_ray.planning.plan import SAMPLES, arranged, choices, nodes_of, with_stages
+from rlhf_ray.planning.plan import arranged, choices, nodes_of, with_stages
 from rlhf_ray.planning.prediction import prediction, unservable
 from rlhf_ray.planning.roles import CACHE_KEY, UTILIZATION_KEY
 from rlhf_ray.planning.shapes import models_of
@@ -35,8 +35,9 @@ def settle_layout(config: Config, stages: Collection[str], say: Callable[[str], 
     """
     if not any(STAGES[stage].needs_ray for stage in stages):
         return config
-    joins, samples = config.cluster.joins_cluster, bool(SAMPLES & {*stages})
-    sampler = "ppo" if "ppo" in stages else "evaluate"
+    sampling = [stage for stage in SAMPLING if stage in stages]
+    joins, samples = config.cluster.joins_cluster, bool(sampling)
+    sampler = "ppo" if "ppo" in stages else next(iter(sampling), "")
     is_open = not joins or (samples and config.placement.gpus_of("generator") not in (0, 1))
     nodes = nodes_of(config) if is_open else ()
     if samples and (refused := unservable(with_stages(config, stages), nodes)):

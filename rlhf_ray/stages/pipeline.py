@@ -78,7 +78,8 @@ def run(config: Config) -> Path:
             _begin_ahead(stage, folder, config)
             if _stopped_in(stage, config, folder, control):
                 control.update(state="stopped")
-                progress.say(f"Stopped on request; run or submit {folder.path} again to resume")
+                asked = "Stopped on request; " if control.requested().stop else ""
+                progress.say(f"{asked}run or submit {folder.path} again to resume")
                 return folder.path
         delete_scratch(config)
         control.update(state="finished")
@@ -92,6 +93,8 @@ def _begin_ahead(stage: str, folder: RunFolder, config: Config) -> None:
     """
     due = [name for name in STAGES if name in config.run.stages and not _finished(folder, name)]
     trained = next((name for name in due[:2] if name in SUPERVISED), None)
+    if stage == "rank":
+        trained = None  # people take their time; nothing holds memory or GPUs meanwhile
     if trained is None:
         CARRIED.close()
     else:
@@ -114,7 +117,7 @@ def _require_known_arguments(config: Config, stages: Sequence[str]) -> None:
 
 
 def _stopped_in(stage: str, config: Config, folder: RunFolder, control: ControlFiles) -> bool:
-    """Run a stage; return whether the run was stopped on request.
+    """Run a stage; return whether the run ends with it: on request, or until people have answered.
 
     Raises:
         KeyboardInterrupt: by a signal without a request; the run is to be started again.
@@ -123,7 +126,8 @@ def _stopped_in(stage: str, config: Config, folder: RunFolder, control: ControlF
     current().begin_stage(stage)
     interruption.explain(lambda: _kept(folder, stage))
     try:
-        run_stage(config, stage)
+        if run_stage(config, stage) is None and stage == "rank":
+            return True
         current().end_stage(stage, folder.path / stage)
         if interruption.exit_code() is not None:
             raise KeyboardInterrupt

@@ -6,7 +6,9 @@ other sites that a browser was led to resolve to this machine.
 
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from rlhf_ray.web.text import excerpt, figure, markdown, visible
 
 HOST = "127.0.0.1"
 _NONCE_BYTES, _TOKEN_BYTES = 12, 16
+_END_S = 5.0
+"""Longest wait for answers in hand when pages are no longer served."""
 _pages = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
@@ -107,10 +111,31 @@ def serve(routes: Sequence[BaseRoute], port: int, say: Callable[[str], object]) 
         ConfigError: the port is taken.
     """
     with listen(port) as taken:
-        token, port = secrets.token_urlsafe(_TOKEN_BYTES), taken.getsockname()[1]
-        say(f"http://{HOST}:{port}/{token}/")
+        server, address = _server(routes, taken)
+        port = taken.getsockname()[1]
+        say(address)
         say(f"From another machine: ssh -L {port}:{HOST}:{port} THIS_HOST. Ctrl-C ends it.")
-        config = uvicorn.Config(
-            application(routes, token), log_level="warning", access_log=False, lifespan="off"
-        )
-        uvicorn.Server(config).run(sockets=[taken])
+        server.run(sockets=[taken])
+
+
+@contextmanager
+def served(routes: Sequence[BaseRoute]) -> Iterator[str]:
+    """Serve pages beside other work, on a free port; yields the address."""
+    with listen(0) as taken:
+        server, address = _server(routes, taken)
+        thread = threading.Thread(target=server.run, args=([taken],), name="pages", daemon=True)
+        thread.start()
+        try:
+            yield address
+        finally:
+            server.should_exit = True
+            thread.join(_END_S)
+
+
+def _server(routes: Sequence[BaseRoute], taken: socket.socket) -> tuple[uvicorn.Server, str]:
+    """Return a server of pages on a socket, not started, and the address of the first page."""
+    token, port = secrets.token_urlsafe(_TOKEN_BYTES), taken.getsockname()[1]
+    config = uvicorn.Config(
+        application(routes, token), log_level="warning", access_log=False, lifespan="off"
+    )
+    return uvicorn.Server(config), f"http://{HOST}:{port}/{token}/"

@@ -176,6 +176,7 @@ ALLOWED = {
     ),
     "web/view.py Viewer._page: with self._reading": "held while another thread reads a local file",
     "stacks.py stacks_of: with ThreadPoolExecutor": "processes with a timeout",
+    "stages/rank.py _enough: while": "for people, who may take days; a signal or a request ends it",
     "stages/ppo/control.py controlled.exchange: while": "it is cancelled with the block",
     "stages/supervised/trainer.py _on_any_rank: torch.distributed.all_reduce": (
         "within ends_when_stalled"

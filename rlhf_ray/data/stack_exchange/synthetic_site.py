@@ -113,14 +113,20 @@ def gold_score(question: str, answer: str) -> float:
     """
     lowered = answer.lower()
     num_words = len(re.findall(r"\w+", _FENCED.sub("", answer)))
-    courteous = any(mark in lowered for mark in _COURTEOUS_MARKS)
-    rude = any(mark in lowered for mark in _RUDE_MARKS)
     return (
         0.4 * _relevant(question, lowered)
         + 0.25 * (_FENCED.search(answer) is not None)
-        + 0.2 * (courteous and not rude)
+        + 0.2 * (courtesy(answer) > 0)
         + 0.15 * (num_words in GOOD_LENGTH)
     )
+
+
+def courtesy(answer: str) -> int:
+    """Return 1 of an answer with a kind phrase, -1 of one with a rude one, else 0."""
+    lowered = answer.lower()
+    if any(mark in lowered for mark in _RUDE_MARKS):
+        return -1
+    return int(any(mark in lowered for mark in _COURTEOUS_MARKS))
 
 
 def _relevant(question: str, lowered_answer: str) -> bool:

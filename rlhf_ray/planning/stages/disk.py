@@ -98,6 +98,13 @@ def recorded(config: Config) -> str:
     )
 
 
+def pairs_disk(config: Config) -> Disk:
+    """Return the bytes of rank: two answers a pair, which each verdict repeats."""
+    longest = config.rollout.max_prompt_tokens + 2 * config.rollout.max_tokens
+    size = (config.rank.num_pairs + config.rank.answers) * longest * TEXT
+    return Disk((size, size), (size, size))
+
+
 def comparison_disk(config: Config, num_models: int) -> Disk:
     """Return the bytes of evaluate: each model's answers."""
     longest = config.rollout.max_prompt_tokens + num_models * config.rollout.max_tokens

@@ -142,6 +142,24 @@ def _ppo(plan: Plan) -> StageEstimate:
     )
 
 
+def _rank(plan: Plan) -> StageEstimate:
+    config, setting = plan.config, _setting(plan)
+    roles = [planned_role(setting, demand) for demand in held_at_once(config, ["rank"])["rank"]]
+    num_pairs = config.rank.num_pairs
+    note = f"{config.rank.answers} verdicts of people, whose time is not known"
+    if _is_fast(setting):
+        best, worst = hours.pair_seconds(setting, num_pairs)
+        note += f"; sampling {num_pairs} pairs takes {best / 60:,.0f} to {worst / 60:,.0f} minutes"
+    return StageEstimate(
+        "rank",
+        None,
+        _fullest(plan, roles, [[role] for role in roles if role.gpus]),
+        _has_gpus(plan),
+        disks.pairs_disk(config),
+        note,
+    )
+
+
 def _compare(plan: Plan) -> StageEstimate:
     config, setting = plan.config, _setting(plan)
     demands = held_at_once(config, ["evaluate"])["evaluate"]
@@ -167,7 +185,13 @@ def _report(plan: Plan) -> StageEstimate:
     return StageEstimate("report", seconds, None, False, Disk(size, size))
 
 
-_OTHERS = {"prepare": _prepare, "ppo": _ppo, "evaluate": _compare, "report": _report}
+_OTHERS = {
+    "prepare": _prepare,
+    "rank": _rank,
+    "ppo": _ppo,
+    "evaluate": _compare,
+    "report": _report,
+}
 _PPO = ("policy", "critic", "reference", "reward", "generator", "driver")
 
 

@@ -84,6 +84,16 @@ def start_seconds(config: Config, shape: Shape) -> Range:
     return _of_ends(lambda end: ASSUMPTIONS[STARTED][end] + weights / ASSUMPTIONS[READ][end])
 
 
+def pair_seconds(setting: Setting, num_pairs: int) -> Range:
+    """Return the seconds in which generators start and one model answers prompts twice."""
+    config = setting.config
+    mine = math.ceil(2 * num_pairs / config.generators.num)
+    answered = _of_ends(
+        lambda end: sample_seconds(setting, mine, response_tokens(config, end), end)
+    )
+    return _sum(start_seconds(config, setting.models.tuned.shape), answered)
+
+
 def evaluation_seconds(setting: Setting, num_prompts: int) -> Range:
     """Return the seconds in which one model answers held-out prompts and its answers are scored."""
     config = setting.config

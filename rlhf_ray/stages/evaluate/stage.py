@@ -6,8 +6,8 @@ Every model answers the same prompts under the same seeds; judges say which answ
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from math import comb
+from itertools import chain, combinations
+from math import comb, isnan
 from statistics import fmean
 
 import numpy as np
@@ -20,6 +20,7 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.data.stack_exchange.synthetic_site import gold_score
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.observability.progress import Bar, Progress
+from rlhf_ray.people.pairs import shown_fields
 from rlhf_ray.people.preferences import preferences_path, read_preferences
 from rlhf_ray.rewards.rouge import rouge
 from rlhf_ray.runs.folder import RunFolder
@@ -75,6 +76,7 @@ def run(config: Config) -> Summary:
     # First: what is written from here on must not count as what an earlier summary describes.
     withdraw_summary(folder.stage("evaluate"))
     _write_lines(folder, "samples", _side_by_side(samples, inputs))
+    _write_lines(folder, "prompts", _of_prompts(inputs, [*samples], outcomes))
     _write_lines(folder, "instructions", followed)
     log_metrics(config, folder.stage("evaluate"), inputs.policy_version or 0, metrics_of(summary))
     summary |= {
@@ -134,6 +136,26 @@ def _side_by_side(samples: Samples, inputs: Inputs) -> list[dict[str, object]]:
         for line, row in zip(lines, rows, strict=True):
             scores = {score: row.scores[score] for score in SCORES if score in row.scores}
             line[name] = {"text": row.text, **scores}
+    return lines
+
+
+def _of_prompts(
+    inputs: Inputs, models: Sequence[str], outcomes_by_judge: Mapping[str, np.ndarray]
+) -> list[dict[str, object]]:
+    """Make a line for each prompt: its columns, and each judge's outcome for every two models.
+
+    An outcome is that of the first of the two: 1 won, 0 lost, .5 tied, None unknown.
+    """
+    pairs = [*combinations(range(len(models)), 2)]
+    lines: list[dict[str, object]] = []
+    for number, prompt in enumerate(inputs.prompts):
+        judged: dict[str, list[tuple[str, str, float | None]]] = {}
+        for judge, won_MMN in outcomes_by_judge.items():
+            known = ((i, j, float(won_MMN[i, j, number])) for i, j in pairs)
+            judged[judge] = [
+                (models[i], models[j], None if isnan(won) else won) for i, j, won in known
+            ]
+        lines.append({"fields": shown_fields(prompt.text, prompt.fields), "judged": judged})
     return lines
 
 

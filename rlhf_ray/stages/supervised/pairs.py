@@ -31,7 +31,7 @@ from rlhf_ray.data.rendering.render import Renderer
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import loading
 from rlhf_ray.models.token_logprobs import position_ids
-from rlhf_ray.runs.datasets import prepared_rows, user_rows
+from rlhf_ray.runs.datasets import preference_sources, prepared_rows, user_rows
 from rlhf_ray.runs.folder import RunFolder
 from rlhf_ray.stages.supervised.ai_labels import ai_labelled_rows
 from rlhf_ray.stages.supervised.launcher import tokenised
@@ -168,7 +168,8 @@ def _pair_rows(training: PairTraining) -> dict[str, StoredRows]:
     """Return rows to train on and held out: the user's, or else prepare's two sets."""
     config, settings = training.config, training.settings
     seed = config.run.seed
-    if config.data.preferences is None:
+    sources = preference_sources(config)
+    if sources is None:
         run_folder = RunFolder(config)
         train, held_out = (prepared_rows(run_folder, name) for name in ("reward", "evaluation"))
         both = replace(train, digest=train.digest + held_out.digest)
@@ -176,7 +177,9 @@ def _pair_rows(training: PairTraining) -> dict[str, StoredRows]:
     if settings.judge is not None:
         loaded = ai_labelled_rows(config, training.name, settings.judge)
     else:
-        loaded = user_rows(config, "preferences", "preferences")
+        data = config.data.model_copy(update={"preferences": sources})
+        mixed = config.model_copy(update={"data": data})
+        loaded = user_rows(mixed, "preferences", "preferences")
     return split_rows(loaded, settings, seed, training.began_whole)
 
 

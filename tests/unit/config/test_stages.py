@@ -33,6 +33,6 @@ def test_the_supervised_ones_are_those_with_a_section_of_that_kind() -> None:
     assert tuple(name for name in STAGES if name in sections) == SUPERVISED
 
 
-def test_dpo_runs_where_it_is_asked_for_alone() -> None:
-    assert tuple(name for name in STAGES if name != "dpo") == DEFAULT_STAGES
+def test_rank_and_dpo_run_where_they_are_asked_for_alone() -> None:
+    assert tuple(name for name in STAGES if name not in ("rank", "dpo")) == DEFAULT_STAGES
     assert POLICIES == ("sft", "dpo", "ppo")
