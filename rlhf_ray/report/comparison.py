@@ -13,7 +13,9 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.report import evaluation, sections
 from rlhf_ray.report.data import Record, RunFiles, number, read_run
 from rlhf_ray.report.plots import MAX_CURVES
-from rlhf_ray.report.report import figure, template, verdict, write_page
+from rlhf_ray.report.report import template, write_page
+from rlhf_ray.report.sections import figure
+from rlhf_ray.report.story import verdict
 
 _OWN = ("run.name", "run.dir", "run.scratch")
 """Keys in which two runs always differ."""

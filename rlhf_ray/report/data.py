@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from rlhf_ray.config.section import is_mapping, masked
 from rlhf_ray.config.yaml_values import parsed
 from rlhf_ray.errors import DataError, RlhfError
 from rlhf_ray.models.folders import first_line
+from rlhf_ray.observability.samples.reading import Query, Samples
 from rlhf_ray.observability.sinks import record_of
 from rlhf_ray.observability.tracing import Span, phase_totals, read_spans
 
@@ -25,6 +26,7 @@ T = TypeVar("T")
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError, ArithmeticError)
 """What reading a damaged file raises: it is a folder, is no text, nests too deeply, lacks a key."""
 _LAST_BYTES = 2**20
+_HIGHEST = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class RunFiles:
     """Own seconds by row and span name."""
     changes: Sequence[Record] = ()
     """changes.jsonl: what was changed on resume, and after which iteration or step."""
+    highest: Mapping[str, Sequence[Record]] = field(default_factory=dict[str, Sequence[Record]])
+    """The recorded samples with the highest `score` and `kl`."""
+    origin: Record = field(default_factory=dict[str, Any])
+    """branch.json: the run and version that this one was branched from."""
 
     @property
     def is_empty(self) -> bool:
@@ -135,8 +141,6 @@ def read(run_dir: Path) -> RunFiles:
     metrics = {stage: lines(f"{stage}/metrics.jsonl") for stage in STAGES}
     run = config.get("run")
     name = run.get("name") if isinstance(run, dict) else None
-    sets = {"prepare": "prepare/quality.json"}
-    sets |= {f"data.{path.stem}": f"data/{path.name}" for path in _files_of(run_dir / "data")}
     return RunFiles(
         name=str(name or run_dir.resolve().name),
         started=_started(spans, run_dir / "config.yaml"),
@@ -150,11 +154,28 @@ def read(run_dir: Path) -> RunFiles:
         outages=lines("ppo/outages.jsonl"),
         samples=lines("evaluate/samples.jsonl"),
         instructions=lines("evaluate/instructions.jsonl"),
-        quality={name: counted for name, path in sets.items() if (counted := record(path))},
+        quality={
+            name: counted
+            for name, path in _statistics(run_dir).items()
+            if (counted := record(path))
+        },
         spans=spans,
         phase_totals=phase_totals(spans),
         changes=lines("changes.jsonl"),
+        highest={name: _highest(run_dir / "ppo", name) for name in ("score", "kl")},
+        origin=record("branch.json"),
     )
+
+
+def _highest(stage: Path, name: str) -> list[Record]:
+    """Return the samples with the highest values of a column; none where no index is recorded."""
+    samples = Samples(stage)
+    try:
+        rows = samples.find(Query(sort=name), size=_HIGHEST).rows
+        found = [samples.record(row) for row in rows]
+    except (DataError, *_UNREADABLE):
+        return []
+    return [record for record in found if record is not None]
 
 
 def number(record: Record | None, *keys: str) -> float | None:
@@ -167,8 +188,12 @@ def number(record: Record | None, *keys: str) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _files_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.json"))
+def _statistics(run_dir: Path) -> dict[str, str]:
+    """Return the files with statistics of texts, by what these are of."""
+    own = sorted((run_dir / "data").glob("*.json"))
+    return {"prepare": "prepare/quality.json"} | {
+        f"data.{path.stem}": f"data/{path.name}" for path in own
+    }
 
 
 def _read_config(path: Path) -> Record:

@@ -19,6 +19,7 @@ _JUDGES = {
     "reward": "the reward",
     "rouge": "ROUGE-L",
     "judge": "a language model",
+    "people": "people",
 }
 
 

@@ -90,6 +90,7 @@ def curves(title: str, lines: Sequence[Curve], x_label: str, marks: Sequence[flo
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=_STEPS, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
+        axes.ticklabel_format(useOffset=False)
         axes.margins(x=0.02, y=0.1)
         if len(lines) > 1:
             axes.legend(loc="best")

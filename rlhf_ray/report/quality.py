@@ -101,6 +101,8 @@ def _at_most(files: RunFiles, key: str) -> str:
 
 
 def _of_pairs(files: RunFiles) -> str:
+    if "rank" in (files.option("run.stages") or ()):
+        return f"A sample of people's pairs and those mixed with them, a twentieth; {_TOGETHER}"
     if files.option("data.preferences") is None:
         return f"A sample of {_PREPARED}"
     return f"A sample of data.preferences, a twentieth; {_TOGETHER}"

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ from rlhf_ray.config.section import is_mapping
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import first_line
-from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.report import evaluation as report_evaluation
 from rlhf_ray.report import quality as report_quality
 from rlhf_ray.report import reliability as report_reliability
-from rlhf_ray.report import sections
-from rlhf_ray.report.data import RunFiles, number, read_run
+from rlhf_ray.report import sections, story, texts
+from rlhf_ray.report.data import RunFiles, read_run
 
 _RECORDS = {
     "evaluations": "ppo/eval.jsonl",
@@ -32,16 +31,6 @@ _RECORDS = {
     "instructions": "evaluate/instructions.jsonl",
 }
 """Fields of `RunFiles` with the records of one file."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """A key number."""
-
-    title: str
-    value: str
-    explanation: str
-    """What the number means, and which values are good."""
 
 
 def run(config: Config) -> Path:
@@ -96,6 +85,8 @@ def _without_odd_parts(files: RunFiles) -> RunFiles:
         metrics={},
         quality={},
         phase_totals={},
+        highest={},
+        origin={},
         **dict.fromkeys(_RECORDS, ()),
         spans=(),
     )
@@ -125,6 +116,8 @@ def _parts(files: RunFiles) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"statistics of {name}", {"quality": {name: counted}}
     for field, name in _RECORDS.items():
         yield name, {field: getattr(files, field)}
+    yield "branch.json", {"origin": files.origin}
+    yield "ppo/completions.index", {"highest": files.highest}
     yield "trace.json", {"spans": files.spans, "phase_totals": files.phase_totals}
 
 
@@ -138,8 +131,8 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = figure
-    environment.filters["model_title"] = sections.model_title
+    environment.filters["figure"] = sections.figure
+    environment.filters["model_title"] = texts.model_title
     return environment.get_template(f"{name}.html.j2")
 
 
@@ -148,10 +141,14 @@ def _page(files: RunFiles) -> str:
         name=files.name,
         started=files.started,
         written=datetime.now(),
-        trained=_trained(files),
-        verdict=verdict(files),
+        trained=story.trained(files),
+        verdict=story.verdict(files),
         status=_status(files),
-        cards=list(_cards(files)),
+        chapters={
+            "Did it get better?": story.outcomes(files),
+            "Is it to be trusted?": story.grounds(files),
+        },
+        cost=story.cost(files),
         charts=sections.ppo_charts(files),
         changes=sections.changes(files),
         warnings=sections.warnings(files),
@@ -167,65 +164,15 @@ def _page(files: RunFiles) -> str:
         judged=report_evaluation.judged(files),
         model_numbers=report_evaluation.numbers(files),
         instructions=report_evaluation.instructions(files),
-        samples=sections.samples(files),
+        samples=texts.samples(files),
         num_samples=len(files.samples),
-        prompts=sections.fixed_prompts(files),
-        rollouts=sections.last_rollouts(files),
+        prompts=texts.fixed_prompts(files),
+        extremes=texts.extremes(files),
+        rollouts=texts.last_rollouts(files),
         time=sections.time_charts(files),
         config_text=yaml.safe_dump(dict(files.config), sort_keys=False) if files.config else "",
         odd=files.odd,
     )
-
-
-def verdict(files: RunFiles) -> str:
-    """Return the run's outcome as a sentence."""
-    if win_rate := report_evaluation.win_rate(files):
-        rate, low, high = win_rate
-        name = sections.model_title(report_evaluation.final_model(files))
-        if low > 0.5:
-            outcome = f"{name} beats SFT on held-out questions"
-        elif high < 0.5:
-            outcome = f"{name} loses to SFT on held-out questions"
-        else:
-            outcome = f"{name} and SFT do not differ significantly on held-out questions"
-        return f"{outcome}: win rate {rate:.2f} (95% interval {low:.2f} to {high:.2f})."
-    scores = [number(record, "objective/scores") for record in files.metrics.get("ppo", ())]
-    known = [score for score in scores if score is not None]
-    if known:
-        first, last = known[:5], known[-5:]
-        return (
-            f"PPO's reward went from {sum(first) / len(first):.2f} to {sum(last) / len(last):.2f} "
-            f"in {len(scores)} iterations; it has not been evaluated against SFT."
-        )
-    done = ", ".join(files.summaries)
-    return f"Finished so far: {done}." if done else "No stage has finished yet."
-
-
-def figure(value: float | None, decimals: int | None = None) -> str:
-    """Format a number with three significant digits or the given decimals; a dash if unknown."""
-    if value is None:
-        return "–"
-    if decimals is not None:
-        return f"{value:,.{decimals}f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-
-
-def _trained(files: RunFiles) -> str:
-    """Describe model and algorithm in a line; empty without a config."""
-    if not files.config:
-        return ""
-    model = files.option("model.path") or "a tiny Llama built from the config"
-    parts = [f"Base model: {model}"]
-    if (rank := files.option("lora.r")) is not None:
-        parts.append(f"LoRA rank {rank}")
-    if (iterations := files.option("ppo.iterations")) is not None:
-        parts.append(f"{iterations} PPO iterations of {files.option('ppo.batch_size')} rollouts")
-    if (generators := files.option("generators.num")) is not None:
-        ranks = [files.option(f"{role}.num_ranks") for role in ("policy", "critic")]
-        parts.append(
-            f"generators: {generators}, policy ranks: {ranks[0]}, critic ranks: {ranks[1]}"
-        )
-    return "; ".join(parts) + "."
 
 
 def _status(files: RunFiles) -> str:
@@ -244,93 +191,3 @@ def _status(files: RunFiles) -> str:
         where = f"{current} is next"
     rest = f" Still to come: {', '.join(later)}." if later else ""
     return f"This run has not finished; it may still be running: {where}.{rest}"
-
-
-def _cards(files: RunFiles) -> Iterator[Card]:
-    yield from _evaluation_cards(files)
-    yield from _ppo_cards(files)
-    accuracy = number(files.summaries.get("reward"), "accuracy")
-    if accuracy is not None:
-        yield Card(
-            "Reward model accuracy",
-            f"{accuracy:.1%}",
-            "Share of held-out pairs in which it scores the better answer higher. "
-            "50% is chance; noisy votes keep even a perfect model below 100%.",
-        )
-    measured = number(files.summaries.get("reward"), "benchmark", "accuracy")
-    if measured is not None:
-        yield Card(
-            "Reward model on its benchmark",
-            f"{measured:.1%}",
-            "Share of the benchmark's pairs in which it scores the better answer higher.",
-        )
-    seconds = [_seconds(summary.get("seconds")) for summary in files.summaries.values()]
-    if any(seconds):
-        yield Card("Time", clock_time(sum(seconds)), "Total wall time of the finished stages.")
-
-
-def _evaluation_cards(files: RunFiles) -> Iterator[Card]:
-    evaluation, final = files.summaries.get("evaluate"), report_evaluation.final_model(files)
-    name = sections.model_title(final)
-    if win_rate := report_evaluation.win_rate(files):
-        rate, low, high = win_rate
-        yield Card(
-            "Win rate against SFT",
-            f"{rate:.2f}",
-            f"How often {name}'s answer is better; ties count half. 95% interval "
-            f"{low:.2f} to {high:.2f}; the gain is significant if it lies above 0.5.",
-        )
-    for key, title, explanation in (
-        (
-            "gold_mean",
-            f"Gold score, SFT → {name}",
-            "A hidden quality score that no model was trained on. If it rises, answers became "
-            "better, not just better at pleasing the reward model.",
-        ),
-        (
-            "reward_mean",
-            f"Held-out reward, SFT → {name}",
-            "Mean reward of the answers to unseen questions.",
-        ),
-    ):
-        before = number(evaluation, "models", "sft", key)
-        after = number(evaluation, "models", final, key)
-        if after is not None:
-            yield Card(title, f"{figure(before)} → {figure(after)}", explanation)
-
-
-def _ppo_cards(files: RunFiles) -> Iterator[Card]:
-    ppo = files.summaries.get("ppo")
-    first, last = number(ppo, "reward_first"), number(ppo, "reward_last")
-    if last is not None:
-        yield Card(
-            "Training reward, first → last",
-            f"{figure(first)} → {figure(last)}",
-            "Mean score of the rollouts in the first five and the last five iterations.",
-        )
-    kl = number(ppo, "kl_last")
-    if kl is not None:
-        yield Card(
-            "KL to the reference",
-            f"{figure(kl)} nats",
-            "How far the policy has moved from the SFT model, per answer. "
-            "Near 0 it has learnt nothing; far above 20 it often games the reward.",
-        )
-    episodes, rate = number(ppo, "episodes"), number(ppo, "episodes_per_s")
-    if episodes is not None:
-        speed = f", {figure(rate)} per second" if rate is not None else ""
-        restarts = number(ppo, "generator_restarts") or 0
-        yield Card(
-            "Rollouts trained on",
-            figure(episodes),
-            f"Answers that PPO sampled and trained on{speed}. Generator restarts: {restarts:.0f}.",
-        )
-
-
-def _seconds(value: object) -> float:
-    """Return a stage's seconds, given as a number or as phases, which may include a `total`."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, dict):
-        return float(value.get("total", sum(value.values())))
-    return 0.0

@@ -11,12 +11,8 @@ from rlhf_ray.observability.metrics import METRICS
 from rlhf_ray.observability.tracing import Span
 from rlhf_ray.report.data import Record, RunFiles, number
 from rlhf_ray.report.plots import Curve, curves, phase_bars, phase_colours, timeline
+from rlhf_ray.report.texts import short
 
-MAX_TEXT = 1500
-"""Characters of a sample text that the report shows at most."""
-
-_MAX_SAMPLES = 8
-_MAX_VERSIONS = 6
 _MAX_ROWS = 40
 _TIMELINE_ITERATIONS = 3
 
@@ -139,7 +135,7 @@ def changes(files: RunFiles) -> list[Record]:
         after = ", ".join(f"{unit} {record['after'][s]} of {s}" for s, unit in units.items())
         for key, change in record["changes"].items():
             name = key.rpartition(".")[2]
-            values = {which: _short(masked(change[which], name)) for which in ("before", "now")}
+            values = {which: short(masked(change[which], name)) for which in ("before", "now")}
             rows.append(
                 {"time": record.get("time", "–"), "after": after or "–", "key": key} | values
             )
@@ -158,7 +154,7 @@ def warnings(files: RunFiles) -> list[Record]:
             "first": records[0].get("iteration", "–"),
             "last": records[-1].get("iteration", "–"),
             "action": records[-1].get("action", "–"),
-            "text": _short(records[-1].get("text", "")),
+            "text": short(records[-1].get("text", "")),
         }
         for guard, records in by_guard.items()
     ]
@@ -192,64 +188,13 @@ def _marks(files: RunFiles, stage: str) -> list[float]:
     return [last for last in known if last is not None]
 
 
-def samples(files: RunFiles) -> list[Record]:
-    """Return the first held-out questions with each model's answers, texts shortened."""
-    shown = []
-    for record in files.samples[:_MAX_SAMPLES]:
-        answers = [
-            {
-                "model": model_title(model),
-                "text": _short(answer.get("text", "")),
-                "scores": [
-                    (name, value)
-                    for name in ("reward", "gold", "rouge")
-                    if (value := number(answer, name)) is not None
-                ],
-            }
-            for model, answer in record.items()
-            if isinstance(answer, dict)
-        ]
-        shown.append({"prompt": _short(record.get("prompt", "")), "answers": answers})
-    return shown
-
-
-def model_title(name: str) -> str:
-    """Return the display name of a model: stages in capitals, folders as they are."""
-    return name.upper() if name.partition("@")[0] in ("sft", "dpo", "ppo") else name
-
-
-def fixed_prompts(files: RunFiles) -> list[Record]:
-    """Return each fixed prompt with the responses of evenly spaced versions."""
-    evaluations = [record for record in files.evaluations if record.get("samples")]
-    by_prompt: dict[str, list[Record]] = {}
-    for record in _evenly(evaluations, _MAX_VERSIONS):
-        for sample in record["samples"]:
-            by_prompt.setdefault(str(sample.get("prompt", "")), []).append(
-                {
-                    "version": record.get("version", "–"),
-                    "iteration": record.get("iteration", "–"),
-                    "response": _short(sample.get("response", "")),
-                    "score": number(sample, "score"),
-                }
-            )
-    return [
-        {"prompt": _short(prompt), "responses": responses}
-        for prompt, responses in by_prompt.items()
-    ]
-
-
-def last_rollouts(files: RunFiles) -> list[Record]:
-    """Return the latest logged training rollouts, texts shortened."""
-    return [
-        {
-            "iteration": record.get("iteration", "–"),
-            "prompt": _short(record.get("prompt", "")),
-            "response": _short(record.get("response", "")),
-            "finish_reason": record.get("finish_reason") or "–",
-            **{name: number(record, name) for name in ("score", "kl", "length")},
-        }
-        for record in files.completions[-_MAX_SAMPLES:]
-    ]
+def figure(value: float | None, decimals: int | None = None) -> str:
+    """Format a number with three significant digits or the given decimals; a dash if unknown."""
+    if value is None:
+        return "–"
+    if decimals is not None:
+        return f"{value:,.{decimals}f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 
 def time_charts(files: RunFiles) -> list[Chart]:
@@ -328,16 +273,3 @@ def _before_after(summary: Record, name: str) -> tuple[str, float | None, float 
         number(summary, f"{name}_before"),
         number(summary, name) if after is None else after,
     )
-
-
-def _evenly(records: Sequence[Record], most: int) -> list[Record]:
-    """Return at most ``most`` evenly spaced records, with the first and the last."""
-    if len(records) <= most:
-        return list(records)
-    step = (len(records) - 1) / (most - 1)
-    return [records[round(index * step)] for index in range(most)]
-
-
-def _short(text: object) -> str:
-    text = str(text)
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"

@@ -5,7 +5,6 @@ of `rlhf-ray rank` and waits; verdicts from other servers on the same folder cou
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, groupby
 
@@ -49,7 +48,6 @@ def run(config: Config) -> dict[str, object] | None:
     Raises:
         DataError: the SFT model gives equal answers to every prompt.
     """
-    start_s = time.monotonic()
     folder, progress = RunFolder(config), Progress(config.run.stages)
     if not read_pairs(folder.path):
         write_pairs(folder.path, _sampled_pairs(config, folder, progress))
@@ -68,7 +66,6 @@ def run(config: Config) -> dict[str, object] | None:
         "pairs": found.num_pairs,
         "answers": found.num_answers,
         "people": len(found.people),
-        "seconds": time.monotonic() - start_s,
     }
     folder.write_summary("rank", summary)
     return summary

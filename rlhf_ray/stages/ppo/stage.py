@@ -86,7 +86,7 @@ def run(config: Config) -> dict[str, object]:
             loop = PpoLoop(parts)
             async with controlled(folder.path, loop, roles.generators, bar, recorder, progress.say):
                 with watched(config, folder.path, loop, recorder, progress.say):
-                    return await loop.run()
+                    return {**await loop.run(), "num_gpus": roles.num_gpus()}
 
     try:
         with progress.stage("ppo", config.ppo.iterations, "iteration", done=state.iteration) as bar:

@@ -10,9 +10,13 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.observability.tracing import Span
 from rlhf_ray.report import sections as report_sections
 from rlhf_ray.report.data import read
-from rlhf_ray.report.report import build, figure, verdict
+from rlhf_ray.report.report import build
+from rlhf_ray.report.sections import figure
+from rlhf_ray.report.story import verdict
 
 SECTIONS = [
+    "Did it get better?",
+    "Is it to be trusted?",
     "PPO over iterations",
     "Supervised stages",
     "Models compared",
@@ -20,7 +24,7 @@ SECTIONS = [
     "Answers before and after",
     "Fixed prompts across versions",
     "Last training rollouts",
-    "Where the time went",
+    "What it cost",
     "Data",
     "Config",
 ]
@@ -62,7 +66,7 @@ def test_a_finished_run_has_every_section_in_order(run_dir: Path):
     assert Page(html).headings == SECTIONS
     assert "win rate 0.78 (95% interval 0.74 to 0.82)" in html
     assert "has not finished" not in html
-    for text in ("0.48 → 0.67", "68.7%", "1.43 nats", "3,840", "6:23"):
+    for text in ("0.48 → 0.67", "68.7%", "1.39 nats", "3,840", "6:23"):
         assert text in html
     assert html.count("<svg") == 11 + 3 + 3 + 2
     assert (run_dir / "report.html").exists()
@@ -167,11 +171,10 @@ def test_the_report_leaves_out_missing_files(run_dir: Path, missing: str):
         path.unlink()
     emptied = {
         "config.yaml": ["Config"],
-        "trace.json": ["Where the time went"],
         "prepare": ["Data"],
         "evaluate": ["Models compared", "Instructions followed", "Answers before and after"],
         "evaluate/samples.jsonl": ["Answers before and after"],
-        "ppo": [SECTIONS[0], "Fixed prompts across versions", "Last training rollouts"],
+        "ppo": ["PPO over iterations", "Fixed prompts across versions", "Last training rollouts"],
         "ppo/eval.jsonl": ["Fixed prompts across versions"],
     }.get(missing, [])
     assert Page(_build(run_dir)).headings == [name for name in SECTIONS if name not in emptied]
