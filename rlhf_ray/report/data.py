@@ -139,8 +139,7 @@ def read(run_dir: Path) -> RunFiles:
     spans = from_file("trace.json", read_spans, [])
     summaries = {stage: record(f"{stage}/summary.json") for stage in STAGES}
     metrics = {stage: lines(f"{stage}/metrics.jsonl") for stage in STAGES}
-    run = config.get("run")
-    name = run.get("name") if isinstance(run, dict) else None
+    name = _name(config)
     return RunFiles(
         name=str(name or run_dir.resolve().name),
         started=_started(spans, run_dir / "config.yaml"),
@@ -154,11 +153,7 @@ def read(run_dir: Path) -> RunFiles:
         outages=lines("ppo/outages.jsonl"),
         samples=lines("evaluate/samples.jsonl"),
         instructions=lines("evaluate/instructions.jsonl"),
-        quality={
-            name: counted
-            for name, path in _statistics(run_dir).items()
-            if (counted := record(path))
-        },
+        quality={of: found for of, path in _statistics(run_dir).items() if (found := record(path))},
         spans=spans,
         phase_totals=phase_totals(spans),
         changes=lines("changes.jsonl"),
@@ -186,6 +181,11 @@ def number(record: Record | None, *keys: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
+
+
+def _name(config: Record) -> object:
+    run = config.get("run")
+    return run.get("name") if isinstance(run, dict) else None
 
 
 def _statistics(run_dir: Path) -> dict[str, str]:
