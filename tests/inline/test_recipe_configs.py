@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prove_people import rank_all
 from tiny_models import build_tiny
 from transformers import AutoModelForSequenceClassification
 
@@ -15,6 +16,7 @@ from rlhf_ray.config import Config, load
 from rlhf_ray.data.stack_exchange.synthetic_site import write_posts
 from rlhf_ray.models.loading import load_tokenizer, save_model
 from rlhf_ray.observability.sinks import read_jsonl
+from rlhf_ray.people.ranking import Ranking
 from rlhf_ray.stages import pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +147,8 @@ CASES = {
 def test_every_config_of_the_recipe_is_here() -> None:
     jobs = {*CONFIGS.glob("stackllama/*.yaml"), *CONFIGS.glob("*.yaml")}
     shared = {"llama_7b.yaml", "ppo.yaml"}
-    elsewhere = {"quickstart.yaml", "stack_exchange_cpu.yaml"}  # they are small as they stand
+    # Small as they stand; people have a test of their own.
+    elsewhere = {"quickstart.yaml", "stack_exchange_cpu.yaml", "human_feedback.yaml"}
     names = {str(path.relative_to(CONFIGS)) for path in jobs if path.name not in shared | elsewhere}
     assert names == set(CASES)
 
@@ -238,6 +241,26 @@ def test_a_config_runs_for_two_steps(name: str, files: Path, tmp_path: Path) -> 
         summary = json.loads((tmp_path / "run" / "ppo" / "summary.json").read_text())
         assert summary["iterations"] == 2
         assert summary["samples_learnt"] == summary["samples_generated"] == 8
+
+
+def test_the_run_with_people_in_it_goes_on_when_they_have_answered(tmp_path: Path) -> None:
+    sizes = (*small("pretrain"), *small("sft"), *small("reward"), "pretrain.block_size=32")
+    people = ("prepare.num_questions=100", "sft.block_size=32", "rank.pairs=8", "rank.answers=3")
+    config = load(
+        CONFIGS / "human_feedback.yaml",
+        [f"run.dir={tmp_path}", *INLINE, *PPO, *sizes, *people, "rank.wait=false"],
+    )
+    pipeline.run(config)
+    assert not (tmp_path / "reward").exists()
+    assert rank_all(tmp_path) >= config.rank.answers
+    # Untrained, the model is neither courteous nor rude: to one who cares for no more all is equal.
+    ranking = Ranking(tmp_path)
+    while shown := ranking.next("bob"):
+        ranking.answer("bob", shown.pair.id, "left")
+    pipeline.run(config)
+    assert all((tmp_path / stage / "summary.json").is_file() for stage in config.run.stages[:-1])
+    assert json.loads((tmp_path / "rank" / "summary.json").read_text())["people"] == 2
+    assert "2 people gave" in (tmp_path / "report.html").read_text()
 
 
 def test_gsm8k_is_asked_and_judged_as_published(files: Path, tmp_path: Path) -> None:
