@@ -14,6 +14,8 @@ _UNSAID = ("role", "tool_call_id", "id", "type", LEARNT)
 _MARKED = ("content", REASONING[0])
 _REASONS = {"user": "template_drops_prompt", "assistant": "template_drops_answer"}
 
+_REMEDY = "leave it out of the rows (data.<use>.function), or change the template"
+
 
 def require_shown(chat: Sequence[Message], tools: Sequence[Message], text: str) -> None:
     """Check that a rendering shows all of a chat; white space is not compared.
@@ -60,8 +62,10 @@ def with_markers(chat: Sequence[Message]) -> list[Message]:
 def _dropped(name: str, role: str, where: str) -> BadRow:
     if name == "content":
         reason = _REASONS.get(role, f"template_drops_{role}")
-        return BadRow(reason, f"the chat template drops the {role}'s text")
-    return BadRow(f"template_drops_{name}", f"the chat template does not show {name} {where}")
+        lost = f"the chat template drops the {role}'s text, or a part of it"
+        return BadRow(reason, f"{lost}; {_REMEDY}")
+    lost = f"the chat template does not show {name} {where}"
+    return BadRow(f"template_drops_{name}", f"{lost}; {_REMEDY}")
 
 
 def squeezed(text: str) -> str:

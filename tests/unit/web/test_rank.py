@@ -16,7 +16,6 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page
 from recorded_runs import HOSTILE
-from served_pages import served
 from starlette.testclient import TestClient
 
 from rlhf_ray.errors import ConfigError, DataError
@@ -28,7 +27,7 @@ from rlhf_ray.people.preferences import (
     training_rows,
 )
 from rlhf_ray.web.rank import RankPages, prepare_pairs, tunnels
-from rlhf_ray.web.server import application, listen
+from rlhf_ray.web.server import application, listen, served
 from rlhf_ray.web.text import markdown
 
 MODELS = "model-of-first", "model-of-second"

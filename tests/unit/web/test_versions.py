@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, expect
-from served_pages import served
 from starlette.testclient import TestClient
 
 from rlhf_ray.errors import DataError
-from rlhf_ray.web.server import application
+from rlhf_ray.web.server import application, served
 from rlhf_ray.web.versions import VersionPages
 
 

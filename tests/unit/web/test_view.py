@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from recorded_runs import HOSTILE, record_run
-from served_pages import served
 from starlette.testclient import TestClient
 
 from rlhf_ray.errors import ConfigError, DataError
@@ -15,7 +14,7 @@ from rlhf_ray.observability.samples.index import prompt_key
 from rlhf_ray.observability.samples.writing import SampleWriter
 from rlhf_ray.web import curves
 from rlhf_ray.web.curves import Curve, Curves
-from rlhf_ray.web.server import application, listen
+from rlhf_ray.web.server import application, listen, served
 from rlhf_ray.web.tokens import coloured
 from rlhf_ray.web.view import Viewer
 

@@ -62,6 +62,12 @@ CUTS_REASONING = AGENT.replace("{{- message.content }}", f"{{{{- {STRIPS} }}}}")
 """Drops what an answer's text holds before </think>, as R1's does."""
 
 
+LATE_REASONING = AGENT.replace(
+    "{{- message.content }}", f"{{{{- message.content if loop.last else {STRIPS} }}}}"
+).replace("message.reasoning_content %}", "message.reasoning_content and loop.last %}")
+"""Shows the reasoning of the last answer alone, as Qwen3's does."""
+
+
 LAST_TURN = AGENT.replace(" in messages", " in messages[-1:]")
 
 
@@ -171,6 +177,13 @@ SYSTEM = {"role": "system", "content": "Be brief."}
             "So.",
             "template_drops_answer",
         ),
+        (LATE_REASONING, [USER, THOUGHT, USER], THOUGHT, "template_drops_reasoning_content"),
+        (
+            LATE_REASONING,
+            [USER, {"role": "assistant", "content": "<think>Ah.</think>So."}, USER],
+            "<think>Hm.</think>So.",
+            "template_drops_answer",
+        ),
         (AGENT, [{**USER, "images": ["a.png"]}], "So.", "template_drops_images"),
         (AGENT, [{**USER, "weight": 0}], "So.", "template_drops_weight"),
         (LAST_TURN, [USER, THOUGHT, USER], "So.", "template_drops_prompt"),
@@ -185,6 +198,16 @@ def test_a_part_that_is_dropped_is_named(
     assert caught.value.reason == reason
     with pytest.raises(BadRow, match=reason):
         made.prompt_and_answer(prompt, answer)  # what was found out once holds for every row
+
+
+@pytest.mark.parametrize("answer", [THOUGHT, "<think>\n4 is cold.\n</think>\n\nCold."])
+def test_reasoning_is_learnt_in_a_later_turn_where_earlier_ones_have_none(
+    chatml: Tokenizer, answer: Any
+) -> None:
+    earlier = [USER, {"role": "assistant", "content": "Mild."}, USER]
+    given, learnt = spelt(renderer(chatml, LATE_REASONING), earlier, answer)
+    assert "Mild." in given
+    assert learnt == "<think>\n4 is cold.\n</think>\n\nCold.<|im_end|>"
 
 
 def test_tools_that_the_template_ignores(chatml: Tokenizer) -> None:
