@@ -175,7 +175,7 @@ def test_in_a_browser_hostile_text_stays_text(tmp_path: Path, browser: Browser) 
         assert "\u202e" not in page.content()
         assert "\x1b" not in page.content()
         assert "<b>Ada</b>" in page.locator("header").inner_text()
-    assert {urlsplit(url).path.split("/")[1] for url in asked} == {"token"}
+    assert all(url.startswith(address) for url in asked)
 
 
 def test_the_command_serves_keeps_a_verdict_through_a_kill_and_names_a_taken_port(

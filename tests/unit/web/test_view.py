@@ -38,7 +38,7 @@ def client(run: Path) -> TestClient:
 
 def listed(text: str) -> list[tuple[int, int]]:
     """Iteration and position of each sample that a page links to."""
-    return [(int(a), int(b)) for a, b in re.findall(r'href="/token/sample/(\d+)/(\d+)"', text)]
+    return [(int(a), int(b)) for a, b in re.findall(r'href="/[^/]+/sample/(\d+)/(\d+)"', text)]
 
 
 def test_the_list_is_filtered_sorted_and_paged(client: TestClient) -> None:
