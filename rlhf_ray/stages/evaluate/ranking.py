@@ -2,8 +2,9 @@
 
 An outcome is 1 for a win, 0 for a loss, a half for a tie, NaN where it is not known. Intervals come
 from resampling the prompts (Efron 1979, doi:10.1214/aos/1176344552), the same ones for every model:
-models answer the same prompts. Where one side won every game, resampling shows nothing else, and
-the interval is Wilson's (1927, doi:10.2307/2276774).
+models answer the same prompts. Where all games ended alike (one side won every one, or all are
+ties), resampling shows nothing else, and the interval follows from Wilson's (1927,
+doi:10.2307/2276774).
 """
 
 from collections.abc import Sequence
@@ -55,11 +56,11 @@ def win_rates(outcomes_MMN: np.ndarray, resamples: int, seed: int) -> Estimate:
     whole = _rates(*_tallies(outcomes_MMN, np.ones((1, outcomes_MMN.shape[-1]))))[0]
     drawn_RN = resampled_prompts(outcomes_MMN.shape[-1], resamples, seed)
     estimate = _with_interval(whole, _rates(*_tallies(outcomes_MMN, drawn_RN)))
-    is_shutout_MM, low_MM, high_MM = _bounds_of_shutouts(outcomes_MMN)
+    is_uniform_MM, low_MM, high_MM = _bounds_of_uniform(outcomes_MMN)
     return Estimate(
         whole,
-        np.where(is_shutout_MM, low_MM, estimate.low),
-        np.where(is_shutout_MM, high_MM, estimate.high),
+        np.where(is_uniform_MM, low_MM, estimate.low),
+        np.where(is_uniform_MM, high_MM, estimate.high),
     )
 
 
@@ -80,16 +81,16 @@ def elo(
     wins_1MM, games_1MM = _tallies(outcomes_MMN, np.ones((1, num_prompts)))
     drawn_RN = resampled_prompts(num_prompts, resamples, seed)
     estimate = _with_interval(ratings(wins_1MM)[0], ratings(_tallies(outcomes_MMN, drawn_RN)[0]))
-    is_shutout_MM, low_MM, high_MM = _bounds_of_shutouts(outcomes_MMN)
+    is_uniform_MM, low_MM, high_MM = _bounds_of_uniform(outcomes_MMN)
     for model in range(num_models):
-        if model == anchor or not (is_shutout_MM[model] | is_shutout_MM[anchor]).any():
+        if model == anchor or not (is_uniform_MM[model] | is_uniform_MM[anchor]).any():
             continue
         # The ratings if the shares of wins, its own and the anchor's, were at their ends.
         ends = []
         for own_MM, anchors_MM in ((low_MM, high_MM), (high_MM, low_MM)):
             wins_MM = wins_1MM[0].copy()
             for side, rates_MM in ((anchor, anchors_MM), (model, own_MM)):
-                others = is_shutout_MM[side] & (np.arange(num_models) != side)
+                others = is_uniform_MM[side] & (np.arange(num_models) != side)
                 wins_MM[side, others] = (rates_MM * games_1MM[0])[side, others]
                 wins_MM[others, side] = games_1MM[0][side, others] - wins_MM[side, others]
             ends.append(ratings(wins_MM[None])[0, model])
@@ -154,18 +155,21 @@ def _rates(wins_RMM: np.ndarray, games_RMM: np.ndarray) -> np.ndarray:
     return rates_RMM
 
 
-def _bounds_of_shutouts(outcomes_MMN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return in which pairs one side won every known game, and the bounds of rates, `_MM` each.
+def _bounds_of_uniform(outcomes_MMN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return in which pairs all known games ended alike, and the bounds of rates, `_MM` each.
 
-    At most z^2 / (n + z^2) of all games end otherwise, by Wilson's interval of none in n.
+    At most z^2 / (n + z^2) of all games end otherwise, by Wilson's interval of none in n; whether
+    these are won or lost is not known.
     """
     is_known_MMN = ~np.isnan(outcomes_MMN)
-    wins_MM = np.nansum(outcomes_MMN, axis=-1)
     games_MM = is_known_MMN.sum(-1)
+    least_MM = np.min(outcomes_MMN, -1, where=is_known_MMN, initial=1.0)
+    most_MM = np.max(outcomes_MMN, -1, where=is_known_MMN, initial=0.0)
+    is_uniform_MM = (least_MM == most_MM) & (games_MM > 0) & ~np.eye(len(games_MM), dtype=bool)
+    outcome_MM = np.where(is_uniform_MM, least_MM, 0.0)
     others_MM = _Z2 / (games_MM + _Z2)
-    is_lost_MM, is_won_MM = ((wins_MM == end) & (games_MM > 0) for end in (0, games_MM))
-    low_MM, high_MM = np.where(is_won_MM, 1 - others_MM, 0.0), np.where(is_lost_MM, others_MM, 1.0)
-    return is_lost_MM | is_won_MM, low_MM, high_MM
+    low_MM = outcome_MM * (1 - others_MM)
+    return is_uniform_MM, low_MM, np.minimum(1.0, low_MM + others_MM)
 
 
 def _with_interval(value: np.ndarray, resampled: np.ndarray) -> Estimate:

@@ -102,6 +102,37 @@ def test_a_side_that_won_every_game_may_lose_another() -> None:
     assert ratings.low[0] == ratings.high[0] == 1000
 
 
+def test_all_ties_leave_room_for_a_game_that_ends_otherwise() -> None:
+    # Wilson: at most 3.8415 / 53.8415 of all games are no ties, all won or all lost.
+    half = 3.8415 / 53.8415 / 2
+    ties = outcomes_of_pairs(2, [(1, 0, [0.5] * 50)])
+    for outcomes in (ties, outcomes_of_scores(np.zeros((2, 50)))):
+        rates, ratings = win_rates(outcomes, 100, 0), elo(outcomes, 100, 0)
+        assert rates.value[1, 0] == 0.5
+        assert rates.low[1, 0] == pytest.approx(0.5 - half, abs=1e-5)
+        assert rates.high[1, 0] == pytest.approx(0.5 + half, abs=1e-5)
+        assert ratings.low[1] < 1000 - 10
+        assert ratings.high[1] > 1000 + 10
+        assert ratings.low[0] == ratings.high[0] == 1000
+
+
+@pytest.mark.parametrize("num", [20, 100])
+@pytest.mark.parametrize("decided", [0.005, 0.02, 0.1])
+@pytest.mark.parametrize("won_of_these", [0.5, 1.0])
+def test_a_win_rate_among_ties_lies_in_its_interval(
+    won_of_these: float, decided: float, num: int
+) -> None:
+    rate = 0.5 + decided * (won_of_these - 0.5)
+    draw = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        is_decided, is_won = draw.random(num) < decided, draw.random(num) < won_of_these
+        games = np.where(is_decided, is_won.astype(float), 0.5)
+        rates = win_rates(outcomes_of_pairs(2, [(1, 0, games.tolist())]), 200, 0)
+        covered += int(rates.low[1, 0] <= rate <= rates.high[1, 0])
+    assert covered > 0.92 * 400
+
+
 def test_a_rating_against_several_models_has_an_interval_where_one_always_wins() -> None:
     # The second beats both others always; these are even.
     always, even = [1.0] * 40, [1.0, 0.0] * 20
