@@ -69,7 +69,9 @@ def test_versions_and_another_runs_policy_by_three_judges(
     assert list(summary["judges"]) == ["judge", "rouge", "gold"]
     for judge in summary["judges"].values():
         # The same policy under other names: the same texts, ties, equal ratings.
-        assert judge["win_rates"]["ppo"]["ppo@1"] == {"value": 0.5, "ci95": [0.5, 0.5]}
+        rate = judge["win_rates"]["ppo"]["ppo@1"]
+        assert rate["value"] == 0.5
+        assert sum(rate["ci95"]) == pytest.approx(1.0)
         assert judge["elo"]["ppo"]["value"] == pytest.approx(judge["elo"]["ppo@1"]["value"])
         assert judge["elo"]["sft"]["value"] == 1000
     texts = [[sample[name]["text"] for name in summary["models"]] for sample in samples]
