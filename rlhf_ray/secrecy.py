@@ -77,14 +77,16 @@ _CONTROLS = re.compile(
 """All but tab and line feed: C0, DEL, C1, marks of direction, half characters."""
 
 _LEAST_LENGTH = 8
-"""Shorter values are words such as EMPTY, which occur in any message."""
+"""Shorter values may be words such as EMPTY, or numbers, which occur in any message."""
+_SHORT = re.compile(r"(?=.*[^\W\d])(?=.*[\d\W])\S{4,7}")
+"""What a shorter secret looks like, such as hunter2: letters with digits or signs."""
 
 _read: set[str] = set()
 
 
 def remember(secret: str) -> None:
     """Hide a secret that this process has read, whatever its variable is called."""
-    if len(secret) >= _LEAST_LENGTH:
+    if len(secret) >= _LEAST_LENGTH or _SHORT.fullmatch(secret):
         _read.add(secret)
 
 
@@ -121,7 +123,10 @@ def holds_secret(text: str) -> bool:
 def redacted(text: str) -> str:
     """Return a text without the secrets known to this process, or known by their shape."""
     for secret in sorted(_known(), key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
+        if len(secret) >= _LEAST_LENGTH:
+            text = text.replace(secret, HIDDEN)
+        else:  # not as a part of another word
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     return without_shapes(text)
 
 
@@ -156,9 +161,10 @@ def _without_addresses(text: str) -> str:
 def _known() -> Iterator[str]:
     """Yield every secret that was read or stands in the environment, as texts may show it."""
     exported = {
-        value.strip()
+        text
         for name, value in os.environ.items()
-        if len(value.strip()) >= _LEAST_LENGTH and is_secret(name, value)
+        if (len(text := value.strip()) >= _LEAST_LENGTH or _SHORT.fullmatch(text))
+        and is_secret(name, value)
     }
     for secret in exported | _read:
         yield from (secret, quote(secret, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1])

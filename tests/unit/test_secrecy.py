@@ -212,6 +212,16 @@ def test_the_working_folder_is_no_password(monkeypatch: pytest.MonkeyPatch) -> N
     assert redacted(message) == message
 
 
+@pytest.mark.parametrize("secret", ["hunter2", "a-b9", "p@ss", "Zx9!"])
+def test_short_secrets_are_hidden_where_they_stand_alone(
+    secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    assert redacted(f"login with '{secret}' was refused") == "login with '...' was refused"
+    assert redacted(f"user:{secret}") == "user:..."
+    assert redacted(f"x{secret}x") == f"x{secret}x"
+
+
 def test_short_words_in_the_environment_stay_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
     assert redacted("the answer is EMPTY") == "the answer is EMPTY"
