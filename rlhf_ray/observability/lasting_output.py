@@ -1,4 +1,8 @@
-"""Standard output and error that nobody may be reading any more: ``rlhf-ray run ... | head -1``."""
+"""Standard output and error of a run.
+
+Nobody may be reading them any more (``rlhf-ray run ... | head -1``), and what libraries print, here
+or in the processes whose lines Ray prints here, may hold secrets.
+"""
 
 import errno
 import io
@@ -8,12 +12,14 @@ from typing import TextIO
 
 from typing_extensions import Buffer
 
+from rlhf_ray.secrecy import redacted
+
 _GONE = {errno.EPIPE, errno.EIO, errno.EBADF}
 """Errors of a pipe without a reader, a terminal that was closed, a descriptor that never was."""
 
 
 def keep_output() -> None:
-    """Let no write to standard output or error fail from now on.
+    """Let no write to standard output or error fail, or show a secret, from now on.
 
     What nobody reads goes to the null device, under the same descriptor: libraries and processes
     that this one starts write there as well. Streams that a caller has put in place stay.
@@ -40,7 +46,11 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 class _LastingText(io.TextIOWrapper):
-    """Text over a `_LastingFile`."""
+    """Text over a `_LastingFile`, without secrets."""
+
+    def write(self, text: str, /) -> int:
+        super().write(redacted(text))
+        return len(text)
 
 
 class _LastingFile(io.FileIO):

@@ -89,3 +89,21 @@ def test_a_stage_whose_reader_has_left_finishes(tmp_path: Path) -> None:
     assert process.returncode == 0, errors.decode()
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"]["state"] == "finished"
+
+
+def test_what_a_library_prints_shows_no_secret() -> None:
+    prints = """
+import logging, sys
+from rlhf_ray.observability.lasting_output import keep_output
+keep_output()
+print("token planted-s3cret-1 was refused")
+logging.basicConfig()
+logging.warning("again planted-s3cret-1")
+print(f"written {sys.stdout.write('planted-s3cret-1')}")
+"""
+    environment = {**os.environ, "HF_TOKEN": "planted-s3cret-1"}
+    done = subprocess.run(
+        [sys.executable, "-c", prints], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "token ... was refused\n...written 16\n"
+    assert done.stderr == "WARNING:root:again ...\n"
