@@ -16,8 +16,16 @@ MAX_VALUES = 100_000
 """Most values, those that an anchor repeats counted each time."""
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OTHER_BASE = re.compile(r"[-+]?(0_*[0-7][0-7_]*|[\d_.]+:.*)$")
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number, and refuses a key that stands twice in a mapping."""
+    """SafeLoader that reads 1e-5 as a number.
+
+    It refuses a key that stands twice in a mapping, and numbers that few mean: YAML 1.1 reads 1:30
+    as 90 and 010 as 8.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names: set[str] = set()
@@ -30,6 +38,16 @@ class _Loader(yaml.SafeLoader):
                     )
                 names.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if node.tag in _NUMBERS and _OTHER_BASE.match(str(value)):
+            raise yaml.constructor.ConstructorError(
+                problem=f"{value} would be read in base {60 if ':' in value else 8}; write the "
+                "number in base ten, or put a text in quotes",
+                problem_mark=node.start_mark,
+            )
+        return value
 
 
 # YAML 1.1 takes 1e-5 for a string.
