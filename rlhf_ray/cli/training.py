@@ -18,6 +18,7 @@ from rlhf_ray.cli.arguments import (
 )
 from rlhf_ray.cli.inspection import CHECK
 from rlhf_ray.cli.models import USE
+from rlhf_ray.cli.starting import init
 from rlhf_ray.config import Config
 from rlhf_ray.config.stages import STAGES
 from rlhf_ray.errors import ConfigError
@@ -27,26 +28,10 @@ app = typer.Typer()
 TRAIN = "Train and evaluate"
 
 
-@app.command(rich_help_panel=TRAIN)
-def init(
-    name: Annotated[str, typer.Argument(help="Shipped config to start from.")] = "quickstart",
-    out: Annotated[
-        Path | None, typer.Option(help="File to write. Default: the config's name, here.")
-    ] = None,
-) -> None:
-    """Copy a shipped config to a new file, to edit and run."""
-    from rlhf_ray.config import shipped
-
-    name = name.removeprefix("@")
-    text = shipped.copy(name)
-    path = out or Path(f"{name.rpartition('/')[2]}.yaml")
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        reason = "exists" if path.exists() else f"cannot be written ({error.strerror})"
-        raise ConfigError(f"{path} {reason}; name another file with --out") from None
-    typer.echo(f"Wrote {path}. Edit it, then: rlhf-ray plan {path}; rlhf-ray run {path}")
+app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: rlhf-ray init --model ./my-model --data pairs.jsonl --gpus 1xA100-80GB",
+)(init)
 
 
 @app.command(
