@@ -67,6 +67,8 @@ class RunFiles:
     """changes.jsonl: what was changed on resume, and after which iteration or step."""
     highest: Mapping[str, Sequence[Record]] = field(default_factory=dict[str, Sequence[Record]])
     """The recorded samples with the highest `score` and `kl`."""
+    state: str = ""
+    """What status.json last said of the run: running, stopped, finished or failed."""
     origin: Record = field(default_factory=dict[str, Any])
     """branch.json: the run and version that this one was branched from."""
 
@@ -159,6 +161,7 @@ def read(run_dir: Path) -> RunFiles:
         changes=lines("changes.jsonl"),
         highest={name: _highest(run_dir / "ppo", name) for name in ("score", "kl")},
         origin=record("branch.json"),
+        state=_state(record("status.json")),
     )
 
 
@@ -181,6 +184,11 @@ def number(record: Record | None, *keys: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
+
+
+def _state(saved: Record) -> str:
+    status = saved.get("status")
+    return str(status.get("state", "")) if is_mapping(status) else ""
 
 
 def _name(config: Record) -> object:

@@ -59,8 +59,13 @@ def judged(files: RunFiles) -> list[Judged]:
         models = list(record["elo"])
         rates = record["win_rates"]
         rows = [[rates[row].get(column) for column in models] for row in models]
-        comparisons.append(Judged(_JUDGES[judge], _ranks(record["elo"]), models, rows))
+        comparisons.append(Judged(judge_title(judge), _ranks(record["elo"]), models, rows))
     return comparisons
+
+
+def judge_title(judge: str) -> str:
+    """Return the display name of a judge."""
+    return _JUDGES.get(judge, judge)
 
 
 def numbers(files: RunFiles) -> tuple[list[str], list[tuple[str, list[float | None]]]]:

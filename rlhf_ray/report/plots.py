@@ -11,10 +11,7 @@ import numpy as np
 from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
-
-from rlhf_ray.observability.tracing import Span
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # Stand-in colours, replaced in the SVG by the page's CSS variables of the same names.
 _VARIABLES = {
@@ -31,7 +28,6 @@ _VARIABLES = {
     "#0b0b0b": "--card",
 }
 _INK, _MUTED, _GRID, *_COLOURS, _CARD = _VARIABLES
-_OTHER = "other"
 MAX_CURVES = len(_COLOURS)
 """Lines of a chart that can be told apart."""
 _EVALUATION_COLOUR = _COLOURS[1]
@@ -90,8 +86,11 @@ def curves(title: str, lines: Sequence[Curve], x_label: str, marks: Sequence[flo
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=_STEPS, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
-        axes.ticklabel_format(useOffset=False)
+        # Whole numbers at the ticks: an offset or a power of ten at the axis' end is overlooked.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
         axes.margins(x=0.02, y=0.1)
+        if not any(line.y and np.nanmax(np.abs(line.y)) > 0 for line in lines):
+            axes.set_ylim(-0.05, 1)  # else a share that stays zero hangs between -.05 and .05
         if len(lines) > 1:
             axes.legend(loc="best")
         return _svg(figure, title)
@@ -110,24 +109,6 @@ def smooth(values: Sequence[float]) -> np.ndarray:
         if not np.isnan(window).all():
             smoothed[index] = np.nanmean(window)
     return smoothed
-
-
-def phase_bars(title: str, totals: Mapping[str, Mapping[str, float]]) -> str:
-    """Draw stacked bars as SVG: a bar per row, a segment per phase, in minutes or seconds."""
-    colours = phase_colours(totals)
-    longest_s = max((sum(phases.values()) for phases in totals.values()), default=0.0)
-    unit, scale = ("minutes", 60.0) if longest_s > 180 else ("seconds", 1.0)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title, "axes.grid.axis": "x"}):
-        figure, axes = _figure(0.9 + 0.28 * len(totals), columns=2)
-        for index, phases in enumerate(totals.values()):
-            left = 0.0
-            for name in colours:
-                width = sum(s for phase, s in phases.items() if _shown(phase, colours) == name)
-                axes.barh(index, width / scale, left=left, color=colours[name], **_BAR)
-                left += width / scale
-        _label_rows(axes, list(totals), unit)
-        _legend(axes, colours)
-        return _svg(figure, title)
 
 
 def histogram(
@@ -164,47 +145,11 @@ def counts(title: str, numbers: Mapping[str, float], x_label: str) -> str:
         return _svg(figure, title)
 
 
-def timeline(title: str, spans: Sequence[Span], colours: Mapping[str, str]) -> str:
-    """Draw the spans of each row over time as SVG, in seconds from the first span.
-
-    Longer spans are drawn first, so that the spans nested in them stay visible.
-    """
-    rows = list(dict.fromkeys(span.row for span in spans))
-    origin_s = min(span.start_s for span in spans)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title, "axes.grid.axis": "x"}):
-        figure, axes = _figure(0.9 + 0.28 * len(rows), columns=2)
-        for span in sorted(spans, key=lambda span: span.start_s - span.end_s):
-            axes.barh(
-                rows.index(span.row),
-                span.end_s - span.start_s,
-                left=span.start_s - origin_s,
-                color=colours[_shown(span.name, colours)],
-                **_BAR,
-            )
-        _label_rows(axes, rows, "seconds")
-        return _svg(figure, title)
-
-
-def phase_colours(totals: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """Return a colour per phase, the longest phases first; the rest share one as `other`."""
-    sums: dict[str, float] = {}
-    for phases in totals.values():
-        for name, seconds in phases.items():
-            sums[name] = sums.get(name, 0.0) + seconds
-    ranked = sorted(sums, key=lambda name: -sums[name])
-    colours = dict(zip(ranked, _COLOURS, strict=False))
-    return colours if len(ranked) <= len(colours) else {**colours, _OTHER: _MUTED}
-
-
 _BAR: dict[str, Any] = {"height": 0.66, "linewidth": 0.4, "edgecolor": _CARD}
 
 
-def _shown(phase: str, colours: Mapping[str, str]) -> str:
-    return phase if phase in colours else _OTHER
-
-
-def _figure(height_inches: float, columns: int = 1) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH_INCHES * columns, height_inches), layout="constrained")
+def _figure(height_inches: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -227,17 +172,6 @@ def _label_rows(axes: Axes, rows: Sequence[str], unit: str) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(unit)
     axes.margins(x=0)
-
-
-def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
-    axes.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in colours.items()],
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(colours),
-        handlelength=0.9,
-        columnspacing=1.2,
-    )
 
 
 def _svg(figure: Figure, title: str) -> str:

@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from markupsafe import Markup
-
+from rlhf_ray.report.activity import Bars, phase_bars
 from rlhf_ray.report.data import Record, RunFiles, number
-from rlhf_ray.report.plots import phase_bars
-from rlhf_ray.report.sections import Chart
 
 _MAX_EVENTS = 40
 _ORDINARY = ("start", "stopped", "interrupted")
@@ -26,7 +23,7 @@ class Reliability:
     """Number of samples by what became of them."""
     restarts: Sequence[tuple[str, float]]
     """Number of restarts by role, without roles that had none."""
-    chart: Chart | None
+    chart: Bars | None
     events: Sequence[Record]
     """The latest restarts and losses."""
     num_events: int
@@ -59,14 +56,13 @@ def reliability(files: RunFiles) -> Reliability | None:
     )
 
 
-def _chart(useful_s: float | None, lost_s: dict[str, float]) -> Chart | None:
+def _chart(useful_s: float | None, lost_s: dict[str, float]) -> Bars | None:
     if not lost_s:
         return None
-    title = "Useful and lost time"
     times = ({"useful": useful_s} if useful_s else {}) | lost_s
-    return Chart(
-        title,
-        Markup(phase_bars(title, {"run": times})),
+    return phase_bars(
+        "Useful and lost time",
+        {"run": times},
         "Useful is the time of iterations whose commit lasted. The first start, and pauses on "
         "request or after a signal, are left out.",
     )

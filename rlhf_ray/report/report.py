@@ -15,10 +15,10 @@ from rlhf_ray.config.section import is_mapping
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import first_line
+from rlhf_ray.report import activity, sections, story, texts
 from rlhf_ray.report import evaluation as report_evaluation
 from rlhf_ray.report import quality as report_quality
 from rlhf_ray.report import reliability as report_reliability
-from rlhf_ray.report import sections, story, texts
 from rlhf_ray.report.data import RunFiles, read_run
 
 _RECORDS = {
@@ -121,6 +121,13 @@ def _parts(files: RunFiles) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "trace.json", {"spans": files.spans, "phase_totals": files.phase_totals}
 
 
+_ENDED = {
+    "failed": "ended with an error; the same command resumes it",
+    "stopped": "was stopped on request; the same command resumes it",
+}
+"""What became of a run that has not finished, by its state in status.json."""
+
+
 @functools.cache
 def template(name: str) -> Template:
     """Return one of the page templates."""
@@ -148,7 +155,7 @@ def _page(files: RunFiles) -> str:
             "Did it get better?": story.outcomes(files),
             "Is it to be trusted?": story.grounds(files),
         },
-        cost=story.cost(files),
+        cost=activity.cost(files),
         charts=sections.ppo_charts(files),
         changes=sections.changes(files),
         warnings=sections.warnings(files),
@@ -169,7 +176,7 @@ def _page(files: RunFiles) -> str:
         prompts=texts.fixed_prompts(files),
         extremes=texts.extremes(files),
         rollouts=texts.last_rollouts(files),
-        time=sections.time_charts(files),
+        time=activity.time_bars(files),
         config_text=yaml.safe_dump(dict(files.config), sort_keys=False) if files.config else "",
         odd=files.odd,
     )
@@ -190,4 +197,5 @@ def _status(files: RunFiles) -> str:
     else:
         where = f"{current} is next"
     rest = f" Still to come: {', '.join(later)}." if later else ""
-    return f"This run has not finished; it may still be running: {where}.{rest}"
+    ended = _ENDED.get(files.state, "has not finished; it may still be running")
+    return f"This run {ended}: {where}.{rest}"

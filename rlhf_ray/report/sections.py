@@ -8,13 +8,9 @@ from markupsafe import Markup
 
 from rlhf_ray.config.section import masked
 from rlhf_ray.observability.metrics import METRICS
-from rlhf_ray.observability.tracing import Span
 from rlhf_ray.report.data import Record, RunFiles, number
-from rlhf_ray.report.plots import Curve, curves, phase_bars, phase_colours, timeline
+from rlhf_ray.report.plots import Curve, curves
 from rlhf_ray.report.texts import short
-
-_MAX_ROWS = 40
-_TIMELINE_ITERATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -195,50 +191,6 @@ def figure(value: float | None, decimals: int | None = None) -> str:
     if decimals is not None:
         return f"{value:,.{decimals}f}"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-
-
-def time_charts(files: RunFiles) -> list[Chart]:
-    """Draw the time by actor and phase, and the timeline of the last iterations."""
-    if not files.phase_totals:
-        return []
-    totals = dict(list(files.phase_totals.items())[:_MAX_ROWS])
-    left_out = len(files.phase_totals) - len(totals)
-    note = f" trace.json has {left_out} more actors." if left_out else ""
-    charts = [
-        Chart(
-            "Time by actor and phase",
-            Markup(phase_bars("Time by actor and phase", totals)),
-            f"Busy time of each actor by kind of work.{note}",
-        )
-    ]
-    spans = [span for span in _last_iterations(files.spans) if span.row in totals]
-    if spans:
-        charts.append(
-            Chart(
-                f"Timeline of the last {_TIMELINE_ITERATIONS} iterations",
-                Markup(timeline("Timeline", spans, phase_colours(totals))),
-                "Colours as above; gaps are idle time. To see the whole run, open "
-                "trace.json at ui.perfetto.dev.",
-            )
-        )
-    return charts
-
-
-def _last_iterations(spans: Sequence[Span]) -> list[Span]:
-    """Return the spans of the last iterations; of one that a kill had repeated, the last time."""
-    begun = {
-        span.args.get("iteration"): span.start_s
-        for span in spans
-        if (span.row, span.name) == ("driver", "gen")
-    }
-    numbers = sorted({span.args["iteration"] for span in spans if "iteration" in span.args})
-    latest = set(numbers[-_TIMELINE_ITERATIONS:])
-    return [
-        span
-        for span in spans
-        if (number := span.args.get("iteration")) in latest
-        and span.start_s >= begun.get(number, 0.0)
-    ]
 
 
 def _curve(

@@ -1,12 +1,12 @@
-"""The top of the report: what was trained, whether it got better, whether to trust it, its cost."""
+"""The top of the report: what was trained, whether it got better, whether to trust it."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Literal
 
-from rlhf_ray.observability.progress import clock_time
 from rlhf_ray.report import evaluation
 from rlhf_ray.report.data import Record, RunFiles, number
 from rlhf_ray.report.sections import figure
@@ -19,6 +19,15 @@ ENDS = 5
 """Iterations at either end of a run whose means are compared, at most half of them."""
 NEAR, FAR = 0.05, 20.0
 """KL to the reference, nats an answer, below which nothing was learnt and above which it is far."""
+_FEWEST = 4
+"""Iterations from which a trend is told from noise."""
+_FINITE = {
+    "objective/scores": "the reward",
+    "objective/kl": "the KL",
+    "loss/policy_avg": "the policy's loss",
+    "loss/value_avg": "the critic's loss",
+}
+"""Metrics that training has diverged without."""
 _DONE = {
     "pretrain": "pretraining",
     "sft": "supervised fine-tuning",
@@ -72,11 +81,12 @@ def verdict(files: RunFiles) -> str:
             outcome = f"{name} beats SFT on held-out questions"
         elif high < 0.5:
             outcome = f"{name} loses to SFT on held-out questions"
+        elif rate == low == high:
+            return f"{name} and SFT tie on every held-out question."
         else:
             outcome = f"{name} and SFT do not differ significantly on held-out questions"
         return f"{outcome}: win rate {rate:.2f} (95% interval {low:.2f} to {high:.2f})."
-    known = _known(files, "objective/scores")
-    if known:
+    if known := _known(files, "objective/scores"):
         before, after = _ends(known)
         where = _count(len(files.metrics["ppo"]), "iteration", "iterations")
         course = f"went from {fmean(before):.2f} to" if before else "is"
@@ -98,11 +108,6 @@ def grounds(files: RunFiles) -> list[Card]:
     return [*_kl(files), *_guards(files), *_ledger(files), *_reward_model(files)]
 
 
-def cost(files: RunFiles) -> list[Card]:
-    """Return the cards of time and hardware."""
-    return [*_time(files), *_gpu_hours(files), *_speed(files)]
-
-
 def _reward(files: RunFiles) -> Iterator[Card]:
     known, records = _known(files, "objective/scores"), files.metrics.get("ppo", ())
     title = "Training reward"
@@ -116,23 +121,21 @@ def _reward(files: RunFiles) -> Iterator[Card]:
         + (f", and of the first {len(before)}" if before else "")
         + ". It is what PPO maximises, so it says less than the comparison on held-out prompts."
     )
-    if number(records[-1], "objective/scores") is None:
-        sentence = f"The reward is not finite in the last iteration; {len(known)} others had one."
-        yield Card(title, "–", sentence, meaning, "bad")
-    elif not before:
-        sentence = "One iteration is too few to see a trend."
-        yield Card(title, figure(after[0]), sentence, meaning, "open")
+    value = f"{figure(fmean(before))} → {figure(fmean(after))}" if before else figure(known[0])
+    change = fmean(after) - fmean(before) if before else 0.0
+    where = f"over {_count(len(records), 'iteration', 'iterations')}"
+    tone: Tone
+    if odd := _not_finite(files):
+        sentence, tone = f"PPO diverged: {odd} is not finite in the last iteration.", "bad"
+    elif len(known) < _FEWEST:
+        few = "One iteration is" if not before else f"{len(known)} iterations are"
+        sentence, tone = f"{few} too few to tell a trend from noise.", "open"
+    elif abs(change) <= 2 * _error(known, len(after)):
+        sentence, tone = f"It did not move beyond its own spread {where}.", "doubt"
     else:
-        change = fmean(after) - fmean(before)
-        where = f"over {_count(len(records), 'iteration', 'iterations')}"
-        if abs(change) <= 2 * _error(before, after):
-            sentence, tone = f"It did not move beyond its own spread {where}.", "doubt"
-        else:
-            sentence, tone = (
-                (f"It rose {where}.", "good") if change > 0 else (f"It fell {where}.", "bad")
-            )
-        value = f"{figure(fmean(before))} → {figure(fmean(after))}"
-        yield Card(title, value, sentence, meaning, tone)
+        sentence = f"It {'rose' if change > 0 else 'fell'} {where}."
+        tone = "good" if change > 0 else "bad"
+    yield Card(title, value, sentence, meaning, tone)
 
 
 def _win_rate(files: RunFiles) -> Iterator[Card]:
@@ -151,7 +154,10 @@ def _win_rate(files: RunFiles) -> Iterator[Card]:
         sentence, tone = f"{name}'s answers are worse than SFT's.", "bad"
     else:
         sentence, tone = f"Too close to tell {name} from SFT.", "doubt"
-    sentence += f" 95% interval {low:.2f} to {high:.2f}"
+    if rate == low == high == 0.5:
+        sentence = f"{name} and SFT tie on every prompt, so there is no interval"
+    else:
+        sentence += f" 95% interval {low:.2f} to {high:.2f}"
     if (num := number(summary, "num_prompts")) is not None:
         sentence += f", from {num:,.0f} prompts"
     sentence += "."
@@ -163,12 +169,15 @@ def _win_rate(files: RunFiles) -> Iterator[Card]:
         "Share of held-out prompts on which its answer is the better one, ties counted half. "
         ".5 is as good as SFT; the gain is significant where the interval lies above it."
     )
+    if (judge := summary.get("judge")) is not None:
+        meaning += f" Judged by {evaluation.judge_title(str(judge))}"
+        meaning += ", which PPO was trained on." if judge == "reward" else "."
     yield Card(title, f"{rate:.2f}", sentence, meaning, tone)
 
 
 def _held_out(files: RunFiles) -> Iterator[Card]:
     summary, final = files.summaries.get("evaluate"), evaluation.final_model(files)
-    for key, title, sentence in (
+    for key, title, meaning in (
         (
             "gold_mean",
             "Gold score",
@@ -180,11 +189,14 @@ def _held_out(files: RunFiles) -> Iterator[Card]:
         before = number(summary, "models", "sft", key)
         after = number(summary, "models", final, key)
         if after is not None:
-            yield Card(
-                f"{title}, SFT → {model_title(final)}",
-                f"{figure(before)} → {figure(after)}",
-                sentence,
-            )
+            change = 0.0 if before is None else after - before
+            moved = "rose" if change > 0 else "fell" if change < 0 else "did not change"
+            sentence = f"It {moved}{f' by {figure(abs(change))}' if change else ''}."
+            value = f"{figure(before)} → {figure(after)}"
+            tone: Tone = "good" if change > 0 else "bad" if change < 0 else "doubt"
+            if before is None:
+                sentence, tone = "SFT's was not measured.", ""
+            yield Card(f"{title}, SFT → {model_title(final)}", value, sentence, meaning, tone)
 
 
 def _kl(files: RunFiles) -> Iterator[Card]:
@@ -225,6 +237,10 @@ def _guards(files: RunFiles) -> Iterator[Card]:
         last = files.warnings[-1].get("iteration", "–")
         names = _listed([f"{name} {_times(num)}" for name, num in by_guard.items()])
         sentence, tone = f"In {where} these warned: {names}, last in iteration {last}.", "doubt"
+        if any(record.get("action") == "stop" for record in files.warnings):
+            tone = "bad"
+    elif off := _off(files):
+        sentence, tone = f"None warned in {where}, with {_listed(off)} switched off.", "doubt"
     else:
         sentence, tone = f"None warned in {where}.", "good"
     meaning = (
@@ -234,20 +250,34 @@ def _guards(files: RunFiles) -> Iterator[Card]:
     yield Card("Warnings of guards", f"{len(files.warnings):,}", sentence, meaning, tone)
 
 
+def _off(files: RunFiles) -> list[str]:
+    """Return the guards that are switched off."""
+    guards = files.option("guards") or {}
+    return [
+        name.replace("_", " ") for name in guards if files.option(f"guards.{name}.action") == "off"
+    ]
+
+
 def _ledger(files: RunFiles) -> Iterator[Card]:
     summary = files.summaries.get("ppo")
     names = ("drawn", "learnt", "discarded", "filtered", "in_flight")
     counts = {name: number(summary, "ledger", name) for name in names}
     drawn, learnt = counts["drawn"], counts["learnt"]
     if drawn is None or learnt is None:
+        if summary is None and (records := files.metrics.get("ppo", ())):
+            sentence = "Learnt so far; the ledger is closed when PPO ends."
+            learnt = number(records[-1], "episode")
+            yield Card("Samples learnt", figure(learnt), sentence, tone="open")
         return
     others = {name: num for name, num in counts.items() if num and name not in ("drawn", "learnt")}
     missing = drawn - learnt - sum(others.values())
     if missing:
-        sentence, tone = f"{abs(missing):,.0f} are not accounted for.", "bad"
+        fault = "are not accounted for" if missing > 0 else "are counted twice"
+        sentence, tone = f"{abs(missing):,.0f} {fault}.", "bad"
     elif others:
         rest = _listed([f"{num:,.0f} {name.replace('_', ' ')}" for name, num in others.items()])
-        sentence, tone = f"None was learnt twice; the rest: {rest}.", "good"
+        sentence = f"None was learnt twice; the rest: {rest}."
+        tone = "doubt" if counts["discarded"] else "good"
     else:
         sentence, tone = "Every sample that was drawn was learnt exactly once.", "good"
     meaning = (
@@ -263,8 +293,12 @@ def _reward_model(files: RunFiles) -> Iterator[Card]:
         yield Card(
             "Reward model accuracy",
             f"{accuracy:.1%}",
+            "It is no better than chance."
+            if accuracy <= 0.5
+            else "It tells the better of two held-out answers more often than chance.",
             "Share of held-out pairs in which it scores the better answer higher. "
             "50% is chance; noisy votes keep even a perfect model below 100%.",
+            "bad" if accuracy <= 0.5 else "good",
         )
     measured = number(files.summaries.get("reward"), "benchmark", "accuracy")
     if measured is not None:
@@ -272,36 +306,6 @@ def _reward_model(files: RunFiles) -> Iterator[Card]:
             "Reward model on its benchmark",
             f"{measured:.1%}",
             "Share of the benchmark's pairs in which it scores the better answer higher.",
-        )
-
-
-def _time(files: RunFiles) -> Iterator[Card]:
-    seconds = {stage: _seconds(each.get("seconds")) for stage, each in files.summaries.items()}
-    if any(seconds.values()):
-        longest = max(seconds, key=lambda stage: seconds[stage])
-        share = seconds[longest] / sum(seconds.values())
-        sentence = f"Wall time of the finished stages; {longest} took {share:.0%} of it."
-        yield Card("Time", clock_time(sum(seconds.values())), sentence)
-
-
-def _gpu_hours(files: RunFiles) -> Iterator[Card]:
-    ppo = files.summaries.get("ppo", {})
-    gpus, seconds = number(ppo, "num_gpus"), _seconds(ppo.get("seconds"))
-    if gpus and seconds:
-        sentence = f"PPO's wall time on the {figure(gpus)} GPUs that it held."
-        yield Card("GPU-hours of PPO", figure(gpus * seconds / 3600), sentence)
-
-
-def _speed(files: RunFiles) -> Iterator[Card]:
-    ppo = files.summaries.get("ppo")
-    episodes, rate = number(ppo, "episodes"), number(ppo, "episodes_per_s")
-    if episodes is not None:
-        speed = f", {figure(rate)} per second" if rate is not None else ""
-        restarts = number(ppo, "generator_restarts") or 0
-        yield Card(
-            "Rollouts trained on",
-            figure(episodes),
-            f"Answers that PPO sampled and trained on{speed}. Generator restarts: {restarts:.0f}.",
         )
 
 
@@ -318,11 +322,19 @@ def _ends(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
     return values[:num] if len(values) > 1 else (), values[-num:]
 
 
-def _error(before: Sequence[float], after: Sequence[float]) -> float:
-    """Return the standard error of the difference of two means; 0 where it is not known."""
-    if len(before) < 2 or len(after) < 2:
-        return 0.0
-    return math.sqrt(sum(stdev(each) ** 2 / len(each) for each in (before, after)))
+def _error(values: Sequence[float], num: int) -> float:
+    """Return the standard error of the difference of two means over ``num`` values each.
+
+    The spread is that of steps between neighbours, which a trend hardly widens.
+    """
+    return stdev(after - before for before, after in pairwise(values)) / math.sqrt(num)
+
+
+def _not_finite(files: RunFiles) -> str:
+    """Return what is not finite in PPO's last iteration; empty if all is."""
+    last = files.metrics.get("ppo", ())[-1:]
+    names = (name for record in last for name in _FINITE if name in record)
+    return _listed([_FINITE[name] for name in names if number(last[0], name) is None] or [""])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -336,12 +348,3 @@ def _times(num: int) -> str:
 
 def _count(num: float, one: str, several: str) -> str:
     return f"{num:,.0f} {one if num == 1 else several}"
-
-
-def _seconds(value: object) -> float:
-    """Return a stage's seconds, given as a number or as phases, which may include a `total`."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, dict):
-        return float(value.get("total", sum(value.values())))
-    return 0.0

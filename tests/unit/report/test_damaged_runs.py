@@ -14,7 +14,7 @@ from rlhf_ray.report.report import build
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts without their drawing, which takes most of a report's time."""
     for room, drawings in (
-        (sections, ("curves", "phase_bars", "timeline")),
+        (sections, ("curves",)),
         (quality, ("histogram", "counts")),
     ):
         for drawing in drawings:
@@ -29,6 +29,8 @@ FILES = (
     "reward/summary.json",
     "reward/metrics.jsonl",
     "ppo/summary.json",
+    "status.json",
+    "branch.json",
     "ppo/metrics.jsonl",
     "ppo/eval.jsonl",
     "ppo/completions.jsonl",

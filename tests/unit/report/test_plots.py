@@ -2,7 +2,8 @@ import math
 
 import numpy as np
 
-from rlhf_ray.report.plots import Curve, curves, phase_colours, smooth
+from rlhf_ray.report.activity import phase_colours
+from rlhf_ray.report.plots import Curve, curves, smooth
 
 
 def test_smoothing_is_a_centred_mean_that_shrinks_at_the_ends_and_skips_gaps():

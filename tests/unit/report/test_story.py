@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.report.activity import cost
 from rlhf_ray.report.data import read
-from rlhf_ray.report.story import Card, cost, grounds, outcomes, trained, verdict
+from rlhf_ray.report.story import Card, grounds, outcomes, trained, verdict
 
+RISING = [0.1, 0.22, 0.28, 0.41, 0.5, 0.62, 0.68, 0.79, 0.91, 1.0]
 LEDGER = {"drawn": 64, "learnt": 64, "discarded": 0, "filtered": 0, "in_flight": 0}
 
 
@@ -45,12 +47,12 @@ def card(cards: Sequence[Card], title: str) -> Card:
 @pytest.mark.parametrize(
     ("scores", "value", "sentence", "tone"),
     [
-        ([0.0, 0.1, 0.9, 1.0], "0.05 → 0.95", "It rose over 4 iterations.", "good"),
-        ([1.0, 0.9, 0.1, 0.0], "0.95 → 0.05", "It fell over 4 iterations.", "bad"),
+        (RISING, "0.302 → 0.8", "It rose over 10 iterations.", "good"),
+        (RISING[::-1], "0.8 → 0.302", "It fell over 10 iterations.", "bad"),
         ([0.0, 1.0, 0.1, 1.0], "0.5 → 0.55", "did not move beyond its own spread", "doubt"),
-        ([0.5, 0.7], "0.5 → 0.7", "It rose over 2 iterations.", "good"),
+        ([0.5, 0.7], "0.5 → 0.7", "2 iterations are too few", "open"),
         ([0.5], "0.5", "One iteration is too few", "open"),
-        ([0.5, None], "–", "not finite in the last iteration; 1 others", "bad"),
+        ([0.5, None], "0.5", "the reward is not finite in the last iteration", "bad"),
         ([None], "–", "PPO diverged", "bad"),
     ],
 )
@@ -69,6 +71,7 @@ def test_the_reward(
         (0.8, 0.7, 0.9, "PPO's answers are better than SFT's. 95% interval 0.70 to 0.90", "good"),
         (0.5, 0.4, 0.6, "Too close to tell PPO from SFT.", "doubt"),
         (0.2, 0.1, 0.3, "PPO's answers are worse than SFT's.", "bad"),
+        (0.5, 0.5, 0.5, "PPO and SFT tie on every prompt, so there is no interval", "doubt"),
     ],
 )
 def test_the_win_rate(
@@ -122,9 +125,10 @@ def test_the_guards(tmp_path: Path) -> None:
     ("ledger", "sentence", "tone"),
     [
         ({}, "learnt exactly once", "good"),
-        ({"learnt": 56, "discarded": 8}, "None was learnt twice; the rest: 8 discarded.", "good"),
+        ({"learnt": 56, "discarded": 8}, "None was learnt twice; the rest: 8 discarded.", "doubt"),
+        ({"learnt": 56, "filtered": 8}, "the rest: 8 filtered.", "good"),
         ({"learnt": 60}, "4 are not accounted for", "bad"),
-        ({"learnt": 70}, "6 are not accounted for", "bad"),
+        ({"learnt": 70}, "6 are counted twice", "bad"),
     ],
 )
 def test_the_ledger(ledger: dict[str, int], sentence: str, tone: str, tmp_path: Path) -> None:
@@ -164,3 +168,72 @@ def test_the_cost_counts_gpu_hours_where_there_were_gpus(tmp_path: Path) -> None
     assert card(cost(read(tmp_path)), "GPU-hours of PPO").value == "8"
     write(tmp_path, "ppo/summary.json", summary | {"num_gpus": 0})
     assert [each.title for each in cost(read(tmp_path))] == ["Time"]
+    priced = {"cluster": {"gpu_hour_price": 2.5, "threads_per_actor": 2, "roles": {"policy": {}}}}
+    write(tmp_path, "config.yaml", priced)
+    span = {"ph": "X", "name": "learn", "pid": 1, "tid": 1, "ts": 0, "dur": 1, "args": {}}
+    name = {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "policy-0"}}
+    write(tmp_path, "trace.json", name, span, {**span, "tid": 2})
+    assert card(cost(read(tmp_path)), "Core-hours of PPO").value == "2"
+    write(tmp_path, "ppo/summary.json", summary)
+    assert card(cost(read(tmp_path)), "Price of PPO").value == "20"
+
+
+@pytest.mark.parametrize("metric", ["objective/kl", "loss/policy_avg", "loss/value_avg"])
+def test_a_loss_that_is_not_finite_in_the_last_iteration_is_divergence(
+    metric: str, tmp_path: Path
+) -> None:
+    records = [{"iteration": i, "objective/scores": i, metric: 1.0} for i in range(8)]
+    write(tmp_path, "ppo/metrics.jsonl", *records, {**records[-1], metric: None})
+    found = card(outcomes(read(tmp_path)), "Training reward")
+    assert found.tone == "bad"
+    assert "PPO diverged" in found.sentence
+
+
+def test_guards_that_are_off_or_stopped_the_run_are_said(tmp_path: Path) -> None:
+    ppo(tmp_path, RISING)
+    guards = {"loss_spike": {"action": "off"}, "ratio": {"action": "skip"}, "remind_every": 20}
+    write(tmp_path, "config.yaml", {"guards": guards})
+    found = card(grounds(read(tmp_path)), "Warnings of guards")
+    assert found.tone == "doubt"
+    assert "with loss spike switched off" in found.sentence
+    write(tmp_path, "ppo/warnings.jsonl", {"guard": "mismatch", "iteration": 3, "action": "stop"})
+    assert card(grounds(read(tmp_path)), "Warnings of guards").tone == "bad"
+
+
+@pytest.mark.parametrize(("judge", "is_named"), [("reward", True), ("people", False)])
+def test_a_win_rate_by_the_reward_that_ppo_was_trained_on_says_so(
+    judge: str, is_named: bool, tmp_path: Path
+) -> None:
+    evaluated(tmp_path, 0.8, 0.7, 0.9, judge=judge)
+    meaning = card(outcomes(read(tmp_path)), "Win rate against SFT").meaning
+    assert ("which PPO was trained on" in meaning) is is_named
+
+
+def test_the_ledger_of_a_run_that_has_not_ended_is_open(tmp_path: Path) -> None:
+    write(tmp_path, "ppo/metrics.jsonl", {"iteration": 1, "objective/scores": 1.0, "episode": 64})
+    found = card(grounds(read(tmp_path)), "Samples learnt")
+    assert (found.value, found.tone) == ("64", "open")
+
+
+@pytest.mark.parametrize(("accuracy", "tone"), [(0.7, "good"), (0.5, "bad")])
+def test_a_reward_model_is_compared_with_chance(accuracy: float, tone: str, tmp_path: Path) -> None:
+    write(tmp_path, "reward/summary.json", {"accuracy": accuracy})
+    assert card(grounds(read(tmp_path)), "Reward model accuracy").tone == tone
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence", "tone"),
+    [
+        (0.25, 0.5, "It rose by 0.25.", "good"),
+        (0.5, 0.25, "It fell by 0.25.", "bad"),
+        (0.5, 0.5, "It did not change.", "doubt"),
+        (None, 0.5, "SFT's was not measured.", ""),
+    ],
+)
+def test_the_gold_score(
+    before: float | None, after: float, sentence: str, tone: str, tmp_path: Path
+) -> None:
+    models = {"sft": {"gold_mean": before}, "ppo": {"gold_mean": after}}
+    evaluated(tmp_path, 0.8, 0.7, 0.9, models=models)
+    found = card(outcomes(read(tmp_path)), "Gold score, SFT → PPO")
+    assert (found.sentence, found.tone) == (sentence, tone)
