@@ -9,12 +9,14 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from rlhf_ray.config import Config
 from rlhf_ray.config.section import is_mapping
 from rlhf_ray.disk import write_atomically
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.folders import first_line
+from rlhf_ray.observability.samples.hidden import unhidden
 from rlhf_ray.report import activity, sections, story, texts
 from rlhf_ray.report import evaluation as report_evaluation
 from rlhf_ray.report import quality as report_quality
@@ -128,6 +130,11 @@ _ENDED = {
 """What became of a run that has not finished, by its state in status.json."""
 
 
+def _visible(value: object) -> object:
+    """Show characters of a text that act or hide by their number; Markup is the page's own."""
+    return unhidden(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 @functools.cache
 def template(name: str) -> Template:
     """Return one of the page templates."""
@@ -135,6 +142,7 @@ def template(name: str) -> Template:
         loader=PackageLoader("rlhf_ray.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
+from rlhf_ray.observability.samples.hidden import HIDDEN, code_point, unhidden
+
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"
-)
-"""Control characters (of terminals, too), direction marks, and characters without width."""
 SHORT = 160
 """Characters of an excerpt."""
 
 
 def visible(text: object) -> Markup:
     """Return a text as HTML, with characters that act or hide shown by their number."""
-    return Markup(_HIDDEN.sub(_shown, str(escape(str(text)))))
+    return Markup(HIDDEN.sub(_shown, str(escape(str(text)))))
 
 
 def markdown(text: str) -> Markup:
@@ -29,8 +27,7 @@ def markdown(text: str) -> Markup:
     Links and images stay as they were written: nothing leads or reaches elsewhere, and an address
     is seen. Hidden characters are shown by their number.
     """
-    shown = _HIDDEN.sub(lambda match: f"⟨{_number(match)}⟩", text)
-    return Markup(_parser().render(shown))
+    return Markup(_parser().render(unhidden(text)))
 
 
 @cache
@@ -59,8 +56,4 @@ def figure(value: object) -> str:
 
 
 def _shown(match: re.Match[str]) -> str:
-    return f'<span class="hidden-char">{_number(match)}</span>'
-
-
-def _number(match: re.Match[str]) -> str:
-    return f"U+{ord(match.group()):04X}"
+    return f'<span class="hidden-char">{code_point(match)}</span>'

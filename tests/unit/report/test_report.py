@@ -19,13 +19,13 @@ SECTIONS = [
     "Did it get better?",
     "Is it to be trusted?",
     "PPO over iterations",
-    "Supervised stages",
-    "Models compared",
-    "Instructions followed",
     "Answers before and after",
     "Fixed prompts across versions",
     "Last training rollouts",
     "What it cost",
+    "Supervised stages",
+    "Models compared",
+    "Instructions followed",
     "Data",
     "Config",
 ]
@@ -96,6 +96,18 @@ def test_texts_of_the_run_are_escaped(run_dir: Path):
     html = _build(run_dir)
     assert not {"script", "img"} & set(Page(html).tags)
     assert html.count("&lt;script&gt;alert(1)") == 3 + 3 + 2 + 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_characters_that_act_or_hide_are_shown_by_their_number(run_dir: Path):
+    text = "\x1b[31mred \u202egnp.exe \u200bnothing"
+    sample = {"prompt": text, "sft": {"text": text}, "ppo": {"text": text}}
+    (run_dir / "evaluate" / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    warning = {"iteration": 1, "guard": "ratio", "action": "warn", "text": text}
+    (run_dir / "ppo" / "warnings.jsonl").write_text(json.dumps(warning) + "\n")
+    html = _build(run_dir)
+    assert html.count("⟨U+001B⟩[31mred ⟨U+202E⟩gnp.exe ⟨U+200B⟩nothing") == 4
+    assert not {"\x1b", "\u202e", "\u200b"} & set(html)
 
 
 @pytest.mark.usefixtures("undrawn")
