@@ -26,6 +26,7 @@ def details(submission_id: str | None, **changes: Any) -> Any:
         "metadata": {"rlhf_ray.run": "mine", "rlhf_ray.folder": "/mnt/mine"},
         "driver_exit_code": None,
         "driver_node_id": "node-7",
+        "driver_agent_http_address": "http://10.0.0.7:52365",
         "message": None,
     }
     assert changes.keys() <= values.keys()

@@ -156,7 +156,9 @@ def rank(
     from rlhf_ray.web.server import serve
 
     if address is not None:
-        typer.echo(tunnels(run, address, port))
+        from rlhf_ray.jobs.connection import driver_host
+
+        typer.echo(tunnels(run, address, port, *driver_host(str(split_versions(run)[0]), address)))
         return
     run, versions = split_versions(run)
     if versions:

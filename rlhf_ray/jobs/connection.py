@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_ray.cluster.connection import head_problem
-from rlhf_ray.errors import ConfigError, PlacementError
+from rlhf_ray.errors import ActorFailure, ConfigError, PlacementError
 from rlhf_ray.jobs.job_server import JobServer
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -18,9 +18,16 @@ CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 60.0
 """Longest silence of the job server within a request; Ray's client itself would wait forever."""
 
+QUICK_ANSWER_S = 10.0
+"""The same where there is another answer."""
 
-def connect(address: str | None) -> JobServer:
+
+def connect(address: str | None, answer_timeout_s: float | None = None) -> JobServer:
     """Connect to the job server at an address, else where Ray's variables say, else on localhost.
+
+    Args:
+        address: of the dashboard.
+        answer_timeout_s: longest silence within a request; None: the usual one.
 
     Raises:
         PlacementError: nothing answers there, or it refuses this user.
@@ -33,7 +40,9 @@ def connect(address: str | None) -> JobServer:
 
     class Client(JobSubmissionClient):
         def _do_request(self, *args: Any, **kwargs: Any) -> Any:
-            return super()._do_request(*args, timeout=ANSWER_TIMEOUT_S, **kwargs)
+            return super()._do_request(
+                *args, timeout=answer_timeout_s or ANSWER_TIMEOUT_S, **kwargs
+            )
 
     if address is not None:
         # Ray prefers this variable to the address that its client is given.
@@ -52,6 +61,27 @@ def connect(address: str | None) -> JobServer:
             f"Cannot use the job server at {url}: {error}. Check that this is the address of the "
             "cluster's dashboard and that the cluster runs this version of Ray"
         ) from error
+
+
+def driver_host(run: str, address: str) -> tuple[str | None, str]:
+    """Return the address of the node of a run's driver; None, and why, where it is not known.
+
+    Args:
+        run: its name, folder or submission id.
+        address: of the cluster's dashboard.
+
+    Raises:
+        ConfigError: the address is malformed.
+    """
+    try:
+        server = connect(address, QUICK_ANSWER_S)
+    except PlacementError as error:
+        return None, str(error)
+    try:
+        job = server.find(run)
+    except (ActorFailure, ConfigError) as error:
+        return None, str(error)
+    return job.host, "" if job.host else f"the driver of {job.id} has not started"
 
 
 def configured_address() -> str | None:

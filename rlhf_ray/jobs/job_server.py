@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -84,6 +85,8 @@ class Job:
     """The server's words on the status."""
     node: str | None
     """Id of the node that the driver is on."""
+    host: str | None = None
+    """Address of that node."""
 
     @property
     def is_over(self) -> bool:
@@ -306,4 +309,5 @@ def _job(details: "JobDetails") -> Job:
         exit_code=details.driver_exit_code,
         message=details.message or "",
         node=details.driver_node_id,
+        host=urlsplit(details.driver_agent_http_address or "").hostname,
     )

@@ -35,6 +35,7 @@ VERDICTS = {
     "skip": ("Skip", "s", "s"),
 }
 """Verdict -> its button, its key as people know it, and as a browser calls it."""
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TUNNEL_PORT = 8268
 """Port of a page that is brought here from another machine, unless one is given."""
 LARGEST_FORM = 10_000
@@ -75,25 +76,32 @@ def require_run(run: Path) -> None:
         )
 
 
-def tunnels(run: Path, address: str, port: int) -> str:
+def tunnels(run: Path, address: str, port: int, host: str | None = None, why: str = "") -> str:
     """Return the commands that serve a run of a cluster there, and bring the page here.
 
     Args:
         run: its folder on the cluster.
-        address: the dashboard's, of which the host counts; one of this machine is itself a tunnel.
+        address: the dashboard's; one of this machine is itself a tunnel.
         port: on both sides; 0: a fixed one.
+        host: that of the run's driver; None: that of the address.
+        why: the driver's is not known.
     """
     port = port or TUNNEL_PORT
-    host = urlsplit(address if "//" in address else f"//{address}").hostname
-    if host in (None, "localhost", "127.0.0.1", "::1"):
+    which, pod = "the node of the run's driver", "-l ray.io/node-type=head"
+    if host is None:
+        host = urlsplit(address if "//" in address else f"//{address}").hostname
+        which = f"the address's host (of the run's driver nothing is known: {why})"
+    elif host not in _LOOPBACK:
+        pod = f"--field-selector status.podIP={host}"
+    if host is None or host in _LOOPBACK:
         host = "HEAD"
     # A name with blanks is quoted for both shells, this one's and that of the other side.
     serve = f"rlhf-ray rank {quote(str(run))} --port {port}"
     return (
-        f"By ssh, to the node that has the run's folder:\n"
+        f"By ssh, to {which}:\n"
         f"  ssh -t -L {port}:{HOST}:{port} {quote(str(host))} {quote(serve)}\n"
         "On Kubernetes:\n"
-        "  POD=$(kubectl get pod -l ray.io/node-type=head -o name | head -n 1)\n"
+        f"  POD=$(kubectl get pod {pod} -o name | head -n 1)\n"
         f"  kubectl port-forward $POD {port} &\n"
         f"  kubectl exec -it $POD -- {serve}\n"
         "Then open the address that is printed."

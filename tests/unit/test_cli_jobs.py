@@ -26,7 +26,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeJobClient:
     fake = FakeJobClient({"mine-1": details("mine-1")}, answer={"status": STATUS})
     server = JobServer(fake, sleep=lambda _: None)
     for module in (connection, run_handles):
-        monkeypatch.setattr(module, "connect", lambda _: server)
+        monkeypatch.setattr(module, "connect", lambda *_: server)
     return fake
 
 
@@ -45,6 +45,23 @@ def test_runs_are_listed_and_shown(client: FakeJobClient) -> None:
     found = json.loads(command("status", "/mnt/mine", *at, "--json"))
     assert found["generators"] == STATUS["generators"]
     assert command("logs", "mine-1", *at) == "log of mine-1\n"
+
+
+def test_the_page_of_a_run_is_brought_from_its_drivers_node(client: FakeJobClient) -> None:
+    at = ("--address", "http://head:8265")
+    assert "8268 10.0.0.7 'rlhf-ray rank /mnt/mine@3 " in command("rank", "/mnt/mine@3", *at)
+    text = command("rank", "/mnt/other", *at)
+    assert "8268 head 'rlhf-ray rank /mnt/other " in text
+    assert "The cluster has no run '/mnt/other'" in text
+
+
+def test_a_page_comes_from_the_addresss_host_where_no_cluster_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # what the command sets is undone
+    text = command("rank", "/mnt/mine", "--address", "http://127.0.0.1:9")
+    assert "Nothing answers at http://127.0.0.1:9" in text
+    assert "8268 HEAD 'rlhf-ray rank /mnt/mine " in text
 
 
 def test_progress_bars_in_a_log_are_lines_and_escape_sequences_are_spelt_out(

@@ -289,11 +289,18 @@ def test_a_copied_run_has_its_pairs_made_of_the_evaluations_answers(tmp_path: Pa
 
 
 def test_a_cluster_gets_the_commands_that_bring_its_page_here() -> None:
-    text = tunnels(Path("/shared/a run"), "http://head.example:8265", 0)
+    text = tunnels(Path("/shared/a run"), "http://head.example:8265", 0, None, "it is away")
+    assert "By ssh, to the address's host" in text
+    assert "it is away" in text
     assert "ssh -t -L 8268:127.0.0.1:8268 head.example" in text
     assert "kubectl port-forward $POD 8268" in text
     assert "rlhf-ray rank '/shared/a run' --port 8268" in text
     assert " HEAD " in tunnels(Path("/shared/run"), "http://127.0.0.1:8265", 9000)
+    text = tunnels(Path("/shared/run"), "http://127.0.0.1:8265", 9000, "10.0.0.7")
+    assert (
+        "By ssh, to the node of the run's driver:\n  ssh -t -L 9000:127.0.0.1:9000 10.0.0.7" in text
+    )
+    assert "kubectl get pod --field-selector status.podIP=10.0.0.7 " in text
 
 
 def test_markdown_is_rendered_and_nothing_of_it_leads_elsewhere() -> None:
