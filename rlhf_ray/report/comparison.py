@@ -94,15 +94,12 @@ def _outcomes(runs: Mapping[str, RunFiles]) -> list[tuple[str, list[str]]]:
     for files in runs.values():
         model, ppo = evaluation.final_model(files), files.summaries.get("ppo")
         evaluated = files.summaries.get("evaluate")
-        rate = evaluation.win_rate(files)
         values = {
             "PPO iterations": figure(len(files.metrics.get("ppo", ())) or None),
             "training reward, last five iterations": figure(number(ppo, "reward_last")),
             "held-out reward": figure(number(evaluated, "models", model, "reward_mean")),
             "gold score": figure(number(evaluated, "models", model, "gold_mean")),
-            "win rate against its SFT": f"{rate[0]:.2f} ({rate[1]:.2f} to {rate[2]:.2f})"
-            if rate
-            else figure(None),
+            "win rate against its SFT": _win_rate(evaluation.win_rate(files)),
             "KL to the reference, nats": figure(number(ppo, "kl_last")),
             "reward model accuracy": figure(number(files.summaries.get("reward"), "accuracy")),
             "warnings of guards": figure(len(files.warnings)),
@@ -110,6 +107,14 @@ def _outcomes(runs: Mapping[str, RunFiles]) -> list[tuple[str, list[str]]]:
         for name, value in values.items():
             rows.setdefault(name, []).append(value)
     return [(name, row) for name, row in rows.items() if set(row) != {figure(None)}]
+
+
+def _win_rate(measured: tuple[float, float, float] | None) -> str:
+    """Return a win rate with its interval, which older runs lack where all prompts tie."""
+    if measured is None:
+        return figure(None)
+    rate, low, high = measured
+    return f"{rate:.2f}" + ("" if low == high else f" ({low:.2f} to {high:.2f})")
 
 
 def win_rates(runs: Mapping[str, RunFiles]) -> Iterator[WinRate]:

@@ -142,7 +142,7 @@ def _win_rate(files: RunFiles) -> Iterator[Card]:
     title, policy = "Win rate against SFT", files.summaries.get("ppo")
     measured = evaluation.win_rate(files)
     if measured is None:
-        if policy or "dpo" in files.summaries:
+        if policy or "dpo" in files.summaries or "ppo" in files.metrics:
             sentence = "Nothing was compared on held-out prompts: run the stage evaluate."
             yield Card(title, "–", sentence, tone="open")
         return
@@ -154,13 +154,12 @@ def _win_rate(files: RunFiles) -> Iterator[Card]:
         sentence, tone = f"{name}'s answers are worse than SFT's.", "bad"
     else:
         sentence, tone = f"Too close to tell {name} from SFT.", "doubt"
+    num = number(summary, "num_prompts")
+    of = "" if num is None else f", from {num:,.0f} prompts"
     if rate == low == high == 0.5:
-        sentence = f"{name} and SFT tie on every prompt, so there is no interval"
+        sentence = f"{name} and SFT tie on every prompt, so there is no interval."
     else:
-        sentence += f" 95% interval {low:.2f} to {high:.2f}"
-    if (num := number(summary, "num_prompts")) is not None:
-        sentence += f", from {num:,.0f} prompts"
-    sentence += "."
+        sentence += f" 95% interval {low:.2f} to {high:.2f}{of}."
     version, newest = number(summary, "policy_version"), number(policy, "adapter_version")
     if version is not None and newest is not None and version < newest:
         sentence += f" This was version {version:.0f}; the policy is at {newest:.0f} by now."

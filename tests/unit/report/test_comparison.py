@@ -128,3 +128,12 @@ def test_the_command_writes_the_page(runs: list[Path], tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert page.is_file()
     assert str(page) in done.stdout.replace("\n", "")
+
+
+def test_a_win_rate_without_an_interval_shows_none(runs: list[Path], tmp_path: Path) -> None:
+    change(runs[0], "evaluate/summary.json", '{"value": 0.78, "ci95": [0.74, 0.82]}', "null")
+    tie = '"win_rate": {"value": 0.5, "ci95": [0.5, 0.5]}'
+    change(runs[0], "evaluate/summary.json", '"win_rate": null', tie)
+    page = build(runs, tmp_path / "page.html")
+    outcomes = {row[0]: row[1:] for row in rows_of(page, "Outcomes")[1:]}
+    assert outcomes["win rate against its SFT"] == ["0.50", "0.78 (0.74 to 0.82)"]
