@@ -9,6 +9,7 @@ MAX_TEXT = 1500
 
 _MAX_SAMPLES = 8
 _MAX_VERSIONS = 6
+_MAX_EXTREMES = 3
 
 
 def samples(files: RunFiles) -> list[Record]:
@@ -62,8 +63,15 @@ def extremes(files: RunFiles) -> list[tuple[str, list[Record]]]:
     return [
         (heading, [_rollout(record) for record in found])
         for name, heading in headings.items()
-        if (found := files.highest.get(name))
+        if (found := files.highest.get(name) or _highest(files.completions, name))
     ]
+
+
+def _highest(records: Sequence[Record], name: str) -> list[Record]:
+    """Return those with the highest values: of the latest samples, for a run without an index."""
+    known = [(value, record) for record in records if (value := number(record, name)) is not None]
+    known.sort(key=lambda each: -each[0])
+    return [record for _, record in known[:_MAX_EXTREMES]]
 
 
 def last_rollouts(files: RunFiles) -> list[Record]:

@@ -21,6 +21,7 @@ SECTIONS = [
     "PPO over iterations",
     "Answers before and after",
     "Fixed prompts across versions",
+    "Training samples at the extremes",
     "Last training rollouts",
     "What it cost",
     "Supervised stages",
@@ -186,7 +187,12 @@ def test_the_report_leaves_out_missing_files(run_dir: Path, missing: str):
         "prepare": ["Data"],
         "evaluate": ["Models compared", "Instructions followed", "Answers before and after"],
         "evaluate/samples.jsonl": ["Answers before and after"],
-        "ppo": ["PPO over iterations", "Fixed prompts across versions", "Last training rollouts"],
+        "ppo": [
+            "PPO over iterations",
+            "Fixed prompts across versions",
+            "Training samples at the extremes",
+            "Last training rollouts",
+        ],
         "ppo/eval.jsonl": ["Fixed prompts across versions"],
     }.get(missing, [])
     assert Page(_build(run_dir)).headings == [name for name in SECTIONS if name not in emptied]
@@ -308,3 +314,18 @@ def test_the_timeline_leaves_out_what_a_kill_had_repeated() -> None:
     ]
     before = Span("driver", "gen", 5.0, 7.0, {"iteration": 2})
     assert activity._last_iterations([before, *lost, *again]) == [before, *again]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_without_an_index_shows_the_extremes_of_its_latest_samples(run_dir: Path):
+    records = [
+        {"iteration": i, "prompt": "p", "response": f"answer {i}", "score": i, "kl": -i}
+        for i in range(9)
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (run_dir / "ppo" / "completions.jsonl").write_text(lines)
+    html = _build(run_dir)
+    highest, furthest = html.index("At the highest reward"), html.index("At the largest KL")
+    assert highest < html.index("answer 8") < html.index("answer 6") < furthest
+    assert "answer 5" not in html[highest:furthest]
+    assert html.index("answer 0") > furthest
