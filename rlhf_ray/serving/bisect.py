@@ -15,6 +15,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.driver.checkpoint import kept_versions
 from rlhf_ray.driver.kept_batches import FOLDER, SAMPLES
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.observability.samples.index import INDEX
 from rlhf_ray.observability.samples.reading import Query, Samples
 from rlhf_ray.observability.sinks import read_jsonl
 from rlhf_ray.runs.folder import RunFolder
@@ -223,13 +224,12 @@ def _lesson(folder: Path, records: Sequence[Record], version: int, num: int) -> 
 
 def _recorded(stage: Path, iteration: int, num: int) -> tuple[Sequence[Record], int]:
     """Return the best rewarded of an iteration's recorded samples, and how many those are."""
-    samples = Samples(stage)
-    try:
-        of_iteration = Query(ranges={"iteration": (iteration, iteration)}, sort="score")
-        found = samples.find(of_iteration, size=num)
-        records = [samples.record(row) for row in found.rows]
-    except DataError:  # none are recorded (run.record.samples=0)
+    if not (stage / INDEX).exists():  # none are recorded (run.record.samples=0)
         return [], 0
+    samples = Samples(stage)
+    of_iteration = Query(ranges={"iteration": (iteration, iteration)}, sort="score")
+    found = samples.find(of_iteration, size=num)
+    records = [samples.record(row) for row in found.rows]
     return [record for record in records if record is not None], found.total
 
 

@@ -1,7 +1,7 @@
 """The pages of `rlhf-ray view`: a run's samples over time, its curves and its guards' warnings."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -62,7 +62,10 @@ class Viewer:
             "/fixed": self._fixed,
             "/warnings": self._warnings,
         }
-        return [Route(path, partial(_in_a_thread, render)) for path, render in pages.items()]
+        return [
+            Route(path, partial(_in_a_thread, self._require_run, render))
+            for path, render in pages.items()
+        ]
 
     def _require_run(self) -> None:
         if not (self._run / "config.yaml").is_file() and not self._stage.is_dir():
@@ -184,7 +187,6 @@ class Viewer:
                     yield record
 
     def _page(self, request: Request, template: str, **values: Any) -> Response:
-        self._require_run()
         with self._reading:  # pages are rendered in threads
             curves = self._curves.look()
         return page(
@@ -197,6 +199,13 @@ class Viewer:
         )
 
 
-async def _in_a_thread(render: Any, request: Request) -> Response:
-    """Render a page in a thread: it reads files."""
-    return await run_in_threadpool(render, request)
+async def _in_a_thread(
+    require_run: Callable[[], None], render: Callable[[Request], Response], request: Request
+) -> Response:
+    """Render a page in a thread, because it reads files; a run that is gone is said first."""
+
+    def rendered() -> Response:
+        require_run()
+        return render(request)
+
+    return await run_in_threadpool(rendered)

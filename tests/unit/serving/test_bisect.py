@@ -92,6 +92,17 @@ def test_rollouts_ahead_of_learning_are_of_an_older_version(run: Config) -> None
     assert found.version == 5
 
 
+def test_no_rollouts_are_shown_only_where_none_are_recorded(run: Config) -> None:
+    index = Path(run.run.dir) / "ppo" / "completions.index"
+    index.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="is no index of samples"):
+        bisect.run(run, "repetition > .1")
+    index.unlink()
+    lesson = bisect.run(run, "repetition > .1").lesson
+    assert lesson is not None
+    assert (lesson.rollouts, lesson.num_kept) == ([], 0)
+
+
 def test_the_whole_batch_is_shown_where_it_is_kept(run: Config) -> None:
     path = Path(run.run.dir) / "ppo" / "batches" / "6" / "samples.jsonl"
     write(path, [{"prompt": "p", "response": f"b{n}", "score": n} for n in range(8)])

@@ -147,7 +147,7 @@ def test_a_run_that_is_deleted_is_one_message(run: Path, client: TestClient) -> 
     for path in ("", "sample/1/0", "warnings", "fixed"):
         answer = client.get(f"/token/{path}")
         assert answer.status_code == 410
-        assert "moved or deleted" in answer.text
+        assert "is no run&#39;s folder: it was moved or deleted" in answer.text
     with pytest.raises(DataError, match="no run's folder"):
         Viewer(run)
 
