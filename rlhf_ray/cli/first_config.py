@@ -4,7 +4,7 @@ Each key is written with the reason for its value; keys that are not written kee
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from rlhf_ray.planning.plan import plan_for
 from rlhf_ray.planning.prediction import Plan
 from rlhf_ray.planning.shapes import models_of
 from rlhf_ray.planning.throughput import middle
+from rlhf_ray.secrecy import printable
 
 _FIRST = ("run", "model", "data")
 """Sections that come first in the file."""
@@ -91,7 +92,10 @@ def compose(answers: Answers, name: str) -> Draft:
     where = "the CPUs of this machine" if answers.gpus == NO_GPUS else answers.gpus
     about = f"{answers.model or 'The tiny model'} on {where}; written by rlhf-ray init."
     preset = answers.model and preset_of(answers.model)
-    draft = Draft(about, None, {"run.name": name, **_stages(answers)}, _STAGE_REASONS)
+    stages = _stages(answers)
+    draft = Draft(
+        printable(about), None, {"run.name": name, "run.stages": stages}, dict(_STAGE_REASONS)
+    )
     if answers.model is None:
         draft = replace(draft, base="quickstart")
     elif preset and answers.nodes:
@@ -100,7 +104,15 @@ def compose(answers: Answers, name: str) -> Draft:
         draft = _of_model(draft, answers.model, preset or None, answers)
     if answers.model is None and answers.datasets:
         draft = draft.changed(_LONGER, "the quick start's questions are shorter than most texts")
-    return replace(draft, keys={**draft.keys, **_data(answers)})
+    used = _used(draft.keys, stages)
+    return replace(draft, keys={**used, **_data(answers)})
+
+
+def _used(keys: Mapping[str, object], stages: Sequence[str]) -> dict[str, object]:
+    """Leave out the keys of sections that no stage of the run reads."""
+    readers = {"sft": "sft", "reward": "reward", "policy": "ppo", "critic": "ppo"}
+    unused = {section for section, stage in readers.items() if stage not in stages}
+    return {key: value for key, value in keys.items() if key.partition(".")[0] not in unused}
 
 
 _STAGE_REASONS = {
@@ -118,8 +130,8 @@ _LONGER: Change = {
 }
 
 
-def _stages(answers: Answers) -> dict[str, object]:
-    """Return run.stages: those for which there is data."""
+def _stages(answers: Answers) -> list[str]:
+    """Return the stages of the run: those for which there is data."""
     tiny, synthetic = answers.model is None, not answers.datasets
     pairs = synthetic or bool(answers.of_kind("preferences"))
     learnt = synthetic or bool(answers.of_kind("demonstrations", "preferences"))
@@ -133,7 +145,7 @@ def _stages(answers: Answers) -> dict[str, object]:
         "evaluate": samples,
         "report": True,
     }
-    return {"run.stages": [stage for stage, is_chosen in chosen.items() if is_chosen]}
+    return [stage for stage, is_chosen in chosen.items() if is_chosen]
 
 
 def _data(answers: Answers) -> dict[str, object]:

@@ -12,6 +12,7 @@ import typer
 
 from rlhf_ray.config import shipped
 from rlhf_ray.errors import ConfigError, PlacementError, RlhfError
+from rlhf_ray.secrecy import printable
 
 if TYPE_CHECKING:
     from rlhf_ray.cli.answers import Answers, Kind
@@ -102,21 +103,22 @@ def _write_fitted(answers: "Answers", path: Path, force: bool, asks: bool) -> No
         except PlacementError as error:
             if not asks:
                 raise
-            typer.echo(f"  {error}", err=True)
+            typer.echo(f"  {printable(str(error))}", err=True)
             answers = replace(answers, gpus=_gpus(None, asks))
     _write(path, draft.text(), force)
     where = answers.gpus if answers.nodes else "this machine"
     typer.echo(f"Wrote {path}, which fits on {where}: {', '.join(plan.config.run.stages)}. Next:")
-    for command in _next_commands(shlex.quote(str(path)), answers):
+    for command in _next_commands(path, answers):
         typer.echo(f"  {command}")
 
 
-def _next_commands(file: str, answers: "Answers") -> Iterator[str]:
+def _next_commands(path: Path, answers: "Answers") -> Iterator[str]:
+    file = shlex.quote(str(path))
     cluster = f" --cluster {answers.gpus}" if answers.nodes else ""
     yield f"rlhf-ray plan {file}{cluster}"
     if len(answers.nodes) > 1:  # only a folder that all nodes see is the run's
-        name = Path(file).stem
-        yield f"rlhf-ray submit {file} run.dir=/SHARED/{name} --address http://HEAD:8265"
+        folder = shlex.quote(f"run.dir=/SHARED/{path.stem}")
+        yield f"rlhf-ray submit {file} {folder} --address http://HEAD:8265"
         return
     yield f"rlhf-ray doctor {file}"
     yield f"rlhf-ray run {file}"
@@ -181,7 +183,7 @@ def _datasets(given: Sequence[str] | None, asks: bool) -> "dict[str, Kind]":
                 "=demonstrations or =prompts"
             )
         kind = kind or _ask(f"{path} holds preferences, demonstrations or prompts", kind_named)
-        typer.echo(f"  {path}: {kind}")
+        typer.echo(printable(f"  {path}: {kind}"))
         datasets[path] = kind
         question, default = "More data (Enter: no more)", ""
     return datasets
@@ -245,4 +247,4 @@ def _ask(question: str, read: Callable[[str], T], default: str | None = None) ->
         try:
             return read(text.strip())
         except RlhfError as error:
-            typer.echo(f"  {error}", err=True)
+            typer.echo(f"  {printable(str(error))}", err=True)

@@ -109,6 +109,8 @@ def test_the_data_chooses_sections_and_stages(data: tuple[str, ...], stages: str
     config = written("--model", "model", *options, "--gpus", "none")
     assert config.run.stages == stages.split()
     assert (config.data.sft is None) == (data == ("synthetic",))
+    sections = yaml.safe_load(Path("out.yaml").read_text())
+    assert ("critic" in sections) == ("ppo" in stages.split())
 
 
 def test_each_dataset_is_used_for_what_it_is_best_at(folder: Path) -> None:
