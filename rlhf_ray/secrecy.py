@@ -64,7 +64,11 @@ _LOGIN = re.compile(
     r"(?<=://)([^/?#\s:@]*:[^/?#\s]*|(?<!abfs://)(?<!abfss://)(?<!wasbs://)[^/?#\s]+)(?=@)"
 )
 """In addresses of Azure's storage a container stands there."""
-_PARAMETER = re.compile(r"(?<=[?&;#])([\w.-]+)=([^&;#\s'\"]+)")
+_PARAMETER = re.compile(r"(?<=[?&;#])([\w.-]+)(=)([^&;#\s'\"]+)")
+_QUOTED_PARAMETER = re.compile(
+    r"(?:(?<=%3F)|(?<=%3f)|(?<=%26))([\w.-]+)(%3[Dd])((?:(?!%26|%23)[^&;#\s'\"])+)"
+)
+"""Of an address that is itself a parameter: ``?next=http%3A%2F%2Fh%2F%3Ftoken%3Da``."""
 _ASSIGNED = re.compile(
     r"(?<![\w.-])(?P<name>[\w.-]+)(?P<sign>[\"']?\s*(=|:(?=[\s\"']))\s*[\"']?)"
     r"((?=[^\s\"']{0,99}\d)[^\s\"',;&)}\]]{8,})"
@@ -152,10 +156,10 @@ def without_shapes(text: str) -> str:
 
 def _without_addresses(text: str) -> str:
     def hide(match: re.Match[str]) -> str:
-        name, value = match.groups()
-        return f"{name}={HIDDEN}" if is_secret(name, value) else match.group()
+        name, sign, value = match.groups()
+        return f"{name}{sign}{HIDDEN}" if is_secret(name, value) else match.group()
 
-    return _PARAMETER.sub(hide, _LOGIN.sub(HIDDEN, text))
+    return _PARAMETER.sub(hide, _QUOTED_PARAMETER.sub(hide, _LOGIN.sub(HIDDEN, text)))
 
 
 def _known() -> Iterator[str]:

@@ -115,6 +115,7 @@ def test_digits_are_a_password_but_no_token() -> None:
         "https://u:p@h/x",
         "https://t@h",
         "https://h/x?api_key=abc&a=1",
+        "https://h/x?next=https%3A%2F%2Fg%2F%3Fapi_key%3Dabc%26a%3D1",
         "https://h/x#access_token=abc",
         "https://h/x?a=1#token=abc",
         "https://hooks.slack.com/services/T000/B000/abc",
