@@ -163,7 +163,9 @@ def _data(answers: Answers) -> dict[str, object]:
         if sources:
             keys[f"data.{section}"] = sources[0] if len(sources) == 1 else sources
     if answers.datasets:
-        keys |= {"data.overlong": "truncate", "sft.preferred_only": False}
+        keys["data.overlong"] = "truncate"
+    if demonstrations:
+        keys["sft.preferred_only"] = False
     if answers.reward is None:
         return keys
     if is_function(answers.reward):
