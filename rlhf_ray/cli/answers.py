@@ -48,11 +48,6 @@ class Answers:
         found = ([p for p, held in self.datasets.items() if held == kind] for kind in kinds)
         return next((paths for paths in found if paths), [])
 
-    @property
-    def needs_reward(self) -> bool:
-        """Whether there are prompts to answer, but nothing that says which answer is good."""
-        return bool(self.of_kind("prompts")) and not (self.of_kind("preferences") or self.reward)
-
 
 def preset_of(model: str) -> str | None:
     """Return the shipped config for a model, by its hub name."""
